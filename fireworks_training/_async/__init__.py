@@ -1,0 +1,1 @@
+"""The asyncio shell: carries out what `_core` decides."""

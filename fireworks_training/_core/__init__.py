@@ -1,0 +1,1 @@
+"""Decisions without I/O: state machines that take events and a time and return decisions."""

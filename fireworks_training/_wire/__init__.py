@@ -1,0 +1,1 @@
+"""The wire dialects: encode requests, decode answers. No I/O, no policy."""

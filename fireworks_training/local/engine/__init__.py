@@ -1,0 +1,1 @@
+"""The engine worker process: samples completions from one loaded snapshot."""
