@@ -1,1 +1,184 @@
+"""Public value types that `tinker` has no counterpart for, and the version.
+
+They are plain frozen dataclasses: they know their fields and their units, and nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
 __version__ = "0.1.0"
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+SnapshotKind = Literal["base", "delta", "lora"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A sampler snapshot as the trainer wrote it.
+
+    Attributes:
+        identity: the name under which a deployment loads it.
+        kind: "base" (all weights), "delta" (differences to `predecessor`) or "lora" (an adapter).
+            None where the trainer does not say.
+        predecessor: identity that a delta is a difference to; None otherwise.
+        bytes: size of the stored tensors; None where the trainer does not say.
+        sha256: hash over the hashes of all tensors, in name order; None where it does not say.
+    """
+
+    identity: str
+    kind: SnapshotKind | None = None
+    predecessor: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
+
+    Server values are None where the server does not report them.
+    """
+
+    num_concurrent_requests: int | None = None
+    prefill_queue_duration: float | None = None
+    generation_queue_duration: float | None = None
+    server_ttft: float | None = None
+    cached_prompt_tokens: int | None = None
+    prompt_tokens: int | None = None
+    server_processing_time: float | None = None
+    tokenizer_queue_duration: float | None = None
+    prefill_duration: float | None = None
+    generation_duration: float | None = None
+    client_ttft: float | None = None
+    client_latency: float | None = None
+    completion_tokens: int | None = None
+    http_status_code: int | None = None
+    transport_error: str | None = None
+    retry_attempt: int = 0
+    request_id: str | None = None
+    snapshot_identity: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledCompletion:
+    """One completion.
+
+    Attributes:
+        text: the completion as text (without the prompt).
+        full_tokens: prompt and completion token ids, `prompt_len + completion_len` of them.
+        prompt_len: tokens of the prompt.
+        finish_reason: "stop", "length" or "tool_calls".
+        completion_len: tokens of the completion.
+        inference_logprobs: natural log probabilities of the raw model, one for each completion
+            token (with `echo`: one for each position after the first); None if not asked for.
+        sampling_logprobs: the same of the distribution sampled from (after temperature, top-p and
+            top-k); None if not asked for or not reported.
+        logprobs_echoed: whether the two arrays start with prompt positions.
+        echoed_prompt_logprob_count: how many entries of them belong to the prompt.
+        top_logprobs: for each completion token `{token id: logprob}`; None if not asked for.
+        prompt_index: place of the conversation in the list that was passed, from 0.
+        sample_index: place among the `n` samples of its prompt, from 0.
+        snapshot_identity: the snapshot that sampled the last token; None if not reported.
+        snapshot_identity_first: the snapshot that sampled the first token.
+        snapshot_switch_index: completion token where it changed; None if it did not.
+        metrics: what the successful attempt cost.
+    """
+
+    text: str
+    full_tokens: Sequence[int]
+    prompt_len: int
+    finish_reason: FinishReason
+    completion_len: int
+    inference_logprobs: Sequence[float] | None = None
+    sampling_logprobs: Sequence[float] | None = None
+    logprobs_echoed: bool = False
+    echoed_prompt_logprob_count: int = 0
+    top_logprobs: Sequence[Mapping[int, float]] | None = None
+    prompt_index: int = 0
+    sample_index: int = 0
+    snapshot_identity: str | None = None
+    snapshot_identity_first: str | None = None
+    snapshot_switch_index: int | None = None
+    metrics: ServerMetrics = field(default_factory=ServerMetrics, repr=False)
+
+    @property
+    def prompt_tokens(self) -> Sequence[int]:
+        """Token ids of the prompt."""
+        return self.full_tokens[: self.prompt_len]
+
+    @property
+    def completion_tokens(self) -> Sequence[int]:
+        """Token ids of the completion."""
+        return self.full_tokens[self.prompt_len :]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProfile:
+    """A training shape, resolved to a version.
+
+    Attributes:
+        name: full name of the shape version.
+        trainer_mode: "POLICY_TRAINER", "LORA_TRAINER" or "FORWARD_ONLY".
+        max_context_length: tokens; None where the shape does not say.
+        deployment_shape: the deployment shape version linked to it, or None.
+    """
+
+    name: str
+    trainer_mode: str = "POLICY_TRAINER"
+    max_context_length: int | None = None
+    deployment_shape: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerJobInfo:
+    """A trainer job as the control plane reports it."""
+
+    name: str
+    state: str
+    message: str = ""
+    max_context_length: int | None = None
+
+    @property
+    def job_id(self) -> str:
+        """Last segment of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentInfo:
+    """A deployment as the control plane reports it."""
+
+    name: str
+    state: str
+    message: str = ""
+    base_model: str | None = None
+    deployment_shape: str | None = None
+    hot_load_trainer_job: str | None = None
+    hot_load_transition_type: str | None = None
+
+    @property
+    def deployment_id(self) -> str:
+        """Last segment of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """What one replica of a deployment holds.
+
+    Attributes:
+        identity: the snapshot it serves; None before the first hot load.
+        ready: whether it serves requests.
+        stage: its loading stage, as reported.
+        target: the snapshot that `stage` is about.
+        error: why the load of `target` failed, where `stage` is "error".
+    """
+
+    identity: str | None
+    ready: bool
+    stage: str | None = None
+    target: str | None = None
+    error: str | None = None

@@ -1,0 +1,142 @@
+"""Which event loop does the work of a service: its owner loop.
+
+An `Async*` service is owned by the loop that runs at its first call, a blocking one by the
+portal's. Everything that touches a socket runs there; a call from elsewhere costs one hop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from fireworks_training._portal import Lease, spawn_on
+from fireworks_training.errors import OwnerLoopGone, WrongLoop
+from fireworks_training.futures import Outcome
+
+T = TypeVar("T")
+
+STOPPED_LIMIT = 5.0
+"""Seconds after which work queued on a loop that does not run fails with `OwnerLoopGone`."""
+
+_ADVICE = (
+    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
+    "(without `Async`), whose loop lives as long as the service."
+)
+
+
+class OwnerLoop:
+    """The loop that owns a service; bound once, at first use.
+
+    Args:
+        portal: bind to the portal's loop instead of the running one.
+        stopped_limit: seconds that a loop may stand still under queued work.
+    """
+
+    def __init__(self, *, portal: bool = False, stopped_limit: float = STOPPED_LIMIT) -> None:
+        self._portal = portal
+        self._stopped_limit = stopped_limit
+        self._lease: Lease | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def use_portal(self) -> None:
+        """Bind to the portal's loop; only before the first use."""
+        if self._loop is not None:
+            raise WrongLoop("this service is bound to a loop already")
+        self._portal = True
+
+    @property
+    def bound(self) -> asyncio.AbstractEventLoop | None:
+        """The loop, or None before the first use."""
+        return self._loop
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        """The loop; the first call binds it.
+
+        Raises:
+            WrongLoop: an async service's first call came from outside a running loop.
+            OwnerLoopGone: the loop is closed, or this process was forked off after binding.
+        """
+        if self._pid != os.getpid():
+            raise OwnerLoopGone(
+                "this service was made before a fork, and its connections belong to the parent. "
+                "Make a service of its own in the child process."
+            )
+        with self._lock:
+            if self._loop is None:
+                self._loop = self._bind()
+            if self._loop.is_closed():
+                raise OwnerLoopGone(f"the event loop that owns this service is closed. {_ADVICE}")
+            return self._loop
+
+    def _bind(self) -> asyncio.AbstractEventLoop:
+        if self._portal:
+            self._lease = Lease()
+            return self._lease.loop
+        try:
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongLoop(
+                f"the first call of an async service must be made on a running loop. {_ADVICE}"
+            ) from None
+
+    def is_current(self) -> bool:
+        """Whether the caller runs on the owner loop."""
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
+    def spawn(self, factory: Callable[[], Coroutine[Any, Any, T]], *, label: str) -> Outcome[T]:
+        """Run a coroutine as a task of the owner loop, from any thread.
+
+        Cancelling the outcome cancels the task. If the loop stands still for `stopped_limit`
+        seconds, the outcome fails with `OwnerLoopGone`.
+        """
+        loop = self.get()
+        outcome = spawn_on(loop, factory, label=label)
+        if not loop.is_running():
+            self._watch(loop, outcome)
+        return outcome
+
+    def post(self, callback: Callable[[], object]) -> None:
+        """Run a plain function on the owner loop, soon, from any thread."""
+        loop = self.get()
+        if self.is_current():
+            callback()
+        else:
+            loop.call_soon_threadsafe(callback)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, outcome: Outcome[Any]) -> None:
+        def check() -> None:
+            if not loop.is_running():
+                outcome.fail(
+                    OwnerLoopGone(
+                        f"{outcome.label}: the event loop that owns this service has stood still "
+                        f"for {self._stopped_limit:g} s. {_ADVICE}"
+                    )
+                )
+
+        timer = threading.Timer(self._stopped_limit, check)
+        timer.daemon = True
+        timer.start()
+
+    async def run(self, factory: Callable[[], Coroutine[Any, Any, T]], *, label: str) -> T:
+        """Await a coroutine that must run on the owner loop, from any loop."""
+        if self.get() is asyncio.get_running_loop():
+            return await factory()
+        outcome = self.spawn(factory, label=label)
+        try:
+            return await asyncio.wrap_future(outcome)
+        except asyncio.CancelledError:
+            outcome.request_cancel()
+            raise
+
+    def release(self) -> None:
+        """Give the portal's loop back. Idempotent."""
+        if self._lease is not None:
+            self._lease.release()

@@ -1,0 +1,267 @@
+"""The background event loop behind the blocking classes, and what happens to it at exit.
+
+One daemon thread with one asyncio loop serves the whole process. It is leased: the first lease
+starts it, the last release ends it. At interpreter exit, before any thread is joined, the
+registered clean-ups run on it, all together within `EXIT_BUDGET` seconds, so that a script that
+forgets `close()` still ends, and still gives back what it holds.
+
+This module knows loops, threads and outcomes; it does not know what runs on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures.thread  # registers its own exit hook first, so ours runs before it
+import contextvars
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Self, TypeVar
+
+from anyio.from_thread import BlockingPortalProvider
+
+from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
+from fireworks_training.futures import Outcome, mark_retrieved
+
+T = TypeVar("T")
+
+EXIT_BUDGET = 1.5
+"""Seconds that all clean-ups at interpreter exit may take together."""
+
+logger = logging.getLogger("fireworks_training.portal")
+
+
+class Lease:
+    """A claim on the background loop.
+
+    Attributes:
+        loop: the loop; it runs at least until `release()`.
+    """
+
+    def __init__(self) -> None:
+        _state.prepare()
+        self._provider = _state.provider
+        portal = self._provider.__enter__()
+        self.loop: asyncio.AbstractEventLoop = portal.call(asyncio.get_running_loop)
+        self._released = False
+
+    def release(self) -> None:
+        """Give the claim back; idempotent. The last one waits for the thread to end."""
+        if self._released:
+            return
+        if _running_loop() is self.loop:
+            # Ending the thread from inside would wait for itself; the next blocking call does it.
+            _state.deferred.append(self)
+            return
+        self._released = True
+        if self._provider is _state.provider and not _state.exiting:
+            self._provider.__exit__(None, None, None)
+
+
+class _State:
+    """What the process has of the portal: one provider, and the clean-ups for its exit."""
+
+    def __init__(self) -> None:
+        self.provider = BlockingPortalProvider()
+        self.clean_ups: dict[int, tuple[str, Callable[[], Awaitable[None]]]] = {}
+        self.exiting = False
+        self.deferred: list[Lease] = []
+        self._next = 0
+        self._registered = False
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        with self._lock:
+            if not self._registered:
+                # Runs before threads are joined, unlike `atexit`. The private name is what
+                # concurrent.futures itself uses; the test of the exit fails if it goes away.
+                threading._register_atexit(_run_clean_ups)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+                self._registered = True
+
+    def add(self, what: str, clean_up: Callable[[], Awaitable[None]]) -> int:
+        self.prepare()
+        with self._lock:
+            self._next += 1
+            self.clean_ups[self._next] = (what, clean_up)
+            return self._next
+
+
+_state = _State()
+
+
+def _after_fork() -> None:
+    # The child has neither the thread nor a usable lock: it starts from nothing, and owes nothing.
+    global _state
+    registered = _state._registered  # pyright: ignore[reportPrivateUsage]
+    _state = _State()
+    _state._registered = registered  # pyright: ignore[reportPrivateUsage]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def at_exit(what: str, clean_up: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    """Register a clean-up for interpreter exit; returns the call that takes it back.
+
+    It runs on the background loop, whatever loop its owner used: it must bring its own session.
+
+    Args:
+        what: names the resources, for the warning if the clean-up fails or is out of time.
+        clean_up: the work; errors are logged.
+    """
+    state = _state
+    key = state.add(what, clean_up)
+
+    def forget() -> None:
+        state.clean_ups.pop(key, None)
+
+    return forget
+
+
+def _run_clean_ups() -> None:
+    state = _state
+    if not state.clean_ups:
+        state.exiting = True
+        return
+    lease = Lease()
+    pending = dict(state.clean_ups)
+
+    async def one(key: int, what: str, clean_up: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await clean_up()
+        except Exception as error:
+            logger.warning("at exit, %s was not cleaned up: %s", what, error)
+        pending.pop(key, None)
+
+    async def all_of_them() -> None:
+        tasks = [asyncio.create_task(one(k, w, c)) for k, (w, c) in list(pending.items())]
+        await asyncio.wait(tasks, timeout=EXIT_BUDGET)
+        for task in tasks:
+            task.cancel()
+
+    outcome = spawn_on(lease.loop, all_of_them, label="clean-up at exit")
+    concurrent.futures.wait([outcome], timeout=EXIT_BUDGET + 0.25)
+    for what, _ in pending.values():
+        logger.warning(
+            "at exit, %s was not cleaned up within %.1f s: call close()", what, EXIT_BUDGET
+        )
+    state.exiting = True
+
+
+_tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+
+
+def spawn_on(
+    loop: asyncio.AbstractEventLoop,
+    factory: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    label: str,
+) -> Outcome[T]:
+    """Run a coroutine as a task of a loop, from any thread, in the caller's context.
+
+    Cancelling the outcome cancels the task; the outcome then fails with `OperationCancelled`.
+
+    Raises:
+        OwnerLoopGone: the loop is closed.
+    """
+    holder: list[asyncio.Task[T]] = []
+    cancelled = threading.Event()
+
+    def cancel() -> bool:
+        cancelled.set()
+        try:
+            loop.call_soon_threadsafe(lambda: holder and holder[0].cancel())
+        except RuntimeError:
+            return False
+        return True
+
+    outcome: Outcome[T] = Outcome(loop=lambda: loop, cancel=cancel, label=label)
+
+    def finish(task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            outcome.fail(OperationCancelled(f"{label} was cancelled"))
+        elif (error := task.exception()) is not None:
+            outcome.fail(error)
+        else:
+            outcome.settle(task.result())
+
+    def start() -> None:
+        if cancelled.is_set():
+            outcome.fail(OperationCancelled(f"{label} was cancelled before it started"))
+            return
+        task = loop.create_task(factory(), name=f"fireworks_training: {label}")
+        holder.append(task)
+        _tasks.add(task)
+        task.add_done_callback(finish)
+
+    if _running_loop() is loop:
+        start()
+        return outcome
+    try:
+        loop.call_soon_threadsafe(start, context=contextvars.copy_context())
+    except RuntimeError as error:
+        raise OwnerLoopGone(
+            f"{label}: the event loop that owns this service is closed. Use it inside one "
+            "`asyncio.run`, as `async with AsyncFiretitanServiceClient...`, or take the "
+            "synchronous class (without `Async`), whose loop lives as long as the service.",
+            cause=error,
+        ) from error
+    return outcome
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def wait_for(outcome: Outcome[T]) -> T:
+    """Wait in this thread for work that has no other waiter: Ctrl-C cancels it."""
+    outcome.refuse_dead_lock()
+    try:
+        error = outcome.exception()
+    except BaseException:
+        outcome.request_cancel()
+        raise
+    if error is not None:
+        mark_retrieved(error)
+        raise error
+    return outcome.result()
+
+
+class Blocking:
+    """Base of the generated blocking classes: holds the async object and runs its coroutines."""
+
+    _async: Any
+
+    @classmethod
+    def _wrap(cls, instance: object) -> Self:
+        """The blocking twin of an async object that exists already."""
+        twin = cls.__new__(cls)
+        twin._async = instance
+        return twin
+
+    @staticmethod
+    def _run(factory: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine on the background loop and wait for it; Ctrl-C cancels it."""
+        lease = Lease()
+        on_portal = _running_loop() is lease.loop
+        try:
+            if on_portal:
+                raise WrongLoop(
+                    "a blocking call was made on the SDK's own loop (in a callback?); it would "
+                    "wait for itself. Use the `Async` class there."
+                )
+            return wait_for(spawn_on(lease.loop, factory, label="a blocking call"))
+        finally:
+            while _state.deferred and not on_portal:
+                _state.deferred.pop().release()
+            if not on_portal:
+                lease.release()
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<Async", "<", 1)
