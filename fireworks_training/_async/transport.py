@@ -17,9 +17,9 @@ from typing import Any, Self, TypeVar, cast
 
 import aiohttp
 import orjson
+from fireworks_training._core.backoff import Backoff, parse_retry_after
 
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,

@@ -1,0 +1,224 @@
+"""The line of a training client: which operation may go, which must fail, and why.
+
+A client's operations stand in one line; call order is execution order. The operations up to and
+including an `optim_step` are one *step*, and a step is applied whole or not at all:
+
+1. A failed or cancelled operation that adds gradients fails every later operation of its step that
+   adds gradients or changes weights, up to and including its `optim_step`.
+2. An `optim_step` that fails by itself takes the following step with it; a load that fails by
+   itself takes the rest of its step.
+3. Passes without gradients and saves fail alone, and are not touched by the failures of others.
+4. Outcomes of operations that touch gradients or weights are handed out in line order, so each
+   `PrecedingOperationFailed` can name its cause.
+
+A server that speaks `step_protocol` enforces the same rules for what it has accepted; there the
+client only withholds what it knows to be void, and sends a *discard* in the place of the withheld
+`optim_step`. For any other server the client holds back an `optim_step` until the outcomes of its
+step are known; when part of a failed step may have been added, it is *in doubt* from then on.
+
+This module takes events and gives verdicts. It knows no loop, no clock and no wire.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from fireworks_training.errors import (
+    GradientsInDoubt,
+    OperationError,
+    PrecedingOperationFailed,
+)
+
+
+class Role(Enum):
+    """What an operation does to the model."""
+
+    FORWARD = "forward"
+    GRADIENT = "gradient"
+    OPTIM = "optim"
+    LOAD = "load"
+    SAVE = "save"
+    OTHER = "other"
+
+    @property
+    def weighty(self) -> bool:
+        """Whether it adds gradients or changes weights."""
+        return self in (Role.GRADIENT, Role.OPTIM, Role.LOAD)
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A place in the line.
+
+    Attributes:
+        place: from 0, in call order.
+        role: what the operation does.
+        step: the step it belongs to, from 0.
+        maybe_added: whether some of its gradients may have reached the server.
+        failure: why it failed, once it did.
+        done: whether its outcome is known.
+        previous: the weighty operation before it, while that one's outcome is unknown.
+    """
+
+    place: int
+    role: Role
+    step: int
+    maybe_added: bool = False
+    failure: BaseException | None = None
+    done: bool = False
+    previous: Ticket | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Send it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Not yet: ask again when `until` is done."""
+
+    until: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """Do not send it; it fails with `error`.
+
+    Attributes:
+        discard: send a discard in its place, so that the server forgets the step.
+    """
+
+    error: OperationError
+    discard: bool = False
+
+
+Verdict = Go | Hold | Void
+
+
+@dataclass(slots=True)
+class StepFailure:
+    """The first failure of a step."""
+
+    place: int
+    cause: BaseException
+
+
+@dataclass(slots=True)
+class Line:
+    """The state of one client's line.
+
+    Attributes:
+        step_protocol: whether the server enforces atomic steps.
+        pipeline_steps: send an `optim_step` at once even where the server does not enforce them.
+        doubt: why the server's gradients are in doubt, or None.
+    """
+
+    step_protocol: bool = False
+    pipeline_steps: bool = False
+    doubt: BaseException | None = None
+    _places: int = 0
+    _step: int = 0
+    _failures: dict[int, StepFailure] = field(default_factory=dict[int, StepFailure])
+    _added: set[int] = field(default_factory=set[int])
+    _last_weighty: Ticket | None = None
+
+    def issue(self, role: Role) -> Ticket:
+        """The next place in the line."""
+        ticket = Ticket(self._places, role, self._step)
+        self._places += 1
+        if role.weighty:
+            last = self._last_weighty
+            ticket.previous = last if last is not None and not last.done else None
+            self._last_weighty = ticket
+        if role is Role.OPTIM:
+            self._step += 1
+        return ticket
+
+    def verdict(self, ticket: Ticket, *, accept_partial: bool = False) -> Verdict:
+        """What to do with the operation at the head of the line."""
+        if not ticket.role.weighty:
+            return Go()
+        failure = self.failure_before(ticket)
+        if failure is not None:
+            ends = ticket.role is Role.OPTIM
+            return Void(self.preceding_failed(failure), discard=ends and self.step_protocol)
+        if ticket.role is not Role.OPTIM or self.step_protocol:
+            return Go()
+        if not self.pipeline_steps and ticket.previous is not None and not ticket.previous.done:
+            return Hold(ticket.previous)
+        if self.doubt is not None and not accept_partial:
+            return Void(
+                GradientsInDoubt(
+                    "the server may hold part of a step that failed, and does not offer to drop "
+                    "it: this optim_step would apply that part too. Make a new model from a saved "
+                    "state, or pass accept_partial=True to go on with what the server holds.",
+                    cause=self.doubt,
+                )
+            )
+        return Go()
+
+    def failure_before(self, ticket: Ticket) -> BaseException | None:
+        """The failure that voids a weighty operation, if one is known."""
+        failure = self._failures.get(ticket.step)
+        return failure.cause if failure is not None and failure.place < ticket.place else None
+
+    @staticmethod
+    def preceding_failed(cause: BaseException) -> PrecedingOperationFailed:
+        """The error of an operation that `cause` voids."""
+        return PrecedingOperationFailed(
+            "not applied, since an operation before it in the same step failed: "
+            f"{type(cause).__name__}: {cause}. The step's gradients are dropped; the next step "
+            "starts clean.",
+            cause=cause,
+        )
+
+    def succeeded(self, ticket: Ticket) -> None:
+        """The server applied it."""
+        self._end(ticket)
+        if ticket.role is Role.GRADIENT:
+            ticket.maybe_added = True
+            self._note_added(ticket)
+        elif ticket.role is Role.OPTIM:
+            # What was in doubt was applied, knowingly; nothing is held any more.
+            self.doubt = None
+            self._forget(ticket.step)
+
+    def failed(self, ticket: Ticket, error: BaseException) -> None:
+        """It failed, or was cancelled before it was sent."""
+        ticket.failure = error
+        self._end(ticket)
+        if not ticket.role.weighty:
+            return
+        if ticket.maybe_added:
+            self._note_added(ticket)
+        of_another = isinstance(error, (PrecedingOperationFailed, GradientsInDoubt))
+        if not of_another:
+            step = ticket.step + 1 if ticket.role is Role.OPTIM else ticket.step
+            known = self._failures.get(step)
+            if known is None or known.place > ticket.place:
+                self._failures[step] = StepFailure(ticket.place, error)
+        if ticket.role is Role.OPTIM:
+            if not of_another and ticket.step in self._added and not self.step_protocol:
+                self.doubt = self.doubt or error  # its gradients were not applied, and lie there
+            self._doubt_of(ticket.step)
+            self._forget(ticket.step)
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.done = True
+        ticket.previous = None
+
+    def _note_added(self, ticket: Ticket) -> None:
+        self._added.add(ticket.step)
+        self._doubt_of(ticket.step)
+
+    def _doubt_of(self, step: int) -> None:
+        failure = self._failures.get(step)
+        if failure is not None and step in self._added and not self.step_protocol:
+            self.doubt = self.doubt or failure.cause
+
+    def _forget(self, step: int) -> None:
+        for old in [known for known in self._failures if known <= step]:
+            del self._failures[old]
+        self._added = {added for added in self._added if added > step}

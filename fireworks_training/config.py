@@ -1,0 +1,397 @@
+"""What the caller wants: the keywords of `from_firetitan_config`, checked, and the environment.
+
+This is the only module that reads environment variables. It knows which keywords exist, which
+exclude each other and which this version refuses; it knows nothing of how they are carried out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, cast
+
+from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
+
+logger = logging.getLogger("fireworks_training.config")
+
+DEFAULT_BASE_URL = "https://api.fireworks.ai"
+RESOURCE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+TransitionType = Literal["ASYNC", "SYNC"]
+CleanUp = Literal["delete", "scale_to_zero"]
+SnapshotDtype = Literal["bfloat16", "float32"]
+
+
+class ProvisioningOptions(TypedDict, total=False):
+    """The keywords of `from_firetitan_config` that describe resources; see `ProvisioningConfig`."""
+
+    base_model: str
+    model_name: str
+    tokenizer_model: str | None
+    lora_rank: int
+    lora_alpha: int | None
+    max_lora_rank: int | None
+    projection_head_dim: int | None
+    training_shape_id: str | None
+    training_shape: str | None
+    training_shape_ref: str | None
+    reference_training_shape_id: str | None
+    reference_trainer_job_id: str | None
+    cleanup_reference_trainer_on_close: bool
+    reference_required: bool
+    deployment_shape: str | None
+    trainer_job_id: str | None
+    trainer_id: str | None
+    deployment_id: str | None
+    create_deployment: bool
+    forward_only: bool
+    region: str | None
+    max_context_length: int | None
+    learning_rate: float
+    gradient_accumulation_steps: int
+    seed: int | None
+    train_mlp: bool
+    train_attn: bool
+    train_unembed: bool
+    node_count: int | None
+    accelerator_type: str | None
+    accelerator_count: int | None
+    custom_image_tag: str | None
+    extra_args: list[str] | None
+    extra_values: dict[str, str] | None
+    deployment_extra_args: list[str] | None
+    deployment_extra_values: dict[str, str] | None
+    trainer_replica_count: int | None
+    replica_count: int | None
+    deployment_replica_count: int | None
+    trainer_timeout_s: float
+    trainer_pending_timeout_s: float
+    inactivity_timeout: str | None
+    disable_inactivity_cleanup: bool
+    deployment_timeout_s: float
+    hotload_timeout_s: float
+    reattach_settle_timeout_s: float
+    reattach_poll_interval_s: float
+    cleanup_trainer_on_close: bool
+    cleanup_deployment_on_close: CleanUp | None
+    display_name: str | None
+    purpose: str | None
+    managed_by: str | None
+    preemptible: bool
+    skip_validations: bool
+    disable_speculative_decoding: bool
+    hot_load_transition_type: str | None
+    use_reservation: bool
+    reservation_target: str | None
+    wait_for_trainer_before_deployment: bool
+    weight_sync_transport: str | None
+    snapshot_dtype: SnapshotDtype | None
+
+
+_ALIASES = {
+    "model_name": "base_model",
+    "training_shape": "training_shape_id",
+    "training_shape_ref": "training_shape_id",
+    "trainer_id": "trainer_job_id",
+    "deployment_replica_count": "replica_count",
+}
+_SHAPE_OWNED = ("node_count", "accelerator_type", "accelerator_count")
+_REFUSED: dict[str, str] = {
+    "max_lora_rank": "several models on one trainer are not supported yet; use one service a model",
+    "projection_head_dim": "projection heads are not supported yet",
+    "reference_training_shape_id": "reference trainers are not supported yet",
+    "reference_trainer_job_id": "reference trainers are not supported yet",
+    "reference_required": "reference trainers are not supported yet",
+    "forward_only": "forward-only trainers are not supported yet",
+    "reservation_target": "reservations are not supported",
+    "weight_sync_transport": "RDMA publication is not supported; leave it out for hot load",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvisioningConfig:
+    """One trainer and one deployment, as the caller wants them.
+
+    Attributes:
+        base_model: resource name of the model (alias `model_name`). Required.
+        tokenizer_model: name or folder of the tokenizer; None takes the one the platform serves.
+        lora_rank: 0 trains all parameters, more trains an adapter of that rank.
+        lora_alpha: scale of the adapter; None is 32. Only with `lora_rank > 0`.
+        training_shape_id: name of the training shape (aliases `training_shape`,
+            `training_shape_ref`); None lets the control plane choose.
+        deployment_shape: name of the deployment shape; None takes the one of the training shape.
+        trainer_job_id: reuse this trainer job (alias `trainer_id`), resumed if it stands; one that
+            does not exist is created under this id.
+        deployment_id: reuse this deployment; one that does not exist is created under this id.
+        create_deployment: False trains without a deployment.
+        max_context_length: tokens; None takes the shape's.
+        learning_rate: shown with the job; the rate of each step comes with `optim_step`.
+        seed: of the adapter's initialisation; None lets the trainer choose.
+        train_mlp, train_attn, train_unembed: which layers an adapter covers.
+        trainer_replica_count, region, custom_image_tag, extra_args, extra_values, purpose,
+            managed_by, preemptible, skip_validations, inactivity_timeout,
+            disable_inactivity_cleanup, display_name: passed on to the trainer job.
+        deployment_extra_args, deployment_extra_values, disable_speculative_decoding: passed on to
+            the deployment.
+        replica_count: replicas of the deployment (alias `deployment_replica_count`), at least 1.
+        trainer_timeout_s: seconds from placement to ready.
+        trainer_pending_timeout_s: seconds to wait for capacity.
+        deployment_timeout_s: seconds for the deployment to become ready.
+        hotload_timeout_s: seconds for every replica to report a snapshot.
+        reattach_settle_timeout_s, reattach_poll_interval_s: seconds; budget and pace of the wait
+            after a deployment was pointed to another trainer.
+        cleanup_trainer_on_close: delete the trainer job if this service created it.
+        cleanup_deployment_on_close: "delete" or "scale_to_zero" the deployment if this service
+            created it; None leaves it.
+        hot_load_transition_type: "ASYNC" or "SYNC", any case; None is the platform's own.
+        wait_for_trainer_before_deployment: create them one after the other.
+        snapshot_dtype: of weights and snapshots; "float32" turns the rounding off. Local platform
+            only.
+    """
+
+    base_model: str
+    tokenizer_model: str | None = None
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    training_shape_id: str | None = None
+    deployment_shape: str | None = None
+    trainer_job_id: str | None = None
+    deployment_id: str | None = None
+    create_deployment: bool = True
+    region: str | None = None
+    max_context_length: int | None = None
+    learning_rate: float = 1e-5
+    seed: int | None = None
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    custom_image_tag: str | None = None
+    extra_args: tuple[str, ...] = ()
+    extra_values: Mapping[str, str] | None = None
+    deployment_extra_args: tuple[str, ...] = ()
+    deployment_extra_values: Mapping[str, str] | None = None
+    trainer_replica_count: int | None = None
+    replica_count: int = 1
+    trainer_timeout_s: float = 3600.0
+    trainer_pending_timeout_s: float = 172_800.0
+    inactivity_timeout: str | None = None
+    disable_inactivity_cleanup: bool = False
+    deployment_timeout_s: float = 5400.0
+    hotload_timeout_s: float = 600.0
+    reattach_settle_timeout_s: float = 600.0
+    reattach_poll_interval_s: float = 5.0
+    cleanup_trainer_on_close: bool = False
+    cleanup_deployment_on_close: CleanUp | None = None
+    display_name: str | None = None
+    purpose: str | None = None
+    managed_by: str | None = None
+    preemptible: bool = False
+    skip_validations: bool = False
+    disable_speculative_decoding: bool = False
+    hot_load_transition_type: TransitionType | None = None
+    wait_for_trainer_before_deployment: bool = False
+    snapshot_dtype: SnapshotDtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.base_model:
+            raise InvalidArgument("base_model is required: the resource name of the model to train")
+        _at_least("lora_rank", self.lora_rank, 0)
+        _at_least("replica_count", self.replica_count, 1)
+        if self.lora_alpha is not None and self.lora_rank == 0:
+            raise InvalidArgument(
+                "lora_alpha is given but lora_rank is 0 (full-parameter): give lora_rank, or leave "
+                "lora_alpha out"
+            )
+        for name in (
+            "trainer_timeout_s",
+            "trainer_pending_timeout_s",
+            "deployment_timeout_s",
+            "hotload_timeout_s",
+            "reattach_settle_timeout_s",
+            "reattach_poll_interval_s",
+        ):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name} must be more than 0 seconds")
+        for name in ("trainer_job_id", "deployment_id"):
+            value = getattr(self, name)
+            if value is not None and not RESOURCE_ID.fullmatch(value):
+                raise InvalidArgument(
+                    f"{name}={value!r}: an id has 1 to 63 characters of a-z, 0-9 and '-', and "
+                    "neither starts nor ends with '-'"
+                )
+        _one_of("hot_load_transition_type", self.hot_load_transition_type, ("ASYNC", "SYNC"))
+        _one_of(
+            "cleanup_deployment_on_close",
+            self.cleanup_deployment_on_close,
+            ("delete", "scale_to_zero"),
+        )
+        _one_of("snapshot_dtype", self.snapshot_dtype, ("bfloat16", "float32"))
+        if self.display_name is not None and len(self.display_name) >= 64:
+            raise InvalidArgument(
+                f"display_name has {len(self.display_name)} characters; at most 63 are allowed"
+            )
+
+    @property
+    def alpha(self) -> int:
+        """The adapter's scale that is in force."""
+        return 32 if self.lora_alpha is None else self.lora_alpha
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ProvisioningConfig:
+        """Check the keywords of `from_firetitan_config` and make the configuration.
+
+        Raises:
+            UnknownOption: a keyword that does not exist.
+            InvalidArgument: a value out of range, or a keyword together with its alias.
+            NotSupported: a keyword that this version refuses.
+        """
+        known = {field.name for field in fields(cls)}
+        _refuse_unknown(options, known | set(ProvisioningOptions.__annotations__))
+        chosen = _without_aliases(options)
+        for name, reason in _REFUSED.items():
+            if chosen.pop(name, None):
+                raise NotSupported(f"{name}: {reason}")
+        chosen.pop("cleanup_reference_trainer_on_close", None)  # no reference, nothing to clean up
+        chosen.pop("use_reservation", None)  # only chooses among reservations, which are refused
+        if chosen.pop("gradient_accumulation_steps", 1) != 1:
+            raise InvalidArgument(
+                "gradient_accumulation_steps must be 1: accumulate by calling forward_backward "
+                "several times before one optim_step"
+            )
+        for name in _SHAPE_OWNED:
+            if chosen.pop(name, None) is not None:
+                warnings.warn(
+                    f"{name} is ignored: the training shape decides it",
+                    DeprecationWarning,
+                    stacklevel=4,
+                )
+        if chosen.get("replica_count", 1) in (0, None):
+            logger.warning("replica_count=%s: one replica is used", chosen["replica_count"])
+            chosen["replica_count"] = 1
+        transition = chosen.get("hot_load_transition_type")
+        if isinstance(transition, str):
+            chosen["hot_load_transition_type"] = transition.upper()
+        for name in ("extra_args", "deployment_extra_args"):
+            if name in chosen:
+                chosen[name] = tuple(chosen[name] or ())
+        if "base_model" not in chosen:
+            raise InvalidArgument("base_model is required: the resource name of the model to train")
+        return cls(**chosen)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgument(f"{name}={value!r}: an integer of at least {least} is needed")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise InvalidArgument(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    names = sorted(known)
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+            raise UnknownOption(f"unknown keyword {name!r}: {hint}")
+
+
+def _without_aliases(options: Mapping[str, Any]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for name, value in options.items():
+        canonical = _ALIASES.get(name, name)
+        if canonical in spelt:
+            raise InvalidArgument(
+                f"{spelt[canonical]!r} and {name!r} mean the same: give one of them"
+            )
+        spelt[canonical] = name
+        chosen[canonical] = value
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the platform is and how to sign in. Its repr hides the key.
+
+    Attributes:
+        base_url: an http(s) URL without a trailing slash, or "local" / "local:/path".
+        api_key: None only for an embedded platform.
+    """
+
+    base_url: str
+    api_key: str | None
+    inference_url: str | None = None
+    hotload_api_url: str | None = None
+    trainer_gateway_url: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.base_url!r})"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the platform is to be started in this process's care."""
+        return self.base_url == "local" or self.base_url.startswith("local:")
+
+    @property
+    def state_dir(self) -> str | None:
+        """The folder of `local:/path`; None for temporary state."""
+        return self.base_url.removeprefix("local:") if ":" in self.base_url else None
+
+
+def resolve_endpoint(
+    *,
+    base_url: str | None,
+    api_key: str | None,
+    inference_url: str | None = None,
+    hotload_api_url: str | None = None,
+) -> Endpoint:
+    """Arguments first, then the environment, then the defaults.
+
+    The environment's key is never handed to an embedded platform.
+
+    Raises:
+        InvalidArgument: no key, or a URL that is none.
+    """
+    url = (base_url or os.environ.get("FIREWORKS_BASE_URL") or DEFAULT_BASE_URL).rstrip("/")
+    endpoint = Endpoint(url, api_key)
+    if endpoint.embedded:
+        if endpoint.state_dir == "":
+            raise InvalidArgument(
+                "base_url='local:' names no folder: write 'local' or 'local:/path'"
+            )
+        return endpoint
+    if not re.match(r"https?://[^/]", url):
+        raise InvalidArgument(
+            f"base_url={url!r} is neither an http(s) URL nor 'local' nor 'local:/path'"
+        )
+    key = api_key or os.environ.get("FIREWORKS_API_KEY")
+    if not key:
+        raise InvalidArgument(
+            "no API key: pass api_key=, or set FIREWORKS_API_KEY (or use base_url='local', which "
+            "needs none)"
+        )
+    return Endpoint(
+        url,
+        key,
+        inference_url=inference_url,
+        hotload_api_url=hotload_api_url,
+        trainer_gateway_url=os.environ.get("FIREWORKS_TRAINER_GATEWAY_URL"),
+    )
+
+
+def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
+    """The keywords as a plain mapping."""
+    return cast(Mapping[str, Any], options)
+
+
+def session_tags() -> list[str]:
+    """Tags of a new trainer session (`TINKER_TAGS`, comma-separated)."""
+    return [tag for tag in os.environ.get("TINKER_TAGS", "").split(",") if tag]
