@@ -1,0 +1,228 @@
+"""The settings line of the platform, and what each process is told.
+
+Settings travel as one JSON line over a pipe, since arguments and environment show in `ps`. This
+module knows their fields, defaults and checks; it reads no environment and starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+from fireworks_training.errors import LocalPlatformError
+
+ACCOUNT = "local"
+MODEL_PREFIX = f"accounts/{ACCOUNT}/models/"
+TRAINING_SHAPE = f"accounts/{ACCOUNT}/trainingShapes/cpu"
+DEPLOYMENT_SHAPE = f"accounts/{ACCOUNT}/deploymentShapes/cpu"
+
+SHIPPED_MODEL = "tiny-qwen3"
+SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / SHIPPED_MODEL
+
+RESOURCE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+RESOURCE_ID_RULE = "1 to 63 of a-z, 0-9 and '-', starting and ending with a letter or digit"
+MAX_SETTINGS_BYTES = 1 << 20
+
+WorkerKind = Literal["trainer", "engine"]
+WorkerStart = Literal["fork", "exec"]
+Output = Literal["json", "text"]
+
+ENTRY_POINTS: dict[str, str] = {
+    "trainer": "fireworks_training.local.trainer.worker:main",
+    "engine": "fireworks_training.local.engine.worker:main",
+}
+
+# What a worker imports anyway and what costs seconds: paid once, before the first fork.
+PRELOAD = (
+    "torch",
+    "transformers.models.qwen3.modeling_qwen3",
+    "peft",
+    "safetensors.torch",
+    "aiohttp.web",
+)
+
+# Set before the interpreter starts: libraries read them at import, and a thread pool that exists
+# at the fork would not exist in the child.
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def is_resource_id(name: str) -> bool:
+    """Whether a name may be the last part of a resource: no path tricks, no case, bounded."""
+    return RESOURCE_ID.fullmatch(name) is not None
+
+
+def default_worker_start() -> WorkerStart:
+    """Fork on Linux; elsewhere the system's libraries do not survive a fork."""
+    return "fork" if sys.platform == "linux" else "exec"
+
+
+def _new_key() -> str:
+    return f"tml-{secrets.token_urlsafe(24)}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformSettings:
+    """What the supervisor is told.
+
+    Attributes:
+        host: address to listen on; loopback unless told otherwise.
+        port: TCP port; 0 takes a free one.
+        api_key: the key that every request must carry; made when absent.
+        state_dir: folder of snapshots, states and the database; None = temporary.
+        models: Hugging Face directories by model id, beside the shipped model.
+        embedded: end on EOF of the settings pipe, and log to a file.
+        output: form of the ready message.
+        worker_start: "fork" from the template, or "exec" new processes.
+        entry_points: `module:function` of each worker kind; tests put small ones here.
+        preload: modules that the template imports before it forks.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str = field(default_factory=_new_key, repr=False)
+    state_dir: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
+    embedded: bool = False
+    output: Output = "json"
+    worker_start: WorkerStart = field(default_factory=default_worker_start)
+    entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))
+    preload: tuple[str, ...] = PRELOAD
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise LocalPlatformError("settings: host is empty")
+        if not 0 <= self.port <= 65535:
+            raise LocalPlatformError(f"settings: port {self.port} is not in 0..65535")
+        if not re.fullmatch(r"[!-~]{8,512}", self.api_key):
+            raise LocalPlatformError(
+                "settings: the API key must be 8 to 512 printable ASCII characters without spaces"
+            )
+        for name in self.models:
+            if not is_resource_id(name):
+                raise LocalPlatformError(f"settings: model name {name!r} is not {RESOURCE_ID_RULE}")
+        if self.output not in ("json", "text"):
+            raise LocalPlatformError(f"settings: output {self.output!r} is not 'json' or 'text'")
+        if self.worker_start not in ("fork", "exec"):
+            raise LocalPlatformError(
+                f"settings: worker_start {self.worker_start!r} is not 'fork' or 'exec'"
+            )
+        if set(self.entry_points) != set(ENTRY_POINTS):
+            raise LocalPlatformError(f"settings: entry_points must name {sorted(ENTRY_POINTS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """What the gateway process is told; `socket_fd` and `lifetime_fd` are inherited."""
+
+    socket_fd: int
+    lifetime_fd: int
+    host: str
+    port: int
+    api_key: str = field(repr=False)
+    runtime_dir: str
+    state_dir: str
+    models: dict[str, str]
+    default_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSettings:
+    """What the template process is told; `socket_fd` and `lifetime_fd` are inherited."""
+
+    socket_fd: int
+    lifetime_fd: int
+    runtime_dir: str
+    worker_start: WorkerStart
+    entry_points: dict[str, str]
+    preload: tuple[str, ...]
+
+
+Settings = TypeVar("Settings", PlatformSettings, GatewaySettings, TemplateSettings)
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "str | None": (str, type(None)),
+    "dict[str, str]": (dict,),
+    "tuple[str, ...]": (list,),
+    "Output": (str,),
+    "WorkerStart": (str,),
+}
+
+
+def dump(settings: PlatformSettings | GatewaySettings | TemplateSettings) -> bytes:
+    """The settings as one JSON line."""
+    return json.dumps(asdict(settings)).encode() + b"\n"
+
+
+def parse(cls: type[Settings], line: bytes | str) -> Settings:
+    """The settings in one JSON line; null stands for a field's default.
+
+    Raises:
+        LocalPlatformError: not a JSON object, an unknown field, or a value of the wrong kind.
+            The message holds no value of the line, since one of them is the key.
+    """
+    try:
+        raw: object = json.loads(line)
+    except ValueError:
+        raise LocalPlatformError("settings: the line is not JSON") from None
+    if not isinstance(raw, dict):
+        raise LocalPlatformError("settings: the line is not a JSON object")
+    known = {f.name: str(f.type) for f in fields(cls)}
+    values: dict[str, object] = {}
+    for name, value in cast(Mapping[str, object], raw).items():
+        if name not in known:
+            raise LocalPlatformError(f"settings: unknown field {name!r}; known: {sorted(known)}")
+        if value is not None:
+            values[name] = _checked(name, value, known[name])
+    try:
+        return cls(**values)  # type: ignore[arg-type]  # each value was checked just above
+    except TypeError as error:
+        raise LocalPlatformError(f"settings: {error}") from None
+
+
+def _checked(name: str, value: object, kind: str) -> object:
+    right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if right and isinstance(value, dict):
+        pairs = cast(Mapping[object, object], value).items()
+        right = all(isinstance(key, str) and isinstance(item, str) for key, item in pairs)
+    if right and isinstance(value, list):
+        items = cast(list[object], value)
+        right = all(isinstance(item, str) for item in items)
+        value = tuple(items)
+    if not right:
+        raise LocalPlatformError(f"settings: field {name!r} is not of type {kind}")
+    return value
+
+
+def read_line(fd: int) -> bytes:
+    """The bytes up to a newline or EOF of a blocking descriptor; nothing behind it is consumed.
+
+    Raises:
+        LocalPlatformError: the line is empty or longer than 1 MiB.
+    """
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(fd, 1)
+        if not byte:
+            break
+        line += byte
+        if len(line) > MAX_SETTINGS_BYTES:
+            raise LocalPlatformError(f"settings: the line is over {MAX_SETTINGS_BYTES} bytes")
+    if not line.strip():
+        raise LocalPlatformError("settings: one JSON line is expected on the settings descriptor")
+    return bytes(line)
