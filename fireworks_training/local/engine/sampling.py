@@ -1,0 +1,156 @@
+"""From logits to one token a row: temperature, top-k, top-p, logprobs. Knows rows, not streams.
+
+Shapes: n rows, V vocabulary, k top logprobs. All arithmetic is float32, sums of probabilities
+float64. Two distributions are reported on:
+
+- raw: `log_softmax(logits)`, what a trainer's forward gives for the same token;
+- sampling: after masking, temperature, top-k and then top-p, renormalised: the behaviour policy.
+  With temperature 0 it is the point mass on the most likely token, so its logprob is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Parameters of the rows, arrays of n entries.
+
+    Attributes:
+        temperature: float32; 0 is greedy.
+        top_p: float32 in (0, 1].
+        top_k: int64; 0 is off.
+        uniform: float64 in [0, 1), one number a row: what decides the token.
+        top_logprobs: int64, most likely tokens to report.
+        banned: for some rows, tokens that must not be sampled.
+    """
+
+    temperature: npt.NDArray[np.float32]
+    top_p: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int64]
+    uniform: npt.NDArray[np.float64]
+    top_logprobs: npt.NDArray[np.int64]
+    banned: Mapping[int, Collection[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Arrays of n entries; the top arrays are `[n, k]`, k the largest number asked for.
+
+    `finite` is False where the logits held NaN or infinity: the row's other values mean nothing.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    sampling_logprobs: npt.NDArray[np.float32]
+    finite: npt.NDArray[np.bool_]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+
+
+def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
+    """One token for each row of `logits_nV` (float32 `[n, V]`, not changed)."""
+    finite_n = torch.isfinite(logits_nV).all(dim=-1)
+    if not bool(finite_n.all()):
+        logits_nV = torch.where(finite_n[:, None], logits_nV, 0.0)
+    raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
+
+    temperature_n = torch.from_numpy(rows.temperature)
+    greedy_n = temperature_n == 0
+    policy_nV = _policy_logits(logits_nV, temperature_n, greedy_n, rows)
+    policy_lse_n = raw_lse_n if policy_nV is logits_nV else torch.logsumexp(policy_nV, dim=-1)
+    tokens_n = _inverse_cdf(policy_nV, policy_lse_n, torch.from_numpy(rows.uniform))
+    if bool(greedy_n.any()):
+        tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
+
+    at = tokens_n[:, None]
+    logprobs_n = logits_nV.gather(1, at)[:, 0] - raw_lse_n
+    sampling_n = policy_nV.gather(1, at)[:, 0] - policy_lse_n
+    sampling_n = torch.where(greedy_n, 0.0, sampling_n)
+    top_ids, top_logprobs = top(logits_nV, raw_lse_n, rows.top_logprobs)
+    return Sampled(
+        tokens=tokens_n.to(torch.int32).numpy(),
+        logprobs=logprobs_n.numpy(),
+        sampling_logprobs=sampling_n.numpy(),
+        finite=finite_n.numpy(),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+    )
+
+
+def top(
+    logits_nV: torch.Tensor, lse_n: torch.Tensor, wanted_n: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The most likely tokens of each row and their raw logprobs, best first.
+
+    Rows that want fewer than the most wanted are padded with id -1.
+    """
+    n = logits_nV.shape[0]
+    k = int(wanted_n.max(initial=0))
+    if k == 0:
+        return np.empty((n, 0), np.int32), np.empty((n, 0), np.float32)
+    values_nk, ids_nk = logits_nV.topk(k, dim=-1)
+    ids = ids_nk.to(torch.int32).numpy()
+    ids[np.arange(k) >= wanted_n[:, None]] = -1
+    return ids, (values_nk - lse_n[:, None]).numpy()
+
+
+def _policy_logits(
+    logits_nV: torch.Tensor,
+    temperature_n: torch.Tensor,
+    greedy_n: torch.Tensor,
+    rows: SamplingRows,
+) -> torch.Tensor:
+    """Logits of the behaviour policy, -inf where it gives no mass; the input itself if equal."""
+    policy_nV = logits_nV
+    if rows.banned:
+        policy_nV = policy_nV.clone()
+        for row, tokens in rows.banned.items():
+            policy_nV[row, list(tokens)] = -torch.inf
+    if not np.all((rows.temperature == 1) | (rows.temperature == 0)):
+        policy_nV = policy_nV / torch.where(greedy_n, 1.0, temperature_n)[:, None]
+    filtered = np.flatnonzero(((rows.top_k > 0) | (rows.top_p < 1)) & (rows.temperature > 0))
+    if len(filtered):
+        if policy_nV is logits_nV:
+            policy_nV = policy_nV.clone()
+        at = torch.from_numpy(filtered)
+        policy_nV[at] = _filter(
+            policy_nV[at],
+            torch.from_numpy(rows.top_k[filtered]),
+            torch.from_numpy(rows.top_p[filtered]),
+        )
+    return policy_nV
+
+
+def _filter(logits_nV: torch.Tensor, top_k_n: torch.Tensor, top_p_n: torch.Tensor) -> torch.Tensor:
+    """Top-k, then the smallest set of most likely tokens of what is left that reaches top-p."""
+    vocabulary = logits_nV.shape[-1]
+    sorted_nV, order_nV = logits_nV.sort(dim=-1, descending=True, stable=True)
+    limit_n = torch.where(top_k_n > 0, top_k_n, vocabulary)
+    rank_V = torch.arange(vocabulary)
+    sorted_nV = sorted_nV.masked_fill(rank_V >= limit_n[:, None], -torch.inf)
+    probs_nV = sorted_nV.softmax(dim=-1, dtype=torch.float64)
+    # A token stays while the mass before it is below top-p, so the first one always does.
+    before_nV = probs_nV.cumsum(dim=-1) - probs_nV
+    outside_nV = (before_nV >= top_p_n.to(torch.float64)[:, None]) & (top_p_n < 1)[:, None]
+    outside_nV[:, 0] = False
+    sorted_nV = sorted_nV.masked_fill(outside_nV, -torch.inf)
+    return torch.empty_like(logits_nV).scatter_(1, order_nV, sorted_nV)
+
+
+def _inverse_cdf(
+    policy_nV: torch.Tensor, lse_n: torch.Tensor, uniform_n: torch.Tensor
+) -> torch.Tensor:
+    """The first token whose cumulated probability exceeds the row's uniform number."""
+    cdf_nV = (policy_nV - lse_n[:, None]).exp().to(torch.float64).cumsum(dim=-1)
+    total_n = cdf_nV[:, -1]
+    # The number is below 1 by 2^-52 at least, so the target stays below the total, and a token
+    # without mass (equal to its predecessor) is never the first to exceed it.
+    target_n = torch.minimum(uniform_n * total_n, torch.nextafter(total_n, total_n.new_zeros(())))
+    return torch.searchsorted(cdf_nV, target_n[:, None], right=True)[:, 0]

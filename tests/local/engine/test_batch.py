@@ -1,0 +1,283 @@
+"""Whatever joins, leaves or shares a batch: each stream is what a plain forward pass says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3ForCausalLM
+
+from fireworks_training.local.engine.batch import (
+    PREFILL_TOKENS,
+    Decoder,
+    Rows,
+    RunningBatch,
+    UnsupportedModelError,
+    next_prefill,
+)
+from fireworks_training.local.engine.requests import SamplingRequest, key_of_seed
+from fireworks_training.local.frames import NO_TOKEN, Finish, PromptLogprobs
+from tests.local.engine.conftest import VOCABULARY, tiny_qwen3
+
+SLOTS = 8
+
+
+class Recorder:
+    """Runs a batch and keeps what each stream got."""
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        self.batch = RunningBatch(Decoder(model), SLOTS)
+        self.tokens: dict[int, list[int]] = defaultdict(list)
+        self.logprobs: dict[int, list[float]] = defaultdict(list)
+        self.sampling: dict[int, list[float]] = defaultdict(list)
+        self.top: dict[int, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        self.finish: dict[int, Finish] = {}
+        self.echoes: dict[int, PromptLogprobs] = {}
+        self.cached: dict[int, int] = {}
+
+    def admit(self, *requests: SamplingRequest) -> None:
+        prefilled = self.batch.admit(requests)
+        for request, cached in zip(requests, prefilled.cached, strict=True):
+            self.cached[request.stream] = int(cached)
+        self.echoes |= {echo.stream: echo for echo in prefilled.echoes}
+        self._take(prefilled.rows)
+
+    def step(self) -> None:
+        self._take(self.batch.step())
+
+    def finish_all(self) -> None:
+        while len(self.batch):
+            self.step()
+
+    def _take(self, rows: Rows) -> None:
+        for i, stream in enumerate(rows.streams.tolist()):
+            assert stream not in self.finish
+            if rows.finished[i]:
+                self.finish[stream] = Finish(rows.finished[i])
+            if rows.tokens[i] == NO_TOKEN:
+                continue
+            self.tokens[stream].append(int(rows.tokens[i]))
+            self.logprobs[stream].append(float(rows.logprobs[i]))
+            self.sampling[stream].append(float(rows.sampling_logprobs[i]))
+            self.top[stream].append((rows.top_ids[i], rows.top_logprobs[i]))
+
+
+def request(stream: int, prompt: list[int], **fields: object) -> SamplingRequest:
+    made = SamplingRequest(stream, tuple(prompt), max_tokens=6, key=key_of_seed(stream))
+    return replace(made, **fields)
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+@torch.no_grad()
+def plain_logprobs(model: Qwen3ForCausalLM, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """[len(tokens), V] raw logprobs that a forward over the whole sequence gives."""
+    logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1).numpy()
+
+
+def check(model: Qwen3ForCausalLM, recorder: Recorder, requests: list[SamplingRequest]) -> None:
+    for made in requests:
+        tokens = recorder.tokens[made.stream]
+        plain = plain_logprobs(model, list(made.prompt), tokens)
+        expected = plain[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(recorder.logprobs[made.stream], expected, atol=1e-4)
+
+
+def test_mixed_lengths_agree_with_a_plain_forward(model: Qwen3ForCausalLM) -> None:
+    lengths = [1, 30, 7, 7, 2]
+    requests = [request(i, prompt_of(n, i), max_tokens=3 + 5 * i) for i, n in enumerate(lengths)]
+    recorder = Recorder(model)
+    recorder.admit(*requests)
+    recorder.finish_all()
+    check(model, recorder, requests)
+    assert [len(recorder.tokens[i]) for i in range(5)] == [3, 8, 13, 18, 23]
+    assert set(recorder.finish.values()) == {Finish.LENGTH}
+
+
+def test_a_shifted_mask_would_be_seen(model: Qwen3ForCausalLM) -> None:
+    """Negative control: with one position too few in the mask the comparison fails."""
+    recorder = Recorder(model)
+    made = request(0, prompt_of(5, 0), max_tokens=8)
+    recorder.admit(made)
+    recorder.batch._cache.lengths[0] -= 1
+    recorder.finish_all()
+    with pytest.raises(AssertionError):
+        check(model, recorder, [made])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_order_of_joining_and_leaving(model: Qwen3ForCausalLM, data: st.DataObject) -> None:
+    recorder = Recorder(model)
+    requests: list[SamplingRequest] = []
+    cancelled: set[int] = set()
+    for _ in range(data.draw(st.integers(1, 14))):
+        free = SLOTS - len(recorder.batch)
+        action = data.draw(st.sampled_from(["join", "step", "cancel"]))
+        if action == "join" and free:
+            joining = [
+                request(
+                    len(requests) + i,
+                    prompt_of(data.draw(st.integers(1, 40)), data.draw(st.integers(0, 2))),
+                    max_tokens=data.draw(st.integers(1, 90)),
+                )
+                for i in range(data.draw(st.integers(1, free)))
+            ]
+            requests += joining
+            recorder.admit(*joining)
+        elif action == "cancel" and requests:
+            victim = data.draw(st.integers(0, len(requests) - 1))
+            cancelled.add(victim)
+            recorder.batch.drop([victim, 10**6])
+        elif len(recorder.batch):
+            for _ in range(data.draw(st.integers(1, 70))):
+                if len(recorder.batch):
+                    recorder.step()
+    recorder.finish_all()
+    check(model, recorder, requests)
+    for made in requests:
+        if made.stream not in cancelled:
+            assert len(recorder.tokens[made.stream]) == made.max_tokens
+
+
+def test_greedy_is_the_argmax_and_certain(model: Qwen3ForCausalLM) -> None:
+    recorder = Recorder(model)
+    made = request(3, prompt_of(9, 1), temperature=0.0, max_tokens=12)
+    recorder.admit(made)
+    recorder.finish_all()
+    plain = plain_logprobs(model, list(made.prompt), recorder.tokens[3])
+    assert recorder.tokens[3] == plain.argmax(-1).tolist()
+    assert recorder.sampling[3] == [0.0] * 12
+
+
+def test_a_seed_gives_its_tokens_in_any_batch(model: Qwen3ForCausalLM) -> None:
+    made = request(0, prompt_of(6, 1), key=key_of_seed(42), max_tokens=20, temperature=1.3)
+    alone = Recorder(model)
+    alone.admit(made)
+    alone.finish_all()
+    crowd = Recorder(model)
+    crowd.admit(*[request(i, prompt_of(3 * i, i), max_tokens=9) for i in range(1, 5)])
+    crowd.step()
+    crowd.admit(replace(made, stream=9))
+    crowd.finish_all()
+    assert crowd.tokens[9] == alone.tokens[0]
+    other = Recorder(model)
+    other.admit(replace(made, key=key_of_seed(43)))
+    other.finish_all()
+    assert other.tokens[0] != alone.tokens[0]
+
+
+def test_a_shared_prompt_is_computed_once(model: Qwen3ForCausalLM) -> None:
+    shared = prompt_of(11, 5)
+    requests = [request(i, shared) for i in range(4)] + [request(4, prompt_of(3, 1))]
+    recorder = Recorder(model)
+    recorder.admit(*requests)
+    recorder.finish_all()
+    check(model, recorder, requests)
+    assert recorder.cached == {0: 0, 1: 11, 2: 11, 3: 11, 4: 0}
+    assert len({tuple(recorder.tokens[i]) for i in range(4)}) > 1
+
+
+def test_stop_ids_end_a_stream_and_belong_to_it(model: Qwen3ForCausalLM) -> None:
+    free = Recorder(model)
+    made = request(0, prompt_of(6, 2), max_tokens=10)
+    free.admit(made)
+    free.finish_all()
+    stop = free.tokens[0][4]
+    first = free.tokens[0].index(stop)
+    stopped = Recorder(model)
+    stopped.admit(replace(made, stop_ids=frozenset({stop})))
+    stopped.finish_all()
+    assert stopped.tokens[0] == free.tokens[0][: first + 1]
+    assert stopped.finish[0] is Finish.STOP
+
+
+def test_min_tokens_bans_stop_ids_until_then(model: Qwen3ForCausalLM) -> None:
+    recorder = Recorder(model)
+    stops = frozenset(range(VOCABULARY - 1))
+    recorder.admit(request(0, prompt_of(6, 2), max_tokens=10, min_tokens=4, stop_ids=stops))
+    recorder.finish_all()
+    assert recorder.tokens[0][:4] == [VOCABULARY - 1] * 4
+    assert recorder.sampling[0][:4] == pytest.approx([0.0] * 4, abs=1e-5)
+    assert recorder.logprobs[0][0] < -0.1
+
+
+def test_echo_gives_the_prompts_own_logprobs(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(20, 7)
+    other = prompt_of(33, 8)
+    recorder = Recorder(model)
+    recorder.admit(
+        request(0, prompt, echo=20, top_logprobs=3),
+        request(1, prompt, echo=4),
+        request(2, other, echo=33, max_tokens=0),
+        request(3, [5], echo=1),
+    )
+    plain = plain_logprobs(model, prompt[:1], prompt[1:])
+    expected = plain[np.arange(19), prompt[1:]]
+    np.testing.assert_allclose(recorder.echoes[0].logprobs, expected, atol=1e-4)
+    np.testing.assert_allclose(
+        recorder.echoes[0].top_logprobs, np.sort(plain, axis=-1)[:, :-4:-1], atol=1e-4
+    )
+    np.testing.assert_allclose(recorder.echoes[1].logprobs, expected[-4:], atol=1e-4)
+    assert recorder.echoes[1].top_ids.shape == (4, 0)
+    assert len(recorder.echoes[2].logprobs) == 32
+    assert len(recorder.echoes[3].logprobs) == 0
+    assert recorder.finish[2] is Finish.LENGTH
+    assert recorder.tokens[2] == []
+
+
+def test_top_logprobs_are_the_raw_models_best(model: Qwen3ForCausalLM) -> None:
+    recorder = Recorder(model)
+    made = request(0, prompt_of(5, 3), top_logprobs=4, temperature=0.3)
+    recorder.admit(made, request(1, prompt_of(5, 4)))
+    recorder.finish_all()
+    plain = plain_logprobs(model, list(made.prompt), recorder.tokens[0])
+    for (ids, values), row in zip(recorder.top[0], plain, strict=True):
+        assert ids.tolist()[:4] == row.argsort()[::-1][:4].tolist()
+        np.testing.assert_allclose(values[:4], np.sort(row)[::-1][:4], atol=1e-4)
+    assert recorder.top[1][0][0].tolist() == [-1] * 4
+
+
+def test_weights_that_diverged_end_the_stream_without_a_token() -> None:
+    broken = tiny_qwen3(5)
+    recorder = Recorder(broken)
+    recorder.admit(request(0, [3, 4]))
+    with torch.no_grad():
+        broken.lm_head.weight[7] = torch.nan
+    recorder.step()
+    assert recorder.finish[0] is Finish.NOT_FINITE
+    assert len(recorder.tokens[0]) == 1
+
+
+def test_next_prefill_is_bounded_but_never_empty() -> None:
+    long = request(0, [1] * PREFILL_TOKENS)
+    assert next_prefill([long, request(1, [2])]) == 1
+    assert next_prefill([long, replace(long, stream=1), replace(long, stream=2)]) == 3
+    small = [request(i, prompt_of(64, i)) for i in range(PREFILL_TOKENS // 64 + 5)]
+    assert next_prefill(small) == PREFILL_TOKENS // 64
+
+
+def test_models_that_would_be_served_wrongly_are_refused() -> None:
+    sliding = tiny_qwen3()
+    sliding.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UnsupportedModelError, match="sliding"):
+        Decoder(sliding)
+    scaled = tiny_qwen3()
+    plain = scaled.forward
+
+    def capped(*args: object, **kwargs: object) -> object:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits.tanh()
+        return output
+
+    scaled.forward = capped
+    with pytest.raises(UnsupportedModelError, match="head"):
+        Decoder(scaled)
