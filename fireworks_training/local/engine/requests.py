@@ -6,6 +6,7 @@ tensors, and refuse the one request rather than the connection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class SamplingRequest:
         top_logprobs: how many most likely tokens to report, 0 to 20.
         echo: how many prompt tokens, from the end, to report logprobs of. The first token of a
             prompt has none.
-        arrived: when the engine read it, seconds of its own monotonic clock.
+        arrived: when the gateway sent it, seconds of the machine's monotonic clock. (What arrives
+            during a decode step is read after it, and that wait counts too.)
     """
 
     stream: int
@@ -104,7 +106,7 @@ def parse_add(
     max_context: int,
     eos_ids: frozenset[int],
     fresh_key: int,
-    arrived: float,
+    now: float,
 ) -> SamplingRequest:
     """The request in an `add` control.
 
@@ -114,7 +116,7 @@ def parse_add(
         max_context: tokens that prompt and completion may have together.
         eos_ids: the model's own end tokens, stop tokens unless `ignore_eos`.
         fresh_key: the key where the message has no seed.
-        arrived: engine time of arrival, seconds.
+        now: seconds of the monotonic clock; the time of arrival where `sent` is missing.
 
     Raises:
         RequestRefused: a field is missing, of a wrong type, or out of range.
@@ -149,7 +151,7 @@ def parse_add(
         stop_ids=stops,
         top_logprobs=_integer(message, "top_logprobs", 0, 0, min(MAX_TOP_LOGPROBS, vocab_size)),
         echo=_integer(message, "echo", 0, 0, len(prompt)),
-        arrived=arrived,
+        arrived=min(now, _number(message, "sent", now, 0.0, math.inf)),
     )
 
 

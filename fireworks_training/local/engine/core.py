@@ -1,0 +1,341 @@
+"""The engine without its socket: takes controls, gives frames, one decode step a tick.
+
+Knows the queue of waiting requests, the running batch and the pending hot load, and decides in
+which order they get the thread. Knows no file descriptors; its only clock is the one it is given.
+
+The rules:
+1. A request waits until the running batch has a slot and the cache has room for it at its longest.
+2. A hot load waits until the running batch is empty; from its arrival on, nobody begins. So no
+   completion ever mixes two snapshots, and every request that begins after it has the new one.
+3. Of two pending loads the newer wins; the older is reported as superseded.
+4. A request that is cancelled holds no slot at the next tick.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fireworks_training.local.engine.batch import Decoder, Rows, RunningBatch, next_prefill
+from fireworks_training.local.engine.requests import RequestRefused, SamplingRequest, parse_add
+from fireworks_training.local.engine.weights import LoadFailed, ServedWeights
+from fireworks_training.local.frames import (
+    Begun,
+    Step,
+    encode_begun,
+    encode_control,
+    encode_prompt_logprobs,
+    encode_step,
+)
+
+Stage = Literal["ready", "pending", "loading", "error"]
+LoadOutcome = Literal["loaded", "superseded", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one engine holds at most.
+
+    Attributes:
+        max_slots: streams that decode together.
+        max_waiting: requests that wait beyond those.
+        max_context: tokens of prompt and completion together.
+        cache_tokens: rows times columns of the key/value cache; one stream is always allowed.
+    """
+
+    max_slots: int = 256
+    max_waiting: int = 4096
+    max_context: int = 2048
+    cache_tokens: int = 1 << 20
+
+
+@dataclass(slots=True)
+class _PendingLoad:
+    number: int
+    identity: str
+    announced: bool = False
+
+
+class Engine:
+    """One replica's engine; not thread-safe.
+
+    Args:
+        weights: what it serves.
+        limits: its bounds.
+        clock: seconds; has to be the one that the gateway stamps `sent` with.
+    """
+
+    def __init__(
+        self,
+        weights: ServedWeights,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._weights = weights
+        self._limits = limits
+        self._clock = clock
+        self._eos_ids = _eos_ids(weights)
+        self._decoder = Decoder(weights.model)
+        self._batch = RunningBatch(self._decoder, limits.max_slots)
+        self._waiting: dict[int, SamplingRequest] = {}
+        self._live: set[int] = set()
+        self._load: _PendingLoad | None = None
+        self._failed: tuple[str, str] | None = None
+        self._outbox: list[bytes] = []
+        self._counts_changed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a tick would do or send anything."""
+        return bool(
+            self._waiting or self._load or len(self._batch) or self._outbox or self._counts_changed
+        )
+
+    def hello(self) -> bytes:
+        """The frame that opens a connection: what this engine is and what it holds."""
+        return encode_control(
+            {
+                **self._status(),
+                "op": "hello",
+                "vocab_size": self._decoder.vocab_size,
+                "max_context": self._limits.max_context,
+                "max_slots": self._limits.max_slots,
+                "max_waiting": self._limits.max_waiting,
+            }
+        )
+
+    def control(self, message: Mapping[str, object]) -> None:
+        """Takes one control: `add`, `cancel`, `load` or `reset_prompt_cache`.
+
+        Raises:
+            ValueError: it is none of these, or has fields of wrong types.
+        """
+        match message:
+            case {"op": "add", "stream": int(stream)}:
+                self._add(stream, message)
+            case {"op": "cancel", "streams": list(streams)}:
+                self.cancel(set(streams))
+            case {"op": "load", "number": int(number), "identity": str(identity)}:
+                self._request_load(number, identity)
+            case {"op": "reset_prompt_cache"}:
+                # No prompt outlives its batch here, so there is nothing stale to drop.
+                pass
+            case _:
+                raise ValueError(f"control {str(message.get('op'))[:40]!r} is not understood")
+
+    def cancel(self, streams: set[object]) -> None:
+        """Drops streams, waiting or running; unknown ids are ignored."""
+        gone = {stream for stream in streams if isinstance(stream, int)} & self._live
+        if not gone:
+            return
+        for stream in gone:
+            self._waiting.pop(stream, None)
+        self._batch.drop(gone)
+        self._live -= gone
+        self._counts_changed = True
+
+    def reset(self) -> None:
+        """The gateway is gone: nobody waits for any stream. A pending load goes on."""
+        self.cancel(set(self._live))
+        self._outbox.clear()
+
+    def tick(self) -> list[bytes]:
+        """Does the next piece of work; returns the frames to send, in order."""
+        stepped = False
+        if self._load is not None and not len(self._batch):
+            self._advance_load(self._load)
+        elif self._load is None:
+            stepped = self._admit()
+        if len(self._batch):
+            self._send_rows(self._batch.step())
+            stepped = True
+        if self._counts_changed and not stepped:
+            self._send_counts()
+        self._counts_changed = False
+        frames, self._outbox = self._outbox, []
+        return frames
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _add(self, stream: int, message: Mapping[str, object]) -> None:
+        full = len(self._waiting) >= self._limits.max_waiting + self._limits.max_slots
+        try:
+            if full:
+                raise RequestRefused(f"{len(self._waiting)} requests are waiting already")
+            if stream in self._live:
+                raise RequestRefused(f"stream {stream} is taken")
+            request = parse_add(
+                message,
+                vocab_size=self._decoder.vocab_size,
+                max_context=self._limits.max_context,
+                eos_ids=self._eos_ids,
+                fresh_key=secrets.randbits(64),
+                now=self._clock(),
+            )
+        except RequestRefused as refusal:
+            self._outbox.append(
+                encode_control(
+                    {"op": "refused", "stream": stream, "full": full, "message": str(refusal)}
+                )
+            )
+            return
+        self._waiting[stream] = request
+        self._live.add(stream)
+
+    def _admit(self) -> bool:
+        """Begins as many waiting requests as one prefill may take; whether there were any."""
+        candidates = self._fitting()
+        if not candidates:
+            return False
+        begun = candidates[: next_prefill(candidates)]
+        started = self._clock()
+        prefilled = self._batch.admit(begun)
+        seconds = self._clock() - started
+        for request in begun:
+            del self._waiting[request.stream]
+        concurrent = len(self._live)
+        n = len(begun)
+        self._outbox.append(
+            encode_begun(
+                Begun(
+                    version=self._weights.held.version,
+                    streams=prefilled.rows.streams,
+                    queued=np.array([started - r.arrived for r in begun], np.float32),
+                    prefill=np.full(n, seconds, np.float32),
+                    cached=prefilled.cached,
+                    active=np.full(n, concurrent, np.uint32),
+                )
+            )
+        )
+        self._outbox += [encode_prompt_logprobs(echo) for echo in prefilled.echoes]
+        self._send_rows(prefilled.rows)
+        return True
+
+    def _fitting(self) -> list[SamplingRequest]:
+        """The waiting requests, oldest first, that slots and cache have room for."""
+        running = len(self._batch)
+        longest = self._batch.room
+        fitting: list[SamplingRequest] = []
+        for request in self._waiting.values():
+            rows = running + len(fitting) + 1
+            longest = max(longest, request.total)
+            if rows > self._limits.max_slots:
+                break
+            if rows > 1 and rows * longest > self._limits.cache_tokens:
+                break
+            fitting.append(request)
+        return fitting
+
+    def _send_rows(self, rows: Rows) -> None:
+        self._live.difference_update(rows.streams[rows.finished != 0].tolist())
+        self._outbox.append(
+            encode_step(
+                Step(
+                    version=self._weights.held.version,
+                    active=len(self._batch),
+                    waiting=len(self._waiting),
+                    streams=rows.streams,
+                    tokens=rows.tokens,
+                    logprobs=rows.logprobs,
+                    sampling_logprobs=rows.sampling_logprobs,
+                    finished=rows.finished,
+                    top_ids=rows.top_ids,
+                    top_logprobs=rows.top_logprobs,
+                )
+            )
+        )
+
+    def _send_counts(self) -> None:
+        none = np.empty(0)
+        table = np.empty((0, 0))
+        self._outbox.append(
+            encode_step(
+                Step(
+                    version=self._weights.held.version,
+                    active=len(self._batch),
+                    waiting=len(self._waiting),
+                    streams=none.astype(np.uint32),
+                    tokens=none.astype(np.int32),
+                    logprobs=none.astype(np.float32),
+                    sampling_logprobs=none.astype(np.float32),
+                    finished=none.astype(np.uint8),
+                    top_ids=table.astype(np.int32),
+                    top_logprobs=table.astype(np.float32),
+                )
+            )
+        )
+
+    # -- hot load ------------------------------------------------------------------------------
+
+    def _request_load(self, number: int, identity: str) -> None:
+        if self._load is not None:
+            self._report(self._load.number, "superseded", f"{identity!r} was requested after it")
+            self._load = None
+        self._failed = None
+        if identity == self._weights.held.identity:
+            self._report(number, "loaded")
+        else:
+            self._load = _PendingLoad(number, identity)
+        self._send_status()
+
+    def _advance_load(self, load: _PendingLoad) -> None:
+        """Says that the load begins, and in the next tick, when that is sent, does it."""
+        if not load.announced:
+            load.announced = True
+            self._send_status()
+            return
+        self._load = None
+        try:
+            self._weights.load(load.identity)
+        except LoadFailed as error:
+            self._failed = (load.identity, str(error))
+            self._send_status()
+            self._report(load.number, "failed", str(error))
+            return
+        self._batch.forget()
+        self._send_status()
+        self._report(load.number, "loaded")
+
+    def _report(self, number: int, outcome: LoadOutcome, reason: str | None = None) -> None:
+        message = {"op": "load_ended", "number": number, "outcome": outcome, "reason": reason}
+        self._outbox.append(encode_control(message))
+
+    def _send_status(self) -> None:
+        self._outbox.append(encode_control(self._status()))
+
+    def _status(self) -> dict[str, object]:
+        held = self._weights.held
+        stage: Stage = "ready"
+        target, error = held.identity, None
+        if self._load is not None:
+            stage = "loading" if self._load.announced else "pending"
+            target = self._load.identity
+        elif self._failed is not None:
+            stage = "error"
+            target, error = self._failed
+        return {
+            "op": "status",
+            "identity": held.identity,
+            "kind": held.kind,
+            "tensors_sha256": held.tensors_sha256,
+            "version": held.version,
+            "stage": stage,
+            "target": target,
+            "error": error,
+        }
+
+
+def _eos_ids(weights: ServedWeights) -> frozenset[int]:
+    """The end tokens of the model's generation settings, or of its configuration."""
+    for settings in (weights.model.generation_config, weights.model.config):
+        found = getattr(settings, "eos_token_id", None)
+        if isinstance(found, int):
+            return frozenset({found})
+        if found:
+            return frozenset(found)
+    return frozenset()

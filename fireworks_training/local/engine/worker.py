@@ -1,0 +1,145 @@
+"""The engine's process: a Unix socket, one gateway at a time, and the loop that drives the engine.
+
+Knows descriptors and the settings it is started with. One thread does everything: between two
+ticks it takes what has arrived, without waiting while there is work, and sends what it can.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+from pathlib import Path
+from typing import cast
+
+from fireworks_training.local.engine.core import Engine, EngineLimits
+from fireworks_training.local.engine.weights import ServedWeights
+from fireworks_training.local.frames import Control, FrameDecoder, FrameError
+from fireworks_training.local.model import SnapshotDtype, configure_torch
+from fireworks_training.local.snapshots import SnapshotStore
+
+MAX_UNSENT = 64 * 1024 * 1024
+"""Bytes that wait for a slow gateway before the engine stops stepping."""
+
+CACHE_BYTES = 2 * 1024**3
+"""What the key/value cache may come to, keys and values in fp32."""
+
+_SOCKET_BYTES = 1 << 18
+
+
+def main(settings: dict[str, object]) -> None:
+    """Serve one deployment's replica until SIGTERM or a `stop` control.
+
+    Args:
+        settings: "socket", "model_path", "snapshots_dir", "snapshot_dtype", "max_context_length",
+            "max_slots"; "base_model" (resource name that snapshots must come from) where known.
+
+    Raises:
+        UnsupportedModelError: this engine would not serve the model faithfully.
+        OSError: the model or the socket is not there.
+    """
+    configure_torch()
+    listener = listen(Path(cast(str, settings["socket"])))
+    weights = ServedWeights(
+        Path(cast(str, settings["model_path"])),
+        SnapshotStore(Path(cast(str, settings["snapshots_dir"]))),
+        base_model=cast("str | None", settings.get("base_model")),
+        dtype=cast(SnapshotDtype, settings.get("snapshot_dtype", "bfloat16")),
+    )
+    limits = EngineLimits(
+        max_slots=cast(int, settings.get("max_slots", 256)),
+        max_context=cast(int, settings["max_context_length"]),
+        cache_tokens=CACHE_BYTES // cache_bytes_per_token(weights),
+    )
+    serve(Engine(weights, limits), listener)
+
+
+def cache_bytes_per_token(weights: ServedWeights) -> int:
+    """Bytes of keys and values that one token of one stream takes, over all layers."""
+    config = weights.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * 4 * config.num_hidden_layers * heads * size)
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening Unix socket at `path`, which must not be in use."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(4)
+    return listener
+
+
+def serve(engine: Engine, listener: socket.socket) -> None:
+    """Drive the engine for one gateway after the other until one says `stop`."""
+    with listener:
+        while True:
+            connection, _ = listener.accept()
+            with connection, selectors.DefaultSelector() as selector:
+                stopped = _Connection(connection, selector, engine).run()
+            engine.reset()
+            if stopped:
+                return
+
+
+class _Connection:
+    """One gateway's connection, from hello to its end."""
+
+    def __init__(
+        self, connection: socket.socket, selector: selectors.BaseSelector, engine: Engine
+    ) -> None:
+        self._socket = connection
+        self._selector = selector
+        self._engine = engine
+        self._decoder = FrameDecoder()
+        self._unsent = bytearray(engine.hello())
+        self._stopped = False
+        connection.setblocking(False)
+        selector.register(connection, selectors.EVENT_READ)
+
+    def run(self) -> bool:
+        """Until the gateway closes, speaks nonsense, or says stop; whether it said so."""
+        while self._exchange():
+            if self._engine.busy and len(self._unsent) < MAX_UNSENT:
+                for frame in self._engine.tick():
+                    self._unsent += frame
+        return self._stopped
+
+    def _exchange(self) -> bool:
+        """Sends and reads what is possible; waits only if there is nothing else to do."""
+        try:
+            self._send()
+            idle = not self._engine.busy or len(self._unsent) >= MAX_UNSENT
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+            self._selector.modify(self._socket, wanted)
+            for _, events in self._selector.select(None if idle else 0):
+                if events & selectors.EVENT_READ and not self._read():
+                    return False
+            return True
+        except (ConnectionError, FrameError):
+            # The gateway died or can't be understood: to both, a closed connection is the answer.
+            return False
+
+    def _send(self) -> None:
+        while self._unsent:
+            try:
+                with memoryview(self._unsent) as unsent:
+                    sent = self._socket.send(unsent[:_SOCKET_BYTES])
+            except BlockingIOError:
+                return
+            del self._unsent[:sent]
+
+    def _read(self) -> bool:
+        data = self._socket.recv(_SOCKET_BYTES)
+        for frame in self._decoder.feed(data):
+            if not isinstance(frame, Control):
+                raise FrameError("a gateway sends controls only")
+            if frame.message["op"] == "stop":
+                self._stopped = True
+                return False
+            try:
+                self._engine.control(frame.message)
+            except ValueError as error:
+                raise FrameError(str(error)) from error
+        return bool(data)
