@@ -166,7 +166,7 @@ class Supervisor:
         async with asyncio.timeout(START_BUDGET_S):
             children = (self._gateway, self._template)
             await asyncio.gather(*(child.start() for child in children))
-            ready = asyncio.gather(self._gateway_answers(), self._template_answers())
+            ready = asyncio.create_task(self._answers())
             deaths = [asyncio.create_task(child.wait()) for child in children]
             try:
                 await asyncio.wait({ready, *deaths}, return_when=asyncio.FIRST_COMPLETED)
@@ -176,7 +176,7 @@ class Supervisor:
                             f"the platform's {child.name} process ended with code"
                             f" {death.result()} before it was ready"
                         )
-                await ready
+                ready.result()
             finally:
                 for task in (ready, *deaths):
                     task.cancel()
@@ -198,6 +198,10 @@ class Supervisor:
             await child.start()
 
     # -- readiness -------------------------------------------------------------------------------
+
+    async def _answers(self) -> int:
+        await asyncio.gather(self._gateway_answers(), self._template_answers())
+        return 0
 
     async def _gateway_answers(self) -> None:
         """One request: the socket listens from the start, so it waits for the gateway by itself."""

@@ -1,1 +1,1 @@
-"""The gateway process: one HTTP front for control plane, trainer data plane and inference. No torch."""
+"""The gateway process: control plane, trainer data plane and inference behind one port. No torch."""

@@ -1,0 +1,262 @@
+"""What the platform remembers across restarts: jobs, deployments, and the workers that serve them.
+
+Knows SQLite and rows; the meaning of a state is the control plane's. Calls are short (one row, no
+disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from fireworks_training.errors import LocalPlatformError
+
+FILE = "state.db"
+SCHEMA_VERSION = 1
+
+ResourceKind = Literal["job", "deployment"]
+Body = dict[str, object]
+
+_SCHEMA = """
+CREATE TABLE resources (
+    kind TEXT NOT NULL,
+    id TEXT NOT NULL,
+    state TEXT NOT NULL,
+    message TEXT NOT NULL,
+    body TEXT NOT NULL,
+    loaded_identity TEXT,
+    created TEXT NOT NULL,
+    updated TEXT NOT NULL,
+    PRIMARY KEY (kind, id)
+) STRICT;
+CREATE TABLE workers (
+    socket TEXT PRIMARY KEY,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    replica INTEGER NOT NULL,
+    pid INTEGER,
+    started TEXT
+) STRICT;
+CREATE TABLE counters (
+    name TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT;
+"""
+
+
+def now() -> str:
+    """The time as resources show it: RFC 3339, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceRow:
+    """A job or a deployment.
+
+    Attributes:
+        kind: "job" or "deployment".
+        id: last part of its resource name.
+        state: as the control plane reports it.
+        message: its status message.
+        body: what the creator asked for, in the wire's spelling.
+        loaded_identity: deployments: the snapshot that all engines loaded last.
+        created: RFC 3339.
+        updated: RFC 3339.
+    """
+
+    kind: ResourceKind
+    id: str
+    state: str
+    message: str = ""
+    body: Body = field(default_factory=dict)
+    loaded_identity: str | None = None
+    created: str = field(default_factory=now)
+    updated: str = field(default_factory=now)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker process, from before it is spawned until it is known to be gone.
+
+    Attributes:
+        socket: path of its Unix socket; names the worker.
+        kind: "trainer" or "engine".
+        owner: id of its job or deployment.
+        replica: 0 for trainers; the replica's number for engines.
+        pid: process id; None until the spawn is answered.
+        started: the process's start time, see `lifetime.ProcessIdentity`.
+    """
+
+    socket: str
+    kind: str
+    owner: str
+    replica: int = 0
+    pid: int | None = None
+    started: str | None = None
+
+
+class AlreadyExists(LookupError):
+    """A resource of this kind and id is there, perhaps as a tombstone."""
+
+
+class Database:
+    """The tables of one state folder. Not thread-safe: one thread owns it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file.
+
+        Raises:
+            LocalPlatformError: it is not a database, or one of another version.
+        """
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            # A gateway that is about to die may still hold the file for a moment.
+            self._connection.execute("PRAGMA busy_timeout=2000")
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                with self._transaction():
+                    for statement in _SCHEMA.split(";"):
+                        self._connection.execute(statement)
+                    self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise LocalPlatformError(f"{path} can't be used: {error}") from error
+        if version not in (0, SCHEMA_VERSION):
+            self.close()
+            raise LocalPlatformError(
+                f"{path} has format {version}, this version reads {SCHEMA_VERSION};"
+                " choose another state folder"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    # -- resources -------------------------------------------------------------------------------
+
+    def create(self, row: ResourceRow) -> None:
+        """Insert a resource.
+
+        Raises:
+            AlreadyExists: there is one of this kind and id.
+        """
+        try:
+            self._connection.execute(
+                "INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.kind,
+                    row.id,
+                    row.state,
+                    row.message,
+                    json.dumps(row.body),
+                    row.loaded_identity,
+                    row.created,
+                    row.updated,
+                ),
+            )
+        except sqlite3.IntegrityError:
+            raise AlreadyExists(f"{row.kind} {row.id!r} exists already") from None
+
+    def get(self, kind: ResourceKind, id_: str) -> ResourceRow | None:
+        """A resource, or None."""
+        found = self._connection.execute(
+            "SELECT * FROM resources WHERE kind = ? AND id = ?", (kind, id_)
+        ).fetchone()
+        return None if found is None else _resource(found)
+
+    def rows(self, kind: ResourceKind) -> list[ResourceRow]:
+        """All resources of a kind, oldest first, tombstones too."""
+        rows = self._connection.execute(
+            "SELECT * FROM resources WHERE kind = ? ORDER BY created, id", (kind,)
+        )
+        return [_resource(row) for row in rows]
+
+    def update(self, row: ResourceRow) -> ResourceRow:
+        """Write a changed resource; returns it with its new time."""
+        row = replace(row, updated=now())
+        self._connection.execute(
+            "UPDATE resources SET state = ?, message = ?, body = ?, loaded_identity = ?,"
+            " updated = ? WHERE kind = ? AND id = ?",
+            (
+                row.state,
+                row.message,
+                json.dumps(row.body),
+                row.loaded_identity,
+                row.updated,
+                row.kind,
+                row.id,
+            ),
+        )
+        return row
+
+    def forget(self, kind: ResourceKind, id_: str) -> None:
+        """Remove a resource without a tombstone."""
+        self._connection.execute("DELETE FROM resources WHERE kind = ? AND id = ?", (kind, id_))
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    def put_worker(self, row: WorkerRow) -> None:
+        """Insert or replace a worker."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)",
+            (row.socket, row.kind, row.owner, row.replica, row.pid, row.started),
+        )
+
+    def workers(self) -> list[WorkerRow]:
+        """All workers that were not yet known to be gone."""
+        rows = self._connection.execute("SELECT * FROM workers ORDER BY socket")
+        return [
+            WorkerRow(
+                socket=row["socket"],
+                kind=row["kind"],
+                owner=row["owner"],
+                replica=row["replica"],
+                pid=row["pid"],
+                started=row["started"],
+            )
+            for row in rows
+        ]
+
+    def forget_worker(self, socket: str) -> None:
+        """Remove a worker that is gone."""
+        self._connection.execute("DELETE FROM workers WHERE socket = ?", (socket,))
+
+    def next_number(self, name: str) -> int:
+        """Count a name up from 1; never the same number twice in one state folder."""
+        (value,) = self._connection.execute(
+            "INSERT INTO counters VALUES (?, 1)"
+            " ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value",
+            (name,),
+        ).fetchone()
+        return int(value)
+
+
+def _resource(row: sqlite3.Row) -> ResourceRow:
+    return ResourceRow(
+        kind=row["kind"],
+        id=row["id"],
+        state=row["state"],
+        message=row["message"],
+        body=json.loads(row["body"]),
+        loaded_identity=row["loaded_identity"],
+        created=row["created"],
+        updated=row["updated"],
+    )

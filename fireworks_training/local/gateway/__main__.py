@@ -1,0 +1,102 @@
+"""`python -m fireworks_training.local.gateway`: the gateway process.
+
+Started by the supervisor, which hands it the listening socket, the lifetime pipe and, on standard
+input, its settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from fireworks_training.errors import LocalPlatformError
+from fireworks_training.local import lifetime
+from fireworks_training.local.gateway import hot_load, inference
+from fireworks_training.local.gateway.app import Parts, create_app
+from fireworks_training.local.gateway.engine_client import EngineClient
+from fireworks_training.local.gateway.workers import TemplateSpawner
+from fireworks_training.local.settings import GatewaySettings, parse, read_line
+
+# Long polls are cut when the platform ends; nothing else takes long.
+SHUTDOWN_S = 0.5
+
+
+async def connect_engine(engine_socket: Path, name: str) -> EngineClient:
+    """A connected client of an engine."""
+    client = EngineClient(engine_socket, name)
+    await client.connect()
+    return client
+
+
+def add_serving_routes(app: web.Application) -> None:
+    """Completions and hot load."""
+    inference.add_routes(app)
+    hot_load.add_routes(app)
+
+
+def real_parts(settings: GatewaySettings) -> Parts:
+    """Workers of the template process."""
+    template = Path(settings.runtime_dir) / "template.sock"
+    return Parts(TemplateSpawner(template), connect_engine, add_serving_routes)
+
+
+async def serve(settings: GatewaySettings) -> bool:
+    """Serve until SIGTERM or the end of the lifetime pipe; returns whether it was the latter."""
+    ending = asyncio.Event()
+    orphaned = False
+    loop = asyncio.get_running_loop()
+
+    def supervisor_is_gone() -> None:
+        nonlocal orphaned
+        if not os.read(settings.lifetime_fd, 4096):
+            orphaned = True
+            loop.remove_reader(settings.lifetime_fd)
+            ending.set()
+
+    loop.add_reader(settings.lifetime_fd, supervisor_is_gone)
+    loop.add_signal_handler(signal.SIGTERM, ending.set)
+    runner = web.AppRunner(
+        create_app(settings, real_parts(settings)),
+        access_log=None,
+        # A completion or a long poll whose client went away is given up at once.
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    await runner.setup()
+    listener = socket.socket(fileno=settings.socket_fd)
+    await web.SockSite(runner, listener, backlog=1024).start()
+    await ending.wait()
+    await runner.cleanup()
+    return orphaned
+
+
+def main() -> int:
+    """Run the gateway; returns the exit code."""
+    settings = parse(GatewaySettings, read_line(0))
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s gateway %(levelname)s %(message)s",
+    )
+    runtime_dir = Path(settings.runtime_dir)
+    alive_fd = lifetime.hold_alive(runtime_dir)
+    try:
+        orphaned = asyncio.run(serve(settings))
+    except LocalPlatformError as error:
+        print(f"gateway: {error.message}", file=sys.stderr, flush=True)
+        return 1
+    if orphaned:
+        # The supervisor removes the folder itself, unless it was killed.
+        lifetime.remove_when_last(runtime_dir, alive_fd, 2 * lifetime.EXIT_GRACE_S)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The gateway's application: its parts put together, its middlewares, its start and its end.
+
+Knows which part needs which; the routes live in modules of their own. Tests build the same
+application with other workers behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from fireworks_training.errors import LocalPlatformError
+from fireworks_training.local.database import FILE, Database
+from fireworks_training.local.gateway import control_plane, tokenizer_route, trainer_proxy
+from fireworks_training.local.gateway.auth import host_middleware, key_middleware
+from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, ControlPlane
+from fireworks_training.local.gateway.deployments import ConnectEngine, Deployments
+from fireworks_training.local.gateway.problems import Problem, code_of, render
+from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Registry
+from fireworks_training.local.gateway.trainers import TrainerJobs
+from fireworks_training.local.gateway.workers import Spawner, Workers
+from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 20
+DEFAULT_CONTEXT_LENGTH = 2048
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What stands behind the gateway.
+
+    Attributes:
+        spawner: makes worker processes.
+        connect_engine: makes a client of an engine's socket.
+        add_serving_routes: registers the routes that use those clients.
+    """
+
+    spawner: Spawner
+    connect_engine: ConnectEngine
+    add_serving_routes: Callable[[web.Application], None]
+
+
+def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
+    """The application over one state folder; it recovers what is in there when it starts.
+
+    Raises:
+        LocalPlatformError: the state folder or a model can't be used.
+    """
+    state_dir, runtime_dir = Path(settings.state_dir), Path(settings.runtime_dir)
+    database = Database(state_dir / FILE)
+    registry = load_registry(settings)
+    workers = Workers(database, parts.spawner, runtime_dir)
+    jobs = TrainerJobs(database, workers, registry, state_dir)
+    deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
+    app = web.Application(
+        client_max_size=MAX_BODY_BYTES,
+        middlewares=[
+            error_middleware,
+            host_middleware(settings.host),
+            key_middleware(settings.api_key),
+        ],
+    )
+    app[REGISTRY] = registry
+    app[CONTROL_PLANE] = ControlPlane(jobs, deployments, state_dir / "snapshots")
+
+    async def lifespan(_: web.Application) -> AsyncIterator[None]:
+        workers.forget_foreign()
+        await jobs.recover()
+        await deployments.recover()
+        # A template may know workers whose owner was deleted while no gateway ran.
+        await workers.end_orphans(jobs.owners() | deployments.owners())
+        yield
+        await jobs.close()
+        await deployments.close()
+        database.close()
+
+    app.cleanup_ctx.append(lifespan)
+    app.on_response_prepare.append(_mark_response)
+    app.router.add_get("/healthz", healthz)
+    control_plane.add_routes(app)
+    tokenizer_route.add_routes(app)
+    trainer_proxy.add_routes(app)
+    parts.add_serving_routes(app)
+    return app
+
+
+async def healthz(_: web.Request) -> web.Response:
+    """GET /healthz: the gateway answers."""
+    return web.json_response({"status": "ok"})
+
+
+def load_registry(settings: GatewaySettings) -> Registry:
+    """The models of the settings, with what their config.json says.
+
+    Raises:
+        LocalPlatformError: a model's config.json can't be read.
+    """
+    registry = Registry(default_model=f"{MODEL_PREFIX}{settings.default_model}")
+    for id_, folder in settings.models.items():
+        name, path = f"{MODEL_PREFIX}{id_}", Path(folder)
+        try:
+            config: object = json.loads((path / "config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise LocalPlatformError(
+                f"model {id_!r}: config.json can't be read: {error}"
+            ) from error
+        fields = cast("dict[str, object]", config) if isinstance(config, dict) else {}
+        length = fields.get("max_position_embeddings")
+        registry.models[name] = ModelEntry(
+            name, path, length if isinstance(length, int) else DEFAULT_CONTEXT_LENGTH
+        )
+    return registry
+
+
+# -- middlewares ---------------------------------------------------------------------------------
+
+
+@web.middleware
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, and every failure a JSON answer."""
+    given = request.headers.get("x-request-id", "")
+    request["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    try:
+        return await handler(request)
+    except Problem as problem:
+        if request.get("started"):
+            raise
+        return render(problem)
+    except web.HTTPException as error:
+        if error.status < 400 or request.get("started"):
+            raise
+        if error.content_type == "application/json":
+            return error
+        text = error.text or error.reason
+        return render(Problem(error.status, text, headers=_kept_headers(error)))
+    except (asyncio.CancelledError, ConnectionError):
+        raise  # the client went away
+    except Exception:
+        log.exception("request %s: %s %s", request["request_id"], request.method, request.path)
+        if request.get("started"):
+            raise
+        text = f"internal error; the platform's log names request {request['request_id']}"
+        return render(Problem(500, text, code=code_of(500)))
+
+
+def _kept_headers(error: web.HTTPException) -> dict[str, str]:
+    """Those that mean something beside the body, such as Allow and Retry-After."""
+    return {name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers}
+
+
+async def _mark_response(request: web.Request, response: web.StreamResponse) -> None:
+    """The id goes out with the first byte; from then on an error can't be an answer any more."""
+    request["started"] = True
+    response.headers.setdefault("x-request-id", request.get("request_id", uuid.uuid4().hex))

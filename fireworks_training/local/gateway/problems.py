@@ -1,0 +1,68 @@
+"""What goes wrong, as an HTTP answer: `{"error": {"message", "code"}}`.
+
+Codes are the ones of gRPC, as the cloud's control plane uses them. Messages say what happened and
+what to do; they hold no key, no prompt and no path of another user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aiohttp import web
+
+_CODES = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    409: "ALREADY_EXISTS",
+    410: "GONE",
+    413: "OUT_OF_RANGE",
+    421: "PERMISSION_DENIED",
+    429: "RESOURCE_EXHAUSTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+class Problem(Exception):
+    """An answer with an error status, raised anywhere below a handler.
+
+    Attributes:
+        status: HTTP status.
+        message: for a person.
+        code: for a program; derived from the status unless given.
+        headers: extra response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code or code_of(status)
+        self.headers = dict(headers or {})
+
+
+def code_of(status: int) -> str:
+    """The code of an HTTP error status."""
+    return _CODES.get(status, "INTERNAL" if status >= 500 else "FAILED_PRECONDITION")
+
+
+def render(problem: Problem) -> web.Response:
+    """The answer of a problem."""
+    body = {"error": {"message": problem.message, "code": problem.code}}
+    return web.json_response(body, status=problem.status, headers=problem.headers)
+
+
+def model_lost(message: str) -> web.Response:
+    """The answer for a trainer that is gone with the models in its memory."""
+    return web.json_response({"error": message, "error_class": "ModelLost"}, status=410)
