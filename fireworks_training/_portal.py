@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread  # registers its own exit hook first, so ours runs before it
+import contextlib
 import contextvars
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 
 from anyio.from_thread import BlockingPortalProvider
 
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
-from fireworks_training.futures import Outcome, mark_retrieved
+from fireworks_training.futures import APIFuture, Outcome, mark_retrieved
 
 T = TypeVar("T")
+A = TypeVar("A")
+P = ParamSpec("P")
 
 EXIT_BUDGET = 1.5
 """Seconds that all clean-ups at interpreter exit may take together."""
@@ -233,35 +236,79 @@ def wait_for(outcome: Outcome[T]) -> T:
     return outcome.result()
 
 
-class Blocking:
+class Blocking(Generic[A]):
     """Base of the generated blocking classes: holds the async object and runs its coroutines."""
 
-    _async: Any
+    _async: A
 
     @classmethod
-    def _wrap(cls, instance: object) -> Self:
+    def _wrap(cls, instance: A) -> Self:
         """The blocking twin of an async object that exists already."""
         twin = cls.__new__(cls)
         twin._async = instance
         return twin
 
-    @staticmethod
-    def _run(factory: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _bind(self) -> Self:
+        """Let the background loop own an async object that was just made."""
+        cast(Any, self._async)._bind_to_portal()
+        return self
+
+    def _run(
+        self, call: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run a coroutine on the background loop and wait for it; Ctrl-C cancels it."""
-        lease = Lease()
-        on_portal = _running_loop() is lease.loop
-        try:
-            if on_portal:
+        with _leased() as loop:
+            if _running_loop() is loop:
                 raise WrongLoop(
                     "a blocking call was made on the SDK's own loop (in a callback?); it would "
                     "wait for itself. Use the `Async` class there."
                 )
-            return wait_for(spawn_on(lease.loop, factory, label="a blocking call"))
+            return wait_for(spawn_on(loop, lambda: call(*args, **kwargs), label=call.__name__))
+
+    async def _hop(
+        self, call: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a coroutine on the background loop and await it on this one."""
+        with _leased() as loop:
+            outcome = spawn_on(loop, lambda: call(*args, **kwargs), label=call.__name__)
+            try:
+                return await APIFuture(outcome)
+            except asyncio.CancelledError:
+                outcome.request_cancel()
+                raise
+
+    def _iterate(
+        self, call: Callable[P, AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[T]:
+        """Iterate an async iterator from this thread; leaving early closes it."""
+        iterator = call(*args, **kwargs)
+        try:
+            while True:
+                try:
+                    yield self._run(_next_of, iterator)
+                except StopAsyncIteration:
+                    return
         finally:
-            while _state.deferred and not on_portal:
-                _state.deferred.pop().release()
-            if not on_portal:
-                lease.release()
+            close = getattr(iterator, "aclose", None)
+            if close is not None:
+                self._run(close)
 
     def __repr__(self) -> str:
         return repr(self._async).replace("<Async", "<", 1)
+
+
+async def _next_of(iterator: AsyncIterator[T]) -> T:
+    return await anext(iterator)
+
+
+@contextlib.contextmanager
+def _leased() -> Iterator[asyncio.AbstractEventLoop]:
+    """The background loop, for one call; also ends what could not be ended from inside it."""
+    lease = Lease()
+    try:
+        yield lease.loop
+    finally:
+        if _running_loop() is not lease.loop:
+            while _state.deferred:
+                _state.deferred.pop().release()
+        lease.release()

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
@@ -390,6 +391,12 @@ def resolve_endpoint(
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
     """The keywords as a plain mapping."""
     return cast(Mapping[str, Any], options)
+
+
+def cache_dir() -> Path:
+    """Folder for what can be fetched again (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fireworks-training"
 
 
 def session_tags() -> list[str]:

@@ -1,1 +1,7 @@
 """The asyncio shell: carries out what `_core` decides."""
+
+GENERATE = {
+    "service": ["AsyncFiretitanServiceClient"],
+    "trainer": ["AsyncFiretitanTrainingClient"],
+}
+"""The classes whose blocking twins are generated into `_sync/`, by module."""

@@ -17,9 +17,9 @@ from typing import Any, Self, TypeVar, cast
 
 import aiohttp
 import orjson
-from fireworks_training._core.backoff import Backoff, parse_retry_after
 
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -214,7 +214,7 @@ class Transport:
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionFailed(
                 f"{method} {_path(target)} at {self.base_url}: "
-                f"{type(error).__name__}: {error or 'the connection broke'}",
+                f"{type(error).__name__}: {str(error) or 'the connection broke'}",
                 cause=error,
             ) from error
         request_id = response.headers.get("x-request-id")

@@ -1,0 +1,103 @@
+"""How a service reaches its platform: a URL and a key, given or embedded, and one pool to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from fireworks_training._async import embedded
+from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.transport import Transport
+from fireworks_training.config import Endpoint
+
+
+class Connection:
+    """The platform of one service.
+
+    Args:
+        endpoint: where it is, or that it is to be embedded.
+        owner: the loop of the pool.
+        additional_headers, verify_ssl: as for `Transport`.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        owner: OwnerLoop,
+        additional_headers: Mapping[str, str],
+        verify_ssl: bool,
+    ) -> None:
+        self._endpoint = endpoint
+        self._owner = owner
+        self._additional_headers = dict(additional_headers)
+        self._verify_ssl = verify_ssl
+        self._lock = asyncio.Lock()
+        self._embedded = False
+        self._base_url = endpoint.base_url
+        self._api_key = endpoint.api_key or ""
+        self._transport: Transport | None = None
+        self._plane: ControlPlane | None = None
+
+    @property
+    def base_url(self) -> str:
+        """URL of the platform; of an embedded one once it runs."""
+        return self._base_url
+
+    @property
+    def inference_url(self) -> str:
+        """Where to sample."""
+        return self._endpoint.inference_url or self._base_url
+
+    @property
+    def hotload_url(self) -> str:
+        """Where to hot load."""
+        return self._endpoint.hotload_api_url or self._base_url
+
+    @property
+    def transport(self) -> Transport:
+        """The pool; after `open()`."""
+        assert self._transport is not None
+        return self._transport
+
+    async def open(self) -> ControlPlane:
+        """Start the embedded platform if that is asked for; the control plane. Idempotent.
+
+        Raises:
+            LocalPlatformError, MissingExtra: the embedded platform did not start.
+        """
+        async with self._lock:
+            if self._plane is None:
+                if self._endpoint.embedded:
+                    platform = await embedded.acquire(self._endpoint)
+                    self._embedded = True
+                    self._base_url, self._api_key = platform.base_url, platform.api_key
+                self._transport = self.make_transport(self._owner)
+                self._plane = ControlPlane(
+                    self._transport, trainer_gateway_url=self._endpoint.trainer_gateway_url
+                )
+            return self._plane
+
+    def make_transport(self, owner: OwnerLoop) -> Transport:
+        """A pool of its own for another loop; after `open()`."""
+        return Transport(
+            owner=owner,
+            base_url=self._base_url,
+            api_key=self._api_key,
+            additional_headers=self._additional_headers,
+            verify_ssl=self._verify_ssl,
+        )
+
+    async def close(self) -> None:
+        """Close the pool, and give the embedded platform back; idempotent."""
+        if self._transport is not None:
+            await self._transport.close()
+        if self._embedded:
+            self._embedded = False
+            await asyncio.to_thread(embedded.release)
+
+    @property
+    def temporary(self) -> bool:
+        """Whether the platform's state goes away with it."""
+        return self._endpoint.embedded and self._endpoint.state_dir is None

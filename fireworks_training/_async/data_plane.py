@@ -1,0 +1,269 @@
+"""A trainer over HTTP: submit a request until it is taken, poll until it is done.
+
+A submit whose answer was lost is sent again: the trainer knows requests by (model_id, seq_id). A
+poll that is cut is made again. What an answer means for the line of operations is decided by the
+caller; here it only becomes a payload or a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from fireworks_training._async.transport import Response, Transport, with_retries
+from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.notices import Notices
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    ProtocolError,
+    RequestFailed,
+    TrainerLost,
+)
+
+logger = logging.getLogger("fireworks_training.trainer")
+
+SUBMIT_TIMEOUT = 120.0
+"""Seconds for one submit, upload included."""
+
+POLL_TIMEOUT = 50.0
+"""Seconds for one poll; servers answer before 45 s."""
+
+PATIENCE = 600.0
+"""Seconds of failing exchanges in a row before an operation is given up."""
+
+QUICK_POLL = 0.5
+"""Seconds; a "not ready" that comes sooner is answered by a pause: no server is hammered."""
+
+BEAT_TIMEOUT = 10.0
+"""Seconds for one heartbeat."""
+
+BILLING_PAUSE = 5.0
+"""Seconds between polls while the server says 402 (billing pause)."""
+
+
+ENDLESS = 10**9
+"""Attempts, where only time bounds them."""
+
+UNDECIDED = frozenset({408, 409, 429})
+"""Client-error statuses that do not say the request was refused for good."""
+
+
+class DataPlane:
+    """The trainer's HTTP interface.
+
+    Args:
+        transport: the service's pool.
+        base_url: of the trainer, without `/api/v1`.
+    """
+
+    def __init__(self, transport: Transport, base_url: str) -> None:
+        self._transport = transport
+        self._base = f"{base_url.rstrip('/')}/api/v1"
+
+    def url(self, path: str) -> str:
+        """Absolute URL of an endpoint."""
+        return f"{self._base}/{path}"
+
+    async def call(self, path: str, payload: object, *, what: str) -> dict[str, Any]:
+        """An exchange that answers at once (sessions, get_info); retried."""
+        try:
+            return await self._transport.call("POST", self.url(path), json=payload, what=what)
+        except ApiStatusError as error:
+            raise _lost(error) or error from error.cause
+
+    async def get(self, path: str, *, what: str) -> dict[str, Any]:
+        """A GET that answers at once; retried."""
+        try:
+            return await self._transport.call("GET", self.url(path), what=what)
+        except ApiStatusError as error:
+            raise _lost(error) or error from error.cause
+
+    async def beat(self, session_id: str) -> None:
+        """One heartbeat, no retry.
+
+        Raises:
+            ApiError: it did not arrive.
+        """
+        response = await self._transport.exchange(
+            "POST",
+            self.url("session_heartbeat"),
+            body=orjson.dumps({"session_id": session_id, "type": "session_heartbeat"}),
+            timeout=BEAT_TIMEOUT,
+        )
+        if not response.ok:
+            raise response.error("heartbeat")
+
+    async def submit(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        what: str,
+        undecided: frozenset[int] = UNDECIDED,
+    ) -> str:
+        """Send a request until the trainer takes it; its request id.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiStatusError: refused for good.
+            ApiError: not taken within `PATIENCE`; whether it was is not known.
+        """
+
+        async def once() -> Response:
+            response = await self._transport.exchange(
+                "POST", self.url(path), body=body, timeout=SUBMIT_TIMEOUT
+            )
+            if not response.ok:
+                error = response.error(what)
+                raise _lost(error) or error
+            return response
+
+        backoff = patient(undecided)
+        response = await with_retries(once, what=what, backoff=backoff)
+        request_id = response.object().get("request_id")
+        if not isinstance(request_id, str) or not request_id:
+            raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
+        return request_id
+
+    async def fill(self, path: str, body: bytes) -> None:
+        """Send a filler; that its place is taken already (409) is as good as an answer.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiError: refused too, or no answer.
+        """
+        try:
+            await self.submit(path, body, what="filler", undecided=UNDECIDED - {409})
+        except ApiStatusError as error:
+            if error.status != 409:
+                raise
+
+    async def result(self, request_id: str, *, what: str) -> Mapping[str, Any]:
+        """Poll until the request is done; its payload.
+
+        Raises:
+            RequestFailed: the trainer failed it.
+            TrainerLost: the trainer's process is gone.
+            ApiError: no word from the trainer within `PATIENCE`.
+        """
+        loop = asyncio.get_running_loop()
+        notices = Notices(loop.time())
+        body = orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
+        backoff = patient(UNDECIDED - {409})
+        while True:
+            asked = loop.time()
+            try:
+                response = await self._transport.exchange(
+                    "POST", self.url("retrieve_future"), body=body, timeout=POLL_TIMEOUT
+                )
+                outcome = read_outcome(response, request_id, what)
+            except ApiError as error:
+                delay = backoff.next_delay(error, now=loop.time())
+                if delay is None:
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if isinstance(outcome, Mapping):
+                    return outcome
+                backoff = patient(UNDECIDED - {409})
+                reason = outcome.reason
+                delay = outcome.delay if loop.time() - asked < QUICK_POLL else 0.0
+            if notices.due(loop.time()):
+                logger.warning(
+                    "%s: waiting for the trainer for %.0f s (%s)",
+                    what,
+                    notices.age(loop.time()),
+                    reason,
+                )
+            await asyncio.sleep(delay)
+
+
+def patient(undecided: frozenset[int]) -> Backoff:
+    """A budget of `PATIENCE` seconds, however many attempts; for what must not be given up."""
+
+    def retryable(error: ApiError) -> bool:
+        if isinstance(error, ApiStatusError):
+            return error.status >= 500 or error.status in undecided
+        return error.retryable
+
+    return Backoff(attempts=ENDLESS, cap=10.0, max_elapsed=PATIENCE, retryable=retryable)
+
+
+class NotReady:
+    """The request is under way.
+
+    Attributes:
+        reason: the server's queue state, for messages.
+        delay: seconds to wait before asking again, if the answer came at once.
+    """
+
+    __slots__ = ("delay", "reason")
+
+    def __init__(self, reason: str, delay: float = QUICK_POLL) -> None:
+        self.reason = reason
+        self.delay = delay
+
+
+def read_outcome(response: Response, request_id: str, what: str) -> Mapping[str, Any] | NotReady:
+    """What one answer to a poll says.
+
+    Raises:
+        RequestFailed: the operation failed.
+        TrainerLost: the trainer's process is gone.
+        ApiStatusError: the poll itself failed.
+    """
+    if response.status == 408:
+        payload = _tolerant(response)
+        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+    if response.status == 402:
+        return NotReady("billing pause", BILLING_PAUSE)
+    if response.status == 410:
+        error = response.error(what)
+        raise _lost(error) or RequestFailed(
+            f"{what}: the trainer no longer has the result: {error.message}",
+            category="server",
+            error_class=error.error_class,
+            request_id=request_id,
+        )
+    if not response.ok:
+        raise response.error(what)
+    payload = response.object()
+    if payload.get("type") == "try_again":
+        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+    if "error" in payload:
+        raise RequestFailed(
+            f"{what}: {payload['error']}",
+            category=str(payload.get("category", "unknown")),
+            error_class=payload.get("error_class"),
+            request_id=request_id,
+        )
+    return payload
+
+
+def _tolerant(response: Response) -> Mapping[str, Any]:
+    """The body of a "not ready": it may be empty or plain text."""
+    try:
+        return response.object()
+    except ProtocolError:
+        return {}
+
+
+def _lost(error: ApiStatusError) -> TrainerLost | None:
+    """The death of the trainer, if that is what a status says."""
+    if error.status != 410 or error.error_class != "ModelLost":
+        return None
+    return TrainerLost(f"the trainer is gone: {error.message}", cause=error)
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether a submit was certainly not taken, so that its place in the server's line is empty."""
+    return (
+        isinstance(error, ApiStatusError)
+        and 400 <= error.status < 500
+        and error.status not in UNDECIDED
+    )

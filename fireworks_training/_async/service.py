@@ -1,0 +1,460 @@
+"""The service client: one trainer, one deployment, and everything that belongs to them.
+
+It provisions at the first call that needs it, hands out the training client and samplers, brings
+snapshots into the deployment, and gives back at `close()` what it made. All of its I/O runs on its
+owner loop, over one connection pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+from fireworks_training._async.sampler import DeploymentSampler
+
+from fireworks_training._async.connection import Connection
+from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.gate import (
+    AdaptiveConcurrencyController,
+    SamplingConcurrencyController,
+)
+from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.provisioning import (
+    Resources,
+    abandon,
+    clean_up,
+    finish_in_spite_of_cancellation,
+    first_of,
+    provision,
+)
+from fireworks_training._async.session import TrainerSession
+from fireworks_training._async.tokenizers import find_tokenizer
+from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+from fireworks_training._async.weight_sync import Target, WeightSync
+from fireworks_training._portal import at_exit
+from fireworks_training.config import (
+    Endpoint,
+    ProvisioningConfig,
+    ProvisioningOptions,
+    cast_options,
+    resolve_endpoint,
+)
+from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
+from fireworks_training.futures import mark_retrieved, was_retrieved
+from fireworks_training.models import TrainingProfile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("fireworks_training.service")
+
+T = TypeVar("T")
+
+
+class AsyncFiretitanServiceClient:
+    """A trainer and a deployment, managed together.
+
+    Make one with `from_firetitan_config`; use it in `async with`, or `close()` it. Lazy: nothing is
+    provisioned before the first client or sampler is asked for.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        config: ProvisioningConfig,
+        *,
+        additional_headers: Mapping[str, str] | None,
+        verify_ssl: bool,
+        user_metadata: Mapping[str, str] | None,
+        pipeline_steps: bool,
+    ) -> None:
+        self._config = config
+        self._user_metadata = dict(user_metadata or {})
+        self._pipeline_steps = pipeline_steps
+        self._owner = OwnerLoop()
+        self._connection = Connection(
+            endpoint,
+            owner=self._owner,
+            additional_headers=additional_headers or {},
+            verify_ssl=verify_ssl,
+        )
+        self._resources = Resources()
+        self._ready = False
+        self._closed = False
+        self._provisioning = asyncio.Lock()
+        self._making = asyncio.Lock()
+        self._fetching_tokenizer = asyncio.Lock()
+        self._session: TrainerSession | None = None
+        self._training_client: AsyncFiretitanTrainingClient | None = None
+        self._sync: WeightSync | None = None
+        self._controller: SamplingConcurrencyController | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._closing: asyncio.Task[BaseException | None] | None = None
+        self._forget_exit: Callable[[], None] = lambda: None
+
+    @classmethod
+    def from_firetitan_config(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        managed_config: ProvisioningConfig | None = None,
+        inference_url: str | None = None,
+        hotload_api_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        pipeline_steps: bool = False,
+        **options: Unpack[ProvisioningOptions],
+    ) -> Self:
+        """Describe a trainer and a deployment; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`. An embedded platform needs none.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
+                platform with temporary state, "local:/path" one that keeps its state there.
+            managed_config: the whole description as one object, instead of `options`.
+            inference_url: where to sample; default `base_url`.
+            hotload_api_url: where to hot load; default `base_url`.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+            user_metadata: noted with the trainer session.
+            project_id: not supported.
+            pipeline_steps: send an `optim_step` before the results of its step are in, also to a
+                server that does not enforce atomic steps: such a server may then apply a part of a
+                step that failed.
+            **options: see `ProvisioningConfig`.
+
+        Raises:
+            UnknownOption, InvalidArgument, NotSupported: see `ProvisioningConfig`.
+        """
+        if project_id is not None:
+            raise NotSupported("project_id is not supported; leave it out")
+        if managed_config is not None and options:
+            raise InvalidArgument(
+                f"give managed_config or keywords, not both: {', '.join(sorted(options))}"
+            )
+        config = managed_config or ProvisioningConfig.from_options(cast_options(options))
+        endpoint = resolve_endpoint(
+            base_url=base_url,
+            api_key=api_key,
+            inference_url=inference_url,
+            hotload_api_url=hotload_api_url,
+        )
+        return cls(
+            endpoint,
+            config,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            pipeline_steps=pipeline_steps,
+        )
+
+    # -- clients -----------------------------------------------------------------------------------
+
+    async def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        *,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """The training client, provisioning what it needs; the same one at every call.
+
+        Args:
+            base_model, lora_rank: if given, must be those of the service.
+            user_metadata: noted with the trainer session, if this call opens it.
+
+        Raises:
+            InvalidArgument: another model or rank than the service was made for.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        for name, value in (("base_model", base_model), ("lora_rank", lora_rank)):
+            mine = getattr(self._config, name)
+            if value is not None and value != mine:
+                raise InvalidArgument(
+                    f"{name}={value!r}, but the service was made for {mine!r}: make another "
+                    "service for another model"
+                )
+        return await self._on_owner(
+            lambda: self._make_training_client(user_metadata), "create_training_client"
+        )
+
+    async def create_deployment_sampler(
+        self,
+        model_path: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with the snapshot `model_path` live on every replica.
+
+        All samplers of a service share its connections, and its controller unless one is given.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            tokenizer: for chat templates and text; default `get_tokenizer()`.
+            concurrency_controller: bounds the requests in flight; default one
+                `AdaptiveConcurrencyController` for the service.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        return await self._on_owner(
+            lambda: self._make_sampler(model_path, tokenizer, concurrency_controller),
+            "create_deployment_sampler",
+        )
+
+    async def hotload_sampler_snapshot(self, path: str) -> None:
+        """Load a snapshot into the deployment, and wait until every replica serves it.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: it did not become live.
+        """
+        await self._on_owner(lambda: self._load(path), "hotload_sampler_snapshot")
+
+    async def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model: the platform's own where it serves one, else
+        `tokenizer_model` by name."""
+        return await self._on_owner(self._get_tokenizer, "get_tokenizer")
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    @property
+    def base_url(self) -> str:
+        """URL of the platform; of an embedded one once it runs."""
+        return self._connection.base_url
+
+    @property
+    def trainer_job_id(self) -> str | None:
+        """Id of the trainer job; None before it is provisioned."""
+        return self._resources.job_id
+
+    @property
+    def deployment_id(self) -> str | None:
+        """Id of the deployment; None before it is provisioned, or without one."""
+        return self._resources.deployment_id
+
+    @property
+    def training_profile(self) -> TrainingProfile | None:
+        """The training shape, resolved; None before provisioning, or without a shape."""
+        return self._resources.profile
+
+    @property
+    def deployment_shape(self) -> str | None:
+        """Name of the deployment's shape, or None."""
+        deployment = self._resources.deployment
+        return deployment.deployment_shape if deployment else self._config.deployment_shape
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
+        job, profile = self._resources.job, self._resources.profile
+        told = [
+            job.max_context_length if job else None,
+            self._config.max_context_length,
+            profile.max_context_length if profile else None,
+        ]
+        return next((length for length in told if length is not None), None)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Finish accepted operations, clean up as the policies say, close every connection.
+
+        Idempotent, bounded in time, and goes on to the end when its waiter is cancelled.
+
+        Raises:
+            FireworksTrainingError: the first failure of an operation that nobody asked about, or
+                else of the clean-up; after everything is closed.
+        """
+        await self._close(quiet=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self._close(quiet=exc is not None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else (self.trainer_job_id or "not provisioned")
+        return f"<AsyncFiretitanServiceClient {self.base_url} {state}>"
+
+    # -- on the owner loop -------------------------------------------------------------------------
+
+    def _bind_to_portal(self) -> None:
+        self._owner.use_portal()
+
+    async def _on_owner(self, factory: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
+        if self._closed:
+            raise ClientClosed("the service was closed; make a new one")
+        return await self._owner.run(factory, label=label)
+
+    async def _provisioned(self) -> Resources:
+        """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind."""
+        async with self._provisioning:
+            if not self._ready:
+                plane = await self._connection.open()
+                self._forget_exit()
+                what = f"the service of {self._config.base_model}"
+                self._forget_exit = at_exit(what, self._clean_up_at_exit)
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        # Imported while the trainer starts: on the loop it would stop for seconds.
+                        group.create_task(asyncio.to_thread(_import_tinker))
+                        group.create_task(provision(plane, self._config, self._resources))
+                except BaseException as error:
+                    await finish_in_spite_of_cancellation(abandon(plane, self._resources))
+                    self._resources = Resources()
+                    raise first_of(error) from None
+                self._ready = True
+        return self._resources
+
+    async def _make_training_client(
+        self, user_metadata: Mapping[str, str] | None
+    ) -> AsyncFiretitanTrainingClient:
+        resources = await self._provisioned()
+        async with self._making:
+            if self._training_client is None:
+                plane = await self._connection.open()
+                session = TrainerSession(
+                    self._connection.transport,
+                    self._connection.make_transport,
+                    await plane.trainer_url(resources.job_id or ""),
+                )
+                try:
+                    await session.open({**self._user_metadata, **(user_metadata or {})})
+                    capabilities = await session.create_model(self._config)
+                except BaseException:
+                    await finish_in_spite_of_cancellation(session.close())
+                    raise
+                self._session = session
+                self._training_client = AsyncFiretitanTrainingClient(
+                    session,
+                    capabilities,
+                    self._config,
+                    owner=self._owner,
+                    pipeline_steps=self._pipeline_steps,
+                )
+            return self._training_client
+
+    async def _weight_sync(self) -> WeightSync:
+        resources = await self._provisioned()
+        if resources.deployment is None:
+            raise InvalidArgument(
+                "this service has no deployment (create_deployment=False): there is nothing to "
+                "load a snapshot into or to sample from"
+            )
+        if self._sync is None:
+            target = Target(
+                url=self._connection.hotload_url,
+                deployment=resources.deployment.name,
+                base_model=self._config.base_model,
+            )
+            self._sync = WeightSync(
+                self._connection.transport, target, timeout=self._config.hotload_timeout_s
+            )
+        return self._sync
+
+    async def _load(self, path: str) -> WeightSync:
+        if not isinstance(path, str) or not path:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidArgument(
+                f"model_path={path!r}: pass the `path` that save_weights_for_sampler returned"
+            )
+        sync = await self._weight_sync()
+        await sync.load(path)
+        return sync
+
+    async def _make_sampler(
+        self,
+        model_path: str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+    ) -> DeploymentSampler:
+        sync = await (self._weight_sync() if model_path is None else self._load(model_path))
+        deployment = self._resources.deployment
+        assert deployment is not None
+        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+            transport=self._connection.transport,
+            inference_url=self._connection.inference_url,
+            model=deployment.name,
+            tokenizer=tokenizer if tokenizer is not None else await self._get_tokenizer(),
+            concurrency_controller=controller or self._own_controller(),
+            current_snapshot=sync.current,
+        )
+
+    def _own_controller(self) -> SamplingConcurrencyController:
+        if self._controller is None:
+            self._controller = AdaptiveConcurrencyController()
+        return self._controller
+
+    async def _get_tokenizer(self) -> PreTrainedTokenizerBase:
+        async with self._fetching_tokenizer:
+            if self._tokenizer is None:
+                plane = await self._connection.open()
+                self._tokenizer = await find_tokenizer(plane, self._config)
+            return self._tokenizer
+
+    # -- closing -----------------------------------------------------------------------------------
+
+    async def _close(self, *, quiet: bool) -> None:
+        self._closed = True
+        if self._owner.bound is None:
+            return  # nothing was ever asked of it
+        await self._owner.run(lambda: self._close_once(quiet), label="close")
+
+    async def _close_once(self, quiet: bool) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._give_everything_back(drain=not quiet))
+        error = await asyncio.shield(self._closing)
+        if error is not None and not quiet and not was_retrieved(error):
+            mark_retrieved(error)  # raised once: a second close is quiet
+            raise error
+
+    async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
+        """Close in order, whatever fails on the way; the error worth raising."""
+        client, errors = self._training_client, list[BaseException]()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._owner.release)
+            stack.push_async_callback(self._connection.close)
+            stack.callback(self._forget_exit)
+            stack.push_async_callback(self._clean_up)
+            if self._session is not None:
+                stack.push_async_callback(self._session.close)
+            if client is not None:
+                await client._close(drain=drain)  # pyright: ignore[reportPrivateUsage]
+                unseen = client._first_unseen_failure()  # pyright: ignore[reportPrivateUsage]
+                errors.extend([unseen] if unseen is not None else [])
+                if self._connection.temporary and client.last_saved_state is not None:
+                    logger.info(
+                        "the saved states go away with the embedded platform; "
+                        "base_url='local:/path' keeps them"
+                    )
+        errors.extend(self._resources.errors)
+        return errors[0] if errors else None
+
+    async def _clean_up(self) -> None:
+        if self._ready:
+            await clean_up(await self._connection.open(), self._config, self._resources)
+
+    async def _clean_up_at_exit(self) -> None:
+        """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
+        if self._connection.temporary or not self._ready:
+            return
+        async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
+            await clean_up(ControlPlane(transport), self._config, self._resources)
+
+
+def _import_tinker() -> None:
+    import tinker  # noqa: F401

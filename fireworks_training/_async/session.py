@@ -1,0 +1,133 @@
+"""A session with a trainer: opened once for each service, and the models made in it.
+
+What a trainer can do, it says when a model is made; `Capabilities` is that answer, read once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from fireworks_training._async.data_plane import DataPlane
+from fireworks_training._async.heartbeat import Heartbeat
+from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.transport import Transport
+from fireworks_training.config import ProvisioningConfig, session_tags
+from fireworks_training.errors import ProtocolError
+from fireworks_training.models import __version__
+
+logger = logging.getLogger("fireworks_training.trainer")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a trainer says of itself when it makes a model.
+
+    Attributes:
+        model_id: the model made.
+        comms: "v1" or "v2" of the JSON dialect.
+        wire: the dialects it takes; empty where it does not say.
+        step_protocol: whether it enforces atomic steps.
+        snapshot_protocol: whether its saves say what they wrote.
+    """
+
+    model_id: str
+    comms: str = "v1"
+    wire: tuple[str, ...] = ()
+    step_protocol: bool = False
+    snapshot_protocol: bool = False
+
+    @classmethod
+    def read(cls, payload: Mapping[str, Any]) -> Capabilities:
+        """From the result of create_model; what is absent or malformed counts as not offered."""
+        model_id = payload.get("model_id")
+        if not isinstance(model_id, str) or not model_id:
+            raise ProtocolError("the trainer made a model but named no model_id")
+        wire = payload.get("wire")
+        return cls(
+            model_id=model_id,
+            comms="v2" if payload.get("comms") == "v2" else "v1",
+            wire=tuple(map(str, wire)) if isinstance(wire, list) else (),
+            step_protocol=payload.get("step_protocol") == 1,
+            snapshot_protocol=payload.get("snapshot_protocol") == 1,
+        )
+
+
+class TrainerSession:
+    """One session, with its heartbeat.
+
+    Args:
+        transport: the service's pool.
+        make_transport: makes another transport with the same headers, for the heartbeat.
+        trainer_url: of the trainer, without `/api/v1`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        make_transport: Callable[[OwnerLoop], Transport],
+        trainer_url: str,
+    ) -> None:
+        self.plane = DataPlane(transport, trainer_url)
+        self.session_id = ""
+        self._make_transport = make_transport
+        self._trainer_url = trainer_url
+        self._heartbeat: Heartbeat | None = None
+        self._models = 0
+
+    async def open(self, user_metadata: Mapping[str, str] | None) -> None:
+        """Open the session and start its heartbeat."""
+        answer = await self.plane.call(
+            "create_session",
+            {
+                "tags": session_tags(),
+                "user_metadata": dict(user_metadata or {}),
+                "sdk_version": __version__,
+                "type": "create_session",
+            },
+            what="open a trainer session",
+        )
+        session_id = answer.get("session_id")
+        if not isinstance(session_id, str) or not session_id:
+            raise ProtocolError("the trainer opened a session but named no session_id")
+        for level, name in ((20, "info_message"), (30, "warning_message"), (40, "error_message")):
+            if answer.get(name):
+                logger.log(level, "the trainer says: %s", answer[name])
+        self.session_id = session_id
+        self._heartbeat = Heartbeat(self._make_transport, self._trainer_url, session_id)
+        self._heartbeat.start()
+
+    async def create_model(self, config: ProvisioningConfig) -> Capabilities:
+        """Make a model; a repeated submit makes no second one."""
+        lora: dict[str, Any] = {
+            "rank": config.lora_rank,
+            "train_mlp": config.train_mlp,
+            "train_attn": config.train_attn,
+            "train_unembed": config.train_unembed,
+        }
+        if config.lora_rank:
+            lora["alpha"] = config.alpha
+        if config.seed is not None:
+            lora["seed"] = config.seed
+        body = orjson.dumps(
+            {
+                "session_id": self.session_id,
+                "model_seq_id": self._models,
+                "base_model": config.base_model,
+                "lora_config": lora,
+                "type": "create_model",
+            }
+        )
+        self._models += 1
+        request_id = await self.plane.submit("create_model", body, what="create the model")
+        return Capabilities.read(await self.plane.result(request_id, what="create the model"))
+
+    async def close(self) -> None:
+        """Stop the heartbeat; idempotent. The session ends with its job."""
+        if self._heartbeat is not None:
+            heartbeat, self._heartbeat = self._heartbeat, None
+            await heartbeat.stop()

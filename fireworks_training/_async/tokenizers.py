@@ -1,0 +1,84 @@
+"""Finds the tokenizer of a service: the platform's own where it serves one, else by name.
+
+Files that a platform serves are cached by their hash, so that a changed tokenizer is a new folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training.config import ProvisioningConfig, cache_dir
+from fireworks_training.errors import InvalidArgument, ProtocolError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+LOCAL_ACCOUNT = "local"
+"""The account of the local platform, which serves the tokenizers of its models."""
+
+
+async def load(source: str | Path) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, in a thread: importing transformers takes seconds."""
+
+    def work() -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(source)))
+
+    return await asyncio.to_thread(work)
+
+
+async def find_tokenizer(
+    plane: ControlPlane, config: ProvisioningConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a service's model.
+
+    Raises:
+        InvalidArgument: the platform serves none, and no `tokenizer_model` was given.
+    """
+    if await plane.account() == LOCAL_ACCOUNT:
+        # Whatever name a script gives: only the served model's own tokenizer fits it.
+        return await load(store(await plane.tokenizer_files(config.base_model)))
+    if config.tokenizer_model is None:
+        raise InvalidArgument(
+            "no tokenizer: pass tokenizer_model= to from_firetitan_config, or tokenizer= to the "
+            "sampler"
+        )
+    return await load(config.tokenizer_model)
+
+
+def store(answer: Mapping[str, Any]) -> Path:
+    """Put served tokenizer files into the cache; their folder.
+
+    Raises:
+        ProtocolError: the files are not what the answer says.
+    """
+    files = {str(name): base64.b64decode(text) for name, text in answer["files"].items()}
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        if name != Path(name).name or name.startswith("."):
+            raise ProtocolError(f"the platform serves a tokenizer file with the name {name!r}")
+        digest.update(name.encode() + b"\0" + files[name])
+    folder = cache_dir() / "tokenizers" / digest.hexdigest()
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / "files"
+            made.mkdir()
+            for name, content in files.items():
+                (made / name).write_bytes(content)
+            try:
+                os.rename(made, folder)  # noqa: PTH104 - must fail, not merge, if it is there
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    return folder

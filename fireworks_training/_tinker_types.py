@@ -1,0 +1,26 @@
+"""Subclasses of tinker's result types, with the fields that only this contract has.
+
+The one module that imports tinker at its top; importing it may load torch, so it is itself only
+imported inside functions, and through the lazy root.
+"""
+
+from __future__ import annotations
+
+import tinker.types as tinker_types
+from tinker.types import SaveWeightsForSamplerResponse as _SaveWeightsForSamplerResponse
+
+from fireworks_training.models import Snapshot
+
+
+class SaveWeightsForSamplerResponse(_SaveWeightsForSamplerResponse):
+    """A saved sampler snapshot.
+
+    Attributes:
+        path: public identity of the snapshot, to be passed as `model_path`; not a storage URI.
+        snapshot: what the trainer wrote under it.
+    """
+
+    snapshot: Snapshot
+
+
+__all__ = ["SaveWeightsForSamplerResponse", "tinker_types"]
