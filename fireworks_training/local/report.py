@@ -32,7 +32,7 @@ def ready_text(facts: dict[str, str], state_dir: str | None) -> str:
 
 
 def last_lines(log_file: Path) -> str:
-    """The end of a log, worded as the end of an error message; empty if there is nothing."""
+    """The end of a log; empty if there is nothing."""
     try:
         with log_file.open("rb") as file:
             file.seek(0, 2)
@@ -40,4 +40,4 @@ def last_lines(log_file: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()[-MAX_LINES:]
     except FileNotFoundError:
         return ""
-    return "\nThe end of its log:\n" + "\n".join(lines) if lines else ""
+    return "\n".join(lines)

@@ -122,6 +122,11 @@ class Supervisor:
         )
 
     @property
+    def log_file(self) -> Path:
+        """Where an embedded platform logs."""
+        return self.state_dir / LOG_FILE
+
+    @property
     def base_url(self) -> str:
         """Where clients connect."""
         host = self._settings.host
@@ -156,6 +161,9 @@ class Supervisor:
             await asyncio.wait({stopped, work}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+        except LocalPlatformError as error:
+            # Read now: the log of a temporary state goes with it.
+            raise LocalPlatformError(f"{error.message}{self._end_of_log()}") from error
         finally:
             for task in (stopped, work):
                 task.cancel()
@@ -236,6 +244,8 @@ class Supervisor:
 
     async def _end(self) -> None:
         """The lifetime pipe ends them all; what takes too long is killed."""
+        # Gateway and template wait for the lock to be free, as they do when this process is killed.
+        os.close(self._alive_fd)
         os.close(self._lifetime_write)
         children = [c for c in (self._gateway, self._template) if c.process is not None]
         waits = [asyncio.create_task(child.wait()) for child in children]
@@ -248,7 +258,7 @@ class Supervisor:
         self._template_listener.close()
         os.close(self._lifetime_read)
         gone = await asyncio.to_thread(
-            lifetime.remove_when_last, self.runtime_dir, self._alive_fd, STOP_GRACE_S
+            lifetime.remove_when_last, self.runtime_dir, None, STOP_GRACE_S
         )
         if not gone:
             log(f"a worker did not end; {self.runtime_dir} is left behind")
@@ -271,6 +281,12 @@ class Supervisor:
                 " or choose another folder"
             )
         return folder
+
+    def _end_of_log(self) -> str:
+        if not self._settings.embedded or not (lines := last_lines(self.log_file)):
+            return ""
+        where = f" ({self.log_file})" if self._settings.state_dir is not None else ""
+        return f"\nThe end of its log{where}:\n{lines}"
 
     def _gateway_settings(self) -> bytes:
         return dump(
@@ -353,12 +369,13 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
     """Run a platform until a signal, or until EOF of the settings pipe when it is embedded.
 
     Raises:
-        LocalPlatformError: it did not start or could not be kept running; with the end of the log.
+        LocalPlatformError: it did not start or could not be kept running; an embedded one says so
+            with the end of its log.
     """
     supervisor = Supervisor(settings)
-    log_file = supervisor.state_dir / LOG_FILE if settings.embedded else None
-    if log_file is not None:
-        fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if settings.embedded:
+        # The user's terminal stays clean, also from what workers and libraries print.
+        fd = os.open(supervisor.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, sys.stderr.fileno())
         os.close(fd)
     loop = asyncio.get_running_loop()
@@ -366,7 +383,6 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
         loop.add_signal_handler(signum, supervisor.stop)
     if settings.embedded:
         _stop_on_eof(loop, settings_fd, supervisor.stop)
-    tail = ""
 
     def ready() -> None:
         facts = supervisor.ready_facts()
@@ -374,11 +390,7 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
         text = json.dumps(facts) if settings.output == "json" else ready_text(facts, state)
         print(text, flush=True)
 
-    try:
-        await supervisor.run(ready)
-    except LocalPlatformError as error:
-        tail = last_lines(log_file) if log_file is not None else ""
-        raise LocalPlatformError(f"{error.message}{tail}") from error
+    await supervisor.run(ready)
 
 
 def _stop_on_eof(loop: asyncio.AbstractEventLoop, fd: int, stop: Callable[[], None]) -> None:

@@ -1,1 +1,1 @@
-"""The gateway process: control plane, trainer data plane and inference behind one port. No torch."""
+"""The gateway process: control plane, trainer data plane and inference on one port. No torch."""

@@ -283,7 +283,9 @@ class Deployments:
             while loaded != live.loaded_identity:
                 loaded = live.loaded_identity
                 assert loaded is not None
-                await engine.load(loaded)
+                ended = await engine.load(loaded)
+                if ended.outcome != "loaded":
+                    raise WorkerFailed(f"the engine can't load {loaded}: {ended.reason}")
             self._joined_with[engine] = loaded
             live.engines.append(engine)
             self._settle(live, id_)
@@ -300,6 +302,7 @@ class Deployments:
         snapshots.mkdir(mode=0o700, parents=True, exist_ok=True)
         return {
             "deployment": live.resource,
+            "base_model": live.model.name,
             "replica": number,
             "model_path": str(live.model.path),
             "snapshots_dir": str(snapshots),
@@ -359,8 +362,8 @@ class Deployments:
 
     async def _reload(self, engine: EngineClient, identity: str) -> None:
         """To load what is loaded changes nothing, so this may repeat the hot load."""
-        try:
-            await engine.load(identity)
-        except Exception:
-            log.exception("an engine could not load %s; replacing it", identity)
+        ended = await engine.load(identity)
+        if ended.outcome == "failed":
+            log.warning("%s could not load %s: %s", engine.name, identity, ended.reason)
+            # Its keeper replaces it.
             await engine.close()

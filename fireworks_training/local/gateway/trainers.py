@@ -228,12 +228,15 @@ class TrainerJobs:
         """RUNNING from the first answer to the end of the `alive` response."""
 
         async def attempt(_socket: Path) -> aiohttp.ClientResponse:
-            async with trainer.session.get("http://trainer/api/v1/healthz") as health:
-                if health.status != 200:
-                    raise WorkerFailed(f"the trainer's health check answered {health.status}")
-            return await trainer.session.get(
-                "http://trainer/internal/alive", timeout=aiohttp.ClientTimeout(total=None)
-            )
+            try:
+                async with trainer.session.get("http://trainer/api/v1/healthz") as health:
+                    if health.status != 200:
+                        raise WorkerFailed(f"the trainer's health check answered {health.status}")
+                return await trainer.session.get(
+                    "http://trainer/internal/alive", timeout=aiohttp.ClientTimeout(total=None)
+                )
+            except aiohttp.ClientConnectionError as error:
+                raise ConnectionError(str(error)) from error
 
         response = await self._workers.connect(trainer.worker, attempt)
         try:

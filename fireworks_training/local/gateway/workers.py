@@ -193,27 +193,34 @@ class Workers:
     async def connect(
         self, worker: Worker, attempt: Callable[[Path], Awaitable[Connected]]
     ) -> Connected:
-        """Try to connect until the worker serves its socket.
+        """Connect to a worker once it serves its socket.
+
+        Args:
+            worker: the worker.
+            attempt: tries once, or waits by itself; ConnectionError and FileNotFoundError mean
+                that the worker does not serve yet.
 
         Raises:
             WorkerFailed: it ended first, or took longer than its budget.
         """
-        delay = FIRST_POLL_S
+        trying = asyncio.ensure_future(_until_connected(worker.socket, attempt))
+        deadline = asyncio.get_running_loop().time() + READY_BUDGET_S
         try:
-            async with asyncio.timeout(READY_BUDGET_S):
-                while True:
-                    alive = worker.process.alive()
-                    try:
-                        return await attempt(worker.socket)
-                    except (FileNotFoundError, ConnectionError) as error:
-                        if not alive:
-                            raise WorkerFailed(self.why_ended(worker)) from error
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 1.5, LAST_POLL_S)
-        except TimeoutError:
-            raise WorkerFailed(
-                f"the {worker.row.kind} process was not ready within {READY_BUDGET_S:.0f} s"
-            ) from None
+            while not trying.done():
+                alive = worker.process.alive()
+                await asyncio.wait({trying}, timeout=LAST_POLL_S)
+                if trying.done():
+                    break
+                if not alive:
+                    raise WorkerFailed(self.why_ended(worker))
+                if asyncio.get_running_loop().time() > deadline:
+                    raise WorkerFailed(
+                        f"the {worker.row.kind} process was not ready within {READY_BUDGET_S:.0f} s"
+                    )
+            return trying.result()
+        finally:
+            trying.cancel()
+            await asyncio.gather(trying, return_exceptions=True)
 
     def why_ended(self, worker: Worker) -> str:
         """What is known of the end of a worker, in one sentence."""
@@ -240,6 +247,18 @@ class Workers:
             if (row.kind, row.owner, row.replica) == (kind, owner, replica):
                 return row
         return None
+
+
+async def _until_connected(
+    socket: Path, attempt: Callable[[Path], Awaitable[Connected]]
+) -> Connected:
+    delay = FIRST_POLL_S
+    while True:
+        try:
+            return await attempt(socket)
+        except (ConnectionError, FileNotFoundError):
+            await asyncio.sleep(delay)
+        delay = min(delay * 1.5, LAST_POLL_S)
 
 
 async def _finish_if_cancelled(work: Coroutine[None, None, Worker]) -> Worker:
