@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from fireworks_training._sync.service import FiretitanServiceClient
     from fireworks_training._sync.trainer import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
-    from fireworks_training.config import ProvisioningConfig as FiretitanProvisioningConfig
-    from fireworks_training.config import ProvisioningOptions
+    from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
     from fireworks_training.data import rl_datum, supervised_datum
     from fireworks_training.errors import (
         ApiError,
@@ -78,88 +77,93 @@ if TYPE_CHECKING:
         TrainingProfile,
     )
 
-_HOMES: dict[str, tuple[str, ...]] = {
-    "_sync.service": ("FiretitanServiceClient",),
-    "_sync.trainer": ("FiretitanTrainingClient",),
-    "_async.service": ("AsyncFiretitanServiceClient",),
-    "_async.trainer": ("AsyncFiretitanTrainingClient",),
-    "_async.sampler": ("DeploymentSampler",),
-    "_async.gate": (
-        "AdaptiveConcurrencyController",
-        "FixedConcurrencyController",
-        "SamplingConcurrencyController",
-    ),
-    "config": ("FiretitanProvisioningConfig", "ProvisioningOptions"),
-    "data": ("rl_datum", "supervised_datum"),
-    "futures": ("APIFuture", "SampleCall"),
-    "models": (
-        "DeploymentInfo",
-        "ReplicaStatus",
-        "SampledCompletion",
-        "ServerMetrics",
-        "Snapshot",
-        "TrainerJobInfo",
-        "TrainingProfile",
-    ),
-    "_tinker_types": ("SaveWeightsForSamplerResponse",),
-    "errors": (
-        "ApiError",
-        "ApiStatusError",
-        "AuthenticationFailed",
-        "ClientClosed",
-        "Conflict",
-        "ConnectionFailed",
-        "DeploymentSamplerTimeoutError",
-        "FireworksTrainingError",
-        "GradientsInDoubt",
-        "HotLoadFailed",
-        "HotLoadTimeout",
-        "InvalidArgument",
-        "InvalidDatum",
-        "LocalPlatformError",
-        "LossFailed",
-        "MissingExtra",
-        "NotFound",
-        "NotSupported",
-        "OperationCancelled",
-        "OperationError",
-        "OwnerLoopGone",
-        "PrecedingOperationFailed",
-        "ProtocolError",
-        "ProvisioningError",
-        "ProvisioningTimeout",
-        "RateLimited",
-        "RequestFailed",
-        "RequestTimedOut",
-        "SamplingClientClosedError",
-        "SamplingError",
-        "SamplingRequestError",
-        "ServerFailed",
-        "SessionEnded",
-        "SessionLost",
-        "TrainerLost",
-        "UnknownOption",
-        "UsageError",
-        "WeightSyncError",
-        "WrongLoop",
-    ),
+_HEAVY = {
+    "AdaptiveConcurrencyController": "_async.gate",
+    "AsyncFiretitanServiceClient": "_async.service",
+    "AsyncFiretitanTrainingClient": "_async.trainer",
+    "DeploymentSampler": "_async.sampler",
+    "FiretitanServiceClient": "_sync.service",
+    "FiretitanTrainingClient": "_sync.trainer",
+    "FixedConcurrencyController": "_async.gate",
+    "SamplingConcurrencyController": "_async.gate",
+    "SaveWeightsForSamplerResponse": "_tinker_types",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SPELT = {"FiretitanProvisioningConfig": "ProvisioningConfig"}
+_LIGHT = ("errors", "models", "futures", "config", "data")
 
-__all__ = [  # noqa: PLE0604 - one list, above; a test compares it with the imports for type checkers
+__all__ = [
+    "APIFuture",
+    "AdaptiveConcurrencyController",
+    "ApiError",
+    "ApiStatusError",
+    "AsyncFiretitanServiceClient",
+    "AsyncFiretitanTrainingClient",
+    "AuthenticationFailed",
+    "ClientClosed",
+    "Conflict",
+    "ConnectionFailed",
+    "DeploymentInfo",
+    "DeploymentSampler",
+    "DeploymentSamplerTimeoutError",
+    "FiretitanProvisioningConfig",
+    "FiretitanServiceClient",
+    "FiretitanTrainingClient",
+    "FireworksTrainingError",
+    "FixedConcurrencyController",
+    "GradientsInDoubt",
+    "HotLoadFailed",
+    "HotLoadTimeout",
+    "InvalidArgument",
+    "InvalidDatum",
+    "LocalPlatformError",
+    "LossFailed",
+    "MissingExtra",
+    "NotFound",
+    "NotSupported",
+    "OperationCancelled",
+    "OperationError",
+    "OwnerLoopGone",
+    "PrecedingOperationFailed",
+    "ProtocolError",
+    "ProvisioningError",
+    "ProvisioningOptions",
+    "ProvisioningTimeout",
+    "RateLimited",
+    "ReplicaStatus",
+    "RequestFailed",
+    "RequestTimedOut",
+    "SampleCall",
+    "SampledCompletion",
+    "SamplingClientClosedError",
+    "SamplingConcurrencyController",
+    "SamplingError",
+    "SamplingRequestError",
+    "SaveWeightsForSamplerResponse",
+    "ServerFailed",
+    "ServerMetrics",
+    "SessionEnded",
+    "SessionLost",
+    "Snapshot",
+    "TrainerJobInfo",
+    "TrainerLost",
+    "TrainingProfile",
+    "UnknownOption",
+    "UsageError",
+    "WeightSyncError",
+    "WrongLoop",
     "__version__",
-    *sorted(_HOME_OF),
+    "rl_datum",
+    "supervised_datum",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), _SPELT.get(name, name))
-    globals()[name] = value
-    return value
+    if name in __all__:
+        for home in (_HEAVY[name],) if name in _HEAVY else _LIGHT:
+            module = importlib.import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                globals()[name] = value = getattr(module, name)
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

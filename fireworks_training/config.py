@@ -29,7 +29,7 @@ SnapshotDtype = Literal["bfloat16", "float32"]
 
 
 class ProvisioningOptions(TypedDict, total=False):
-    """The keywords of `from_firetitan_config` that describe resources; see `ProvisioningConfig`."""
+    """The keywords of `from_firetitan_config`; see `FiretitanProvisioningConfig` for each."""
 
     base_model: str
     model_name: str
@@ -115,7 +115,7 @@ _REFUSED: dict[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProvisioningConfig:
+class FiretitanProvisioningConfig:
     """One trainer and one deployment, as the caller wants them.
 
     Attributes:
@@ -243,7 +243,7 @@ class ProvisioningConfig:
         return 32 if self.lora_alpha is None else self.lora_alpha
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> ProvisioningConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> FiretitanProvisioningConfig:
         """Check the keywords of `from_firetitan_config` and make the configuration.
 
         Raises:

@@ -20,6 +20,8 @@ from fireworks_training._core.notices import Notices
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
+    OperationError,
+    PrecedingOperationFailed,
     ProtocolError,
     RequestFailed,
     TrainerLost,
@@ -236,13 +238,20 @@ def read_outcome(response: Response, request_id: str, what: str) -> Mapping[str,
     if payload.get("type") == "try_again":
         return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
     if "error" in payload:
-        raise RequestFailed(
-            f"{what}: {payload['error']}",
-            category=str(payload.get("category", "unknown")),
-            error_class=payload.get("error_class"),
-            request_id=request_id,
-        )
+        raise _failure(payload, request_id, what)
     return payload
+
+
+def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> OperationError:
+    message = f"{what}: {payload['error']}"
+    if payload.get("error_class") == "PrecedingOperationFailed":
+        return PrecedingOperationFailed(message, request_id=request_id)
+    return RequestFailed(
+        message,
+        category=str(payload.get("category", "unknown")),
+        error_class=payload.get("error_class"),
+        request_id=request_id,
+    )
 
 
 def _tolerant(response: Response) -> Mapping[str, Any]:

@@ -223,6 +223,7 @@ class LineRunner:
             result.append(await entry.run(turn))
         except BaseException as caught:
             error = self._explain(caught)
+            self.line.failing(entry.ticket, error)
         turn.leave()
         if previous is not None:
             # Outcomes come in line order, so that a failure before this one is known by now. When

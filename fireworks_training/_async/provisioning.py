@@ -22,7 +22,7 @@ from fireworks_training._core.lifecycle import (
     next_delay,
 )
 from fireworks_training._core.notices import Notices
-from fireworks_training.config import ProvisioningConfig
+from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     ApiError,
     InvalidArgument,
@@ -50,7 +50,9 @@ class Resources:
     errors: list[BaseException] = field(default_factory=list[BaseException])
 
 
-async def provision(plane: ControlPlane, config: ProvisioningConfig, resources: Resources) -> None:
+async def provision(
+    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+) -> None:
     """Make or find what `config` describes, and wait until it is ready.
 
     `resources` is filled in as things come into being, so that a cancelled or failed call leaves a
@@ -97,7 +99,9 @@ async def finish_in_spite_of_cancellation(work: Coroutine[Any, Any, None]) -> No
         raise
 
 
-async def _trainer(plane: ControlPlane, config: ProvisioningConfig, resources: Resources) -> None:
+async def _trainer(
+    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+) -> None:
     job_id = resources.job_id
     assert job_id is not None
     job = await plane.get_job(job_id) if config.trainer_job_id else None
@@ -123,7 +127,7 @@ async def _trainer(plane: ControlPlane, config: ProvisioningConfig, resources: R
 
 
 async def _deployment(
-    plane: ControlPlane, config: ProvisioningConfig, resources: Resources
+    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
 ) -> None:
     deployment_id = resources.deployment_id
     if deployment_id is None:
@@ -150,7 +154,7 @@ async def _deployment(
 
 
 async def _reattach(
-    plane: ControlPlane, config: ProvisioningConfig, found: DeploymentInfo, job: str
+    plane: ControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
 ) -> None:
     """Point a deployment that was found to this service's trainer, if it points elsewhere."""
     wanted = config.deployment_shape
@@ -245,7 +249,7 @@ def _present(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in (None, False, (), "")}
 
 
-def _job_body(config: ProvisioningConfig) -> dict[str, Any]:
+def _job_body(config: FiretitanProvisioningConfig) -> dict[str, Any]:
     extra = dict(config.extra_values or {})
     if config.snapshot_dtype is not None:
         extra["snapshot_dtype"] = config.snapshot_dtype
@@ -279,7 +283,7 @@ def _job_body(config: ProvisioningConfig) -> dict[str, Any]:
     }
 
 
-async def _job_query(config: ProvisioningConfig, resources: Resources) -> dict[str, str]:
+async def _job_query(config: FiretitanProvisioningConfig, resources: Resources) -> dict[str, str]:
     query: dict[str, str] = {}
     if config.training_shape_id is not None:
         pinned = "/versions/" in config.training_shape_id
@@ -290,7 +294,9 @@ async def _job_query(config: ProvisioningConfig, resources: Resources) -> dict[s
     return query
 
 
-def _deployment_body(config: ProvisioningConfig, resources: Resources, job: str) -> dict[str, Any]:
+def _deployment_body(
+    config: FiretitanProvisioningConfig, resources: Resources, job: str
+) -> dict[str, Any]:
     linked = resources.profile.deployment_shape if resources.profile else None
     return {
         "baseModel": config.base_model,
@@ -312,7 +318,7 @@ def _deployment_body(config: ProvisioningConfig, resources: Resources, job: str)
     }
 
 
-def _deployment_query(config: ProvisioningConfig) -> dict[str, str]:
+def _deployment_query(config: FiretitanProvisioningConfig) -> dict[str, str]:
     query: dict[str, str] = {}
     if config.disable_speculative_decoding:
         query["disableSpeculativeDecoding"] = "true"
@@ -336,7 +342,9 @@ async def _attempt(resources: Resources, name: str, step: Callable[[str], Awaita
         resources.errors.append(error)
 
 
-async def clean_up(plane: ControlPlane, config: ProvisioningConfig, resources: Resources) -> None:
+async def clean_up(
+    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+) -> None:
     """Give back what this service made, as its policies say; errors are collected and noted."""
     if resources.deployment_created and resources.deployment_id is not None:
         if config.cleanup_deployment_on_close == "delete":

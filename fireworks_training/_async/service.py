@@ -14,8 +14,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-from fireworks_training._async.sampler import DeploymentSampler
-
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.control_plane.client import ControlPlane
 from fireworks_training._async.gate import (
@@ -31,6 +29,7 @@ from fireworks_training._async.provisioning import (
     first_of,
     provision,
 )
+from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.tokenizers import find_tokenizer
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
@@ -38,7 +37,7 @@ from fireworks_training._async.weight_sync import Target, WeightSync
 from fireworks_training._portal import at_exit
 from fireworks_training.config import (
     Endpoint,
-    ProvisioningConfig,
+    FiretitanProvisioningConfig,
     ProvisioningOptions,
     cast_options,
     resolve_endpoint,
@@ -65,7 +64,7 @@ class AsyncFiretitanServiceClient:
     def __init__(
         self,
         endpoint: Endpoint,
-        config: ProvisioningConfig,
+        config: FiretitanProvisioningConfig,
         *,
         additional_headers: Mapping[str, str] | None,
         verify_ssl: bool,
@@ -102,7 +101,7 @@ class AsyncFiretitanServiceClient:
         *,
         api_key: str | None = None,
         base_url: str | None = None,
-        managed_config: ProvisioningConfig | None = None,
+        managed_config: FiretitanProvisioningConfig | None = None,
         inference_url: str | None = None,
         hotload_api_url: str | None = None,
         additional_headers: Mapping[str, str] | None = None,
@@ -128,10 +127,10 @@ class AsyncFiretitanServiceClient:
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
-            **options: see `ProvisioningConfig`.
+            **options: see `FiretitanProvisioningConfig`.
 
         Raises:
-            UnknownOption, InvalidArgument, NotSupported: see `ProvisioningConfig`.
+            UnknownOption, InvalidArgument, NotSupported: see `FiretitanProvisioningConfig`.
         """
         if project_id is not None:
             raise NotSupported("project_id is not supported; leave it out")
@@ -139,7 +138,7 @@ class AsyncFiretitanServiceClient:
             raise InvalidArgument(
                 f"give managed_config or keywords, not both: {', '.join(sorted(options))}"
             )
-        config = managed_config or ProvisioningConfig.from_options(cast_options(options))
+        config = managed_config or FiretitanProvisioningConfig.from_options(cast_options(options))
         endpoint = resolve_endpoint(
             base_url=base_url,
             api_key=api_key,

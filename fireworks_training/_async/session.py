@@ -16,7 +16,7 @@ from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.heartbeat import Heartbeat
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
-from fireworks_training.config import ProvisioningConfig, session_tags
+from fireworks_training.config import FiretitanProvisioningConfig, session_tags
 from fireworks_training.errors import ProtocolError
 from fireworks_training.models import __version__
 
@@ -101,7 +101,7 @@ class TrainerSession:
         self._heartbeat = Heartbeat(self._make_transport, self._trainer_url, session_id)
         self._heartbeat.start()
 
-    async def create_model(self, config: ProvisioningConfig) -> Capabilities:
+    async def create_model(self, config: FiretitanProvisioningConfig) -> Capabilities:
         """Make a model; a repeated submit makes no second one."""
         lora: dict[str, Any] = {
             "rank": config.lora_rank,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fireworks_training._async.control_plane.client import ControlPlane
-from fireworks_training.config import ProvisioningConfig, cache_dir
+from fireworks_training.config import FiretitanProvisioningConfig, cache_dir
 from fireworks_training.errors import InvalidArgument, ProtocolError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 async def find_tokenizer(
-    plane: ControlPlane, config: ProvisioningConfig
+    plane: ControlPlane, config: FiretitanProvisioningConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a service's model.
 

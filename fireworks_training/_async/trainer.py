@@ -23,7 +23,7 @@ from fireworks_training._async.passes import Passes
 from fireworks_training._async.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import Line, Role
 from fireworks_training._wire.training import PassKind, decode_snapshot
-from fireworks_training.config import ProvisioningConfig
+from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.futures import APIFuture
 
@@ -66,7 +66,7 @@ class AsyncFiretitanTrainingClient:
         self,
         session: TrainerSession,
         capabilities: Capabilities,
-        config: ProvisioningConfig,
+        config: FiretitanProvisioningConfig,
         *,
         owner: OwnerLoop,
         pipeline_steps: bool = False,

@@ -56,7 +56,6 @@ class Ticket:
         role: what the operation does.
         step: the step it belongs to, from 0.
         maybe_added: whether some of its gradients may have reached the server.
-        failure: why it failed, once it did.
         done: whether its outcome is known.
         previous: the weighty operation before it, while that one's outcome is unknown.
     """
@@ -65,7 +64,6 @@ class Ticket:
     role: Role
     step: int
     maybe_added: bool = False
-    failure: BaseException | None = None
     done: bool = False
     previous: Ticket | None = None
 
@@ -185,22 +183,28 @@ class Line:
             self.doubt = None
             self._forget(ticket.step)
 
+    def failing(self, ticket: Ticket, error: BaseException) -> None:
+        """It is known to fail; its outcome is still to be handed out.
+
+        To be told before the next operation is judged.
+        """
+        if not ticket.role.weighty or _of_another(error):
+            return
+        step = ticket.step + 1 if ticket.role is Role.OPTIM else ticket.step
+        known = self._failures.get(step)
+        if known is None or known.place > ticket.place:
+            self._failures[step] = StepFailure(ticket.place, error)
+
     def failed(self, ticket: Ticket, error: BaseException) -> None:
-        """It failed, or was cancelled before it was sent."""
-        ticket.failure = error
+        """It failed, or was cancelled before it was sent, and its outcome is handed out."""
+        self.failing(ticket, error)
         self._end(ticket)
         if not ticket.role.weighty:
             return
         if ticket.maybe_added:
             self._note_added(ticket)
-        of_another = isinstance(error, (PrecedingOperationFailed, GradientsInDoubt))
-        if not of_another:
-            step = ticket.step + 1 if ticket.role is Role.OPTIM else ticket.step
-            known = self._failures.get(step)
-            if known is None or known.place > ticket.place:
-                self._failures[step] = StepFailure(ticket.place, error)
         if ticket.role is Role.OPTIM:
-            if not of_another and ticket.step in self._added and not self.step_protocol:
+            if not _of_another(error) and ticket.step in self._added and not self.step_protocol:
                 self.doubt = self.doubt or error  # its gradients were not applied, and lie there
             self._doubt_of(ticket.step)
             self._forget(ticket.step)
@@ -222,3 +226,8 @@ class Line:
         for old in [known for known in self._failures if known <= step]:
             del self._failures[old]
         self._added = {added for added in self._added if added > step}
+
+
+def _of_another(error: BaseException) -> bool:
+    """Whether an operation failed only because of the ones before it."""
+    return isinstance(error, (PrecedingOperationFailed, GradientsInDoubt))

@@ -1,0 +1,174 @@
+"""A trainer in memory: takes requests in any order, executes them by seq_id, and can misbehave.
+
+It knows no mathematics: a gradient is a count. What it applied, in which order, is what tests read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+Hook = Callable[[str, dict[str, Any]], Awaitable[web.StreamResponse | None]]
+
+
+@dataclass
+class StubTrainer:
+    """One model, one line.
+
+    Attributes:
+        step_protocol: whether it enforces steps and says so.
+        applied: what was executed: (path, seq_id), in order.
+        steps: datums whose gradients each optim_step applied.
+        before: called with each submit; may answer in the server's stead.
+        fail: seq_ids whose execution fails.
+        drop_answers: seq_ids whose first submit is taken, and the connection then cut.
+    """
+
+    step_protocol: bool = True
+    applied: list[tuple[str, int]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    submitted: list[tuple[str, int]] = field(default_factory=list)
+    before: Hook | None = None
+    before_poll: Callable[[str], Awaitable[web.StreamResponse | None]] | None = None
+    fail: set[int] = field(default_factory=set)
+    drop_answers: set[int] = field(default_factory=set)
+    lost: bool = False
+    _waiting: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    _results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _next: int = 1
+    _held: int = 0
+    _failed: bool = False
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_post("/api/v1/create_session", self._session)
+        app.router.add_post("/api/v1/session_heartbeat", self._beat)
+        app.router.add_post("/api/v1/retrieve_future", self._retrieve)
+        app.router.add_post("/api/v1/create_model", self._create)
+        for path in (
+            "forward",
+            "forward_backward",
+            "optim_step",
+            "save_weights",
+            "load_weights",
+            "save_weights_for_sampler",
+            "unload_model",
+            "discard_gradients",
+        ):
+            app.router.add_post(f"/api/v1/{path}", self._submit)
+        return app
+
+    async def start(self) -> TestServer:
+        server = TestServer(self.app())
+        await server.start_server()
+        return server
+
+    async def _session(self, request: web.Request) -> web.Response:
+        return web.json_response({"session_id": "session-1"})
+
+    async def _beat(self, request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        result: dict[str, Any] = {"model_id": "model-1", "comms": "v2"}
+        if self.step_protocol:
+            result["step_protocol"] = 1
+        self._results["create"] = result
+        return web.json_response({"request_id": "create"})
+
+    async def _submit(self, request: web.Request) -> web.StreamResponse:
+        path = request.path.rsplit("/", 1)[-1]
+        body = await request.json(loads=json.loads)
+        seq_id = body["seq_id"]
+        self.submitted.append((path, seq_id))
+        if self.lost:
+            return web.json_response(
+                {"error": "worker died", "error_class": "ModelLost"}, status=410
+            )
+        if self.before is not None:
+            answer = await self.before(path, body)
+            if answer is not None:
+                return answer
+        request_id = f"r{seq_id}"
+        if request_id not in self._results and seq_id not in self._waiting:
+            self._waiting[seq_id] = (path, body)
+            async with self._changed:
+                self._execute()
+                self._changed.notify_all()
+        if seq_id in self.drop_answers:
+            self.drop_answers.discard(seq_id)
+            assert request.transport is not None
+            request.transport.close()
+        return web.json_response({"request_id": request_id})
+
+    def _execute(self) -> None:
+        while self._next in self._waiting:
+            seq_id = self._next
+            path, body = self._waiting.pop(seq_id)
+            self._results[f"r{seq_id}"] = self._one(path, body, seq_id)
+            self._next += 1
+
+    def _one(self, path: str, body: dict[str, Any], seq_id: int) -> dict[str, Any]:
+        if path == "discard_gradients":
+            self._held, self._failed = 0, False
+            self.applied.append((path, seq_id))
+            return {"type": path}
+        weighty = path in ("forward_backward", "optim_step", "load_weights")
+        if self.step_protocol and self._failed and weighty:
+            self._failed = path != "optim_step"
+            return {
+                "error": "its step failed",
+                "category": "user",
+                "error_class": "PrecedingOperationFailed",
+            }
+        if seq_id in self.fail:
+            if path == "forward_backward" and self.step_protocol:
+                self._held, self._failed = 0, True
+            return {"error": "scripted failure", "category": "server"}
+        self.applied.append((path, seq_id))
+        if path in ("forward", "forward_backward"):
+            data = (body.get("forward_input") or body["forward_backward_input"])["data"]
+            self._held += len(data) if path == "forward_backward" else 0
+            outputs = []
+            for datum in data:
+                count = len(datum["loss_fn_inputs"]["target_tokens"]["data"])
+                array = {"data": [-1.0] * count, "dtype": "float32", "shape": [count]}
+                outputs.append({"logprobs": array})
+            return {
+                "loss_fn_output_type": "ArrayRecord",
+                "loss_fn_outputs": outputs,
+                "metrics": {"loss:sum": 1.0},
+            }
+        if path == "optim_step":
+            self.steps.append(self._held)
+            self._held = 0
+            return {"metrics": {"grad_norm": 1.0}}
+        return {"path": body.get("path", ""), "type": path}
+
+    async def _retrieve(self, request: web.Request) -> web.StreamResponse:
+        request_id = (await request.json())["request_id"]
+        if self.before_poll is not None:
+            answer = await self.before_poll(request_id)
+            if answer is not None:
+                return answer
+        async with self._changed:
+            while request_id not in self._results and not self.lost:
+                await self._changed.wait()
+        if self.lost:
+            return web.json_response(
+                {"error": "worker died", "error_class": "ModelLost"}, status=410
+            )
+        return web.json_response(self._results[request_id])
+
+    async def die(self) -> None:
+        """The worker is gone: everything answers 410 from now on."""
+        async with self._changed:
+            self.lost = True
+            self._changed.notify_all()
