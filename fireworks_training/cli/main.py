@@ -1,0 +1,70 @@
+"""The command group: names its commands, and imports the one that is run.
+
+`fireworks-training --help` must answer at once, so a command's module, which may import torch, is
+loaded only when it is that command's turn; its line in the help stands here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import cast
+
+import click
+
+from fireworks_training.models import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    """Where a command is, and its line in the help.
+
+    Attributes:
+        module: the module that holds it.
+        name: its name in that module.
+        summary: one line.
+    """
+
+    module: str
+    name: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": LazyCommand(
+        "fireworks_training.cli.demo",
+        "demo",
+        "Train, sync and score a small model on this machine, offline.",
+    ),
+    "serve": LazyCommand(
+        "fireworks_training.cli.serve",
+        "serve",
+        "Run the local training platform until Ctrl-C or SIGTERM.",
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Names of the commands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of a name; click reports an unknown one."""
+        place = COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        return cast(click.Command, getattr(importlib.import_module(place.module), place.name))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, place.summary) for name, place in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fireworks-training")
+def main() -> None:
+    """Train a language model, hot-load its snapshots and sample from them, here or in the cloud."""

@@ -1,0 +1,112 @@
+"""`fireworks-training serve`: the local platform as a process of its own.
+
+Turns options into the settings line and becomes the platform's supervisor: the key goes through a
+pipe, so that neither the arguments nor the environment of any process of the platform show it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+
+def parse_models(
+    _context: click.Context, _parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, str]:
+    """`NAME=PATH` pairs as a mapping with absolute paths."""
+    models: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not name or not path:
+            raise click.BadParameter(f"{value!r} is not NAME=PATH")
+        if name in models:
+            raise click.BadParameter(f"the name {name!r} is given twice")
+        if not Path(path).is_dir():
+            raise click.BadParameter(f"{path!r} is not a folder")
+        models[name] = str(Path(path).resolve())
+    return models
+
+
+def become_platform(settings: Mapping[str, object]) -> NoReturn:
+    """Replace this process by the platform's supervisor."""
+    # A line below the pipe's capacity, so that writing does not wait for a reader.
+    line = json.dumps(settings).encode() + b"\n"
+    if len(line) > 32 * 1024:
+        raise click.ClickException("the options are too long")
+    read_end, write_end = os.pipe()
+    os.write(write_end, line)
+    os.close(write_end)
+    os.set_inheritable(read_end, True)
+    arguments = ["-m", "fireworks_training.local", "--settings-fd", str(read_end)]
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="TCP port.  [default: a free one]",
+)
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for snapshots, states and resources; kept.  [default: temporary]",
+)
+@click.option(
+    "--api-key",
+    envvar="FIREWORKS_API_KEY",
+    help="Key that every request must carry; `ps` shows it, so prefer the variable or the file."
+    "  [default: a random one, printed; env: FIREWORKS_API_KEY]",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File whose first line is the key.",
+)
+@click.option(
+    "--model",
+    "models",
+    metavar="NAME=PATH",
+    multiple=True,
+    callback=parse_models,
+    help="A model in the Hugging Face layout, served as accounts/local/models/NAME. Repeatable;"
+    " the first is the default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when it is ready.")
+def serve(
+    host: str,
+    port: int,
+    state_dir: Path | None,
+    api_key: str | None,
+    api_key_file: Path | None,
+    models: dict[str, str],
+    as_json: bool,
+) -> None:
+    """Run the local training platform until Ctrl-C or SIGTERM.
+
+    It needs no account, no network and no GPU. Clients connect with the base URL and the key that it
+    prints when it is ready.
+    """
+    if api_key_file is not None:
+        lines = api_key_file.read_text().splitlines()
+        api_key = lines[0].strip() if lines else ""
+        if not api_key:
+            raise click.BadParameter(f"{api_key_file} is empty", param_hint="--api-key-file")
+    become_platform(
+        {
+            "host": host,
+            "port": port,
+            "state_dir": str(state_dir.resolve()) if state_dir is not None else None,
+            "api_key": api_key or None,
+            "models": models,
+            "output": "json" if as_json else "text",
+        }
+    )
