@@ -1,0 +1,286 @@
+"""The trainer's HTTP face: routes, statuses, long polls.
+
+Knows: paths, which exception is which status, how long a poll is held. Does not know what a body
+means (the codec does), order or execution.
+
+Error bodies are `{"error", "error_class", "category"}`. A submit that is refused with 400 has taken
+its place in the line as a failed operation if it named one; 409 says the place holds another
+operation, 429 that the line is too long, 410 that the model is not here any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+
+from fireworks_training.local.snapshots import FreeBytes, disk_free_bytes
+from fireworks_training.local.trainer import json_codec
+from fireworks_training.local.trainer.json_fields import Malformed, parse
+from fireworks_training.local.trainer.line import Closed, Limits, Taken, TooFarAhead
+from fireworks_training.local.trainer.models import ModelFactory
+from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.trainer.service import Full, Gone, NotFound, TrainerService
+from fireworks_training.local.trainer.settings import TrainerSettings
+
+_log = logging.getLogger("fireworks_training.local.trainer")
+
+MAX_BODY = 64 << 20
+HOLD_S = 30.0
+PARSE_INLINE_BYTES = 64 << 10
+"""Larger bodies are decoded in a thread, so that polls and heartbeats go on meanwhile."""
+STOP_TORCH_S = 2.0
+
+_SERVICE = web.AppKey("service", TrainerService)
+_FACTORY = web.AppKey("factory", ModelFactory)
+_HOLD = web.AppKey("hold", float)
+STOP = web.AppKey("stop", asyncio.Event)
+"""Set when the worker has to end: on shutdown, or because it can't go on."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def create_app(
+    settings: TrainerSettings,
+    *,
+    hold_s: float = HOLD_S,
+    limits: Limits | None = None,
+    free_bytes: FreeBytes = disk_free_bytes,
+) -> web.Application:
+    """The application of one trainer job.
+
+    The base model is loaded during start-up; from then on every route answers.
+
+    Args:
+        hold_s: how long a poll for a result is held open.
+        limits: of each model's line.
+        free_bytes: how to measure free space (a fake in tests).
+    """
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
+    app[_HOLD] = hold_s
+
+    async def running(app: web.Application) -> AsyncIterator[None]:
+        app[STOP] = asyncio.Event()
+        service = TrainerService(json_codec, time.monotonic, limits)
+        app[_SERVICE] = service
+        app[_FACTORY] = await service.torch.run(lambda: ModelFactory(settings, free_bytes))
+        runner = asyncio.create_task(service.run(), name="trainer line")
+        runner.add_done_callback(lambda task: _ended(app, task))
+        try:
+            yield
+        finally:
+            runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await runner
+            await asyncio.to_thread(service.torch.stop, STOP_TORCH_S)
+
+    app.cleanup_ctx.append(running)
+    app.on_shutdown.append(_stop)
+    _add_routes(app)
+    return app
+
+
+async def _stop(app: web.Application) -> None:
+    app[STOP].set()
+
+
+def _ended(app: web.Application, task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        _log.critical("the trainer's line stopped; the worker ends", exc_info=task.exception())
+        app[STOP].set()
+
+
+def _add_routes(app: web.Application) -> None:
+    router = app.router
+    router.add_get("/internal/alive", _alive)
+    router.add_get("/api/v1/healthz", _healthz)
+    router.add_get("/api/v1/get_server_capabilities", _server_capabilities)
+    router.add_get("/api/v1/list_checkpoints", _list_checkpoints)
+    for name, handler in {
+        "client/config": _client_config,
+        "telemetry": _telemetry,
+        "create_session": _create_session,
+        "session_heartbeat": _session_heartbeat,
+        "sessions/{session_id}/finish": _finish_session,
+        "create_model": _create_model,
+        "get_info": _get_info,
+        "unload_model": _unload_model,
+        "retrieve_future": _retrieve_future,
+    }.items():
+        router.add_post(f"/api/v1/{name}", handler)
+    for kind in json_codec.KINDS:
+        router.add_post(f"/api/v1/{kind}", _submitter(kind))
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def _error(status: int, message: str, error_class: str, category: str = "user") -> web.Response:
+    headers = {"Retry-After": "1"} if status == 429 else None
+    body = {"error": message, "error_class": error_class, "category": category}
+    return web.json_response(body, status=status, headers=headers)
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Malformed as error:
+        return _error(400, str(error), "Malformed")
+    except OperationFailed as error:
+        return _error(400, str(error), error.error_class, error.category)
+    except Full as error:
+        return _error(400, str(error), "TooMany")
+    except NotFound as error:
+        return _error(404, str(error), "NotFound")
+    except Taken as error:
+        return _error(409, str(error), "Conflict")
+    except Gone as error:
+        return _error(410, str(error), error.error_class)
+    except Closed as error:
+        return _error(410, str(error), "ModelUnloaded")
+    except TooFarAhead as error:
+        return _error(429, str(error), "TooFarAhead")
+    except web.HTTPRequestEntityTooLarge:
+        message = f"the body is larger than {MAX_BODY} bytes: send fewer datums at a time"
+        return _error(413, message, "TooLarge")
+    except web.HTTPException as error:
+        return _error(error.status, error.reason, "HttpError")
+    except Exception as error:
+        _log.exception("%s failed", request.path)
+        return _error(500, f"the trainer failed: {type(error).__name__}", "Internal", "server")
+
+
+# -- service and sessions ------------------------------------------------------------------------
+
+
+async def _alive(request: web.Request) -> web.StreamResponse:
+    """A response without end: whoever reads it sees at once when the process dies."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(b"alive\n")
+    await request.app[STOP].wait()
+    return response
+
+
+async def _healthz(_: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
+
+
+async def _server_capabilities(request: web.Request) -> web.Response:
+    settings = request.app[_FACTORY].settings
+    model = {
+        "model_name": settings.base_model,
+        "max_context_length": settings.max_context_length,
+        "trainable": True,
+        "sampleable": False,
+    }
+    return web.json_response({"supported_models": [model]})
+
+
+async def _list_checkpoints(request: web.Request) -> web.Response:
+    names = await asyncio.to_thread(request.app[_FACTORY].stores.states.names)
+    return web.json_response({"checkpoints": names})
+
+
+async def _client_config(_: web.Request) -> web.Response:
+    return web.json_response({})
+
+
+async def _telemetry(request: web.Request) -> web.Response:
+    """Taken so that official clients work, and dropped."""
+    await request.read()
+    return web.json_response({"status": "accepted"})
+
+
+async def _create_session(request: web.Request) -> web.Response:
+    parse(await request.read())
+    session_id = request.app[_SERVICE].create_session()
+    return web.json_response({"session_id": session_id, "type": "create_session"})
+
+
+async def _session_heartbeat(request: web.Request) -> web.Response:
+    request.app[_SERVICE].heartbeat(_text(parse(await request.read()), "session_id"))
+    return web.json_response({"type": "session_heartbeat"})
+
+
+async def _finish_session(request: web.Request) -> web.Response:
+    request.app[_SERVICE].finish_session(request.match_info["session_id"])
+    return web.json_response({})
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+def _text(body: dict[str, object], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise Malformed(f"{key} must be a string")
+    return value
+
+
+async def _create_model(request: web.Request) -> web.Response:
+    body = parse(await request.read())
+    session_id, model_seq_id = _text(body, "session_id"), body.get("model_seq_id")
+    if not isinstance(model_seq_id, int) or isinstance(model_seq_id, bool) or model_seq_id < 0:
+        raise Malformed("model_seq_id must be a whole number from 0")
+    wanted = request.app[_FACTORY].request(body)
+    model_id = request.app[_SERVICE].create_model(session_id, model_seq_id, wanted)
+    return web.json_response({"request_id": f"{model_id}:create", "model_id": model_id})
+
+
+async def _get_info(request: web.Request) -> web.Response:
+    body = parse(await request.read())
+    slot = request.app[_SERVICE].slot(_text(body, "model_id"))
+    factory = request.app[_FACTORY]
+    name = factory.settings.base_model
+    answer: dict[str, object] = {
+        "model_id": slot.model_id,
+        "model_data": {"arch": factory.architecture, "model_name": name, "tokenizer_id": name},
+        "is_lora": slot.request.lora,
+        "lora_rank": factory.settings.lora_rank if slot.request.lora else 0,
+        "model_name": name,
+        "type": "get_info",
+    }
+    return web.json_response(answer)
+
+
+async def _unload_model(request: web.Request) -> web.Response:
+    model_id = _text(parse(await request.read()), "model_id")
+    request_id = request.app[_SERVICE].unload(model_id)
+    return web.json_response({"request_id": request_id, "model_id": model_id})
+
+
+# -- operations ----------------------------------------------------------------------------------
+
+
+def _submitter(kind: str) -> Handler:
+    async def submit(request: web.Request) -> web.Response:
+        raw = await request.read()
+        service, factory = request.app[_SERVICE], request.app[_FACTORY]
+
+        def decode() -> json_codec.Submission:
+            return json_codec.submission(
+                kind, raw, lambda model_id: factory.limits(lora=service.slot(model_id).request.lora)
+            )
+
+        inline = len(raw) <= PARSE_INLINE_BYTES
+        submission = decode() if inline else await asyncio.to_thread(decode)
+        request_id = service.submit(submission)
+        return web.json_response({"request_id": request_id, "model_id": submission.model_id})
+
+    return submit
+
+
+async def _retrieve_future(request: web.Request) -> web.Response:
+    request_id = _text(parse(await request.read()), "request_id")
+    encoded = await request.app[_SERVICE].result(request_id, request.app[_HOLD])
+    if encoded is None:
+        return web.json_response(
+            {"type": "try_again", "request_id": request_id, "queue_state": "active"}
+        )
+    return web.Response(body=encoded.body, content_type=encoded.content_type)

@@ -1,0 +1,262 @@
+"""A model in training: runs one operation at a time on the torch thread.
+
+Knows: module, optimizer, state and snapshot stores, and what each operation does to them. Does not
+know order, failure rules, wire formats or asyncio.
+
+Every operation either does all it says or leaves weights, moments and accumulated gradients as they
+were; dropping the gradients of a failed step is the line's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fireworks_training.local.model import (
+    LoraSettings,
+    SnapshotDtype,
+    adapter_parameters,
+    apply_lora,
+    round_parameters_,
+    rounded,
+    vocab_size,
+)
+from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
+from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
+from fireworks_training.local.trainer.operations import (
+    Answer,
+    DiscardGradients,
+    LoadState,
+    Operation,
+    OperationFailed,
+    OptimStep,
+    Pass,
+    PassResult,
+    SaveSnapshot,
+    SaveState,
+)
+from fireworks_training.local.trainer.passes import metrics_of, run_pass
+from fireworks_training.local.trainer.states import StateInfo, StateStore
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Where a trainer's files go."""
+
+    states: StateStore
+    snapshots: SnapshotStore
+
+
+class TrainedModel:
+    """One model with its optimizer.
+
+    Args:
+        module: a fresh module in fp32; changed in place from here on.
+        base_model: resource name, for manifests.
+        lora: an adapter to train; None trains every parameter.
+        dtype: precision of the values that passes are computed with.
+        trainable: False for a reference, which takes forward passes only.
+        seed: of the model's own random stream.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        stores: Stores,
+        *,
+        base_model: str,
+        lora: LoraSettings | None,
+        dtype: SnapshotDtype,
+        trainable: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self._module = module
+        self._stores = stores
+        self._base_model = base_model
+        self._dtype: SnapshotDtype = dtype
+        self._vocab_size = vocab_size(module)
+        self._rng = torch.Generator().manual_seed(seed).get_state()
+        self._adam: AdamSettings | None = None
+        self._lora = None
+        if lora is not None:
+            round_parameters_(module, dtype)
+            self._lora = apply_lora(module, lora)
+        parameters = dict(module.named_parameters()) if lora is None else adapter_parameters(module)
+        self._trainable = trainable
+        self._optimizer = MasterAdamW(parameters, dtype)
+
+    def execute(self, operation: Operation, *, drop_gradients: bool) -> PassResult | Answer:
+        """Runs one operation, after dropping what was accumulated if `drop_gradients`.
+
+        Raises:
+            OperationFailed: for a reason that concerns the caller.
+            Exception: anything else is a fault of ours.
+        """
+        if drop_gradients:
+            self._optimizer.drop_gradients()
+        if not self._trainable and not (isinstance(operation, Pass) and not operation.backward):
+            raise OperationFailed(
+                "this is a reference model: it takes forward passes only",
+                error_class="ReferenceModel",
+            )
+        try:
+            return self._execute(operation)
+        except SnapshotError as error:
+            raise OperationFailed(str(error), error_class=type(error).__name__) from error
+
+    def _execute(self, operation: Operation) -> PassResult | Answer:
+        match operation:
+            case Pass():
+                return self._pass(operation)
+            case OptimStep():
+                return self._optim_step(operation)
+            case DiscardGradients():
+                self._optimizer.drop_gradients()
+                return Answer({"discarded": True})
+            case SaveState():
+                return self._save_state(operation)
+            case LoadState():
+                return self._load_state(operation)
+            case SaveSnapshot():
+                return self._save_snapshot(operation)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Random draws inside belong to this model's stream, which its states carry along."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._rng)
+            yield
+            self._rng = torch.get_rng_state()
+
+    def _pass(self, operation: Pass) -> PassResult:
+        optimizer = self._optimizer
+        with self._own_randomness():
+            passed = run_pass(self._module, optimizer.parameters, operation, self._vocab_size)
+        if passed.gradients is not None:
+            try:
+                optimizer.accumulate(
+                    passed.gradients,
+                    loss_tokens=passed.loss_tokens,
+                    sequences=len(operation.data),
+                )
+            except NonFinite as error:
+                raise OperationFailed(
+                    f"{error}; nothing was added", error_class="NonFinite"
+                ) from error
+        return PassResult(passed.logprobs, metrics_of(passed, operation.data))
+
+    def _optim_step(self, operation: OptimStep) -> Answer:
+        try:
+            metrics = self._optimizer.step(operation.adam, operation.normalization)
+        except NoGradients as error:
+            raise OperationFailed(
+                "optim_step has no gradients to apply: no forward_backward succeeded since the"
+                " last optim_step, load or discard_gradients",
+                error_class="NoGradients",
+            ) from error
+        except NonFinite as error:
+            raise OperationFailed(
+                f"{error}; the weights are unchanged and the gradients are dropped",
+                error_class="NonFinite",
+            ) from error
+        self._adam = operation.adam
+        return Answer({"metrics": metrics})
+
+    # -- states ----------------------------------------------------------------------------------
+
+    def _save_state(self, operation: SaveState) -> Answer:
+        first, second = self._optimizer.moments()
+        tensors = {
+            **_prefixed("master.", self._optimizer.masters),
+            **_prefixed("exp_avg.", first),
+            **_prefixed("exp_avg_sq.", second),
+            "rng": self._rng,
+        }
+        info = StateInfo(
+            base_model=self._base_model,
+            lora=self._lora,
+            snapshot_dtype=self._dtype,
+            optimizer_steps=self._optimizer.steps,
+            adam=self._adam,
+        )
+        self._stores.states.save(operation.name, info, tensors)
+        return Answer({"path": operation.name, "type": "save_weights"})
+
+    def _load_state(self, operation: LoadState) -> Answer:
+        info, tensors = self._stores.states.load(operation.name, operation.job)
+        masters = _with_prefix("master.", tensors)
+        self._check_fits(operation.name, info, masters)
+        moments = None
+        if operation.optimizer:
+            moments = _with_prefix("exp_avg.", tensors), _with_prefix("exp_avg_sq.", tensors)
+            self._rng = tensors["rng"]
+            self._adam = info.adam
+        self._optimizer.restore(masters, moments, info.optimizer_steps)
+        return Answer({"path": operation.name, "type": "load_weights"})
+
+    def _check_fits(self, name: str, info: StateInfo, masters: Mapping[str, Tensor]) -> None:
+        if info.lora != self._lora:
+            raise OperationFailed(
+                f"state {name!r} was saved with {_described(info.lora)}, and this model trains"
+                f" {_described(self._lora)}",
+                error_class="StateMismatch",
+            )
+        own = {key: tensor.shape for key, tensor in self._optimizer.masters.items()}
+        if own != {key: tensor.shape for key, tensor in masters.items()}:
+            raise OperationFailed(
+                f"state {name!r} is of another model ({info.base_model}): names or shapes of its"
+                " tensors differ",
+                error_class="StateMismatch",
+            )
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def _save_snapshot(self, operation: SaveSnapshot) -> Answer:
+        kind: Callable[[Tensor], Tensor] = (
+            torch.Tensor.bfloat16 if self._dtype == "bfloat16" else torch.Tensor.float
+        )
+        tensors = {
+            name: kind(rounded(master, self._dtype))
+            for name, master in self._optimizer.masters.items()
+        }
+        manifest = self._stores.snapshots.write(
+            operation.name,
+            tensors,
+            base_model=self._base_model,
+            dtype=self._dtype,
+            lora=self._lora,
+        )
+        return Answer(
+            {
+                "path": manifest.identity,
+                "type": "save_weights_for_sampler",
+                "snapshot": {
+                    "identity": manifest.identity,
+                    "kind": manifest.kind,
+                    "predecessor": manifest.predecessor,
+                    "bytes": manifest.bytes,
+                    "sha256": manifest.sha256,
+                },
+            }
+        )
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _described(lora: object) -> str:
+    return f"the adapter ({lora})" if lora is not None else "every parameter, without an adapter"

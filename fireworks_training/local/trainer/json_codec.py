@@ -1,0 +1,267 @@
+"""The Fireworks JSON dialect, server side: request bodies to operations, results to bodies.
+
+Knows: field names and which of them are allowed. Does not know HTTP, the line, or how anything is
+computed. Another dialect is another module with `submission`, `encode` and `encode_failure`.
+
+Everything that concerns content is refused here, before an operation is queued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import cast
+
+import orjson
+
+from fireworks_training.local.losses import LOSSES
+from fireworks_training.local.optimizer import NORMALIZATIONS, AdamSettings
+from fireworks_training.local.snapshots import SnapshotError, check_name
+from fireworks_training.local.trainer.json_datums import ModelLimits, decode_datum
+from fireworks_training.local.trainer.json_fields import (
+    Body,
+    Malformed,
+    allow,
+    flag,
+    number,
+    parse,
+    text,
+)
+from fireworks_training.local.trainer.line import Failure, Role
+from fireworks_training.local.trainer.operations import (
+    Answer,
+    Datum,
+    DiscardGradients,
+    Encoded,
+    LoadState,
+    Operation,
+    OperationFailed,
+    OptimStep,
+    Pass,
+    PassResult,
+    SaveSnapshot,
+    SaveState,
+    Submission,
+)
+
+MAX_DATUMS = 1024
+CROSS_JOB = "cross_job://"
+
+
+def _pass(body: Body, limits: ModelLimits, *, backward: bool) -> Operation:
+    key = "forward_backward_input" if backward else "forward_input"
+    inner = body.get(key)
+    if not isinstance(inner, dict):
+        raise OperationFailed(f"{key} must be an object with data and loss_fn")
+    allow(body, ("model_id", "seq_id", "comms", "type", key), "the request")
+    allow(inner, ("data", "loss_fn", "loss_fn_config"), key)
+    name = text(inner, "loss_fn")
+    loss = LOSSES.get(name)
+    if loss is None:
+        raise OperationFailed(f"loss {name[:40]!r} is unknown; there are {', '.join(LOSSES)}")
+    config = inner.get("loss_fn_config") or {}
+    if not isinstance(config, dict):
+        raise OperationFailed("loss_fn_config must be an object")
+    unknown = sorted(key for key in config if key not in loss.config)
+    if unknown:
+        takes = ", ".join(loss.config) or "no settings"
+        raise OperationFailed(
+            f"loss {name!r} does not know loss_fn_config {', '.join(map(repr, unknown[:5]))}; it"
+            f" takes {takes}"
+        )
+    settings = {key: number(config, key, default) for key, default in loss.config.items()}
+    if settings and settings["clip_low_threshold"] > settings["clip_high_threshold"]:
+        raise OperationFailed("clip_low_threshold must not be above clip_high_threshold")
+    data = inner.get("data")
+    if not isinstance(data, list) or not 1 <= len(data) <= MAX_DATUMS:
+        raise OperationFailed(f"data must be a list of 1 to {MAX_DATUMS} datums")
+    datums: list[Datum] = []
+    for index, value in enumerate(data):
+        try:
+            datums.append(decode_datum(value, loss, name, limits))
+        except OperationFailed as error:
+            raise OperationFailed(f"datum {index}: {error}") from None
+    return Pass(datums, name, settings, backward)
+
+
+def _forward(body: Body, limits: ModelLimits) -> Operation:
+    return _pass(body, limits, backward=False)
+
+
+def _forward_backward(body: Body, limits: ModelLimits) -> Operation:
+    return _pass(body, limits, backward=True)
+
+
+def _adam(body: Body) -> AdamSettings:
+    allow(body, ("type", "emit_grad_norm_metrics", *_ADAM_DEFAULTS), "adam_params")
+    values = {key: number(body, key, default) for key, default in _ADAM_DEFAULTS.items()}
+    for key, value in values.items():
+        if value < 0:
+            raise OperationFailed(f"{key} must not be negative")
+    if values["beta1"] >= 1 or values["beta2"] >= 1:
+        raise OperationFailed("beta1 and beta2 must be below 1")
+    if values["eps"] == 0:
+        raise OperationFailed("eps must be above 0: with 0, a zero gradient makes the weight NaN")
+    if body.get("emit_grad_norm_metrics") not in (None, "off", "basic", False):
+        raise OperationFailed(
+            "emit_grad_norm_metrics takes off or basic here: detailed is not yet supported;"
+            " grad_norm is always reported"
+        )
+    return AdamSettings(**values)
+
+
+_ADAM_DEFAULTS = {f.name: cast(float, f.default) for f in fields(AdamSettings)}
+
+
+def _optim_step(body: Body, limits: ModelLimits) -> Operation:
+    del limits
+    key = "grad_accumulation_normalization"
+    allow(body, ("model_id", "seq_id", "type", "adam_params", key), "optim_step")
+    adam = body.get("adam_params")
+    if not isinstance(adam, dict):
+        raise OperationFailed("adam_params must be an object; only AdamW is supported")
+    wanted = body.get(key) or "none"
+    for normalization in NORMALIZATIONS:
+        if normalization == wanted:
+            return OptimStep(_adam(adam), normalization)
+    raise OperationFailed(f"{key} must be one of {', '.join(NORMALIZATIONS)}")
+
+
+def _name(body: Body, what: str) -> str:
+    try:
+        return check_name(text(body, "path"), what)
+    except SnapshotError as error:
+        raise OperationFailed(str(error)) from error
+
+
+def _save_weights(body: Body, limits: ModelLimits) -> Operation:
+    del limits
+    allow(body, ("model_id", "seq_id", "path", "overwrite", "type"), "save_weights")
+    flag(body, "overwrite", False)
+    return SaveState(_name(body, "state"))
+
+
+def _load_weights(body: Body, limits: ModelLimits) -> Operation:
+    del limits
+    allow(body, ("model_id", "seq_id", "path", "optimizer", "type"), "load_weights")
+    path = text(body, "path")
+    job: str | None = None
+    if path.startswith(CROSS_JOB):
+        job, _, path = path.removeprefix(CROSS_JOB).partition("/")
+    try:
+        if job is not None:
+            check_name(job, "job")
+        return LoadState(check_name(path, "state"), job, flag(body, "optimizer", False))
+    except SnapshotError as error:
+        raise OperationFailed(
+            f"{error}. A state is named by the name it was saved under, or as"
+            f" {CROSS_JOB}<job>/<name>"
+        ) from error
+
+
+def _save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
+    allowed = ("model_id", "seq_id", "path", "checkpoint_type", "export_precision", "type")
+    allow(body, allowed, "save_weights_for_sampler")
+    kind = body.get("checkpoint_type") or "base"
+    if kind == "merged_base":
+        raise OperationFailed(
+            "checkpoint_type 'merged_base' is not yet supported: save the adapter itself (base)"
+            if limits.lora
+            else "checkpoint_type 'merged_base' is for LoRA; this model saves as base or delta"
+        )
+    if kind not in ("base", "delta"):
+        raise OperationFailed("checkpoint_type must be base or delta")
+    if body.get("export_precision") is not None:
+        raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
+    return SaveSnapshot(_name(body, "snapshot"), "base" if kind == "base" else "delta")
+
+
+def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:
+    del limits
+    allow(body, ("model_id", "seq_id", "type"), "discard_gradients")
+    return DiscardGradients()
+
+
+_DECODERS: Mapping[str, tuple[Role, Callable[[Body, ModelLimits], Operation]]] = {
+    "forward": (Role.ALONE, _forward),
+    "forward_backward": (Role.ADDS, _forward_backward),
+    "optim_step": (Role.ENDS, _optim_step),
+    "save_weights": (Role.ALONE, _save_weights),
+    "load_weights": (Role.LOADS, _load_weights),
+    "save_weights_for_sampler": (Role.ALONE, _save_weights_for_sampler),
+    "discard_gradients": (Role.DISCARDS, _discard_gradients),
+}
+KINDS = tuple(_DECODERS)
+
+
+def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -> Submission:
+    """The operation that a request asks for, or its refusal with its place in the line.
+
+    Args:
+        kind: one of KINDS.
+        limits_of: limits of a model by its id; what it raises passes through.
+
+    Raises:
+        Malformed: it names no model or no place.
+    """
+    body = parse(raw)
+    model_id, seq_id = body.get("model_id"), body.get("seq_id")
+    if not isinstance(model_id, str):
+        raise Malformed("model_id must be a string")
+    if not isinstance(seq_id, int) or isinstance(seq_id, bool) or seq_id < 1:
+        raise Malformed("seq_id must be a whole number from 1")
+    limits = limits_of(model_id)
+    role, decode = _DECODERS[kind]
+    operation: Operation | OperationFailed
+    try:
+        operation = decode(body, limits)
+    except OperationFailed as refusal:
+        operation = refusal.with_traceback(None)
+    return Submission(model_id, seq_id, _digest(kind, body), role, operation, len(raw))
+
+
+def _digest(kind: str, body: Body) -> bytes:
+    try:
+        canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:  # a whole number beyond 64 bits: refused, but told apart
+        canonical = json.dumps(body, sort_keys=True).encode()
+    return hashlib.blake2b(canonical, digest_size=16, person=kind[:16].encode()).digest()
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def encode(result: PassResult | Answer) -> Encoded:
+    """A result as the body of a 200 answer."""
+    if isinstance(result, Answer):
+        return Encoded(orjson.dumps(result.fields))
+    outputs = [
+        {"logprobs": {"data": logprobs, "dtype": "float32", "shape": logprobs.shape}}
+        for logprobs in result.logprobs
+    ]
+    body = {
+        "loss_fn_output_type": "ArrayRecord",
+        "loss_fn_outputs": outputs,
+        "metrics": result.metrics,
+    }
+    return Encoded(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def encode_failure(failure: Failure, request_id: str) -> Encoded:
+    """A failure as the body of a 200 answer; a retry of the poll gets the same."""
+    body: dict[str, object] = {
+        "error": failure.message,
+        "category": failure.category,
+        "error_class": failure.error_class,
+        "request_id": request_id,
+    }
+    if failure.cause is not None:
+        body["cause"] = {
+            "error": failure.cause.message,
+            "category": failure.cause.category,
+            "error_class": failure.cause.error_class,
+            "seq_id": failure.cause_seq_id,
+        }
+    return Encoded(orjson.dumps(body))

@@ -1,0 +1,314 @@
+"""One model's line of operations: order, idempotency, atomic steps, kept results. No I/O, no clock.
+
+Knows: sequence numbers, what each role of operation does to the step it stands in, and for how long
+results stay. Does not know what an operation does, HTTP, threads or torch.
+
+Rules:
+1. Operations run strictly in the order of `seq_id`, from 1, one at a time; gaps are waited for.
+2. The same `seq_id` with the same digest is the same operation; with another digest it is refused.
+3. A refused submit (bad content) takes its place as an operation that has failed already.
+4. A step is the operations up to and including one with role ENDS. Once a failure stands, those of
+   role ADDS, LOADS and ENDS fail with it as their cause, without running; ENDS then clears it.
+       role      fails by itself                     succeeds
+       ALONE     nothing else happens                nothing else happens
+       ADDS      the rest of the step fails          gradients were added
+       ENDS      the *next* step fails               a new step begins
+       LOADS     all up to the next ENDS fails       gradients were dropped
+       DISCARDS  (runs even while a failure stands)  a new step begins
+5. After a failure the gradients are dropped before anything else runs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+OperationT = TypeVar("OperationT")
+ResultT = TypeVar("ResultT")
+
+
+class Role(Enum):
+    """What an operation does to the step it stands in."""
+
+    ALONE = "alone"
+    ADDS = "adds gradients"
+    ENDS = "ends the step"
+    LOADS = "replaces the weights"
+    DISCARDS = "drops the step"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an operation failed.
+
+    Attributes:
+        message: what happened, why, what to do next.
+        category: "user" or "server".
+        error_class: name of the kind of failure.
+        cause: the failure behind a PrecedingOperationFailed, with its place in the line.
+    """
+
+    message: str
+    category: str = "user"
+    error_class: str = "InvalidRequest"
+    cause: Failure | None = None
+    cause_seq_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one line.
+
+    Attributes:
+        ahead: places that may be taken beyond the last one that has run.
+        ahead_bytes: of operations that wait, all together (the next one to run always fits).
+        results, result_bytes: finished results that are kept.
+        digests: places behind the last that ran for which a repeated submit is recognised.
+    """
+
+    ahead: int = 4096
+    ahead_bytes: int = 512 << 20
+    results: int = 4096
+    result_bytes: int = 256 << 20
+    digests: int = 65536
+
+
+class Taken(Exception):
+    """The place holds another operation."""
+
+
+class TooFarAhead(Exception):
+    """The place is beyond what the line keeps waiting."""
+
+
+class Closed(Exception):
+    """The line takes no new operations."""
+
+
+class UnknownPlace(Exception):
+    """Nothing was submitted for this place."""
+
+
+class Expired(Exception):
+    """The result was dropped to bound memory."""
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[OperationT]):
+    role: Role
+    operation: OperationT | Failure
+    size: int
+
+
+@dataclass(slots=True)
+class _Done(Generic[ResultT]):
+    outcome: ResultT | Failure
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run(Generic[OperationT]):
+    """An operation to run now.
+
+    Attributes:
+        drop_gradients: whether accumulated gradients have to be dropped first.
+    """
+
+    seq_id: int
+    operation: OperationT
+    drop_gradients: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advance(Generic[OperationT]):
+    """Places that finished without running, and what to run, if anything."""
+
+    finished: list[int]
+    run: Run[OperationT] | None
+
+
+class Line(Generic[OperationT, ResultT]):
+    """See the module's rules. Every method returns at once; one caller at a time."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._next = 1
+        self._running: tuple[int, Role] | None = None
+        self._waiting: dict[int, _Waiting[OperationT]] = {}
+        self._waiting_bytes = 0
+        self._digests: OrderedDict[int, bytes] = OrderedDict()
+        self._fresh: OrderedDict[int, _Done[ResultT]] = OrderedDict()
+        self._delivered: OrderedDict[int, _Done[ResultT]] = OrderedDict()
+        self._result_bytes = 0
+        self._failed: tuple[int, Failure] | None = None
+        self._drop_first = False
+        self._closed = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing that could run waits."""
+        return self._running is None and self._next not in self._waiting
+
+    @property
+    def waits_for(self) -> int | None:
+        """The missing place that holds up operations already here, or None."""
+        return self._next if self._waiting and self.idle else None
+
+    def close(self) -> None:
+        """Takes no new operations; those that wait still run. Idempotent."""
+        self._closed = True
+
+    def submit(
+        self,
+        seq_id: int,
+        digest: bytes,
+        role: Role,
+        operation: OperationT | Failure,
+        size: int = 0,
+    ) -> bool:
+        """Takes a place. True if the operation is new, False if it has that place already.
+
+        Args:
+            seq_id: the place, at least 1.
+            digest: of the operation's content.
+            operation: what to run, or why it was refused.
+            size: bytes that it occupies while it waits.
+
+        Raises:
+            Taken, TooFarAhead, Closed: the line is unchanged.
+        """
+        known = self._digests.get(seq_id)
+        if known is not None:
+            if known != digest:
+                raise Taken(f"seq_id {seq_id} was used for another operation")
+            return False
+        if seq_id < self._next:
+            raise Taken(f"seq_id {seq_id} was used long ago; the next one to run is {self._next}")
+        if self._closed:
+            raise Closed("the model was unloaded and takes no more operations")
+        if seq_id != self._next:
+            self._check_room(seq_id, size)
+        self._digests[seq_id] = digest
+        self._waiting[seq_id] = _Waiting(role, operation, size)
+        self._waiting_bytes += size
+        return True
+
+    def _check_room(self, seq_id: int, size: int) -> None:
+        limits = self._limits
+        if seq_id >= self._next + limits.ahead:
+            raise TooFarAhead(
+                f"seq_id {seq_id} is more than {limits.ahead} ahead of {self._next}, the next to"
+                " run; send it again when earlier results are in"
+            )
+        if self._waiting_bytes + size > limits.ahead_bytes:
+            raise TooFarAhead(
+                f"{self._waiting_bytes} bytes of operations wait already; send this one again when"
+                " earlier results are in"
+            )
+
+    def advance(self) -> Advance[OperationT]:
+        """Moves on to the next operation that has to run, settling those that don't run."""
+        finished: list[int] = []
+        while self._running is None and (entry := self._waiting.pop(self._next, None)) is not None:
+            seq_id = self._next
+            self._waiting_bytes -= entry.size
+            operation = entry.operation
+            if isinstance(operation, Failure):
+                self._settle(seq_id, entry.role, operation)
+                finished.append(seq_id)
+            elif self._failed is not None and entry.role in _STOPPED_BY_FAILURE:
+                self._settle_preceded(seq_id, entry.role, self._failed)
+                finished.append(seq_id)
+            else:
+                self._running = (seq_id, entry.role)
+                drop, self._drop_first = self._drop_first, False
+                return Advance(finished, Run(seq_id, operation, drop))
+        return Advance(finished, None)
+
+    def succeed(self, result: ResultT, size: int = 0) -> int:
+        """The running operation is done. Returns its place."""
+        seq_id, role = self._take_running()
+        if role is Role.DISCARDS:
+            self._failed = None
+        self._finish(seq_id, result, size)
+        return seq_id
+
+    def fail(self, failure: Failure) -> int:
+        """The running operation failed. Returns its place."""
+        seq_id, role = self._take_running()
+        self._settle(seq_id, role, failure)
+        return seq_id
+
+    def result(self, seq_id: int) -> ResultT | Failure | None:
+        """What became of a place; None while it waits or runs.
+
+        Raises:
+            UnknownPlace, Expired.
+        """
+        done = self._fresh.get(seq_id) or self._delivered.get(seq_id)
+        if done is not None:
+            return done.outcome
+        if seq_id in self._waiting or (self._running is not None and self._running[0] == seq_id):
+            return None
+        if 1 <= seq_id < self._next:
+            raise Expired(f"the result of seq_id {seq_id} was dropped to bound memory")
+        raise UnknownPlace(f"nothing was submitted with seq_id {seq_id}")
+
+    def delivered(self, seq_id: int) -> None:
+        """The result was handed out: among the first to be dropped when room is needed."""
+        done = self._fresh.pop(seq_id, None)
+        if done is not None:
+            self._delivered[seq_id] = done
+
+    def _take_running(self) -> tuple[int, Role]:
+        if self._running is None:
+            raise RuntimeError("nothing is running")
+        running, self._running = self._running, None
+        return running
+
+    def _settle(self, seq_id: int, role: Role, failure: Failure) -> None:
+        """An operation failed by its own cause."""
+        if role in _STOPPED_BY_FAILURE:
+            # The first failure of a step is its cause; that of an ENDS belongs to the next step.
+            if self._failed is None or role is Role.ENDS:
+                self._failed = (seq_id, failure)
+            self._drop_first = True
+        self._finish(seq_id, failure, 0)
+
+    def _settle_preceded(self, seq_id: int, role: Role, failed: tuple[int, Failure]) -> None:
+        cause_seq_id, cause = failed
+        self._finish(
+            seq_id,
+            Failure(
+                f"not applied, since operation {cause_seq_id} of the same step had failed:"
+                f" {cause.message}",
+                cause.category,
+                "PrecedingOperationFailed",
+                cause,
+                cause_seq_id,
+            ),
+            0,
+        )
+        if role is Role.ENDS:
+            self._failed = None
+
+    def _finish(self, seq_id: int, outcome: ResultT | Failure, size: int) -> None:
+        self._next = seq_id + 1
+        self._fresh[seq_id] = _Done(outcome, size)
+        self._result_bytes += size
+        limits = self._limits
+        while (
+            len(self._fresh) + len(self._delivered) > limits.results
+            or self._result_bytes > limits.result_bytes
+        ):
+            oldest = self._delivered or self._fresh
+            if len(self._fresh) == 1 and oldest is self._fresh:
+                break
+            self._result_bytes -= oldest.popitem(last=False)[1].size
+        while self._digests and next(iter(self._digests)) < self._next - limits.digests:
+            self._digests.popitem(last=False)
+
+
+_STOPPED_BY_FAILURE = frozenset({Role.ADDS, Role.LOADS, Role.ENDS})

@@ -1,0 +1,136 @@
+"""From a create_model request to a model in training.
+
+Knows: what a client may ask for and what the job allows. Does not know HTTP or lines.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+
+import orjson
+from transformers import PreTrainedModel
+
+from fireworks_training.local.model import LoraNotPossible, LoraSettings, load_model, vocab_size
+from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
+from fireworks_training.local.trainer.execution import Stores, TrainedModel
+from fireworks_training.local.trainer.json_codec import ModelLimits
+from fireworks_training.local.trainer.json_fields import Body, allow, flag, number
+from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.trainer.service import CreateModel
+from fireworks_training.local.trainer.settings import TrainerSettings
+from fireworks_training.local.trainer.states import StateStore
+
+CAPABILITIES: Mapping[str, object] = {
+    "type": "create_model",
+    "wire": ["json"],
+    "comms": "v2",
+    "step_protocol": 1,
+    "snapshot_protocol": 1,
+    "supports_backward": False,
+}
+_CREATE_KEYS = (
+    "session_id",
+    "model_seq_id",
+    "base_model",
+    "lora_config",
+    "user_metadata",
+    "optimizer_config",
+    "base_only",
+    "type",
+)
+_LORA_KEYS = ("rank", "alpha", "seed", "train_mlp", "train_attn", "train_unembed", "init_method")
+_DEFAULT_ALPHA = 32.0
+
+
+class ModelFactory:
+    """Makes models from the job's base. Loads it, so make it on the torch thread.
+
+    Args:
+        free_bytes: how to measure free space (a fake in tests).
+    """
+
+    def __init__(self, settings: TrainerSettings, free_bytes: FreeBytes) -> None:
+        self.settings = settings
+        self._base = load_model(settings.model_path)
+        self.vocab_size = vocab_size(self._base)
+        self.architecture = str(self._base.config.model_type)
+        self.stores = Stores(
+            StateStore(settings.states_dir, free_bytes=free_bytes),
+            SnapshotStore(settings.snapshots_dir, writer=settings.job, free_bytes=free_bytes),
+        )
+        self.stores.states.clean()
+        self.stores.snapshots.clean()
+
+    def limits(self, *, lora: bool) -> ModelLimits:
+        """What datums of its models have to fit."""
+        return ModelLimits(self.vocab_size, self.settings.max_context_length, lora)
+
+    def request(self, body: Body) -> CreateModel:
+        """Checks a create_model request.
+
+        Raises:
+            OperationFailed: it asks for something this job does not offer.
+        """
+        allow(body, _CREATE_KEYS, "create_model")
+        optimizer = body.get("optimizer_config")
+        if optimizer is not None and (
+            not isinstance(optimizer, dict) or optimizer.get("type", "adamw") != "adamw"
+        ):
+            raise OperationFailed("optimizer_config must be of type adamw")
+        reference = flag(body, "base_only", False)
+        lora = None if reference else self._lora(body.get("lora_config"))
+        digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
+        return CreateModel(
+            digest, CAPABILITIES, lambda: self._make(lora, reference), lora is not None
+        )
+
+    def _lora(self, config: object) -> LoraSettings | None:
+        rank = 0
+        if isinstance(config, dict):
+            allow(config, _LORA_KEYS, "lora_config")
+            rank = _whole(config, "rank", 0)
+        elif config is not None:
+            raise OperationFailed("lora_config must be an object")
+        if rank != self.settings.lora_rank:
+            raise OperationFailed(
+                f"this trainer job was created with lora_rank={self.settings.lora_rank}"
+                f" and the model asks for rank {rank}: use the same, or another job"
+            )
+        if rank == 0 or not isinstance(config, dict):
+            return None
+        if config.get("init_method") not in (None, "kaiming"):
+            raise OperationFailed("init_method must be kaiming; others are not yet supported")
+        return LoraSettings(
+            rank=rank,
+            alpha=number(config, "alpha", _DEFAULT_ALPHA),
+            train_mlp=flag(config, "train_mlp", True),
+            train_attn=flag(config, "train_attn", True),
+            train_unembed=flag(config, "train_unembed", True),
+            seed=_whole(config, "seed", self.settings.seed),
+        )
+
+    def _make(self, lora: LoraSettings | None, reference: bool) -> TrainedModel:
+        module: PreTrainedModel = copy.deepcopy(self._base)
+        try:
+            return TrainedModel(
+                module,
+                self.stores,
+                base_model=self.settings.base_model,
+                lora=lora,
+                dtype=self.settings.snapshot_dtype,
+                trainable=not reference,
+                seed=self.settings.seed,
+            )
+        except LoraNotPossible as error:
+            raise OperationFailed(str(error)) from error
+
+
+def _whole(body: Body, key: str, default: int) -> int:
+    value = body.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise OperationFailed(f"{key} must be a whole number from 0")
+    return value

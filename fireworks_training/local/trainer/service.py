@@ -1,0 +1,363 @@
+"""The trainer's sessions and models, and the task that runs their lines.
+
+Knows: which models there are, whose turn it is, who waits for a result. Does not know HTTP or wire
+formats (results come in encoded), nor what an operation does.
+
+Ids are made from what the client sent, so that a repeated request finds its first answer:
+`<session>:train:<model_seq_id>` for a model, `<model>:op-<seq_id>`, `<model>:create` and
+`<model>:unload` for results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fireworks_training.local.trainer.execution import TrainedModel
+from fireworks_training.local.trainer.line import (
+    Expired,
+    Failure,
+    Limits,
+    Line,
+    Run,
+    Taken,
+    UnknownPlace,
+)
+from fireworks_training.local.trainer.operations import (
+    Answer,
+    Encoded,
+    Operation,
+    OperationFailed,
+    PassResult,
+    Submission,
+)
+from fireworks_training.local.trainer.torch_thread import TorchThread
+
+_log = logging.getLogger("fireworks_training.local.trainer")
+
+MAX_MODELS = 8
+MAX_ENDED_MODELS = 16
+MAX_SESSIONS = 1024
+SESSION_SILENT_S = 300.0
+
+
+class Codec(Protocol):
+    """Results to bytes, in one dialect."""
+
+    def encode(self, result: PassResult | Answer) -> Encoded: ...
+
+    def encode_failure(self, failure: Failure, request_id: str) -> Encoded: ...
+
+
+class Gone(Exception):
+    """What the request names does not exist any more, or never did in this process (410)."""
+
+    def __init__(self, message: str, error_class: str) -> None:
+        super().__init__(message)
+        self.error_class = error_class
+
+
+class NotFound(Exception):
+    """No such request (404)."""
+
+
+class Full(Exception):
+    """As many as there may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateModel:
+    """A model as it was asked for; equal values are the same request."""
+
+    digest: bytes
+    answer: Mapping[str, object]
+    make: Callable[[], TrainedModel]
+    lora: bool
+
+
+@dataclass(slots=True)
+class _Session:
+    last_seen: float
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Slot:
+    """A model and all that belongs to it.
+
+    Attributes:
+        created: None until the model was made; then its answer or why it failed.
+        unloaded: likewise for its end; `unloading` once it was asked for.
+    """
+
+    model_id: str
+    session_id: str
+    request: CreateModel
+    line: Line[Operation, Encoded]
+    model: TrainedModel | None = None
+    created: Encoded | Failure | None = None
+    unloading: bool = False
+    unloaded: Encoded | None = None
+    waiters: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def notify(self, tail: str) -> None:
+        """Wakes those who wait for one result of this model."""
+        waiter = self.waiters.pop(tail, None)
+        if waiter is not None:
+            waiter.set()
+
+    def waiter(self, tail: str) -> asyncio.Event:
+        """What `notify` will set. Only for a result that is known to be on its way."""
+        return self.waiters.setdefault(tail, asyncio.Event())
+
+
+class TrainerService:
+    """See the module.
+
+    Args:
+        codec: of the results.
+        clock: monotonic seconds.
+        limits: of each model's line.
+    """
+
+    def __init__(
+        self, codec: Codec, clock: Callable[[], float], limits: Limits | None = None
+    ) -> None:
+        self._codec = codec
+        self._clock = clock
+        self._limits = limits
+        self._sessions: dict[str, _Session] = {}
+        self._slots: dict[str, Slot] = {}
+        self._work = asyncio.Event()
+        self.torch = TorchThread()
+
+    # -- sessions --------------------------------------------------------------------------------
+
+    def create_session(self) -> str:
+        """A new session's id."""
+        if len(self._sessions) >= MAX_SESSIONS:
+            stale = [key for key, session in self._sessions.items() if self._abandoned(session)]
+            for key in stale:
+                del self._sessions[key]
+            if not stale:
+                raise Full(f"this trainer has {MAX_SESSIONS} live sessions; finish one first")
+        session_id = f"ts-{uuid.uuid4().hex}"
+        self._sessions[session_id] = _Session(self._clock())
+        return session_id
+
+    def heartbeat(self, session_id: str) -> None:
+        """Raises Gone for a session that is not alive."""
+        session = self._sessions.get(session_id)
+        if session is None or session.finished:
+            raise Gone("this trainer has no such session", "SessionGone")
+        session.last_seen = self._clock()
+
+    def finish_session(self, session_id: str) -> None:
+        """Unloads the session's models when their accepted operations have run. Idempotent."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            return
+        session.finished = True
+        for slot in self._slots.values():
+            if slot.session_id == session_id:
+                self._ask_unload(slot)
+
+    def _abandoned(self, session: _Session | None) -> bool:
+        if session is None or session.finished:
+            return True
+        return self._clock() - session.last_seen > SESSION_SILENT_S
+
+    # -- models ----------------------------------------------------------------------------------
+
+    def create_model(self, session_id: str, model_seq_id: int, request: CreateModel) -> str:
+        """Takes the request for a model; returns the model's id, the same one when repeated.
+
+        Raises:
+            Gone: no such session.
+            line.Taken: the same ids were used for another model.
+            Full: as many models are loaded as there may be.
+        """
+        self.heartbeat(session_id)
+        model_id = f"{session_id}:train:{model_seq_id}"
+        known = self._slots.get(model_id)
+        if known is not None:
+            if known.request.digest != request.digest:
+                raise Taken(f"model_seq_id {model_seq_id} was used for another model")
+            return model_id
+        self._make_room()
+        self._slots[model_id] = Slot(model_id, session_id, request, Line(self._limits))
+        self._work.set()
+        return model_id
+
+    def _make_room(self) -> None:
+        loaded = [slot for slot in self._slots.values() if not slot.unloading]
+        for slot in loaded:
+            if len(loaded) >= MAX_MODELS and self._abandoned(self._sessions.get(slot.session_id)):
+                _log.warning("unloading %s: its session has been silent", slot.model_id)
+                self._ask_unload(slot)
+        if sum(not slot.unloading for slot in self._slots.values()) >= MAX_MODELS:
+            raise Full(
+                f"this trainer holds {MAX_MODELS} models already: unload one, or close the client"
+                " that made it"
+            )
+        ended = [key for key, slot in self._slots.items() if slot.unloaded is not None]
+        for key in ended[: max(len(ended) - MAX_ENDED_MODELS, 0)]:
+            del self._slots[key]
+
+    def slot(self, model_id: str) -> Slot:
+        """Raises Gone for a model that this process never made."""
+        slot = self._slots.get(model_id)
+        if slot is None:
+            raise Gone(
+                f"this trainer has no model {model_id[:100]!r}: the process that held it is gone."
+                " Make a new one and load a saved state into it",
+                "ModelLost",
+            )
+        return slot
+
+    def unload(self, model_id: str) -> str:
+        """Asks for the model's end, after its accepted operations. Returns the request's id."""
+        self._ask_unload(self.slot(model_id))
+        return f"{model_id}:unload"
+
+    def _ask_unload(self, slot: Slot) -> None:
+        slot.unloading = True
+        slot.line.close()
+        self._work.set()
+
+    # -- operations ------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> str:
+        """Takes an operation's place in its model's line; returns the id of its result.
+
+        Raises:
+            Gone, line.Taken, line.TooFarAhead, line.Closed: no place was taken.
+            OperationFailed: the operation is refused, and stands in its place as failed.
+        """
+        slot = self.slot(submission.model_id)
+        if isinstance(slot.created, Failure):
+            raise Gone(f"the model was not made: {slot.created.message}", "ModelLost")
+        operation = submission.operation
+        refused = isinstance(operation, OperationFailed)
+        slot.line.submit(
+            submission.seq_id,
+            submission.digest,
+            submission.role,
+            _failure(operation) if isinstance(operation, OperationFailed) else operation,
+            0 if refused else submission.size,
+        )
+        self._work.set()
+        if isinstance(operation, OperationFailed):
+            raise operation
+        return f"{submission.model_id}:op-{submission.seq_id}"
+
+    async def result(self, request_id: str, hold_s: float) -> Encoded | None:
+        """The result, waited for up to `hold_s` seconds; None if it is not there by then.
+
+        A caller that goes away changes nothing: the result stays for the next one.
+
+        Raises:
+            Gone: model or result are not here any more.
+            NotFound: nothing was submitted under this id.
+        """
+        model_id, _, tail = request_id.rpartition(":")
+        if not model_id:
+            raise NotFound(f"there is no request {request_id[:100]!r}")
+        slot = self.slot(model_id)
+        try:
+            async with asyncio.timeout(hold_s):
+                while (outcome := self._outcome(slot, tail)) is None:
+                    await slot.waiter(tail).wait()
+        except TimeoutError:
+            return None
+        if isinstance(outcome, Failure):
+            return self._codec.encode_failure(outcome, request_id)
+        return outcome
+
+    def _outcome(self, slot: Slot, tail: str) -> Encoded | Failure | None:
+        if tail == "create":
+            return slot.created
+        if tail == "unload" and slot.unloading:
+            return slot.unloaded
+        number = tail.removeprefix("op-")
+        if not (number.isascii() and number.isdigit() and len(number) < 19):
+            raise NotFound(f"there is no request {tail[:40]!r} of this model")
+        try:
+            outcome = slot.line.result(int(number))
+            slot.line.delivered(int(number))
+        except UnknownPlace as error:
+            raise NotFound(str(error)) from error
+        except Expired as error:
+            raise Gone(str(error), "ResultExpired") from error
+        return outcome
+
+    # -- running ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Runs the lines until cancelled: one operation of each model in turn, one at a time."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            busy = True
+            while busy:
+                busy = False
+                for slot in list(self._slots.values()):
+                    busy |= await self._turn(slot)
+
+    async def _turn(self, slot: Slot) -> bool:
+        if slot.created is None:
+            await self._create(slot)
+            return True
+        if slot.unloaded is not None:
+            return False
+        advance = slot.line.advance()
+        for seq_id in advance.finished:
+            slot.notify(f"op-{seq_id}")
+        if advance.run is not None:
+            await self._run(slot, advance.run)
+            return True
+        if slot.unloading:
+            slot.model = None
+            answer = Answer({"model_id": slot.model_id, "type": "unload_model"})
+            slot.unloaded = self._codec.encode(answer)
+            slot.notify("unload")
+        return False
+
+    async def _create(self, slot: Slot) -> None:
+        try:
+            slot.model = await self.torch.run(slot.request.make)
+            answer = Answer({"model_id": slot.model_id, **slot.request.answer})
+            slot.created = self._codec.encode(answer)
+        except Exception as error:
+            slot.created = _failure(error)
+            self._ask_unload(slot)
+        slot.notify("create")
+
+    async def _run(self, slot: Slot, run: Run[Operation]) -> None:
+        model = slot.model
+        assert model is not None, "a line runs only after its model was made"
+
+        def execute() -> Encoded:
+            result = model.execute(run.operation, drop_gradients=run.drop_gradients)
+            return self._codec.encode(result)
+
+        try:
+            result = await self.torch.run(execute)
+        except Exception as error:
+            slot.line.fail(_failure(error))
+        else:
+            slot.line.succeed(result, len(result.body))
+        slot.notify(f"op-{run.seq_id}")
+
+
+def _failure(error: Exception) -> Failure:
+    if isinstance(error, OperationFailed):
+        return Failure(str(error), error.category, error.error_class)
+    _log.error("an operation failed unexpectedly", exc_info=error)
+    return Failure(
+        f"the trainer failed: {type(error).__name__}: {error}", "server", type(error).__name__
+    )

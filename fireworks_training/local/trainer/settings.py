@@ -1,0 +1,39 @@
+"""What a trainer worker is told when it starts. Knows names and types, nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainerSettings(BaseModel):
+    """Settings of one trainer job's worker.
+
+    Attributes:
+        socket: Unix socket to serve on.
+        job: id of the job; names the writer of its snapshots.
+        base_model: resource name of the model, for answers and manifests.
+        model_path: Hugging Face directory to start from.
+        states_dir: `<jobs>/<job>/states`; sibling jobs lie beside it.
+        snapshots_dir: shared by all jobs of the platform.
+        lora_rank: 0 trains every parameter; else every model of this job has an adapter of this
+            rank.
+        snapshot_dtype: precision of the values that trainer and engine compute with.
+        max_context_length: tokens that a sequence may have.
+        seed: of adapters that don't bring their own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    socket: Path
+    job: str
+    base_model: str
+    model_path: Path
+    states_dir: Path
+    snapshots_dir: Path
+    lora_rank: int = Field(default=0, ge=0)
+    snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_context_length: int = Field(ge=1)
+    seed: int = 0

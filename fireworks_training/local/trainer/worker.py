@@ -1,0 +1,50 @@
+"""Entry point of a trainer worker process.
+
+Knows: the Unix socket, signals, the end. Does not know what is served; see `app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+
+from aiohttp import web
+
+from fireworks_training.local.trainer.app import STOP, create_app
+from fireworks_training.local.trainer.settings import TrainerSettings
+
+SHUTDOWN_S = 0.5
+
+
+def main(settings: dict[str, object]) -> None:
+    """Serves one trainer job until SIGTERM or SIGINT.
+
+    Args:
+        settings: see `TrainerSettings`; unknown keys are refused.
+    """
+    asyncio.run(serve(TrainerSettings.model_validate(settings)))
+    if any(thread.name == "torch" for thread in threading.enumerate()):
+        # An operation is still being computed. The interpreter can't end under native code that
+        # may yet want it back; nothing on disk depends on the operation.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+async def serve(settings: TrainerSettings) -> None:
+    """Serves until the process is told to end; the socket file is gone afterwards."""
+    app = create_app(settings)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    try:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, app[STOP].set)
+        await web.UnixSite(runner, str(settings.socket)).start()
+        await app[STOP].wait()
+    finally:
+        await runner.cleanup()
+        settings.socket.unlink(missing_ok=True)
