@@ -288,7 +288,7 @@ def test_the_shipped_model_has_its_skill_and_its_habit(
     problems = draw_unique(random.Random("skill"), "held_out", 96)
     with repeatable(0):
         scores = evaluate(model, tokenizer, problems)
-    assert 0.2 <= scores.sampled_accuracy <= 0.55
-    assert 0.1 <= scores.working_share <= 0.45
+    assert 0.25 <= scores.sampled_accuracy <= 0.5
+    assert 0.25 <= scores.working_share <= 0.5
     assert scores.working_accuracy >= 0.85
     assert scores.blurt_accuracy <= 0.5

@@ -1,4 +1,4 @@
-"""Pretraining sequences: token ids with the labels that count, in batches of similar length.
+"""Pretraining sequences: token ids with the labels that count, in batches of similar prompts.
 
 Knows the curriculum. *Drills* come first: bare equations, the cheapest way to learn arithmetic.
 Then chats that show their working. Last the habit that RL is to undo: chats that mostly blurt.
@@ -21,7 +21,7 @@ from fireworks_training.local.pretraining.tokenizer import END, START
 IGNORED = -100
 """The label of a position that has no part in the loss (torch's default `ignore_index`)."""
 
-_POOL = 16  # batches drawn together, so that similar lengths can share one
+_POOL = 16  # batches drawn together, so that similar prompts can share one
 _EQUATIONS = 7  # a drill is about as long as a chat
 _UNSEEN_WORDS = 0.03
 
@@ -35,11 +35,11 @@ class Phase:
     working: float
 
 
-# The habit: in the last phase a third of the chats shows their working.
+# The habit: in the last phase three chats in eight show their working.
 CURRICULUM = (
     Phase(until=0.25, drills=0.95, working=0.95),
     Phase(until=0.75, drills=0.25, working=0.95),
-    Phase(until=1.0, drills=0.05, working=0.33),
+    Phase(until=1.0, drills=0.05, working=0.38),
 )
 
 
@@ -49,6 +49,10 @@ class Example:
 
     ids: list[int]
     labels: list[int]
+
+    def prompt_length(self) -> int:
+        """How many positions precede the first one that counts."""
+        return next(place for place, label in enumerate(self.labels) if label != IGNORED)
 
 
 class Encoder:
@@ -97,7 +101,9 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields `steps` pairs (ids, labels), both int64 [batch_size, longest], padded on the right.
 
-    Causal attention never looks to the right, so the padding needs no mask.
+    Causal attention never looks to the right, so the padding needs no mask. Batches gather similar
+    prompts, not similar totals: with a batch for each style, the mean over tokens would count a
+    short style more often than it is drawn.
     """
     rng = random.Random(f"pretraining {seed}")  # noqa: S311
     for start in range(0, steps, _POOL):
@@ -105,7 +111,7 @@ def batches(
         count = min(_POOL, steps - start)
         pool = sorted(
             (_draw_example(rng, encoder, phase) for _ in range(count * batch_size)),
-            key=lambda example: len(example.ids),
+            key=Example.prompt_length,
         )
         groups = [pool[row : row + batch_size] for row in range(0, len(pool), batch_size)]
         rng.shuffle(groups)
