@@ -21,7 +21,7 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 
-from anyio.from_thread import BlockingPortalProvider
+from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
 from fireworks_training.futures import APIFuture, Outcome, mark_retrieved
@@ -46,8 +46,7 @@ class Lease:
     def __init__(self) -> None:
         _state.prepare()
         self._provider = _state.provider
-        portal = self._provider.__enter__()
-        self.loop: asyncio.AbstractEventLoop = portal.call(asyncio.get_running_loop)
+        self.loop = _state.loop_of(self._provider.__enter__())
         self._released = False
 
     def release(self) -> None:
@@ -71,9 +70,18 @@ class _State:
         self.clean_ups: dict[int, tuple[str, Callable[[], Awaitable[None]]]] = {}
         self.exiting = False
         self.deferred: list[Lease] = []
+        self._loops: weakref.WeakKeyDictionary[BlockingPortal, asyncio.AbstractEventLoop] = (
+            weakref.WeakKeyDictionary()
+        )
         self._next = 0
         self._registered = False
         self._lock = threading.Lock()
+
+    def loop_of(self, portal: BlockingPortal) -> asyncio.AbstractEventLoop:
+        """The loop that a portal runs; asked once, since it can't be asked on the loop itself."""
+        if portal not in self._loops:
+            self._loops[portal] = portal.call(asyncio.get_running_loop)
+        return self._loops[portal]
 
     def prepare(self) -> None:
         with self._lock:

@@ -130,7 +130,7 @@ def encode_datum(
 
 
 def tensor_array(tensor: TensorLike) -> Array:
-    """The array of a `tinker.TensorData`, in its shape, as int64 or float32; sparse ones made dense."""
+    """The dense array of a `tinker.TensorData`, in its shape, as int64 or float32."""
     dtype = np.int64 if tensor.dtype == "int64" else np.float32
     if tensor.sparse_crow_indices is None:
         return tensor.to_numpy().astype(dtype, copy=False)
@@ -193,7 +193,7 @@ def pass_body(
 
 
 def filler_body(model_id: str, seq_id: int) -> bytes:
-    """A forward that changes nothing, to fill the place of a refused request in the server's line."""
+    """A forward that changes nothing: fills the place of a refused request in the server's line."""
     one = {
         "model_input": {"chunks": [{"type": "encoded_text", "tokens": [0]}]},
         "loss_fn_inputs": {
