@@ -1,0 +1,79 @@
+"""One platform for the whole session, and platforms of their own for tests that break them.
+
+Starting one costs seconds of imports, so tests share `platform`: on it a test may do what it likes
+with jobs and deployments that it made. What concerns the platform's own processes starts its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: two workers and the tests share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+READY_WITHIN = 120.0
+
+
+@dataclass(frozen=True)
+class RunningPlatform:
+    """A platform that serves: the fields of its ready line, its state folder and its process."""
+
+    base_url: str
+    api_key: str
+    account: str
+    model: str
+    training_shape: str
+    tokenizer: str
+    state_dir: Path
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def running_platform(state_dir: Path, *options: str) -> Iterator[RunningPlatform]:
+    """`fireworks-training serve --json`, ended by SIGTERM."""
+    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FIREWORKS_")}
+    process = subprocess.Popen(
+        [*command, "--state-dir", str(state_dir), *options],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the platform ended with {process.wait(5)}"
+        yield RunningPlatform(**json.loads(line), state_dir=state_dir, process=process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPlatform]:
+    """The platform that the session's tests share."""
+    with running_platform(tmp_path_factory.mktemp("platform")) as running:
+        yield running
+
+
+@pytest.fixture
+def own_platform(tmp_path: Path) -> Callable[..., object]:
+    """Starts a platform for one test alone: `with own_platform() as platform:`."""
+    return lambda *options: running_platform(tmp_path / "state", *options)
