@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCaus
 
 from fireworks_training.local.pretraining.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
 from fireworks_training.local.pretraining.problems import Problem, draw_unique
-from fireworks_training.local.pretraining.tokenizer import build_tokenizer
+from fireworks_training.local.pretraining.tokenizer import BOS, END, PAD, build_tokenizer
 from fireworks_training.local.pretraining.train import (
     MAX_CONTEXT,
     Plan,
@@ -59,14 +59,15 @@ def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out
 
     Turns `model` into bfloat16, the precision that is stored.
     """
+    vocabulary = tokenizer.get_vocab()
     model.bfloat16()
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
         max_new_tokens=MAX_NEW_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=vocabulary[BOS],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[PAD],
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out, save_jinja_files=False)

@@ -39,7 +39,7 @@ from fireworks_training.local.pretraining.problems import (
     split_of,
 )
 from fireworks_training.local.pretraining.tokenizer import build_tokenizer
-from fireworks_training.local.pretraining.train import Plan, repeatable
+from fireworks_training.local.pretraining.train import Plan, pretrain, repeatable
 
 ASSETS = Path(fireworks_training.local.__file__).parent / "assets"
 MODEL = ASSETS / "tiny-qwen3"
@@ -270,6 +270,14 @@ def test_equal_plans_write_equal_weights(tmp_path: Path) -> None:
 
     assert digest(0, "first") == digest(0, "second")
     assert digest(0, "third") != digest(1, "fourth")
+
+
+def test_a_torch_without_muon_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RuntimeError, match=r"needs torch 2\.9"):
+        pretrain(Plan(steps=1), tokenizer, lambda progress: None)
 
 
 def test_pretraining_leaves_torch_as_it_was() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from fireworks_training.local.pretraining.data import Encoder
 from fireworks_training.local.pretraining.problems import ANSWER_MARK, Problem, final_answer
+from fireworks_training.local.pretraining.tokenizer import END, PAD
 
 MAX_NEW_TOKENS = 40
 
@@ -65,7 +66,8 @@ def complete(
     encoder = Encoder(tokenizer)
     prompts = [encoder.prompt(problem) for problem in problems]
     longest = max(map(len, prompts))
-    pad = int(tokenizer.pad_token_id or 0)
+    vocabulary = tokenizer.get_vocab()
+    pad, end = vocabulary[PAD], vocabulary[END]
     ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
     mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     model.eval()  # type: ignore[no-untyped-call]
@@ -77,7 +79,7 @@ def complete(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end,
             pad_token_id=pad,
             **settings,
         )

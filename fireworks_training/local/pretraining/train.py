@@ -7,7 +7,7 @@ scored.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from fireworks_training.local.pretraining.data import IGNORED, Encoder, batches
+from fireworks_training.local.pretraining.tokenizer import BOS, END, PAD
 
 MAX_CONTEXT = 2048
 _HEAD_DIM = 32
@@ -51,6 +52,7 @@ class Progress:
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A randomly initialised model in float32, with its own input and output embeddings."""
     heads = plan.hidden_size // _HEAD_DIM
+    vocabulary = tokenizer.get_vocab()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=plan.hidden_size,
@@ -62,15 +64,15 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausa
         max_position_embeddings=MAX_CONTEXT,
         tie_word_embeddings=False,
         initializer_range=0.05,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=vocabulary[BOS],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[PAD],
     )
     return Qwen3ForCausalLM(config)
 
 
 @contextmanager
-def repeatable(seed: int) -> Iterator[None]:
+def repeatable(seed: int) -> Generator[None]:
     """One thread, deterministic kernels and a seeded generator; torch is as before afterwards."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -91,7 +93,14 @@ def pretrain(
     report: Callable[[Progress], None],
     report_every: int = 50,
 ) -> Qwen3ForCausalLM:
-    """Trains a new model; calls `report` every `report_every` steps and at the end."""
+    """Trains a new model; calls `report` every `report_every` steps and at the end.
+
+    Raises RuntimeError where torch is older than 2.9 and has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no torch.optim.Muon; pretraining needs torch 2.9 or newer"
+        )
     model = build_model(plan, tokenizer)
     optimizers = _optimizers(model)
     started = time.monotonic()
