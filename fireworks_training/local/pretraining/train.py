@@ -99,7 +99,7 @@ def pretrain(
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(
-            f"torch {torch.__version__} has no torch.optim.Muon; pretraining needs torch 2.9 or newer"
+            f"torch {torch.__version__} has no Muon optimizer; pretraining needs torch 2.9 or newer"
         )
     model = build_model(plan, tokenizer)
     optimizers = _optimizers(model)
