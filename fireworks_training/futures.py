@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
-from fireworks_training.errors import WrongLoop
+from fireworks_training.errors import FireworksTrainingError, WrongLoop
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -81,14 +81,18 @@ class Outcome(concurrent.futures.Future[T]):
 
 def mark_retrieved(error: BaseException | None) -> None:
     """Note that the caller has seen this error, and those it was caused by."""
-    while error is not None and not was_retrieved(error):
+    while error is not None and "_fireworks_retrieved" not in error.__dict__:
         error.__dict__["_fireworks_retrieved"] = True
         error = getattr(error, "cause", None)
 
 
-def was_retrieved(error: BaseException) -> bool:
-    """Whether the caller has seen this error."""
-    return bool(getattr(error, "_fireworks_retrieved", False))
+def was_retrieved(error: BaseException | None) -> bool:
+    """Whether the caller has seen this error, or the one that it was caused by."""
+    while error is not None:
+        if "_fireworks_retrieved" in error.__dict__:
+            return True
+        error = getattr(error, "cause", None)
+    return False
 
 
 class APIFuture(Generic[T_co]):
@@ -171,6 +175,9 @@ def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
         ) from None
     if error is not None:
         mark_retrieved(error)
+        if isinstance(error, FireworksTrainingError):
+            # One error may end many operations: without this each raise would add to its traceback.
+            error = error.with_traceback(None)
         raise error
     return outcome.result(0)
 

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import orjson
@@ -212,7 +213,13 @@ class LineRunner:
             turn = Turn(self, entry.ticket, entry.label)
             task = self._keep(self._carry_out(entry, turn), entry.label)
             task.add_done_callback(turn.leave)
+            task.add_done_callback(partial(self._settle_unstarted, entry))
             await turn.over.wait()
+
+    def _settle_unstarted(self, entry: Entry[Any], _: object) -> None:
+        """A task that is cancelled before its first step never runs, so never settles."""
+        if not entry.settled.is_set():
+            self._settle(entry, self._explain(asyncio.CancelledError()), [])
 
     async def _carry_out(self, entry: Entry[T], turn: Turn) -> None:
         previous = self._by_ticket.get(entry.ticket.previous) if entry.ticket.previous else None
