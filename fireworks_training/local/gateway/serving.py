@@ -1,0 +1,106 @@
+"""Which engine serves a request: deployments by name, their states, waking, and affinity.
+
+Knows the registry and what its states mean for a client; nothing of bodies or streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+
+from aiohttp import web
+
+from fireworks_training.local.gateway.engine_client import EngineClient
+from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.registry import REGISTRY, LiveDeployment, Registry
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT_PREFIX = "accounts/local/deployments/"
+SHORT_PREFIX = "local/"
+RETRY_SOON = {"Retry-After": "1"}
+
+WAKING: web.AppKey[dict[str, asyncio.Task[None]]] = web.AppKey("waking")
+
+
+def add_waking(app: web.Application) -> None:
+    """Gives the app its memory of deployments that are being woken, once."""
+    if WAKING not in app:
+        app[WAKING] = {}
+        app.on_cleanup.append(_stop_waking)
+
+
+def find_deployment(registry: Registry, name: str) -> LiveDeployment:
+    """The deployment of a model string.
+
+    Args:
+        registry: what is served.
+        name: `accounts/local/deployments/<id>`, the same after `<model>#`, or `local/<id>`.
+
+    Raises:
+        Problem: 404, with the deployments there are.
+    """
+    resource = name.rpartition("#")[2]
+    if resource.startswith(SHORT_PREFIX):
+        resource = DEPLOYMENT_PREFIX + resource.removeprefix(SHORT_PREFIX)
+    live = registry.deployments.get(resource)
+    if live is None or live.state in ("DELETING", "DELETED"):
+        known = ", ".join(sorted(registry.deployments)) or "none; create one first"
+        raise Problem(404, f"no deployment {name[:200]!r}; deployments here: {known}")
+    return live
+
+
+def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClient]:
+    """The engines that can take work now, at least one. A sleeping deployment is woken.
+
+    Raises:
+        Problem: 503 with Retry-After while there is none; 400 when there will be none.
+    """
+    engines = [engine for engine in live.engines if not engine.is_closed]
+    if engines:
+        return engines
+    if live.state == "FAILED":
+        raise Problem(
+            400,
+            f"{live.resource} has failed; its state says why. Delete it and create it anew",
+            code="FAILED_PRECONDITION",
+        )
+    if live.desired_replicas == 0:
+        _wake(app, live.resource)
+        raise Problem(
+            503, f"{live.resource} was scaled to zero and is being woken", headers=RETRY_SOON
+        )
+    raise Problem(
+        503, f"{live.resource} is {live.state}: no engine is ready yet", headers=RETRY_SOON
+    )
+
+
+def choose_engine(engines: list[EngineClient], affinity: str | None) -> EngineClient:
+    """The engine that a key always goes to; without a key, the one with the fewest streams."""
+    if affinity is not None:
+        # The highest hash wins, so the end of one engine moves only that engine's keys.
+        return max(engines, key=lambda e: hashlib.sha256(f"{e.name}\0{affinity}".encode()).digest())
+    return min(engines, key=lambda engine: engine.open_streams)
+
+
+def _wake(app: web.Application, resource: str) -> None:
+    waking = app[WAKING]
+    if resource in waking:
+        return
+
+    def ended(task: asyncio.Task[None]) -> None:
+        del waking[resource]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("waking %s failed: %s", resource, error)
+
+    task = asyncio.ensure_future(app[REGISTRY].wake(resource))
+    waking[resource] = task
+    task.add_done_callback(ended)
+
+
+async def _stop_waking(app: web.Application) -> None:
+    tasks = list(app[WAKING].values())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
