@@ -15,7 +15,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -120,9 +120,13 @@ class _Gate:
             if not waiter.admitted:
                 self._waiters.pop(waiter, None)
                 return
-            self._window.withdraw()
-            admitted = self._admit_waiters()
+            admitted = self._pass_on()
         self._wake(admitted)
+
+    def _pass_on(self) -> list[_Waiter]:
+        """Take a slot back that was handed over in vain. Under the lock."""
+        self._window.withdraw()
+        return self._admit_waiters()
 
     def _admit_waiters(self) -> list[_Waiter]:
         """Give the free slots to the first in line. Under the lock."""
@@ -135,9 +139,11 @@ class _Gate:
         return admitted
 
     def _wake(self, admitted: list[_Waiter]) -> None:
-        for waiter in admitted:
-            if not waiter.wake():
-                self._leave(waiter)
+        pending = deque(admitted)
+        while pending:
+            if not pending.popleft().wake():
+                with self._lock:
+                    pending.extend(self._pass_on())
 
     def release(self, metrics: ServerMetrics | None = None) -> None:
         """Give a slot back, and admit as many waiters as there is room for.

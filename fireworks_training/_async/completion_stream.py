@@ -1,0 +1,274 @@
+"""One HTTP attempt at one completion: the request goes out, deltas come in as the bytes arrive.
+
+It runs on the owner loop, and knows nothing of slots and retries. Whatever ends it early, the
+connection is closed at once, which is how a server learns that it may stop. A stream that was read
+to its end leaves its connection in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import aiohttp
+
+from fireworks_training._async.transport import CONNECT_TIMEOUT, Transport
+from fireworks_training._core.backoff import parse_retry_after
+from fireworks_training._core.sse import SseDecoder
+from fireworks_training._wire.completion_chunks import (
+    CompletionAssembler,
+    Delta,
+    request_id_of,
+    server_metrics,
+    status_error,
+)
+from fireworks_training._wire.completions import SamplingRequest
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    ConnectionFailed,
+    ProtocolError,
+    RequestTimedOut,
+)
+from fireworks_training.models import SampledCompletion, ServerMetrics
+
+ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "upstream_stream"]
+
+END_TIMEOUT = 1.0
+"""Seconds that a server may take after `[DONE]` to end its answer, to keep the connection."""
+
+_LARGE_BODY = 2**20  # over this, aiohttp wants a file, which it sends in pieces
+_ERROR_BODY = 64 * 2**10
+
+
+class AttemptFailed(Exception):
+    """An attempt failed; internal: the caller retries, or tells the user in public terms.
+
+    Attributes:
+        kind: where it failed.
+        error: why, typed.
+        metrics: what it cost.
+    """
+
+    def __init__(self, kind: ErrorKind, error: ApiError, metrics: ServerMetrics) -> None:
+        super().__init__(kind)
+        self.kind: ErrorKind = kind
+        self.error = error
+        self.metrics = metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What one attempt sends, and what it is one of."""
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+    request: SamplingRequest
+    prompt_ids: Sequence[int]
+    number: int
+    prompt_index: int
+    sample_index: int
+
+
+class CompletionStream:
+    """`async with` sends the request and checks that a stream comes back; then iterate over it.
+
+    Each item is what one piece of the network added. `completion` is there after the last.
+
+    Args:
+        transport: the connection pool.
+        attempt: what to send.
+        decode: turns token ids into text, for echoed prompts.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        attempt: Attempt,
+        *,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._attempt = attempt
+        self._decoder = SseDecoder()
+        self._assembler = CompletionAssembler(attempt.request, attempt.prompt_ids, decode)
+        self._response: aiohttp.ClientResponse | None = None
+        self._clock = asyncio.get_running_loop().time
+        self._sent_at = self._clock()
+        self._first_token_at: float | None = None
+        self.completion: SampledCompletion | None = None
+
+    @property
+    def sampling_substituted(self) -> bool:
+        """Whether raw logprobs stand in for sampling logprobs that the server does not report."""
+        return self._assembler.sampling_substituted
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        # After the end of the answer the pool has the connection again, and this does nothing.
+        if self._response is not None:
+            self._response.close()
+
+    async def _open(self) -> None:
+        attempt = self._attempt
+        session = await self._transport.session()
+        body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
+        self._sent_at = self._clock()
+        try:
+            response = await session.post(
+                attempt.url,
+                data=body,
+                headers=attempt.headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=CONNECT_TIMEOUT, sock_read=attempt.request.http_timeout
+                ),
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._broken(error) from error
+        self._response = response
+        if response.status != 200:
+            raise self._failed("http_status", await self._status_error(response))
+        if response.content_type != "text/event-stream":
+            wrong = ProtocolError(
+                f"the server answered with {response.content_type} instead of an event stream; is "
+                "the inference URL right?",
+                request_id=request_id_of(response.headers),
+            )
+            raise self._failed("upstream_stream", wrong)
+
+    async def _status_error(self, response: aiohttp.ClientResponse) -> ApiError:
+        try:
+            body = await response.content.read(_ERROR_BODY)
+        except (aiohttp.ClientError, OSError):
+            body = b""  # the status has been said; what it lacks is an explanation
+        headers = response.headers
+        return status_error(
+            response.status,
+            body,
+            retry_after=parse_retry_after(headers.get("retry-after"), date=headers.get("date")),
+            request_id=request_id_of(headers),
+        )
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        mark = self._assembler.mark()
+        while await self._receive():
+            if self._assembler.mark() != mark:
+                return self._assembler.since(mark)
+        if self.completion is None:
+            await self._finish()
+        raise StopAsyncIteration
+
+    async def read(self) -> SampledCompletion:
+        """Read to the end, for callers that want no deltas."""
+        while await self._receive():
+            pass
+        return await self._finish()
+
+    async def _receive(self) -> bool:
+        """Take one piece of the network; False if the stream is over."""
+        response = self._response
+        if response is None or self._assembler.done:
+            return False
+        try:
+            piece = await response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._broken(error) from error
+        if not piece:
+            return False
+        try:
+            for data, event in self._decoder.feed(piece):
+                self._assembler.feed(data, event)
+        except ApiError as error:
+            error.request_id = error.request_id or request_id_of(response.headers)
+            raise self._failed("upstream_stream", error) from error
+        if self._first_token_at is None and self._assembler.started:
+            self._first_token_at = self._clock()
+        return True
+
+    async def _finish(self) -> SampledCompletion:
+        if self._assembler.truncated:
+            error = ConnectionFailed("the stream ended before the completion did")
+            raise self._failed("sse_truncation", error)
+        try:
+            self.completion = self._assembler.completion(
+                prompt_index=self._attempt.prompt_index,
+                sample_index=self._attempt.sample_index,
+                metrics=self._metrics(),
+            )
+        except ProtocolError as error:
+            raise self._failed("upstream_stream", error) from error
+        await self._reach_the_end()
+        return self.completion
+
+    async def _reach_the_end(self) -> None:
+        """Read what follows `[DONE]`, normally nothing, so that the connection can be used again.
+
+        The completion is whole: a server that does not end its answer costs a connection only.
+        """
+        response = self._response
+        if response is None or response.content.at_eof():
+            return
+        try:
+            async with asyncio.timeout(END_TIMEOUT):
+                while await response.content.readany():
+                    pass
+        except (aiohttp.ClientError, OSError):
+            response.close()
+
+    def _broken(self, error: Exception) -> AttemptFailed:
+        what = type(error).__name__
+        if isinstance(error, TimeoutError):
+            timed_out = RequestTimedOut(f"no byte came in time ({what})", cause=error)
+            return self._failed("timeout", timed_out)
+        return self._failed(
+            "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)
+        )
+
+    def _failed(self, kind: ErrorKind, error: ApiError) -> AttemptFailed:
+        transport_error = type(error).__name__ if kind in ("connection", "timeout") else None
+        status = error.status if isinstance(error, ApiStatusError) else None
+        return AttemptFailed(kind, error, self._metrics(transport_error, status))
+
+    def _metrics(
+        self, transport_error: str | None = None, status: int | None = None
+    ) -> ServerMetrics:
+        response, assembler = self._response, self._assembler
+        headers: Mapping[str, str] = {} if response is None else response.headers
+        if status is None and response is not None:
+            status = response.status
+        first = self._first_token_at
+        return dataclasses.replace(
+            server_metrics(headers, assembler.perf_metrics),
+            client_ttft=None if first is None else first - self._sent_at,
+            client_latency=self._clock() - self._sent_at,
+            completion_tokens=assembler.completion_tokens,
+            http_status_code=status,
+            transport_error=transport_error,
+            retry_attempt=self._attempt.number,
+            snapshot_identity=assembler.snapshot_identity(),
+        )

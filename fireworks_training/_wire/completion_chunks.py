@@ -1,0 +1,397 @@
+"""Answers of the completions route: stream chunks, metrics, and the completion they make.
+
+It knows what a chunk may hold and what a completion must have; it knows neither sockets nor
+retries. Logprobs go into arrays of doubles as they arrive: eight bytes a token, and they read as
+sequences of floats.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+
+from fireworks_training._wire.completions import SamplingRequest
+from fireworks_training.errors import ApiError, ProtocolError, for_status
+from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics
+
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+}
+KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
+REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
+
+
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """The server's id of a request, from the headers of its answer."""
+    for name in REQUEST_ID_HEADERS:
+        if value := headers.get(name):
+            return value[:256]
+    return None
+
+
+def _measure(sources: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """A figure by its name, with or without prefix; None if absent or no sensible number."""
+    for source in sources:
+        value = source.get(name, source.get("fireworks-" + name))
+        if value is None:
+            continue
+        try:
+            figure = float(value)
+        except (TypeError, ValueError):
+            continue
+        # A NaN or a negative time would poison the moving average of the window.
+        if math.isfinite(figure) and figure >= 0:
+            return figure
+    return None
+
+
+def server_metrics(headers: Mapping[str, str], perf_metrics: Mapping[str, Any]) -> ServerMetrics:
+    """What the server reports; `perf_metrics` of the stream win over headers."""
+    sources = (perf_metrics, headers)
+
+    def seconds(name: str) -> float | None:
+        return _measure(sources, name)
+
+    def count(name: str) -> int | None:
+        value = _measure(sources, name)
+        return None if value is None else int(value)
+
+    return ServerMetrics(
+        num_concurrent_requests=count("num-concurrent-requests"),
+        prefill_queue_duration=seconds("prefill-queue-duration"),
+        generation_queue_duration=seconds("generation-queue-duration"),
+        server_ttft=seconds("server-time-to-first-token"),
+        cached_prompt_tokens=count("cached-prompt-tokens"),
+        prompt_tokens=count("prompt-tokens"),
+        server_processing_time=seconds("server-processing-time"),
+        tokenizer_queue_duration=seconds("tokenizer-queue-duration"),
+        prefill_duration=seconds("prefill-duration"),
+        generation_duration=seconds("generation-duration"),
+        request_id=request_id_of(headers),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a piece of the stream added.
+
+    Attributes:
+        text: new text.
+        logprobs: natural log probabilities of the new tokens; empty unless asked for.
+    """
+
+    text: str
+    logprobs: Sequence[float] = field(default_factory=lambda: array("d"))
+
+
+class CompletionAssembler:
+    """Collects the chunks of one completion.
+
+    Args:
+        request: what was asked for.
+        prompt_ids: the prompt that was sent.
+        decode: turns token ids into text; used to take an echoed prompt off the text. None leaves
+            the text as the server sent it.
+
+    Attributes:
+        done: whether `[DONE]` came.
+        finish_reason: the server's, once it came.
+        perf_metrics: what the server reported at the end.
+        completion_tokens: the server's own count; None if it gave none.
+    """
+
+    def __init__(
+        self,
+        request: SamplingRequest,
+        prompt_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self._request = request
+        self._prompt_ids = prompt_ids
+        self._decode = decode
+        self._text: list[str] = []
+        self._logprobs = array("d")
+        self._sampling = array("d")
+        self._sampling_nulls = 0
+        self._top: list[dict[int, float]] = []
+        self._raw_output: Mapping[str, Any] | None = None
+        self._snapshot: dict[str, Any] = {}
+        self.done = False
+        self.finish_reason: str | None = None
+        self.perf_metrics: dict[str, Any] = {}
+        self.completion_tokens: int | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether anything of the completion has arrived."""
+        return bool(self._text or self._logprobs or self.finish_reason)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the stream, if it ended here, ended too early."""
+        return self.finish_reason is None or not (self.done or self._raw_output)
+
+    def mark(self) -> tuple[int, int]:
+        """A place in the completion, for `since`."""
+        return len(self._text), len(self._logprobs)
+
+    def since(self, mark: tuple[int, int]) -> Delta:
+        """What was added after a place."""
+        return Delta("".join(self._text[mark[0] :]), self._logprobs[mark[1] :])
+
+    def feed(self, data: bytes, event: str = "message") -> None:
+        """Take one event of the stream: its data and its type.
+
+        Raises:
+            ApiError: the stream reports an error, or is not one that the contract allows.
+        """
+        if data == b"[DONE]":
+            self.done = True
+            return
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            if event in KEEP_ALIVES:
+                return
+            if event == "error":
+                raise ProtocolError("the server reported an error mid-stream") from error
+            raise ProtocolError(
+                f"the server sent a chunk that is not JSON ({len(data)} bytes)"
+            ) from error
+        if not isinstance(chunk, dict):
+            raise ProtocolError("the server sent a chunk that is not an object")
+        fields = cast(dict[str, Any], chunk)
+        if event == "error":
+            raise stream_error(fields.get("error") or fields)
+        if fields.get("error") is not None:
+            raise stream_error(fields["error"])
+        try:
+            self._take(fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                f"the server sent a chunk of another form than the contract's "
+                f"({type(error).__name__})"
+            ) from error
+
+    def _take(self, chunk: dict[str, Any]) -> None:
+        for choice in chunk.get("choices") or ():
+            if text := choice.get("text"):
+                self._text.append(text)
+            if self._request.logprobs and (logprobs := choice.get("logprobs")):
+                self._take_logprobs(logprobs.get("content") or ())
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = str(reason)
+            if raw_output := choice.get("raw_output"):
+                self._raw_output = {**raw_output}
+            if (prompt := choice.get("prompt_token_ids")) is not None:
+                self._raw_output = {"prompt_token_ids": prompt, **(self._raw_output or {})}
+        if usage := chunk.get("usage"):
+            self.completion_tokens = usage.get("completion_tokens", self.completion_tokens)
+        if perf_metrics := chunk.get("perf_metrics"):
+            self.perf_metrics.update(perf_metrics)
+            self._take_snapshot(perf_metrics)
+        self._take_snapshot(chunk)
+
+    def _take_logprobs(self, content: Sequence[dict[str, Any]]) -> None:
+        self._logprobs.extend(_doubles([entry["logprob"] for entry in content]))
+        sampling = [entry.get("sampling_logprob") for entry in content]
+        self._sampling_nulls += sampling.count(None)
+        self._sampling.extend(_doubles(sampling))
+        if self._request.top_logprobs:
+            self._top.extend(
+                {int(top["token_id"]): float(top["logprob"]) for top in entry["top_logprobs"] or ()}
+                for entry in content
+            )
+
+    def _take_snapshot(self, source: Mapping[str, Any]) -> None:
+        for name in ("snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"):
+            if (value := source.get(name)) is not None:
+                self._snapshot[name] = value
+
+    def snapshot_identity(self) -> str | None:
+        """The snapshot that sampled the last token; None if not reported."""
+        value = self._snapshot.get("snapshot-identity")
+        return None if value is None else str(value)
+
+    def completion(
+        self, *, prompt_index: int, sample_index: int, metrics: ServerMetrics
+    ) -> SampledCompletion:
+        """The completion, checked.
+
+        Raises:
+            ProtocolError: something that it must have is missing, or lengths disagree.
+        """
+        reason = FINISH_REASONS.get(self.finish_reason or "")
+        if reason is None:
+            raise ProtocolError(
+                "the server ended the completion with finish_reason "
+                f"{str(self.finish_reason)[:40]!r}; known: "
+                f"{', '.join(FINISH_REASONS)}"
+            )
+        prompt, answered = self._ids()
+        echoed = self._request.echoed(len(prompt))
+        if answered[:echoed] != prompt[len(prompt) - echoed :]:
+            raise ProtocolError("the tokens that the server echoed are not those of the prompt")
+        # The first token of a prompt has no logprob: nothing precedes it.
+        dropped = 1 if echoed and echoed == len(prompt) else 0
+        inference, sampling, top = self._token_arrays(len(answered), echoed, dropped)
+        identity = self.snapshot_identity()
+        first = self._snapshot.get("snapshot-identity-first", identity)
+        switch = self._snapshot.get("snapshot-switch-index")
+        return SampledCompletion(
+            text=self._completion_text(answered[:echoed]),
+            full_tokens=prompt + answered[echoed:],
+            prompt_len=len(prompt),
+            finish_reason=reason,
+            completion_len=len(answered) - echoed,
+            inference_logprobs=inference,
+            sampling_logprobs=sampling,
+            logprobs_echoed=bool(echoed) and inference is not None,
+            echoed_prompt_logprob_count=echoed - dropped if inference is not None else 0,
+            top_logprobs=top,
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            snapshot_identity=identity,
+            snapshot_identity_first=None if first is None else str(first),
+            snapshot_switch_index=None if switch is None else int(switch),
+            metrics=metrics,
+        )
+
+    def _ids(self) -> tuple[list[int], list[int]]:
+        """Prompt and answer as token ids: the prompt that the server used, if it says."""
+        raw_output = self._raw_output or {}
+        answered = raw_output.get("completion_token_ids")
+        if not _is_ids(answered):
+            raise ProtocolError(
+                "the answer has no raw_output.completion_token_ids: without the token ids a "
+                "completion can't be trained on. Sample from a deployment that returns raw output."
+            )
+        used = raw_output.get("prompt_token_ids")
+        prompt = used if used is not None else list(self._prompt_ids)
+        if not _is_ids(prompt):
+            raise ProtocolError("the answer's prompt_token_ids are not token ids")
+        return cast(list[int], prompt), cast(list[int], answered)
+
+    def _completion_text(self, echoed_ids: Sequence[int]) -> str:
+        text = "".join(self._text)
+        if echoed_ids and self._decode is not None:
+            return text.removeprefix(self._decode(echoed_ids))
+        return text
+
+    def _token_arrays(
+        self, answered: int, echoed: int, dropped: int
+    ) -> tuple[array[float] | None, array[float] | None, list[dict[int, float]] | None]:
+        """Raw, sampling and top logprobs, trained-on positions only."""
+        if not self._request.logprobs:
+            return None, None, None
+        if len(self._logprobs) != answered:
+            raise ProtocolError(
+                f"the server sent {len(self._logprobs)} logprobs for {answered} tokens"
+            )
+        inference = self._logprobs[dropped:]
+        if any(map(math.isnan, inference)):
+            raise ProtocolError("the server sent a token without a logprob")
+        top = self._top[dropped:] if self._top and all(self._top[dropped:]) else None
+        return inference, self._sampling_logprobs(inference, echoed - dropped, dropped), top
+
+    @property
+    def sampling_substituted(self) -> bool:
+        """Whether the server reports raw logprobs only, though the two kinds are the same."""
+        return (
+            self._request.full_distribution
+            and bool(self._sampling)
+            and self._sampling_nulls == len(self._sampling)
+        )
+
+    def _sampling_logprobs(
+        self, inference: array[float], prompt_rows: int, dropped: int
+    ) -> array[float] | None:
+        if self._sampling_nulls == 0:
+            return self._sampling[dropped:]
+        if self._sampling_nulls == len(self._sampling):
+            return inference[:] if self._request.full_distribution else None
+        sampling = self._sampling[dropped:]
+        # Prompt tokens were not sampled: where a server leaves them empty, the raw value stands.
+        for index in range(prompt_rows):
+            if math.isnan(sampling[index]):
+                sampling[index] = inference[index]
+        if any(map(math.isnan, sampling)):
+            raise ProtocolError("the server sent sampling logprobs for some tokens only")
+        return sampling
+
+
+def _doubles(values: list[Any]) -> array[float]:
+    """An array of doubles; null becomes NaN."""
+    try:
+        return array("d", values)
+    except TypeError:
+        return array("d", [math.nan if value is None else value for value in values])
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and set(map(type, cast(list[object], value))) <= {int}
+
+
+def _object(value: object) -> dict[str, Any]:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def stream_error(error: object) -> ApiError:
+    """The typed form of an error that a stream reports; its text is not repeated."""
+    fields = _object(error)
+    status = fields.get("status_code", fields.get("status"))
+    code = fields.get("code", fields.get("type"))
+    label = f" ({str(code)[:60]})" if isinstance(code, (str, int)) else ""
+    if isinstance(status, int) and 400 <= status <= 599:
+        return for_status(
+            status,
+            f"the server reported error {status}{label} mid-stream",
+            error_class=str(code) if label else None,
+        )
+    return ProtocolError(f"the server reported an error{label} mid-stream")
+
+
+_LISTS = re.compile(r"\d+(\s*,\s*\d+){2,}")
+_SECRETS = re.compile(r"(?i)(bearer\s+\S+|\b(?:fw|sk|tml|key)[-_]\w{6,})")
+
+
+def status_error(
+    status: int, body: bytes, *, retry_after: float | None, request_id: str | None
+) -> ApiError:
+    """The typed error of an answer that is not a stream.
+
+    Of the body only a JSON error's own message is repeated, short, and without lists of numbers
+    (token ids of the prompt) and what looks like a key.
+    """
+    if status < 400:
+        return ProtocolError(
+            f"the server answered {status} instead of a stream; is the inference URL right?",
+            request_id=request_id,
+        )
+    try:
+        payload = _object(orjson.loads(body))
+    except orjson.JSONDecodeError:
+        payload = {}
+    error = payload.get("error", payload)
+    fields = _object(error)
+    message = error if isinstance(error, str) else fields.get("message")
+    text = _SECRETS.sub("***", _LISTS.sub("...", message))[:300] if isinstance(message, str) else ""
+    code = payload.get("error_class", fields.get("code"))
+    if code == "NOT_FOUND" and "object" in fields:
+        # The cloud's inference gateway says this also while a deployment loads a snapshot.
+        code = None
+    return for_status(
+        status,
+        f"the server answered {status}: {text}" if text else f"the server answered {status}",
+        error_class=None if code is None else str(code)[:60],
+        retry_after=retry_after,
+        request_id=request_id,
+    )

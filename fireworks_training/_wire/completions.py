@@ -1,0 +1,351 @@
+"""Requests to the completions route: options checked, bodies encoded.
+
+The prompt is turned into JSON once, however many samples are asked for; a seed is the only thing in
+which the samples' bodies differ. `n` is always 1 on the wire: n samples are n requests. Answers are
+read in `completion_chunks`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypedDict, cast
+
+import orjson
+
+from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
+
+PATH: Final = "/inference/v1/completions"
+DEFAULT_HTTP_TIMEOUT: Final = 600.0
+CONTEXT_KEYS: Final = ("session", "run", "checkpoint", "step", "group", "item")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of a sampling call beyond `n`, `max_tokens`, `temperature` and `max_seq_len`.
+
+    Keys:
+        top_p: nucleus mass in (0, 1]; default 1, sent always (a server's own default would bias
+            the samples).
+        top_k: only the k likeliest tokens; 0 or -1, the default, is off.
+        min_p: least probability relative to the likeliest token, 0 to 1.
+        seed: integer. With n > 1, sample i is drawn with `seed + i`, so that samples differ.
+        stop: a string, strings, or token ids that end a completion. `[]` ignores the model's own
+            end of text.
+        ignore_eos: do not end at the model's own end of text.
+        min_tokens: sample no end before this many tokens.
+        logprobs: return natural log probabilities; default False.
+        top_logprobs: also those of this many likeliest tokens; needs `logprobs=True`.
+        echo: treat the prompt as part of the answer, for its logprobs.
+        echo_last: the same for this many tokens at the prompt's end.
+        frequency_penalty, presence_penalty: -2 to 2.
+        repetition_penalty: over 0; 1 is off.
+        logit_bias: `{token id: bias}`.
+        response_format: as the server documents it.
+        user: session affinity; give each trajectory its own.
+        prompt_cache_key: cache affinity.
+        http_timeout: seconds without a byte after which an attempt counts as lost; default 600.
+        sampling_context: labels for error messages and logs, among session, run, checkpoint, step,
+            group, item; never sent.
+        timeout_diagnostic_context: another spelling of `sampling_context`.
+        additional_headers_snapshot: HTTP headers of this call.
+    """
+
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    stop: str | Sequence[str] | Sequence[int] | None
+    ignore_eos: bool
+    min_tokens: int
+    logprobs: bool
+    top_logprobs: int
+    echo: bool
+    echo_last: int
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[str, float]
+    response_format: Mapping[str, Any]
+    user: str
+    prompt_cache_key: str
+    http_timeout: float
+    sampling_context: Mapping[str, object]
+    timeout_diagnostic_context: Mapping[str, object]
+    additional_headers_snapshot: Mapping[str, str]
+
+
+_OPTIONS: Final = tuple(SamplingOptions.__annotations__)
+_SDK_OWNED: Final = ("model", "prompt", "stream", "raw_output", "perf_metrics_in_response")
+_REFUSED: Final = {
+    "images": "vision inputs are not supported",
+    "return_token_ids": "vision inputs are not supported; token ids are always returned",
+    "include_routing_matrix": "router replay is not supported",
+    "routing_matrix_format": "router replay is not supported",
+    "r3_ttl_seconds": "router replay is not supported",
+    "top_sampling_logprobs": "sampling references need a shared store, which is not supported",
+    "top_sampling_format": "sampling references need a shared store, which is not supported",
+    "sampling_mask": "sampling references need a shared store, which is not supported",
+}
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Refuse options that this call does not know.
+
+    Raises:
+        UnknownOption: nobody knows it, or the SDK sets it itself; names the near ones.
+        NotSupported: the field knows it, this version refuses it.
+    """
+    for name in options:
+        if name in _REFUSED:
+            raise NotSupported(f"{name}: {_REFUSED[name]}")
+        if name in _SDK_OWNED:
+            raise UnknownOption(f"{name} is set by the SDK itself; leave it out")
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_OPTIONS)}"
+            raise UnknownOption(f"unknown sampling option {name!r}; {hint}")
+
+
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """An integer option within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
+    return value
+
+
+def number(name: str, value: object, least: float, most: float = math.inf) -> float:
+    """A finite number option within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and least <= value <= most):
+        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
+    return float(value)
+
+
+def _instance(kind: type[Any], what: str) -> Callable[[str, object], Any]:
+    def check(name: str, value: object) -> Any:
+        if not isinstance(value, kind):
+            raise InvalidArgument(f"{name} must be {what}, got {type(value).__name__}")
+        return value
+
+    return check
+
+
+_TINY = 1e-9
+_PASSED: Final[dict[str, Callable[[str, object], Any]]] = {
+    "top_p": lambda name, value: number(name, value, _TINY, 1.0),
+    "top_k": lambda name, value: max(0, integer(name, value, -1)),
+    "min_p": lambda name, value: number(name, value, 0.0, 1.0),
+    "seed": lambda name, value: integer(name, value, -(2**63), 2**63 - 1),
+    "ignore_eos": _instance(bool, "True or False"),
+    "min_tokens": lambda name, value: integer(name, value, 0),
+    "logprobs": _instance(bool, "True or False (how many alternatives: top_logprobs)"),
+    "top_logprobs": lambda name, value: integer(name, value, 0),
+    "echo": _instance(bool, "True or False"),
+    "echo_last": lambda name, value: integer(name, value, 0),
+    "frequency_penalty": lambda name, value: number(name, value, -2.0, 2.0),
+    "presence_penalty": lambda name, value: number(name, value, -2.0, 2.0),
+    "repetition_penalty": lambda name, value: number(name, value, _TINY),
+    "logit_bias": _instance(Mapping, "a mapping of token ids to numbers"),
+    "response_format": _instance(Mapping, "a mapping"),
+    "user": _instance(str, "a string"),
+    "prompt_cache_key": _instance(str, "a string"),
+}
+
+
+def normalise_stop(stop: object) -> list[str] | list[int] | None:
+    """`stop` as a list of strings or of token ids; None if there is none, [] ignores end of text.
+
+    A single string is one stop, never its characters.
+
+    Raises:
+        InvalidArgument: anything else: mixed kinds, empty strings, negative ids.
+    """
+    if stop is None:
+        return None
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
+        raise InvalidArgument(
+            f"stop must be a string, a list of strings or a list of token ids, got "
+            f"{type(stop).__name__}"
+        )
+    items = list(cast(Sequence[object], stop))
+    if all(isinstance(item, str) for item in items):
+        if "" in items:
+            raise InvalidArgument("stop contains an empty string, which would stop everywhere")
+        return cast(list[str], items)
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        ids = cast(list[int], items)
+        if min(ids) < 0:
+            raise InvalidArgument(f"stop contains the negative token id {min(ids)}")
+        return ids
+    raise InvalidArgument("stop must hold strings or token ids, not a mixture")
+
+
+def token_ids(what: str, prompt: Sequence[int]) -> list[int]:
+    """A prompt as a list of plain integers; numpy arrays and their integers count.
+
+    Raises:
+        InvalidArgument: it is empty, or holds something other than integers from 0 on.
+    """
+    try:
+        ids = list(map(operator.index, prompt))
+    except TypeError as error:
+        raise InvalidArgument(f"{what} must be a list of token ids (integers)") from error
+    if not ids:
+        raise InvalidArgument(f"{what} is empty: a prompt has at least one token")
+    if min(ids) < 0:
+        raise InvalidArgument(f"{what} holds a negative token id")
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """A checked sampling call, without its prompts.
+
+    Attributes:
+        fields: what goes into the body, but prompt and seed.
+        seed: seed of sample 0; None lets the server choose.
+        logprobs, top_logprobs, echo, echo_last: as asked for.
+        full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
+            no top_k), so that both kinds of logprobs are the same.
+        http_timeout: seconds without a byte after which an attempt counts as lost.
+        context: labels for messages.
+        headers: HTTP headers of this call.
+    """
+
+    fields: Mapping[str, Any]
+    seed: int | None
+    logprobs: bool
+    top_logprobs: int
+    echo: bool
+    echo_last: int | None
+    full_distribution: bool
+    http_timeout: float
+    context: str
+    headers: Mapping[str, str]
+
+    def encode(self, prompt_ids: Sequence[int]) -> EncodedRequest:
+        """The bodies for one prompt."""
+        head = orjson.dumps(self.fields)
+        body = b'%b,"prompt":%b}' % (head[:-1], orjson.dumps(prompt_ids))
+        return EncodedRequest(body, self.seed)
+
+    def echoed(self, prompt_len: int) -> int:
+        """How many prompt tokens the answer repeats."""
+        if self.echo_last is not None:
+            return min(self.echo_last, prompt_len)
+        return prompt_len if self.echo else 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """The request bodies of one prompt."""
+
+    unseeded: bytes
+    seed: int | None
+
+    def body(self, sample_index: int) -> bytes:
+        """The JSON body of one sample; without a seed the same object for all."""
+        if self.seed is None:
+            return self.unseeded
+        return b'%b,"seed":%d}' % (self.unseeded[:-1], self.seed + sample_index)
+
+
+def sampling_request(
+    model: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    options: SamplingOptions,
+    decode_stop: Callable[[list[int]], list[str]] | None,
+) -> SamplingRequest:
+    """Check a call and make its request.
+
+    Args:
+        model: model string of the deployment.
+        max_tokens: at least 1, or 0 with an echo.
+        temperature: at least 0; 0 is greedy.
+        options: the rest.
+        decode_stop: turns stop token ids into strings for a server that takes no ids; None sends
+            the ids as they are.
+
+    Raises:
+        UsageError: something is unknown, refused, out of range or without effect.
+    """
+    check_names(options)
+    given = {name: value for name, value in options.items() if value is not None}
+    passed = {name: check(name, given[name]) for name, check in _PASSED.items() if name in given}
+    seed: int | None = passed.pop("seed", None)
+    echo_last: int | None = passed.get("echo_last")
+    echo = bool(passed.get("echo", False))
+    logprobs = bool(passed.get("logprobs", False))
+    top_logprobs = int(passed.get("top_logprobs", 0))
+    if top_logprobs and not logprobs:
+        raise InvalidArgument("top_logprobs has no effect without logprobs=True")
+    echoes = echo if echo_last is None else echo_last > 0
+    fields: dict[str, Any] = {
+        "model": model,
+        "n": 1,
+        "max_tokens": integer("max_tokens", max_tokens, 0 if echoes else 1),
+        "temperature": number("temperature", temperature, 0.0),
+        "top_p": 1.0,
+        "top_k": 0,
+        "stream": True,
+        "raw_output": True,
+        "perf_metrics_in_response": True,
+        **{name: value for name, value in passed.items() if value is not False},
+    }
+    stop = normalise_stop(given.get("stop"))
+    if stop == []:
+        fields["ignore_eos"] = True
+    elif stop is not None:
+        integers = [item for item in stop if isinstance(item, int)]
+        fields["stop"] = decode_stop(integers) if integers and decode_stop else stop
+    return SamplingRequest(
+        fields=fields,
+        seed=seed,
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        echo=echo,
+        echo_last=echo_last,
+        full_distribution=(
+            fields["temperature"] == 1.0 and fields["top_p"] == 1.0 and fields["top_k"] == 0
+        ),
+        http_timeout=number("http_timeout", given.get("http_timeout", DEFAULT_HTTP_TIMEOUT), 1e-3),
+        context=_context(given),
+        headers=_headers(given.get("additional_headers_snapshot")),
+    )
+
+
+def _context(given: Mapping[str, object]) -> str:
+    labels: dict[str, object] = {}
+    for option in ("sampling_context", "timeout_diagnostic_context"):
+        value = given.get(option, {})
+        if not isinstance(value, Mapping):
+            raise InvalidArgument(f"{option} must be a mapping, got {type(value).__name__}")
+        labels.update(cast(Mapping[str, object], value))
+    unknown = [key for key in labels if key not in CONTEXT_KEYS]
+    if unknown:
+        raise InvalidArgument(
+            f"sampling_context takes {', '.join(CONTEXT_KEYS)}; got {', '.join(map(str, unknown))}"
+        )
+    return ", ".join(f"{key} {labels[key]}" for key in CONTEXT_KEYS if key in labels)
+
+
+def _headers(value: object) -> Mapping[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(
+            f"additional_headers_snapshot must be a mapping, got {type(value).__name__}"
+        )
+    return dict(cast(Mapping[str, str], value))
