@@ -60,7 +60,14 @@ class Passes:
         loss_fn_config: Mapping[str, Any] | None,
     ) -> tinker.ForwardBackwardOutput:
         """One built-in pass."""
-        datums = await _off_loop(_tokens(data), lambda: _encode_all(data))
+        # Of a datum made for another loss, a plain forward needs only what it is about.
+        plain = kind == "forward" and loss_fn == "cross_entropy"
+        datums = await _off_loop(
+            _tokens(data),
+            lambda: _encode_all(
+                data, [_targets(d, i) for i, d in enumerate(data)] if plain else None
+            ),
+        )
         chunks = split([len(datum.text) for datum in datums])
         result = await self._send(turn, kind, datums, chunks, loss_fn, loss_fn_config, last=True)
         if loss_fn == "cross_entropy" and kind == "forward_backward":
@@ -141,11 +148,10 @@ def _encode_all(
 
 
 def _targets(datum: tinker.Datum, index: int) -> dict[str, npt.NDArray[Any]]:
-    """Targets and weights of a datum for the forward of a custom loss; other inputs stay here."""
+    """Targets and weights of a datum, all that a forward needs; other inputs stay here."""
     if "target_tokens" not in datum.loss_fn_inputs:
         raise InvalidDatum(
-            f"datum {index} has no 'target_tokens'; a custom loss needs the targets whose "
-            "logprobs it is given",
+            f"datum {index} has no 'target_tokens': the tokens whose logprobs are wanted",
             index=index,
         )
     targets = tensor_array(datum.loss_fn_inputs["target_tokens"])

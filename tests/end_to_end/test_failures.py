@@ -1,0 +1,151 @@
+"""A failed step leaves no trace: the next one equals that step alone on the unchanged weights."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tinker
+import torch
+
+from fireworks_training import (
+    FireworksTrainingError,
+    InvalidDatum,
+    LossFailed,
+    PrecedingOperationFailed,
+    RequestFailed,
+)
+from fireworks_training._core import chunking
+from tests.conftest import RunningPlatform
+from tests.end_to_end.support import ADAM, datums, part, relative, saved_state, service_on
+
+Break = Callable[[Any], Any]
+
+LONG = 200
+"""Tokens of a datum that fills a request."""
+
+
+def with_inputs(datum: tinker.Datum, **changes: list[Any]) -> tinker.Datum:
+    inputs = {**datum.loss_fn_inputs, **changes}
+    return tinker.Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
+
+
+def outside_the_vocabulary(length: int = 12) -> tinker.Datum:
+    datum = datums(1, length=length)[0]
+    return with_inputs(datum, target_tokens=[999_999] * datum.model_input.length)
+
+
+def nan_weights(client: Any) -> Any:
+    datum = datums(1)[0]
+    broken = with_inputs(datum, weights=[math.nan] * datum.model_input.length)
+    return client.forward_backward([broken], "cross_entropy")
+
+
+def loss_that_raises(client: Any) -> Any:
+    def loss(data: Any, logprobs: list[torch.Tensor]) -> Any:
+        raise KeyError("reward")
+
+    return client.forward_backward_custom(datums(2), loss)
+
+
+def refused_by_the_server(client: Any) -> Any:
+    return client.forward_backward([outside_the_vocabulary()], "cross_entropy")
+
+
+def refused_in_the_second_of_three_chunks(client: Any) -> Any:
+    first, last = datums(2, seed=77, length=LONG)
+    return client.forward_backward([first, outside_the_vocabulary(LONG), last], "cross_entropy")
+
+
+def infinite_on_the_server(client: Any) -> Any:
+    datum = datums(1)[0]
+    length = datum.model_input.length
+    huge = with_inputs(datum, logprobs=[-3e38] * length, advantages=[1e38] * length)
+    inputs = {k: v for k, v in huge.loss_fn_inputs.items() if k != "weights"}
+    return client.forward_backward(
+        [tinker.Datum(model_input=datum.model_input, loss_fn_inputs=inputs)],
+        "importance_sampling",
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(platform: RunningPlatform) -> dict[str, torch.Tensor]:
+    """The masters after one step alone."""
+
+    async def step() -> dict[str, torch.Tensor]:
+        async with service_on(platform) as service:
+            client = await service.create_training_client()
+            await client.forward_backward(datums(4, seed=9), "cross_entropy")
+            await client.optim_step(ADAM)
+            await client.save_state("alone")
+            return part(saved_state(platform, service.trainer_job_id or "", "alone"), "master")
+
+    return asyncio.run(step())
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["first", "after-an-applied-one"])
+@pytest.mark.parametrize(
+    ("break_it", "kind"),
+    [
+        (nan_weights, InvalidDatum),
+        (loss_that_raises, LossFailed),
+        (refused_by_the_server, RequestFailed),
+        (refused_in_the_second_of_three_chunks, RequestFailed),
+        (infinite_on_the_server, RequestFailed),
+    ],
+)
+async def test_a_failed_step_leaves_no_trace(
+    platform: RunningPlatform,
+    alone: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    break_it: Break,
+    kind: type[FireworksTrainingError],
+    earlier: bool,
+) -> None:
+    if break_it is refused_in_the_second_of_three_chunks:
+        # Three long datums make three requests; the short ones of the other steps still make one.
+        bounds = {"max_datums": 100, "max_bytes": 3000}
+        monkeypatch.setattr(chunking.split, "__kwdefaults__", bounds)
+    async with service_on(platform) as service:
+        client = await service.create_training_client()
+        before = client.save_state("before")
+        applied = client.forward_backward(datums(3), "cross_entropy") if earlier else None
+        broken = break_it(client)
+        step = client.optim_step(ADAM)
+        unchanged = client.save_state("unchanged")
+        following = client.forward_backward(datums(4, seed=9), "cross_entropy")
+        next_step = client.optim_step(ADAM)
+        if applied is not None:
+            await applied
+        with pytest.raises(kind) as failure:
+            await broken
+        with pytest.raises(PrecedingOperationFailed) as preceding:
+            await step
+        assert preceding.value.cause is failure.value
+        await before
+        await unchanged
+        await following
+        await next_step
+        await client.save_state("after")
+        job = service.trainer_job_id or ""
+        start = part(saved_state(platform, job, "before"), "master")
+        held = part(saved_state(platform, job, "unchanged"), "master")
+        assert all(torch.equal(start[name], held[name]) for name in start)
+        assert relative(part(saved_state(platform, job, "after"), "master"), alone) < 1e-6
+
+
+async def test_the_check_sees_a_step_that_was_applied(
+    platform: RunningPlatform, alone: dict[str, torch.Tensor]
+) -> None:
+    """The negative control: gradients that are not dropped show."""
+    async with service_on(platform) as service:
+        client = await service.create_training_client()
+        await client.forward_backward(datums(3), "cross_entropy")
+        await client.forward_backward(datums(4, seed=9), "cross_entropy")
+        await client.optim_step(ADAM)
+        await client.save_state("after")
+        job = service.trainer_job_id or ""
+        assert relative(part(saved_state(platform, job, "after"), "master"), alone) > 1e-6
