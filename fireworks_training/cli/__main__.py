@@ -1,7 +1,8 @@
-"""`python -m fireworks_training.cli`: the command, where its script is not on the path."""
+"""`python -m fireworks_training.cli`: the `fireworks-training` command without its script."""
 
 from __future__ import annotations
 
-from fireworks_training.cli import main
+from fireworks_training.cli.main import main
 
-main(prog_name="fireworks-training")
+if __name__ == "__main__":
+    main(prog_name="fireworks-training")

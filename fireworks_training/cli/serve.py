@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import click
 
+KEY_VARIABLE = "FIREWORKS_API_KEY"
+
 
 def parse_models(
     _context: click.Context, _parameter: click.Parameter, values: Sequence[str]
@@ -44,7 +46,9 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     os.close(write_end)
     os.set_inheritable(read_end, True)
     arguments = ["-m", "fireworks_training.local", "--settings-fd", str(read_end)]
-    os.execv(sys.executable, [sys.executable, *arguments])
+    # The variable has done its work; without it the platform's processes don't show the key.
+    os.unsetenv(KEY_VARIABLE)
+    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - our own interpreter
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,7 +66,7 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
 )
 @click.option(
     "--api-key",
-    envvar="FIREWORKS_API_KEY",
+    envvar=KEY_VARIABLE,
     help="Key that every request must carry; `ps` shows it, so prefer the variable or the file."
     "  [default: a random one, printed; env: FIREWORKS_API_KEY]",
 )
@@ -92,8 +96,8 @@ def serve(
 ) -> None:
     """Run the local training platform until Ctrl-C or SIGTERM.
 
-    It needs no account, no network and no GPU. Clients connect with the base URL and the key that it
-    prints when it is ready.
+    It needs no account, no network and no GPU. Clients connect with the base URL and the key that
+    it prints when it is ready.
     """
     if api_key_file is not None:
         lines = api_key_file.read_text().splitlines()
