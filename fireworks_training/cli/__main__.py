@@ -1,8 +1,7 @@
-"""`python -m fireworks_training.cli`: the `fireworks-training` command without its script."""
+"""`python -m fireworks_training.cli`: the command, where its script is not on the path."""
 
 from __future__ import annotations
 
-from fireworks_training.cli.main import main
+from fireworks_training.cli import main
 
-if __name__ == "__main__":
-    main(prog_name="fireworks-training")
+main(prog_name="fireworks-training")
