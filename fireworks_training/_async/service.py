@@ -409,8 +409,8 @@ class AsyncFiretitanServiceClient:
 
     async def _close(self, *, quiet: bool) -> None:
         self._closed = True
-        if self._owner.bound is None:
-            return  # nothing was ever asked of it
+        if self._owner.bound is None or (self._closing is not None and self._closing.done()):
+            return  # nothing was ever asked of it, or everything has been given back
         await self._owner.run(lambda: self._close_once(quiet), label="close")
 
     async def _close_once(self, quiet: bool) -> None:

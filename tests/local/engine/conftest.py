@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 for the engine's tests, and what a plain forward pass says about it."""
+"""The tiny model, made once."""
 
 from __future__ import annotations
 
@@ -6,29 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
-VOCABULARY = 300
-EOS = 1
-
-
-def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        initializer_range=0.4,
-    )
-    return Qwen3ForCausalLM(config).eval()
+from fireworks_training.local.snapshots import SnapshotStore
+from tests.local.engine.tiny_model import tiny_qwen3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,3 +27,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory, model: Qwen3ForCausalLM
     path = tmp_path_factory.mktemp("tiny-qwen3")
     model.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SnapshotStore:
+    return SnapshotStore(tmp_path / "snapshots")

@@ -22,7 +22,7 @@ from fireworks_training.local.engine.batch import (
 )
 from fireworks_training.local.engine.requests import SamplingRequest, key_of_seed
 from fireworks_training.local.frames import NO_TOKEN, Finish, PromptLogprobs
-from tests.local.engine.conftest import VOCABULARY, tiny_qwen3
+from tests.local.engine.tiny_model import VOCABULARY, tiny_qwen3
 
 SLOTS = 8
 

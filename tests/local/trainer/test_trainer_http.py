@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.local.trainer.conftest import ADAM, Starter, cross_entropy, some_data
+from tests.local.trainer.trainer_driver import ADAM, Starter, cross_entropy, some_data
 
 
 async def test_a_step_and_a_snapshot(start: Starter) -> None:
