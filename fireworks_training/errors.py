@@ -88,7 +88,8 @@ class FireworksTrainingError(Exception):
 def _rebuild(
     cls: type[FireworksTrainingError], args: tuple[Any, ...], state: dict[str, Any]
 ) -> FireworksTrainingError:
-    error = cls.__new__(cls)
+    # A TimeoutError has the memory layout of OSError, and only that one's __new__ may make it.
+    error = OSError.__new__(cls) if issubclass(cls, OSError) else cls.__new__(cls)
     Exception.__init__(error, *args)
     error.__dict__.update(state)
     error.__cause__ = error.cause

@@ -100,13 +100,16 @@ async def test_a_script_that_never_closes_ends_and_its_trainer_with_it(
     async with service_on(platform) as service:
         plane = await service._on_owner(service._connection.open, "test")
         assert await plane.get_job(job) is None or (await plane.get_job(job)).state in (
-            "JOB_STATE_DELETED", "JOB_STATE_DELETING",
+            "JOB_STATE_DELETED",
+            "JOB_STATE_DELETING",
         )
 
 
 def test_an_embedded_platform_ends_with_a_script_that_never_closes() -> None:
     before = runtime_folders()
-    with script(SYNC + "    print('ready', flush=True)\n    sys.stdin.readline()\n", None) as process:
+    with script(
+        SYNC + "    print('ready', flush=True)\n    sys.stdin.readline()\n", None
+    ) as process:
         said(process)
         assert said(process) == "ready"
         children = psutil.Process(process.pid).children(recursive=True)
