@@ -89,8 +89,9 @@ class Child:
 class Supervisor:
     """One platform, from its folders to its end."""
 
-    def __init__(self, settings: PlatformSettings) -> None:
+    def __init__(self, settings: PlatformSettings, stop: asyncio.Event) -> None:
         self._settings = settings
+        self._stop = stop
         self.models = _model_paths(settings)
         self.default_model = next(iter(settings.models), SHIPPED_MODEL)
         lifetime.remove_stale_runtime_dirs()
@@ -107,7 +108,6 @@ class Supervisor:
         for name, value in WORKER_ENVIRONMENT.items():
             os.putenv(name, value)
         self._lifetime_read, self._lifetime_write = os.pipe()
-        self._stop = asyncio.Event()
         self._gateway = Child(
             "gateway",
             "fireworks_training.local.gateway",
@@ -145,12 +145,8 @@ class Supervisor:
             "tokenizer": self.models[self.default_model],
         }
 
-    def stop(self) -> None:
-        """Ask for the end; safe from a signal handler of the loop."""
-        self._stop.set()
-
     async def run(self, on_ready: Callable[[], None]) -> None:
-        """Start everything, call `on_ready`, keep it running, and end it when asked.
+        """Start everything, call `on_ready`, keep it running, and end it once `stop` is set.
 
         Raises:
             LocalPlatformError: it did not start, or a process died again and again.
@@ -171,26 +167,35 @@ class Supervisor:
             await self._end()
 
     async def _start_and_keep(self, on_ready: Callable[[], None]) -> None:
-        async with asyncio.timeout(START_BUDGET_S):
-            children = (self._gateway, self._template)
-            await asyncio.gather(*(child.start() for child in children))
-            ready = asyncio.create_task(self._answers())
-            deaths = [asyncio.create_task(child.wait()) for child in children]
-            try:
-                await asyncio.wait({ready, *deaths}, return_when=asyncio.FIRST_COMPLETED)
-                for child, death in zip(children, deaths, strict=True):
-                    if death.done():
-                        raise LocalPlatformError(
-                            f"the platform's {child.name} process ended with code"
-                            f" {death.result()} before it was ready"
-                        )
-                ready.result()
-            finally:
-                for task in (ready, *deaths):
-                    task.cancel()
-                await asyncio.gather(ready, *deaths, return_exceptions=True)
+        try:
+            async with asyncio.timeout(START_BUDGET_S):
+                await self._start()
+        except TimeoutError:
+            raise LocalPlatformError(
+                f"the platform was not ready within {START_BUDGET_S:.0f} s"
+            ) from None
         on_ready()
         await asyncio.gather(self._keep(self._gateway), self._keep(self._template))
+
+    async def _start(self) -> None:
+        """Start both, and return when both answer."""
+        children = (self._gateway, self._template)
+        await asyncio.gather(*(child.start() for child in children))
+        ready = asyncio.create_task(self._answers())
+        deaths = [asyncio.create_task(child.wait()) for child in children]
+        try:
+            await asyncio.wait({ready, *deaths}, return_when=asyncio.FIRST_COMPLETED)
+            for child, death in zip(children, deaths, strict=True):
+                if death.done():
+                    raise LocalPlatformError(
+                        f"the platform's {child.name} process ended with code"
+                        f" {death.result()} before it was ready"
+                    )
+            ready.result()
+        finally:
+            for task in (ready, *deaths):
+                task.cancel()
+            await asyncio.gather(ready, *deaths, return_exceptions=True)
 
     async def _keep(self, child: Child) -> None:
         while True:
@@ -372,17 +377,19 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
         LocalPlatformError: it did not start or could not be kept running; an embedded one says so
             with the end of its log.
     """
-    supervisor = Supervisor(settings)
+    # Before the first folder is made, so that no signal leaves one behind.
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(signum, stop.set)
+    supervisor = Supervisor(settings, stop)
     if settings.embedded:
         # The user's terminal stays clean, also from what workers and libraries print.
         fd = os.open(supervisor.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(fd, sys.stderr.fileno())
         os.close(fd)
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(signum, supervisor.stop)
-    if settings.embedded:
-        _stop_on_eof(loop, settings_fd, supervisor.stop)
+        _stop_on_eof(loop, settings_fd, stop.set)
 
     def ready() -> None:
         facts = supervisor.ready_facts()

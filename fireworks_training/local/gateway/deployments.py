@@ -204,6 +204,7 @@ class Deployments:
             resource=resource_name(row.id),
             base_model=str(cast(Body, row.body["resource"])["baseModel"]),
             model=model,
+            state="CREATING" if row.state == "CREATING" else "UPDATING",
             loaded_identity=row.loaded_identity,
         )
         self._registry.deployments[live.resource] = live

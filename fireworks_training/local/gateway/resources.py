@@ -84,13 +84,18 @@ class Notices:
 
     def add_ignored(self, body: Mapping[str, object], names: tuple[str, ...]) -> None:
         """Name the options of `body` that have no effect here."""
-        given = [name for name in names if body.get(name) not in (None, False, 0, 1, "", [], {})]
+        given = [name for name in names if body.get(name) is not None and not _is_plain(body[name])]
         if given:
             self.add(f"without effect on the local platform: {', '.join(given)}")
 
     def text(self) -> str:
         """All of them, in the form that clients log as a warning; empty if there is none."""
         return f"Warning: {'; '.join(self.texts)}" if self.texts else ""
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an option's value asks for nothing: off, empty, or one of what there is one of."""
+    return value is False or value in ("", [], {}) or (value in (0, 1) and value is not True)
 
 
 # -- fields --------------------------------------------------------------------------------------
