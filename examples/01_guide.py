@@ -4,8 +4,8 @@
 
 The lines are the guide's; what differs are the import line, `base_url` (the platform embedded in
 this package, unless FIREWORKS_BASE_URL says otherwise), the tokenizer's source, and the names of
-model and shape. What the guide leaves to the reader (objective, micro-batches, evaluation) is filled
-in small.
+model and shape. What the guide leaves to the reader (objective, micro-batches, evaluation) is
+filled in small.
 """
 
 import asyncio
@@ -77,7 +77,7 @@ def build_micro_batches(step):
 def compute_objective(data, logprobs_list):
     """Negative log-likelihood of the answers, averaged over their tokens."""
     total, count = 0.0, 0.0
-    for datum, logprobs in zip(data, logprobs_list):
+    for datum, logprobs in zip(data, logprobs_list, strict=True):
         weights = datum.loss_fn_inputs["weights"].to_torch()
         total = total - (weights * logprobs).sum()
         count = count + weights.sum()

@@ -65,7 +65,7 @@ async def main(total_steps: int = 5) -> None:
         eval_prompts = [[{"role": "user", "content": question}] for question, _ in PROBLEMS[:4]]
 
         for step in range(total_steps):
-            # Nothing here waits: the two micro-batches, the step and the save are under way at once.
+            # Nothing here waits: micro-batches, step and save are under way at once.
             micro_batches = [
                 training_client.forward_backward_custom(
                     [right_answer(tokenizer, 4 * step + 2 * micro + i) for i in range(2)], objective

@@ -11,14 +11,16 @@ This module knows loops, threads and outcomes; it does not know what runs on the
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # registers its own exit hook first, so ours runs before it
+
+# Its exit hook registers first, so that ours runs before it.
+import concurrent.futures.thread  # pyright: ignore[reportUnusedImport]
 import contextlib
 import contextvars
 import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
@@ -310,7 +312,7 @@ async def _next_of(iterator: AsyncIterator[T]) -> T:
 
 
 @contextlib.contextmanager
-def _leased() -> Iterator[asyncio.AbstractEventLoop]:
+def _leased() -> Generator[asyncio.AbstractEventLoop]:
     """The background loop, for one call; also ends what could not be ended from inside it."""
     lease = Lease()
     try:

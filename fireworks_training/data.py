@@ -8,9 +8,10 @@ The builders take arrays in the caller's terms (one entry a token) and check the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fireworks_training.errors import InvalidDatum
 
@@ -70,7 +71,7 @@ def rl_datum(
         _check_length("advantages", advantages, count)
     length = len(prompt_tokens) + count - 1
 
-    def on_completion(values: object) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def on_completion(values: float | Sequence[float]) -> npt.NDArray[np.float32]:
         array = np.zeros(length, np.float32)
         array[-count:] = values
         return array
@@ -81,15 +82,13 @@ def rl_datum(
     return _datum([*prompt_tokens, *completion_tokens], **arrays)
 
 
-def _datum(
-    tokens: Sequence[int], **arrays: np.ndarray[tuple[int], np.dtype[np.float32]]
-) -> tinker.Datum:
+def _datum(tokens: Sequence[int], **arrays: npt.NDArray[np.float32]) -> tinker.Datum:
     import tinker
 
     if len(tokens) < 2:
         raise InvalidDatum(f"{len(tokens)} token: a datum needs two, one to predict the other from")
     targets = np.asarray(tokens[1:], np.int64)
-    inputs = {"target_tokens": targets, **arrays}
+    inputs: dict[str, npt.NDArray[Any]] = {"target_tokens": targets, **arrays}
     return tinker.Datum(
         model_input=tinker.ModelInput.from_ints([int(token) for token in tokens[:-1]]),
         loss_fn_inputs={

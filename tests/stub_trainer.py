@@ -88,6 +88,8 @@ class StubTrainer:
         body = await request.json(loads=json.loads)
         seq_id = body["seq_id"]
         self.submitted.append((path, seq_id))
+        async with self._changed:
+            self._changed.notify_all()
         if self.lost:
             return web.json_response(
                 {"error": "worker died", "error_class": "ModelLost"}, status=410
@@ -166,6 +168,11 @@ class StubTrainer:
                 {"error": "worker died", "error_class": "ModelLost"}, status=410
             )
         return web.json_response(self._results[request_id])
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that a submit brings about."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
 
     async def die(self) -> None:
         """The worker is gone: everything answers 410 from now on."""

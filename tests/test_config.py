@@ -29,15 +29,12 @@ def test_every_keyword_of_the_field_is_accepted_or_refused_with_a_reason() -> No
         value = samples.get(kind)
         if name in ("base_model", "model_name") or value is None:
             continue
+        said = ""
         try:
-            made = config(**({"lora_rank": 4} if name == "lora_alpha" else {}), **{name: value})
-        except (NotSupported, InvalidArgument) as refusal:
-            assert name in str(refusal)
-            continue
-        except DeprecationWarning as warning:
-            assert name in str(warning)
-            continue
-        assert isinstance(made, FiretitanProvisioningConfig)
+            config(**({"lora_rank": 4} if name == "lora_alpha" else {}), **{name: value})
+        except (NotSupported, InvalidArgument, DeprecationWarning) as refusal:
+            said = str(refusal)
+        assert not said or name in said
 
 
 def test_an_unknown_keyword_names_the_near_one() -> None:

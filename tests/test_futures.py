@@ -152,10 +152,8 @@ async def test_the_last_waiter_that_is_cancelled_takes_the_request_along() -> No
 
 
 def test_a_sample_call_that_was_never_started_says_so() -> None:
-    call = call_on(Outcome(), [])
     with pytest.warns(RuntimeWarning, match="never started"):
-        del call
-        gc.collect()
+        call_on(Outcome(), [])
     abandoned = call_on(Outcome(), [])
     abandoned.close()
     del abandoned

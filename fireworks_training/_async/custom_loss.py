@@ -1,3 +1,4 @@
+# pyright: standard
 """A caller's loss function: run away from the loop, checked, and differentiated.
 
 The function sees the logprobs of each datum's targets as leaf tensors and returns a scalar. What
@@ -91,7 +92,9 @@ def run_loss(
         )
     try:
         # Not .backward(): the caller's own leaves, if any, are none of our business.
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(
+            loss, leaves, allow_unused=True
+        )
     except RuntimeError as error:
         raise LossFailed(f"the loss can't be differentiated: {error}", cause=error) from error
     if all(gradient is None for gradient in gradients):

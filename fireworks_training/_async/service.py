@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
@@ -366,8 +367,8 @@ class AsyncFiretitanServiceClient:
             )
         return self._sync
 
-    async def _load(self, path: str) -> WeightSync:
-        if not isinstance(path, str) or not path:  # pyright: ignore[reportUnnecessaryIsInstance]
+    async def _load(self, path: object) -> WeightSync:
+        if not isinstance(path, str) or not path:
             raise InvalidArgument(
                 f"model_path={path!r}: pass the `path` that save_weights_for_sampler returned"
             )
@@ -456,4 +457,4 @@ class AsyncFiretitanServiceClient:
 
 
 def _import_tinker() -> None:
-    import tinker  # noqa: F401
+    importlib.import_module("tinker")

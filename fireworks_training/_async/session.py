@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -51,7 +51,7 @@ class Capabilities:
         return cls(
             model_id=model_id,
             comms="v2" if payload.get("comms") == "v2" else "v1",
-            wire=tuple(map(str, wire)) if isinstance(wire, list) else (),
+            wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
         )

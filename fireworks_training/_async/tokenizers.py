@@ -32,7 +32,8 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
     def work() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(source)))
+        auto = cast(Any, AutoTokenizer)
+        return cast("PreTrainedTokenizerBase", auto.from_pretrained(str(source)))
 
     return await asyncio.to_thread(work)
 

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from uuid import uuid4
 
 import orjson
@@ -480,7 +480,7 @@ def _check_datums(data: object) -> None:
     kind: type = getattr(tinker, "Datum", object)
     if isinstance(data, (str, bytes)) or not isinstance(data, Sequence):
         raise InvalidArgument(f"data must be a list of tinker.Datum, not {type(data).__name__}")
-    for index, datum in enumerate(data):
+    for index, datum in enumerate(cast(Sequence[object], data)):
         if not isinstance(datum, kind):
             raise InvalidArgument(
                 f"data[{index}] is a {type(datum).__name__}; a tinker.Datum is needed"

@@ -72,7 +72,7 @@ class Response:
 
     def object(self) -> dict[str, Any]:
         """The body as a JSON object."""
-        value = self.json() if self.body else {}
+        value: object = self.json() if self.body else {}
         if not isinstance(value, dict):
             raise ProtocolError(
                 f"the server answered {self.status} with JSON that is not an object",

@@ -207,8 +207,7 @@ async def test_without_the_protocol_the_step_waits_for_its_results(connect: Any)
     async with connect(stub) as client:
         gradient = client.forward_backward([datum()], "cross_entropy")
         step = client.optim_step(ADAM)
-        while ("forward_backward", 1) not in stub.applied:
-            await asyncio.sleep(0)
+        await stub.until(lambda: ("forward_backward", 1) in stub.applied)
         assert ("optim_step", 2) not in stub.submitted
         gate.set()
         await asyncio.gather(gradient, step)
@@ -244,8 +243,7 @@ async def test_the_death_of_the_trainer_fails_everything_open(connect: Any) -> N
         stub.fail = set()
         stub._next = 10**9  # nothing is executed any more
         open_operations = [client.forward([datum()]), client.optim_step(ADAM)]
-        while len(stub.submitted) < 3:
-            await asyncio.sleep(0)
+        await stub.until(lambda: len(stub.submitted) == 3)
         await stub.die()
         for future in open_operations:
             with pytest.raises(TrainerLost, match="newest") as lost:

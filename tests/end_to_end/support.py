@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 from fireworks_training import AsyncFiretitanServiceClient, supervised_datum
 from tests.conftest import RunningPlatform
 
-ADAM = tinker.AdamParams(
-    learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
-)
+ADAM = tinker.AdamParams(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 
 
 def service_on(platform: RunningPlatform, **options: Any) -> AsyncFiretitanServiceClient:
@@ -32,9 +30,7 @@ def service_on(platform: RunningPlatform, **options: Any) -> AsyncFiretitanServi
     )
 
 
-def datums(
-    count: int, *, seed: int = 0, length: int = 12, spread: int = 5
-) -> list[tinker.Datum]:
+def datums(count: int, *, seed: int = 0, length: int = 12, spread: int = 5) -> list[tinker.Datum]:
     """Random datums, of `spread` different lengths."""
     generator = torch.Generator().manual_seed(seed)
     made: list[tinker.Datum] = []
@@ -45,9 +41,7 @@ def datums(
     return made
 
 
-def curved_loss(
-    data: Any, logprobs: list[torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, float]]:
+def curved_loss(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
     """A loss that is not linear in the logprobs."""
     values = torch.cat(logprobs)
     loss = ((values.exp() - 0.5) ** 2).sum() - 0.1 * values.sum()

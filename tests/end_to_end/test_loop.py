@@ -1,4 +1,4 @@
-"""The path of the guide: train, save, sync, sample, again and again, and the right weights serve."""
+"""The path of the guide: train, save, sync, sample; again and again, on the right weights."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ def test_the_blocking_names_and_twenty_loops_on_one_sampler(
 
         def connections() -> set[Any]:
             return {
-                (c.laddr, c.raddr) for c in process.net_connections("tcp") if c.status == "ESTABLISHED"
+                (c.laddr, c.raddr)
+                for c in process.net_connections("tcp")
+                if c.status == "ESTABLISHED"
             }
 
         sample()
@@ -152,8 +154,12 @@ async def test_a_service_without_a_deployment_says_so(platform: RunningPlatform)
 async def test_what_this_service_made_is_gone_after_close_and_what_it_found_stays(
     platform: RunningPlatform,
 ) -> None:
-    keeper = service_on(platform, create_deployment=True, cleanup_trainer_on_close=False,
-                        cleanup_deployment_on_close=None)
+    keeper = service_on(
+        platform,
+        create_deployment=True,
+        cleanup_trainer_on_close=False,
+        cleanup_deployment_on_close=None,
+    )
     await keeper.create_training_client()
     found = {"trainer_job_id": keeper.trainer_job_id, "deployment_id": keeper.deployment_id}
     await keeper.close()

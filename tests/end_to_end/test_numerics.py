@@ -42,8 +42,11 @@ class Reference:
         self.alpha = alpha
         self.masters = {name: value.clone().requires_grad_() for name, value in masters.items()}
         self.optimizer = torch.optim.AdamW(
-            self.masters.values(), lr=ADAM.learning_rate, betas=(ADAM.beta1, ADAM.beta2),
-            eps=ADAM.eps, weight_decay=ADAM.weight_decay,
+            self.masters.values(),
+            lr=ADAM.learning_rate,
+            betas=(ADAM.beta1, ADAM.beta2),
+            eps=ADAM.eps,
+            weight_decay=ADAM.weight_decay,
         )
         self.base = {n: self._round(p.detach()) for n, p in self.model.named_parameters()}
 
@@ -89,9 +92,7 @@ def _full_name(adapter: str) -> str:
     return adapter.replace(".lora_A.weight", ".weight").removeprefix("base_model.model.")
 
 
-@pytest.mark.parametrize(
-    ("rank", "dtype"), [(0, "bfloat16"), (4, "bfloat16"), (0, "float32")]
-)
+@pytest.mark.parametrize(("rank", "dtype"), [(0, "bfloat16"), (4, "bfloat16"), (0, "float32")])
 async def test_three_custom_steps_equal_plain_torch(
     platform: RunningPlatform, rank: int, dtype: Any
 ) -> None:
