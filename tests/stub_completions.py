@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import queue
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
-import pytest
 from aiohttp import web
 
-Behaviour = Callable[["CompletionServer", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+Behaviour = Callable[
+    ["CompletionServer", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]
+]
 
 
 def event(payload: object, *, kind: str | None = None) -> bytes:
@@ -122,6 +125,22 @@ async def hang_mid_stream(
     raise AssertionError
 
 
+async def pause_mid_stream(
+    server: CompletionServer, request: web.Request, body: dict[str, Any]
+) -> web.StreamResponse:
+    """Sends the first token, waits for `go_on`, sends the rest."""
+    response = await open_stream(request)
+    first, *rest = tokens_of(body)
+    await response.write(event(token_chunk(first, logprobs=True)))
+    server.reached.set()
+    await server.go_on.wait()
+    for token in rest:
+        await response.write(event(token_chunk(token, logprobs=True)))
+    await response.write(event(last_chunk(body, [first, *rest])) + event(b"[DONE]"))
+    await response.write_eof()
+    return response
+
+
 async def hang_headers_only(
     server: CompletionServer, request: web.Request, body: dict[str, Any]
 ) -> web.StreamResponse:
@@ -143,6 +162,9 @@ class CompletionServer:
         generating: requests that are being answered.
         left: requests whose client went away before the answer's end.
         peak: most requests answered at once.
+        reached: a behaviour that hangs has come to where it does.
+        go_on: lets `pause_mid_stream` go on.
+        idle: nothing is being answered.
     """
 
     def __init__(self) -> None:
@@ -156,6 +178,7 @@ class CompletionServer:
         self.left = 0
         self.peak = 0
         self.reached = asyncio.Event()
+        self.go_on = asyncio.Event()
         self.idle = asyncio.Event()
 
     async def until_the_client_leaves(self) -> None:
@@ -198,7 +221,22 @@ async def serving() -> AsyncIterator[CompletionServer]:
         await runner.cleanup()
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[CompletionServer]:
-    async with serving() as running:
-        yield running
+@contextlib.contextmanager
+def serving_in_a_thread() -> Iterator[CompletionServer]:
+    """The server on a loop of its own, for tests that block theirs or have none."""
+    ready: queue.Queue[tuple[CompletionServer, asyncio.AbstractEventLoop]] = queue.Queue()
+    end = asyncio.Event()
+
+    async def serve() -> None:
+        async with serving() as server:
+            ready.put((server, asyncio.get_running_loop()))
+            await end.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    server, loop = ready.get(timeout=10)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(end.set)
+        thread.join(10)
