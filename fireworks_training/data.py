@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from fireworks_training.errors import InvalidDatum
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import tinker
 
 
@@ -33,6 +32,8 @@ def supervised_datum(tokens: Sequence[int], weights: Sequence[float]) -> tinker.
     Raises:
         InvalidDatum: the lengths differ, or there are fewer than two tokens.
     """
+    import numpy as np
+
     _check_length("weights", weights, len(tokens))
     return _datum(tokens, weights=np.asarray(weights[1:], np.float32))
 
@@ -62,6 +63,8 @@ def rl_datum(
     Raises:
         InvalidDatum: lengths that differ, or an empty prompt or completion.
     """
+    import numpy as np
+
     if not prompt_tokens or not completion_tokens:
         empty = "completion" if prompt_tokens else "prompt"
         raise InvalidDatum(f"the {empty} is empty: a datum needs a token of each")
@@ -83,6 +86,7 @@ def rl_datum(
 
 
 def _datum(tokens: Sequence[int], **arrays: npt.NDArray[np.float32]) -> tinker.Datum:
+    import numpy as np
     import tinker
 
     if len(tokens) < 2:

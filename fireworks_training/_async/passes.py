@@ -17,15 +17,8 @@ import numpy.typing as npt
 from fireworks_training._async.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.operations import Request, Turn
 from fireworks_training._core.chunking import combine_metrics, split
-from fireworks_training._wire.training import (
-    EncodedDatum,
-    PassKind,
-    PassResult,
-    decode_pass,
-    encode_datum,
-    pass_body,
-    tensor_array,
-)
+from fireworks_training._wire.datums import PassResult, decode_pass, encode_datum, tensor_array
+from fireworks_training._wire.training import EncodedDatum, PassKind, pass_body
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
 if TYPE_CHECKING:

@@ -16,10 +16,8 @@ from uuid import uuid4
 
 import orjson
 
-from fireworks_training._async.custom_loss import require_torch
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.operations import LineRunner, Request, Turn
-from fireworks_training._async.passes import Passes
 from fireworks_training._async.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import Line, Role
 from fireworks_training._wire.training import PassKind, decode_snapshot
@@ -71,6 +69,9 @@ class AsyncFiretitanTrainingClient:
         owner: OwnerLoop,
         pipeline_steps: bool = False,
     ) -> None:
+        # Here, since it loads numpy, which a service that only samples does without.
+        from fireworks_training._async.passes import Passes
+
         self._session = session
         self._capabilities = capabilities
         self._config = config
@@ -152,6 +153,8 @@ class AsyncFiretitanTrainingClient:
         Raises, through the future:
             LossFailed: `loss_fn` raised, gave something else, or does not depend on the logprobs.
         """
+        from fireworks_training._async.custom_loss import require_torch
+
         require_torch()
         _check_datums(data)
         if not callable(loss_fn):
