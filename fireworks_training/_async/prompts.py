@@ -91,7 +91,7 @@ def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Co
     items = list(messages)
     if all(isinstance(item, Mapping) for item in items):
         conversations = [cast(Conversation, items)]
-    elif any(isinstance(item, (str, bytes, Mapping)) for item in items):
+    elif any(isinstance(item, (str, bytes)) or not isinstance(item, Sequence) for item in items):
         raise InvalidArgument(f"messages mixes messages with something else; {wanted}")
     else:
         conversations = cast(list[Conversation], items)

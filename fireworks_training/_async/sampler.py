@@ -38,8 +38,13 @@ from fireworks_training._wire.completions import (
     integer,
     sampling_request,
 )
-from fireworks_training.errors import ClientClosed, InvalidArgument, SamplingClientClosedError
-from fireworks_training.futures import SampleCall
+from fireworks_training.errors import (
+    ClientClosed,
+    InvalidArgument,
+    SamplingClientClosedError,
+    UsageError,
+)
+from fireworks_training.futures import Outcome, SampleCall
 from fireworks_training.models import SampledCompletion, ServerMetrics
 
 T = TypeVar("T")
@@ -321,14 +326,23 @@ class DeploymentSampler:
         total = prompts * n
         label = "sampling a completion" if total == 1 else f"sampling {total} completions"
 
-        def start() -> Any:
-            if self._closed:
-                raise ClientClosed("the sampler was closed; make a new one")
-            if self._owns_transport and self._forget_exit is None:
-                self._forget_exit = at_exit(f"sampler of {self._model}", self._transport.close)
-            return self._transport.owner.spawn(lambda: self._until_closed(work), label=label)
+        def start() -> Outcome[list[SampledCompletion]]:
+            try:
+                return self._spawn(work, label)
+            except UsageError as error:
+                # The call has started, and this is its result: also for later awaits.
+                outcome = Outcome[list[SampledCompletion]](label=label)
+                outcome.fail(error)
+                return outcome
 
         return SampleCall(start, label=label)
+
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> Outcome[T]:
+        if self._closed:
+            raise ClientClosed("the sampler was closed; make a new one")
+        if self._owns_transport and self._forget_exit is None:
+            self._forget_exit = at_exit(f"sampler of {self._model}", self._transport.close)
+        return self._transport.owner.spawn(lambda: self._until_closed(work), label=label)
 
     async def _until_closed(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run work that `close()` may end."""
