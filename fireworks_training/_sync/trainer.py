@@ -1,0 +1,278 @@
+"""The blocking twins of `fireworks_training._async.trainer`.
+
+Written by `python -m fireworks_training._generate_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fireworks_training._async.trainer import (
+    AsyncFiretitanTrainingClient,
+    CheckpointType,
+    Normalization,
+)
+from fireworks_training._portal import Blocking
+from fireworks_training.futures import APIFuture
+
+if TYPE_CHECKING:
+    import tinker
+    from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+
+    from fireworks_training._async.custom_loss import LossFunction
+    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+
+class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
+    """Trains one model. Made by `create_training_client` of a service.
+
+    Operations may be called from any thread and any loop, and return at once. `await` an operation,
+    or call `.result()` on it.
+
+    Raises, at the call, for every operation:
+        InvalidArgument, TypeError: wrong kinds of arguments; nothing takes a place in the line.
+        ClientClosed: the service was closed.
+        SessionLost, TrainerLost: the session has ended before.
+    """
+
+    def forward(
+        self,
+        data: Sequence[tinker.Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, Any] | None = None,
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """Logprobs of the targets, without gradients.
+
+        Args:
+            data: datums; entry t of each loss input belongs to predicting target t from the input
+                tokens up to t, so all have as many entries as the model input has tokens.
+            loss_fn: name of a built-in loss.
+            loss_fn_config: its options.
+
+        Returns:
+            `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`, natural log; and metrics.
+        """
+        return self._async.forward(data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self,
+        data: Sequence[tinker.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None = None,
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """Add the gradients of a built-in loss to those held for the next `optim_step`.
+
+        The loss is a plain sum over tokens and datums; normalising is the caller's, or
+        `optim_step`'s.
+
+        Args:
+            data: as for `forward`.
+            loss_fn: "cross_entropy" (inputs target_tokens, weights), "importance_sampling" or "ppo"
+                (inputs target_tokens, logprobs, advantages; ppo takes the config keys
+                clip_low_threshold=0.8 and clip_high_threshold=1.2, bounds of the ratio).
+            loss_fn_config: options of the loss.
+
+        Returns:
+            `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`; metrics with `loss:sum`, and
+            `response_tokens` (targets with a weight) for cross_entropy.
+        """
+        return self._async.forward_backward(data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """Add the gradients of your own loss to those held for the next `optim_step`.
+
+        The trainer computes the logprobs, `loss_fn` runs here in a thread of its own, and its
+        gradient by the logprobs goes back. Costs one forward more than a built-in loss.
+
+        Args:
+            data: as for `forward`; only target_tokens and weights go to the trainer, `loss_fn` sees
+                the datums whole.
+            loss_fn: takes the datums and a list of float32 tensors, one a datum, in the shape of
+                its target_tokens: the logprob of each target. Returns a scalar tensor and a dict of
+                numbers.
+
+        Returns:
+            As `forward_backward`; the metrics hold those of `loss_fn`, its value as `loss:sum`, and
+            the trainer's `surrogate_loss:sum`.
+
+        Raises, through the future:
+            LossFailed: `loss_fn` raised, gave something else, or does not depend on the logprobs.
+        """
+        return self._async.forward_backward_custom(data, loss_fn)
+
+    def optim_step(
+        self,
+        adam_params: tinker.AdamParams,
+        grad_accumulation_normalization: Normalization | None = None,
+        *,
+        accept_partial: bool = False,
+    ) -> APIFuture[OptimStepResponse]:
+        """Apply the gradients held, by AdamW with decoupled weight decay, and drop them.
+
+        Args:
+            adam_params: learning rate (default 1e-4), betas, eps, weight decay, and the bound of
+                the global gradient norm (0: none).
+            grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
+                "num_sequences" held; None or "none" takes the plain sum.
+            accept_partial: apply even where the server may hold part of a step that failed
+                (`GradientsInDoubt`).
+
+        Returns:
+            Metrics of the step, such as `grad_norm`.
+
+        Raises, through the future:
+            PrecedingOperationFailed: an operation of this step failed; nothing was applied.
+            GradientsInDoubt: the server does not enforce steps, and one has failed.
+        """
+        return self._async.optim_step(
+            adam_params,
+            grad_accumulation_normalization,
+            accept_partial=accept_partial,
+        )
+
+    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """Save weights and optimizer, to be resumed from.
+
+        Args:
+            name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
+
+        Returns:
+            `path`: the name to load; the trainer may have changed it.
+        """
+        return self._async.save_state(name)
+
+    def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Load the weights of a saved state; the optimizer starts anew. Drops held gradients.
+
+        Args:
+            path: a name, `cross_job://<job>/<name>`, or what the trainer's save returned.
+
+        Raises, through the future:
+            RequestFailed: there is no such state; the message lists those there are.
+        """
+        return self._async.load_state(path)
+
+    def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """Load weights and optimizer of a saved state: training goes on as if never stopped.
+
+        Args and errors as for `load_state`.
+        """
+        return self._async.load_state_with_optimizer(path)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save a snapshot that a deployment can load.
+
+        Args:
+            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
+                added, so that runs do not meet.
+            checkpoint_type: None and "base" save all weights (or the whole adapter).
+
+        Returns:
+            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
+            written.
+        """
+        return self._async.save_weights_for_sampler(name, checkpoint_type=checkpoint_type)
+
+    def unload_model(self) -> APIFuture[None]:
+        """Free the trainer's memory once the operations before this one are done."""
+        return self._async.unload_model()
+
+    def get_info(self) -> dict[str, Any]:
+        """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""
+        return self._run(self._async.get_info)
+
+    def list_checkpoints(self) -> list[str]:
+        """Names of the states that this trainer can load."""
+        return self._run(self._async.list_checkpoints)
+
+    @property
+    def model_id(self) -> str:
+        """The trainer's name for the model."""
+        return self._async.model_id
+
+    @property
+    def session_id(self) -> str:
+        """The trainer's name for the session."""
+        return self._async.session_id
+
+    @property
+    def comms(self) -> str:
+        """ "v1" or "v2" of the JSON dialect."""
+        return self._async.comms
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the adapter that is trained; 0 for all parameters."""
+        return self._async.lora_rank
+
+    @property
+    def last_saved_state(self) -> str | None:
+        """Name of the newest state that this client saved."""
+        return self._async.last_saved_state
+
+    async def forward_async(
+        self,
+        data: Sequence[tinker.Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, Any] | None = None,
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """`forward`, awaited for its future."""
+        return await self._async.forward_async(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self,
+        data: Sequence[tinker.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None = None,
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """`forward_backward`, awaited for its future."""
+        return await self._async.forward_backward_async(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_custom_async(
+        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
+    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        """`forward_backward_custom`, awaited for its future."""
+        return await self._async.forward_backward_custom_async(data, loss_fn)
+
+    async def optim_step_async(
+        self,
+        adam_params: tinker.AdamParams,
+        grad_accumulation_normalization: Normalization | None = None,
+        *,
+        accept_partial: bool = False,
+    ) -> APIFuture[OptimStepResponse]:
+        """`optim_step`, awaited for its future."""
+        return await self._async.optim_step_async(
+            adam_params,
+            grad_accumulation_normalization,
+            accept_partial=accept_partial,
+        )
+
+    async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
+        """`save_state`, awaited for its future."""
+        return await self._async.save_state_async(name)
+
+    async def load_state_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_state`, awaited for its future."""
+        return await self._async.load_state_async(path)
+
+    async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_state_with_optimizer`, awaited for its future."""
+        return await self._async.load_state_with_optimizer_async(path)
+
+    async def save_weights_for_sampler_async(
+        self, name: str, *, checkpoint_type: CheckpointType | None = None
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """`save_weights_for_sampler`, awaited for its future."""
+        return await self._async.save_weights_for_sampler_async(
+            name,
+            checkpoint_type=checkpoint_type,
+        )

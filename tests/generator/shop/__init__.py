@@ -1,0 +1,1 @@
+"""A package with one of everything that the generator of blocking classes accepts."""
