@@ -199,6 +199,9 @@ class CompletionServer:
         except asyncio.CancelledError:
             self.left += 1
             raise
+        except ConnectionResetError:
+            self.left += 1
+            return web.Response()
         finally:
             self.generating -= 1
             if not self.generating:

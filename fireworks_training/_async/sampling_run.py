@@ -113,6 +113,7 @@ class SamplingRun:
         self._total = 0
         self._done = 0
         self._backing_off = 0
+        self._given_up = False
         self._started: dict[str, float] = {}  # attempts in flight, oldest first
 
     async def complete(self, prompts: Sequence[Prompt], n: int) -> list[SampledCompletion]:
@@ -165,7 +166,8 @@ class SamplingRun:
                 budget = hot_load if is_hot_load(failure.error) else transient
                 delay = budget.next_delay(failure.error, now=self._clock())
                 if delay is None:
-                    raise self._given_up(failure, request_id, number) from failure.error
+                    self._given_up = True
+                    raise self._final_error(failure, request_id, number) from failure.error
                 self._say_retry(failure, request_id, number, delay)
             else:
                 self._done += 1
@@ -182,6 +184,9 @@ class SamplingRun:
         told: ServerMetrics | None = None
         self._started[request_id] = self._clock()
         try:
+            if self._given_up:
+                # The slot is that of a sibling that failed: the call is over, send nothing.
+                raise asyncio.CancelledError
             async with CompletionStream(self._transport, attempt, decode=self._decode) as stream:
                 completion = await stream.read()
             told = completion.metrics
@@ -225,7 +230,7 @@ class SamplingRun:
             request_id,
         )
 
-    def _given_up(
+    def _final_error(
         self, failure: AttemptFailed, request_id: str, attempts: int
     ) -> SamplingRequestError:
         error = failure.error
