@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None, package: Path = Path(__file__).pare
     for name in changed:
         path = folder / name
         old, new = (texts.get(name, "").split("\n") for texts in (found, produced))
-        print(*difflib.unified_diff(old, new, str(path), "generated", "", "", 0, ""), sep="\n")
+        print(path, *difflib.unified_diff(old, new, n=0, lineterm=""), sep="\n")
         if not check and name in produced:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(produced[name].encode())
