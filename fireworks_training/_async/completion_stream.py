@@ -84,7 +84,7 @@ class CompletionStream:
     Args:
         transport: the connection pool.
         attempt: what to send.
-        decode: turns token ids into text, for echoed prompts.
+        without_echo: takes the text of echoed prompt tokens off a text.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class CompletionStream:
         transport: Transport,
         attempt: Attempt,
         *,
-        decode: Callable[[Sequence[int]], str] | None = None,
+        without_echo: Callable[[str, Sequence[int]], str] | None = None,
     ) -> None:
         self._transport = transport
         self._attempt = attempt
         self._decoder = SseDecoder()
-        self._assembler = CompletionAssembler(attempt.request, attempt.prompt_ids, decode)
+        self._assembler = CompletionAssembler(attempt.request, attempt.prompt_ids, without_echo)
         self._response: aiohttp.ClientResponse | None = None
         self._clock = asyncio.get_running_loop().time
         self._sent_at = self._clock()

@@ -61,6 +61,18 @@ class LockedTokenizer:
         with self._lock:
             return str(self.tokenizer.decode(list(ids)))
 
+    def without_echo(self, text: str, ids: Sequence[int]) -> str:
+        """A text without that of the prompt tokens at its beginning.
+
+        Servers echo special tokens as text, or leave them out; a beginning that is neither stays.
+        """
+        for special in (False, True):
+            with self._lock:
+                echo = str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+            if text.startswith(echo):
+                return text[len(echo) :]
+        return text
+
     def stop_texts(self, ids: Sequence[int]) -> list[str]:
         """Stop token ids as strings.
 

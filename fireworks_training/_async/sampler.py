@@ -392,7 +392,7 @@ class DeploymentSampler:
             request=request,
             retries=self._retries,
             record=self._metrics,
-            decode=None if self._tokenizer is None else self._tokenizer.decode,
+            without_echo=None if self._tokenizer is None else self._tokenizer.without_echo,
             warn_substituted=self._say_substituted,
         )
         completions = await run.complete(fitting, n)

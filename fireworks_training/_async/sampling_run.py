@@ -83,7 +83,7 @@ class SamplingRun:
         request: what to sample.
         retries: the retry budgets.
         record: keeps what each attempt cost.
-        decode: turns token ids into text, for echoed prompts; None without a tokenizer.
+        without_echo: takes the text of echoed prompt tokens off a text; None without a tokenizer.
         warn_substituted: told when a server reports raw logprobs only.
     """
 
@@ -97,7 +97,7 @@ class SamplingRun:
         request: SamplingRequest,
         retries: RetryPolicy,
         record: deque[ServerMetrics],
-        decode: Callable[[Sequence[int]], str] | None,
+        without_echo: Callable[[str, Sequence[int]], str] | None,
         warn_substituted: Callable[[], None],
     ) -> None:
         self._transport = transport
@@ -107,7 +107,7 @@ class SamplingRun:
         self._request = request
         self._retries = retries
         self._record = record
-        self._decode = decode
+        self._without_echo = without_echo
         self._warn_substituted = warn_substituted
         self._clock = asyncio.get_running_loop().time
         self._total = 0
@@ -187,7 +187,9 @@ class SamplingRun:
             if self._given_up:
                 # The slot is that of a sibling that failed: the call is over, send nothing.
                 raise asyncio.CancelledError
-            async with CompletionStream(self._transport, attempt, decode=self._decode) as stream:
+            async with CompletionStream(
+                self._transport, attempt, without_echo=self._without_echo
+            ) as stream:
                 completion = await stream.read()
             told = completion.metrics
             self._record.append(told)

@@ -98,8 +98,8 @@ class CompletionAssembler:
     Args:
         request: what was asked for.
         prompt_ids: the prompt that was sent.
-        decode: turns token ids into text; used to take an echoed prompt off the text. None leaves
-            the text as the server sent it.
+        without_echo: takes the text of echoed prompt tokens off a text. None leaves the text as the
+            server sent it.
 
     Attributes:
         done: whether `[DONE]` came.
@@ -112,11 +112,11 @@ class CompletionAssembler:
         self,
         request: SamplingRequest,
         prompt_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
+        without_echo: Callable[[str, Sequence[int]], str] | None = None,
     ) -> None:
         self._request = request
         self._prompt_ids = prompt_ids
-        self._decode = decode
+        self._without_echo = without_echo
         self._text: list[str] = []
         self._logprobs = array("d")
         self._sampling = array("d")
@@ -282,8 +282,8 @@ class CompletionAssembler:
 
     def _completion_text(self, echoed_ids: Sequence[int]) -> str:
         text = "".join(self._text)
-        if echoed_ids and self._decode is not None:
-            return text.removeprefix(self._decode(echoed_ids))
+        if echoed_ids and self._without_echo is not None:
+            return self._without_echo(text, echoed_ids)
         return text
 
     def _token_arrays(
