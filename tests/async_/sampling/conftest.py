@@ -1,0 +1,65 @@
+"""A completions server and samplers of it, on the portal and on the test's own loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from fireworks_training._async.gate import AdaptiveConcurrencyController
+from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.transport import Transport
+from tests import stub_completions as stub
+from tests.async_.sampling.support import KEY, MODEL, Make, quick
+from tests.stub_completions import CompletionServer
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[CompletionServer]:
+    async with stub.serving() as running:
+        yield running
+
+
+@pytest.fixture
+async def make(server: CompletionServer) -> AsyncIterator[Make]:
+    """Makes samplers of the server that live on the portal, and closes them."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def maker(**options: Any) -> DeploymentSampler:
+            url = options.pop("url", server.url)
+            sampler = DeploymentSampler(url, MODEL, KEY, **{"retries": quick(), **options})
+            stack.push_async_callback(sampler.aclose)
+            return sampler
+
+        yield maker
+
+
+@pytest.fixture
+async def shared(server: CompletionServer) -> AsyncIterator[Make]:
+    """Makes samplers of the server on the test's own loop, as a service does."""
+    owner = OwnerLoop()
+    owner.get()
+    transport = Transport(owner=owner, base_url=server.url, api_key=KEY)
+
+    def maker(**options: Any) -> DeploymentSampler:
+        retries = options.pop("retries", quick())
+        sampler = DeploymentSampler._shared(
+            transport=transport,
+            inference_url=options.pop("url", server.url),
+            model=MODEL,
+            tokenizer=None,
+            **{"concurrency_controller": AdaptiveConcurrencyController(), **options},
+        )
+        sampler._retries = retries
+        return sampler
+
+    yield maker
+    await transport.close()
+
+
+@pytest.fixture(params=["loop", "portal"])
+def either(request: pytest.FixtureRequest, make: Make, shared: Make) -> Make:
+    return make if request.param == "portal" else shared

@@ -1,0 +1,162 @@
+"""Cancelling and closing, in each phase: nothing is left, and the server is told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from fireworks_training._async.gate import FixedConcurrencyController
+from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training.errors import (
+    ClientClosed,
+    SamplingClientClosedError,
+)
+from fireworks_training.models import SampledCompletion
+from tests import stub_completions as stub
+from tests.async_.sampling.support import KEY, MODEL, Make, cancel, endless, nothing_left, until
+from tests.stub_completions import CompletionServer
+
+
+@pytest.mark.parametrize(
+    "hang", [stub.hang_before_headers, stub.hang_headers_only, stub.hang_mid_stream]
+)
+async def test_cancelled_while_the_server_works(
+    server: CompletionServer, either: Make, hang: stub.Behaviour
+) -> None:
+    server.otherwise = hang
+    gate = FixedConcurrencyController(8)
+    sampler = either(concurrency_controller=gate)
+    async with nothing_left(gate):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=5, max_tokens=2))
+        await until(lambda: server.generating == 5)
+        await server.reached.wait()
+        await cancel(task)
+        await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 5
+
+
+async def test_cancelled_while_it_waits_for_a_slot(server: CompletionServer, either: Make) -> None:
+    gate = FixedConcurrencyController(1)
+    sampler = either(concurrency_controller=gate)
+    await gate.acquire()
+    async with nothing_left(gate):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=3))
+        await until(lambda: gate.waiting == 3)
+        await cancel(task)
+        await until(lambda: gate.waiting == 0)
+        assert gate.in_flight == 1
+        gate.release()
+    assert server.bodies == []
+
+
+async def test_cancelled_while_it_connects(either: Make) -> None:
+    reached, left = asyncio.Event(), asyncio.Event()
+
+    async def never_shake_hands(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        reached.set()
+        await reader.read()
+        left.set()
+        writer.close()
+
+    silent = await asyncio.start_server(never_shake_hands, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    gate = FixedConcurrencyController(2)
+    sampler = either(url=f"https://127.0.0.1:{port}", concurrency_controller=gate)
+    async with nothing_left(gate):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1]))
+        await reached.wait()
+        await cancel(task)
+        await asyncio.wait_for(left.wait(), 5)
+    silent.close()
+    await silent.wait_closed()
+
+
+async def test_cancelled_in_back_off_which_holds_no_slot(
+    server: CompletionServer, either: Make
+) -> None:
+    server.otherwise = stub.status(503)
+    gate = FixedConcurrencyController(2)
+    sampler = either(concurrency_controller=gate, retries=endless())
+    async with nothing_left(gate):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=4))
+        await until(lambda: len(server.bodies) == 4 and gate.in_flight == 0)
+        await cancel(task)
+    assert len(server.bodies) == 4
+
+
+async def test_only_the_last_waiter_takes_the_request_with_it(
+    server: CompletionServer, either: Make
+) -> None:
+    server.otherwise = stub.pause_mid_stream
+    gate = FixedConcurrencyController(2)
+    call = either(concurrency_controller=gate).sample_with_prompt_tokens([1], max_tokens=2)
+    first, second = asyncio.ensure_future(_wait(call)), asyncio.ensure_future(_wait(call))
+    await server.reached.wait()
+    await cancel(first)
+    server.go_on.set()
+    assert len(await second) == 1
+    assert (server.left, len(server.bodies)) == (0, 1)
+
+
+async def _wait(call: Any) -> list[SampledCompletion]:
+    found: list[SampledCompletion] = await call
+    return found
+
+
+async def test_a_time_limit_around_a_call_cancels_it(
+    server: CompletionServer, either: Make
+) -> None:
+    server.otherwise = stub.hang_mid_stream
+    gate = FixedConcurrencyController(2)
+    async with nothing_left(gate):
+        with pytest.raises(TimeoutError):
+            call = either(concurrency_controller=gate).sample_with_prompt_tokens([1])
+            await asyncio.wait_for(call, 0.05)
+        if server.bodies:
+            await asyncio.wait_for(server.idle.wait(), 5)
+
+
+async def test_closing_ends_what_is_under_way(server: CompletionServer, either: Make) -> None:
+    server.otherwise = stub.hang_mid_stream
+    gate = FixedConcurrencyController(4)
+    sampler = either(concurrency_controller=gate)
+    async with nothing_left(gate):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=2))
+        await until(lambda: server.generating == 2)
+        await sampler.aclose()
+        with pytest.raises(SamplingClientClosedError, match="safe to ask"):
+            await task
+        await asyncio.wait_for(server.idle.wait(), 5)
+    await sampler.aclose()
+    with pytest.raises(ClientClosed):
+        sampler.sample_with_prompt_tokens([1])
+
+
+async def test_a_sampler_of_a_service_leaves_the_connections_open(
+    server: CompletionServer, shared: Make
+) -> None:
+    first, second = shared(), shared()
+    await first.sample_with_prompt_tokens([1], max_tokens=1)
+    await first.aclose()
+    await second.sample_with_prompt_tokens([1], max_tokens=1)
+    assert len(server.peers) == 1
+
+
+async def test_a_call_made_before_the_close_does_not_start_after_it(make: Make) -> None:
+    sampler = make()
+    call = sampler.sample_with_prompt_tokens([1])
+    sampler.close()
+    with pytest.raises(ClientClosed):
+        await call
+
+
+def test_the_portal_s_thread_goes_with_the_last_sampler() -> None:
+    with stub.serving_in_a_thread() as server:
+        before = set(threading.enumerate())
+        with DeploymentSampler(server.url, MODEL, KEY) as sampler:
+            sampler.sample_with_prompt_tokens([1], max_tokens=1).result()
+        assert set(threading.enumerate()) == before

@@ -1,0 +1,240 @@
+"""Faults of server and network: what is retried, what is raised, and how it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from typing import Any
+
+import pytest
+
+from fireworks_training._async.gate import AdaptiveConcurrencyController, FixedConcurrencyController
+from fireworks_training.errors import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    DeploymentSamplerTimeoutError,
+    NotFound,
+    SamplingRequestError,
+)
+from tests import stub_completions as stub
+from tests.async_.sampling.support import KEY, MODEL, PROMPT, Make, quick, until
+from tests.stub_completions import CompletionServer
+
+TOKEN = stub.token_chunk(2, logprobs=False)
+PARTLY = stub.event(TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (stub.status(503), "http_status"),
+        (stub.status(500, b"<html>oops</html>"), "http_status"),
+        (stub.status(408), "http_status"),
+        (stub.status(504), "http_status"),
+        (stub.stream(PARTLY), "sse_truncation"),
+        (stub.stream(PARTLY[:-7]), "sse_truncation"),
+        (stub.stream(PARTLY, stub.event(b"[DONE]")), "sse_truncation"),
+        (stub.stream(), "sse_truncation"),
+        (stub.stream(PARTLY, end=False), "connection"),
+        (
+            stub.stream(PARTLY, stub.event({"error": {"status": 503}}, kind="error")),
+            "upstream_stream",
+        ),
+        (stub.stream(PARTLY, {"error": {"status_code": 429, "code": "x"}}), "upstream_stream"),
+    ],
+)
+async def test_a_passing_fault_costs_one_attempt(
+    server: CompletionServer, make: Make, fault: stub.Behaviour, kind: str
+) -> None:
+    server.script = [fault]
+    gate = FixedConcurrencyController(2)
+    (one,) = await make(concurrency_controller=gate).sample_with_prompt_tokens([1], max_tokens=2)
+    assert one.text == "<2><3>"  # nothing of the broken attempt is in it
+    assert len(server.bodies) == 2
+    assert len({headers["X-Request-Id"] for headers in server.headers}) == 1
+    assert gate.in_flight == 0
+
+    server.script = [fault] * 2
+    with pytest.raises(SamplingRequestError) as caught:
+        await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1], max_tokens=2)
+    assert (caught.value.final_error_kind, caught.value.attempts) == (kind, 2)
+    assert caught.value.retry_budget_exhausted
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "says"),
+    [
+        (stub.status(400, {"error": {"message": "no such field"}}), "http_status", "no such field"),
+        (stub.status(401), "http_status", "Check the API key"),
+        (stub.status(302), "http_status", "inference URL"),
+        (stub.stream(b"data: {not json\n\n"), "upstream_stream", "not JSON"),
+        (stub.stream({"error": {"type": "x"}}), "upstream_stream", "error"),
+        (stub.stream(stub.event({"status": 400}, kind="error")), "upstream_stream", "400"),
+        (
+            stub.stream(
+                {"choices": [{"text": "", "finish_reason": "stop"}]}, stub.event(b"[DONE]")
+            ),
+            "upstream_stream",
+            "completion_token_ids",
+        ),
+        (
+            stub.stream(stub.last_chunk({"prompt": [1]}, [7]), b"data: x\n\n"),
+            "upstream_stream",
+            "not JSON",
+        ),
+        (stub.stream(b"data: " + b"x" * 17_000_000), "upstream_stream", "16,777,216 bytes"),
+        (stub.status(200, {"text": "hello"}), "upstream_stream", "event stream"),
+    ],
+)
+async def test_a_fault_that_no_retry_mends_is_raised_at_once(
+    server: CompletionServer, make: Make, fault: stub.Behaviour, kind: str, says: str
+) -> None:
+    server.otherwise = fault
+    with pytest.raises(SamplingRequestError, match=says) as caught:
+        await make().sample_with_prompt_tokens(PROMPT, max_tokens=2, sampling_context={"step": 3})
+    error = caught.value
+    assert (error.final_error_kind, error.attempts) == (kind, 1)
+    assert not error.retry_budget_exhausted
+    assert "[step 3]" in str(error)
+    assert len(server.bodies) == 1
+
+
+async def test_errors_hold_neither_prompt_nor_key_and_pickle(
+    server: CompletionServer, make: Make
+) -> None:
+    message = f"bad: {PROMPT + PROMPT} {KEY}"
+    server.otherwise = stub.status(401, {"error": {"message": message, "code": "X"}})
+    with pytest.raises(SamplingRequestError) as caught:
+        await make().sample_with_prompt_tokens(PROMPT)
+    error = caught.value
+    for text in (str(error), repr(error), str(error.cause), str(error.as_error_record())):
+        assert "987001" not in text
+        assert KEY not in text
+    assert isinstance(error.cause, AuthenticationFailed)
+    assert error.as_error_record() == {
+        "type": "SamplingRequestError",
+        "logical_request_id": server.headers[0]["X-Request-Id"],
+        "model": MODEL,
+        "attempts": 1,
+        "final_status": 401,
+        "final_error_kind": "http_status",
+        "request_id": server.headers[0]["X-Request-Id"],
+        "retry_budget_exhausted": False,
+    }
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+async def test_seven_attempts_and_their_delays(server: CompletionServer, make: Make) -> None:
+    delays: list[float] = []
+    server.otherwise = stub.status(503)
+    gate = AdaptiveConcurrencyController()
+    with pytest.raises(SamplingRequestError, match="after 7 attempts"):
+        await make(retries=quick(delays), concurrency_controller=gate).sample_with_prompt_tokens(
+            [1]
+        )
+    assert len(server.bodies) == 7
+    assert delays == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
+    assert gate.step_completed()["retry_exhaustions"] == 1.0
+
+
+async def test_retry_after_is_a_floor(server: CompletionServer, make: Make) -> None:
+    delays: list[float] = []
+    date = {"Date": "Tue, 15 Nov 1994 08:12:31 GMT", "Retry_After": "Tue, 15 Nov 1994 08:12:41 GMT"}
+    server.script = [
+        stub.status(503, Retry_After="7"),
+        stub.status(429, **date),
+        stub.status(429, Retry_After="3600"),
+    ]
+    await make(retries=quick(delays)).sample_with_prompt_tokens([1], max_tokens=1)
+    assert delays == [7.0, 10.0, 30.0]
+
+
+@pytest.mark.parametrize("hang", [stub.hang_before_headers, stub.hang_headers_only])
+async def test_silence_is_a_timeout(
+    server: CompletionServer, make: Make, hang: stub.Behaviour
+) -> None:
+    server.script = [hang]
+    sampler = make()
+    (one,) = await sampler.sample_with_prompt_tokens([1], max_tokens=1, http_timeout=0.05)
+    assert one.metrics.retry_attempt == 2
+    assert sampler.drain_metrics()[0].transport_error == "RequestTimedOut"
+    server.otherwise = hang
+    with pytest.raises(DeploymentSamplerTimeoutError, match="http_timeout") as caught:
+        await make(retries=quick(attempts=1)).sample_with_prompt_tokens([1], http_timeout=0.05)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.final_error_kind == "timeout"
+    await asyncio.wait_for(server.idle.wait(), 5)
+
+
+async def test_a_stall_mid_stream_is_a_timeout(server: CompletionServer, make: Make) -> None:
+    server.otherwise = stub.hang_mid_stream
+    with pytest.raises(DeploymentSamplerTimeoutError):
+        await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1], http_timeout=0.05)
+    assert len(server.bodies) == 2
+
+
+async def test_a_504_counts_as_a_timeout(server: CompletionServer, make: Make) -> None:
+    server.otherwise = stub.status(504)
+    with pytest.raises(DeploymentSamplerTimeoutError):
+        await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1])
+
+
+async def test_nobody_listens(make: Make, unused_tcp_port: int) -> None:
+    sampler = make(url=f"http://127.0.0.1:{unused_tcp_port}", retries=quick(attempts=2))
+    with pytest.raises(SamplingRequestError) as caught:
+        await sampler.sample_with_prompt_tokens([1])
+    assert caught.value.final_error_kind == "connection"
+    assert isinstance(caught.value.cause, ConnectionFailed)
+
+
+async def test_a_name_that_does_not_resolve(make: Make) -> None:
+    sampler = make(url="http://no-such-host.invalid", retries=quick(attempts=1))
+    with pytest.raises(SamplingRequestError) as caught:
+        await sampler.sample_with_prompt_tokens([1])
+    assert caught.value.final_error_kind == "connection"
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        stub.status(425),
+        stub.status(404),
+        stub.status(404, {"error": {"object": "error", "code": "NOT_FOUND", "message": "x"}}),
+    ],
+)
+async def test_a_hot_load_is_waited_for(
+    server: CompletionServer, make: Make, loading: stub.Behaviour
+) -> None:
+    server.script = [loading] * 10
+    assert len(await make().sample_with_prompt_tokens([1], max_tokens=1)) == 1
+    assert len(server.bodies) == 11
+    server.otherwise = loading
+    with pytest.raises(SamplingRequestError, match="did not become ready") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=1)
+    assert caught.value.attempts == 11
+
+
+async def test_an_unknown_model_is_not_waited_for(server: CompletionServer, make: Make) -> None:
+    server.otherwise = stub.status(404, {"error": {"message": "x", "code": "NOT_FOUND"}})
+    with pytest.raises(SamplingRequestError, match="no such deployment") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=1)
+    assert isinstance(caught.value.cause, NotFound)
+    assert len(server.bodies) == 1
+
+
+async def test_the_first_failure_takes_its_siblings_with_it(
+    server: CompletionServer, make: Make
+) -> None:
+    async def fail_once_the_others_are_there(*args: Any) -> Any:
+        await until(lambda: server.generating == 4)
+        return await stub.status(400)(*args)
+
+    server.script = [stub.hang_mid_stream, stub.hang_before_headers, fail_once_the_others_are_there]
+    server.otherwise = stub.hang_headers_only
+    gate = FixedConcurrencyController(4)
+    with pytest.raises(SamplingRequestError, match="400"):
+        await make(concurrency_controller=gate).sample_with_prompt_tokens([1], n=6)
+    await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 3
+    assert len(server.bodies) == 4  # those that waited for a slot were never sent
+    assert (gate.in_flight, gate.waiting) == (0, 0)

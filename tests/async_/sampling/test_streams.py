@@ -1,0 +1,91 @@
+"""Deltas while the server generates, and streams that end early or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from typing import Any
+
+import pytest
+
+from fireworks_training._async.completion_stream import Attempt, CompletionStream
+from fireworks_training._wire.completions import sampling_request
+from tests import stub_completions as stub
+from tests.async_.sampling.support import MODEL, Make
+from tests.stub_completions import CompletionServer
+
+
+async def test_deltas_arrive_while_the_server_generates(
+    server: CompletionServer, shared: Make
+) -> None:
+    server.otherwise = stub.pause_mid_stream
+    sampler = shared()
+    request = sampling_request(
+        MODEL, max_tokens=3, temperature=1.0, options={"logprobs": True}, decode_stop=None
+    )
+    attempt = Attempt(
+        url=server.url + "/inference/v1/completions",
+        headers={},
+        body=request.encode([1]).body(0),
+        request=request,
+        prompt_ids=[1],
+        number=1,
+        prompt_index=0,
+        sample_index=0,
+    )
+    text, logprobs = "", array("d")
+    async with CompletionStream(sampler._transport, attempt) as deltas:
+        async for delta in deltas:
+            if not text:
+                assert (delta.text, list(delta.logprobs)) == ("<2>", [-2 / 8])
+                assert deltas.completion is None
+                server.go_on.set()
+            text += delta.text
+            logprobs.extend(delta.logprobs)
+    completion = deltas.completion
+    assert completion is not None
+    assert (completion.text, completion.inference_logprobs) == (text, logprobs)
+    assert completion.metrics.client_ttft is not None
+    assert completion.metrics.client_latency is not None
+    assert completion.metrics.client_ttft < completion.metrics.client_latency
+
+
+async def test_leaving_a_stream_early_stops_the_server(
+    server: CompletionServer, shared: Make
+) -> None:
+    server.otherwise = stub.hang_mid_stream
+    sampler = shared()
+    request = sampling_request(MODEL, max_tokens=3, temperature=1.0, options={}, decode_stop=None)
+    attempt = Attempt(
+        url=server.url + "/inference/v1/completions",
+        headers={},
+        body=request.encode([1]).body(0),
+        request=request,
+        prompt_ids=[1],
+        number=1,
+        prompt_index=0,
+        sample_index=0,
+    )
+    async with CompletionStream(sampler._transport, attempt) as deltas:
+        assert (await anext(deltas)).text == "<5>"
+    await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 1
+
+
+async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
+    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fireworks_training._async.completion_stream.END_TIMEOUT", 0.01)
+
+    async def never_ends(*args: Any) -> Any:
+        _, request, body = args
+        response = await stub.open_stream(request)
+        ids = stub.tokens_of(body)
+        await response.write(stub.event(stub.last_chunk(body, ids)) + stub.event(b"[DONE]"))
+        await server.until_the_client_leaves()
+
+    server.script = [never_ends]
+    sampler = make()
+    assert len(await sampler.sample_with_prompt_tokens([1], max_tokens=2)) == 1
+    assert len(await sampler.sample_with_prompt_tokens([1], max_tokens=2)) == 1
+    assert len(server.peers) == 2
