@@ -1,0 +1,359 @@
+"""Who may import whom, what is heavy and where, and how long a module and a function may be.
+
+The tables below are the rules. `violations` applies them to any tree, so that each rule has its
+negative control: a small tree that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import fireworks_training
+
+PACKAGE = "fireworks_training"
+ROOT = Path(fireworks_training.__file__).parent
+
+CLOSED = {"local", "cli", "testing"}  # nothing imports these
+UNITS = {"errors", "config", "models", "futures", "data", "compat", "rollouts", "losses"}
+UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_tinker_types", "root"}
+PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors", "models"},
+    "models": {"errors"},
+    "futures": {"errors", "models"},
+    "data": {"errors", "models"},
+    "_core": {"errors", "models"},
+    "_wire": {"errors", "models"},
+    "_tinker_types": {"errors", "models"},
+    "_portal": {"errors", "futures"},
+    "_async": {"_core", "_wire", "config", "models", "futures", "data", "errors", "_portal"}
+    | {"_tinker_types"},
+    "_sync": {"_async", "_portal", "models", "futures", "config", "errors"},
+    "testing": {"_async", "_core", "models", "errors"},
+    "compat": UNITS - PEERS,
+    "rollouts": UNITS - PEERS,
+    "losses": UNITS - PEERS,
+    "cli": {"root", "compat", "config", "models", "errors"},
+    "local": {"_wire", "_core", "models", "errors"},
+    "root": UNITS,
+    "_generate_sync": set(),
+}
+"""Parts of the package that each part may import, itself apart."""
+
+TENSOR_ROOMS = {"local.model", "local.losses", "local.optimizer", "local.trainer", "local.engine"}
+TENSOR_ROOMS |= {"local.pretrain", "local.pretraining"}
+LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
+    "torch": (TENSOR_ROOMS, {"local.snapshots", "_async.custom_loss", "losses", "cli.demo"}),
+    "transformers": (TENSOR_ROOMS, {"_async.tokenizers", "cli.demo"}),
+    "peft": (TENSOR_ROOMS, set()),
+    "safetensors": (TENSOR_ROOMS, {"local.snapshots"}),
+    "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "rollouts", "losses", "cli.demo"}),
+    "matplotlib": (set(), {"cli"}),
+    "click": ({"cli", "local.pretrain"}, set()),
+    "rich": ({"cli"}, {"_async"}),
+    "pickle": ({"errors"}, set()),
+    "multiprocessing": (set(), set()),
+}
+"""Where a library may be imported at the top, and where only inside functions."""
+
+FORBIDDEN = {"_core": {"asyncio", "aiohttp", "anyio", "time", "threading"}}
+FORBIDDEN["_wire"] = FORBIDDEN["_core"]
+"""What a part may not import at all: decisions know neither loops nor sockets nor clocks."""
+
+HEAVY = {"torch", "transformers", "tinker", "peft", "rich", "click", "matplotlib"}
+LIGHT = {"local.gateway": HEAVY, "local.supervisor": HEAVY, "local.__main__": HEAVY}
+LIGHT |= dict.fromkeys(MAY_IMPORT.keys() - CLOSED - {"_tinker_types"}, HEAVY)
+"""What the import of a part may not load, through whatever chain."""
+
+MODULE_LINES = 500
+FUNCTION_LINES = 60
+ENVIRONMENT = "config"  # the one reader
+DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One name imported from somewhere, and whether inside a function."""
+
+    line: int
+    target: str
+    inside: bool
+
+
+class Module:
+    """A parsed module; `name` is relative to the package, "root" for the package itself."""
+
+    def __init__(self, root: Path, path: Path) -> None:
+        parts = path.relative_to(root).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        self.name = ".".join(parts) or "root"
+        self.unit = parts[0] if parts else "root"
+        self.path = path.relative_to(root.parent)
+        self.text = path.read_text("utf-8")
+        self.tree = ast.parse(self.text)
+        self.imports = list(_imports(self.tree))
+
+
+def _imports(node: ast.AST, inside: bool = False) -> Iterator[Import]:
+    """All imports below a node, but for those that only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(child.lineno, alias.name, inside) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            source = "." * child.level + (child.module or "")
+            yield from (Import(child.lineno, f"{source}.{n.name}", inside) for n in child.names)
+        elif isinstance(child, ast.Call) and ast.unparse(child).startswith(DYNAMIC):
+            yield Import(child.lineno, str(ast.literal_eval(child.args[0])), inside)
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            yield from _imports(ast.Module(child.orelse, []), inside)
+        else:
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imports(child, inside or is_function)
+
+
+def _within(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+class Tree:
+    """All modules of a package."""
+
+    def __init__(self, root: Path) -> None:
+        paths = sorted(path for path in root.rglob("*.py") if "__pycache__" not in path.parts)
+        self.modules = {module.name: module for module in (Module(root, p) for p in paths)}
+        self.units = {module.unit for module in self.modules.values()}
+
+    def home(self, target: str) -> str | None:
+        """The module of the package that an import reaches; None for other libraries."""
+        if target.partition(".")[0] != PACKAGE:
+            return None
+        name = target.removeprefix(PACKAGE).removeprefix(".")
+        while name and name not in self.modules:
+            name = name.rpartition(".")[0]
+        return name or "root"
+
+    def loads(self, module: str, seen: set[str]) -> set[str]:
+        """The libraries that importing a module loads: its own and those of what it imports."""
+        if module in seen:
+            return set()
+        parents = module.rpartition(".")[0]
+        libraries = self.loads(parents, seen) if parents in self.modules else set[str]()
+        seen.add(module)
+        for found in self.modules[module].imports:
+            home = self.home(found.target)
+            if not found.inside:
+                top = found.target.partition(".")[0]
+                libraries |= self.loads(home, seen) if home is not None else {top}
+        return libraries
+
+
+def violations(root: Path) -> list[str]:
+    """Everything in the package at `root` that breaks a rule."""
+    tree = Tree(root)
+    checks = (_directions, _libraries, _closures, _environment, _sizes)
+    return [line for check in checks for line in check(tree)]
+
+
+def _directions(tree: Tree) -> Iterator[str]:
+    for module in tree.modules.values():
+        if module.unit not in MAY_IMPORT:
+            yield f"{module.path}:1: {module.unit} has no row in the table"
+            continue
+        for found in module.imports:
+            where = f"{module.path}:{found.line}"
+            if found.target.startswith("."):
+                yield f"{where}: relative import"
+            home = tree.home(found.target)
+            if home is None:
+                continue
+            unit = tree.modules[home].unit
+            if unit != module.unit and unit not in MAY_IMPORT[module.unit]:
+                yield f"{where}: {module.unit} may not import {unit}"
+            if unit == "_tinker_types" and not found.inside:
+                yield f"{where}: _tinker_types is imported only inside functions"
+
+
+def _libraries(tree: Tree) -> Iterator[str]:
+    for module in tree.modules.values():
+        for found in module.imports:
+            library = found.target.partition(".")[0]
+            where = f"{module.path}:{found.line}"
+            if library in FORBIDDEN.get(module.unit, ()):
+                yield f"{where}: {module.unit} may not import {library}"
+            top, in_functions = LIBRARIES.get(library, ({module.unit}, set[str]()))
+            if not _within(module.name, top):
+                if not _within(module.name, in_functions):
+                    yield f"{where}: {library} may not be imported here"
+                elif not found.inside:
+                    yield f"{where}: {library} may be imported only inside functions here"
+
+
+def _closures(tree: Tree) -> Iterator[str]:
+    for module in tree.modules.values():
+        for part, forbidden in LIGHT.items():
+            if _within(module.name, {part}):
+                heavy = tree.loads(module.name, set()) & forbidden
+                yield from (f"{module.path}:1: importing it loads {name}" for name in sorted(heavy))
+
+
+def _environment(tree: Tree) -> Iterator[str]:
+    for module in tree.modules.values():
+        for node in ast.walk(module.tree):
+            named = isinstance(node, ast.Attribute) and node.attr in (
+                "environ",
+                "environb",
+                "getenv",
+            )
+            if named and module.name != ENVIRONMENT:
+                yield f"{module.path}:{getattr(node, 'lineno', 1)}: reads the environment"
+
+
+def _sizes(tree: Tree) -> Iterator[str]:
+    for module in tree.modules.values():
+        if (lines := module.text.count("\n")) >= MODULE_LINES:
+            yield f"{module.path}:1: has {lines} lines"
+        for node in ast.walk(module.tree):
+            if module.unit != "_sync" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                if ast.get_docstring(node):
+                    size -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+                if size >= FUNCTION_LINES:
+                    yield f"{module.path}:{node.lineno}: {node.name} has {size} lines of code"
+
+
+def test_the_package_keeps_the_rules() -> None:
+    assert violations(ROOT) == []
+
+
+LONG = "\n".join(f"    a = {n}" for n in range(FUNCTION_LINES))
+BROKEN = {
+    "direction": (
+        {"errors.py": "import fireworks_training.models"},
+        "errors may not import models",
+    ),
+    "direction, by name": (
+        {"_core/x.py": "from fireworks_training import futures", "futures.py": ""},
+        "_core may not import futures",
+    ),
+    "direction, inside a function": (
+        {"_wire/x.py": "def f():\n    from fireworks_training._core.y import z", "_core/y.py": ""},
+        "_wire may not import _core",
+    ),
+    "direction, in a branch": (
+        {"local/x.py": "try:\n    import fireworks_training\nexcept ImportError:\n    raise"},
+        "local may not import root",
+    ),
+    "direction, dynamic": (
+        {
+            "cli/x.py": "def f():\n    importlib.import_module('fireworks_training.local.y')",
+            "local/y.py": "",
+        },
+        "cli may not import local",
+    ),
+    "closed": ({"__init__.py": "import fireworks_training.testing"}, "root may not import testing"),
+    "not only for type checkers": (
+        {"errors.py": "if TYPE_CHECKING:\n    pass\nelse:\n    import fireworks_training.models"},
+        "errors may not import models",
+    ),
+    "peers": (
+        {"compat.py": "import fireworks_training.losses", "losses.py": ""},
+        "compat may not import losses",
+    ),
+    "the generator": (
+        {"_generate_sync.py": "import fireworks_training.errors"},
+        "_generate_sync may not import errors",
+    ),
+    "no row": ({"helpers.py": ""}, "helpers has no row"),
+    "relative": ({"_core/x.py": "from .y import z"}, "relative import"),
+    "tinker types at the top": (
+        {"_async/x.py": "import fireworks_training._tinker_types", "_tinker_types.py": ""},
+        "_tinker_types is imported only inside functions",
+    ),
+    "tinker at the top": ({"_async/x.py": "import tinker"}, "tinker may be imported only inside"),
+    "tinker in the platform": (
+        {"local/x.py": "def f():\n    import tinker"},
+        "tinker may not be imported here",
+    ),
+    "torch at the top": (
+        {"_async/custom_loss.py": "from torch import nn"},
+        "torch may be imported only inside",
+    ),
+    "torch elsewhere": (
+        {"_async/x.py": "def f():\n    import torch.nn"},
+        "torch may not be imported here",
+    ),
+    "matplotlib at the top": (
+        {"cli/x.py": "import matplotlib.pyplot as plt"},
+        "matplotlib may be imported only inside",
+    ),
+    "matplotlib elsewhere": (
+        {"local/x.py": "def f():\n    import matplotlib"},
+        "matplotlib may not be imported here",
+    ),
+    "multiprocessing": ({"local/x.py": "import multiprocessing.queues"}, "multiprocessing may not"),
+    "pickle": ({"local/x.py": "import pickle"}, "pickle may not"),
+    "a clock among decisions": ({"_core/x.py": "from time import time"}, "may not import time"),
+    "a loop among decisions": ({"_wire/x.py": "import asyncio"}, "may not import asyncio"),
+    "torch in the gateway, through others": (
+        {
+            "local/gateway/x.py": "from fireworks_training.local import y",
+            "local/y.py": "from fireworks_training.local.model import Model",
+            "local/model.py": "import torch",
+        },
+        "gateway/x.py:1: importing it loads torch",
+    ),
+    "torch in the gateway, through a package": (
+        {
+            "local/gateway/x.py": "import fireworks_training.local.engine.frames",
+            "local/engine/__init__.py": "import torch",
+            "local/engine/frames.py": "",
+        },
+        "gateway/x.py:1: importing it loads torch",
+    ),
+    "environment": ({"local/x.py": "import os\nos.environ['A']"}, "x.py:2: reads the environment"),
+    "a long module": ({"models.py": "\n" * MODULE_LINES}, "has 500 lines"),
+    "a long function": ({"models.py": f"async def f():\n{LONG}\n"}, "f has 61 lines"),
+}
+ALLOWED = {
+    "for type checkers": {
+        "_core/x.py": "if TYPE_CHECKING:\n    import torch\n    import fireworks_training.config",
+        "config.py": "",
+    },
+    "inside functions": {"_async/custom_loss.py": "def f():\n    import torch, tinker"},
+    "a long docstring": {"models.py": f'def f():\n    """A.\n{LONG}\n    """\n'},
+    "long generated code": {"_sync/x.py": f"def f():\n{LONG}\n"},
+    "the root": {"_async/x.py": "", "__init__.py": "import fireworks_training._async.x"},
+    "a later loading of what is heavy": {
+        "local/gateway/x.py": "def f():\n    import fireworks_training.local.model",
+        "local/model.py": "import torch",
+    },
+}
+
+
+def tree_of(folder: Path, files: dict[str, str]) -> Path:
+    root = folder / PACKAGE
+    for name, text in {"errors.py": "", "models.py": "", "testing.py": "", **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (root / "__init__.py").touch()
+    return root
+
+
+@pytest.mark.parametrize(("files", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_tree_that_breaks_a_rule_is_caught(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    assert message in "\n".join(violations(tree_of(tmp_path, files)))
+
+
+@pytest.mark.parametrize("files", ALLOWED.values(), ids=ALLOWED)
+def test_a_tree_that_keeps_the_rules_passes(tmp_path: Path, files: dict[str, str]) -> None:
+    assert violations(tree_of(tmp_path, files)) == []
