@@ -19,6 +19,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
+from fireworks_training._async.patience import speaking
 from fireworks_training.config import Endpoint
 from fireworks_training.errors import InvalidArgument, LocalPlatformError, MissingExtra
 
@@ -110,15 +111,40 @@ async def acquire(endpoint: Endpoint) -> Platform:
         LocalPlatformError: it did not start.
         InvalidArgument: one with other settings runs in this process.
     """
-    starting = asyncio.ensure_future(asyncio.to_thread(_embedded.acquire, endpoint))
+    start = _Start(endpoint)
     try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        # The thread can't be stopped: what it starts is given back when it is there.
-        starting.add_done_callback(
-            lambda done: None if done.exception() else threading.Thread(target=release).start()
+        return await speaking(
+            asyncio.to_thread(start.run), lambda: "the embedded platform starts (it imports torch)"
         )
+    except asyncio.CancelledError:
+        start.abandon()
         raise
+
+
+class _Start:
+    """One start in a thread, which can't be stopped: what nobody waits for is given back."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._started = False
+        self._abandoned = False
+
+    def run(self) -> Platform:
+        platform = _embedded.acquire(self._endpoint)
+        with self._lock:
+            self._started = True
+            unwanted = self._abandoned
+        if unwanted:
+            _embedded.release()
+        return platform
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._abandoned = True
+            there = self._started
+        if there:
+            threading.Thread(target=_embedded.release, name="stop the platform").start()
 
 
 def release() -> None:

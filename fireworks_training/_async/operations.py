@@ -176,7 +176,7 @@ class LineRunner:
         loop = self._owner.get()
         with self._lock:
             if self.ended is not None:
-                raise self.ended
+                raise self.ended.with_traceback(None)
             entry = Entry(self.line.issue(role), label, run, accept_partial)
             entry.outcome = Outcome(
                 loop=lambda: loop, cancel=lambda: self._cancel(entry), label=label

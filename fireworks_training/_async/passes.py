@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fireworks_training._async.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.operations import Request, Turn
+from fireworks_training._async.patience import speaking
 from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.datums import PassResult, decode_pass, encode_datum, tensor_array
 from fireworks_training._wire.training import EncodedDatum, PassKind, pass_body
@@ -81,7 +82,10 @@ class Passes:
             turn, "forward", forward, chunks, "cross_entropy", None, last=False
         )
         logprobs = _logprobs(first, inputs)
-        loss = await in_daemon_thread(lambda: run_loss(loss_fn, data, logprobs), name="custom loss")
+        loss = await speaking(
+            in_daemon_thread(lambda: run_loss(loss_fn, data, logprobs), name="custom loss"),
+            lambda: "your loss function, which holds up the operations behind it",
+        )
         weighted = [
             {"target_tokens": given["target_tokens"], "weights": -gradient}
             for given, gradient in zip(inputs, loss.gradients, strict=True)

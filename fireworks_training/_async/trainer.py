@@ -18,6 +18,7 @@ import orjson
 
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.operations import LineRunner, Request, Turn
+from fireworks_training._async.patience import speaking
 from fireworks_training._async.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import Line, Role
 from fireworks_training._wire.training import PassKind, decode_snapshot
@@ -462,7 +463,13 @@ class AsyncFiretitanTrainingClient:
 
     async def _close(self, *, drain: bool) -> None:
         """Finish what was accepted (or not), then refuse everything; on the owner loop."""
-        if drain and self._runner.ended is None and not await self._runner.drain(DRAIN_TIMEOUT):
+        runner = self._runner
+        finished = not drain or runner.ended is not None
+        finished = finished or await speaking(
+            runner.drain(DRAIN_TIMEOUT),
+            lambda: f"close() lets {runner.open_operations} accepted operations finish",
+        )
+        if not finished:
             logger.warning(
                 "close(): %d operations were not done within %.0f s and are given up",
                 self._runner.open_operations,
