@@ -74,7 +74,7 @@ LIGHT |= dict.fromkeys(MAY_IMPORT.keys() - CLOSED - {"_tinker_types"}, HEAVY)
 
 MODULE_LINES = 500
 FUNCTION_LINES = 60
-ENVIRONMENT = "config"  # the one reader
+READS, READER = {"environ", "environb", "getenv"}, "config"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
 
 
@@ -206,13 +206,8 @@ def _closures(tree: Tree) -> Iterator[str]:
 def _environment(tree: Tree) -> Iterator[str]:
     for module in tree.modules.values():
         for node in ast.walk(module.tree):
-            named = isinstance(node, ast.Attribute) and node.attr in (
-                "environ",
-                "environb",
-                "getenv",
-            )
-            if named and module.name != ENVIRONMENT:
-                yield f"{module.path}:{getattr(node, 'lineno', 1)}: reads the environment"
+            if isinstance(node, ast.Attribute) and node.attr in READS and module.name != READER:
+                yield f"{module.path}:{node.lineno}: reads the environment"
 
 
 def _sizes(tree: Tree) -> Iterator[str]:
