@@ -14,7 +14,7 @@ from fireworks_training.errors import ProtocolError
 
 def decode(*pieces: bytes, limit: int = 1000) -> list[tuple[bytes, str]]:
     decoder = SseDecoder(limit)
-    return [tuple(event) for piece in pieces for event in decoder.feed(piece)]
+    return [(data, kind) for piece in pieces for data, kind in decoder.feed(piece)]
 
 
 @pytest.mark.parametrize(

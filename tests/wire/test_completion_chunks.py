@@ -142,7 +142,7 @@ def test_missing_sampling_logprobs() -> None:
     assert same.sampling_logprobs == same.inference_logprobs
     assert same.sampling_logprobs is not same.inference_logprobs
     for option in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}):
-        other = assembled(request(logprobs=True, **option), chunk, last([1, 2]))  # type: ignore[arg-type]
+        other = assembled(request(logprobs=True, **option), chunk, last([1, 2]))
         assert other.sampling_logprobs is None
         assert other.inference_logprobs is not None
     partly = {"choices": [{"logprobs": rows(-0.5, -0.6, sampling=[None, -0.4])}]}
@@ -216,11 +216,12 @@ def test_the_snapshot_it_came_from() -> None:
 
 def test_truncation() -> None:
     assembler = CompletionAssembler(request(), PROMPT)
-    assert assembler.truncated
+    truncated = [assembler.truncated]
     assembler.feed(orjson.dumps({"choices": [{"text": "a", "finish_reason": "stop"}]}))
-    assert assembler.truncated  # no token ids yet, and no [DONE]
+    truncated.append(assembler.truncated)  # no token ids yet, and no [DONE]
     assembler.feed(b"[DONE]")
-    assert not assembler.truncated
+    truncated.append(assembler.truncated)
+    assert truncated == [True, True, False]
     unfinished = CompletionAssembler(request(), PROMPT)
     unfinished.feed(b"[DONE]")
     assert unfinished.truncated

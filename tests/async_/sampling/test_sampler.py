@@ -120,7 +120,7 @@ async def test_wrong_arguments_are_refused_at_the_call(make: Make) -> None:
     sampler = make()
     for wrong in ({"n": 0}, {"n": 1.0}, {"max_tokens": 0}, {"temperature": -1}, {"max_seq_len": 0}):
         with pytest.raises(InvalidArgument, match=next(iter(wrong))):
-            sampler.sample_with_prompt_tokens([1], **wrong)  # type: ignore[arg-type]
+            sampler.sample_with_prompt_tokens([1], **wrong)
     with pytest.raises(UnknownOption, match="top_p"):
         sampler.sample_with_prompt_tokens([1], top_pp=0.5)  # type: ignore[call-arg]
     with pytest.raises(InvalidArgument, match="tokenizer="):
@@ -292,9 +292,10 @@ def test_senseless_construction_is_refused(wrong: tuple[str, str, str]) -> None:
 def test_what_it_tells_of_itself() -> None:
     sampler = DeploymentSampler("http://h/", MODEL, KEY)
     assert (sampler.model, sampler.inference_url) == (MODEL, "http://h")
-    assert sampler.current_snapshot is None
+    seen = [sampler.current_snapshot]
     sampler._set_snapshot("step-1")
-    assert sampler.current_snapshot == "step-1"
+    seen.append(sampler.current_snapshot)
+    assert seen == [None, "step-1"]
     assert isinstance(sampler.concurrency_controller, AdaptiveConcurrencyController)
     assert KEY not in repr(sampler)
     sampler.close()
