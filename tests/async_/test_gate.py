@@ -229,7 +229,7 @@ def test_a_slot_for_a_waiter_on_a_closed_loop_goes_to_the_next() -> None:
 
     asyncio.run(after())
     assert gate.in_flight == 1
-    task.get_coro().close()  # type: ignore[union-attr]
+    task.get_coro().close()
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
 
 
