@@ -72,6 +72,31 @@ class TestWhatIsWritten:
                     mine = inspect.signature(vars(twin)[twin_name])
                     assert mine.parameters.keys() == inspect.signature(member).parameters.keys()
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["ruff", "format", "--check", "--line-length", "100", "shop"],
+            ["ruff", "check", "--select", "E,F,I,RET,UP", "--line-length", "100", "shop"],
+            ["mypy", "--strict", "shop"],
+            ["pyright", "--pythonpath", sys.executable],
+        ],
+        ids=lambda command: " ".join(command[:2]),
+    )
+    def test_it_passes_the_checkers(self, copied: Path, command: list[str]) -> None:
+        settings = copied.parent / "pyrightconfig.json"
+        settings.write_text('{"typeCheckingMode": "strict", "include": ["shop"]}')
+
+        def status() -> int:
+            whole = [sys.executable, "-m", *command]
+            return subprocess.run(
+                whole, cwd=settings.parent, capture_output=True, check=False
+            ).returncode
+
+        assert status() == 0
+        with (copied / "_sync" / "till.py").open("a") as file:
+            file.write("SHELVES = unknown  ;LAMPS = 1\n")
+        assert status() == 1
+
     def test_an_internal_constructor_has_no_twin(self, till: ModuleType) -> None:
         assert "__init__" in vars(till.Till)
         assert "__init__" not in vars(till.Drawer)
