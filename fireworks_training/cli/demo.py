@@ -1,0 +1,162 @@
+"""`fireworks-training demo`: a small model learns arithmetic word problems while you watch.
+
+The loop is in `demo_loop`, what it shows in `demo_report`; here they are put together, and what the
+user gets wrong is said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+import fireworks_training
+from fireworks_training import AsyncFiretitanServiceClient, FireworksTrainingError
+from fireworks_training.cli.demo_loop import Plan, Problem, load_problems, score, split, sync, train
+from fireworks_training.cli.demo_report import Report, draw_curve, result_table
+
+SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
+MODEL = "accounts/local/models/tiny-qwen3"
+INTERRUPTED = 130
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='JSONL file of {"prompt", "answer"}.  [default: word problems that ship]',
+)
+@click.option("--steps", type=click.IntRange(1), default=Plan.steps, show_default=True)
+@click.option("--seed", type=int, default=Plan.seed, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("fireworks-demo"),
+    show_default=True,
+    help="Folder for metrics.jsonl, summary.json and curve.png.",
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(1),
+    default=Plan.prompts,
+    show_default=True,
+    help="Problems a step.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(2),
+    default=Plan.samples,
+    show_default=True,
+    help="Completions of each problem.",
+)
+@click.option("--learning-rate", type=float, default=Plan.learning_rate, show_default=True)
+@click.option(
+    "--held-out",
+    type=click.IntRange(1),
+    default=Plan.held_out,
+    show_default=True,
+    help="Problems kept for scoring.",
+)
+@click.option("--base-url", envvar="FIREWORKS_BASE_URL", default="local", show_default=True)
+def demo(
+    data: Path | None,
+    steps: int,
+    seed: int,
+    out: Path,
+    prompts: int,
+    samples: int,
+    learning_rate: float,
+    held_out: int,
+    base_url: str,
+) -> None:
+    """Train, sync and score a small model on this machine, offline."""
+    plan = Plan(
+        steps=steps,
+        prompts=prompts,
+        samples=samples,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
+    )
+    console = Console()
+    try:
+        problems = load_problems(data or SHIPPED_PROBLEMS)
+        out.mkdir(parents=True, exist_ok=True)
+        asyncio.run(run(console, problems, plan, out, base_url))
+    except FireworksTrainingError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was measured so far is in {out / 'metrics.jsonl'}")
+        sys.exit(INTERRUPTED)
+
+
+async def run(
+    console: Console,
+    problems: list[Problem],
+    plan: Plan,
+    out: Path,
+    base_url: str,
+    api_key: str | None = None,
+) -> dict[str, object]:
+    """The whole demo; returns what `summary.json` holds."""
+    training, held_out = split(problems, plan)
+    console.print(
+        f"{len(training)} problems to train on, {len(held_out)} held out; "
+        f"starting the platform at base_url={base_url!r} ..."
+    )
+    began = time.monotonic()
+    async with AsyncFiretitanServiceClient.from_firetitan_config(
+        base_url=base_url,
+        api_key=api_key,
+        base_model=MODEL,
+        cleanup_trainer_on_close=True,
+        cleanup_deployment_on_close="delete",
+    ) as service:
+        client = await service.create_training_client()
+        sampler = await sync(service, client, "untrained")
+        before = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
+        greedy_before = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
+        console.print(
+            f"ready after {time.monotonic() - began:.1f} s; held-out accuracy "
+            f"{before.accuracy:.3f} sampled, {greedy_before.accuracy:.3f} greedy"
+        )
+        trained_from = time.monotonic()
+        with Report(console, out, plan.steps) as report:
+            sampler = await train(service, training, held_out, plan, report.seen)
+        seconds = time.monotonic() - trained_from
+        after = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
+        greedy_after = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
+    records = report.records
+    summary: dict[str, object] = {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "greedy_before": greedy_before.accuracy,
+        "greedy_after": greedy_after.accuracy,
+        "seconds": seconds,
+        "drift_mean_abs": max(record.drift_mean_abs for record in records),
+        "drift_max_abs": max(record.drift_max_abs for record in records),
+        **dataclasses.asdict(plan),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + os.linesep, "utf-8")
+    scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
+    console.print(result_table(scores))
+    written = ["metrics.jsonl", "summary.json"]
+    try:
+        draw_curve(out / "curve.png", records, before, after)
+        written.append("curve.png")
+    except ImportError:
+        console.print("(no curve.png: matplotlib is not installed)")
+    console.print(
+        f"{plan.steps} steps in {seconds:.0f} s. Engine and trainer differ by at most "
+        f"{summary['drift_mean_abs']:.1e} on average over a step's tokens, "
+        f"{summary['drift_max_abs']:.1e} on any one.\n"
+        f"Written to {out}: {', '.join(written)}"
+    )
+    return summary

@@ -1,0 +1,267 @@
+"""GRPO in one file: sample, score, train, sync, and again. Meant to be read, and to be copied.
+
+For each problem a group of completions is sampled; a completion's advantage is its reward less the
+mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300; no KL term, since
+thirty steps do not need one). The trainer sums `-ratio * advantage` over the completions' tokens;
+dividing the advantages by the number of those tokens makes the sum a mean.
+
+Knows the loop and its records; how they are shown is `demo_report`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fireworks_training import (
+    AsyncFiretitanServiceClient,
+    AsyncFiretitanTrainingClient,
+    DeploymentSampler,
+    InvalidArgument,
+    SampledCompletion,
+    rl_datum,
+)
+
+MAX_TOKENS = 48
+"""Tokens of a completion at most; a problem with its working takes about 25."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its right answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        steps: updates of the weights.
+        prompts: problems a step.
+        samples: completions of each, the group.
+        learning_rate: reached after `warmup` steps.
+        warmup: steps over which the rate rises.
+        held_out: problems kept for scoring.
+        score_every: steps between two looks at the held-out problems.
+        seed: of the order of problems.
+    """
+
+    steps: int = 30
+    prompts: int = 16
+    samples: int = 16
+    learning_rate: float = 1e-4
+    warmup: int = 5
+    held_out: int = 200
+    score_every: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; a line of `metrics.jsonl`.
+
+    Attributes:
+        reward: mean over the step's completions, 0 to 1.
+        held_out_accuracy: share of held-out problems solved at temperature 1, when it was looked at.
+        window: requests that the concurrency controller allows in flight.
+        tokens_per_second: completion tokens sampled a second.
+        drift_mean_abs, drift_max_abs: difference of the sampled tokens' logprobs between the engine
+            that sampled them and the trainer that trains on them; natural log.
+        snapshot: the snapshot that was sampled from.
+        seconds: of the step.
+    """
+
+    step: int
+    reward: float
+    held_out_accuracy: float | None
+    window: float
+    tokens_per_second: float
+    drift_mean_abs: float
+    drift_max_abs: float
+    grad_norm: float
+    snapshot: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among those given."""
+
+    right: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.total
+
+
+def load_problems(path: Path) -> list[Problem]:
+    """Problems from a JSONL file of `{"prompt": ..., "answer": ...}`.
+
+    Raises:
+        InvalidArgument: a line is something else, or there are fewer than two; names the line.
+    """
+    problems: list[Problem] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problems.append(Problem(str(row["prompt"]), str(row["answer"]).strip()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(
+                f"{path}, line {number}: an object with 'prompt' and 'answer' is needed ({error!r})"
+            ) from error
+    if len(problems) < 2:
+        raise InvalidArgument(f"{path} has {len(problems)} problems; at least two are needed")
+    return problems
+
+
+def split(problems: Sequence[Problem], plan: Plan) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems; the same for the same seed."""
+    shuffled = list(problems)
+    random.Random(plan.seed).shuffle(shuffled)  # noqa: S311 - an order, not a secret
+    held_out = min(plan.held_out, len(shuffled) // 2)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def reward(completion: SampledCompletion, problem: Problem) -> float:
+    """1 if what follows the last `####` is the answer and the completion came to its end, else 0."""
+    _, mark, given = completion.text.rpartition("####")
+    return float(bool(mark) and given.strip() == problem.answer)
+
+
+def advantages(rewards: Sequence[float], samples: int) -> list[float]:
+    """Group-relative advantages of rewards that stand in groups of `samples`."""
+    groups = np.asarray(rewards, np.float64).reshape(-1, samples)
+    spread = groups.std(axis=1, keepdims=True)
+    relative = (groups - groups.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    return [float(value) for value in relative.ravel()]
+
+
+def asked(problems: Sequence[Problem]) -> list[list[dict[str, str]]]:
+    """The problems as conversations."""
+    return [[{"role": "user", "content": problem.prompt}] for problem in problems]
+
+
+async def score(
+    sampler: DeploymentSampler, problems: Sequence[Problem], *, temperature: float, seed: int
+) -> Score:
+    """One completion of each problem."""
+    completions = await sampler.sample_with_tokens(
+        asked(problems), max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
+    )
+    return Score(
+        int(sum(reward(c, problems[c.prompt_index]) for c in completions)), len(completions)
+    )
+
+
+async def train(
+    service: AsyncFiretitanServiceClient,
+    problems: Sequence[Problem],
+    held_out: Sequence[Problem],
+    plan: Plan,
+    seen: Callable[[StepRecord], None],
+) -> DeploymentSampler:
+    """The loop; `seen` is told of every step. Returns a sampler of the trained weights."""
+    client = await service.create_training_client()
+    order = random.Random(plan.seed + 1)  # noqa: S311 - an order, not a secret
+    sampler = await sync(service, client, "start")
+    for step in range(plan.steps):
+        began = time.monotonic()
+        batch = order.sample(list(problems), min(plan.prompts, len(problems)))
+        completions = await sampler.sample_with_tokens(
+            asked(batch),
+            n=plan.samples,
+            max_tokens=MAX_TOKENS,
+            logprobs=True,
+            seed=plan.seed * 1_000_003 + step * plan.samples,
+        )
+        sampled_in = time.monotonic() - began
+        rewards = [reward(c, batch[c.prompt_index]) for c in completions]
+        drift, grad_norm = await update(client, completions, rewards, plan, step)
+        snapshot = sampler.current_snapshot or ""
+        sampler = await sync(service, client, f"step-{step:05d}")
+        looked = (step + 1) % plan.score_every == 0 and step + 1 < plan.steps
+        seen(
+            StepRecord(
+                step=step,
+                reward=sum(rewards) / len(rewards),
+                held_out_accuracy=(
+                    (await score(sampler, held_out, temperature=1.0, seed=step)).accuracy
+                    if looked
+                    else None
+                ),
+                window=sampler.concurrency_controller.step_completed()["window"],
+                tokens_per_second=sum(c.completion_len for c in completions) / sampled_in,
+                drift_mean_abs=float(drift.mean()),
+                drift_max_abs=float(drift.max()),
+                grad_norm=grad_norm,
+                snapshot=snapshot,
+                seconds=time.monotonic() - began,
+            )
+        )
+    return sampler
+
+
+async def update(
+    client: AsyncFiretitanTrainingClient,
+    completions: Sequence[SampledCompletion],
+    rewards: Sequence[float],
+    plan: Plan,
+    step: int,
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
+    """One step of the weights.
+
+    Returns:
+        |engine's logprob - trainer's| of each sampled token, and the gradient's norm. The trainer
+        still has the weights that sampled, so the two are of the same model.
+    """
+    import tinker
+
+    tokens = sum(c.completion_len for c in completions)
+    data = [
+        rl_datum(
+            c.prompt_tokens,
+            c.completion_tokens,
+            logprobs=c.inference_logprobs or [],
+            advantages=advantage / tokens,
+        )
+        for c, advantage in zip(completions, advantages(rewards, plan.samples), strict=True)
+    ]
+    # Both are sent at once: call order is execution order, and they are applied together or not.
+    training = client.forward_backward(data, "importance_sampling")
+    stepping = client.optim_step(
+        tinker.AdamParams(
+            learning_rate=plan.learning_rate * min(1.0, (step + 1) / plan.warmup),
+            grad_clip_norm=1.0,
+        )
+    )
+    outputs = (await training).loss_fn_outputs
+    differences = [
+        np.abs(
+            output["logprobs"].to_numpy()[-c.completion_len :] - np.asarray(c.inference_logprobs)
+        )
+        for output, c in zip(outputs, completions, strict=True)
+    ]
+    metrics = (await stepping).metrics or {}
+    return np.concatenate(differences), metrics.get("grad_norm", math.nan)
+
+
+async def sync(
+    service: AsyncFiretitanServiceClient, client: AsyncFiretitanTrainingClient, name: str
+) -> DeploymentSampler:
+    """Save the weights, load them into the deployment, and sample from there."""
+    saved = await client.save_weights_for_sampler(name)
+    return await service.create_deployment_sampler(saved.path)

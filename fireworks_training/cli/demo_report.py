@@ -1,0 +1,142 @@
+"""How a run of the demo is shown and kept: live lines, a table, `metrics.jsonl`, `summary.json`,
+`curve.png`. Knows records, not how they come about."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fireworks_training.cli.demo_loop import Score, StepRecord
+
+SHOWN = 12
+"""Steps that the live table shows: the newest."""
+
+
+def wilson(score: Score, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share (E. B. Wilson, 1927); 95 % by default."""
+    n, p = score.total, score.accuracy
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def line(record: StepRecord) -> str:
+    """One step on one line."""
+    held_out = record.held_out_accuracy
+    return (
+        f"step {record.step + 1:3}  reward {record.reward:.3f}  "
+        f"held-out {'  -  ' if held_out is None else f'{held_out:.3f}'}  "
+        f"window {record.window:3.0f}  {record.tokens_per_second:6.0f} tokens/s  "
+        f"drift {record.drift_mean_abs:.1e}  {record.seconds:4.1f} s  {record.snapshot}"
+    )
+
+
+class Report:
+    """The run as it goes: live on a terminal, a line a step elsewhere, and a file always.
+
+    Args:
+        console: where to show it.
+        folder: where `metrics.jsonl` goes.
+        steps: how many there will be.
+    """
+
+    def __init__(self, console: Console, folder: Path, steps: int) -> None:
+        self.records: list[StepRecord] = []
+        self._console = console
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self._task = self._progress.add_task("training", total=steps)
+        self._live = Live(console=console, get_renderable=self._picture, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+        self._file.close()
+
+    def seen(self, record: StepRecord) -> None:
+        """Show and keep one step."""
+        self.records.append(record)
+        self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._file.flush()
+        self._progress.advance(self._task)
+        if not self._console.is_terminal:
+            self._console.print(line(record), soft_wrap=True, highlight=False)
+
+    def _picture(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in ("step", "reward", "held-out", "window", "tokens/s", "drift", "snapshot"):
+            table.add_column(name, justify="left" if name == "snapshot" else "right")
+        for record in self.records[-SHOWN:]:
+            held_out = record.held_out_accuracy
+            table.add_row(
+                str(record.step + 1),
+                f"{record.reward:.3f}",
+                "" if held_out is None else f"{held_out:.3f}",
+                f"{record.window:.0f}",
+                f"{record.tokens_per_second:.0f}",
+                f"{record.drift_mean_abs:.1e}",
+                record.snapshot,
+            )
+        frame = Table.grid()
+        frame.add_row(table)
+        frame.add_row(self._progress)
+        return frame
+
+
+def result_table(scores: dict[str, tuple[Score, Score]]) -> Table:
+    """Before and after, with 95 % intervals."""
+    table = Table(title="Held-out problems solved")
+    for name in ("", "before", "after", "gain"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, (before, after) in scores.items():
+        gain = after.accuracy - before.accuracy
+        table.add_row(
+            name, _with_interval(before), _with_interval(after), f"{100 * gain:+.1f} points"
+        )
+    return table
+
+
+def _with_interval(score: Score) -> str:
+    low, high = wilson(score)
+    return f"{100 * score.accuracy:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: Score) -> None:
+    """Reward and held-out accuracy over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([r.step + 1 for r in records], [r.reward for r in records], label="reward (train)")
+    looks = [(0, before.accuracy)]
+    looks += [(r.step + 1, r.held_out_accuracy) for r in records if r.held_out_accuracy is not None]
+    looks.append((len(records), after.accuracy))
+    axes.plot([x for x, _ in looks], [y for _, y in looks], "o-", label="held out, temperature 1")
+    axes.set(xlabel="step", ylabel="share solved", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
