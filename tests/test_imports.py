@@ -49,12 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 TENSOR_ROOMS = {"local.model", "local.losses", "local.optimizer", "local.trainer", "local.engine"}
 TENSOR_ROOMS |= {"local.pretrain", "local.pretraining"}
+DEMO = {"cli.demo", "cli.demo_loop"}
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
-    "torch": (TENSOR_ROOMS, {"local.snapshots", "_async.custom_loss", "losses", "cli.demo"}),
-    "transformers": (TENSOR_ROOMS, {"_async.tokenizers", "cli.demo"}),
+    "torch": (TENSOR_ROOMS, {"local.snapshots", "_async.custom_loss", "losses", *DEMO}),
+    "transformers": (TENSOR_ROOMS, {"_async.tokenizers", *DEMO}),
     "peft": (TENSOR_ROOMS, set()),
     "safetensors": (TENSOR_ROOMS, {"local.snapshots"}),
-    "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "rollouts", "losses", "cli.demo"}),
+    "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "rollouts", "losses", *DEMO}),
     "matplotlib": (set(), {"cli"}),
     "click": ({"cli", "local.pretrain"}, set()),
     "rich": ({"cli"}, {"_async"}),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fireworks_training import _generate_sync
-from fireworks_training._generate_sync import CannotGenerate, generate, main
+from fireworks_training._generate_sync import RENAMED, CannotGenerate, generate, main
 
 SHOP = Path(__file__).parent / "shop"
 
@@ -67,9 +67,9 @@ class TestWhatIsWritten:
     ) -> None:
         for twin, source in ((till.Till, till.AsyncTill), (till.Drawer, till.AsyncDrawer)):
             for name, member in vars(source).items():
-                twin_name = {"__aenter__": "__enter__", "__aexit__": "__exit__"}.get(name, name)
-                if inspect.isfunction(member) and not twin_name.startswith("_"):
-                    mine = inspect.signature(vars(twin)[twin_name])
+                public = name in RENAMED or not name.startswith("_")
+                if inspect.isfunction(member) and public:
+                    mine = inspect.signature(vars(twin)[RENAMED.get(name, name)])
                     assert mine.parameters.keys() == inspect.signature(member).parameters.keys()
 
     @pytest.mark.parametrize(
