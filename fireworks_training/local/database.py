@@ -114,8 +114,8 @@ class Database:
         Raises:
             LocalPlatformError: it is not a database, or one of another version.
         """
+        self._connection = sqlite3.connect(path, isolation_level=None)
         try:
-            self._connection = sqlite3.connect(path, isolation_level=None)
             self._connection.row_factory = sqlite3.Row
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
@@ -128,6 +128,7 @@ class Database:
                         self._connection.execute(statement)
                     self._connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         except sqlite3.DatabaseError as error:
+            self.close()
             raise LocalPlatformError(f"{path} can't be used: {error}") from error
         if version not in (0, SCHEMA_VERSION):
             self.close()

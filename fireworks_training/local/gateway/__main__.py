@@ -19,13 +19,10 @@ from aiohttp import web
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local import lifetime
 from fireworks_training.local.gateway import hot_load, inference
-from fireworks_training.local.gateway.app import Parts, create_app
+from fireworks_training.local.gateway.app import Parts, create_app, make_runner
 from fireworks_training.local.gateway.engine_client import EngineClient
 from fireworks_training.local.gateway.workers import TemplateSpawner
 from fireworks_training.local.settings import GatewaySettings, parse, read_line
-
-# Long polls are cut when the platform ends; nothing else takes long.
-SHUTDOWN_S = 0.5
 
 
 async def connect_engine(engine_socket: Path, name: str) -> EngineClient:
@@ -62,13 +59,7 @@ async def serve(settings: GatewaySettings) -> bool:
 
     loop.add_reader(settings.lifetime_fd, supervisor_is_gone)
     loop.add_signal_handler(signal.SIGTERM, ending.set)
-    runner = web.AppRunner(
-        create_app(settings, real_parts(settings)),
-        access_log=None,
-        # A completion or a long poll whose client went away is given up at once.
-        handler_cancellation=True,
-        shutdown_timeout=SHUTDOWN_S,
-    )
+    runner = make_runner(create_app(settings, real_parts(settings)))
     await runner.setup()
     listener = socket.socket(fileno=settings.socket_fd)
     await web.SockSite(runner, listener, backlog=1024).start()

@@ -34,6 +34,8 @@ from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+# Long polls are cut when the platform ends; nothing else takes long.
+SHUTDOWN_S = 0.5
 DEFAULT_CONTEXT_LENGTH = 2048
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -95,6 +97,19 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     trainer_proxy.add_routes(app)
     parts.add_serving_routes(app)
     return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """The runner with the server options that the routes rely on."""
+    return web.AppRunner(
+        app,
+        access_log=None,
+        # A completion or a long poll whose client went away is given up at once.
+        handler_cancellation=True,
+        # Bodies for a trainer pass through as they are, encoded or not.
+        auto_decompress=False,
+        shutdown_timeout=SHUTDOWN_S,
+    )
 
 
 async def healthz(_: web.Request) -> web.Response:

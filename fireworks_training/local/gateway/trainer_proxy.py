@@ -31,7 +31,6 @@ from fireworks_training.local.gateway.trainers import (
 PREFIX = "/training/v1/rlorTrainerJobs/{account}/{job}"
 MAX_BODY_BYTES = 64 << 20
 MAX_IN_FLIGHT = 1024
-CHUNK_BYTES = 256 * 1024
 LOST_WAIT_S = 0.5
 
 # One place for a request's path: no dots, no empty parts, no escapes that hide either.
@@ -88,7 +87,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     if _TAIL.fullmatch(tail) is None:
         raise Problem(404, "a trainer serves paths below api/v1/ only")
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise Problem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
+        raise _too_long()
     jobs = request.app[CONTROL_PLANE].jobs
     trainer, row = jobs.trainer(id_), jobs.get(id_)
     if trainer is None:
@@ -111,40 +110,61 @@ async def proxy(request: web.Request) -> web.StreamResponse:
 
 
 async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.StreamResponse:
-    url = URL(f"http://trainer/{tail}", encoded=True)
-    if request.query_string:
-        url = url.with_query(request.rel_url.raw_query_string)
+    query = request.raw_path.partition("?")[2]
+    url = URL(f"http://trainer/{tail}{'?' if query else ''}{query}", encoded=True)
     headers = forwarded_headers(CIMultiDict(request.headers))
     headers["X-Request-Id"] = request["request_id"]
-    body = _bounded(request) if request.can_read_body else None
-    async with trainer.session.request(
-        request.method,
-        url,
-        headers=headers,
-        data=body,
-        allow_redirects=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-    ) as upstream:
-        response = web.StreamResponse(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=forwarded_headers(CIMultiDict(upstream.headers)),
-        )
-        await response.prepare(request)
-        async for chunk in upstream.content.iter_chunked(CHUNK_BYTES):
-            await response.write(chunk)
-        await response.write_eof()
-        return response
+    body = _Body(request) if request.can_read_body else None
+    try:
+        async with trainer.session.request(
+            request.method,
+            url,
+            headers=headers,
+            data=body.chunks() if body is not None else None,
+            allow_redirects=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        ) as upstream:
+            return await _answer(request, upstream)
+    except aiohttp.ClientError:
+        if body is not None and body.too_long and not request.get("started"):
+            raise _too_long() from None
+        raise
 
 
-async def _bounded(request: web.Request) -> AsyncIterator[bytes]:
-    """The body as it arrives; one without a length is counted on the way."""
-    total = 0
-    async for chunk in request.content.iter_chunked(CHUNK_BYTES):
-        total += len(chunk)
-        if total > MAX_BODY_BYTES:
-            raise Problem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
-        yield chunk
+async def _answer(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(
+        status=upstream.status,
+        reason=upstream.reason,
+        headers=forwarded_headers(CIMultiDict(upstream.headers)),
+    )
+    await response.prepare(request)
+    # As it comes: a part of an answer is not held back until there is more of it.
+    async for chunk in upstream.content.iter_any():
+        await response.write(chunk)
+    await response.write_eof()
+    return response
+
+
+class _Body:
+    """A request's body as it arrives; one without a length is counted on the way."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._content = request.content
+        self.too_long = False
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        total = 0
+        async for chunk in self._content.iter_any():
+            total += len(chunk)
+            if total > MAX_BODY_BYTES:
+                # aiohttp's client hides the type of what is raised here.
+                self.too_long = True
+                raise _too_long()
+            yield chunk
+
+
+def _too_long() -> Problem:
+    return Problem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
 
 
 async def _after_failure(

@@ -140,6 +140,9 @@ class TrainerJobs:
         if self.get(id_).state == DELETED:
             return
         self._set(id_, DELETING, "")
+        trainer = self._running.get(id_)
+        if trainer is not None:
+            trainer.lost.set()
         life = self._lives.pop(id_, None)
         if life is not None:
             life.cancel()
