@@ -251,6 +251,13 @@ class Blocking(Generic[A]):
 
     _async: A
 
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name}() can't be called: a service is made by from_firetitan_config(...), and a "
+            "service makes its clients"
+        )
+
     @classmethod
     def _wrap(cls, instance: A) -> Self:
         """The blocking twin of an async object that exists already."""

@@ -371,7 +371,7 @@ class DeploymentSampler:
         max_seq_len: int | None,
     ) -> list[SampledCompletion]:
         fitting = [
-            Prompt(ids, request.encode(ids), index)
+            Prompt(ids, request.encode(ids, earlier=index * n), index)
             for index, ids in enumerate(prompts)
             if max_seq_len is None or len(ids) < max_seq_len
         ]

@@ -58,8 +58,8 @@ T = TypeVar("T")
 class AsyncFiretitanServiceClient:
     """A trainer and a deployment, managed together.
 
-    Make one with `from_firetitan_config`; use it in `async with`, or `close()` it. Lazy: nothing is
-    provisioned before the first client or sampler is asked for.
+    Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
+    nothing is provisioned before the first client or sampler is asked for.
     """
 
     def __init__(

@@ -8,14 +8,13 @@ call order is execution order, whatever is awaited first. The rules of the line 
 from __future__ import annotations
 
 import logging
-import re
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import uuid4
 
 import orjson
 
+from fireworks_training._async.arguments import check_datums, check_name, check_state
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.operations import LineRunner, Request, Turn
 from fireworks_training._async.patience import speaking
@@ -39,11 +38,6 @@ T = TypeVar("T")
 
 CheckpointType = Literal["base", "delta", "merged_base"]
 Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
-
-_SNAPSHOT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_STATE_REF = re.compile(
-    r"(cross_job://[a-z0-9-]+/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}(/[a-zA-Z0-9._-]+)*"
-)
 
 DRAIN_TIMEOUT = 60.0
 """Seconds that `close()` gives accepted operations to finish."""
@@ -157,7 +151,7 @@ class AsyncFiretitanTrainingClient:
         from fireworks_training._async.custom_loss import require_torch
 
         require_torch()
-        _check_datums(data)
+        check_datums(data)
         if not callable(loss_fn):
             raise InvalidArgument(f"loss_fn must be callable, not {type(loss_fn).__name__}")
         datums = list(data)
@@ -175,7 +169,7 @@ class AsyncFiretitanTrainingClient:
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
     ) -> APIFuture[tinker.ForwardBackwardOutput]:
-        _check_datums(data)
+        check_datums(data)
         if not isinstance(loss_fn, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidArgument(
                 f"loss_fn must be the name of a built-in loss, not {type(loss_fn).__name__}; a "
@@ -251,7 +245,7 @@ class AsyncFiretitanTrainingClient:
         Returns:
             `path`: the name to load; the trainer may have changed it.
         """
-        _check_name("name", name, _SNAPSHOT_NAME)
+        check_name("name", name)
 
         async def run(turn: Turn) -> SaveWeightsResponse:
             from tinker.types import SaveWeightsResponse
@@ -284,7 +278,7 @@ class AsyncFiretitanTrainingClient:
         return self._load(path, optimizer=True)
 
     def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        _check_name("path", path, _STATE_REF)
+        check_state("path", path)
         fields = {"path": path, "optimizer": optimizer, "type": "load_weights"}
 
         async def run(turn: Turn) -> LoadWeightsResponse:
@@ -312,7 +306,7 @@ class AsyncFiretitanTrainingClient:
             `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
             written.
         """
-        _check_name("name", name, _SNAPSHOT_NAME)
+        check_name("name", name)
         if checkpoint_type not in (None, "base"):
             raise NotSupported(
                 f"checkpoint_type={checkpoint_type!r} is not supported yet; use 'base'"
@@ -483,23 +477,3 @@ class AsyncFiretitanTrainingClient:
 
     def __repr__(self) -> str:
         return f"<AsyncFiretitanTrainingClient {self.model_id}>"
-
-
-def _check_datums(data: object) -> None:
-    tinker = sys.modules.get("tinker")
-    kind: type = getattr(tinker, "Datum", object)
-    if isinstance(data, (str, bytes)) or not isinstance(data, Sequence):
-        raise InvalidArgument(f"data must be a list of tinker.Datum, not {type(data).__name__}")
-    for index, datum in enumerate(cast(Sequence[object], data)):
-        if not isinstance(datum, kind):
-            raise InvalidArgument(
-                f"data[{index}] is a {type(datum).__name__}; a tinker.Datum is needed"
-            )
-
-
-def _check_name(what: str, value: object, pattern: re.Pattern[str]) -> None:
-    if not isinstance(value, str) or not pattern.fullmatch(value) or ".." in value:
-        raise InvalidArgument(
-            f"{what}={value!r} is not a valid name: 1 to 200 letters, digits, '.', '_' and '-', "
-            "starting with a letter or a digit"
-        )

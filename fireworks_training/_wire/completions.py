@@ -31,7 +31,8 @@ class SamplingOptions(TypedDict, total=False):
             the samples).
         top_k: only the k likeliest tokens; 0 or -1, the default, is off.
         min_p: least probability relative to the likeliest token, 0 to 1.
-        seed: integer. With n > 1, sample i is drawn with `seed + i`, so that samples differ.
+        seed: integer. Completion i of the call (the first prompt's first) is drawn with `seed + i`:
+            with one seed for all, the draws of different prompts would go together.
         stop: a string, strings, or token ids that end a completion. `[]` ignores the model's own
             end of text.
         ignore_eos: do not end at the model's own end of text.
@@ -233,11 +234,15 @@ class SamplingRequest:
     context: str
     headers: Mapping[str, str]
 
-    def encode(self, prompt_ids: Sequence[int]) -> EncodedRequest:
-        """The bodies for one prompt."""
+    def encode(self, prompt_ids: Sequence[int], *, earlier: int = 0) -> EncodedRequest:
+        """The bodies for one prompt.
+
+        Args:
+            earlier: completions of the call that come before this prompt's.
+        """
         head = orjson.dumps(self.fields)
         body = b'%b,"prompt":%b}' % (head[:-1], orjson.dumps(prompt_ids))
-        return EncodedRequest(body, self.seed)
+        return EncodedRequest(body, None if self.seed is None else self.seed + earlier)
 
     def echoed(self, prompt_len: int) -> int:
         """How many prompt tokens the answer repeats."""

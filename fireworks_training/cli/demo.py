@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,7 +19,17 @@ from rich.console import Console
 
 import fireworks_training
 from fireworks_training import AsyncFiretitanServiceClient, FireworksTrainingError
-from fireworks_training.cli.demo_loop import Plan, Problem, load_problems, score, split, sync, train
+from fireworks_training.cli.demo_loop import (
+    Plan,
+    Problem,
+    Score,
+    StepRecord,
+    load_problems,
+    score,
+    split,
+    sync,
+    train,
+)
 from fireworks_training.cli.demo_report import Report, draw_curve, result_table
 
 SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
@@ -133,7 +143,20 @@ async def run(
         seconds = time.monotonic() - trained_from
         after = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
         greedy_after = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
-    records = report.records
+    scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
+    return conclude(console, plan, report.records, scores, seconds, out)
+
+
+def conclude(
+    console: Console,
+    plan: Plan,
+    records: Sequence[StepRecord],
+    scores: dict[str, tuple[Score, Score]],
+    seconds: float,
+    out: Path,
+) -> dict[str, object]:
+    """Show the table and write the files; returns what `summary.json` holds."""
+    (before, after), (greedy_before, greedy_after) = scores["temperature 1"], scores["greedy"]
     summary: dict[str, object] = {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
@@ -144,8 +167,7 @@ async def run(
         "drift_max_abs": max(record.drift_max_abs for record in records),
         **dataclasses.asdict(plan),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + os.linesep, "utf-8")
-    scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     console.print(result_table(scores))
     written = ["metrics.jsonl", "summary.json"]
     try:

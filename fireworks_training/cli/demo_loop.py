@@ -72,7 +72,8 @@ class StepRecord:
 
     Attributes:
         reward: mean over the step's completions, 0 to 1.
-        held_out_accuracy: share of held-out problems solved at temperature 1, when it was looked at.
+        held_out_accuracy: share of held-out problems solved at temperature 1; None where not
+            looked at.
         window: requests that the concurrency controller allows in flight.
         tokens_per_second: completion tokens sampled a second.
         drift_mean_abs, drift_max_abs: difference of the sampled tokens' logprobs between the engine
@@ -137,7 +138,7 @@ def split(problems: Sequence[Problem], plan: Plan) -> tuple[list[Problem], list[
 
 
 def reward(completion: SampledCompletion, problem: Problem) -> float:
-    """1 if what follows the last `####` is the answer and the completion came to its end, else 0."""
+    """1 if what follows the last `####` is the answer, else 0."""
     _, mark, given = completion.text.rpartition("####")
     return float(bool(mark) and given.strip() == problem.answer)
 
@@ -186,7 +187,7 @@ async def train(
             n=plan.samples,
             max_tokens=MAX_TOKENS,
             logprobs=True,
-            seed=plan.seed * 1_000_003 + step * plan.samples,
+            seed=(plan.seed * plan.steps + step) * plan.prompts * plan.samples,
         )
         sampled_in = time.monotonic() - began
         rewards = [reward(c, batch[c.prompt_index]) for c in completions]

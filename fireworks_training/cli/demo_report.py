@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -128,7 +128,7 @@ def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = cast(Any, Figure(figsize=(7, 4), layout="constrained"))  # mostly untyped
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([r.step + 1 for r in records], [r.reward for r in records], label="reward (train)")

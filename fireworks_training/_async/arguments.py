@@ -1,0 +1,57 @@
+"""Checks of what is passed to operations, made at the call: a wrong kind takes no place.
+
+What concerns the content of datums is checked where they are encoded, in `_wire.datums`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from fireworks_training.errors import InvalidArgument
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_STATE = re.compile(rf"(cross_job://[a-z0-9-]+/)?{_NAME.pattern}(/[A-Za-z0-9._-]+)*")
+_RULE = "1 to 200 letters, digits, '.', '_' and '-', starting with a letter or a digit"
+
+
+def check_datums(data: object) -> None:
+    """Refuse what is not a list of `tinker.Datum`.
+
+    Raises:
+        InvalidArgument: names the first element that is none.
+    """
+    # Loaded by whoever made a datum; not imported here, since that may take seconds.
+    kind: type = getattr(sys.modules.get("tinker"), "Datum", object)
+    if isinstance(data, (str, bytes)) or not isinstance(data, Sequence):
+        raise InvalidArgument(f"data must be a list of tinker.Datum, not {type(data).__name__}")
+    for index, datum in enumerate(cast(Sequence[object], data)):
+        if not isinstance(datum, kind):
+            raise InvalidArgument(
+                f"data[{index}] is a {type(datum).__name__}; a tinker.Datum is needed"
+            )
+
+
+def check_name(what: str, value: object) -> None:
+    """Refuse what can't be the name of a snapshot or a state.
+
+    Raises:
+        InvalidArgument: with the rule.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or ".." in value:
+        raise InvalidArgument(f"{what}={value!r} is not a valid name: {_RULE}")
+
+
+def check_state(what: str, value: object) -> None:
+    """Refuse what can't refer to a saved state.
+
+    Raises:
+        InvalidArgument: with the rule.
+    """
+    if not isinstance(value, str) or not _STATE.fullmatch(value) or ".." in value:
+        raise InvalidArgument(
+            f"{what}={value!r} does not refer to a state: a name ({_RULE}), "
+            "cross_job://<job>/<name>, or what save_state returned"
+        )
