@@ -102,8 +102,10 @@ async def test_a_short_run_writes_its_files(platform: RunningPlatform, tmp_path:
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     before = runtime_folders()
     process = subprocess.Popen(
-        [sys.executable, "-m", "fireworks_training.cli", "demo", "--out", str(tmp_path)]
-        + ["--prompts", "2", "--samples", "2", "--held-out", "4"],
+        [
+            *(sys.executable, "-m", "fireworks_training.cli", "demo", "--out", str(tmp_path)),
+            *("--prompts", "2", "--samples", "2", "--held-out", "4"),
+        ],
         env={k: v for k, v in os.environ.items() if not k.startswith("FIREWORKS_")},
         stdout=subprocess.PIPE,
         text=True,
