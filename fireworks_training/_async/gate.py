@@ -103,7 +103,8 @@ class _Gate:
     async def acquire(self) -> None:
         """Wait for a slot: first come, first served."""
         with self._lock:
-            if not self._waiters and self._window.has_room:
+            # Room means that nobody waits: whatever makes room admits those in line first.
+            if self._window.has_room:
                 self._window.admit()
                 return
             waiter = _Waiter()

@@ -79,7 +79,7 @@ def test_any_split_gives_the_events_of_the_standard(stream: bytes, cuts: list[in
     assert decode(*pieces) == plain_reading(stream)
 
 
-@given(st.integers(0, 30), st.integers(1, 7))
+@given(st.integers(0, 30), st.integers(1, 50))
 def test_the_limit_is_the_same_for_any_split(length: int, step: int) -> None:
     stream = b"data: " + b"x" * length + b"\n\n"
     pieces = [stream[i : i + step] for i in range(0, len(stream), step)]
