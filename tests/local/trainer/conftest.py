@@ -7,36 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from aiohttp.test_utils import TestClient, TestServer
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fireworks_training.local.model import configure_torch
 from fireworks_training.local.trainer.app import create_app
 from fireworks_training.local.trainer.settings import TrainerSettings
-from tests.local.trainer.trainer_driver import HTTP, VOCAB, Starter, Trainer, new_model
+from tests.local.trainer.trainer_driver import (
+    HTTP,
+    Starter,
+    Trainer,
+    new_model,
+    save_tiny_model,
+)
 
 
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: Qwen3, 2 layers, hidden 32, vocabulary 64, untied."""
     configure_torch()
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = Qwen3ForCausalLM(config)
     path = tmp_path_factory.mktemp("tiny-qwen3")
-    model.save_pretrained(path)
+    save_tiny_model(path)
     return path
 
 
