@@ -217,6 +217,7 @@ class SampleCall(Coroutine[Any, Any, T]):
     def _begin(self) -> Outcome[T]:
         with self._lock:
             if self._outcome is None:
+                self._abandoned = True  # a start that raises has said enough
                 self._outcome = self._start()
             self._waiters += 1
             return self._outcome

@@ -39,7 +39,8 @@ class Snapshot:
 class ServerMetrics:
     """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
 
-    Server values are None where the server does not report them.
+    Server values are None where the server does not report them; `retry_attempt` is 1 for the first
+    attempt of a completion.
     """
 
     num_concurrent_requests: int | None = None
@@ -57,7 +58,7 @@ class ServerMetrics:
     completion_tokens: int | None = None
     http_status_code: int | None = None
     transport_error: str | None = None
-    retry_attempt: int = 0
+    retry_attempt: int = 1
     request_id: str | None = None
     snapshot_identity: str | None = None
 

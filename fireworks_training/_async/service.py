@@ -32,7 +32,7 @@ from fireworks_training._async.provisioning import (
 )
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.session import TrainerSession
-from fireworks_training._async.tokenizers import find_tokenizer
+from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._async.weight_sync import Target, WeightSync
 from fireworks_training._portal import at_exit
@@ -392,6 +392,7 @@ class AsyncFiretitanServiceClient:
             tokenizer=tokenizer if tokenizer is not None else await self._get_tokenizer(),
             concurrency_controller=controller or self._own_controller(),
             current_snapshot=sync.current,
+            integer_stops=await (await self._connection.open()).account() == LOCAL_ACCOUNT,
         )
 
     def _own_controller(self) -> SamplingConcurrencyController:

@@ -87,7 +87,9 @@ class Response:
             self.status,
             f"{what}: the server answered {self.status}: {message}",
             error_class=error_class,
-            retry_after=parse_retry_after(self.headers.get("retry-after")),
+            retry_after=parse_retry_after(
+                self.headers.get("retry-after"), date=self.headers.get("date")
+            ),
             request_id=self.request_id,
         )
 
