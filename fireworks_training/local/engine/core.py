@@ -143,6 +143,7 @@ class Engine:
         """The gateway is gone: nobody waits for any stream. A pending load goes on."""
         self.cancel(set(self._live))
         self._outbox.clear()
+        self._counts_changed = False
 
     def tick(self) -> list[bytes]:
         """Does the next piece of work; returns the frames to send, in order."""
