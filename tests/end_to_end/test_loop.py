@@ -133,6 +133,29 @@ def test_the_blocking_names_and_twenty_loops_on_one_sampler(
         assert controller.window_size == 2
 
 
+async def test_the_blocking_names_work_where_a_loop_runs_already(
+    platform: RunningPlatform,
+) -> None:
+    """As in a notebook, whose cells run on a loop."""
+    service = FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        cleanup_trainer_on_close=True,
+        cleanup_deployment_on_close="delete",
+    )
+    try:
+        client = service.create_training_client()
+        client.forward_backward(datums(1), "cross_entropy")
+        assert "grad_norm" in (client.optim_step(ADAM).result().metrics or {})
+        assert "logprobs" in (await client.forward(datums(1))).loss_fn_outputs[0]
+        sampler = service.create_deployment_sampler()
+        assert len(sampler.sample_with_tokens(QUESTION, max_tokens=2).result()) == 1
+        assert len(await sampler.sample_with_tokens(QUESTION, max_tokens=2)) == 1
+    finally:
+        service.close()
+
+
 async def test_conversations_come_back_in_order(platform: RunningPlatform) -> None:
     async with service_on(platform, create_deployment=True) as service:
         sampler = await service.create_deployment_sampler(
