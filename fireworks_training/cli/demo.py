@@ -35,6 +35,7 @@ from fireworks_training.cli.demo_report import Report, draw_curve, result_table
 SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
 MODEL = "accounts/local/models/tiny-qwen3"
 INTERRUPTED = 130
+METRICS, SUMMARY, CURVE = WRITTEN = ("metrics.jsonl", "summary.json", "curve.png")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +54,9 @@ INTERRUPTED = 130
     help="Folder for metrics.jsonl, summary.json and curve.png.",
 )
 @click.option(
+    "--prompts-per-step",
     "--prompts",
+    "prompts",
     type=click.IntRange(1),
     default=Plan.prompts,
     show_default=True,
@@ -66,7 +69,12 @@ INTERRUPTED = 130
     show_default=True,
     help="Completions of each problem.",
 )
-@click.option("--learning-rate", type=float, default=Plan.learning_rate, show_default=True)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=Plan.learning_rate,
+    show_default=True,
+)
 @click.option(
     "--held-out",
     type=click.IntRange(1),
@@ -99,12 +107,27 @@ def demo(
     try:
         problems = load_problems(data or SHIPPED_PROBLEMS)
         out.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:  # an earlier run's summary beside this run's metrics would mislead
+            (out / name).unlink(missing_ok=True)
         asyncio.run(run(console, problems, plan, out, base_url))
-    except FireworksTrainingError as error:
+    except (FireworksTrainingError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        console.print(f"interrupted; what was measured so far is in {out / 'metrics.jsonl'}")
+        say(console, interrupted(out / METRICS))
         sys.exit(INTERRUPTED)
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: neither wrapped nor coloured."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def interrupted(metrics: Path) -> str:
+    """What to say after Ctrl-C: how far it came, and what is kept."""
+    steps = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    if not steps:
+        return "interrupted before the first step was done"
+    return f"interrupted after step {steps}; what was measured so far is in {metrics}"
 
 
 async def run(
@@ -117,9 +140,10 @@ async def run(
 ) -> dict[str, object]:
     """The whole demo; returns what `summary.json` holds."""
     training, held_out = split(problems, plan)
-    console.print(
+    say(
+        console,
         f"{len(training)} problems to train on, {len(held_out)} held out; "
-        f"starting the platform at base_url={base_url!r} ..."
+        f"starting the platform at base_url={base_url!r} ...",
     )
     began = time.monotonic()
     async with AsyncFiretitanServiceClient.from_firetitan_config(
@@ -133,9 +157,10 @@ async def run(
         sampler = await sync(service, client, "untrained")
         before = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
         greedy_before = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
-        console.print(
+        say(
+            console,
             f"ready after {time.monotonic() - began:.1f} s; held-out accuracy "
-            f"{before.accuracy:.3f} sampled, {greedy_before.accuracy:.3f} greedy"
+            f"{before.accuracy:.3f} sampled, {greedy_before.accuracy:.3f} greedy",
         )
         trained_from = time.monotonic()
         with Report(console, out, plan.steps) as report:

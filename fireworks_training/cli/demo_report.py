@@ -123,8 +123,21 @@ def _with_interval(score: Score) -> str:
     return f"{100 * score.accuracy:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def _looks(records: Sequence[StepRecord], total: int) -> list[tuple[int, Score]]:
+    """The looks at the held-out problems on the way, with the step that they came after."""
+    return [
+        (record.step + 1, Score(round(record.held_out_accuracy * total), total))
+        for record in records
+        if record.held_out_accuracy is not None
+    ]
+
+
 def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: Score) -> None:
-    """Reward and held-out accuracy over the steps."""
+    """Reward and held-out accuracy over the steps.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,11 +145,15 @@ def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([r.step + 1 for r in records], [r.reward for r in records], label="reward (train)")
-    looks = [(0, before.accuracy)]
-    looks += [(r.step + 1, r.held_out_accuracy) for r in records if r.held_out_accuracy is not None]
-    looks.append((len(records), after.accuracy))
-    axes.plot([x for x, _ in looks], [y for _, y in looks], "o-", label="held out, temperature 1")
-    axes.set(xlabel="step", ylabel="share solved", ylim=(0, 1))
+    looks = [(0, before), *_looks(records, before.total), (len(records), after)]
+    shares = [score.accuracy for _, score in looks]
+    bars = [
+        [share - wilson(score)[0] for share, (_, score) in zip(shares, looks, strict=True)],
+        [wilson(score)[1] - share for share, (_, score) in zip(shares, looks, strict=True)],
+    ]
+    label = "held out, temperature 1 (95 % interval)"
+    axes.errorbar([x for x, _ in looks], shares, bars, fmt="o-", capsize=3, label=label)
+    axes.set(xlabel="step", ylabel="share solved", ylim=(0, 1), title="GRPO on word problems")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)

@@ -56,11 +56,12 @@ def test_the_interval_holds_the_share(right: int, extra: int) -> None:
     assert 0 <= low <= score.accuracy <= high <= 1
 
 
-def test_a_split_is_the_same_for_a_seed_and_shares_nothing() -> None:
+def test_the_last_problems_are_held_out() -> None:
     problems = load_problems(SHIPPED_PROBLEMS)
-    training, held_out = split(problems, Plan(held_out=50))
-    assert (training, held_out) == split(problems, Plan(held_out=50))
-    assert len(held_out) == 50
+    training, held_out = split(problems, Plan())
+    assert [*training, *held_out] == problems
+    assert len(held_out) == 400
+    assert len(split(problems[:3], Plan())[0]) == 2
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
 
 
