@@ -98,12 +98,11 @@ def _adam(body: Body) -> AdamSettings:
     allow(body, ("type", "emit_grad_norm_metrics", *_ADAM_DEFAULTS), "adam_params")
     values = {key: number(body, key, default) for key, default in _ADAM_DEFAULTS.items()}
     for key, value in values.items():
-        if value < 0:
-            raise OperationFailed(f"{key} must not be negative")
-    if values["beta1"] >= 1 or values["beta2"] >= 1:
+        low, high = _ADAM_RANGES[key]
+        if not low <= value <= high:
+            raise OperationFailed(f"{key} is {value}; it must be from {low} to {high}")
+    if values["beta1"] == 1 or values["beta2"] == 1:
         raise OperationFailed("beta1 and beta2 must be below 1")
-    if values["eps"] == 0:
-        raise OperationFailed("eps must be above 0: with 0, a zero gradient makes the weight NaN")
     if body.get("emit_grad_norm_metrics") not in (None, "off", "basic", False):
         raise OperationFailed(
             "emit_grad_norm_metrics takes off or basic here: detailed is not yet supported;"
@@ -112,6 +111,16 @@ def _adam(body: Body) -> AdamSettings:
     return AdamSettings(**values)
 
 
+# Within these a step can't overflow on its way, which would leave it half done; and an eps that is
+# 0 in fp32 would turn a weight without gradient into NaN.
+_ADAM_RANGES = {
+    "learning_rate": (0.0, 1e6),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "eps": (1e-30, 1e6),
+    "weight_decay": (0.0, 1e6),
+    "grad_clip_norm": (0.0, 1e30),
+}
 _ADAM_DEFAULTS = {f.name: cast(float, f.default) for f in fields(AdamSettings)}
 
 
