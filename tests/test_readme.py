@@ -1,0 +1,58 @@
+"""Every snippet of the README runs, and its claims about commands and names hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fireworks_training
+from fireworks_training import FiretitanServiceClient
+from tests.conftest import RunningPlatform
+from tests.end_to_end.support import datums
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def on(platform: RunningPlatform, snippet: str) -> str:
+    """The snippet, with the session's platform in the place of an embedded one."""
+    place = f"base_url={platform.base_url!r}, api_key={platform.api_key!r}"
+    assert 'base_url="local"' in snippet
+    return snippet.replace('base_url="local"', place)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS[:2], ids=["script", "coroutine"])
+def test_a_whole_program_runs(
+    platform: RunningPlatform, snippet: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(on(platform, snippet), "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.count("SampledCompletion(") == 2
+
+
+def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
+    assert len(SNIPPETS) == 3
+    with FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        create_deployment=False,
+        cleanup_trainer_on_close=True,
+    ) as service:
+        client = service.create_training_client()
+        exec(SNIPPETS[2], {"torch": torch, "client": client, "data": datums(2)})
+
+
+def test_the_names_in_backticks_exist() -> None:
+    errors = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?(?:, `(\w+)`)?(?:, `(\w+)`)?", README, re.M)
+    names = {name for row in errors for name in row if re.fullmatch(r"[A-Z]\w+", name)}
+    assert len(names) > 15
+    assert names <= set(fireworks_training.__all__)
+
+
+def test_the_files_it_links_to_exist() -> None:
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (root / target).exists(), target
