@@ -149,3 +149,29 @@ async def test_the_check_sees_a_step_that_was_applied(
         await client.save_state("after")
         job = service.trainer_job_id or ""
         assert relative(part(saved_state(platform, job, "after"), "master"), alone) > 1e-6
+
+
+async def test_close_raises_the_failure_that_nobody_asked_about_and_cleans_up_all_the_same(
+    platform: RunningPlatform,
+) -> None:
+    service = service_on(platform)
+    client = await service.create_training_client()
+    job = service.trainer_job_id or ""
+    refused_by_the_server(client)
+    saved = client.save_state("accepted")
+    with pytest.raises(RequestFailed, match="vocabulary"):
+        await service.close()
+    assert (await saved).path == "accepted"  # accepted operations are finished first
+    await service.close()
+    async with service_on(platform) as other:
+        plane = await other._on_owner(other._connection.open, "test")
+        gone = await plane.get_job(job)
+        assert gone is None or gone.state == "JOB_STATE_DELETED"
+
+
+async def test_close_does_not_cover_an_error_that_is_on_its_way(platform: RunningPlatform) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with service_on(platform) as service:
+            client = await service.create_training_client()
+            refused_by_the_server(client)
+            raise ZeroDivisionError
