@@ -33,12 +33,17 @@ EXIT_GRACE_S = 2.0
 
 def make_runtime_dir() -> Path:
     """A new short folder, readable by this user only."""
+    folder = Path(tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=_base()))
+    (folder / ALIVE_FILE).touch(mode=0o600)
+    return folder
+
+
+def _base() -> Path:
+    """Where runtime folders lie: the system's temporary folder, if that is short enough."""
     base = tempfile.gettempdir()
     if len(os.fsencode(base)) > MAX_RUNTIME_PATH - 20:
         base = "/tmp"  # noqa: S108 - mkdtemp makes a folder that nobody else can enter
-    folder = Path(tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=base))
-    (folder / ALIVE_FILE).touch(mode=0o600)
-    return folder
+    return Path(base)
 
 
 def hold_alive(runtime_dir: Path) -> int:
@@ -75,12 +80,12 @@ def remove_when_last(runtime_dir: Path, alive_fd: int | None, timeout_s: float) 
 def remove_stale_runtime_dirs() -> list[Path]:
     """Remove the folders that a crash of a whole platform left behind; returns them."""
     removed: list[Path] = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{RUNTIME_PREFIX}*"):
+    for folder in _base().glob(f"{RUNTIME_PREFIX}*"):
         try:
             status = folder.lstat()
-            mine = status.st_uid == os.getuid() and not folder.is_symlink()
+            mine = status.st_uid == os.getuid() and (folder / ALIVE_FILE).is_file()
             old = time.time() - status.st_mtime > STALE_AFTER_S
-            if mine and old and remove_when_last(folder, None, 0.0):
+            if mine and old and not folder.is_symlink() and remove_when_last(folder, None, 0.0):
                 removed.append(folder)
         except OSError:
             continue  # another platform is removing it at the same moment
