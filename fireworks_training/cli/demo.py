@@ -30,7 +30,7 @@ from fireworks_training.cli.demo_loop import (
     sync,
     train,
 )
-from fireworks_training.cli.demo_report import Report, draw_curve, result_table
+from fireworks_training.cli.demo_report import Report, draw_curve, result_table, wilson
 
 SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
 MODEL = "accounts/local/models/tiny-qwen3"
@@ -169,7 +169,8 @@ async def run(
         after = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
         greedy_after = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
     scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
-    return conclude(console, plan, report.records, scores, seconds, out)
+    timing = {"seconds": seconds, "total_seconds": time.monotonic() - began}
+    return conclude(console, plan, report.records, scores, timing, out)
 
 
 def conclude(
@@ -177,33 +178,40 @@ def conclude(
     plan: Plan,
     records: Sequence[StepRecord],
     scores: dict[str, tuple[Score, Score]],
-    seconds: float,
+    timing: dict[str, float],
     out: Path,
 ) -> dict[str, object]:
-    """Show the table and write the files; returns what `summary.json` holds."""
+    """Show the table and write the files; returns what `summary.json` holds.
+
+    Args:
+        timing: `seconds` of the loop, and `total_seconds` with start, scoring and end.
+    """
     (before, after), (greedy_before, greedy_after) = scores["temperature 1"], scores["greedy"]
     summary: dict[str, object] = {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "greedy_before": greedy_before.accuracy,
         "greedy_after": greedy_after.accuracy,
-        "seconds": seconds,
+        "interval_before": list(wilson(before)),
+        "interval_after": list(wilson(after)),
+        **timing,
         "drift_mean_abs": max(record.drift_mean_abs for record in records),
         "drift_max_abs": max(record.drift_max_abs for record in records),
         **dataclasses.asdict(plan),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     console.print(result_table(scores))
-    written = ["metrics.jsonl", "summary.json"]
+    written = [METRICS, SUMMARY]
     try:
-        draw_curve(out / "curve.png", records, before, after)
-        written.append("curve.png")
+        draw_curve(out / CURVE, records, before, after)
+        written.append(CURVE)
     except ImportError:
-        console.print("(no curve.png: matplotlib is not installed)")
-    console.print(
-        f"{plan.steps} steps in {seconds:.0f} s. Engine and trainer differ by at most "
+        say(console, f"(no {CURVE}: matplotlib is not installed)")
+    say(
+        console,
+        f"{plan.steps} steps in {timing['seconds']:.0f} s. Engine and trainer differ by at most "
         f"{summary['drift_mean_abs']:.1e} on average over a step's tokens, "
         f"{summary['drift_max_abs']:.1e} on any one.\n"
-        f"Written to {out}: {', '.join(written)}"
+        f"Written to {out}: {', '.join(written)}",
     )
     return summary

@@ -147,9 +147,10 @@ def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: 
     axes.plot([r.step + 1 for r in records], [r.reward for r in records], label="reward (train)")
     looks = [(0, before), *_looks(records, before.total), (len(records), after)]
     shares = [score.accuracy for _, score in looks]
+    # At a share of 0 or 1 rounding can put the bound on the wrong side by one part in 10^16.
     bars = [
-        [share - wilson(score)[0] for share, (_, score) in zip(shares, looks, strict=True)],
-        [wilson(score)[1] - share for share, (_, score) in zip(shares, looks, strict=True)],
+        [max(0.0, score.accuracy - wilson(score)[0]) for _, score in looks],
+        [max(0.0, wilson(score)[1] - score.accuracy) for _, score in looks],
     ]
     label = "held out, temperature 1 (95 % interval)"
     axes.errorbar([x for x, _ in looks], shares, bars, fmt="o-", capsize=3, label=label)

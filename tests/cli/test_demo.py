@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,23 +20,35 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fireworks_training import InvalidArgument, SampledCompletion
-from fireworks_training.cli.demo import SHIPPED_PROBLEMS, demo, run
+from fireworks_training.cli.demo import SHIPPED_PROBLEMS, WRITTEN, demo, run
 from fireworks_training.cli.demo_loop import (
     Plan,
     Problem,
     Score,
+    StepRecord,
     advantages,
     load_problems,
     reward,
     split,
 )
-from fireworks_training.cli.demo_report import wilson
+from fireworks_training.cli.demo_report import draw_curve, wilson
 from tests.conftest import RunningPlatform
-from tests.test_exit import SOON, runtime_folders
+from tests.test_exit import SOON
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a path that leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def completion(text: str) -> SampledCompletion:
     return SampledCompletion(text, [1, 2], 1, "stop", 1)
+
+
+def record(share: float) -> StepRecord:
+    return StepRecord(0, share, share, 8, 1e3, 1e-7, 1e-6, 0.5, "step-00000", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +79,65 @@ def test_the_last_problems_are_held_out() -> None:
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"prompt": "x"}'])
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json",
+        b"[1]",
+        b'{"prompt": "x"}',
+        b'{"prompt": null, "answer": 1}',
+        b'{"prompt": "x", "answer": null}',
+        b'{"prompt": "x", "answer": true}',
+        b'{"prompt": "x", "answer": " "}',
+        b'{"prompt": " ", "answer": 1}',
+        b'{"prompt": "\xe9", "answer": 1}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text('{"prompt": "a", "answer": 1}\n' + line + "\n")
+    data.write_bytes(b'{"prompt": "a", "answer": 1}\n' + line + b"\n")
     with pytest.raises(InvalidArgument, match="line 2"):
         load_problems(data)
     result = CliRunner().invoke(demo, ["--data", str(data), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "line 2" in result.output
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": "a\u2028b\x85c", "answer": "1 "}, {"prompt": "d", "answer": -2}]
+    data.write_text("\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert load_problems(data) == [Problem("a\u2028b\x85c", "1"), Problem("d", "-2")]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_not_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(demo, ["--out", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 1
+    assert "Not a directory" in result.output
+
+
+def test_an_earlier_runs_files_do_not_outlive_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in WRITTEN:
+        (tmp_path / name).write_text("old\n")
+    monkeypatch.setattr("fireworks_training.cli.demo.run", stop)
+    result = CliRunner().invoke(demo, ["--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "before the first step" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_curve_takes_every_share(tmp_path: Path, share: float) -> None:
+    for total in (1, 7, 49, 200, 400):
+        score = Score(round(share * total), total)
+        draw_curve(tmp_path / "curve.png", [record(share)], score, score)
 
 
 async def test_a_short_run_writes_its_files(platform: RunningPlatform, tmp_path: Path) -> None:
@@ -100,14 +164,15 @@ async def test_a_short_run_writes_its_files(platform: RunningPlatform, tmp_path:
     assert "Held-out problems solved" in output.getvalue()
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    before = runtime_folders()
+@pytest.mark.parametrize("impatient", [False, True])
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, temporary: Path, impatient: bool) -> None:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "fireworks_training.cli", "demo", "--out", str(tmp_path)),
             *("--prompts", "2", "--samples", "2", "--held-out", "4"),
         ],
-        env={k: v for k, v in os.environ.items() if not k.startswith("FIREWORKS_")},
+        env={k: v for k, v in os.environ.items() if not k.startswith("FIREWORKS_")}
+        | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -118,12 +183,18 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
                 break
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
+        assert list(temporary.glob("fwt*"))
         process.send_signal(signal.SIGINT)
-        assert "interrupted" in process.stdout.read()
+        if impatient:
+            while all(child.is_running() for child in children):
+                psutil.wait_procs(children, timeout=0.02)
+            # The clean-up has begun: a worker has ended.
+            process.send_signal(signal.SIGINT)
+        assert "interrupted after step" in process.stdout.read()
         assert process.wait(SOON) == 130
     finally:
         process.kill()
         process.communicate()
     assert not psutil.wait_procs(children, timeout=15)[1]
-    assert runtime_folders() <= before
+    assert not list(temporary.glob("fwt*"))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 2
