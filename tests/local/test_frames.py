@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireworks_training.local.frames import (
@@ -107,6 +107,7 @@ def assert_same(left: Frame, right: Frame) -> None:
             assert a == b
 
 
+@settings(deadline=None)
 @given(
     st.lists(steps() | begun() | prompt_logprobs() | controls, max_size=4),
     st.lists(st.integers(1, 40), max_size=30),
@@ -177,6 +178,7 @@ def test_unknown_finish_value() -> None:
         FrameDecoder().feed(struct.pack("<I", len(payload)) + b"S" + payload)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_gives_frames_or_a_frame_error(data: bytes) -> None:
     try:

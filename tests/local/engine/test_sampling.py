@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fireworks_training.local.engine.requests import (
@@ -61,6 +61,7 @@ def policy(
     return out
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     size=st.integers(2, 12),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -62,6 +62,7 @@ def codecs_by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextCo
 
 
 @pytest.mark.parametrize("name", ["byte_level", "characters"])
+@settings(deadline=None)
 @given(data=st.data())
 def test_pieces_join_to_the_whole_text(
     codecs_by_name: dict[str, TextCodec], name: str, data: st.DataObject
@@ -80,6 +81,7 @@ def test_pieces_join_to_the_whole_text(
     assert text == codecs_by_name[name].decode(ids)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=20))
 def test_characters_of_many_tokens_come_whole(
     codecs_by_name: dict[str, TextCodec], text: str
@@ -121,6 +123,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         TextCodec(tmp_path)
 
 
+@settings(deadline=None)
 @given(
     st.text("ab\n", max_size=30),
     st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
