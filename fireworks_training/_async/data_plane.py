@@ -48,6 +48,9 @@ BILLING_PAUSE = 5.0
 """Seconds between polls while the server says 402 (billing pause)."""
 
 
+RESULT_GONE = "ResultExpired"
+"""`error_class` of an operation whose result is lost: whether it was applied is not known."""
+
 ENDLESS = 10**9
 """Attempts, where only time bounds them."""
 
@@ -229,7 +232,7 @@ def read_outcome(response: Response, request_id: str, what: str) -> Mapping[str,
         raise _lost(error) or RequestFailed(
             f"{what}: the trainer no longer has the result: {error.message}",
             category="server",
-            error_class=error.error_class,
+            error_class=RESULT_GONE,
             request_id=request_id,
         )
     if not response.ok:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import orjson
 
-from fireworks_training._async.data_plane import DataPlane, was_refused
+from fireworks_training._async.data_plane import RESULT_GONE, DataPlane, was_refused
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._core.operations import Hold, Line, Role, Ticket, Void
 from fireworks_training._wire.training import filler_body
@@ -101,6 +101,8 @@ class Turn:
 
 def _nothing_added(failure: BaseException) -> bool:
     """Whether a failed request certainly left no gradients behind."""
+    if isinstance(failure, RequestFailed) and failure.error_class == RESULT_GONE:
+        return False
     return isinstance(failure, OperationError) and not isinstance(failure, SessionEnded)
 
 

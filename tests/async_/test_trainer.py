@@ -232,6 +232,22 @@ async def test_without_the_protocol_a_partly_added_step_is_in_doubt(connect: Any
     assert stub.steps == [2]  # said so, and accepted
 
 
+async def test_a_result_that_is_lost_leaves_the_step_in_doubt(connect: Any) -> None:
+    async def expired(request_id: str) -> web.Response | None:
+        gone = {"error": "expired", "error_class": "ResultExpired"}
+        return web.json_response(gone, status=410) if request_id == "r1" else None
+
+    stub = StubTrainer(step_protocol=False, before_poll=expired)
+    async with connect(stub) as client:
+        with pytest.raises(RequestFailed, match="no longer has the result"):
+            await client.forward_backward([datum()], "cross_entropy")
+        with pytest.raises(PrecedingOperationFailed):
+            await client.optim_step(ADAM)
+        with pytest.raises(GradientsInDoubt):
+            await client.optim_step(ADAM)
+    assert stub.steps == []
+
+
 async def test_the_death_of_the_trainer_fails_everything_open(connect: Any) -> None:
     async def hold(request_id: str) -> None:
         if request_id == "r2":
