@@ -79,6 +79,11 @@ class Child:
         assert self.process is not None
         return await self.process.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM: ends a process that is still starting, and does not watch the pipe yet."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+
     def kill_group(self) -> None:
         """SIGKILL for the process and what it forked, while its number is certainly its own."""
         if self.process is not None and self.process.returncode is None:
@@ -107,6 +112,8 @@ class Supervisor:
             raise
         for name, value in WORKER_ENVIRONMENT.items():
             os.putenv(name, value)
+        # torch makes this folder when it is imported; it goes with everything else.
+        os.putenv("TORCHINDUCTOR_CACHE_DIR", str(self.runtime_dir / "torch"))
         self._lifetime_read, self._lifetime_write = os.pipe()
         self._gateway = Child(
             "gateway",
@@ -253,6 +260,8 @@ class Supervisor:
         os.close(self._alive_fd)
         os.close(self._lifetime_write)
         children = [c for c in (self._gateway, self._template) if c.process is not None]
+        for child in children:
+            child.terminate()
         waits = [asyncio.create_task(child.wait()) for child in children]
         if waits:
             await asyncio.wait(waits, timeout=STOP_GRACE_S)

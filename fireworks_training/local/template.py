@@ -222,6 +222,8 @@ def preload(settings: TemplateSettings) -> None:
 
 def serve(template: Template) -> None:
     """Answer requests until the lifetime pipe ends."""
+    # SIGTERM ended it at once while it imported; now that it may have children, the pipe decides.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     wake_read, wake_write = os.pipe()
     for fd in (wake_read, wake_write):
         os.set_blocking(fd, False)
@@ -273,10 +275,7 @@ def _read_request(connection: socket.socket) -> bytes:
 
 
 def main() -> NoReturn:
-    """Read the settings on stdin, import, serve, and leave nothing behind.
-
-    SIGTERM keeps its default: a template that is told to go alone leaves its workers running.
-    """
+    """Read the settings on stdin, import, serve, and leave nothing behind."""
     settings = parse(TemplateSettings, read_line(0))
     runtime_dir = Path(settings.runtime_dir)
     alive_fd = lifetime.hold_alive(runtime_dir)

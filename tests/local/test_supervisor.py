@@ -249,6 +249,19 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(_temporary(tmp_path).iterdir()) == []
 
 
+def test_sigterm_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, preload=["tests.local.endless_module"])
+    with _process(tmp_path, settings) as process:
+        eventually(lambda: len(descendants(process.pid)) == 2, "gateway and template start")
+        children = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+        assert not [pid for pid in children if running(pid)]
+    assert list(_temporary(tmp_path).iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
