@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _SLACK = 64
-"""Columns beyond the longest row: how many steps pass before the rows are moved to the front."""
+"""Columns beyond those reserved: so many steps at least pass before the rows are moved again."""
 
 
 class SlotCache:
@@ -124,7 +124,7 @@ class SlotCache:
     def _reserve(
         self, rows: int, room: int, like_keys: torch.Tensor, like_values: torch.Tensor
     ) -> None:
-        """Sees to `rows` rows and to columns for the longest of them, `_end` being its end."""
+        """Sees to `rows` rows, and to columns for the longest to double in, up to `room`."""
         longest = int(self.lengths[:rows].max())
         old_keys, old_values = self._keys_LBHCD, self._values_LBHCD
         if old_keys is None or old_values is None:
@@ -136,7 +136,7 @@ class SlotCache:
             return
         if rows > allocated_rows:
             allocated_rows = min(self._max_rows, max(rows, 2 * allocated_rows))
-        columns = max(longest + 1, room) + _SLACK
+        columns = max(longest + 1, min(room, 2 * longest)) + _SLACK
         keys = _allocate(like_keys, allocated_rows, columns)
         values = _allocate(like_values, allocated_rows, columns)
         kept = int(self.lengths[: self.rows].max(initial=0))

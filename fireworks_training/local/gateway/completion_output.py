@@ -15,6 +15,7 @@ import orjson
 from fireworks_training.local.frames import Finish
 from fireworks_training.local.gateway.detokenize import StopMatcher, TextCodec
 from fireworks_training.local.gateway.engine_stream import Delta, TopLogprobs
+from fireworks_training.local.gateway.problems import Problem
 
 Row = dict[str, object]
 
@@ -119,9 +120,9 @@ class CompletionOutput:
                 rest = certain if found else certain + self._matcher.finish()
             self._pending.text += rest
 
-    def chunk(self) -> bytes:
-        """The event for what is new; b"" if there is nothing."""
-        if not self._pending.text and not self._pending.rows:
+    def chunk(self, *, even_if_empty: bool = False) -> bytes:
+        """The event for what is new; b"" if there is nothing to show yet."""
+        if not self._pending.text and not self._pending.rows and not even_if_empty:
             return b""
         return _event({**self._head, "choices": [self._choice()]})
 
@@ -198,9 +199,13 @@ class CompletionOutput:
         }
 
 
-def error_event(status: int, code: str, message: str) -> bytes:
+def error_event(problem: Problem) -> bytes:
     """An event that ends a stream which has begun, where a status can't be sent any more."""
-    error = {"status_code": status, "code": code, "message": message}
+    error = {
+        "status_code": problem.status,
+        "code": problem.code,
+        "message": problem.message,
+    }
     return b"event: error\n" + _event({"error": error})
 
 

@@ -32,7 +32,6 @@ from fireworks_training.local.gateway.completion_request import (
 from fireworks_training.local.gateway.detokenize import TextCodec
 from fireworks_training.local.gateway.engine_client import FLUSH_TOKENS, EngineClient
 from fireworks_training.local.gateway.engine_stream import (
-    Delta,
     EngineFull,
     EngineGone,
     EngineRefused,
@@ -54,11 +53,6 @@ _LONG_TEXT = 4096
 _WHOLE = 1 << 30
 """Flush threshold of a reader that only wants the end."""
 
-NOT_FINITE_STATUS = 422
-NOT_FINITE = (
-    "the weights give logits that are not finite: training has diverged. Load an earlier snapshot"
-)
-
 CODECS: web.AppKey[dict[Path, TextCodec]] = web.AppKey("codecs")
 KEEPALIVE_AFTER: web.AppKey[float] = web.AppKey("keepalive_after", float)
 """Seconds of silence after which a stream gets a comment."""
@@ -70,6 +64,17 @@ def add_routes(app: web.Application) -> None:
     app[KEEPALIVE_AFTER] = KEEPALIVE_SECONDS
     add_waking(app)
     app.router.add_post("/inference/v1/completions", completions)
+
+
+class NotFinite(Problem):
+    """The logits hold NaN or infinity. A retry can't help, so the status is none of those."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            422,
+            "the weights give logits that are not finite: training has diverged. Load an earlier "
+            "snapshot",
+        )
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -120,6 +125,7 @@ class _Answer:
         self._prompt_tokens = len(prompt)
         self._received, self._encoded = received, encoded
         self._echoed = False
+        self._written = asyncio.get_running_loop().time()
         self._output = CompletionOutput(
             head={
                 "id": f"cmpl-{request.get('request_id', uuid.uuid4().hex)}",
@@ -142,9 +148,7 @@ class _Answer:
     async def whole(self) -> web.Response:
         """One JSON answer."""
         while self._output.finish_reason is None:
-            delta = await self._next()
-            if delta.finish is Finish.NOT_FINITE:
-                raise Problem(NOT_FINITE_STATUS, NOT_FINITE)
+            await self._next()
         answer = self._output.whole(self._metrics(), self._stream.cached_tokens)
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
@@ -157,33 +161,33 @@ class _Answer:
                 "X-Accel-Buffering": "no",
             }
         )
-        patience = self._request.app[KEEPALIVE_AFTER]
-        while self._output.finish_reason is None:
-            try:
-                async with asyncio.timeout(patience):
-                    delta = await self._next()
-            except TimeoutError:
-                await self._write(response, KEEPALIVE)
-                continue
-            except Problem:
-                if not response.prepared:
-                    raise
-                # The engine died under a stream that had begun: it ends here, unfinished.
-                await response.write_eof()
-                return response
-            if delta.finish is Finish.NOT_FINITE:
-                if not response.prepared:
-                    raise Problem(NOT_FINITE_STATUS, NOT_FINITE)
-                await self._write(
-                    response, error_event(NOT_FINITE_STATUS, "FAILED_PRECONDITION", NOT_FINITE)
-                )
-                return response
-            if self._output.finish_reason is None:
-                await self._write(response, self._output.chunk())
-        last = self._output.last_chunks(self._metrics(), self._stream.cached_tokens)
-        await self._write(response, last)
+        try:
+            while self._output.finish_reason is None:
+                await self._advance(response)
+        except Problem as problem:
+            if not response.prepared:
+                raise
+            if isinstance(problem, NotFinite):
+                await self._write(response, error_event(problem))
+            # Without a finish reason this is a truncation, which clients retry.
+        else:
+            last = self._output.last_chunks(self._metrics(), self._stream.cached_tokens)
+            await self._write(response, last)
         await response.write_eof()
         return response
+
+    async def _advance(self, response: web.StreamResponse) -> None:
+        """Writes what the next tokens show, or a comment when nothing was written for long."""
+        patience = self._request.app[KEEPALIVE_AFTER]
+        try:
+            async with asyncio.timeout_at(self._written + patience):
+                await self._next()
+        except TimeoutError:
+            await self._write(response, KEEPALIVE)
+            return
+        if self._output.finish_reason is None:
+            # The first token is worth an event even if it is half a character: clients time it.
+            await self._write(response, self._output.chunk(even_if_empty=not response.prepared))
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         if not data:
@@ -191,11 +195,13 @@ class _Answer:
         if not response.prepared:
             await response.prepare(self._request)
         await response.write(data)
+        self._written = asyncio.get_running_loop().time()
 
-    async def _next(self) -> Delta:
-        """The next tokens, already in the output.
+    async def _next(self) -> None:
+        """Waits for the next tokens and takes them into the output.
 
         Raises:
+            NotFinite: the weights have diverged.
             Problem: the engine is gone, full, or refused the request.
         """
         try:
@@ -209,9 +215,9 @@ class _Answer:
         if not self._echoed:
             self._echoed = True
             self._output.echo(self._stream.prompt_logprobs, self._stream.prompt_top)
-        if delta.finish is not Finish.NOT_FINITE:
-            self._output.push(delta)
-        return delta
+        if delta.finish is Finish.NOT_FINITE:
+            raise NotFinite
+        self._output.push(delta)
 
     def _metrics(self) -> dict[str, object] | None:
         """`perf_metrics` at the end; durations in seconds."""

@@ -1,0 +1,242 @@
+"""The serving routes over a real engine in a thread, or over an engine that plays a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from aiohttp.typedefs import Handler
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from fireworks_training.local.frames import Control, FrameDecoder, encode_control
+from fireworks_training.local.gateway import hot_load, inference
+from fireworks_training.local.gateway.engine_client import EngineClient
+from fireworks_training.local.gateway.inference import KEEPALIVE_AFTER
+from fireworks_training.local.gateway.problems import Problem, render
+from fireworks_training.local.gateway.registry import (
+    REGISTRY,
+    LiveDeployment,
+    ModelEntry,
+    Registry,
+)
+from fireworks_training.local.snapshots import SnapshotStore
+from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, tiny_qwen3
+
+DEPLOYMENT = "accounts/local/deployments/d"
+HEADERS = {"fireworks-deployment": DEPLOYMENT}
+
+
+def make_model_folder(path: Path) -> Path:
+    """The tiny model with a tokenizer of bytes; 0 is padding, 1 ends."""
+    tiny_qwen3().save_pretrained(path)
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken("<pad>", special=True), AddedToken("<end>", special=True)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {"<pad>": 0, "<end>": 1}
+    for char in sorted(plain.alphabet()):
+        vocabulary[char] = len(vocabulary)
+    return vocabulary
+
+
+@dataclass
+class Served:
+    """A running gateway with one deployment."""
+
+    session: aiohttp.ClientSession
+    registry: Registry
+    live: LiveDeployment
+    client: EngineClient
+    store: SnapshotStore
+    woken: list[str] = field(default_factory=list)
+
+    async def post(self, **body: object) -> aiohttp.ClientResponse:
+        body = {"model": DEPLOYMENT, **body}
+        return await self.session.post("/inference/v1/completions", json=body)
+
+    async def complete(self, **body: object) -> dict[str, Any]:
+        """One answer, everything asked for."""
+        response = await self.post(
+            **{"raw_output": True, "logprobs": True, "perf_metrics_in_response": True, **body}
+        )
+        answer: dict[str, Any] = await response.json()
+        assert response.status == 200, answer
+        return answer
+
+    async def events(self, **body: object) -> list[bytes]:
+        """The events of a stream, comments too."""
+        response = await self.post(
+            **{
+                "raw_output": True,
+                "logprobs": True,
+                "perf_metrics_in_response": True,
+                "stream": True,
+                **body,
+            }
+        )
+        data = await response.read()
+        assert response.status == 200, data
+        assert response.content_type == "text/event-stream"
+        assert data.endswith(b"\n\n")
+        return data.split(b"\n\n")[:-1]
+
+    async def refused(self, **body: object) -> tuple[int, str, str | None]:
+        """Status, message and Retry-After of a request that is refused."""
+        response = await self.post(**body)
+        error = (await response.json())["error"]
+        return response.status, error["message"], response.headers.get("Retry-After")
+
+    async def idle(self) -> None:
+        """Waits until the engine reports no stream."""
+        async with asyncio.timeout(10):
+            while self.client.active or self.client.waiting or self.client.open_streams:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+
+
+def chunks_of(events: list[bytes]) -> list[dict[str, Any]]:
+    """The JSON events of a complete stream."""
+    assert events[-1] == b"data: [DONE]"
+    return [orjson.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
+
+
+def joined(chunks: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Text and rows of all chunks."""
+    choices = [chunk["choices"][0] for chunk in chunks]
+    rows = [row for choice in choices for row in (choice["logprobs"] or {"content": []})["content"]]
+    return "".join(choice["text"] for choice in choices), rows
+
+
+@web.middleware
+async def render_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """As the gateway's own middleware does."""
+    try:
+        return await handler(request)
+    except Problem as problem:
+        return render(problem)
+
+
+@asynccontextmanager
+async def gateway(
+    client: EngineClient, model_path: Path, store: SnapshotStore, keepalive: float = 15.0
+) -> AsyncIterator[Served]:
+    """The routes over a connected engine client."""
+    model = ModelEntry(BASE_MODEL, model_path, 256)
+    live = LiveDeployment(DEPLOYMENT, BASE_MODEL, model, [client], state="READY")
+    registry = Registry(models={BASE_MODEL: model}, deployments={DEPLOYMENT: live})
+    app = web.Application(middlewares=[render_problems])
+    app[REGISTRY] = registry
+    inference.add_routes(app)
+    hot_load.add_routes(app)
+    app[KEEPALIVE_AFTER] = keepalive
+    server = TestServer(app)
+    await server.start_server()
+    async with aiohttp.ClientSession(server.make_url("/")) as session:
+        served = Served(session, registry, live, client, store)
+
+        async def wake(resource: str) -> None:
+            served.woken.append(resource)
+
+        registry.waker = wake
+        yield served
+    await server.close()
+
+
+@asynccontextmanager
+async def serving(model_path: Path, tmp_path: Path, **limits: int) -> AsyncIterator[Served]:
+    """The routes over a real engine."""
+    store = SnapshotStore(tmp_path / "snapshots")
+    socket = tmp_path / "e.sock"
+    with engine_thread(make_engine(model_path, store, **limits), socket):
+        client = EngineClient(socket, f"{DEPLOYMENT}/replicas/0")
+        await client.connect()
+        try:
+            async with gateway(client, model_path, store) as served:
+                yield served
+        finally:
+            await client.close(stop=True)
+
+
+HELLO = {
+    "op": "hello",
+    "vocab_size": 300,
+    "max_context": 256,
+    "max_slots": 2,
+    "max_waiting": 1,
+    "identity": None,
+    "kind": None,
+    "tensors_sha256": None,
+    "version": 0,
+    "stage": "ready",
+    "target": None,
+    "error": None,
+}
+
+
+class ScriptedEngine:
+    """The other end of an engine's socket: says hello, keeps controls, sends what it is told."""
+
+    def __init__(self) -> None:
+        self.controls: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._writer: asyncio.StreamWriter | None = None
+        self.connected = asyncio.Event()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        writer.write(encode_control(HELLO))
+        self.connected.set()
+        decoder = FrameDecoder()
+        while data := await reader.read(1 << 16):
+            for frame in decoder.feed(data):
+                assert isinstance(frame, Control)
+                self.controls.put_nowait(frame.message)
+        writer.close()
+
+    def send(self, *frames: bytes) -> None:
+        assert self._writer is not None
+        self._writer.write(b"".join(frames))
+
+    def die(self) -> None:
+        assert self._writer is not None
+        self._writer.transport.abort()
+
+    async def control(self, op: str) -> dict[str, Any]:
+        """The next control of a kind."""
+        async with asyncio.timeout(10):
+            while (message := await self.controls.get())["op"] != op:
+                pass
+        return message
+
+
+@asynccontextmanager
+async def scripted(
+    model_path: Path, tmp_path: Path, keepalive: float = 15.0
+) -> AsyncIterator[tuple[Served, ScriptedEngine]]:
+    """The routes over an engine that the test plays."""
+    engine = ScriptedEngine()
+    server = await asyncio.start_unix_server(engine.handle, tmp_path / "e.sock")
+    client = EngineClient(tmp_path / "e.sock", "scripted")
+    await client.connect()
+    store = SnapshotStore(tmp_path / "snapshots")
+    try:
+        async with gateway(client, model_path, store, keepalive) as served:
+            yield served, engine
+    finally:
+        await client.close()
+        server.close()
+        await server.wait_closed()
