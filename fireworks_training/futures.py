@@ -19,7 +19,12 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
-from fireworks_training.errors import FireworksTrainingError, WrongLoop
+from fireworks_training.errors import (
+    ClientClosed,
+    FireworksTrainingError,
+    OperationCancelled,
+    WrongLoop,
+)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -162,7 +167,10 @@ class APIFuture(Generic[T_co]):
         if outcome is None or not outcome.done() or sys.is_finalizing():
             return
         error = outcome.exception()
-        if error is not None and not was_retrieved(error):
+        given_up = isinstance(
+            error, (ClientClosed, OperationCancelled)
+        )  # by the caller's own doing
+        if error is not None and not given_up and not was_retrieved(error):
             logger.error("%s failed, and nobody asked for its result: %s", outcome.label, error)
 
 

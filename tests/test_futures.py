@@ -9,7 +9,14 @@ import threading
 
 import pytest
 
-from fireworks_training import APIFuture, InvalidArgument, PrecedingOperationFailed, SampleCall
+from fireworks_training import (
+    APIFuture,
+    ClientClosed,
+    InvalidArgument,
+    OperationCancelled,
+    PrecedingOperationFailed,
+    SampleCall,
+)
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
 from fireworks_training.futures import Outcome
@@ -232,3 +239,14 @@ async def test_a_hop_from_another_loop_and_its_cancellation() -> None:
         assert await asyncio.to_thread(ended.wait, 5)
     finally:
         await asyncio.to_thread(owner.release)
+
+
+def test_what_the_caller_gave_up_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (OperationCancelled("cancelled"), ClientClosed("closed")):
+        outcome: Outcome[int] = Outcome()
+        future = APIFuture(outcome)
+        outcome.fail(error)
+        with caplog.at_level(logging.ERROR):
+            del future
+            gc.collect()
+    assert caplog.text == ""

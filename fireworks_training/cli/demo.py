@@ -82,7 +82,9 @@ METRICS, SUMMARY, CURVE = WRITTEN = ("metrics.jsonl", "summary.json", "curve.png
     show_default=True,
     help="Problems kept for scoring.",
 )
-@click.option("--base-url", envvar="FIREWORKS_BASE_URL", default="local", show_default=True)
+@click.option(
+    "--base-url", default="local", show_default=True, help='"local", or a platform\'s URL.'
+)
 def demo(
     data: Path | None,
     steps: int,
