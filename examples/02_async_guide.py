@@ -20,9 +20,7 @@ import torch
 from fireworks_training import AdaptiveConcurrencyController, AsyncFiretitanServiceClient
 from fireworks_training.data import supervised_datum
 
-ADAM = tinker.AdamParams(
-    learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01
-)
+ADAM = tinker.AdamParams(learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 PROBLEMS = [
     (f"Ann has {a} pens and gets {b} more. How many pens does Ann have?", str(a + b))
     for a in range(2, 6)

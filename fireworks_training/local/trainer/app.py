@@ -23,7 +23,7 @@ from fireworks_training.local.trainer import json_codec
 from fireworks_training.local.trainer.json_fields import Malformed, parse
 from fireworks_training.local.trainer.line import Closed, Limits, Taken, TooFarAhead
 from fireworks_training.local.trainer.models import ModelFactory
-from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.trainer.operations import OperationFailed, Submission
 from fireworks_training.local.trainer.service import Full, Gone, NotFound, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
 
@@ -263,7 +263,7 @@ def _submitter(kind: str) -> Handler:
         raw = await request.read()
         service, factory = request.app[_SERVICE], request.app[_FACTORY]
 
-        def decode() -> json_codec.Submission:
+        def decode() -> Submission:
             return json_codec.submission(
                 kind, raw, lambda model_id: factory.limits(lora=service.slot(model_id).request.lora)
             )

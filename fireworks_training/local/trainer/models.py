@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fireworks_training.local.model import LoraNotPossible, LoraSettings, load_model, vocab_size
 from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
 from fireworks_training.local.trainer.execution import Stores, TrainedModel
-from fireworks_training.local.trainer.json_codec import ModelLimits
+from fireworks_training.local.trainer.json_datums import ModelLimits
 from fireworks_training.local.trainer.json_fields import Body, allow, flag, number
 from fireworks_training.local.trainer.operations import OperationFailed
 from fireworks_training.local.trainer.service import CreateModel
