@@ -56,8 +56,7 @@ class ServedWeights:
     Args:
         model_path: directory in the Hugging Face layout.
         store: where snapshots lie.
-        base_model: resource name that a snapshot must have been trained from; None where the
-            caller does not say, then names and shapes of its tensors are all that is compared.
+        base_model: resource name that a snapshot must have been trained from.
         dtype: precision that the base's values are rounded to, as the trainer's are.
     """
 
@@ -65,7 +64,7 @@ class ServedWeights:
         self,
         model_path: Path,
         store: SnapshotStore,
-        base_model: str | None = None,
+        base_model: str,
         dtype: SnapshotDtype = "bfloat16",
     ) -> None:
         self.model = load_model(model_path)
@@ -89,7 +88,7 @@ class ServedWeights:
             return
         try:
             manifest, tensors = self._store.load(identity)
-            if self._base_model is not None and manifest.base_model != self._base_model:
+            if manifest.base_model != self._base_model:
                 raise SnapshotMismatch(
                     f"snapshot {identity!r} was trained from {manifest.base_model}, this "
                     f"deployment serves {self._base_model}"

@@ -30,8 +30,9 @@ def main(settings: dict[str, object]) -> None:
     """Serve one deployment's replica until SIGTERM or a `stop` control.
 
     Args:
-        settings: "socket", "model_path", "snapshots_dir", "snapshot_dtype", "max_context_length",
-            "max_slots"; "base_model" (resource name that snapshots must come from) where known.
+        settings: "socket", "model_path", "base_model" (resource name that snapshots must come
+            from), "snapshots_dir", "max_context_length"; "snapshot_dtype" ("bfloat16") and
+            "max_slots" (256) may be missing.
 
     Raises:
         UnsupportedModelError: this engine would not serve the model faithfully.
@@ -42,7 +43,7 @@ def main(settings: dict[str, object]) -> None:
     weights = ServedWeights(
         Path(cast(str, settings["model_path"])),
         SnapshotStore(Path(cast(str, settings["snapshots_dir"]))),
-        base_model=cast("str | None", settings.get("base_model")),
+        base_model=cast(str, settings["base_model"]),
         dtype=cast(SnapshotDtype, settings.get("snapshot_dtype", "bfloat16")),
     )
     limits = EngineLimits(

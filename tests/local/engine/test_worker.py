@@ -23,7 +23,7 @@ from fireworks_training.local.frames import (
     encode_control,
 )
 from fireworks_training.local.snapshots import SnapshotStore
-from tests.local.engine.tiny_model import engine_thread, make_engine, write_base
+from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, write_base
 
 
 class Peer:
@@ -140,4 +140,4 @@ def test_nonsense_ends_the_connection_and_not_the_engine(path: Path, nonsense: b
 
 def test_the_cache_budget_counts_keys_and_values(model_path: Path, store: SnapshotStore) -> None:
     # 2 layers, 2 key/value heads of 8, keys and values, 4 bytes each
-    assert cache_bytes_per_token(ServedWeights(model_path, store)) == 2 * 2 * 8 * 2 * 4
+    assert cache_bytes_per_token(ServedWeights(model_path, store, BASE_MODEL)) == 2 * 2 * 8 * 2 * 4
