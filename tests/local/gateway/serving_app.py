@@ -146,15 +146,17 @@ async def gateway(
     app[KEEPALIVE_AFTER] = keepalive
     server = TestServer(app)
     await server.start_server()
-    async with aiohttp.ClientSession(server.make_url("/")) as session:
-        served = Served(session, registry, live, client, store)
+    try:
+        async with aiohttp.ClientSession(server.make_url("/")) as session:
+            served = Served(session, registry, live, client, store)
 
-        async def wake(resource: str) -> None:
-            served.woken.append(resource)
+            async def wake(resource: str) -> None:
+                served.woken.append(resource)
 
-        registry.waker = wake
-        yield served
-    await server.close()
+            registry.waker = wake
+            yield served
+    finally:
+        await server.close()
 
 
 @asynccontextmanager

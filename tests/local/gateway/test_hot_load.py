@@ -11,6 +11,7 @@ import torch
 
 from fireworks_training.local.frames import encode_control
 from fireworks_training.local.gateway.engine_client import EngineClient, LoadFailed
+from fireworks_training.local.gateway.engine_stream import Generation
 from fireworks_training.local.gateway.hot_load import PATH
 from tests.local.engine.tiny_model import engine_thread, make_engine, write_base, write_lora
 from tests.local.gateway.serving_app import (
@@ -189,6 +190,8 @@ async def test_a_newer_load_replaces_one_that_waits(model_path: Path, tmp_path: 
     async with serving(model_path, tmp_path) as served:
         write_base(served.store, "a", seed=1)
         write_base(served.store, "b", seed=2)
+        busy = served.client.generate(Generation([5], max_tokens=200, ignore_eos=True))
+        await busy.next()
         first, second = served.client.request_load("a"), served.client.request_load("b")
         assert (await first).outcome == "superseded"
         assert (await second).outcome == "loaded"
