@@ -223,16 +223,17 @@ async def test_a_hop_from_another_loop_and_its_cancellation() -> None:
     owner = OwnerLoop(portal=True)
     try:
         assert await owner.run(nothing, label="hop") == 1
-        ended = threading.Event()
+        started, ended = threading.Event(), threading.Event()
 
         async def for_ever() -> None:
+            started.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
 
         hop = asyncio.create_task(owner.run(for_ever, label="hop"))
-        await owner.run(nothing, label="hop")
+        assert await asyncio.to_thread(started.wait, 5)
         hop.cancel()
         with pytest.raises(asyncio.CancelledError):
             await hop
