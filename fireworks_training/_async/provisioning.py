@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._core.lifecycle import (
     FIRST_DELAY,
     Readiness,
@@ -26,6 +27,7 @@ from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     ApiError,
     InvalidArgument,
+    NotSupported,
     ProvisioningError,
     ProvisioningTimeout,
 )
@@ -61,7 +63,10 @@ async def provision(
     Raises:
         ProvisioningError: a resource failed.
         ProvisioningTimeout: one was not ready within its budget.
+        NotSupported: an option that only the local platform has, elsewhere.
     """
+    if config.snapshot_dtype is not None and await plane.account() != LOCAL_ACCOUNT:
+        raise NotSupported("snapshot_dtype is an option of the local platform: leave it out here")
     resources.job_id = config.trainer_job_id or f"training-api-service-{uuid4().hex[:8]}"
     if config.create_deployment:
         short = config.base_model.rsplit("/", 1)[-1].lower().replace(".", "-").replace("_", "-")
