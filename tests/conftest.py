@@ -1,4 +1,4 @@
-"""One platform for the whole session, and platforms of their own for tests that break them.
+"""One platform for each worker's session, and platforms of their own for tests that break them.
 
 Starting one costs seconds of imports, so tests share `platform`: on it a test may do what it likes
 with jobs and deployments that it made. What concerns the platform's own processes starts its own.

@@ -15,6 +15,7 @@ from tests.conftest import RunningPlatform
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_and_prints_its_scores(platform: RunningPlatform, example: Path) -> None:
     finished = subprocess.run(

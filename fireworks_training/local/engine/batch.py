@@ -8,6 +8,7 @@ done; new rows join between two steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,9 @@ class Decoder:
             raise UnsupportedModelError(f"{type(model).__name__} has no separate body and head")
         self._body: torch.nn.Module = body
         self._head: torch.nn.Module = head
+        # transformers 5.24 renamed the argument; the old name warns there and goes in 5.40.
+        parameters = inspect.signature(type(body).forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.vocab_size = int(head.weight.shape[0])
         probe = torch.tensor([[0, min(1, self.vocab_size - 1)]])
         with torch.inference_mode():
@@ -93,7 +97,7 @@ class Decoder:
     def prefill(self, ids_bP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states `[b, P, E]`, keys and values `[L, b, H, P, D]` of right-padded prompts."""
         cache = DynamicCache()
-        hidden = self._body(input_ids=ids_bP, past_key_values=cache, use_cache=True)[0]
+        hidden = self._body(input_ids=ids_bP, use_cache=True, **{self._cache_name: cache})[0]
         pairs = [_keys_and_values(layer) for layer in cache.layers]
         keys, values = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
         return hidden, keys, values
@@ -107,8 +111,8 @@ class Decoder:
             input_ids=ids_n[:, None],
             position_ids=positions_n[:, None],
             attention_mask=mask,
-            past_key_values=columns,
             use_cache=True,
+            **{self._cache_name: columns},
         )[0]
         return self.logits(hidden[:, -1])
 
