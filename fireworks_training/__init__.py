@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fireworks_training.models import __version__
 
 if TYPE_CHECKING:
+    from fireworks_training._async.control_plane.client import AsyncControlPlane
     from fireworks_training._async.gate import (
         AdaptiveConcurrencyController,
         FixedConcurrencyController,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fireworks_training._async.sampler import DeploymentSampler
     from fireworks_training._async.service import AsyncFiretitanServiceClient
     from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+    from fireworks_training._sync.control_plane.client import ControlPlane
     from fireworks_training._sync.service import FiretitanServiceClient
     from fireworks_training._sync.trainer import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
@@ -68,7 +70,10 @@ if TYPE_CHECKING:
     )
     from fireworks_training.futures import APIFuture, SampleCall
     from fireworks_training.models import (
+        CheckpointInfo,
         DeploymentInfo,
+        ModelInfo,
+        OperationInfo,
         ReplicaStatus,
         SampledCompletion,
         ServerMetrics,
@@ -79,8 +84,10 @@ if TYPE_CHECKING:
 
 _HEAVY = {
     "AdaptiveConcurrencyController": "_async.gate",
+    "AsyncControlPlane": "_async.control_plane.client",
     "AsyncFiretitanServiceClient": "_async.service",
     "AsyncFiretitanTrainingClient": "_async.trainer",
+    "ControlPlane": "_sync.control_plane.client",
     "DeploymentSampler": "_async.sampler",
     "FiretitanServiceClient": "_sync.service",
     "FiretitanTrainingClient": "_sync.trainer",
@@ -95,12 +102,15 @@ __all__ = [
     "AdaptiveConcurrencyController",
     "ApiError",
     "ApiStatusError",
+    "AsyncControlPlane",
     "AsyncFiretitanServiceClient",
     "AsyncFiretitanTrainingClient",
     "AuthenticationFailed",
+    "CheckpointInfo",
     "ClientClosed",
     "Conflict",
     "ConnectionFailed",
+    "ControlPlane",
     "DeploymentInfo",
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
@@ -117,10 +127,12 @@ __all__ = [
     "LocalPlatformError",
     "LossFailed",
     "MissingExtra",
+    "ModelInfo",
     "NotFound",
     "NotSupported",
     "OperationCancelled",
     "OperationError",
+    "OperationInfo",
     "OwnerLoopGone",
     "PrecedingOperationFailed",
     "ProtocolError",

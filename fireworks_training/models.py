@@ -125,22 +125,55 @@ class TrainingProfile:
         trainer_mode: "POLICY_TRAINER", "LORA_TRAINER" or "FORWARD_ONLY".
         max_context_length: tokens; None where the shape does not say.
         deployment_shape: the deployment shape version linked to it, or None.
+        node_count: machines of a trainer; None where the shape does not say.
+        accelerator_type: kind of accelerator; None where the shape does not say.
+        accelerator_count: accelerators of a machine; None where the shape does not say.
+        trainer_image_tag, deployment_image_tag: images; None where the shape does not say.
+        weight_precision: of the base model's weights; None where the shape does not say.
+        pipeline_parallelism: stages that the trainer splits the layers into, at least 1.
     """
 
     name: str
     trainer_mode: str = "POLICY_TRAINER"
     max_context_length: int | None = None
     deployment_shape: str | None = None
+    node_count: int | None = None
+    accelerator_type: str | None = None
+    accelerator_count: int | None = None
+    trainer_image_tag: str | None = None
+    deployment_image_tag: str | None = None
+    weight_precision: str | None = None
+    pipeline_parallelism: int = 1
+
+    @property
+    def shape(self) -> str:
+        """Name of the shape, without the version."""
+        return self.name.split("/versions/")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerJobInfo:
-    """A trainer job as the control plane reports it."""
+    """A trainer job as the control plane reports it.
+
+    Attributes:
+        name: full resource name.
+        state: `JOB_STATE_...`.
+        message: why it is in that state, or a warning about what was asked for.
+        max_context_length: tokens; None where the platform does not say.
+        display_name: as its creator named it.
+        base_model: full resource name, or None.
+        lora_rank: 0 for all parameters; None where the platform does not say.
+        create_time: RFC 3339, as reported; None where the platform does not say.
+    """
 
     name: str
     state: str
     message: str = ""
     max_context_length: int | None = None
+    display_name: str = ""
+    base_model: str | None = None
+    lora_rank: int | None = None
+    create_time: str | None = None
 
     @property
     def job_id(self) -> str:
@@ -150,7 +183,20 @@ class TrainerJobInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentInfo:
-    """A deployment as the control plane reports it."""
+    """A deployment as the control plane reports it.
+
+    Attributes:
+        name: full resource name; the model string to sample it by.
+        state: "CREATING", "READY", "UPDATING", "FAILED", "DELETING" or "DELETED".
+        message: why it is in that state, or a warning about what was asked for.
+        base_model, deployment_shape, hot_load_trainer_job: full resource names, or None.
+        hot_load_transition_type: "ASYNC" or "SYNC"; None where the platform does not say.
+        hot_load_bucket_url: where its snapshots lie; None where the platform does not say.
+        replica_count: replicas that run now; None where the platform does not say.
+        min_replica_count, max_replica_count: bounds of its scaling.
+        annotations: its creator's notes.
+        create_time: RFC 3339, as reported; None where the platform does not say.
+    """
 
     name: str
     state: str
@@ -159,11 +205,80 @@ class DeploymentInfo:
     deployment_shape: str | None = None
     hot_load_trainer_job: str | None = None
     hot_load_transition_type: str | None = None
+    hot_load_bucket_url: str | None = None
+    replica_count: int | None = None
+    min_replica_count: int | None = None
+    max_replica_count: int | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict[str, str])
+    create_time: str | None = None
 
     @property
     def deployment_id(self) -> str:
         """Last segment of the name."""
         return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as the control plane reports it.
+
+    Attributes:
+        name: full resource name.
+        state: "READY" once it can be used.
+        kind: such as "HF_BASE_MODEL" or "HF_PEFT_ADDON".
+        moe: whether it is a mixture of experts.
+        context_length: tokens; None where the platform does not say.
+        message: a warning about it, or empty.
+    """
+
+    name: str
+    state: str = ""
+    kind: str = ""
+    moe: bool = False
+    context_length: int | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A saved state or a sampler snapshot as the control plane lists it.
+
+    Attributes:
+        name: full resource name; what `promote_checkpoint` takes.
+        checkpoint_type: `CHECKPOINT_TYPE_...`, as reported.
+        promotable: whether it can become a model.
+        create_time, update_time: RFC 3339, as reported.
+    """
+
+    name: str
+    checkpoint_type: str = ""
+    promotable: bool = False
+    create_time: str | None = None
+    update_time: str | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Last segment of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class OperationInfo:
+    """Long work of the control plane.
+
+    Attributes:
+        name: full resource name.
+        done: whether it has ended.
+        message: what it is doing, or why it failed.
+        failed: whether it ended with an error.
+        response: its result, as reported; empty before the end.
+    """
+
+    name: str
+    done: bool
+    message: str = ""
+    failed: bool = False
+    response: Mapping[str, object] = field(default_factory=dict[str, object], repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The asyncio shell: carries out what `_core` decides."""
 
 GENERATE = {
+    "control_plane.client": ["AsyncControlPlane"],
     "service": ["AsyncFiretitanServiceClient"],
     "trainer": ["AsyncFiretitanTrainingClient"],
 }

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from fireworks_training._async import embedded
-from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
 from fireworks_training.config import Endpoint
@@ -38,7 +38,7 @@ class Connection:
         self._base_url = endpoint.base_url
         self._api_key = endpoint.api_key or ""
         self._transport: Transport | None = None
-        self._plane: ControlPlane | None = None
+        self._plane: AsyncControlPlane | None = None
 
     @property
     def base_url(self) -> str:
@@ -61,7 +61,7 @@ class Connection:
         assert self._transport is not None
         return self._transport
 
-    async def open(self) -> ControlPlane:
+    async def open(self) -> AsyncControlPlane:
         """Start the embedded platform if that is asked for; the control plane. Idempotent.
 
         Raises:
@@ -74,7 +74,7 @@ class Connection:
                     self._embedded = True
                     self._base_url, self._api_key = platform.base_url, platform.api_key
                 self._transport = self.make_transport(self._owner)
-                self._plane = ControlPlane(
+                self._plane = AsyncControlPlane(
                     self._transport, trainer_gateway_url=self._endpoint.trainer_gateway_url
                 )
             return self._plane

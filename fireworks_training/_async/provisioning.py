@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
-from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._core.lifecycle import (
     FIRST_DELAY,
@@ -53,7 +53,7 @@ class Resources:
 
 
 async def provision(
-    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
 ) -> None:
     """Make or find what `config` describes, and wait until it is ready.
 
@@ -105,7 +105,7 @@ async def finish_in_spite_of_cancellation(work: Coroutine[Any, Any, None]) -> No
 
 
 async def _trainer(
-    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
 ) -> None:
     job_id = resources.job_id
     assert job_id is not None
@@ -132,7 +132,7 @@ async def _trainer(
 
 
 async def _deployment(
-    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
 ) -> None:
     deployment_id = resources.deployment_id
     if deployment_id is None:
@@ -159,7 +159,7 @@ async def _deployment(
 
 
 async def _reattach(
-    plane: ControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
 ) -> None:
     """Point a deployment that was found to this service's trainer, if it points elsewhere."""
     wanted = config.deployment_shape
@@ -330,7 +330,7 @@ def _deployment_query(config: FiretitanProvisioningConfig) -> dict[str, str]:
     return query
 
 
-async def abandon(plane: ControlPlane, resources: Resources) -> None:
+async def abandon(plane: AsyncControlPlane, resources: Resources) -> None:
     """Delete what a call made that then failed: nobody has a handle on it."""
     if resources.deployment_created and resources.deployment_id is not None:
         await _attempt(resources, resources.deployment_id, plane.delete_deployment)
@@ -348,7 +348,7 @@ async def _attempt(resources: Resources, name: str, step: Callable[[str], Awaita
 
 
 async def clean_up(
-    plane: ControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
 ) -> None:
     """Give back what this service made, as its policies say; errors are collected and noted."""
     if resources.deployment_created and resources.deployment_id is not None:

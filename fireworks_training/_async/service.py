@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from fireworks_training._async.connection import Connection
-from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
@@ -454,7 +454,7 @@ class AsyncFiretitanServiceClient:
         if self._connection.temporary or not self._ready:
             return
         async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
-            await clean_up(ControlPlane(transport), self._config, self._resources)
+            await clean_up(AsyncControlPlane(transport), self._config, self._resources)
 
 
 def _import_tinker() -> None:

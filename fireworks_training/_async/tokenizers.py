@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training.config import FiretitanProvisioningConfig, cache_dir
 from fireworks_training.errors import InvalidArgument, ProtocolError
 
@@ -39,7 +39,7 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 async def find_tokenizer(
-    plane: ControlPlane, config: FiretitanProvisioningConfig
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a service's model.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fireworks_training import FiretitanProvisioningConfig, NotSupported
-from fireworks_training._async.control_plane.client import ControlPlane
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.provisioning import Resources, provision
 
 
-class OfAnotherAccount(ControlPlane):
+class OfAnotherAccount(AsyncControlPlane):
     def __init__(self) -> None:
         pass
 

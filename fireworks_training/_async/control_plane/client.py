@@ -1,38 +1,107 @@
-"""The control plane over HTTP: accounts, training shapes, trainer jobs, deployments.
+"""The control plane over HTTP: accounts, models, shapes, trainer jobs, deployments, checkpoints.
 
-One method an exchange, typed results, retries in the transport. Waiting and deciding is elsewhere.
+One method an exchange, typed results, retries in the transport. Creating is safe to repeat, since
+the caller chooses the id. Waiting and deciding is elsewhere, but for promotion, whose operation has
+no other purpose than to be waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlencode
 
+from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
+from fireworks_training._async.control_plane.rows import (
+    read_checkpoint,
+    read_deployment,
+    read_job,
+    read_model,
+    read_operation,
+    read_profile,
+)
+from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.patience import speaking
 from fireworks_training._async.transport import Transport
+from fireworks_training.config import RESOURCE_ID, resolve_endpoint
 from fireworks_training.errors import (
     ApiStatusError,
     Conflict,
     InvalidArgument,
-    NotFound,
     ProtocolError,
+    ProvisioningError,
+    ProvisioningTimeout,
 )
-from fireworks_training.models import DeploymentInfo, TrainerJobInfo, TrainingProfile
+from fireworks_training.models import (
+    CheckpointInfo,
+    DeploymentInfo,
+    ModelInfo,
+    OperationInfo,
+    TrainerJobInfo,
+    TrainingProfile,
+)
+
+PROMOTE_TIMEOUT = 300.0
+FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
+"""Seconds between looks at an operation: the first, and what they grow to."""
+
+_SHAPE = re.compile(r"accounts/[^/?#]+/trainingShapes/[^/?#]+(/versions/[^/?#]+)?")
 
 
-class ControlPlane:
-    """The resources of one account.
+class AsyncControlPlane:
+    """The resources of one account, without a service around them.
 
-    Args:
-        transport: the service's pool; its base URL is the control plane's.
-        trainer_gateway_url: base of the trainers' data planes; None is the control plane's.
+    Make one with `connect`; use it as a context manager, or `close()` it. Every call is retried
+    while that may help, and raises a typed `ApiError` when it does not.
     """
 
     def __init__(self, transport: Transport, *, trainer_gateway_url: str | None = None) -> None:
-        self._transport = transport
+        self._account = Account(transport)
         self._gateway = (trainer_gateway_url or transport.base_url).rstrip("/")
-        self._account: str | None = None
-        self._lock = asyncio.Lock()
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+    ) -> Self:
+        """Describe the connection; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+
+        Raises:
+            InvalidArgument: no key, or a URL that is none ("local" included: an embedded platform
+                belongs to a service).
+        """
+        endpoint = resolve_endpoint(base_url=base_url, api_key=api_key)
+        if endpoint.embedded:
+            raise InvalidArgument(
+                "an embedded platform lives in its service's process: pass the base_url of a "
+                "running one (fireworks-training serve), or of a cloud"
+            )
+        transport = Transport(
+            owner=OwnerLoop(),
+            base_url=endpoint.base_url,
+            api_key=endpoint.api_key or "",
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+        )
+        return cls(transport, trainer_gateway_url=endpoint.trainer_gateway_url)
+
+    @property
+    def base_url(self) -> str:
+        """URL of the platform."""
+        return self._account.transport.base_url
 
     async def account(self) -> str:
         """The id of the account that the key belongs to.
@@ -40,81 +109,105 @@ class ControlPlane:
         Raises:
             InvalidArgument: the key belongs to none, or to several.
         """
-        async with self._lock:
-            if self._account is None:
-                answer = await self._transport.call(
-                    "GET", "/v1/accounts?pageSize=2", what="look up the account"
-                )
-                names = [str(row["name"]) for row in answer.get("accounts", [])]
-                if len(names) != 1:
-                    raise InvalidArgument(
-                        f"the API key belongs to {len(names)} accounts; exactly one is needed"
-                    )
-                self._account = names[0].removeprefix("accounts/")
-            return self._account
+        return await self._account.id()
+
+    # -- models and shapes -------------------------------------------------------------------------
+
+    async def get_model(self, name: str) -> ModelInfo | None:
+        """A model by its full resource name; None if there is none."""
+        row = await self._account.get(f"/v1/{name}")
+        return None if row is None else read_model(row)
+
+    async def list_models(self) -> list[ModelInfo]:
+        """The models of the account."""
+        return [read_model(row) for row in await self._account.rows("models", "models")]
+
+    async def list_training_shapes(self) -> list[TrainingProfile]:
+        """The training shapes of the account, each at its latest validated version; shapes without
+        one are left out."""
+        rows = await self._account.rows("trainingShapes", "trainingShapes")
+        found = [await self._latest(str(row.get("name"))) for row in rows]
+        return [profile for profile in found if profile is not None]
 
     async def training_profile(self, shape: str) -> TrainingProfile:
         """A training shape, resolved to its latest validated version (or the one it names).
 
+        Args:
+            shape: `accounts/<account>/trainingShapes/<shape>[/versions/<version>]`; "latest" is no
+                name of a version: leave it out.
+
         Raises:
+            InvalidArgument: not such a name, or a shape without a validated version.
             NotFound: there is no such shape.
         """
-        if "/versions/" in shape:
-            row = await self._transport.call("GET", f"/v1/{shape}", what=f"look up {shape}")
-        else:
-            answer = await self._transport.call(
-                "GET",
-                f"/v1/{shape}/versions?filter=latest_validated%3Dtrue&pageSize=1",
-                what=f"look up the training shape {shape}",
+        if not _SHAPE.fullmatch(shape):
+            raise InvalidArgument(
+                f"training_shape_id={shape!r}: a full name is needed, "
+                "accounts/<account>/trainingShapes/<shape>[/versions/<version>]"
             )
-            rows = cast(list[dict[str, Any]], answer.get("trainingShapeVersions") or [])
-            if not rows:
-                raise InvalidArgument(f"the training shape {shape} has no validated version")
-            row = rows[0]
-        snapshot = cast(Mapping[str, Any], row.get("snapshot") or {})
-        return TrainingProfile(
-            name=str(row.get("name", shape)),
-            trainer_mode=str(snapshot.get("trainerMode") or "POLICY_TRAINER"),
-            max_context_length=snapshot.get("maxSupportedContextLength"),
-            deployment_shape=snapshot.get("deploymentShapeVersion") or None,
+        pinned, _, version = shape.partition("/versions/")
+        if version and version != "latest":
+            row = await self._account.call("GET", f"/v1/{shape}", what=f"look up {shape}")
+            return read_profile(row, shape)
+        profile = await self._latest(pinned)
+        if profile is None:
+            raise InvalidArgument(f"the training shape {pinned} has no validated version")
+        return profile
+
+    async def _latest(self, shape: str) -> TrainingProfile | None:
+        query = urlencode({"filter": "latest_validated=true", "pageSize": 1})
+        answer = await self._account.call(
+            "GET", f"/v1/{shape}/versions?{query}", what=f"look up the training shape {shape}"
         )
+        rows = answer.get("trainingShapeVersions") or []
+        return read_profile(rows[0], shape) if rows else None
 
     # -- trainer jobs ------------------------------------------------------------------------------
 
     async def create_job(
-        self, job_id: str, body: Mapping[str, Any], query: Mapping[str, str]
+        self, job_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[TrainerJobInfo, bool]:
         """Create a trainer job; the job, and whether this call made it (False: it was there)."""
-        collection = await self._collection("rlorTrainerJobs")
-        parameters = "&".join(f"{k}={v}" for k, v in {**query, "rlorTrainerJobId": job_id}.items())
+        collection = await self._account.path("rlorTrainerJobs")
+        parameters = urlencode({**(query or {}), "rlorTrainerJobId": job_id}, safe="/")
         try:
-            row = await self._transport.call(
+            row = await self._account.call(
                 "POST",
                 f"{collection}?{parameters}",
                 what=f"create the trainer job {job_id}",
                 json=body,
-                timeout=60.0,
+                timeout=WRITE_TIMEOUT,
             )
         except Conflict:
             existing = await self.get_job(job_id)
             if existing is None:
                 raise
             return existing, False
-        return _job(row), True
+        return read_job(row), True
 
     async def get_job(self, job_id: str) -> TrainerJobInfo | None:
         """A trainer job; None if there is none of that id."""
-        row = await self._get(f"{await self._collection('rlorTrainerJobs')}/{job_id}")
-        return None if row is None else _job(row)
+        row = await self._account.get(await self._account.path("rlorTrainerJobs", job_id))
+        return None if row is None else read_job(row)
+
+    async def list_jobs(self) -> list[TrainerJobInfo]:
+        """The trainer jobs of the account."""
+        return [
+            read_job(row) for row in await self._account.rows("rlorTrainerJobs", "rlorTrainerJobs")
+        ]
 
     async def resume_job(self, job_id: str) -> None:
-        """Start a stopped trainer job again."""
-        path = f"{await self._collection('rlorTrainerJobs')}/{job_id}:resume"
-        await self._transport.call("POST", path, what=f"resume {job_id}", json={})
+        """Start a stopped trainer job again.
+
+        Raises:
+            Conflict: it is in a state that can't be resumed.
+        """
+        path = f"{await self._account.path('rlorTrainerJobs', job_id)}:resume"
+        await self._account.call("POST", path, what=f"resume {job_id}", json={})
 
     async def delete_job(self, job_id: str) -> None:
         """Delete a trainer job; one that is gone is fine."""
-        await self._delete(f"{await self._collection('rlorTrainerJobs')}/{job_id}")
+        await self._account.delete(await self._account.path("rlorTrainerJobs", job_id))
 
     async def trainer_url(self, job_id: str) -> str:
         """Base URL of a trainer's data plane."""
@@ -123,47 +216,65 @@ class ControlPlane:
     async def trainer_healthy(self, job_id: str) -> bool:
         """Whether a trainer answers."""
         url = f"{await self.trainer_url(job_id)}/api/v1/healthz"
-        return (await self._transport.exchange("GET", url, timeout=5.0)).status == 200
+
+        async def ask() -> bool:
+            return (await self._account.transport.exchange("GET", url, timeout=5.0)).status == 200
+
+        return await self._account.transport.owner.run(ask, label="healthz")
 
     # -- deployments -------------------------------------------------------------------------------
 
     async def create_deployment(
-        self, deployment_id: str, body: Mapping[str, Any], query: Mapping[str, str]
+        self, deployment_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[DeploymentInfo, bool]:
         """Create a deployment; it, and whether this call made it (False: it was there)."""
-        collection = await self._collection("deployments")
-        parameters = "&".join(
-            f"{k}={v}" for k, v in {"deploymentId": deployment_id, **query}.items()
-        )
+        collection = await self._account.path("deployments")
+        parameters = urlencode({"deploymentId": deployment_id, **(query or {})}, safe="/")
         try:
-            row = await self._transport.call(
+            row = await self._account.call(
                 "POST",
                 f"{collection}?{parameters}",
                 what=f"create the deployment {deployment_id}",
                 json=body,
-                timeout=60.0,
+                timeout=WRITE_TIMEOUT,
             )
         except Conflict:
             existing = await self.get_deployment(deployment_id)
             if existing is None:
                 raise
             return existing, False
-        return _deployment(row), True
+        return read_deployment(row), True
 
     async def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
         """A deployment; None if there is none of that id."""
-        row = await self._get(f"{await self._collection('deployments')}/{deployment_id}")
-        return None if row is None else _deployment(row)
+        row = await self._account.get(await self._account.path("deployments", deployment_id))
+        return None if row is None else read_deployment(row)
+
+    async def list_deployments(self) -> list[DeploymentInfo]:
+        """The deployments of the account."""
+        return [
+            read_deployment(row) for row in await self._account.rows("deployments", "deployments")
+        ]
 
     async def update_deployment(
-        self, deployment_id: str, fields: Mapping[str, Any], mask: str | None
+        self, deployment_id: str, fields: Mapping[str, Any], mask: str | None = None
     ) -> None:
-        """Change fields of a deployment."""
-        path = f"{await self._collection('deployments')}/{deployment_id}"
+        """Change fields of a deployment.
+
+        Args:
+            fields: in camelCase, as the API spells them.
+            mask: snake_case names of the fields to change, comma-separated; None changes those of
+                `fields`.
+        """
+        path = await self._account.path("deployments", deployment_id)
         if mask:
-            path += f"?updateMask={mask}"
-        await self._transport.call(
-            "PATCH", path, what=f"update the deployment {deployment_id}", json=fields, timeout=60.0
+            path += "?" + urlencode({"updateMask": mask}, safe=",")
+        await self._account.call(
+            "PATCH",
+            path,
+            what=f"update the deployment {deployment_id}",
+            json=fields,
+            timeout=WRITE_TIMEOUT,
         )
 
     async def scale_to_zero(self, deployment_id: str) -> None:
@@ -173,8 +284,131 @@ class ControlPlane:
 
     async def delete_deployment(self, deployment_id: str) -> None:
         """Delete a deployment; one that is gone is fine."""
-        path = f"{await self._collection('deployments')}/{deployment_id}"
-        await self._delete(f"{path}?ignoreChecks=true&hard=true")
+        path = await self._account.path("deployments", deployment_id)
+        await self._account.delete(f"{path}?ignoreChecks=true&hard=true")
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    async def list_checkpoints(
+        self, job_id: str, *, page_size: int = PAGE_SIZE
+    ) -> list[CheckpointInfo]:
+        """The saved states and sampler snapshots of a trainer job, oldest first.
+
+        Raises:
+            NotFound: there is no such job; an empty list always means a job without checkpoints.
+        """
+        rows = await self._account.rows(
+            f"rlorTrainerJobs/{job_id}/checkpoints",
+            "checkpoints",
+            "rlorTrainerJobCheckpoints",
+            page_size=page_size,
+        )
+        return [read_checkpoint(row) for row in rows]
+
+    async def promote_checkpoint(
+        self,
+        name: str,
+        output_model_id: str,
+        base_model: str,
+        *,
+        trainer_job_id: str | None = None,
+        hot_load_deployment_id: str | None = None,
+        timeout_s: float = 7200.0,
+    ) -> ModelInfo:
+        """Make a model of a checkpoint, and wait until it is one.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            base_model: full resource name of the model that was trained.
+            trainer_job_id: whose checkpoint it is; default the job in `name`.
+            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+            timeout_s: seconds for the whole.
+
+        Raises:
+            InvalidArgument: an id that is not allowed, before anything is sent.
+            ProvisioningError: the promotion failed.
+            ProvisioningTimeout: it was not done in time; it may still be.
+        """
+        validate_output_model_id(output_model_id)
+        job = trainer_job_id or _between(name, "rlorTrainerJobs")
+        body: dict[str, Any] = {
+            "output_model": await self.resource_name("models", output_model_id),
+            "base_model": base_model,
+            "async_promotion": True,
+        }
+        if job:
+            body["trainer_job_id"] = job
+        if hot_load_deployment_id:
+            body["hot_load_deployment_id"] = hot_load_deployment_id
+        answer = await self._promote(f"/v1/{name}:promote", name, body)
+        operation = answer.get("operation")
+        if isinstance(operation, Mapping):
+            operation = read_operation(operation).name
+        if operation:
+            await self.wait_for_operation(str(operation), timeout_s=timeout_s)
+        elif isinstance(answer.get("model"), Mapping) and answer["model"].get("name"):
+            return read_model(answer["model"])
+        model = await self.get_model(body["output_model"])
+        if model is None:
+            raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
+        return model
+
+    async def _promote(self, path: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        what = f"promote {name}"
+        try:
+            return await self._account.call(
+                "POST", path, what=what, json=body, timeout=PROMOTE_TIMEOUT
+            )
+        except ApiStatusError as error:
+            if error.status != 400 or "async_promotion" not in error.message:
+                raise
+        plain = {key: value for key, value in body.items() if key != "async_promotion"}
+        return await self._account.call(
+            "POST", path, what=what, json=plain, timeout=PROMOTE_TIMEOUT
+        )
+
+    # -- operations --------------------------------------------------------------------------------
+
+    async def get_operation(self, name: str) -> OperationInfo:
+        """A long-running operation by its full name."""
+        return read_operation(
+            await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
+        )
+
+    async def wait_for_operation(self, name: str, *, timeout_s: float = 7200.0) -> OperationInfo:
+        """Wait until an operation has ended well.
+
+        Raises:
+            ProvisioningError: it failed.
+            ProvisioningTimeout: it did not end in time.
+        """
+        last: list[OperationInfo] = []
+
+        async def ended() -> OperationInfo:
+            delay = FIRST_POLL
+            while True:
+                last[:] = [await self.get_operation(name)]
+                if last[0].done:
+                    return last[0]
+                await asyncio.sleep(delay)
+                delay = min(delay * 1.5, SLOWEST_POLL)
+
+        def state() -> str:
+            return f"{name} {last[0].message if last else ''}".strip()
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                operation = await speaking(ended(), state)
+        except TimeoutError as error:
+            raise ProvisioningTimeout(
+                f"{state()} has not ended within {timeout_s:g} s", resource=name
+            ) from error
+        if operation.failed:
+            raise ProvisioningError(f"{name} failed: {operation.message}", resource=name)
+        return operation
+
+    # -- the rest ----------------------------------------------------------------------------------
 
     async def resource_name(self, kind: str, resource_id: str) -> str:
         """`accounts/<account>/<kind>/<id>`."""
@@ -186,62 +420,48 @@ class ControlPlane:
         Raises:
             NotFound: it does not.
         """
-        return await self._transport.call(
+        return await self._account.call(
             "GET", f"/v1/{model}/tokenizer", what=f"fetch the tokenizer of {model}"
         )
 
-    # -- plumbing ----------------------------------------------------------------------------------
+    async def close(self) -> None:
+        """Close the connections; idempotent. A service's own control plane closes with it."""
+        if self._account.transport.owner.bound is not None:
+            await self._account.transport.owner.run(self._account.transport.close, label="close")
+            self._account.transport.owner.release()
 
-    async def _collection(self, kind: str) -> str:
-        return f"/v1/accounts/{await self.account()}/{kind}"
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def _get(self, path: str) -> dict[str, Any] | None:
-        try:
-            return await self._transport.call("GET", path, what=f"look up {path}")
-        except NotFound:
-            return None
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
 
-    async def _delete(self, path: str) -> None:
-        try:
-            await self._transport.call("DELETE", path, what=f"delete {path}", timeout=60.0)
-        except ApiStatusError as error:
-            if error.status not in (404, 410):
-                raise
+    def __repr__(self) -> str:
+        return f"<AsyncControlPlane {self.base_url}>"
 
-
-def _job(row: Mapping[str, Any]) -> TrainerJobInfo:
-    config = cast(Mapping[str, Any], row.get("trainingConfig") or {})
-    return TrainerJobInfo(
-        name=_name(row),
-        state=str(row.get("state", "")),
-        message=_message(row),
-        max_context_length=config.get("maxContextLength"),
-    )
+    def _bind_to_portal(self) -> None:
+        self._account.transport.owner.use_portal()
 
 
-def _deployment(row: Mapping[str, Any]) -> DeploymentInfo:
-    def either(camel: str, snake: str) -> str | None:
-        return row.get(camel) or row.get(snake) or None
+def validate_output_model_id(output_model_id: str) -> None:
+    """Refuse what can't be the id of a promoted model, before a checkpoint is staged for it.
 
-    return DeploymentInfo(
-        name=_name(row),
-        state=str(row.get("state", "")),
-        message=_message(row),
-        base_model=either("baseModel", "base_model"),
-        deployment_shape=either("deploymentShape", "deployment_shape"),
-        hot_load_trainer_job=either("hotLoadTrainerJob", "hot_load_trainer_job"),
-        hot_load_transition_type=either("hotLoadTransitionType", "hot_load_transition_type"),
-    )
+    Raises:
+        InvalidArgument: with the rule.
+    """
+    if not RESOURCE_ID.fullmatch(output_model_id):
+        raise InvalidArgument(
+            f"output_model_id={output_model_id!r}: an id has 1 to 63 characters of a-z, 0-9 and "
+            "'-', and neither starts nor ends with '-'"
+        )
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    name = row.get("name")
-    if not isinstance(name, str) or not name:
-        raise ProtocolError("the control plane described a resource without a name")
-    return name
-
-
-def _message(row: Mapping[str, Any]) -> str:
-    status = row.get("status")
-    inner = cast(Mapping[str, Any], status).get("message") if isinstance(status, Mapping) else None
-    return str(row.get("statusMessage") or row.get("message") or inner or "")
+def _between(name: str, kind: str) -> str | None:
+    """The id after `kind` in a resource name."""
+    parts = name.split("/")
+    return parts[parts.index(kind) + 1] if kind in parts[:-1] else None
