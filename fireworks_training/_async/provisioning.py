@@ -7,13 +7,16 @@ made is cleaned up, and the first error is raised. What was found is never touch
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
+from fireworks_training._async.connection import Connection
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._core.lifecycle import (
     FIRST_DELAY,
@@ -23,6 +26,7 @@ from fireworks_training._core.lifecycle import (
     next_delay,
 )
 from fireworks_training._core.notices import Notices
+from fireworks_training._portal import at_exit
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     ApiError,
@@ -50,6 +54,69 @@ class Resources:
     deployment_created: bool = False
     deployment: DeploymentInfo | None = None
     errors: list[BaseException] = field(default_factory=list[BaseException])
+
+
+class Provisioner:
+    """What one service has on its platform, from the first need of it to the end.
+
+    Args:
+        connection: the platform.
+        config: what the service was made for.
+    """
+
+    def __init__(self, connection: Connection, config: FiretitanProvisioningConfig) -> None:
+        self.resources = Resources()
+        self._connection = connection
+        self._config = config
+        self._ready = False
+        self._lock = asyncio.Lock()
+        self._forget_exit: Callable[[], None] = lambda: None
+
+    async def provisioned(self) -> Resources:
+        """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind."""
+        async with self._lock:
+            if not self._ready:
+                plane = await self._connection.open()
+                self._forget_exit()
+                what = f"the service of {self._config.base_model}"
+                self._forget_exit = at_exit(what, self._clean_up_at_exit)
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        # Imported while the trainer starts: on the loop it would stop for seconds.
+                        group.create_task(asyncio.to_thread(_import_tinker))
+                        group.create_task(provision(plane, self._config, self.resources))
+                except BaseException as error:
+                    await finish_in_spite_of_cancellation(abandon(plane, self.resources))
+                    self.resources = Resources()
+                    raise first_of(error) from None
+                self._ready = True
+        return self.resources
+
+    async def revive(self) -> None:
+        """Start the trainer job again after its process was lost, and wait until it is ready."""
+        async with self._lock:
+            plane = await self._connection.open()
+            job_id = self.resources.job_id
+            assert job_id is not None
+            self.resources.job = await _attach(plane, self._config, job_id)
+
+    async def clean_up(self) -> list[BaseException]:
+        """Give back what was made, as the policies say; what went wrong on the way."""
+        if self._ready:
+            await clean_up(await self._connection.open(), self._config, self.resources)
+        self._forget_exit()
+        return self.resources.errors
+
+    async def _clean_up_at_exit(self) -> None:
+        """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
+        if self._connection.temporary or not self._ready:
+            return
+        async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
+            await clean_up(AsyncControlPlane(transport), self._config, self.resources)
+
+
+def _import_tinker() -> None:
+    importlib.import_module("tinker")
 
 
 async def provision(
@@ -116,13 +183,35 @@ async def _trainer(
         )
     if job.message.startswith("Warning:"):
         logger.warning("trainer %s: %s", job_id, job.message)
-    if not resources.job_created and job_readiness(job.state) is Readiness.RESUMABLE:
+    resources.job = await _until_running(plane, config, job, created=resources.job_created)
+
+
+async def _attach(
+    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, job_id: str
+) -> TrainerJobInfo:
+    """Wait for a trainer job that exists, started again if it stands."""
+    job = await plane.get_job(job_id)
+    if job is None:
+        raise ProvisioningError(f"the trainer job {job_id} is gone", resource=job_id)
+    return await _until_running(plane, config, job, created=False)
+
+
+async def _until_running(
+    plane: AsyncControlPlane,
+    config: FiretitanProvisioningConfig,
+    job: TrainerJobInfo,
+    *,
+    created: bool,
+) -> TrainerJobInfo:
+    job_id = job.job_id
+    first: TrainerJobInfo | None = job
+    if not created and job_readiness(job.state) is Readiness.RESUMABLE:
         logger.info("trainer %s is %s: resuming it", job_id, job.state)
         await plane.resume_job(job_id)
-        job = None
-    resources.job = await _until_ready(
+        first = None
+    return await _until_ready(
         f"trainer {job_id}",
-        job,
+        first,
         lambda: plane.get_job(job_id),
         lambda state: job_readiness(state),
         budget=config.trainer_timeout_s,

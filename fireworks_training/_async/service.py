@@ -9,33 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from fireworks_training._async.connection import Connection
-from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.gate import (
-    AdaptiveConcurrencyController,
-    SamplingConcurrencyController,
-)
+from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.provisioning import (
-    Resources,
-    abandon,
-    clean_up,
-    finish_in_spite_of_cancellation,
-    first_of,
-    provision,
-)
+from fireworks_training._async.provisioning import Provisioner
 from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.session import TrainerSession
-from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
+from fireworks_training._async.samplers import Samplers
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
-from fireworks_training._async.weight_sync import Target, WeightSync
-from fireworks_training._portal import at_exit
+from fireworks_training._async.trainers import Trainers
 from fireworks_training.config import (
     Endpoint,
     FiretitanProvisioningConfig,
@@ -73,8 +59,6 @@ class AsyncFiretitanServiceClient:
         pipeline_steps: bool,
     ) -> None:
         self._config = config
-        self._user_metadata = dict(user_metadata or {})
-        self._pipeline_steps = pipeline_steps
         self._owner = OwnerLoop()
         self._connection = Connection(
             endpoint,
@@ -82,19 +66,18 @@ class AsyncFiretitanServiceClient:
             additional_headers=additional_headers or {},
             verify_ssl=verify_ssl,
         )
-        self._resources = Resources()
-        self._ready = False
+        self._provisioner = Provisioner(self._connection, config)
+        self._trainers = Trainers(
+            self._connection,
+            config,
+            self._provisioner,
+            owner=self._owner,
+            user_metadata=user_metadata or {},
+            pipeline_steps=pipeline_steps,
+        )
+        self._samplers = Samplers(self._connection, config, self._provisioner)
         self._closed = False
-        self._provisioning = asyncio.Lock()
-        self._making = asyncio.Lock()
-        self._fetching_tokenizer = asyncio.Lock()
-        self._session: TrainerSession | None = None
-        self._training_client: AsyncFiretitanTrainingClient | None = None
-        self._sync: WeightSync | None = None
-        self._controller: SamplingConcurrencyController | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._closing: asyncio.Task[BaseException | None] | None = None
-        self._forget_exit: Callable[[], None] = lambda: None
 
     @classmethod
     def from_firetitan_config(
@@ -182,7 +165,7 @@ class AsyncFiretitanServiceClient:
                     "service for another model"
                 )
         return await self._on_owner(
-            lambda: self._make_training_client(user_metadata), "create_training_client"
+            lambda: self._trainers.policy(user_metadata), "create_training_client"
         )
 
     async def create_deployment_sampler(
@@ -207,7 +190,7 @@ class AsyncFiretitanServiceClient:
             HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
         """
         return await self._on_owner(
-            lambda: self._make_sampler(model_path, tokenizer, concurrency_controller),
+            lambda: self._samplers.of_deployment(model_path, tokenizer, concurrency_controller),
             "create_deployment_sampler",
         )
 
@@ -217,12 +200,12 @@ class AsyncFiretitanServiceClient:
         Raises:
             HotLoadFailed, HotLoadTimeout: it did not become live.
         """
-        await self._on_owner(lambda: self._load(path), "hotload_sampler_snapshot")
+        await self._on_owner(lambda: self._samplers.load(path), "hotload_sampler_snapshot")
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model: the platform's own where it serves one, else
         `tokenizer_model` by name."""
-        return await self._on_owner(self._get_tokenizer, "get_tokenizer")
+        return await self._on_owner(self._samplers.tokenizer, "get_tokenizer")
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -234,28 +217,29 @@ class AsyncFiretitanServiceClient:
     @property
     def trainer_job_id(self) -> str | None:
         """Id of the trainer job; None before it is provisioned."""
-        return self._resources.job_id
+        return self._provisioner.resources.job_id
 
     @property
     def deployment_id(self) -> str | None:
         """Id of the deployment; None before it is provisioned, or without one."""
-        return self._resources.deployment_id
+        return self._provisioner.resources.deployment_id
 
     @property
     def training_profile(self) -> TrainingProfile | None:
         """The training shape, resolved; None before provisioning, or without a shape."""
-        return self._resources.profile
+        return self._provisioner.resources.profile
 
     @property
     def deployment_shape(self) -> str | None:
         """Name of the deployment's shape, or None."""
-        deployment = self._resources.deployment
+        deployment = self._provisioner.resources.deployment
         return deployment.deployment_shape if deployment else self._config.deployment_shape
 
     @property
     def max_context_length(self) -> int | None:
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        job, profile = self._resources.job, self._resources.profile
+        resources = self._provisioner.resources
+        job, profile = resources.job, resources.profile
         told = [
             job.max_context_length if job else None,
             self._config.max_context_length,
@@ -301,112 +285,6 @@ class AsyncFiretitanServiceClient:
             raise ClientClosed("the service was closed; make a new one")
         return await self._owner.run(factory, label=label)
 
-    async def _provisioned(self) -> Resources:
-        """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind."""
-        async with self._provisioning:
-            if not self._ready:
-                plane = await self._connection.open()
-                self._forget_exit()
-                what = f"the service of {self._config.base_model}"
-                self._forget_exit = at_exit(what, self._clean_up_at_exit)
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        # Imported while the trainer starts: on the loop it would stop for seconds.
-                        group.create_task(asyncio.to_thread(_import_tinker))
-                        group.create_task(provision(plane, self._config, self._resources))
-                except BaseException as error:
-                    await finish_in_spite_of_cancellation(abandon(plane, self._resources))
-                    self._resources = Resources()
-                    raise first_of(error) from None
-                self._ready = True
-        return self._resources
-
-    async def _make_training_client(
-        self, user_metadata: Mapping[str, str] | None
-    ) -> AsyncFiretitanTrainingClient:
-        resources = await self._provisioned()
-        async with self._making:
-            if self._training_client is None:
-                plane = await self._connection.open()
-                session = TrainerSession(
-                    self._connection.transport,
-                    self._connection.make_transport,
-                    await plane.trainer_url(resources.job_id or ""),
-                )
-                try:
-                    await session.open({**self._user_metadata, **(user_metadata or {})})
-                    capabilities = await session.create_model(self._config)
-                except BaseException:
-                    await finish_in_spite_of_cancellation(session.close())
-                    raise
-                self._session = session
-                self._training_client = AsyncFiretitanTrainingClient(
-                    session,
-                    capabilities,
-                    self._config,
-                    owner=self._owner,
-                    pipeline_steps=self._pipeline_steps,
-                )
-            return self._training_client
-
-    async def _weight_sync(self) -> WeightSync:
-        resources = await self._provisioned()
-        if resources.deployment is None:
-            raise InvalidArgument(
-                "this service has no deployment (create_deployment=False): there is nothing to "
-                "load a snapshot into or to sample from"
-            )
-        if self._sync is None:
-            target = Target(
-                url=self._connection.hotload_url,
-                deployment=resources.deployment.name,
-                base_model=self._config.base_model,
-            )
-            self._sync = WeightSync(
-                self._connection.transport, target, timeout=self._config.hotload_timeout_s
-            )
-        return self._sync
-
-    async def _load(self, path: object) -> WeightSync:
-        if not isinstance(path, str) or not path:
-            raise InvalidArgument(
-                f"model_path={path!r}: pass the `path` that save_weights_for_sampler returned"
-            )
-        sync = await self._weight_sync()
-        await sync.load(path)
-        return sync
-
-    async def _make_sampler(
-        self,
-        model_path: str | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        controller: SamplingConcurrencyController | None,
-    ) -> DeploymentSampler:
-        sync = await (self._weight_sync() if model_path is None else self._load(model_path))
-        deployment = self._resources.deployment
-        assert deployment is not None
-        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
-            transport=self._connection.transport,
-            inference_url=self._connection.inference_url,
-            model=deployment.name,
-            tokenizer=tokenizer if tokenizer is not None else await self._get_tokenizer(),
-            concurrency_controller=controller or self._own_controller(),
-            current_snapshot=sync.current,
-            integer_stops=await (await self._connection.open()).account() == LOCAL_ACCOUNT,
-        )
-
-    def _own_controller(self) -> SamplingConcurrencyController:
-        if self._controller is None:
-            self._controller = AdaptiveConcurrencyController()
-        return self._controller
-
-    async def _get_tokenizer(self) -> PreTrainedTokenizerBase:
-        async with self._fetching_tokenizer:
-            if self._tokenizer is None:
-                plane = await self._connection.open()
-                self._tokenizer = await find_tokenizer(plane, self._config)
-            return self._tokenizer
-
     # -- closing -----------------------------------------------------------------------------------
 
     async def _close(self, *, quiet: bool) -> None:
@@ -425,37 +303,20 @@ class AsyncFiretitanServiceClient:
 
     async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
         """Close in order, whatever fails on the way; the error worth raising."""
-        client, errors = self._training_client, list[BaseException]()
+        errors = list[BaseException]()
+
+        async def clean_up() -> None:
+            errors.extend(await self._provisioner.clean_up())
+
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._owner.release)
             stack.push_async_callback(self._connection.close)
-            stack.callback(self._forget_exit)
-            stack.push_async_callback(self._clean_up)
-            if self._session is not None:
-                stack.push_async_callback(self._session.close)
-            if client is not None:
-                await client._close(drain=drain)  # pyright: ignore[reportPrivateUsage]
-                unseen = client._first_unseen_failure()  # pyright: ignore[reportPrivateUsage]
-                errors.extend([unseen] if unseen is not None else [])
-                if self._connection.temporary and client.last_saved_state is not None:
-                    logger.info(
-                        "the saved states go away with the embedded platform; "
-                        "base_url='local:/path' keeps them"
-                    )
-        errors.extend(self._resources.errors)
+            stack.push_async_callback(clean_up)
+            unseen = await self._trainers.close(drain=drain)
+            errors.extend([unseen] if unseen is not None else [])
+            if self._connection.temporary and self._trainers.saved_a_state:
+                logger.info(
+                    "the saved states go away with the embedded platform; "
+                    "base_url='local:/path' keeps them"
+                )
         return errors[0] if errors else None
-
-    async def _clean_up(self) -> None:
-        if self._ready:
-            await clean_up(await self._connection.open(), self._config, self._resources)
-
-    async def _clean_up_at_exit(self) -> None:
-        """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
-        if self._connection.temporary or not self._ready:
-            return
-        async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
-            await clean_up(AsyncControlPlane(transport), self._config, self._resources)
-
-
-def _import_tinker() -> None:
-    importlib.import_module("tinker")

@@ -101,8 +101,19 @@ class TrainerSession:
         self._heartbeat = Heartbeat(self._make_transport, self._trainer_url, session_id)
         self._heartbeat.start()
 
-    async def create_model(self, config: FiretitanProvisioningConfig) -> Capabilities:
-        """Make a model; a repeated submit makes no second one."""
+    async def create_model(
+        self,
+        config: FiretitanProvisioningConfig,
+        *,
+        base_only: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Capabilities:
+        """Make a model; a repeated submit makes no second one.
+
+        Args:
+            base_only: the base model without an adapter, beside the models that train one.
+            user_metadata: noted with the model.
+        """
         lora: dict[str, Any] = {
             "rank": config.lora_rank,
             "train_mlp": config.train_mlp,
@@ -119,6 +130,8 @@ class TrainerSession:
                 "model_seq_id": self._models,
                 "base_model": config.base_model,
                 "lora_config": lora,
+                **({"base_only": True} if base_only else {}),
+                **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
                 "type": "create_model",
             }
         )

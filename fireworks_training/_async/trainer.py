@@ -22,7 +22,13 @@ from fireworks_training._async.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import Line, Role
 from fireworks_training._wire.training import PassKind, decode_snapshot
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported, ProtocolError
+from fireworks_training.errors import (
+    ClientClosed,
+    FireworksTrainingError,
+    InvalidArgument,
+    NotSupported,
+    ProtocolError,
+)
 from fireworks_training.futures import APIFuture
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ class AsyncFiretitanTrainingClient:
         *,
         owner: OwnerLoop,
         pipeline_steps: bool = False,
+        forward_only: bool = False,
     ) -> None:
         # Here, since it loads numpy, which a service that only samples does without.
         from fireworks_training._async.passes import Passes
@@ -71,6 +78,7 @@ class AsyncFiretitanTrainingClient:
         self._capabilities = capabilities
         self._config = config
         self._owner = owner
+        self._forward_only = forward_only
         self._suffix = uuid4().hex[:8]
         self._passes = Passes(capabilities.model_id, capabilities.comms)
         self._runner = LineRunner(
@@ -285,6 +293,8 @@ class AsyncFiretitanTrainingClient:
             from tinker.types import LoadWeightsResponse
 
             payload = await self._one(turn, "load_weights", fields)
+            if optimizer and self._runner.last_saved_state is None:
+                self._runner.last_saved_state = path
             return LoadWeightsResponse(path=payload.get("path", path))
 
         return self._submit(Role.LOAD, "load_state", run)
@@ -375,8 +385,13 @@ class AsyncFiretitanTrainingClient:
 
     @property
     def last_saved_state(self) -> str | None:
-        """Name of the newest state that this client saved."""
+        """Name of the newest state that this client saved, or else resumed from."""
         return self._runner.last_saved_state
+
+    @property
+    def ended(self) -> FireworksTrainingError | None:
+        """Why the client takes no more operations; None while it does."""
+        return self._runner.ended
 
     # -- the same operations, as coroutines that give the future --------------------------------
 
@@ -444,6 +459,11 @@ class AsyncFiretitanTrainingClient:
         *,
         accept_partial: bool = False,
     ) -> APIFuture[T]:
+        if self._forward_only and role not in (Role.FORWARD, Role.OTHER):
+            raise NotSupported(
+                f"{label}: this is a reference client, whose weights stay as they are; it offers "
+                "forward"
+            )
         return self._runner.submit(role, label, run, accept_partial=accept_partial)
 
     async def _one(self, turn: Turn, path: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:

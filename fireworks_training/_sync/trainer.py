@@ -14,6 +14,7 @@ from fireworks_training._async.trainer import (
     Normalization,
 )
 from fireworks_training._portal import Blocking
+from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
 
 if TYPE_CHECKING:
@@ -215,8 +216,13 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
 
     @property
     def last_saved_state(self) -> str | None:
-        """Name of the newest state that this client saved."""
+        """Name of the newest state that this client saved, or else resumed from."""
         return self._async.last_saved_state
+
+    @property
+    def ended(self) -> FireworksTrainingError | None:
+        """Why the client takes no more operations; None while it does."""
+        return self._async.ended
 
     async def forward_async(
         self,

@@ -7,7 +7,7 @@ transport's owner loop, from whatever loop it is asked for.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.rows import Row
@@ -91,7 +91,8 @@ class Account:
         query: dict[str, object] = {"pageSize": page_size}
         for _ in range(MOST_PAGES):
             answer = await self.call("GET", f"{path}?{urlencode(query)}", what=f"list {collection}")
-            found.extend(next((answer[key] for key in keys if answer.get(key)), []))
+            pages = (cast(list[Row], answer.get(key) or []) for key in keys)
+            found.extend(next((page for page in pages if page), []))
             token = answer.get("nextPageToken")
             if not token:
                 return found

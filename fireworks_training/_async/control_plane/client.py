@@ -11,11 +11,12 @@ import asyncio
 import re
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
 from fireworks_training._async.control_plane.rows import (
+    Row,
     read_checkpoint,
     read_deployment,
     read_job,
@@ -159,7 +160,7 @@ class AsyncControlPlane:
         answer = await self._account.call(
             "GET", f"/v1/{shape}/versions?{query}", what=f"look up the training shape {shape}"
         )
-        rows = answer.get("trainingShapeVersions") or []
+        rows = cast(list[Row], answer.get("trainingShapeVersions") or [])
         return read_profile(rows[0], shape) if rows else None
 
     # -- trainer jobs ------------------------------------------------------------------------------
@@ -344,7 +345,7 @@ class AsyncControlPlane:
         answer = await self._promote(f"/v1/{name}:promote", name, body)
         operation = answer.get("operation")
         if isinstance(operation, Mapping):
-            operation = read_operation(operation).name
+            operation = read_operation(cast(Row, operation)).name
         if operation:
             await self.wait_for_operation(str(operation), timeout_s=timeout_s)
         elif isinstance(answer.get("model"), Mapping) and answer["model"].get("name"):

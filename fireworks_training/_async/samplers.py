@@ -1,0 +1,142 @@
+"""The sampling side of a service: its deployment's weights, tokenizer, window, and samplers.
+
+All samplers share the service's pool, and one controller unless another is given, so that a new
+snapshot costs no connection and forgets no window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from fireworks_training._async.connection import Connection
+from fireworks_training._async.gate import (
+    AdaptiveConcurrencyController,
+    SamplingConcurrencyController,
+)
+from fireworks_training._async.provisioning import Provisioner
+from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
+from fireworks_training._async.weight_sync import Target, WeightSync
+from fireworks_training.config import FiretitanProvisioningConfig
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.models import DeploymentInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Samplers:
+    """What samples for one service; everything runs on its owner loop.
+
+    Args:
+        connection: its platform.
+        config: what the service was made for.
+        provisioner: gets the deployment up.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: FiretitanProvisioningConfig,
+        provisioner: Provisioner,
+    ) -> None:
+        self._connection = connection
+        self._config = config
+        self._provisioner = provisioner
+        self._fetching = asyncio.Lock()
+        self._sync: WeightSync | None = None
+        self._controller: SamplingConcurrencyController | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    async def deployment(self) -> DeploymentInfo:
+        """The deployment, provisioned.
+
+        Raises:
+            InvalidArgument: the service has none.
+        """
+        deployment = (await self._provisioner.provisioned()).deployment
+        if deployment is None:
+            raise InvalidArgument(
+                "this service has no deployment (create_deployment=False): there is nothing to "
+                "load a snapshot into or to sample from"
+            )
+        return deployment
+
+    async def weights(self) -> WeightSync:
+        """The weights of the deployment."""
+        deployment = await self.deployment()
+        if self._sync is None:
+            target = Target(
+                url=self._connection.hotload_url,
+                deployment=deployment.name,
+                base_model=self._config.base_model,
+            )
+            self._sync = WeightSync(
+                self._connection.transport, target, timeout=self._config.hotload_timeout_s
+            )
+        return self._sync
+
+    async def load(self, path: object) -> WeightSync:
+        """Bring a snapshot into the deployment; returns when every replica serves it."""
+        if not isinstance(path, str) or not path:
+            raise InvalidArgument(
+                f"model_path={path!r}: pass the `path` that save_weights_for_sampler returned"
+            )
+        weights = await self.weights()
+        await weights.load(path)
+        return weights
+
+    async def of_deployment(
+        self,
+        model_path: str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with a snapshot live if one is named."""
+        weights = await (self.weights() if model_path is None else self.load(model_path))
+        deployment = await self.deployment()
+        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+            transport=self._connection.transport,
+            inference_url=self._connection.inference_url,
+            model=deployment.name,
+            tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
+            concurrency_controller=controller or self.controller(),
+            current_snapshot=weights.current,
+            integer_stops=await self._integer_stops(),
+        )
+
+    async def of_model(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+        inference_url: str | None,
+    ) -> DeploymentSampler:
+        """A sampler of any model string; it has a window of its own unless one is given."""
+        await self._connection.open()
+        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+            transport=self._connection.transport,
+            inference_url=inference_url or self._connection.inference_url,
+            model=model,
+            tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
+            concurrency_controller=controller or AdaptiveConcurrencyController(),
+            integer_stops=await self._integer_stops(),
+        )
+
+    async def _integer_stops(self) -> bool:
+        return await (await self._connection.open()).account() == LOCAL_ACCOUNT
+
+    def controller(self) -> SamplingConcurrencyController:
+        """The service's own, made at first use."""
+        if self._controller is None:
+            self._controller = AdaptiveConcurrencyController()
+        return self._controller
+
+    async def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the service's model, found once."""
+        async with self._fetching:
+            if self._tokenizer is None:
+                plane = await self._connection.open()
+                self._tokenizer = await find_tokenizer(plane, self._config)
+            return self._tokenizer
