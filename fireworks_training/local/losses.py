@@ -81,7 +81,10 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
-def target_logprobs(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """Logprob of each target under its row of logits."""
-    chosen_M = logits_MV.gather(-1, targets_M[:, None]).squeeze(-1)
-    return chosen_M - torch.logsumexp(logits_MV, dim=-1)
+def target_logprobs(logits_UV: Tensor, targets_M: Tensor, rows_M: Tensor | None = None) -> Tensor:
+    """Logprob of each target under its row of logits; `rows_M` None means row after row."""
+    if rows_M is None:
+        chosen_M = logits_UV.gather(-1, targets_M[:, None]).squeeze(-1)
+        return chosen_M - torch.logsumexp(logits_UV, dim=-1)
+    chosen_M = torch.take(logits_UV, rows_M * logits_UV.shape[-1] + targets_M)
+    return chosen_M - torch.logsumexp(logits_UV, dim=-1).index_select(0, rows_M)

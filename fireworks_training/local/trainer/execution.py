@@ -24,10 +24,10 @@ from fireworks_training.local.model import (
     apply_lora,
     round_parameters_,
     rounded,
-    vocab_size,
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
+from fireworks_training.local.trainer.network import Network
 from fireworks_training.local.trainer.operations import (
     Answer,
     DiscardGradients,
@@ -79,13 +79,13 @@ class TrainedModel:
         self._stores = stores
         self._base_model = base_model
         self._dtype: SnapshotDtype = dtype
-        self._vocab_size = vocab_size(module)
         self._rng = torch.Generator().manual_seed(seed).get_state()
         self._adam: AdamSettings | None = None
         self._lora = None
         if lora is not None:
             round_parameters_(module, dtype)
             self._lora = apply_lora(module, lora)
+        self._network = Network(module)
         parameters = dict(module.named_parameters()) if lora is None else adapter_parameters(module)
         self._trainable = trainable
         self._optimizer = MasterAdamW(parameters, dtype)
@@ -136,7 +136,7 @@ class TrainedModel:
     def _pass(self, operation: Pass) -> PassResult:
         optimizer = self._optimizer
         with self._own_randomness():
-            passed = run_pass(self._module, optimizer.parameters, operation, self._vocab_size)
+            passed = run_pass(self._network, optimizer.parameters, operation)
         if passed.gradients is not None:
             try:
                 optimizer.accumulate(

@@ -1,30 +1,26 @@
-"""One forward or forward-backward pass over many datums, in padded micro-batches.
+"""One forward or forward-backward pass over many datums, in micro-batches.
 
-Knows: batching, padding, the sum over micro-batches. Does not know optimizers, steps or where
-results go.
+Knows: the loss, its sum over micro-batches, what is refused. Does not know how micro-batches are
+chosen (`packing`) or computed (`network`), optimizers, steps or where results go.
 
-Legend: B datums of a micro-batch, T its longest, V vocabulary, M real tokens of the micro-batch.
-
-Datums are padded on the right: attention is causal, so a real position never looks at padding, and
-padded rows of logits are dropped before the loss. The plan depends on lengths alone, so the same
-operation is computed in the same order every time.
+Legend: M tokens of a micro-batch's datums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fireworks_training.local.losses import LOSSES, target_logprobs
+from fireworks_training.local.losses import LOSSES
+from fireworks_training.local.trainer.network import Network, datums_of
 from fireworks_training.local.trainer.operations import Datum, OperationFailed, Pass
-
-LOGITS_BYTES = 64 << 20
-"""Budget of one micro-batch's logits in fp32; a longer datum gets a micro-batch of its own."""
+from fireworks_training.local.trainer.packing import plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,50 +40,16 @@ class Passed:
     gradients: list[Tensor] | None
 
 
-def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of the datums of each micro-batch: longest first, at most `budget` padded tokens."""
-    batches: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[index]
-        batches[-1].append(index)
-    return batches
-
-
-def _concatenated(data: Sequence[Datum]) -> tuple[Tensor, dict[str, Tensor]]:
-    inputs = {
+def _concatenated(data: Sequence[Datum]) -> dict[str, Tensor]:
+    """Every input of the loss but the targets, end to end."""
+    return {
         name: torch.from_numpy(np.concatenate([datum.inputs[name] for datum in data]))
         for name in data[0].inputs
+        if name != "target_tokens"
     }
-    return inputs.pop("target_tokens"), inputs
 
 
-def _real_logits(module: nn.Module, data: Sequence[Datum]) -> Tensor:
-    width = len(data[0].tokens)
-    ids_BT = torch.zeros((len(data), width), dtype=torch.int64)
-    real_BT = torch.zeros((len(data), width), dtype=torch.bool)
-    for row, datum in enumerate(data):
-        ids_BT[row, : len(datum.tokens)] = torch.from_numpy(datum.tokens)
-        real_BT[row, : len(datum.tokens)] = True
-    logits_BTV: Tensor = module(input_ids=ids_BT, use_cache=False).logits
-    if bool(real_BT.all()):
-        return logits_BTV.flatten(0, 1)
-    return logits_BTV[real_BT]
-
-
-def _micro_batches(
-    data: Sequence[Datum], vocab_size: int
-) -> Iterator[tuple[list[int], list[Datum]]]:
-    budget = max(LOGITS_BYTES // (4 * vocab_size), 1)
-    for indices in plan([len(datum.tokens) for datum in data], budget):
-        yield indices, [data[index] for index in indices]
-
-
-def run_pass(
-    module: nn.Module, parameters: Sequence[nn.Parameter], request: Pass, vocab_size: int
-) -> Passed:
+def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass) -> Passed:
     """Computes logprobs and loss, and the loss's gradient if `request.backward`.
 
     Nothing outside is changed: the parameters' `.grad` is None before and after.
@@ -98,10 +60,14 @@ def run_pass(
     logprobs: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(request.data)
     loss_sum, loss_tokens = 0.0, 0
     try:
-        for indices, data in _micro_batches(request.data, vocab_size):
+        tokens = [datum.tokens for datum in request.data]
+        for batch in plan(tokens, network.token_budget, sharing=network.sharing):
+            indices = datums_of(batch)
+            data = [request.data[index] for index in indices]
+            inputs = _concatenated(data)
+            targets = [cast("NDArray[np.int64]", datum.inputs["target_tokens"]) for datum in data]
             with torch.set_grad_enabled(request.backward):
-                targets_M, inputs = _concatenated(data)
-                logprobs_M = target_logprobs(_real_logits(module, data), targets_M)
+                logprobs_M = network.target_logprobs(batch, targets)
                 loss_M = LOSSES[request.loss].per_token(logprobs_M, inputs, request.config)
                 loss = loss_M.sum()
             _check_finite(logprobs_M, loss, indices)

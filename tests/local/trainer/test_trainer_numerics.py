@@ -25,7 +25,6 @@ from fireworks_training.local.snapshots import SnapshotStore
 from fireworks_training.local.trainer.states import StateStore
 from tests.local.trainer.trainer_driver import (
     ADAM,
-    VOCAB,
     Starter,
     Trainer,
     cross_entropy,
@@ -192,8 +191,8 @@ async def test_micro_batches_add_up(
     start: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = []
-    for budget in (64 << 20, 4 * VOCAB * 12):
-        monkeypatch.setattr("fireworks_training.local.trainer.passes.LOGITS_BYTES", budget)
+    for budget in (64 << 20, 8 * 2 * 416 * 12):
+        monkeypatch.setattr("fireworks_training.local.trainer.network.ACTIVATION_BYTES", budget)
         trainer = await start()
         passed = await trainer.ok("forward_backward", **cross_entropy(*some_data(count=6)))
         stepped = await trainer.ok("optim_step", adam_params=ADAM)

@@ -1,0 +1,226 @@
+"""A causal language model as training calls it: a body that gives hidden states, and a head.
+
+Knows Hugging Face modules, caches and masks, and how the logprobs of a micro-batch's targets come
+out of them. Does not know losses, optimizers or how micro-batches are chosen.
+
+Legend: G groups of a micro-batch, P their longest prefix, N sequences that go on after it, S the
+longest of these, U positions computed (unpadded), M positions of all datums, E hidden size,
+V vocabulary, L layers.
+
+Shared prefixes: the prefixes are computed once, with the keys and values of every layer kept in the
+graph; the sequences that go on attend to a copy of their prefix's. Autograd adds the copies'
+gradients up, so the result is that of separate sequences, up to the order of fp32 sums.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from fireworks_training.local.losses import target_logprobs
+from fireworks_training.local.trainer.packing import Group, MicroBatch
+
+LOGITS_BYTES = 64 << 20
+"""Logits that are held at once, in fp32; more are computed in turns, and again for the gradient."""
+
+ACTIVATION_BYTES = 256 << 20
+"""Budget of what a micro-batch keeps for its gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Hidden states of the U positions, and where each sequence's are.
+
+    Attributes:
+        hidden: [U, E], padding left out.
+        rows: for each group, for each member, its T places in `hidden`.
+    """
+
+    hidden: Tensor
+    rows: list[list[NDArray[np.int64]]]
+
+
+class Network:
+    """The two parts of a model.
+
+    Args:
+        module: with its adapter, if it has one; not changed.
+        sharing: False computes every datum by itself, for comparison.
+    """
+
+    def __init__(self, module: PreTrainedModel, *, sharing: bool = True) -> None:
+        self._body, self._head = _parts(module)
+        self.sharing = sharing and _can_share(module)
+        self._cache_name = _cache_argument(self._body)
+        widths = sum(m.out_features for m in self._body.modules() if isinstance(m, nn.Linear))
+        # Linear outputs and about as much again between them.
+        self.token_budget = max(ACTIVATION_BYTES // (8 * max(widths, 1)), 1)
+
+    def target_logprobs(self, batch: MicroBatch, targets: Sequence[NDArray[np.int64]]) -> Tensor:
+        """logprobs_M of the datums of `batch`, end to end in the order of `datums_of(batch)`.
+
+        Args:
+            targets: the target ids of each of these datums, T of each.
+        """
+        computed = self._compute(batch)
+        rows = [
+            computed.rows[g][m]
+            for g, group in enumerate(batch.groups)
+            for m, member in enumerate(group.members)
+            for _ in member.data
+        ]
+        return self._logprobs(computed.hidden, np.concatenate(rows), np.concatenate(targets))
+
+    def _compute(self, batch: MicroBatch) -> _Computed:
+        groups = batch.groups
+        keep = {self._cache_name: DynamicCache()} if batch.buckets else {}
+        prefixes = [group.prefix for group in groups]
+        hidden = self._body(input_ids=_padded(prefixes), use_cache=bool(keep), **keep)[0]
+        parts = [_unpadded(hidden, [len(prefix) for prefix in prefixes])]
+        begins = np.cumsum([0, *(len(prefix) for prefix in prefixes)])
+        rows = [
+            [np.arange(begins[g], begins[g + 1]) for _ in group.members]
+            for g, group in enumerate(groups)
+        ]
+        used = int(begins[-1])
+        for bucket in batch.buckets:
+            sizes = [groups[g].members[m].tokens.size for g, m in bucket]
+            parts.append(self._continue(groups, bucket, sizes, keep[self._cache_name]))
+            for (g, m), size in zip(bucket, sizes, strict=True):
+                rows[g][m] = np.concatenate([rows[g][m], np.arange(used, used + size)])
+                used += size
+        return _Computed(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
+
+    def _continue(
+        self,
+        groups: Sequence[Group],
+        bucket: Sequence[tuple[int, int]],
+        sizes: Sequence[int],
+        prefixes: DynamicCache,
+    ) -> Tensor:
+        """Hidden states of a bucket's sequences after their prefixes, padding left out."""
+        chosen_N = torch.tensor([g for g, _ in bucket])
+        cache = DynamicCache()
+        for index, layer in enumerate(prefixes.layers):
+            plain = cast(DynamicLayer, layer)
+            keys, values = cast(Tensor, plain.keys), cast(Tensor, plain.values)
+            cache.update(keys.index_select(0, chosen_N), values.index_select(0, chosen_N), index)
+        lengths_G = torch.tensor([len(group.prefix) for group in groups])
+        width, longest = int(lengths_G.max()), max(sizes)
+        begins_N = lengths_G[chosen_N]
+        columns = torch.arange(width + longest)
+        # Padding of a prefix lies before the tokens that follow it, so it has to be masked.
+        mask = (columns < begins_N[:, None]) | (columns >= width)
+        hidden = self._body(
+            input_ids=_padded([groups[g].members[m].tokens for g, m in bucket]),
+            position_ids=begins_N[:, None] + torch.arange(longest),
+            attention_mask=None if bool(mask.all()) else mask.long(),
+            use_cache=True,
+            **{self._cache_name: cache},
+        )[0]
+        return _unpadded(hidden, sizes)
+
+    def _logprobs(
+        self, hidden_UE: Tensor, rows_M: NDArray[np.int64], targets_M: NDArray[np.int64]
+    ) -> Tensor:
+        head = self._head
+
+        def some(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+            return target_logprobs(head(states).float(), targets, rows)
+
+        vocab_size = head(hidden_UE[:1].detach()).shape[-1]
+        turn = max(LOGITS_BYTES // (4 * vocab_size), 1)
+        if len(hidden_UE) <= turn:
+            return some(hidden_UE, torch.from_numpy(rows_M), torch.from_numpy(targets_M))
+        order = np.argsort(rows_M, kind="stable")
+        bounds = np.arange(0, len(hidden_UE) + turn, turn)
+        cuts = np.searchsorted(rows_M[order], bounds)
+        pieces = []
+        for place, begin in enumerate(bounds[:-1]):
+            chosen = order[cuts[place] : cuts[place + 1]]
+            piece = checkpoint(
+                some,
+                hidden_UE[begin : begin + turn],
+                torch.from_numpy(rows_M[chosen] - begin),
+                torch.from_numpy(targets_M[chosen]),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            pieces.append(cast(Tensor, piece))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return torch.cat(pieces).index_select(0, torch.from_numpy(back))
+
+
+def datums_of(batch: MicroBatch) -> list[int]:
+    """Places of a micro-batch's datums, in the order of its logprobs."""
+    return [place for group in batch.groups for member in group.members for place in member.data]
+
+
+def _padded(sequences: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Rows padded on the right: attention is causal, so no real position looks at padding."""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, tokens in zip(ids, sequences, strict=True):
+        row[: len(tokens)] = tokens
+    return torch.from_numpy(ids)
+
+
+def _unpadded(hidden_BTE: Tensor, lengths: Sequence[int]) -> Tensor:
+    flat = hidden_BTE.flatten(0, 1)
+    width = hidden_BTE.shape[1]
+    if sum(lengths) == len(flat):
+        return flat
+    real = np.concatenate([np.arange(r * width, r * width + n) for r, n in enumerate(lengths)])
+    return flat.index_select(0, torch.from_numpy(real))
+
+
+class _Whole(nn.Module):
+    """A model whose logits are more than its head's, taken in one piece."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **arguments: object) -> tuple[Tensor]:
+        return (self.module(**arguments).logits,)
+
+
+def _parts(module: PreTrainedModel) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Body and head, after a look whether the head's output is the model's (no scale, no cap)."""
+    body = module.get_decoder()  # type: ignore[no-untyped-call]
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if body is not None and head is not None and body is not module:
+        probe = torch.tensor([[0, 0]])
+        with torch.no_grad():
+            whole = module(input_ids=probe, use_cache=False).logits
+            if torch.equal(head(body(input_ids=probe, use_cache=False)[0]), whole):
+                return body, head
+    return _Whole(module), nn.Identity()
+
+
+def _cache_argument(body: nn.Module) -> str:
+    """transformers 5.24 renamed the argument; the old name warns there and goes in 5.40."""
+    inner = body.module if isinstance(body, _Whole) else body
+    parameters = inspect.signature(type(inner).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def _can_share(module: PreTrainedModel) -> bool:
+    """Whether every layer attends to all it saw, by positions that can be given."""
+    layers = DynamicCache(config=module.config).layers
+    named = inspect.signature(type(module).forward).parameters
+    return (
+        "position_ids" in named
+        and getattr(module.config, "sliding_window", None) is None
+        and all(type(layer) is DynamicLayer for layer in layers)
+    )
