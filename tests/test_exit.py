@@ -38,10 +38,17 @@ SERVICE = """
 
 
 @contextmanager
-def script(body: str, platform: RunningPlatform | None) -> Iterator[subprocess.Popen[str]]:
-    """A script in a process of its own, on `platform` or on one that it embeds."""
+def script(
+    body: str, platform: RunningPlatform | None, temporary: str | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A script in a process of its own, on `platform` or on one that it embeds.
+
+    `temporary` is the folder it takes for the system's temporary one.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FIREWORKS_BASE_URL": "local"}
     environment.pop("FIREWORKS_API_KEY", None)
+    if temporary is not None:
+        environment["TMPDIR"] = temporary
     if platform is not None:
         environment["FIREWORKS_BASE_URL"] = platform.base_url
         environment["FIREWORKS_API_KEY"] = platform.api_key
@@ -69,10 +76,6 @@ def said(process: subprocess.Popen[str]) -> str:
         assert process.stderr is not None
         raise AssertionError(process.stderr.read())
     return line
-
-
-def runtime_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("fwt*"))
 
 
 SYNC = """
@@ -108,19 +111,22 @@ async def test_a_script_that_never_closes_ends_and_its_trainer_with_it(
 
 
 def test_an_embedded_platform_ends_with_a_script_that_never_closes() -> None:
-    before = runtime_folders()
-    with script(
-        SYNC + "    print('ready', flush=True)\n    sys.stdin.readline()\n", None
-    ) as process:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        script(
+            SYNC + "    print('ready', flush=True)\n    sys.stdin.readline()\n", None, temporary
+        ) as process,
+    ):
         said(process)
         assert said(process) == "ready"
+        assert list(Path(temporary).glob("fwt*"))
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         process.send_signal(signal.SIGKILL)
         process.wait(SOON)
         _, left = psutil.wait_procs(children, timeout=20)
         assert not left
-    assert runtime_folders() <= before
+        assert not list(Path(temporary).glob("fwt*"))
 
 
 def test_ctrl_c_reaches_a_blocking_wait(platform: RunningPlatform) -> None:

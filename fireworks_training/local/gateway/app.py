@@ -25,7 +25,13 @@ from fireworks_training.local.gateway import control_plane, tokenizer_route, tra
 from fireworks_training.local.gateway.auth import host_middleware, key_middleware
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, ControlPlane
 from fireworks_training.local.gateway.deployments import ConnectEngine, Deployments
-from fireworks_training.local.gateway.problems import Problem, code_of, render
+from fireworks_training.local.gateway.problems import (
+    REQUEST_ID,
+    STARTED,
+    Problem,
+    code_of,
+    render,
+)
 from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Registry
 from fireworks_training.local.gateway.trainers import TrainerJobs
 from fireworks_training.local.gateway.workers import Spawner, Workers
@@ -37,7 +43,7 @@ MAX_BODY_BYTES = 64 << 20
 # Long polls are cut when the platform ends; nothing else takes long.
 SHUTDOWN_S = 0.5
 DEFAULT_CONTEXT_LENGTH = 2048
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +153,15 @@ def load_registry(settings: GatewaySettings) -> Registry:
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request an id, and every failure a JSON answer."""
     given = request.headers.get("x-request-id", "")
-    request["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    request[REQUEST_ID] = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
     try:
         return await handler(request)
     except Problem as problem:
-        if request.get("started"):
+        if request.get(STARTED):
             raise
         return render(problem)
     except web.HTTPException as error:
-        if error.status < 400 or request.get("started"):
+        if error.status < 400 or request.get(STARTED):
             raise
         if error.content_type == "application/json":
             return error
@@ -164,10 +170,10 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     except (asyncio.CancelledError, ConnectionError):
         raise  # the client went away
     except Exception:
-        log.exception("request %s: %s %s", request["request_id"], request.method, request.path)
-        if request.get("started"):
+        log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.path)
+        if request.get(STARTED):
             raise
-        text = f"internal error; the platform's log names request {request['request_id']}"
+        text = f"internal error; the platform's log names request {request[REQUEST_ID]}"
         return render(Problem(500, text, code=code_of(500)))
 
 
@@ -178,5 +184,5 @@ def _kept_headers(error: web.HTTPException) -> dict[str, str]:
 
 async def _mark_response(request: web.Request, response: web.StreamResponse) -> None:
     """The id goes out with the first byte; from then on an error can't be an answer any more."""
-    request["started"] = True
-    response.headers.setdefault("x-request-id", request.get("request_id", uuid.uuid4().hex))
+    request[STARTED] = True
+    response.headers.setdefault("x-request-id", request.get(REQUEST_ID, uuid.uuid4().hex))

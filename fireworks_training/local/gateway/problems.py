@@ -10,6 +10,12 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+REQUEST_ID = web.RequestKey("request_id", str)
+"""The id of a request: given by its client, or made; every answer and log line has it."""
+
+STARTED = web.RequestKey("started", bool)
+"""True once an answer has begun: an error can't be an answer any more."""
+
 _CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",

@@ -18,7 +18,7 @@ from yarl import URL
 
 from fireworks_training.local.gateway.auth import KEY_HEADER
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
-from fireworks_training.local.gateway.problems import Problem, model_lost
+from fireworks_training.local.gateway.problems import REQUEST_ID, STARTED, Problem, model_lost
 from fireworks_training.local.gateway.resources import check_account, check_id
 from fireworks_training.local.gateway.trainers import (
     CREATING,
@@ -113,7 +113,7 @@ async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.Str
     query = request.raw_path.partition("?")[2]
     url = URL(f"http://trainer/{tail}{'?' if query else ''}{query}", encoded=True)
     headers = forwarded_headers(CIMultiDict(request.headers))
-    headers["X-Request-Id"] = request["request_id"]
+    headers["X-Request-Id"] = request[REQUEST_ID]
     body = _Body(request) if request.can_read_body else None
     try:
         async with trainer.session.request(
@@ -126,7 +126,7 @@ async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.Str
         ) as upstream:
             return await _answer(request, upstream)
     except aiohttp.ClientError:
-        if body is not None and body.too_long and not request.get("started"):
+        if body is not None and body.too_long and not request.get(STARTED):
             raise _too_long() from None
         raise
 
@@ -171,7 +171,7 @@ async def _after_failure(
     request: web.Request, trainer: Trainer, id_: str, error: aiohttp.ClientError
 ) -> web.StreamResponse:
     """The connection to the worker broke: it died, or only this exchange did."""
-    if request.get("started"):
+    if request.get(STARTED):
         # Half an answer is out; only closing the connection says that it is not whole.
         raise ConnectionResetError("the trainer's answer broke off") from error
     try:

@@ -75,7 +75,7 @@ def complete(
         {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
     )
     with torch.no_grad():
-        output_BT = model.generate(
+        output_BT = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=ids_BT,
             attention_mask=mask_BT,
             max_new_tokens=MAX_NEW_TOKENS,
