@@ -17,6 +17,16 @@ import click
 
 KEY_VARIABLE = "FIREWORKS_API_KEY"
 
+# Options by the names that the settings know.
+LIMITS = {
+    "max_trainers": "maxTrainers",
+    "max_replicas": "maxReplicas",
+    "trainer_delay": "trainerDelayS",
+    "deployment_delay": "deploymentDelayS",
+    "inactivity_timeout": "inactivityTimeoutS",
+    "session_timeout": "sessionTimeoutS",
+}
+
 
 def parse_models(
     _context: click.Context, _parameter: click.Parameter, values: Sequence[str]
@@ -84,6 +94,41 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     help="A model in the Hugging Face layout, served as accounts/local/models/NAME. Repeatable;"
     " the first is the default.",
 )
+@click.option(
+    "--max-trainers",
+    type=click.IntRange(0, 64),
+    help="Trainer jobs at a time; a further one waits PENDING.  [default: no limit]",
+)
+@click.option(
+    "--max-replicas",
+    type=click.IntRange(0, 64),
+    help="Serving replicas at a time, of all deployments.  [default: no limit]",
+)
+@click.option(
+    "--trainer-delay",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long a job is CREATING before its trainer starts.  [default: 0]",
+)
+@click.option(
+    "--deployment-delay",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long it takes before a replica starts.  [default: 0]",
+)
+@click.option(
+    "--inactivity-timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Stop a trainer that got no operation and no heartbeat for so long, unless its job asks"
+    " for another time.  [default: never]",
+)
+@click.option(
+    "--session-timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="End a trainer session that sent no heartbeat for so long.  [default: 300]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when it is ready.")
 def serve(
     host: str,
@@ -93,6 +138,7 @@ def serve(
     api_key_file: Path | None,
     models: dict[str, str],
     as_json: bool,
+    **limits: float | None,
 ) -> None:
     """Run the local training platform until Ctrl-C or SIGTERM.
 
@@ -112,5 +158,6 @@ def serve(
             "api_key": api_key or None,
             "models": models,
             "output": "json" if as_json else "text",
+            "limits": {LIMITS[name]: value for name, value in limits.items() if value is not None},
         }
     )

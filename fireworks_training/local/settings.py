@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 from fireworks_training.errors import LocalPlatformError
+from fireworks_training.local.limits import Limits
 
 ACCOUNT = "local"
 MODEL_PREFIX = f"accounts/{ACCOUNT}/models/"
@@ -88,6 +89,7 @@ class PlatformSettings:
         worker_start: "fork" from the template, or "exec" new processes.
         entry_points: `module:function` of each worker kind; tests put small ones here.
         preload: modules that the template imports before it forks.
+        limits: changes to the defaults of `limits.Limits`, in its JSON spelling.
     """
 
     host: str = "127.0.0.1"
@@ -100,6 +102,7 @@ class PlatformSettings:
     worker_start: WorkerStart = field(default_factory=default_worker_start)
     entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))
     preload: tuple[str, ...] = PRELOAD
+    limits: dict[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -119,6 +122,7 @@ class PlatformSettings:
             raise LocalPlatformError(
                 f"settings: worker_start {self.worker_start!r} is not 'fork' or 'exec'"
             )
+        Limits().changed(self.limits)
         if set(self.entry_points) != set(ENTRY_POINTS):
             raise LocalPlatformError(f"settings: entry_points must name {sorted(ENTRY_POINTS)}")
 
@@ -136,6 +140,7 @@ class GatewaySettings:
     state_dir: str
     models: dict[str, str]
     default_model: str
+    limits: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str | None": (str, type(None)),
     "dict[str, str]": (dict,),
+    "dict[str, float | None]": (dict,),
     "tuple[str, ...]": (list,),
     "Output": (str,),
     "WorkerStart": (str,),
@@ -199,11 +205,13 @@ def _checked(name: str, value: object, kind: str) -> object:
     right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
     if right and isinstance(value, dict):
         pairs = cast(Mapping[object, object], value).items()
-        right = all(isinstance(key, str) and isinstance(item, str) for key, item in pairs)
+        # The values of `limits` are checked by `Limits` itself, with a better message.
+        items = (str,) if kind == "dict[str, str]" else (int, float, type(None))
+        right = all(isinstance(key, str) and isinstance(item, items) for key, item in pairs)
     if right and isinstance(value, list):
-        items = cast(list[object], value)
-        right = all(isinstance(item, str) for item in items)
-        value = tuple(items)
+        texts = cast(list[object], value)
+        right = all(isinstance(text, str) for text in texts)
+        value = tuple(texts)
     if not right:
         raise LocalPlatformError(f"settings: field {name!r} is not of type {kind}")
     return value

@@ -314,6 +314,7 @@ class Supervisor:
                 state_dir=str(self.state_dir),
                 models=self.models,
                 default_model=self.default_model,
+                limits=self._settings.limits,
             )
         )
 

@@ -75,7 +75,7 @@ def run(order: WorkerOrder) -> int:
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
-        _leave_reason(order.socket, error)
+        leave_reason(order.socket, f"{type(error).__name__}: {error}")
         return 1
     return 0
 
@@ -88,10 +88,11 @@ def failure_reason(socket: Path) -> str | None:
         return None
 
 
-def _leave_reason(socket: str, error: BaseException) -> None:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARS]
+def leave_reason(socket: str, reason: str) -> None:
+    """Say why the worker of a socket fails, for `failure_reason`."""
+    line = " ".join(reason.split())[:MAX_REASON_CHARS]
     try:
-        Path(f"{socket}{FAILED_SUFFIX}").write_text(reason)
+        Path(f"{socket}{FAILED_SUFFIX}").write_text(line)
     except OSError:
         traceback.print_exc()  # the runtime folder is gone: the log is the place that is left
 

@@ -47,6 +47,7 @@ def test_the_defaults(serve: Any) -> None:
         "api_key": None,
         "models": {},
         "output": "text",
+        "limits": {},
     }
 
 
@@ -56,6 +57,8 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
     _, settings = serve(
         "--host", "0.0.0.0", "--port", "8123", "--state-dir", str(tmp_path / "state"),
         "--model", f"mine={model}", "--model", f"other={model}", "--json", "--api-key", "k" * 20,
+        "--max-trainers", "1", "--max-replicas", "2", "--trainer-delay", "1.5",
+        "--deployment-delay", "3", "--inactivity-timeout", "600", "--session-timeout", "60",
     )  # fmt: skip
     assert settings == {
         "host": "0.0.0.0",
@@ -64,6 +67,14 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
         "api_key": "k" * 20,
         "models": {"mine": str(model), "other": str(model)},
         "output": "json",
+        "limits": {
+            "maxTrainers": 1,
+            "maxReplicas": 2,
+            "trainerDelayS": 1.5,
+            "deploymentDelayS": 3.0,
+            "inactivityTimeoutS": 600.0,
+            "sessionTimeoutS": 60.0,
+        },
     }
 
 

@@ -21,10 +21,12 @@ from aiohttp.typedefs import Handler
 
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.database import FILE, Database
-from fireworks_training.local.gateway import control_plane, tokenizer_route, trainer_proxy
+from fireworks_training.local.gateway import control_plane, faults, tokenizer_route, trainer_proxy
 from fireworks_training.local.gateway.auth import host_middleware, key_middleware
+from fireworks_training.local.gateway.conditions import Conditions
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, ControlPlane
 from fireworks_training.local.gateway.deployments import ConnectEngine, Deployments
+from fireworks_training.local.gateway.faults import CONDITIONS, fault_middleware
 from fireworks_training.local.gateway.problems import (
     REQUEST_ID,
     STARTED,
@@ -35,6 +37,7 @@ from fireworks_training.local.gateway.problems import (
 from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Registry
 from fireworks_training.local.gateway.trainers import TrainerJobs
 from fireworks_training.local.gateway.workers import Spawner, Workers
+from fireworks_training.local.limits import Limits
 from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -71,17 +74,22 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     database = Database(state_dir / FILE)
     registry = load_registry(settings)
     workers = Workers(database, parts.spawner, runtime_dir)
-    jobs = TrainerJobs(database, workers, registry, state_dir)
-    deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
+    conditions = Conditions(Limits().changed(settings.limits))
+    jobs = TrainerJobs(database, workers, registry, state_dir, conditions)
+    deployments = Deployments(
+        database, workers, registry, state_dir, parts.connect_engine, conditions
+    )
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
         middlewares=[
             error_middleware,
             host_middleware(settings.host),
             key_middleware(settings.api_key),
+            fault_middleware,
         ],
     )
     app[REGISTRY] = registry
+    app[CONDITIONS] = conditions
     app[CONTROL_PLANE] = ControlPlane(jobs, deployments, state_dir / "snapshots")
 
     async def lifespan(_: web.Application) -> AsyncIterator[None]:
@@ -99,6 +107,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     app.on_response_prepare.append(_mark_response)
     app.router.add_get("/healthz", healthz)
     control_plane.add_routes(app)
+    faults.add_routes(app)
     tokenizer_route.add_routes(app)
     trainer_proxy.add_routes(app)
     parts.add_serving_routes(app)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fireworks_training.local.database import AlreadyExists, Body, Database, ResourceRow
+from fireworks_training.local.gateway.conditions import Conditions
 from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import (
     DeploymentState,
@@ -29,7 +31,7 @@ from fireworks_training.local.gateway.registry import (
     Transition,
 )
 from fireworks_training.local.gateway.resources import SNAPSHOT_DTYPES
-from fireworks_training.local.gateway.workers import TooManyWorkers, WorkerFailed, Workers
+from fireworks_training.local.gateway.workers import TooManyWorkers, Worker, WorkerFailed, Workers
 from fireworks_training.local.restarts import RestartPolicy
 from fireworks_training.local.settings import ACCOUNT
 
@@ -40,6 +42,11 @@ log = logging.getLogger(__name__)
 
 MAX_SLOTS = 256
 TOMBSTONES = frozenset({"DELETED"})
+
+
+class FailedOnDemand(Exception):
+    """A fault that somebody set came due."""
+
 
 # Makes a connected client of an engine that serves a socket; raises ConnectionError or
 # FileNotFoundError while it does not serve yet.
@@ -61,8 +68,10 @@ class Deployments:
         registry: Registry,
         state_dir: Path,
         connect: ConnectEngine,
+        conditions: Conditions,
     ) -> None:
         self._database = database
+        self._conditions = conditions
         self._workers = workers
         self._registry = registry
         self._state_dir = state_dir
@@ -97,6 +106,11 @@ class Deployments:
         live = self._registry.deployments.get(resource_name(id_))
         return len(live.engines) if live is not None else 0
 
+    def lives(self, id_: str) -> bool:
+        """Whether a deployment is there and has not ended."""
+        live = self._registry.deployments.get(resource_name(id_))
+        return live is not None and live.state not in ("FAILED", "DELETING", "DELETED")
+
     # -- changing --------------------------------------------------------------------------------
 
     def create(self, id_: str, body: Body, notice: str) -> ResourceRow:
@@ -108,7 +122,7 @@ class Deployments:
         old = self._database.get("deployment", id_)
         if old is not None and old.state in TOMBSTONES:
             self._database.forget("deployment", id_)
-        row = ResourceRow("deployment", id_, "CREATING", notice, body)
+        row = ResourceRow("deployment", id_, "CREATING", notice, {**body, "notice": notice})
         try:
             self._database.create(row)
         except AlreadyExists:
@@ -132,6 +146,30 @@ class Deployments:
         self._database.update(replace(row, body=body))
         self._apply(live, id_)
         return self.get(id_)
+
+    async def fail(self, id_: str, reason: str) -> None:
+        """Fail a deployment and end its engines; no effect on one that has ended.
+
+        Raises:
+            Problem: 404.
+        """
+        self.get(id_)
+        live = self._registry.deployments.get(resource_name(id_))
+        if live is not None and live.state != "DELETING":
+            self._set_state(live, id_, "FAILED", reason)
+            await self._end_replicas(id_, live, keep=0)
+
+    async def kill_replica(self, id_: str, number: int) -> None:
+        """Kill one engine, which its keeper replaces.
+
+        Raises:
+            Problem: 404.
+        """
+        self.get(id_)
+        worker = self._workers.find("engine", id_, number)
+        if worker is None:
+            raise Problem(404, f"deployment {id_!r} has no replica {number}")
+        worker.process.send(signal.SIGKILL)
 
     async def delete(self, id_: str, *, hard: bool) -> None:
         """Stop a deployment's engines; leave a tombstone, or nothing when `hard`.
@@ -238,7 +276,7 @@ class Deployments:
                 await self._workers.stop(worker)
             if replicas.get(number) is task:
                 del replicas[number]
-        if live.state not in ("DELETING", "DELETED"):
+        if live.state not in ("DELETING", "DELETED", "FAILED"):
             # It may have been scaled up again meanwhile.
             self._apply(live, id_)
 
@@ -249,7 +287,10 @@ class Deployments:
         while True:
             started = loop.time()
             try:
-                reason = await self._serve(id_, live, number)
+                reason = await self._start_and_serve(id_, live, number)
+            except FailedOnDemand as error:
+                self._set_state(live, id_, "FAILED", str(error))
+                return
             except (WorkerFailed, TooManyWorkers) as error:
                 reason = str(error)
             except Exception as error:
@@ -267,12 +308,29 @@ class Deployments:
             self._settle(live, id_)
             await asyncio.sleep(delay)
 
-    async def _serve(self, id_: str, live: LiveDeployment, number: int) -> str:
-        """One engine from its start to its death; returns why it ended."""
+    async def _start_and_serve(self, id_: str, live: LiveDeployment, number: int) -> str:
+        """One engine from the place that it takes to its death; returns why it ended."""
+        holder = f"{id_}/{number}"
         worker = self._workers.find("engine", id_, number)
-        if worker is None:
+        if worker is not None:
+            async with self._conditions.kept_place("replica", holder):
+                return await self._serve(live, number, worker)
+
+        def waits(reason: str) -> None:
+            self._set_state(live, id_, live.state, reason)
+
+        async with self._conditions.place("replica", holder, live.resource, waits):
+            self._set_state(live, id_, live.state, str(self.get(id_).body.get("notice", "")))
+            await self._conditions.delay("replica", live.resource)
+            if failure := self._conditions.take_failure(live.resource):
+                raise FailedOnDemand(failure)
             settings = self._worker_settings(id_, live, number)
             worker = await self._workers.spawn("engine", id_, number, settings)
+            return await self._serve(live, number, worker)
+
+    async def _serve(self, live: LiveDeployment, number: int, worker: Worker) -> str:
+        """A worker from its first answer to its death; returns why it ended."""
+        id_ = worker.row.owner
 
         async def attempt(socket: Path) -> EngineClient:
             return await self._connect(socket, f"{live.resource}/replicas/{number}")

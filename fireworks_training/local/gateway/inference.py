@@ -38,7 +38,7 @@ from fireworks_training.local.gateway.engine_stream import (
     EngineStream,
     Generation,
 )
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.problems import REQUEST_ID, Problem
 from fireworks_training.local.gateway.registry import REGISTRY, LiveDeployment, ModelEntry
 from fireworks_training.local.gateway.serving import (
     RETRY_SOON,
@@ -128,7 +128,7 @@ class _Answer:
         self._written = asyncio.get_running_loop().time()
         self._output = CompletionOutput(
             head={
-                "id": f"cmpl-{request.get('request_id', uuid.uuid4().hex)}",
+                "id": f"cmpl-{request.get(REQUEST_ID, uuid.uuid4().hex)}",
                 "object": "text_completion",
                 "created": int(time.time()),
                 "model": body.model,

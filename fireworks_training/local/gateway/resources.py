@@ -20,6 +20,7 @@ from fireworks_training.local.gateway.registry import (
     Registry,
     UnknownModel,
 )
+from fireworks_training.local.limits import parse_duration
 from fireworks_training.local.settings import (
     ACCOUNT,
     DEPLOYMENT_SHAPE,
@@ -32,6 +33,7 @@ MAX_LORA_RANK = 256
 MAX_REPLICAS = 8
 SNAPSHOT_DTYPES = ("bfloat16", "float32")
 SHAPE_VERSION = "1"
+MAX_INACTIVITY_S = 3 * 3600.0
 
 # Cloud options without effect on one machine's CPU.
 _JOB_OPTIONS_WITHOUT_EFFECT = (
@@ -39,9 +41,6 @@ _JOB_OPTIONS_WITHOUT_EFFECT = (
     "trainerReplicaCount",
     "nodeCount",
     "preemptible",
-    "inactivityTimeout",
-    "disableInactivityCleanup",
-    "extraValues",
 )
 _TRAINING_OPTIONS_WITHOUT_EFFECT = (
     "acceleratorType",
@@ -50,6 +49,17 @@ _TRAINING_OPTIONS_WITHOUT_EFFECT = (
     "customImageTag",
     "extraArgs",
     "projectionHeadDim",
+)
+_JOB_FIELDS = (
+    "displayName",
+    "purpose",
+    "managedBy",
+    "hotLoadDeploymentId",
+    "forwardOnly",
+    "inactivityTimeout",
+    "disableInactivityCleanup",
+    "extraValues",
+    "annotations",
 )
 _DEPLOYMENT_OPTIONS_WITHOUT_EFFECT = ("acceleratorType", "placement", "extraArgs", "preemptible")
 _DEPLOYMENT_FIELDS = (
@@ -197,11 +207,9 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
     dtype = dtype_field(extra) or SNAPSHOT_DTYPES[0]
     notices.add_ignored(body, _JOB_OPTIONS_WITHOUT_EFFECT)
     notices.add_ignored(training, _TRAINING_OPTIONS_WITHOUT_EFFECT)
-    resource: Body = {
-        name: body[name]
-        for name in ("displayName", "purpose", "managedBy", "hotLoadDeploymentId", "forwardOnly")
-        if body.get(name) is not None
-    }
+    resource: Body = {name: body[name] for name in _JOB_FIELDS if body.get(name) is not None}
+    object_field(body, "extraValues")
+    object_field(body, "annotations")
     resource["serviceMode"] = True
     resource["trainingShape"] = shape or TRAINING_SHAPE
     resource["trainingConfig"] = {
@@ -209,7 +217,7 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
         "loraRank": lora_rank,
         "maxContextLength": context,
         "learningRate": training.get("learningRate"),
-        "extraValues": {"snapshot_dtype": dtype},
+        "extraValues": {**extra, "snapshot_dtype": dtype},
     }
     worker: Body = {
         "base_model": entry.name,
@@ -218,7 +226,21 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
         "max_context_length": context,
         "seed": seed,
     }
-    return {"resource": resource, "worker": worker}, notices.text()
+    stored: Body = {"resource": resource, "worker": worker}
+    return {**stored, **_inactivity(body)}, notices.text()
+
+
+def _inactivity(body: Mapping[str, object]) -> Body:
+    """`{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the platform."""
+    if body.get("disableInactivityCleanup") is True:
+        return {"inactivity_s": None}
+    asked = body.get("inactivityTimeout")
+    if asked is None:
+        return {}
+    duration = parse_duration(asked)
+    if duration is None or not 0 < duration <= MAX_INACTIVITY_S:
+        raise Problem(400, f'inactivityTimeout must be "<seconds>s", up to {MAX_INACTIVITY_S:.0f}s')
+    return {"inactivity_s": duration}
 
 
 def _context_length(

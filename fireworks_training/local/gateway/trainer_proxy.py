@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -24,6 +25,7 @@ from fireworks_training.local.gateway.trainers import (
     CREATING,
     DELETED,
     DELETING,
+    PENDING,
     RUNNING,
     Trainer,
 )
@@ -91,7 +93,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     jobs = request.app[CONTROL_PLANE].jobs
     trainer, row = jobs.trainer(id_), jobs.get(id_)
     if trainer is None:
-        if row.state in (CREATING, RUNNING):
+        if row.state in (PENDING, CREATING, RUNNING):
             raise Problem(503, f"trainer job {id_!r} is starting", headers={"Retry-After": "1"})
         return model_lost(_lost_text(id_, row.state, row.message))
     in_flight = request.app[IN_FLIGHT]
@@ -99,8 +101,11 @@ async def proxy(request: web.Request) -> web.StreamResponse:
         text = f"{MAX_IN_FLIGHT} requests of job {id_!r} are in flight already"
         raise Problem(429, text, headers={"Retry-After": "1"})
     in_flight[id_] = in_flight.get(id_, 0) + 1
+    # Looking at a trainer does not keep it from being idle.
+    activity = trainer.used() if request.method != hdrs.METH_GET else nullcontext()
     try:
-        return await _pass_on(request, trainer, tail)
+        with activity:
+            return await _pass_on(request, trainer, tail)
     except aiohttp.ClientError as error:
         return await _after_failure(request, trainer, id_, error)
     except TimeoutError:

@@ -11,7 +11,6 @@ operation, 429 that the line is too long, 410 that the model is not here any mor
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -65,17 +64,21 @@ def create_app(
 
     async def running(app: web.Application) -> AsyncIterator[None]:
         app[STOP] = asyncio.Event()
-        service = TrainerService(json_codec, time.monotonic, limits)
+        service = TrainerService(json_codec, time.monotonic, limits, settings.session_timeout_s)
         app[_SERVICE] = service
         app[_FACTORY] = await service.torch.run(lambda: ModelFactory(settings, free_bytes))
-        runner = asyncio.create_task(service.run(), name="trainer line")
-        runner.add_done_callback(lambda task: _ended(app, task))
+        tasks = [
+            asyncio.create_task(service.run(), name="trainer line"),
+            asyncio.create_task(service.watch_sessions(), name="silent sessions"),
+        ]
+        for task in tasks:
+            task.add_done_callback(lambda ended: _ended(app, ended))
         try:
             yield
         finally:
-            runner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await runner
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(service.torch.stop, STOP_TORCH_S)
 
     app.cleanup_ctx.append(running)

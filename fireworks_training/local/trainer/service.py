@@ -42,7 +42,8 @@ _log = logging.getLogger("fireworks_training.local.trainer")
 MAX_MODELS = 8
 MAX_ENDED_MODELS = 16
 MAX_SESSIONS = 1024
-SESSION_SILENT_S = 300.0
+SESSION_TIMEOUT_S = 300.0
+FEWEST_LOOKS_S = 0.02
 
 
 class Codec(Protocol):
@@ -83,6 +84,7 @@ class CreateModel:
 class _Session:
     last_seen: float
     finished: bool = False
+    ended_because: str = ""
 
 
 @dataclass(slots=True)
@@ -122,11 +124,17 @@ class TrainerService:
         codec: of the results.
         clock: monotonic seconds.
         limits: of each model's line.
+        session_timeout_s: a session that gave no sign of life for so long is ended.
     """
 
     def __init__(
-        self, codec: Codec, clock: Callable[[], float], limits: Limits | None = None
+        self,
+        codec: Codec,
+        clock: Callable[[], float],
+        limits: Limits | None = None,
+        session_timeout_s: float = SESSION_TIMEOUT_S,
     ) -> None:
+        self._session_timeout_s = session_timeout_s
         self._codec = codec
         self._clock = clock
         self._limits = limits
@@ -153,7 +161,8 @@ class TrainerService:
         """Raises Gone for a session that is not alive."""
         session = self._sessions.get(session_id)
         if session is None or session.finished:
-            raise Gone("this trainer has no such session", "SessionGone")
+            reason = session.ended_because if session is not None else ""
+            raise Gone(reason or "this trainer has no such session", "SessionGone")
         session.last_seen = self._clock()
 
     def finish_session(self, session_id: str) -> None:
@@ -169,7 +178,29 @@ class TrainerService:
     def _abandoned(self, session: _Session | None) -> bool:
         if session is None or session.finished:
             return True
-        return self._clock() - session.last_seen > SESSION_SILENT_S
+        return self._clock() - session.last_seen > self._session_timeout_s
+
+    def _sign_of_life(self, slot: Slot) -> None:
+        session = self._sessions.get(slot.session_id)
+        if session is not None:
+            session.last_seen = self._clock()
+
+    def end_silent_sessions(self) -> float:
+        """Ends the sessions that were silent for too long; returns the seconds to the next look."""
+        silent_s, now = self._session_timeout_s, self._clock()
+        for session_id, session in self._sessions.items():
+            if session.finished or now - session.last_seen <= silent_s:
+                continue
+            session.ended_because = f"the session was ended: no heartbeat for {silent_s:g} s"
+            _log.warning("session %s was silent for %g s: it is ended", session_id, silent_s)
+            self.finish_session(session_id)
+        # A session that falls silent is ended within a quarter of the time over.
+        return max(silent_s / 4, FEWEST_LOOKS_S)
+
+    async def watch_sessions(self) -> None:
+        """Ends silent sessions until cancelled."""
+        while True:  # noqa: ASYNC110 - silence is not an event
+            await asyncio.sleep(self.end_silent_sessions())
 
     # -- models ----------------------------------------------------------------------------------
 
@@ -239,6 +270,7 @@ class TrainerService:
             OperationFailed: the operation is refused, and stands in its place as failed.
         """
         slot = self.slot(submission.model_id)
+        self._sign_of_life(slot)
         if isinstance(slot.created, Failure):
             raise Gone(f"the model was not made: {slot.created.message}", "ModelLost")
         operation = submission.operation
@@ -268,6 +300,7 @@ class TrainerService:
         if not model_id:
             raise NotFound(f"there is no request {request_id[:100]!r}")
         slot = self.slot(model_id)
+        self._sign_of_life(slot)
         try:
             async with asyncio.timeout(hold_s):
                 while (outcome := self._outcome(slot, tail)) is None:

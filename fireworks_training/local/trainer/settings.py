@@ -23,6 +23,7 @@ class TrainerSettings(BaseModel):
         snapshot_dtype: precision of the values that trainer and engine compute with.
         max_context_length: tokens that a sequence may have.
         seed: of adapters that don't bring their own.
+        session_timeout_s: a session without a sign of life for so long is ended, with its models.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -37,3 +38,4 @@ class TrainerSettings(BaseModel):
     snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_context_length: int = Field(ge=1)
     seed: int = 0
+    session_timeout_s: float = Field(default=300.0, gt=0)

@@ -204,6 +204,7 @@ class Gateway:
     session: aiohttp.ClientSession
     spawner: FakeSpawner
     engines: list[FakeEngine]
+    background: list[asyncio.Task[Any]] = field(default_factory=list)
 
     @property
     def registry(self) -> Registry:
@@ -299,7 +300,13 @@ class PlatformFolders:
         try:
             async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
                 base = f"http://127.0.0.1:{port}"
-                yield Gateway(app, base, session, self.spawner, self.engines)
+                gateway = Gateway(app, base, session, self.spawner, self.engines)
+                try:
+                    yield gateway
+                finally:
+                    for task in gateway.background:
+                        task.cancel()
+                    await asyncio.gather(*gateway.background, return_exceptions=True)
         finally:
             await runner.cleanup()
 

@@ -94,6 +94,7 @@ async def test_a_job_from_creation_to_tombstone(gateway: Gateway, folders: Platf
         "model_path": str(folders.model_dir),
         "states_dir": str(folders.state_dir / "jobs" / "j1" / "states"),
         "snapshots_dir": str(folders.state_dir / "snapshots"),
+        "session_timeout_s": 300.0,
         "lora_rank": 0,
         "snapshot_dtype": "bfloat16",
         "max_context_length": 512,

@@ -1,0 +1,247 @@
+"""`/local/v1/limits` and `/local/v1/faults`: what is to go wrong, on demand.
+
+The routes exist on the local platform alone, under its key. They set what `conditions` carries out,
+fail and kill what runs, and answer requests with an error in place of the answer. Nothing here
+lasts beyond the gateway process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from fireworks_training.errors import LocalPlatformError
+from fireworks_training.local.gateway import resources
+from fireworks_training.local.gateway.conditions import MAX_FAULTS, Conditions, Fault
+from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, read_object
+from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.limits import camel, seconds
+from fireworks_training.local.settings import ACCOUNT
+
+LIMITS = "/local/v1/limits"
+FAULTS = "/local/v1/faults"
+KINDS = ("rlorTrainerJobs", "deployments")
+MAX_TEXT = 500
+MAX_TIMES = 10_000
+
+CONDITIONS: web.AppKey[Conditions] = web.AppKey("conditions", Conditions)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteFault:
+    """Answers that are replaced by an error.
+
+    Attributes:
+        method: of the requests that it is about.
+        path: their path, without the query; a `*` at its end takes what begins with it.
+        status: HTTP status to answer with.
+        times: how often, still.
+        after: the request is carried out first, and only its answer is lost.
+        retry_after_s: sent as Retry-After; None = not sent.
+    """
+
+    method: str
+    path: str
+    status: int
+    times: int = 1
+    after: bool = False
+    retry_after_s: float | None = None
+
+    def matches(self, request: web.Request) -> bool:
+        """Whether a request is one of those."""
+        if self.method != request.method:
+            return False
+        if self.path.endswith("*"):
+            return request.path.startswith(self.path[:-1])
+        return request.path == self.path
+
+
+@dataclass(slots=True, eq=False)
+class RouteFaults:
+    """Those that are still due."""
+
+    due: list[RouteFault] = field(default_factory=list)
+
+    def take(self, request: web.Request) -> RouteFault | None:
+        """The first that a request meets, counted down."""
+        for index, fault in enumerate(self.due):
+            if fault.matches(request):
+                left = replace(fault, times=fault.times - 1)
+                self.due[index : index + 1] = [left] if left.times else []
+                return fault
+        return None
+
+
+ROUTE_FAULTS: web.AppKey[RouteFaults] = web.AppKey("route_faults", RouteFaults)
+
+
+def add_routes(app: web.Application) -> None:
+    """Register the routes; the app holds `CONDITIONS` and `CONTROL_PLANE`."""
+    app[ROUTE_FAULTS] = RouteFaults()
+    app.add_routes(
+        [
+            web.get(LIMITS, get_limits),
+            web.patch(LIMITS, patch_limits),
+            web.get(FAULTS, list_faults),
+            web.post(FAULTS, post_fault),
+            web.delete(FAULTS, delete_faults),
+        ]
+    )
+
+
+@web.middleware
+async def fault_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Put the error that is due in place of an answer."""
+    faults = request.app[ROUTE_FAULTS]
+    fault = faults.take(request) if faults.due and not request.path.startswith("/local/") else None
+    if fault is None:
+        return await handler(request)
+    if fault.after:
+        await handler(request)
+    elif request.can_read_body:
+        # A client that is still sending would see a broken connection in place of the answer.
+        await request.read()
+    wait = fault.retry_after_s
+    headers = {} if wait is None else {"Retry-After": f"{wait:g}"}
+    raise Problem(fault.status, "a fault that was asked for", headers=headers)
+
+
+# -- limits --------------------------------------------------------------------------------------
+
+
+async def get_limits(request: web.Request) -> web.Response:
+    """GET: the limits in force."""
+    return web.json_response(request.app[CONDITIONS].limits.shown())
+
+
+async def patch_limits(request: web.Request) -> web.Response:
+    """PATCH: change the limits that the body names; null is the default. Who waits, looks again."""
+    conditions = request.app[CONDITIONS]
+    try:
+        conditions.limits = conditions.limits.changed(await read_object(request))
+    except LocalPlatformError as error:
+        raise Problem(400, error.message) from None
+    return web.json_response(conditions.limits.shown())
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+
+async def list_faults(request: web.Request) -> web.Response:
+    """GET: what is set and has not come due."""
+    resources_ = [
+        {"resource": name, **_camel(asdict(fault))}
+        for name, fault in request.app[CONDITIONS].faults().items()
+    ]
+    routes = [_camel(asdict(fault)) for fault in request.app[ROUTE_FAULTS].due]
+    return web.json_response({"faults": [*resources_, *routes]})
+
+
+async def post_fault(request: web.Request) -> web.Response:
+    """POST: one fault, of a resource (`resource`) or of a route (`method`, `path`)."""
+    body = await read_object(request)
+    if "resource" in body:
+        return await _resource_fault(request, body)
+    fault = _route_fault(body)
+    due = request.app[ROUTE_FAULTS].due
+    _check_room(len(due))
+    due.append(fault)
+    return web.json_response(_camel(asdict(fault)))
+
+
+async def delete_faults(request: web.Request) -> web.Response:
+    """DELETE[?resource=<name>]: the faults of a resource, or all faults there are."""
+    conditions, wanted = request.app[CONDITIONS], request.query.get("resource")
+    for name in conditions.faults():
+        if wanted in (None, name):
+            conditions.set_fault(name, None)
+    if wanted is None:
+        request.app[ROUTE_FAULTS].due.clear()
+    return web.json_response({})
+
+
+async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> web.Response:
+    _check_names(body, ("resource", "delayS", "pending", "fail", "killReplica"))
+    name = resources.text_field(body, "resource")
+    kind, id_ = _parse_resource(name)
+    delay = body.get("delayS")
+    fault = Fault(
+        delay_s=None if delay is None else _seconds("delayS", delay),
+        pending=_text(body, "pending"),
+        fail=_text(body, "fail"),
+    )
+    conditions, plane = request.app[CONDITIONS], request.app[CONTROL_PLANE]
+    _check_room(len(conditions.faults()))
+    if "killReplica" in body:
+        if kind != "deployments":
+            raise Problem(400, "killReplica goes with a deployment")
+        await plane.deployments.kill_replica(
+            id_, resources.int_field(body, "killReplica", 0, 0, 63)
+        )
+    running = plane.jobs if kind == "rlorTrainerJobs" else plane.deployments
+    if fault.fail and running.lives(id_):
+        await plane.finish(running.fail(id_, fault.fail))
+        fault = replace(fault, fail="")
+    conditions.set_fault(name, fault)
+    return web.json_response({"resource": name, **_camel(asdict(fault))})
+
+
+def _route_fault(body: Mapping[str, object]) -> RouteFault:
+    _check_names(body, ("method", "path", "status", "times", "after", "retryAfterS"))
+    method, path = _text(body, "method").upper() or hdrs.METH_GET, _text(body, "path")
+    if not path.startswith("/"):
+        raise Problem(400, "a fault needs a `resource`, or a `path` that starts with a slash")
+    if method not in hdrs.METH_ALL:
+        raise Problem(400, f"method {method[:20]!r} is none of HTTP")
+    after, retry = body.get("after", False), body.get("retryAfterS")
+    if not isinstance(after, bool):
+        raise Problem(400, "after must be true or false")
+    return RouteFault(
+        method=method,
+        path=path,
+        status=resources.int_field(body, "status", 503, 400, 599),
+        times=resources.int_field(body, "times", 1, 1, MAX_TIMES),
+        after=after,
+        retry_after_s=None if retry is None else _seconds("retryAfterS", retry),
+    )
+
+
+def _parse_resource(name: str) -> tuple[str, str]:
+    """Collection and id of a resource that may have faults."""
+    parts = name.split("/")
+    if len(parts) != 4 or parts[:2] != ["accounts", ACCOUNT] or parts[2] not in KINDS:
+        allowed = " or ".join(f"accounts/{ACCOUNT}/{kind}/<id>" for kind in KINDS)
+        raise Problem(400, f"resource {name[:200]!r} must be {allowed}")
+    return parts[2], resources.check_id(parts[3], "resource id")
+
+
+def _check_names(body: Mapping[str, object], known: tuple[str, ...]) -> None:
+    for name in body:
+        if name not in known:
+            raise Problem(400, f"unknown field {name[:80]!r}; known: {', '.join(known)}")
+
+
+def _check_room(used: int) -> None:
+    if used >= MAX_FAULTS:
+        raise Problem(429, f"{used} faults are set already; DELETE {FAULTS} removes them")
+
+
+def _text(body: Mapping[str, object], name: str) -> str:
+    text = resources.text_field(body, name)
+    if len(text) > MAX_TEXT:
+        raise Problem(400, f"{name} is over {MAX_TEXT} characters")
+    return text
+
+
+def _seconds(name: str, value: object) -> float:
+    try:
+        return seconds(name, value)
+    except LocalPlatformError as error:
+        raise Problem(400, error.message) from None
+
+
+def _camel(fields: Mapping[str, object]) -> dict[str, object]:
+    return {camel(name): value for name, value in fields.items()}

@@ -1,0 +1,58 @@
+"""Sessions that fall silent: ended with their models, unless something of theirs shows life."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from fireworks_training.local.trainer import json_codec
+from fireworks_training.local.trainer.service import CreateModel, Gone, TrainerService
+from fireworks_training.testing import ManualClock
+from tests.local.trainer.trainer_driver import ADAM, Starter
+
+
+def test_a_silent_session_is_ended_and_says_why() -> None:
+    clock = ManualClock()
+    service = TrainerService(json_codec, clock, session_timeout_s=60.0)
+    silent, alive = service.create_session(), service.create_session()
+    clock.advance(60.0)
+    service.heartbeat(alive)
+    assert service.end_silent_sessions() == 15.0
+    service.heartbeat(silent)  # not over yet
+    clock.advance(60.0)
+    service.heartbeat(alive)
+    clock.advance(0.1)
+    service.end_silent_sessions()
+    with pytest.raises(Gone, match="no heartbeat for 60 s"):
+        service.heartbeat(silent)
+    service.heartbeat(alive)
+
+
+async def test_its_models_go_with_it(start: Starter, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = await start(session_timeout_s=0.05)
+    async with asyncio.timeout(20):
+        while "was silent for" not in caplog.text:  # noqa: ASYNC110 - a log line is no event
+            await asyncio.sleep(0.002)
+    status, answer = await trainer.post("session_heartbeat", {"session_id": trainer.session_id})
+    assert (status, answer["error_class"]) == (410, "SessionGone")
+    status, answer = await trainer.send("optim_step", adam_params=ADAM)
+    assert (status, answer["error_class"]) == (410, "ModelUnloaded")
+
+
+async def test_an_operation_is_a_sign_of_life(start: Starter) -> None:
+    clock = ManualClock()
+    service = TrainerService(json_codec, clock, session_timeout_s=60.0)
+    session_id = service.create_session()
+    request = CreateModel(b"", {}, lambda: pytest.fail("nothing runs here"), lora=False)
+    model_id = service.create_model(session_id, 0, request)
+    clock.advance(60.0)
+    assert await service.result(f"{model_id}:create", hold_s=0.0) is None
+    clock.advance(60.0)
+    service.end_silent_sessions()
+    service.heartbeat(session_id)
+    clock.advance(60.1)
+    service.end_silent_sessions()
+    assert service.slot(model_id).unloading
+    with pytest.raises(Gone):
+        service.create_model(session_id, 1, request)
