@@ -3,9 +3,15 @@
 Knows: formulas, which inputs and settings a loss takes, and their defaults. Does not know models,
 batches, padding or gradients.
 
-Legend: M tokens of all datums of a pass, laid end to end. For token t: l = logprob of its target
-under the current weights, q = `logprobs` (under the weights that sampled it), A = `advantages`,
-w = `weights` (1 where none are given), r = exp(l - q).
+Legend: M targets of all datums of a pass, laid end to end (one a token; K a token where a datum has
+targets `[N, K]`). For target t: l = logprob under the current weights, q = `logprobs` (under the
+weights that sampled it), A = `advantages`, w = `weights` (1 where none are given), r = exp(l - q),
+sg = no gradient flows through. Beside the inputs that users give, each loss gets `sequence`: the
+index of the datum that target t belongs to, int64, not falling.
+
+Formulas: cross_entropy, importance_sampling, ppo, cispo and dro as the Tinker documentation gives
+them; gspo in the token form of Zheng et al. 2025 (arXiv:2507.18071, section 4.3); dppo masks by the
+total variation of each token's probability; reinforce as Williams 1992.
 """
 
 from __future__ import annotations
@@ -19,6 +25,9 @@ from torch import Tensor
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
 
+MAX_LOG_RATIO = 10.0
+"""Cap of gspo's mean log-ratio: beyond it exp gives nothing that a clip would leave standing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -27,17 +36,21 @@ class Loss:
     Attributes:
         per_token: (logprobs_M, inputs of M entries each, settings) -> loss_M, to be summed.
         required: names of `loss_fn_inputs` besides `target_tokens` that must be given, float32.
+        optional: names besides `weights` that may be given.
         config: settings and their defaults.
+        many_targets: whether targets may be `[N, K]`.
     """
 
     per_token: Callable[[Tensor, Inputs, Config], Tensor]
     required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     config: Mapping[str, float] = field(default_factory=dict)
+    many_targets: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of all inputs that may be given."""
-        return ("target_tokens", "weights", *self.required)
+        return ("target_tokens", "weights", *self.required, *self.optional)
 
 
 def cross_entropy(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -46,14 +59,19 @@ def cross_entropy(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -inputs["weights"] * logprobs_M
 
 
-def _ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
-    """r = exp(l - q), and 1 where the token has no say.
+def _log_ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
+    """l - q, and 0 where the token has no say.
 
     A token with w = 0 or A = 0 adds nothing whatever its ratio, and often has a placeholder for q
     (a prompt token): exp of it could overflow, and infinity times zero is not zero.
     """
     active_M = (inputs["weights"] != 0) & (inputs["advantages"] != 0)
-    return torch.exp(torch.where(active_M, logprobs_M - inputs["logprobs"], 0.0))
+    return torch.where(active_M, logprobs_M - inputs["logprobs"], 0.0)
+
+
+def _ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
+    """r, and 1 where the token has no say."""
+    return torch.exp(_log_ratio(logprobs_M, inputs))
 
 
 def importance_sampling(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -62,22 +80,85 @@ def importance_sampling(logprobs_M: Tensor, inputs: Inputs, config: Config) -> T
     return -inputs["weights"] * _ratio(logprobs_M, inputs) * inputs["advantages"]
 
 
-def ppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
-    """-w min(r A, clip(r, low, high) A); the thresholds are bounds of the ratio itself."""
-    r_M = _ratio(logprobs_M, inputs)
+def _clipped(r_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w min(r A, clip(r, low, high) A)"""
     clipped_M = r_M.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     advantages_M = inputs["advantages"]
     return -inputs["weights"] * torch.minimum(r_M * advantages_M, clipped_M * advantages_M)
 
 
+def ppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w min(r A, clip(r, low, high) A); the thresholds are bounds of the ratio itself."""
+    return _clipped(_ratio(logprobs_M, inputs), inputs, config)
+
+
+def cispo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w sg(clip(r, low, high)) l A: no token loses its gradient, only its weight is bounded."""
+    r_M = _ratio(logprobs_M, inputs).detach()
+    clipped_M = r_M.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    return -inputs["weights"] * clipped_M * logprobs_M * inputs["advantages"]
+
+
+def gspo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """ppo's form with one ratio a sequence: s = exp(sum_t w (l - q) / sum_t w).
+
+    Each token's ratio has the value s and the gradient s of its own l, so that advantages may
+    differ between the tokens of a sequence.
+    """
+    sequence_M, weights_M = inputs["sequence"], inputs["weights"]
+    # Every token that counts belongs to the mean, also one whose own advantage is 0.
+    deltas_M = torch.where(weights_M != 0, logprobs_M.detach() - inputs["logprobs"], 0.0)
+    sums_S = logprobs_M.new_zeros(int(sequence_M[-1]) + 1)
+    totals_S = sums_S.index_add(0, sequence_M, weights_M)
+    means_S = sums_S.index_add(0, sequence_M, weights_M * deltas_M) / torch.where(
+        totals_S == 0, 1.0, totals_S
+    )
+    s_M = torch.exp(means_S.clamp(max=MAX_LOG_RATIO))[sequence_M]
+    return _clipped(s_M * torch.exp(logprobs_M - logprobs_M.detach()), inputs, config)
+
+
+def dppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w r A m: m is 0 for a token whose probability has moved too far the way A pushes it.
+
+    With p = exp(l) and u = exp(q): m = 0 if A > 0 and p - u > delta_high, or if A < 0 and
+    u - p > delta_low; else 1. The distance is one of probabilities, not of their ratio, so a rare
+    token may move by a large factor.
+    """
+    advantages_M = inputs["advantages"]
+    moved_M = torch.exp(logprobs_M.detach()) - torch.exp(inputs["logprobs"])
+    too_high_M = (advantages_M > 0) & (moved_M > config["delta_high"])
+    too_low_M = (advantages_M < 0) & (-moved_M > config["delta_low"])
+    kept_M = ~(too_high_M | too_low_M)
+    loss_M = -inputs["weights"] * _ratio(logprobs_M, inputs) * advantages_M
+    return torch.where(kept_M, loss_M, 0.0)
+
+
+def dro(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w (l A - beta / 2 (l - q)^2)"""
+    weights_M = inputs["weights"]
+    delta_M = torch.where(weights_M != 0, logprobs_M - inputs["logprobs"], 0.0)
+    gain_M = logprobs_M * inputs["advantages"]
+    return -weights_M * (gain_M - 0.5 * config["beta"] * delta_M.square())
+
+
+def reinforce(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """-w l A. For data that the current weights sampled: `logprobs` may be given and is not used"""
+    del config
+    return -inputs["weights"] * logprobs_M * inputs["advantages"]
+
+
+_OFF_POLICY = ("logprobs", "advantages")
+_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
 LOSSES: Mapping[str, Loss] = {
-    "cross_entropy": Loss(cross_entropy),
-    "importance_sampling": Loss(importance_sampling, required=("logprobs", "advantages")),
-    "ppo": Loss(
-        ppo,
-        required=("logprobs", "advantages"),
-        config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
-    ),
+    "cross_entropy": Loss(cross_entropy, many_targets=True),
+    "importance_sampling": Loss(importance_sampling, required=_OFF_POLICY),
+    "ppo": Loss(ppo, required=_OFF_POLICY, config=_CLIP),
+    "cispo": Loss(cispo, required=_OFF_POLICY, config=_CLIP),
+    "gspo": Loss(gspo, required=_OFF_POLICY, config=_CLIP),
+    "dppo": Loss(dppo, required=_OFF_POLICY, config={"delta_low": 0.2, "delta_high": 0.2}),
+    "dro": Loss(dro, required=_OFF_POLICY, config={"beta": 0.05}),
+    "reinforce": Loss(reinforce, required=("advantages",), optional=("logprobs",)),
 }
 
 

@@ -244,8 +244,8 @@ async def _get_info(request: web.Request) -> web.Response:
     answer: dict[str, object] = {
         "model_id": slot.model_id,
         "model_data": {"arch": factory.architecture, "model_name": name, "tokenizer_id": name},
-        "is_lora": slot.request.lora,
-        "lora_rank": factory.settings.lora_rank if slot.request.lora else 0,
+        "is_lora": slot.request.lora is not None,
+        "lora_rank": slot.request.lora.rank if slot.request.lora is not None else 0,
         "model_name": name,
         "type": "get_info",
     }
@@ -264,11 +264,11 @@ async def _unload_model(request: web.Request) -> web.Response:
 def _submitter(kind: str) -> Handler:
     async def submit(request: web.Request) -> web.Response:
         raw = await request.read()
-        service, factory = request.app[_SERVICE], request.app[_FACTORY]
+        service = request.app[_SERVICE]
 
         def decode() -> Submission:
             return json_codec.submission(
-                kind, raw, lambda model_id: factory.limits(lora=service.slot(model_id).request.lora)
+                kind, raw, lambda model_id: service.slot(model_id).request.limits
             )
 
         inline = len(raw) <= PARSE_INLINE_BYTES

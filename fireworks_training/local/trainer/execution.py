@@ -27,10 +27,17 @@ from fireworks_training.local.model import (
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
+from fireworks_training.local.trainer.embeddings import (
+    HEAD,
+    embedding_metrics,
+    new_head,
+    run_embedding_pass,
+)
 from fireworks_training.local.trainer.network import Network
 from fireworks_training.local.trainer.operations import (
     Answer,
     DiscardGradients,
+    EmbeddingPass,
     LoadState,
     Operation,
     OperationFailed,
@@ -40,7 +47,7 @@ from fireworks_training.local.trainer.operations import (
     SaveSnapshot,
     SaveState,
 )
-from fireworks_training.local.trainer.passes import metrics_of, run_pass
+from fireworks_training.local.trainer.passes import Passed, metrics_of, run_pass
 from fireworks_training.local.trainer.states import StateInfo, StateStore
 
 
@@ -61,6 +68,7 @@ class TrainedModel:
         lora: an adapter to train; None trains every parameter.
         dtype: precision of the values that passes are computed with.
         trainable: False for a reference, which takes forward passes only.
+        projection_head_dim: outputs of a projection head to train along; None has none.
         seed: of the model's own random stream.
     """
 
@@ -73,9 +81,9 @@ class TrainedModel:
         lora: LoraSettings | None,
         dtype: SnapshotDtype,
         trainable: bool = True,
+        projection_head_dim: int | None = None,
         seed: int = 0,
     ) -> None:
-        self._module = module
         self._stores = stores
         self._base_model = base_model
         self._dtype: SnapshotDtype = dtype
@@ -87,6 +95,10 @@ class TrainedModel:
             self._lora = apply_lora(module, lora)
         self._network = Network(module)
         parameters = dict(module.named_parameters()) if lora is None else adapter_parameters(module)
+        self._head = None
+        if projection_head_dim is not None:
+            self._head = new_head(int(module.config.hidden_size), projection_head_dim, seed)
+            parameters |= {f"{HEAD}.{name}": p for name, p in self._head.named_parameters()}
         self._trainable = trainable
         self._optimizer = MasterAdamW(parameters, dtype)
 
@@ -99,7 +111,8 @@ class TrainedModel:
         """
         if drop_gradients:
             self._optimizer.drop_gradients()
-        if not self._trainable and not (isinstance(operation, Pass) and not operation.backward):
+        forward = isinstance(operation, Pass | EmbeddingPass) and not operation.backward
+        if not self._trainable and not forward:
             raise OperationFailed(
                 "this is a reference model: it takes forward passes only",
                 error_class="ReferenceModel",
@@ -113,6 +126,8 @@ class TrainedModel:
         match operation:
             case Pass():
                 return self._pass(operation)
+            case EmbeddingPass():
+                return self._embedding_pass(operation)
             case OptimStep():
                 return self._optim_step(operation)
             case DiscardGradients():
@@ -137,18 +152,26 @@ class TrainedModel:
         optimizer = self._optimizer
         with self._own_randomness():
             passed = run_pass(self._network, optimizer.parameters, operation)
-        if passed.gradients is not None:
-            try:
-                optimizer.accumulate(
-                    passed.gradients,
-                    loss_tokens=passed.loss_tokens,
-                    sequences=len(operation.data),
-                )
-            except NonFinite as error:
-                raise OperationFailed(
-                    f"{error}; nothing was added", error_class="NonFinite"
-                ) from error
-        return PassResult(passed.logprobs, metrics_of(passed, operation.data))
+        self._accumulate(passed, len(operation.data))
+        return PassResult(passed.outputs, metrics_of(passed, operation.data))
+
+    def _embedding_pass(self, operation: EmbeddingPass) -> PassResult:
+        with self._own_randomness():
+            passed = run_embedding_pass(
+                self._network, self._head, self._optimizer.parameters, operation
+            )
+        self._accumulate(passed, len(operation.data))
+        return PassResult(passed.outputs, embedding_metrics(passed, operation))
+
+    def _accumulate(self, passed: Passed, sequences: int) -> None:
+        if passed.gradients is None:
+            return
+        try:
+            self._optimizer.accumulate(
+                passed.gradients, loss_tokens=passed.loss_tokens, sequences=sequences
+            )
+        except NonFinite as error:
+            raise OperationFailed(f"{error}; nothing was added", error_class="NonFinite") from error
 
     def _optim_step(self, operation: OptimStep) -> Answer:
         try:
@@ -223,6 +246,7 @@ class TrainedModel:
         tensors = {
             name: kind(rounded(master, self._dtype))
             for name, master in self._optimizer.masters.items()
+            if not name.startswith(f"{HEAD}.")
         }
         manifest = self._stores.snapshots.write(
             operation.name,

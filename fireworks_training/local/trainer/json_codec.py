@@ -12,14 +12,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import cast
 
 import orjson
 
-from fireworks_training.local.losses import LOSSES
 from fireworks_training.local.optimizer import NORMALIZATIONS, AdamSettings
 from fireworks_training.local.snapshots import SnapshotError, check_name
-from fireworks_training.local.trainer.json_datums import ModelLimits, decode_datum
+from fireworks_training.local.trainer.datums import ModelLimits, RawPass, make_pass
+from fireworks_training.local.trainer.json_datums import decode_datum
 from fireworks_training.local.trainer.json_fields import (
     Body,
     Malformed,
@@ -32,21 +33,18 @@ from fireworks_training.local.trainer.json_fields import (
 from fireworks_training.local.trainer.line import Failure, Role
 from fireworks_training.local.trainer.operations import (
     Answer,
-    Datum,
     DiscardGradients,
     Encoded,
     LoadState,
     Operation,
     OperationFailed,
     OptimStep,
-    Pass,
     PassResult,
     SaveSnapshot,
     SaveState,
     Submission,
 )
 
-MAX_DATUMS = 1024
 CROSS_JOB = "cross_job://"
 
 
@@ -57,33 +55,12 @@ def _pass(body: Body, limits: ModelLimits, *, backward: bool) -> Operation:
         raise OperationFailed(f"{key} must be an object with data and loss_fn")
     allow(body, ("model_id", "seq_id", "comms", "type", key), "the request")
     allow(inner, ("data", "loss_fn", "loss_fn_config"), key)
-    name = text(inner, "loss_fn")
-    loss = LOSSES.get(name)
-    if loss is None:
-        raise OperationFailed(f"loss {name[:40]!r} is unknown; there are {', '.join(LOSSES)}")
     config = inner.get("loss_fn_config") or {}
     if not isinstance(config, dict):
         raise OperationFailed("loss_fn_config must be an object")
-    unknown = sorted(key for key in config if key not in loss.config)
-    if unknown:
-        takes = ", ".join(loss.config) or "no settings"
-        raise OperationFailed(
-            f"loss {name!r} does not know loss_fn_config {', '.join(map(repr, unknown[:5]))}; it"
-            f" takes {takes}"
-        )
-    settings = {key: number(config, key, default) for key, default in loss.config.items()}
-    if settings and settings["clip_low_threshold"] > settings["clip_high_threshold"]:
-        raise OperationFailed("clip_low_threshold must not be above clip_high_threshold")
     data = inner.get("data")
-    if not isinstance(data, list) or not 1 <= len(data) <= MAX_DATUMS:
-        raise OperationFailed(f"data must be a list of 1 to {MAX_DATUMS} datums")
-    datums: list[Datum] = []
-    for index, value in enumerate(data):
-        try:
-            datums.append(decode_datum(value, loss, name, limits))
-        except OperationFailed as error:
-            raise OperationFailed(f"datum {index}: {error}") from None
-    return Pass(datums, name, settings, backward)
+    datums = [partial(decode_datum, value) for value in data] if isinstance(data, list) else []
+    return make_pass(RawPass(text(inner, "loss_fn"), config, datums, backward), limits)
 
 
 def _forward(body: Body, limits: ModelLimits) -> Operation:
@@ -247,8 +224,15 @@ def encode(result: PassResult | Answer) -> Encoded:
     if isinstance(result, Answer):
         return Encoded(orjson.dumps(result.fields))
     outputs = [
-        {"logprobs": {"data": logprobs, "dtype": "float32", "shape": logprobs.shape}}
-        for logprobs in result.logprobs
+        {
+            name: {
+                "data": array.reshape(-1),
+                "dtype": "int64" if array.dtype.kind == "i" else "float32",
+                "shape": array.shape,
+            }
+            for name, array in output.items()
+        }
+        for output in result.outputs
     ]
     body = {
         "loss_fn_output_type": "ArrayRecord",

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from fireworks_training.local.model import LoraNotPossible, LoraSettings, load_model, vocab_size
 from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
+from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.execution import Stores, TrainedModel
-from fireworks_training.local.trainer.json_datums import ModelLimits
 from fireworks_training.local.trainer.json_fields import Body, allow, flag, number
 from fireworks_training.local.trainer.operations import OperationFailed
 from fireworks_training.local.trainer.service import CreateModel
@@ -38,10 +38,12 @@ _CREATE_KEYS = (
     "user_metadata",
     "optimizer_config",
     "base_only",
+    "projection_head_dim",
     "type",
 )
 _LORA_KEYS = ("rank", "alpha", "seed", "train_mlp", "train_attn", "train_unembed", "init_method")
 _DEFAULT_ALPHA = 32.0
+MAX_HEAD_DIM = 4096
 
 
 class ModelFactory:
@@ -56,16 +58,13 @@ class ModelFactory:
         self._base = load_model(settings.model_path)
         self.vocab_size = vocab_size(self._base)
         self.architecture = str(self._base.config.model_type)
+        self._hidden_size = int(self._base.config.hidden_size)
         self.stores = Stores(
             StateStore(settings.states_dir, free_bytes=free_bytes),
             SnapshotStore(settings.snapshots_dir, writer=settings.job, free_bytes=free_bytes),
         )
         self.stores.states.clean()
         self.stores.snapshots.clean()
-
-    def limits(self, *, lora: bool) -> ModelLimits:
-        """What datums of its models have to fit."""
-        return ModelLimits(self.vocab_size, self.settings.max_context_length, lora)
 
     def request(self, body: Body) -> CreateModel:
         """Checks a create_model request.
@@ -81,9 +80,24 @@ class ModelFactory:
             raise OperationFailed("optimizer_config must be of type adamw")
         reference = flag(body, "base_only", False)
         lora = None if reference else self._lora(body.get("lora_config"))
+        head = _whole(body, "projection_head_dim", 0) or None
+        if head is not None and (reference or head > MAX_HEAD_DIM):
+            raise OperationFailed(
+                f"projection_head_dim must be from 1 to {MAX_HEAD_DIM}, of a model that is trained"
+            )
         digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
         return CreateModel(
-            digest, CAPABILITIES, lambda: self._make(lora, reference), lora is not None
+            digest,
+            CAPABILITIES,
+            lambda: self._make(lora, head, reference),
+            ModelLimits(
+                self.vocab_size,
+                self.settings.max_context_length,
+                lora=lora is not None,
+                hidden_size=self._hidden_size,
+                projection_head_dim=head,
+            ),
+            lora,
         )
 
     def _lora(self, config: object) -> LoraSettings | None:
@@ -93,11 +107,7 @@ class ModelFactory:
             rank = _whole(config, "rank", 0)
         elif config is not None:
             raise OperationFailed("lora_config must be an object")
-        if rank != self.settings.lora_rank:
-            raise OperationFailed(
-                f"this trainer job was created with lora_rank={self.settings.lora_rank}"
-                f" and the model asks for rank {rank}: use the same, or another job"
-            )
+        self._check_rank(rank)
         if rank == 0 or not isinstance(config, dict):
             return None
         if config.get("init_method") not in (None, "kaiming"):
@@ -111,7 +121,22 @@ class ModelFactory:
             seed=_whole(config, "seed", self.settings.seed),
         )
 
-    def _make(self, lora: LoraSettings | None, reference: bool) -> TrainedModel:
+    def _check_rank(self, rank: int) -> None:
+        most = self.settings.max_lora_rank
+        if most is not None:
+            if not 1 <= rank <= most:
+                raise OperationFailed(
+                    f"this trainer job was created with max_lora_rank={most}: its models are"
+                    f" adapters of rank 1 to {most}, and this one asks for rank {rank}"
+                )
+        elif rank != self.settings.lora_rank:
+            raise OperationFailed(
+                f"this trainer job was created with lora_rank={self.settings.lora_rank}"
+                f" and the model asks for rank {rank}: use the same, or another job, or one with"
+                " max_lora_rank"
+            )
+
+    def _make(self, lora: LoraSettings | None, head: int | None, reference: bool) -> TrainedModel:
         module: PreTrainedModel = copy.deepcopy(self._base)
         try:
             return TrainedModel(
@@ -121,6 +146,7 @@ class ModelFactory:
                 lora=lora,
                 dtype=self.settings.snapshot_dtype,
                 trainable=not reference,
+                projection_head_dim=head,
                 seed=self.settings.seed,
             )
         except LoraNotPossible as error:

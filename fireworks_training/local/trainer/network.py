@@ -38,16 +38,16 @@ ACTIVATION_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Computed:
-    """Hidden states of the U positions, and where each sequence's are.
+class Computed:
+    """Hidden states of the U positions of a micro-batch, and where each datum's are.
 
     Attributes:
         hidden: [U, E], padding left out.
-        rows: for each group, for each member, its T places in `hidden`.
+        rows: for each datum, in the order of `datums_of(batch)`, its T places in `hidden`.
     """
 
     hidden: Tensor
-    rows: list[list[NDArray[np.int64]]]
+    rows: list[NDArray[np.int64]]
 
 
 class Network:
@@ -56,32 +56,50 @@ class Network:
     Args:
         module: with its adapter, if it has one; not changed.
         sharing: False computes every datum by itself, for comparison.
+
+    Attributes:
+        vocab_size: columns of the logits.
+        has_hidden_states: whether what is computed are the states before the head. (A model whose
+            logits are more than its head's is taken in one piece.)
     """
 
     def __init__(self, module: PreTrainedModel, *, sharing: bool = True) -> None:
         self._body, self._head = _parts(module)
+        self.vocab_size = int(module.config.get_text_config().vocab_size)
+        self.has_hidden_states = not isinstance(self._body, _Whole)
         self.sharing = sharing and _can_share(module)
         self._cache_name = _cache_argument(self._body)
         widths = sum(m.out_features for m in self._body.modules() if isinstance(m, nn.Linear))
         # Linear outputs and about as much again between them.
         self.token_budget = max(ACTIVATION_BYTES // (8 * max(widths, 1)), 1)
 
-    def target_logprobs(self, batch: MicroBatch, targets: Sequence[NDArray[np.int64]]) -> Tensor:
-        """logprobs_M of the datums of `batch`, end to end in the order of `datums_of(batch)`.
+    def logprobs(self, computed: Computed, targets: Sequence[NDArray[np.int64]]) -> Tensor:
+        """logprobs_M of the targets of all datums, end to end.
 
         Args:
-            targets: the target ids of each of these datums, T of each.
+            targets: the target ids of each datum, `[T]`, or `[T, K]` for K of them a position.
         """
-        computed = self._compute(batch)
         rows = [
-            computed.rows[g][m]
-            for g, group in enumerate(batch.groups)
-            for m, member in enumerate(group.members)
-            for _ in member.data
+            row if ids.ndim == 1 else np.repeat(row, ids.shape[1])
+            for row, ids in zip(computed.rows, targets, strict=True)
         ]
-        return self._logprobs(computed.hidden, np.concatenate(rows), np.concatenate(targets))
+        flat = [ids.reshape(-1) for ids in targets]
+        return self._logprobs(computed.hidden, np.concatenate(rows), np.concatenate(flat))
 
-    def _compute(self, batch: MicroBatch) -> _Computed:
+    def top(self, computed: Computed, k: int) -> list[tuple[Tensor, Tensor]]:
+        """Logprobs and ids, each `[T, k]` and best first, of each datum's most likely tokens."""
+        turn = max(LOGITS_BYTES // (4 * self.vocab_size), 1)
+        with torch.no_grad():
+            found = [
+                torch.log_softmax(self._head(states).float(), -1).topk(k)
+                for states in torch.split(computed.hidden.detach(), turn)
+            ]
+        logprobs_UK = torch.cat([values for values, _ in found])
+        ids_UK = torch.cat([ids for _, ids in found])
+        return [(logprobs_UK[rows], ids_UK[rows]) for rows in map(torch.from_numpy, computed.rows)]
+
+    def compute(self, batch: MicroBatch) -> Computed:
+        """Hidden states of a micro-batch, with their graph where gradients are enabled."""
         groups = batch.groups
         keep = {self._cache_name: DynamicCache()} if batch.buckets else {}
         prefixes = [group.prefix for group in groups]
@@ -99,7 +117,13 @@ class Network:
             for (g, m), size in zip(bucket, sizes, strict=True):
                 rows[g][m] = np.concatenate([rows[g][m], np.arange(used, used + size)])
                 used += size
-        return _Computed(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
+        of_datums = [
+            rows[g][m]
+            for g, group in enumerate(groups)
+            for m, member in enumerate(group.members)
+            for _ in member.data
+        ]
+        return Computed(torch.cat(parts) if len(parts) > 1 else parts[0], of_datums)
 
     def _continue(
         self,
@@ -138,8 +162,7 @@ class Network:
         def some(states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
             return target_logprobs(head(states).float(), targets, rows)
 
-        vocab_size = head(hidden_UE[:1].detach()).shape[-1]
-        turn = max(LOGITS_BYTES // (4 * vocab_size), 1)
+        turn = max(LOGITS_BYTES // (4 * self.vocab_size), 1)
         if len(hidden_UE) <= turn:
             return some(hidden_UE, torch.from_numpy(rows_M), torch.from_numpy(targets_M))
         order = np.argsort(rows_M, kind="stable")

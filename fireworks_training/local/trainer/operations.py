@@ -34,21 +34,64 @@ class Datum:
 
     Attributes:
         tokens: T token ids, int64.
-        inputs: T entries each: `target_tokens` int64, everything else float32.
+        inputs: T * width entries each, row by row: `target_tokens` int64, everything else float32.
+        width: targets a token, where they were given as `[T, width]`; 0 where as `[T]`.
     """
 
     tokens: NDArray[np.int64]
     inputs: Mapping[str, NDArray[np.generic]]
+    width: int = 0
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """The shape that targets were given in."""
+        return (len(self.tokens), self.width) if self.width else (len(self.tokens),)
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward pass over `data`, with its gradient if `backward`."""
+    """A forward pass over `data`, with its gradient if `backward`.
+
+    Attributes:
+        top_k: most likely tokens to report at each position; 0 reports none.
+    """
 
     data: Sequence[Datum]
     loss: str
     config: Mapping[str, float]
     backward: bool
+    top_k: int = 0
+
+
+EmbeddingOutput = Literal["embedding", "projection", "cos_similarity_matrix", "contrastive_loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPass:
+    """A pass whose output is taken from the last hidden states.
+
+    Attributes:
+        data: with `backward`, each datum's inputs hold the gradient of its output, flat, under
+            GRADIENT_INPUTS[output] (but for contrastive_loss, which has its own loss).
+        output: see `embeddings`.
+        pooling: "mean" over a sequence's tokens, or its "last" one.
+        queries, negatives, temperature: of contrastive_loss.
+    """
+
+    data: Sequence[Datum]
+    output: EmbeddingOutput
+    pooling: Literal["mean", "last"]
+    backward: bool
+    queries: int = 0
+    negatives: int = 0
+    temperature: float = 1.0
+
+
+GRADIENT_INPUTS: Mapping[EmbeddingOutput, str] = {
+    "embedding": "embedding_grads",
+    "cos_similarity_matrix": "embedding_grads",
+    "projection": "projection_grads",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +125,19 @@ class DiscardGradients:
     pass
 
 
-Operation = Pass | OptimStep | SaveState | LoadState | SaveSnapshot | DiscardGradients
+Operation = (
+    Pass | EmbeddingPass | OptimStep | SaveState | LoadState | SaveSnapshot | DiscardGradients
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """`logprobs` has T float32 entries for each datum, in their order."""
+    """Output tensors by name for each datum, in their order, and metrics.
 
-    logprobs: Sequence[NDArray[np.float32]]
+    A metric's name ends in what combines the chunks of one call, after the only colon.
+    """
+
+    outputs: Sequence[Mapping[str, NDArray[np.generic]]]
     metrics: Mapping[str, float]
 
 

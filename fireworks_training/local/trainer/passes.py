@@ -28,25 +28,28 @@ class Passed:
     """What a pass gave.
 
     Attributes:
-        logprobs: T float32 entries for each datum, in the order of the data.
+        outputs: for each datum, in the order of the data, `logprobs` float32 in the shape of its
+            targets; with top_k also `top_k_logprobs` float32 and `top_k_indices` int64 `[T, k]`.
         loss: the sum over all tokens.
         loss_tokens: tokens whose weight is not zero.
         gradients: one for each parameter, or None for a forward pass.
     """
 
-    logprobs: list[NDArray[np.float32]]
+    outputs: list[dict[str, NDArray[np.generic]]]
     loss: float
     loss_tokens: int
     gradients: list[Tensor] | None
 
 
 def _concatenated(data: Sequence[Datum]) -> dict[str, Tensor]:
-    """Every input of the loss but the targets, end to end."""
-    return {
+    """Every input of the loss but the targets, end to end, and the datum that each belongs to."""
+    counts = [len(datum.tokens) * max(datum.width, 1) for datum in data]
+    inputs = {
         name: torch.from_numpy(np.concatenate([datum.inputs[name] for datum in data]))
         for name in data[0].inputs
         if name != "target_tokens"
     }
+    return {**inputs, "sequence": torch.from_numpy(np.repeat(np.arange(len(data)), counts))}
 
 
 def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass) -> Passed:
@@ -57,7 +60,7 @@ def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass
     Raises:
         OperationFailed: a logprob, the loss or the gradient is not finite.
     """
-    logprobs: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(request.data)
+    outputs: list[dict[str, NDArray[np.generic]]] = [{} for _ in request.data]
     loss_sum, loss_tokens = 0.0, 0
     try:
         tokens = [datum.tokens for datum in request.data]
@@ -65,9 +68,9 @@ def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass
             indices = datums_of(batch)
             data = [request.data[index] for index in indices]
             inputs = _concatenated(data)
-            targets = [cast("NDArray[np.int64]", datum.inputs["target_tokens"]) for datum in data]
             with torch.set_grad_enabled(request.backward):
-                logprobs_M = network.target_logprobs(batch, targets)
+                computed = network.compute(batch)
+                logprobs_M = network.logprobs(computed, [_targets(datum) for datum in data])
                 loss_M = LOSSES[request.loss].per_token(logprobs_M, inputs, request.config)
                 loss = loss_M.sum()
             _check_finite(logprobs_M, loss, indices)
@@ -75,18 +78,38 @@ def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass
                 torch.autograd.backward(loss, inputs=list(parameters))
             loss_sum += float(loss_M.detach().double().sum())
             loss_tokens += int(torch.count_nonzero(inputs["weights"]))
-            flat: NDArray[np.float32] = logprobs_M.detach().numpy()
-            ends = np.cumsum([len(datum.tokens) for datum in data])[:-1]
-            for index, piece in zip(indices, np.split(flat, ends), strict=True):
-                logprobs[index] = piece
-        gradients = _take_gradients(parameters) if request.backward else None
+            top = network.top(computed, request.top_k) if request.top_k else None
+            pieces = _outputs(data, logprobs_M, top)
+            for index, piece in zip(indices, pieces, strict=True):
+                outputs[index] = piece
+        gradients = take_gradients(parameters) if request.backward else None
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return Passed(logprobs, loss_sum, loss_tokens, gradients)
+    return Passed(outputs, loss_sum, loss_tokens, gradients)
 
 
-def _take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def _targets(datum: Datum) -> NDArray[np.int64]:
+    ids = cast("NDArray[np.int64]", datum.inputs["target_tokens"])
+    return ids.reshape(datum.target_shape)
+
+
+def _outputs(
+    data: Sequence[Datum], logprobs_M: Tensor, top: Sequence[tuple[Tensor, Tensor]] | None
+) -> list[dict[str, NDArray[np.generic]]]:
+    """What each datum of a micro-batch gets back."""
+    ends = np.cumsum([len(datum.tokens) * max(datum.width, 1) for datum in data])[:-1]
+    flat: NDArray[np.float32] = logprobs_M.detach().numpy()
+    pieces: list[dict[str, NDArray[np.generic]]] = [
+        {"logprobs": piece.reshape(datum.target_shape)}
+        for datum, piece in zip(data, np.split(flat, ends), strict=True)
+    ]
+    for piece, (logprobs_TK, ids_TK) in zip(pieces, top or (), strict=False):
+        piece["top_k_logprobs"], piece["top_k_indices"] = logprobs_TK.numpy(), ids_TK.numpy()
+    return pieces
+
+
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [
         torch.zeros_like(p) if p.grad is None else p.grad  # one that the pass did not touch
         for p in parameters

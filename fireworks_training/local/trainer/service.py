@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fireworks_training.local.model import LoraSettings
+from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.execution import TrainedModel
 from fireworks_training.local.trainer.line import (
     Expired,
@@ -77,7 +79,8 @@ class CreateModel:
     digest: bytes
     answer: Mapping[str, object]
     make: Callable[[], TrainedModel]
-    lora: bool
+    limits: ModelLimits
+    lora: LoraSettings | None
 
 
 @dataclass(slots=True)

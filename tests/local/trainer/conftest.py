@@ -32,11 +32,15 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def start(tmp_path: Path, model_path: Path) -> AsyncIterator[Starter]:
-    """`await start(lora={...}, app={...}, **settings)`: a worker app with one model, over HTTP."""
+    """`await start(lora=, app=, create=, **settings)`: a worker app with one model, over HTTP."""
     clients: list[HTTP] = []
 
     async def start_one(
-        *, lora: dict[str, Any] | None = None, app: dict[str, Any] | None = None, **settings: Any
+        *,
+        lora: dict[str, Any] | None = None,
+        app: dict[str, Any] | None = None,
+        create: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Trainer:
         rank = (lora or {}).get("rank", 0)
         values: dict[str, Any] = {
@@ -55,7 +59,7 @@ async def start(tmp_path: Path, model_path: Path) -> AsyncIterator[Starter]:
         )
         await client.start_server()
         clients.append(client)
-        return await new_model(client, lora_config=lora or {"rank": 0})
+        return await new_model(client, lora_config=lora or {"rank": 0}, **(create or {}))
 
     yield start_one
     for client in clients:

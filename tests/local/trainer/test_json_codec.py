@@ -12,7 +12,7 @@ import pytest
 from fireworks_training.local.losses import LOSSES
 from fireworks_training.local.optimizer import AdamSettings
 from fireworks_training.local.trainer import json_codec
-from fireworks_training.local.trainer.json_codec import ModelLimits
+from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.line import Failure, Role
 from fireworks_training.local.trainer.operations import (
     Answer,
@@ -113,7 +113,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(weights={"data": [True, False], "dtype": "float32"}), "flat list"),
         (changed(weights=tensor([1, 1], "int64")), "dtype float32"),
         (changed(weights={**tensor([1.0, 1.0]), "shape": [2, 1]}), "shape [2, 1]"),
-        (changed(weights={**tensor([1.0, 1.0]), "sparse_col_indices": [0]}), "sparse_col_indices"),
+        (changed(weights={**tensor([1.0, 1.0]), "sparse_col_indices": [0]}), "sparse_crow_indices"),
         (changed(weights=[1.0, 1.0]), "weights must be a tensor"),
         (changed(target_tokens=tensor([2.0, 3.0])), "dtype int64"),
         (changed(target_tokens={"data": [2.5, 3], "dtype": "int64"}), "integers"),
@@ -253,15 +253,21 @@ def test_every_loss_is_in_reach() -> None:
 
 
 def test_results() -> None:
-    logprobs = [np.array([-0.1, -2.0], np.float32), np.array([], np.float32)]
-    encoded = json_codec.encode(PassResult(logprobs, {"loss:sum": 1.5}))
+    outputs = [
+        {"logprobs": np.array([-0.1, -2.0], np.float32)},
+        {"logprobs": np.zeros((0, 2), np.float32), "top_k_indices": np.array([[7, 1]])},
+    ]
+    encoded = json_codec.encode(PassResult(outputs, {"loss:sum": 1.5}))
     assert encoded.content_type == "application/json"
     assert b"-0.1," in encoded.body, "printed at float32 precision"
     assert orjson.loads(encoded.body) == {
         "loss_fn_output_type": "ArrayRecord",
         "loss_fn_outputs": [
             {"logprobs": {"data": [-0.1, -2.0], "dtype": "float32", "shape": [2]}},
-            {"logprobs": {"data": [], "dtype": "float32", "shape": [0]}},
+            {
+                "logprobs": {"data": [], "dtype": "float32", "shape": [0, 2]},
+                "top_k_indices": {"data": [7, 1], "dtype": "int64", "shape": [1, 2]},
+            },
         ],
         "metrics": {"loss:sum": 1.5},
     }

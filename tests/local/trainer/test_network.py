@@ -63,13 +63,13 @@ def passed(
     needed = ("target_tokens", "weights")
     if loss == "cross_entropy":
         data = [Datum(d.tokens, {name: d.inputs[name] for name in needed}) for d in data]
-    request = Pass(data, loss, CLIP if loss == "ppo" else {}, backward=True)
+    request = Pass(data, loss, LOSSES[loss].config, backward=True)
     return run_pass(Network(module, sharing=sharing), list(parameters.values()), request)
 
 
 def assert_equal(shared: Passed, alone: Passed) -> None:
-    for a, b in zip(shared.logprobs, alone.logprobs, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6)
+    for a, b in zip(shared.outputs, alone.outputs, strict=True):
+        np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=5e-6)
     assert shared.loss == pytest.approx(alone.loss, rel=1e-5, abs=1e-5)
     assert shared.loss_tokens == alone.loss_tokens
     assert shared.gradients is not None
@@ -146,7 +146,7 @@ def test_a_scaled_head_is_taken_with_its_model() -> None:
     expected = torch.log_softmax(logits, -1)[
         torch.arange(len(logits)), data[0].inputs["target_tokens"]
     ]
-    np.testing.assert_allclose(halved.logprobs[0], expected, atol=2e-6)
+    np.testing.assert_allclose(halved.outputs[0]["logprobs"], expected, atol=2e-6)
 
 
 def test_logits_in_turns(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
