@@ -262,7 +262,8 @@ _OUTPUTS: tuple[EmbeddingOutput, ...] = (
     "cos_similarity_matrix",
     "contrastive_loss",
 )
-_POOLINGS: tuple[Literal["mean", "last"], ...] = ("mean", "last")
+Pooling = Literal["mean", "last"]
+_POOLINGS: tuple[Pooling, ...] = ("mean", "last")
 _CONTRASTIVE = ("num_queries", "temperature", "num_extra_negatives")
 
 
@@ -270,8 +271,11 @@ def _embedding_pass(raw: RawPass, limits: ModelLimits) -> EmbeddingPass:
     config = raw.config
     if raw.loss != "cross_entropy":
         raise OperationFailed("output goes with loss_fn 'cross_entropy' only")
-    output = next((known for known in _OUTPUTS if known == config["output"]), None)
-    pooling = next((known for known in _POOLINGS if known == config.get("pooling", "mean")), None)
+    wanted = config["output"]
+    output: EmbeddingOutput | None = next((known for known in _OUTPUTS if known == wanted), None)
+    pooling: Pooling | None = next(
+        (known for known in _POOLINGS if known == config.get("pooling", "mean")), None
+    )
     if output is None or pooling is None:
         raise OperationFailed(
             f"output must be one of logprobs, {', '.join(_OUTPUTS)}, and pooling mean or last"

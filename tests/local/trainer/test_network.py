@@ -20,6 +20,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from fireworks_training.local.losses import LOSSES
 from fireworks_training.local.model import LoraSettings, adapter_parameters, apply_lora, load_model
 from fireworks_training.local.trainer import network as network_module
 from fireworks_training.local.trainer.network import Network
@@ -28,7 +29,6 @@ from fireworks_training.local.trainer.packing import plan
 from fireworks_training.local.trainer.passes import Passed, run_pass
 from tests.local.trainer.trainer_driver import VOCAB
 
-LOSSES = {"cross_entropy": {}, "importance_sampling": {}, "ppo": {}}
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 
