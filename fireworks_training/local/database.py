@@ -1,4 +1,4 @@
-"""What the platform remembers across restarts: jobs, deployments, and the workers that serve them.
+"""What the platform remembers across restarts: its resources, and the workers that serve them.
 
 Knows SQLite and rows; the meaning of a state is the control plane's. Calls are short (one row, no
 disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's thread.
@@ -20,7 +20,7 @@ from fireworks_training.errors import LocalPlatformError
 FILE = "state.db"
 SCHEMA_VERSION = 1
 
-ResourceKind = Literal["job", "deployment"]
+ResourceKind = Literal["job", "deployment", "model", "operation"]
 Body = dict[str, object]
 
 _SCHEMA = """
@@ -57,10 +57,10 @@ def now() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ResourceRow:
-    """A job or a deployment.
+    """A job, a deployment, a promoted model, or an operation.
 
     Attributes:
-        kind: "job" or "deployment".
+        kind: which of them.
         id: last part of its resource name.
         state: as the control plane reports it.
         message: its status message.

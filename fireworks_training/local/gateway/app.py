@@ -21,7 +21,13 @@ from aiohttp.typedefs import Handler
 
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.database import FILE, Database
-from fireworks_training.local.gateway import control_plane, faults, tokenizer_route, trainer_proxy
+from fireworks_training.local.gateway import (
+    catalog,
+    control_plane,
+    faults,
+    tokenizer_route,
+    trainer_proxy,
+)
 from fireworks_training.local.gateway.auth import host_middleware, key_middleware
 from fireworks_training.local.gateway.conditions import Conditions
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, ControlPlane
@@ -34,6 +40,7 @@ from fireworks_training.local.gateway.problems import (
     code_of,
     render,
 )
+from fireworks_training.local.gateway.promotions import MakeModel, Promotions, run_promotion
 from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Registry
 from fireworks_training.local.gateway.trainers import TrainerJobs
 from fireworks_training.local.gateway.workers import Spawner, Workers
@@ -57,11 +64,13 @@ class Parts:
         spawner: makes worker processes.
         connect_engine: makes a client of an engine's socket.
         add_serving_routes: registers the routes that use those clients.
+        make_model: makes a model directory of a snapshot.
     """
 
     spawner: Spawner
     connect_engine: ConnectEngine
     add_serving_routes: Callable[[web.Application], None]
+    make_model: MakeModel = run_promotion
 
 
 def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
@@ -90,10 +99,13 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     )
     app[REGISTRY] = registry
     app[CONDITIONS] = conditions
-    app[CONTROL_PLANE] = ControlPlane(jobs, deployments, state_dir / "snapshots")
+    promotions = Promotions(database, registry, state_dir, parts.make_model)
+    app[CONTROL_PLANE] = ControlPlane(jobs, deployments, promotions, state_dir / "snapshots")
 
     async def lifespan(_: web.Application) -> AsyncIterator[None]:
         workers.forget_foreign()
+        # First, for jobs and deployments may be of promoted models.
+        promotions.recover()
         await jobs.recover()
         await deployments.recover()
         # A template may know workers whose owner was deleted while no gateway ran.
@@ -101,11 +113,13 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
         yield
         await jobs.close()
         await deployments.close()
+        await promotions.close()
         database.close()
 
     app.cleanup_ctx.append(lifespan)
     app.on_response_prepare.append(_mark_response)
     app.router.add_get("/healthz", healthz)
+    catalog.add_routes(app)
     control_plane.add_routes(app)
     faults.add_routes(app)
     tokenizer_route.add_routes(app)

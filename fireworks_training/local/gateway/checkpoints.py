@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import cast
 
 from fireworks_training.local.database import Body
+from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.snapshots import InvalidName, check_name
 
 _SNAPSHOT_TYPES = {
     "base": "CHECKPOINT_TYPE_INFERENCE_BASE",
@@ -20,6 +22,8 @@ _SNAPSHOT_TYPES = {
     "delta": "CHECKPOINT_TYPE_INFERENCE_ARC_V2",
 }
 STATE_TYPE = "CHECKPOINT_TYPE_TRAINING"
+PROMOTABLE = frozenset({"base", "lora"})
+"""Kinds that stand alone; a delta needs its predecessors."""
 
 
 def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Body]:
@@ -29,8 +33,33 @@ def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Bo
         manifest = _manifest(folder)
         if manifest.get("job") == job:
             kind = _SNAPSHOT_TYPES.get(str(manifest.get("kind")), "CHECKPOINT_TYPE_UNSPECIFIED")
-            found.append(_row(job, folder, kind))
+            found.append(_row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE))
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
+    """The manifest of a job's snapshot that can become a model.
+
+    Raises:
+        Problem: 404 without such a snapshot; 400 for one that can't be promoted.
+    """
+    try:
+        folder = snapshots_dir / check_name(identity)
+    except InvalidName as error:
+        raise Problem(404, str(error)) from None
+    manifest = _manifest(folder)
+    if not manifest or manifest.get("job") != job:
+        raise Problem(
+            404,
+            f"job {job!r} has no snapshot {identity!r}; its checkpoints name what is promotable",
+        )
+    if manifest.get("kind") not in PROMOTABLE:
+        raise Problem(
+            400,
+            f"snapshot {identity!r} is a difference to {manifest.get('predecessor')!r} and can't be"
+            " promoted; save a base snapshot (checkpoint_type='base')",
+        )
+    return manifest
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -48,7 +77,7 @@ def _manifest(folder: Path) -> Body:
     return cast(Body, manifest) if isinstance(manifest, dict) else {}
 
 
-def _row(job: str, folder: Path, kind: str) -> tuple[float, Body]:
+def _row(job: str, folder: Path, kind: str, *, promotable: bool = False) -> tuple[float, Body]:
     changed = folder.stat().st_mtime
     time = datetime.fromtimestamp(changed, UTC).isoformat(timespec="microseconds")
     time = time.replace("+00:00", "Z")
@@ -57,5 +86,5 @@ def _row(job: str, folder: Path, kind: str) -> tuple[float, Body]:
         "createTime": time,
         "updateTime": time,
         "checkpointType": kind,
-        "promotable": False,
+        "promotable": promotable,
     }

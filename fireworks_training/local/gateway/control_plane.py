@@ -1,4 +1,4 @@
-"""The control plane's routes: accounts, models, training shapes, trainer jobs, deployments.
+"""The control plane's routes for what runs: trainer jobs and deployments.
 
 Turns requests into calls of `TrainerJobs` and `Deployments`, and their rows into answers. It holds
 no state; a request that is cut off half-way leaves no half-done change, since changes that take
@@ -8,32 +8,22 @@ time run in tasks of their own.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from aiohttp import web
 
-from fireworks_training.local.database import Body
 from fireworks_training.local.gateway import resources
+from fireworks_training.local.gateway.bodies import page, read_object
 from fireworks_training.local.gateway.checkpoints import list_checkpoints
 from fireworks_training.local.gateway.deployments import Deployments
 from fireworks_training.local.gateway.problems import Problem
-from fireworks_training.local.gateway.registry import (
-    REGISTRY,
-    STAND_IN_PREFIX,
-    Registry,
-    UnknownModel,
-)
+from fireworks_training.local.gateway.promotions import Promotions
+from fireworks_training.local.gateway.registry import REGISTRY
 from fireworks_training.local.gateway.trainers import TrainerJobs
-from fireworks_training.local.settings import ACCOUNT, TRAINING_SHAPE, is_resource_id
-
-MAX_BODY_BYTES = 1 << 20
-MAX_PAGE = 200
-LATEST = "latest"
+from fireworks_training.local.settings import is_resource_id
 
 
 @dataclass(slots=True, eq=False)
@@ -43,11 +33,13 @@ class ControlPlane:
     Attributes:
         jobs: the trainer jobs.
         deployments: the deployments.
+        promotions: the models that were made of snapshots.
         snapshots_dir: folder of the sampler snapshots.
     """
 
     jobs: TrainerJobs
     deployments: Deployments
+    promotions: Promotions
     snapshots_dir: Path
     _detached: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -67,17 +59,8 @@ def add_routes(app: web.Application) -> None:
     account = "/v1/accounts/{account}"
     job = f"{account}/rlorTrainerJobs/{{job}}"
     deployment = f"{account}/deployments/{{deployment}}"
-    shape = f"{account}/trainingShapes/{{shape}}"
     app.add_routes(
         [
-            web.get("/v1/accounts", list_accounts),
-            web.get(account, get_account),
-            web.get(f"{account}/models", list_models),
-            web.get(f"{account}/models/{{model}}", get_model),
-            web.get(f"{account}/trainingShapes", list_shapes),
-            web.get(shape, get_shape),
-            web.get(f"{shape}/versions", list_shape_versions),
-            web.get(f"{shape}/versions/{{version}}", get_shape_version),
             web.get(f"{account}/rlorTrainerJobs", list_jobs),
             web.post(f"{account}/rlorTrainerJobs", create_job),
             web.get(job, get_job),
@@ -93,45 +76,6 @@ def add_routes(app: web.Application) -> None:
     )
 
 
-# -- requests ------------------------------------------------------------------------------------
-
-
-async def read_object(request: web.Request) -> Mapping[str, object]:
-    """The JSON object of a request's body; an absent body is an empty one."""
-    length = request.content_length or 0
-    raw = b"" if length > MAX_BODY_BYTES else await request.read()
-    if max(length, len(raw)) > MAX_BODY_BYTES:
-        raise Problem(413, f"the body is over {MAX_BODY_BYTES} bytes")
-    if not raw.strip():
-        return {}
-    try:
-        body: object = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise Problem(400, "the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise Problem(400, "the body is not a JSON object")
-    return cast("dict[str, object]", body)
-
-
-def page(request: web.Request, rows: Sequence[Body], name: str) -> web.Response:
-    """One page of a list; tokens are offsets."""
-    try:
-        size = min(int(request.query.get("pageSize") or MAX_PAGE), MAX_PAGE)
-        start = int(request.query.get("pageToken") or 0)
-    except ValueError:
-        raise Problem(400, "pageSize and pageToken must be numbers") from None
-    if size < 1 or start < 0:
-        raise Problem(400, "pageSize must be at least 1, and pageToken one that a page gave")
-    more = start + size < len(rows)
-    return web.json_response(
-        {
-            name: rows[start : start + size],
-            "nextPageToken": str(start + size) if more else "",
-            "totalSize": len(rows),
-        }
-    )
-
-
 def _ids(request: web.Request, kind: str) -> str:
     resources.check_account(request.match_info["account"])
     return resources.check_id(request.match_info[kind], f"{kind} id")
@@ -139,96 +83,6 @@ def _ids(request: web.Request, kind: str) -> str:
 
 def _plane(request: web.Request) -> ControlPlane:
     return request.app[CONTROL_PLANE]
-
-
-# -- accounts, models, shapes --------------------------------------------------------------------
-
-_ACCOUNT: Body = {"name": f"accounts/{ACCOUNT}", "displayName": "local", "state": "READY"}
-
-
-async def list_accounts(request: web.Request) -> web.Response:
-    """GET /v1/accounts: there is one."""
-    return page(request, [_ACCOUNT], "accounts")
-
-
-async def get_account(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>."""
-    resources.check_account(request.match_info["account"])
-    return web.json_response(_ACCOUNT)
-
-
-def _registry(request: web.Request) -> Registry:
-    return request.app[REGISTRY]
-
-
-async def list_models(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/models."""
-    resources.check_account(request.match_info["account"])
-    models = _registry(request).models
-    rows = [resources.show_model(name, entry, None) for name, entry in sorted(models.items())]
-    return page(request, rows, "models")
-
-
-async def get_model(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/models/<m>; a name of the cloud answers with its stand-in."""
-    name = f"accounts/{request.match_info['account']}/models/{request.match_info['model']}"
-    try:
-        entry, notice = _registry(request).find_model(name)
-    except UnknownModel as error:
-        raise Problem(404, str(error)) from None
-    return web.json_response(resources.show_model(name, entry, notice))
-
-
-def _shape(request: web.Request) -> tuple[str, str]:
-    """Name of the shape that a path asks for, and the notice for it."""
-    account, shape = request.match_info["account"], request.match_info["shape"]
-    name = f"accounts/{account}/trainingShapes/{shape}"
-    notices = resources.Notices()
-    try:
-        resources.shape_field(name, TRAINING_SHAPE, notices)
-    except Problem as problem:
-        raise Problem(404, problem.message) from None
-    return name, notices.text()
-
-
-async def list_shapes(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/trainingShapes."""
-    resources.check_account(request.match_info["account"])
-    return page(request, [resources.show_shape(TRAINING_SHAPE, "")], "trainingShapes")
-
-
-async def get_shape(request: web.Request) -> web.Response:
-    """GET a training shape."""
-    return web.json_response(resources.show_shape(*_shape(request)))
-
-
-def _shape_version(request: web.Request, version: str) -> Body:
-    name, notice = _shape(request)
-    registry = _registry(request)
-    # The shape goes with every model: what any of them can take.
-    longest = max((model.max_context_length for model in registry.models.values()), default=0)
-    if name.startswith(STAND_IN_PREFIX) and registry.default_model is not None:
-        longest = registry.models[registry.default_model].max_context_length
-    return resources.show_shape_version(name, version, longest, notice)
-
-
-async def list_shape_versions(request: web.Request) -> web.Response:
-    """GET the versions of a shape; `filter=latest_validated=true` gives the one there is."""
-    wanted = request.query.get("filter", "").replace(" ", "")
-    rows = [_shape_version(request, resources.SHAPE_VERSION)]
-    if wanted not in ("", "latest_validated=true", "latestValidated=true", "public=true"):
-        raise Problem(400, f"filter {wanted[:80]!r} is not known; use latest_validated=true")
-    return page(request, rows, "trainingShapeVersions")
-
-
-async def get_shape_version(request: web.Request) -> web.Response:
-    """GET one version of a shape; the cloud's version names go with the cloud's shape names."""
-    version = request.match_info["version"]
-    known = version in (resources.SHAPE_VERSION, LATEST)
-    if not known and request.match_info["account"] == ACCOUNT:
-        raise Problem(404, f"no version {version[:80]!r}; there is {resources.SHAPE_VERSION!r}")
-    shown = resources.SHAPE_VERSION if version == LATEST else version
-    return web.json_response(_shape_version(request, shown))
 
 
 # -- trainer jobs --------------------------------------------------------------------------------
@@ -241,7 +95,7 @@ async def create_job(request: web.Request) -> web.Response:
     id_ = resources.check_id(given or f"job-{secrets.token_hex(4)}", "rlorTrainerJobId")
     body = await read_object(request)
     shape = request.query.get("trainingShape") or resources.text_field(body, "trainingShape")
-    stored, notice = resources.job_body(body, shape, _registry(request))
+    stored, notice = resources.job_body(body, shape, request.app[REGISTRY])
     return web.json_response(resources.show_job(_plane(request).jobs.create(id_, stored, notice)))
 
 
@@ -292,7 +146,7 @@ async def create_deployment(request: web.Request) -> web.Response:
     resources.check_account(request.match_info["account"])
     given = request.query.get("deploymentId")
     id_ = resources.check_id(given or f"deployment-{secrets.token_hex(4)}", "deploymentId")
-    stored, notice = resources.deployment_body(await read_object(request), _registry(request))
+    stored, notice = resources.deployment_body(await read_object(request), request.app[REGISTRY])
     plane = _plane(request)
     plane.deployments.create(id_, stored, notice)
     return _shown(plane, id_)

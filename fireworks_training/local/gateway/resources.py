@@ -377,8 +377,15 @@ def show_deployment(row: ResourceRow, replicas: int) -> Body:
 # -- models and shapes ---------------------------------------------------------------------------
 
 
-def show_model(name: str, entry: ModelEntry, notice: str | None) -> Body:
-    """A model as the API shows it."""
+def show_model(
+    name: str, entry: ModelEntry, notice: str | None, promoted: ResourceRow | None = None
+) -> Body:
+    """A model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
+    made: Body = {}
+    if promoted is not None:
+        made = {"createTime": promoted.created, "kind": promoted.body["kind"]}
+        if "peftDetails" in promoted.body:
+            made["peftDetails"] = promoted.body["peftDetails"]
     return {
         "name": name,
         "displayName": entry.name.rsplit("/", 1)[-1],
@@ -388,6 +395,7 @@ def show_model(name: str, entry: ModelEntry, notice: str | None) -> Body:
         "contextLength": entry.max_context_length,
         "supportsLora": True,
         "baseModelDetails": {"moe": False, "supportsFireattention": False},
+        **made,
     }
 
 

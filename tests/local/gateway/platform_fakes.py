@@ -23,6 +23,7 @@ from fireworks_training.local.gateway.app import Parts, create_app, make_runner
 from fireworks_training.local.gateway.engine_client import EngineClient, LoadEnded
 from fireworks_training.local.gateway.registry import REGISTRY, Registry
 from fireworks_training.local.gateway.workers import WorkerFailed
+from fireworks_training.local.promotion import Order
 from fireworks_training.local.settings import GatewaySettings
 
 KEY = "tml-test-key"
@@ -267,6 +268,20 @@ class PlatformFolders:
     model_dir: Path
     spawner: FakeSpawner = field(default_factory=FakeSpawner)
     engines: list[FakeEngine] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
+    promotion_failure: str = ""
+    promotion_gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.promotion_gate.set()
+
+    async def make_model(self, order: Order) -> str:
+        """Make a model directory, without weights."""
+        self.orders.append(order)
+        await self.promotion_gate.wait()
+        if not self.promotion_failure:
+            write_model(Path(order.target))
+        return self.promotion_failure
 
     async def connect(self, socket: Path, name: str) -> EngineClient:
         for process in self.spawner.living("engine"):
@@ -290,7 +305,8 @@ class PlatformFolders:
             models={"tiny": str(self.model_dir)},
             default_model="tiny",
         )
-        app = create_app(settings, Parts(self.spawner, self.connect, _no_routes))
+        parts = Parts(self.spawner, self.connect, _no_routes, self.make_model)
+        app = create_app(settings, parts)
         app.router.add_get("/boom", _boom)
         runner = make_runner(app)
         await runner.setup()

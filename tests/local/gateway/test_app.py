@@ -22,6 +22,8 @@ FILLED = {
     "version": "1",
     "job": "j1",
     "deployment": "d1",
+    "operation": "o1",
+    "checkpoint": "c1",
     "tail": "api/v1/healthz",
 }
 
