@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from fireworks_training._sync.trainer import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
     from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
-    from fireworks_training.data import rl_datum, supervised_datum
+    from fireworks_training.data import (
+        chat_datum,
+        check_alignment,
+        check_normalization,
+        completion_datum,
+        rl_datum,
+        supervised_datum,
+    )
     from fireworks_training.errors import (
         ApiError,
         ApiStatusError,
@@ -68,6 +75,12 @@ if TYPE_CHECKING:
         WeightSyncError,
         WrongLoop,
     )
+    from fireworks_training.evaluation import (
+        EvaluatedSample,
+        Evaluation,
+        read_evaluation,
+        write_evaluation,
+    )
     from fireworks_training.futures import APIFuture, SampleCall
     from fireworks_training.models import (
         CheckpointInfo,
@@ -95,7 +108,7 @@ _HEAVY = {
     "SamplingConcurrencyController": "_async.gate",
     "SaveWeightsForSamplerResponse": "_tinker_types",
 }
-_LIGHT = ("errors", "models", "futures", "config", "data")
+_LIGHT = ("errors", "models", "futures", "config", "data", "evaluation")
 
 __all__ = [
     "APIFuture",
@@ -114,6 +127,8 @@ __all__ = [
     "DeploymentInfo",
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
+    "EvaluatedSample",
+    "Evaluation",
     "FiretitanProvisioningConfig",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
@@ -163,8 +178,14 @@ __all__ = [
     "WeightSyncError",
     "WrongLoop",
     "__version__",
+    "chat_datum",
+    "check_alignment",
+    "check_normalization",
+    "completion_datum",
+    "read_evaluation",
     "rl_datum",
     "supervised_datum",
+    "write_evaluation",
 ]
 
 

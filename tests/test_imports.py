@@ -19,7 +19,17 @@ PACKAGE = "fireworks_training"
 ROOT = Path(fireworks_training.__file__).parent
 
 CLOSED = {"local", "cli", "testing"}  # nothing imports these
-UNITS = {"errors", "config", "models", "futures", "data", "compat", "rollouts", "losses"}
+UNITS = {
+    "errors",
+    "config",
+    "models",
+    "futures",
+    "data",
+    "evaluation",
+    "compat",
+    "rollouts",
+    "losses",
+}
 UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_tinker_types", "root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 
@@ -29,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors"},
     "futures": {"errors", "models"},
     "data": {"errors", "models"},
+    "evaluation": {"errors", "models"},
     "_core": {"errors", "models"},
     "_wire": {"errors", "models"},
     "_tinker_types": {"errors", "models"},

@@ -32,6 +32,8 @@ NAMES = [
     "DeploymentInfo",
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
+    "EvaluatedSample",
+    "Evaluation",
     "FiretitanProvisioningConfig",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
@@ -81,8 +83,14 @@ NAMES = [
     "WeightSyncError",
     "WrongLoop",
     "__version__",
+    "chat_datum",
+    "check_alignment",
+    "check_normalization",
+    "completion_datum",
+    "read_evaluation",
     "rl_datum",
     "supervised_datum",
+    "write_evaluation",
 ]
 
 HEAVY = ["torch", "transformers", "tinker", "rich", "click", "matplotlib"]

@@ -18,7 +18,11 @@ import click
 from rich.console import Console
 
 import fireworks_training
-from fireworks_training import AsyncFiretitanServiceClient, FireworksTrainingError
+from fireworks_training import (
+    AsyncFiretitanServiceClient,
+    DeploymentSampler,
+    FireworksTrainingError,
+)
 from fireworks_training.cli.demo_loop import (
     Plan,
     Problem,
@@ -35,7 +39,9 @@ from fireworks_training.cli.demo_report import Report, draw_curve, result_table,
 SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
 MODEL = "accounts/local/models/tiny-qwen3"
 INTERRUPTED = 130
-METRICS, SUMMARY, CURVE = WRITTEN = ("metrics.jsonl", "summary.json", "curve.png")
+METRICS, SUMMARY, CURVE = "metrics.jsonl", "summary.json", "curve.png"
+EVALUATIONS = ("before", "before-greedy", "after", "after-greedy")
+WRITTEN = (METRICS, SUMMARY, CURVE, *(f"{name}.jsonl" for name in EVALUATIONS))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +57,7 @@ METRICS, SUMMARY, CURVE = WRITTEN = ("metrics.jsonl", "summary.json", "curve.png
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("fireworks-demo"),
     show_default=True,
-    help="Folder for metrics.jsonl, summary.json and curve.png.",
+    help="Folder for metrics.jsonl, summary.json, curve.png and the evaluations.",
 )
 @click.option(
     "--prompts-per-step",
@@ -157,8 +163,7 @@ async def run(
     ) as service:
         client = await service.create_training_client()
         sampler = await sync(service, client, "untrained")
-        before = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
-        greedy_before = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
+        before, greedy_before = await both_scores(sampler, held_out, plan, out, "before")
         say(
             console,
             f"ready after {time.monotonic() - began:.1f} s; held-out accuracy "
@@ -168,11 +173,23 @@ async def run(
         with Report(console, out, plan.steps) as report:
             sampler = await train(service, training, held_out, plan, report.seen)
         seconds = time.monotonic() - trained_from
-        after = await score(sampler, held_out, temperature=1.0, seed=plan.seed)
-        greedy_after = await score(sampler, held_out, temperature=0.0, seed=plan.seed)
+        after, greedy_after = await both_scores(sampler, held_out, plan, out, "after")
     scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
     timing = {"seconds": seconds, "total_seconds": time.monotonic() - began}
     return conclude(console, plan, report.records, scores, timing, out)
+
+
+async def both_scores(
+    sampler: DeploymentSampler, held_out: Sequence[Problem], plan: Plan, out: Path, when: str
+) -> tuple[Score, Score]:
+    """At temperature 1 and greedy, each with a record of what was asked and answered."""
+    sampled = await score(
+        sampler, held_out, temperature=1.0, seed=plan.seed, record=out / f"{when}.jsonl"
+    )
+    greedy = await score(
+        sampler, held_out, temperature=0.0, seed=plan.seed, record=out / f"{when}-greedy.jsonl"
+    )
+    return sampled, greedy
 
 
 def conclude(
@@ -203,7 +220,7 @@ def conclude(
     }
     (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     console.print(result_table(scores))
-    written = [METRICS, SUMMARY]
+    written = [METRICS, SUMMARY, *(f"{name}.jsonl" for name in EVALUATIONS)]
     try:
         draw_curve(out / CURVE, records, before, after)
         written.append(CURVE)

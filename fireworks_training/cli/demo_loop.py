@@ -2,7 +2,7 @@
 
 For each problem a group of completions is sampled; a completion's advantage is its reward less the
 mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300; no KL term, since
-thirty steps do not need one). The trainer sums `-ratio * advantage` over the completions' tokens;
+sixty steps do not need one). The trainer sums `-ratio * advantage` over the completions' tokens;
 dividing the advantages by the number of those tokens makes the sum a mean.
 
 Knows the loop and its records; how they are shown is `demo_report`'s.
@@ -26,7 +26,8 @@ from fireworks_training import (
     DeploymentSampler,
     InvalidArgument,
     SampledCompletion,
-    rl_datum,
+    completion_datum,
+    write_evaluation,
 )
 
 MAX_TOKENS = 48
@@ -56,7 +57,7 @@ class Plan:
         seed: of the order of problems.
     """
 
-    steps: int = 30
+    steps: int = 60
     prompts: int = 16
     samples: int = 16
     learning_rate: float = 1e-4
@@ -171,15 +172,24 @@ def asked(problems: Sequence[Problem]) -> list[list[dict[str, str]]]:
 
 
 async def score(
-    sampler: DeploymentSampler, problems: Sequence[Problem], *, temperature: float, seed: int
+    sampler: DeploymentSampler,
+    problems: Sequence[Problem],
+    *,
+    temperature: float,
+    seed: int,
+    record: Path | None = None,
 ) -> Score:
-    """One completion of each problem."""
+    """One completion of each problem; `record` is a file for what was asked, of which snapshot, and
+    what it answered."""
+    settings = {"max_tokens": MAX_TOKENS, "temperature": temperature, "seed": seed}
+    prompts = asked(problems)
     completions = await sampler.sample_with_tokens(
-        asked(problems), max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
+        prompts, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
     )
-    return Score(
-        int(sum(reward(c, problems[c.prompt_index]) for c in completions)), len(completions)
-    )
+    rewards = [reward(c, problems[c.prompt_index]) for c in completions]
+    if record is not None:
+        write_evaluation(record, completions, prompts=prompts, scores=rewards, settings=settings)
+    return Score(int(sum(rewards)), len(completions))
 
 
 async def train(
@@ -247,12 +257,7 @@ async def update(
 
     tokens = sum(c.completion_len for c in completions)
     data = [
-        rl_datum(
-            c.prompt_tokens,
-            c.completion_tokens,
-            logprobs=c.inference_logprobs or [],
-            advantages=advantage / tokens,
-        )
+        completion_datum(c, advantage / tokens)
         for c, advantage in zip(completions, advantages(rewards, plan.samples), strict=True)
     ]
     # Both are sent at once: call order is execution order, and they are applied together or not.

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fireworks_training import InvalidArgument, SampledCompletion
+from fireworks_training import InvalidArgument, SampledCompletion, read_evaluation
 from fireworks_training.cli.demo import SHIPPED_PROBLEMS, WRITTEN, demo, run
 from fireworks_training.cli.demo_loop import (
     Plan,
@@ -159,6 +159,10 @@ async def test_a_short_run_writes_its_files(platform: RunningPlatform, tmp_path:
     assert [row["step"] for row in rows] == [0, 1]
     assert rows[0]["held_out_accuracy"] is not None
     assert rows[1]["snapshot"].startswith("step-00000-")
+    before, after = (read_evaluation(tmp_path / f"{when}.jsonl") for when in ("before", "after"))
+    assert before.mean_score == summary["accuracy_before"]
+    assert before.prompts_sha256 == after.prompts_sha256
+    assert after.snapshot.startswith("step-00001-")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "step   1" in output.getvalue()
     assert "Held-out problems solved" in output.getvalue()
