@@ -174,22 +174,28 @@ def _check_names(
 
 
 def merged_weights(
-    manifest: Manifest, tensors: Mapping[str, Tensor], base_tensors: Mapping[str, Tensor]
+    identity: str,
+    lora: LoraBlock,
+    tensors: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The weights that an adapter changes, merged in fp32: `W + (alpha / r) B @ A`.
+
+    Args:
+        identity: of the adapter, for messages.
+        lora, tensors: the adapter.
+        base_tensors: what it is merged into, in any float dtype.
 
     Raises:
         SnapshotMismatch: the adapter is incomplete, or of a layer that the base lacks.
     """
-    if manifest.lora is None:
-        raise SnapshotMismatch(f"snapshot {manifest.identity!r} holds no adapter")
-    scale = manifest.lora.alpha / manifest.lora.rank
+    scale = lora.alpha / lora.rank
     merged: dict[str, Tensor] = {}
     halves = {name for name in tensors if name.endswith(".lora_A.weight")}
     paired = halves | {name.replace(".lora_A.", ".lora_B.") for name in halves}
     if paired != tensors.keys():
         odd = sorted(paired ^ tensors.keys())[:3]
-        raise SnapshotMismatch(f"adapter {manifest.identity!r} has unpaired tensors: {odd}")
+        raise SnapshotMismatch(f"adapter {identity!r} has unpaired tensors: {odd}")
     for name_a in sorted(halves):
         layer = name_a.removeprefix(ADAPTER_PREFIX).removesuffix(".lora_A.weight")
         weight = base_tensors.get(f"{layer}.weight")
@@ -197,11 +203,49 @@ def merged_weights(
         b_OR = tensors[name_a.replace(".lora_A.", ".lora_B.")].float()
         if weight is None or weight.shape != (b_OR.shape[0], a_RI.shape[1]):
             raise SnapshotMismatch(
-                f"adapter {manifest.identity!r} changes {layer!r}, which this model does not have"
-                " in that shape"
+                f"adapter {identity!r} changes {layer!r}, which this model does not have in that"
+                " shape"
             )
-        merged[f"{layer}.weight"] = weight + scale * (b_OR @ a_RI)
+        merged[f"{layer}.weight"] = weight.float() + scale * (b_OR @ a_RI)
     return merged
+
+
+def merged_base(module: nn.Module, lora: LoraBlock) -> dict[str, Tensor]:
+    """All weights of a module with an adapter inside, the adapter merged into them, in fp32."""
+    base: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if f".{ADAPTER}.weight" not in name:
+            base[name.replace(".base_layer.", ".")] = parameter.detach()
+    adapter = {name: p.detach() for name, p in adapter_parameters(module).items()}
+    return {**base, **merged_weights("of this model", lora, adapter, base)}
+
+
+def whole_weights(
+    manifest: Manifest, tensors: Mapping[str, Tensor], base_tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every weight of a model that serves a snapshot, in any float dtype.
+
+    Args:
+        manifest, tensors: what `SnapshotStore.load` returned.
+        base_tensors: the base model's own rounded values, by name (`parameter_tensors` of a module
+            after `round_parameters_`, copied); an adapter is merged into these.
+
+    Raises:
+        SnapshotMismatch: the snapshot belongs to another architecture.
+    """
+    weights = dict(tensors)
+    if manifest.lora is not None:
+        merged = merged_weights(manifest.identity, manifest.lora, tensors, base_tensors)
+        weights = {**base_tensors, **merged}
+    _check_names(base_tensors, weights, manifest.identity)
+    return weights
+
+
+def set_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Makes a plain module compute with these weights, in place; names and shapes must fit."""
+    with torch.no_grad():
+        for name, parameter in parameter_tensors(module).items():
+            parameter.copy_(weights[name])
 
 
 def load_snapshot_(
@@ -210,25 +254,6 @@ def load_snapshot_(
     tensors: Mapping[str, Tensor],
     base_tensors: Mapping[str, Tensor],
 ) -> None:
-    """Makes a plain module (no adapter inside) compute what the snapshot says, in place.
-
-    Everything is checked before anything is written: a refused snapshot changes nothing.
-
-    Args:
-        module: the architecture that `load_model` gave.
-        manifest, tensors: what `SnapshotStore.load` returned; any float dtype.
-        base_tensors: the base model's own rounded values in fp32, by name (`parameter_tensors` of a
-            module after `round_parameters_`, cloned); an adapter is merged into these.
-
-    Raises:
-        SnapshotMismatch: the snapshot belongs to another architecture.
-    """
-    own = parameter_tensors(module)
-    if manifest.kind == "lora":
-        weights = {**base_tensors, **merged_weights(manifest, tensors, base_tensors)}
-    else:
-        weights = dict(tensors)
-    _check_names(own, weights, manifest.identity)
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+    """`whole_weights`, then `set_weights_`: a refused snapshot changes nothing."""
+    base = base_tensors or parameter_tensors(module)
+    set_weights_(module, whole_weights(manifest, tensors, base))

@@ -167,7 +167,7 @@ def test_without_room_nothing_is_written(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_nothing(
     store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise OSError("disk on fire")
 
     with monkeypatch.context() as patch:

@@ -5,10 +5,8 @@ which order they get the thread. Knows no file descriptors; its only clock is th
 
 The rules:
 1. A request waits until the running batch has a slot and the cache has room for it at its longest.
-2. A hot load waits until the running batch is empty; from its arrival on, nobody begins. So no
-   completion ever mixes two snapshots, and every request that begins after it has the new one.
-3. Of two pending loads the newer wins; the older is reported as superseded.
-4. A request that is cancelled holds no slot at the next tick.
+2. A hot load is swapped in between two steps, as `loads` says.
+3. A request that is cancelled holds no slot at the next tick.
 """
 
 from __future__ import annotations
@@ -17,13 +15,13 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from fireworks_training.local.engine.batch import Decoder, Rows, RunningBatch, next_prefill
+from fireworks_training.local.engine.loads import HotLoads, Run, Transition, at_once
 from fireworks_training.local.engine.requests import RequestRefused, SamplingRequest, parse_add
-from fireworks_training.local.engine.weights import LoadFailed, ServedWeights
+from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.frames import (
     Begun,
     Step,
@@ -33,8 +31,7 @@ from fireworks_training.local.frames import (
     encode_step,
 )
 
-Stage = Literal["ready", "pending", "loading", "error"]
-LoadOutcome = Literal["loaded", "superseded", "failed"]
+TRANSITIONS: tuple[Transition, ...] = ("ASYNC", "SYNC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +51,6 @@ class EngineLimits:
     cache_tokens: int = 1 << 20
 
 
-@dataclass(slots=True)
-class _PendingLoad:
-    number: int
-    identity: str
-    announced: bool = False
-
-
 class Engine:
     """One replica's engine; not thread-safe.
 
@@ -68,6 +58,10 @@ class Engine:
         weights: what it serves.
         limits: its bounds.
         clock: seconds; has to be the one that the gateway stamps `sent` with.
+        run: runs the preparation of a hot load, at once or in a thread.
+
+    Attributes:
+        loads: the pending hot load.
     """
 
     def __init__(
@@ -75,6 +69,7 @@ class Engine:
         weights: ServedWeights,
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
+        run: Run = at_once,
     ) -> None:
         self._weights = weights
         self._limits = limits
@@ -84,23 +79,26 @@ class Engine:
         self._batch = RunningBatch(self._decoder, limits.max_slots)
         self._waiting: dict[int, SamplingRequest] = {}
         self._live: set[int] = set()
-        self._load: _PendingLoad | None = None
-        self._failed: tuple[str, str] | None = None
         self._outbox: list[bytes] = []
+        self.loads = HotLoads(weights, self._outbox_append, self._weights_changed, run=run)
         self._counts_changed = False
 
     @property
     def busy(self) -> bool:
         """Whether a tick would do or send anything."""
         return bool(
-            self._waiting or self._load or len(self._batch) or self._outbox or self._counts_changed
+            len(self._batch)
+            or self._outbox
+            or self._counts_changed
+            or self.loads.busy
+            or (self._waiting and not self.loads.closes_admission)
         )
 
     def hello(self) -> bytes:
         """The frame that opens a connection: what this engine is and what it holds."""
         return encode_control(
             {
-                **self._status(),
+                **self.loads.status(),
                 "op": "hello",
                 "vocab_size": self._decoder.vocab_size,
                 "max_context": self._limits.max_context,
@@ -121,7 +119,11 @@ class Engine:
             case {"op": "cancel", "streams": list(streams)}:
                 self.cancel(set(streams))
             case {"op": "load", "number": int(number), "identity": str(identity)}:
-                self._request_load(number, identity)
+                transition = message.get("transition", "SYNC")
+                restore = message.get("restore", False)
+                if transition not in TRANSITIONS or not isinstance(restore, bool):
+                    raise ValueError("a load has a transition, ASYNC or SYNC, and a flag restore")
+                self.loads.request(number, identity, transition, restore=restore)
             case {"op": "reset_prompt_cache"}:
                 # No prompt outlives its batch here, so there is nothing stale to drop.
                 pass
@@ -148,9 +150,8 @@ class Engine:
     def tick(self) -> list[bytes]:
         """Does the next piece of work; returns the frames to send, in order."""
         stepped = False
-        if self._load is not None and not len(self._batch):
-            self._advance_load(self._load)
-        elif self._load is None:
+        self.loads.advance(running=bool(len(self._batch)))
+        if not self.loads.closes_admission:
             stepped = self._admit()
         if len(self._batch):
             self._send_rows(self._batch.step())
@@ -273,62 +274,13 @@ class Engine:
 
     # -- hot load ------------------------------------------------------------------------------
 
-    def _request_load(self, number: int, identity: str) -> None:
-        if self._load is not None:
-            self._report(self._load.number, "superseded", f"{identity!r} was requested after it")
-            self._load = None
-        self._failed = None
-        if identity == self._weights.held.identity:
-            self._report(number, "loaded")
-        else:
-            self._load = _PendingLoad(number, identity)
-        self._send_status()
+    def _outbox_append(self, frame: bytes) -> None:
+        self._outbox.append(frame)
 
-    def _advance_load(self, load: _PendingLoad) -> None:
-        """Says that the load begins, and in the next tick, when that is sent, does it."""
-        if not load.announced:
-            load.announced = True
-            self._send_status()
-            return
-        self._load = None
-        try:
-            self._weights.load(load.identity)
-        except LoadFailed as error:
-            self._failed = (load.identity, str(error))
-            self._send_status()
-            self._report(load.number, "failed", str(error))
-            return
-        self._batch.forget()
-        self._send_status()
-        self._report(load.number, "loaded")
-
-    def _report(self, number: int, outcome: LoadOutcome, reason: str | None = None) -> None:
-        message = {"op": "load_ended", "number": number, "outcome": outcome, "reason": reason}
-        self._outbox.append(encode_control(message))
-
-    def _send_status(self) -> None:
-        self._outbox.append(encode_control(self._status()))
-
-    def _status(self) -> dict[str, object]:
-        held = self._weights.held
-        stage: Stage = "ready"
-        target, error = held.identity, None
-        if self._load is not None:
-            stage = "loading" if self._load.announced else "pending"
-            target = self._load.identity
-        elif self._failed is not None:
-            stage = "error"
-            target, error = self._failed
-        return {
-            "op": "status",
-            "identity": held.identity,
-            "kind": held.kind,
-            "tensors_sha256": held.tensors_sha256,
-            "version": held.version,
-            "stage": stage,
-            "target": target,
-            "error": error,
-        }
+    def _weights_changed(self) -> None:
+        """What was computed with the old weights stays with the completions that run, only."""
+        if not len(self._batch):
+            self._batch.forget()
 
 
 def _eos_ids(weights: ServedWeights) -> frozenset[int]:

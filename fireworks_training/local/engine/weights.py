@@ -1,27 +1,38 @@
 """The weights that an engine serves, and how a snapshot replaces them.
 
-Knows one module, its pristine base values and the snapshot store; nothing of requests or batches.
-A load either replaces everything or changes nothing, and an adapter is always merged into the
-pristine base, never into what is being served.
+Knows one model's tensors, its pristine base values and the snapshot store; nothing of requests or
+batches. A load has two halves. `prepare` reads, applies and checks, beside what is being served and
+without touching it, in any thread. `swap` makes the result what is served, between two decode
+steps. So a load either replaces everything or changes nothing.
+
+An adapter is always merged into the pristine base, never into what is being served. A delta is
+applied to what is served, and only if that is the predecessor that it was made against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fireworks_training.local.model import (
     SnapshotDtype,
     load_model,
-    load_snapshot_,
     parameter_tensors,
     round_parameters_,
+    whole_weights,
 )
 from fireworks_training.local.snapshots import (
     Kind,
+    Manifest,
     SnapshotError,
     SnapshotMismatch,
     SnapshotStore,
+    apply_delta,
+    check_hashes,
 )
 
 
@@ -46,7 +57,132 @@ class Held:
     version: int = 0
 
 
-class ServedWeights:
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A verified snapshot, ready to be swapped in.
+
+    Attributes:
+        manifest: what it is.
+        weights: every weight of the model.
+        over: version of the weights that a delta was applied to; None if it stands alone.
+    """
+
+    manifest: Manifest
+    weights: Mapping[str, Tensor]
+    over: int | None
+
+
+class WeightSet:
+    """Named fp32 tensors whose values are those of a snapshot.
+
+    Args:
+        tensors: written in place at a swap; already rounded to `dtype`.
+        store: where snapshots lie.
+        base_model: resource name that a snapshot must have been trained from.
+        dtype: precision of the values.
+
+    Attributes:
+        held: what the tensors hold now.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        store: SnapshotStore,
+        base_model: str,
+        dtype: SnapshotDtype = "bfloat16",
+    ) -> None:
+        self.held = Held()
+        self._tensors = tensors
+        self._store = store
+        self._base_model = base_model
+        self._dtype = dtype
+        # Rounded values fit bf16 without loss, at half the memory.
+        self._base = {name: self._stored(tensor).clone() for name, tensor in tensors.items()}
+
+    def prepare(self, identity: str, *, restore: bool = False) -> Prepared:
+        """Read and verify a snapshot; what is served stays as it is. For any thread.
+
+        Args:
+            restore: a delta whose predecessor is not held is built up from the last whole snapshot
+                of its chain, instead of being refused.
+
+        Raises:
+            LoadFailed: it is missing, damaged, of another model, or a delta to something else than
+                what is held.
+        """
+        try:
+            manifest = self._store.read(identity)
+            self._check_model(manifest)
+            over: int | None = None
+            if manifest.kind == "delta" and not restore:
+                over = self._check_predecessor(manifest)
+                tensors = self._applied(manifest)
+            else:
+                manifest, tensors = self._store.load(identity)
+            weights = whole_weights(manifest, tensors, self._base)
+        except SnapshotError as error:
+            raise LoadFailed(str(error)) from error
+        return Prepared(manifest, weights, over)
+
+    def swap(self, prepared: Prepared) -> None:
+        """Serve what was prepared. For the thread that computes, between two steps.
+
+        Raises:
+            LoadFailed: what is served has changed since a delta was applied to it.
+        """
+        manifest = prepared.manifest
+        if prepared.over is not None and prepared.over != self.held.version:
+            raise LoadFailed(
+                f"snapshot {manifest.identity!r} was made ready for weights that another load has"
+                f" replaced; what is held is {self.held.identity!r}"
+            )
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(prepared.weights[name])
+        self.held = Held(manifest.identity, manifest.kind, manifest.sha256, self.held.version + 1)
+
+    def load(self, identity: str) -> None:
+        """Both halves at once; loading what is held changes nothing.
+
+        Raises:
+            LoadFailed: as `prepare`.
+        """
+        if identity != self.held.identity:
+            self.swap(self.prepare(identity))
+
+    def _check_model(self, manifest: Manifest) -> None:
+        if manifest.base_model != self._base_model:
+            raise SnapshotMismatch(
+                f"snapshot {manifest.identity!r} was trained from {manifest.base_model}, this"
+                f" deployment serves {self._base_model}"
+            )
+
+    def _check_predecessor(self, manifest: Manifest) -> int:
+        held = self.held
+        if (held.identity, held.tensors_sha256) != (
+            manifest.predecessor,
+            manifest.predecessor_sha256,
+        ):
+            raise SnapshotMismatch(
+                f"snapshot {manifest.identity!r} is a delta to {manifest.predecessor!r}, and what"
+                f" is held is {held.identity or 'the base model'!r}; load the missing snapshots in"
+                " order, or save a base snapshot"
+            )
+        return held.version
+
+    def _applied(self, manifest: Manifest) -> dict[str, Tensor]:
+        served = {name: self._stored(tensor) for name, tensor in self._tensors.items()}
+        tensors = apply_delta(manifest, self._store.tensors(manifest), served)
+        check_hashes(manifest, tensors)
+        return tensors
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """The values in the dtype that snapshots have; without loss, since they are rounded."""
+        return tensor.bfloat16() if self._dtype == "bfloat16" else tensor
+
+
+class ServedWeights(WeightSet):
     """A model whose weights can be replaced.
 
     Attributes:
@@ -55,9 +191,7 @@ class ServedWeights:
 
     Args:
         model_path: directory in the Hugging Face layout.
-        store: where snapshots lie.
-        base_model: resource name that a snapshot must have been trained from.
-        dtype: precision that the base's values are rounded to, as the trainer's are.
+        store, base_model, dtype: see `WeightSet`; `dtype` as the trainer's.
     """
 
     def __init__(
@@ -68,34 +202,5 @@ class ServedWeights:
         dtype: SnapshotDtype = "bfloat16",
     ) -> None:
         self.model = load_model(model_path)
-        self.held = Held()
-        self._store = store
-        self._base_model = base_model
         round_parameters_(self.model, dtype)
-        # Rounded values fit bf16 without loss, at half the memory.
-        self._base = {
-            name: tensor.bfloat16() if dtype == "bfloat16" else tensor.clone()
-            for name, tensor in parameter_tensors(self.model).items()
-        }
-
-    def load(self, identity: str) -> None:
-        """Serve a snapshot from now on.
-
-        Raises:
-            LoadFailed: it is missing, damaged, or of another model.
-        """
-        if identity == self.held.identity:
-            return
-        try:
-            manifest, tensors = self._store.load(identity)
-            if manifest.base_model != self._base_model:
-                raise SnapshotMismatch(
-                    f"snapshot {identity!r} was trained from {manifest.base_model}, this "
-                    f"deployment serves {self._base_model}"
-                )
-            adapter = manifest.kind == "lora"
-            base = {name: t.float() for name, t in self._base.items()} if adapter else {}
-            load_snapshot_(self.model, manifest, tensors, base)
-        except SnapshotError as error:
-            raise LoadFailed(str(error)) from error
-        self.held = Held(identity, manifest.kind, manifest.sha256, self.held.version + 1)
+        super().__init__(parameter_tensors(self.model), store, base_model, dtype)

@@ -1,17 +1,21 @@
 """The engine's process: a Unix socket, one gateway at a time, and the loop that drives the engine.
 
 Knows descriptors and the settings it is started with. One thread does everything: between two
-ticks it takes what has arrived, without waiting while there is work, and sends what it can.
+ticks it takes what has arrived, without waiting while there is work, and sends what it can. Only
+a hot load is prepared in another one, which wakes it by a byte in a pipe.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import selectors
 import socket
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 from fireworks_training.local.engine.core import Engine, EngineLimits
+from fireworks_training.local.engine.loads import in_a_thread
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.frames import Control, FrameDecoder, FrameError
 from fireworks_training.local.model import SnapshotDtype, configure_torch
@@ -51,7 +55,7 @@ def main(settings: dict[str, object]) -> None:
         max_context=cast(int, settings["max_context_length"]),
         cache_tokens=CACHE_BYTES // cache_bytes_per_token(weights),
     )
-    serve(Engine(weights, limits), listener)
+    serve(Engine(weights, limits, run=in_a_thread), listener)
 
 
 def cache_bytes_per_token(weights: ServedWeights) -> int:
@@ -74,30 +78,63 @@ def listen(path: Path) -> socket.socket:
 
 def serve(engine: Engine, listener: socket.socket) -> None:
     """Drive the engine for one gateway after the other until one says `stop`."""
-    with listener:
+    with listener, _Waker() as waker:
+        engine.loads.wake = waker.wake
         while True:
             connection, _ = listener.accept()
             with connection, selectors.DefaultSelector() as selector:
-                stopped = _Connection(connection, selector, engine).run()
+                stopped = _Connection(connection, selector, engine, waker).run()
             engine.reset()
             if stopped:
                 return
+
+
+class _Waker:
+    """Ends the engine's wait from another thread."""
+
+    def __init__(self) -> None:
+        self.reader, self._writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self._writer, False)
+
+    def wake(self) -> None:
+        # A full pipe wakes as well as one more byte; a closed one has nobody behind it.
+        with contextlib.suppress(OSError):
+            os.write(self._writer, b"w")
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.reader, 4096)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.reader)
+        writer, self._writer = self._writer, -1
+        os.close(writer)
 
 
 class _Connection:
     """One gateway's connection, from hello to its end."""
 
     def __init__(
-        self, connection: socket.socket, selector: selectors.BaseSelector, engine: Engine
+        self,
+        connection: socket.socket,
+        selector: selectors.BaseSelector,
+        engine: Engine,
+        waker: _Waker,
     ) -> None:
         self._socket = connection
         self._selector = selector
         self._engine = engine
+        self._waker = waker
         self._decoder = FrameDecoder()
         self._unsent = bytearray(engine.hello())
         self._stopped = False
         connection.setblocking(False)
         selector.register(connection, selectors.EVENT_READ)
+        selector.register(waker.reader, selectors.EVENT_READ)
 
     def run(self) -> bool:
         """Until the gateway closes, speaks nonsense, or says stop; whether it said so."""
@@ -114,8 +151,10 @@ class _Connection:
             idle = not self._engine.busy or len(self._unsent) >= MAX_UNSENT
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
             self._selector.modify(self._socket, wanted)
-            for _, events in self._selector.select(None if idle else 0):
-                if events & selectors.EVENT_READ and not self._read():
+            for key, events in self._selector.select(None if idle else 0):
+                if key.fd == self._waker.reader:
+                    self._waker.drain()
+                elif events & selectors.EVENT_READ and not self._read():
                     return False
             return True
         except (ConnectionError, FrameError):

@@ -33,6 +33,7 @@ from fireworks_training.local.gateway.engine_stream import (
     Generation,
     TopLogprobs,
 )
+from fireworks_training.local.gateway.registry import Transition
 
 FLUSH_TOKENS = 8
 FLUSH_SECONDS = 0.05
@@ -224,9 +225,20 @@ class EngineClient(asyncio.Protocol):
         return stream
 
     def request_load(
-        self, identity: str, *, reset_prompt_cache: bool = True
+        self,
+        identity: str,
+        *,
+        reset_prompt_cache: bool = True,
+        transition: Transition = "SYNC",
+        restore: bool = False,
     ) -> asyncio.Future[LoadEnded]:
-        """Asks for a hot load; the future tells how it ended. Cancelling it changes nothing."""
+        """Asks for a hot load; the future tells how it ended. Cancelling it changes nothing.
+
+        Args:
+            transition: whether completions in flight finish on the old weights (SYNC) or go on with
+                the new ones (ASYNC).
+            restore: build a delta up from its whole chain if its predecessor is not held.
+        """
         if self.is_closed or self._transport is None:
             raise EngineGone(f"engine {self.name} is gone")
         number = next(self._numbers)
@@ -234,16 +246,24 @@ class EngineClient(asyncio.Protocol):
         self._loads[number] = ended
         if reset_prompt_cache:
             self._send({"op": "reset_prompt_cache"})
-        self._send({"op": "load", "number": number, "identity": identity})
+        self._send(
+            {
+                "op": "load",
+                "number": number,
+                "identity": identity,
+                "transition": transition,
+                "restore": restore,
+            }
+        )
         return ended
 
     async def load(self, identity: str) -> LoadEnded:
-        """Hot loads a snapshot and waits until it, or a newer one in its place, is taken up.
+        """Brings an engine to a snapshot, whatever it holds; waits for it or for a newer one.
 
         Raises:
             LoadFailed: the engine refused it, or is gone.
         """
-        ended = await self.request_load(identity)
+        ended = await self.request_load(identity, restore=True)
         if ended.outcome == "failed":
             raise LoadFailed(ended.reason)
         return ended

@@ -2,6 +2,9 @@
 
 Knows which deployment is meant and that every replica has to take the snapshot; the engines do the
 loading and refuse what they can't vouch for. Nothing here reads a snapshot.
+
+A look at the status may wait (`?wait_for=<identity>&timeout_s=<seconds>`) until a load of that
+snapshot, if one is under way, has ended on every replica.
 """
 
 from __future__ import annotations
@@ -30,12 +33,11 @@ log = logging.getLogger(__name__)
 PATH = "/hot_load/v1/models/hot_load"
 DEPLOYMENT_HEADER = "fireworks-deployment"
 
-SYNC_NOTICE = (
-    "the transition type is ASYNC, but this engine finishes the batch in flight before it swaps: "
-    "no completion mixes two snapshots, and requests that come meanwhile wait for the new one"
-)
+LONGEST_WAIT_S = 25.0
+"""Seconds that a look at the status may wait."""
 
-RECORDING: web.AppKey[set[asyncio.Task[None]]] = web.AppKey("recording_loads")
+RECORDING: web.AppKey[dict[tuple[str, str], asyncio.Task[None]]] = web.AppKey("recording_loads")
+"""The loads under way, by deployment and identity."""
 
 
 class IncrementalMetadata(BaseModel):
@@ -60,7 +62,7 @@ class HotLoadBody(BaseModel):
 
 def add_routes(app: web.Application) -> None:
     """Registers the hot load routes."""
-    app[RECORDING] = set()
+    app[RECORDING] = {}
     app.on_cleanup.append(_stop_recording)
     add_waking(app)
     app.router.add_post(PATH, post_hot_load)
@@ -77,7 +79,11 @@ async def post_hot_load(request: web.Request) -> web.Response:
         _check_predecessor(engines, body.identity, previous)
     try:
         loads = [
-            engine.request_load(body.identity, reset_prompt_cache=body.reset_prompt_cache)
+            engine.request_load(
+                body.identity,
+                reset_prompt_cache=body.reset_prompt_cache,
+                transition=live.transition,
+            )
             for engine in engines
         ]
     except EngineGone as error:
@@ -85,21 +91,39 @@ async def post_hot_load(request: web.Request) -> web.Response:
     recording = asyncio.create_task(
         _record(request.app[REGISTRY], live, engines, body.identity, loads)
     )
-    request.app[RECORDING].add(recording)
-    recording.add_done_callback(request.app[RECORDING].discard)
-    answer: dict[str, object] = {"identity": body.identity, "replicas": len(engines)}
-    if live.transition == "ASYNC":
-        answer["notice"] = SYNC_NOTICE
-    return web.json_response(answer)
+    running, key = request.app[RECORDING], (live.resource, body.identity)
+    running[key] = recording
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if running.get(key) is task:
+            del running[key]
+
+    recording.add_done_callback(ended)
+    return web.json_response(
+        {"identity": body.identity, "replicas": len(engines), "long_poll": True}
+    )
 
 
 async def get_hot_load(request: web.Request) -> web.Response:
     """GET: a row for each replica that the deployment should have."""
     live = _deployment(request)
+    recording = request.app[RECORDING].get((live.resource, request.query.get("wait_for", "")))
+    if recording is not None:
+        await asyncio.wait([recording], timeout=_wait_s(request))
     rows = [engine.status() for engine in live.engines]
     absent = max(0, live.desired_replicas - len(rows))
     rows += [_absent_row(live) for _ in range(absent)]
-    return web.json_response({"replicas": rows})
+    return web.json_response({"replicas": rows, "long_poll": True})
+
+
+def _wait_s(request: web.Request) -> float:
+    try:
+        seconds = float(request.query.get("timeout_s", LONGEST_WAIT_S))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise Problem(400, "timeout_s must be a number of seconds from 0")
+    return min(seconds, LONGEST_WAIT_S)
 
 
 def _deployment(request: web.Request) -> LiveDeployment:
@@ -178,8 +202,7 @@ async def _record(
 
 
 async def _stop_recording(app: web.Application) -> None:
-    recording: set[asyncio.Task[None]] = app[RECORDING]
-    tasks = list(recording)
+    tasks = list(app[RECORDING].values())
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -208,7 +208,7 @@ def test_a_load_waits_for_the_batch_and_requests_wait_for_the_load(
     gateway.add(2, max_tokens=6)
     gateway.tick()
     assert gateway.begun == [1]
-    assert gateway.stages == ["pending"]
+    assert gateway.stages == ["pending", "loading"]
     gateway.run()
     assert gateway.stages == ["pending", "loading", "ready"]
     assert gateway.ended == {1: "loaded"}

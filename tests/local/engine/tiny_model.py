@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fireworks_training.local.deltas import encode
 from fireworks_training.local.engine.core import Engine, EngineLimits
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine.worker import listen, serve
 from fireworks_training.local.model import parameter_tensors
-from fireworks_training.local.snapshots import LoraBlock, Manifest, SnapshotStore
+from fireworks_training.local.snapshots import LoraBlock, Manifest, SnapshotStore, hashes_of
 
 VOCABULARY = 300
 EOS = 1
@@ -46,6 +47,21 @@ def write_base(store: SnapshotStore, name: str, seed: int, base: str = BASE_MODE
     """A snapshot of kind base with the bf16 weights of another random model."""
     tensors = {n: t.bfloat16() for n, t in parameter_tensors(tiny_qwen3(seed)).items()}
     return store.write(name, tensors, base_model=base, dtype="bfloat16")
+
+
+def write_delta(store: SnapshotStore, name: str, predecessor: str, seed: int) -> Manifest:
+    """A delta that adds a little noise to the weights of `predecessor`."""
+    before, old = store.load(predecessor)
+    generator = torch.Generator().manual_seed(seed)
+    new = {
+        n: (t.float() + 1e-3 * torch.randn(t.shape, generator=generator)).bfloat16()
+        for n, t in old.items()
+    }
+    delta = encode(old, new)
+    assert delta is not None
+    return store.write_delta(
+        name, delta.tensors, delta.checksums, predecessor=before, hashes=hashes_of(new)
+    )
 
 
 def write_lora(store: SnapshotStore, name: str, seed: int) -> Manifest:

@@ -13,7 +13,13 @@ from fireworks_training.local.frames import encode_control
 from fireworks_training.local.gateway.engine_client import EngineClient, LoadFailed
 from fireworks_training.local.gateway.engine_stream import Generation
 from fireworks_training.local.gateway.hot_load import PATH
-from tests.local.engine.tiny_model import engine_thread, make_engine, write_base, write_lora
+from tests.local.engine.tiny_model import (
+    engine_thread,
+    make_engine,
+    write_base,
+    write_delta,
+    write_lora,
+)
 from tests.local.gateway.serving_app import (
     DEPLOYMENT,
     HEADERS,
@@ -38,8 +44,10 @@ async def post(
     return response.status, await response.json()
 
 
-async def rows(served: Served, headers: dict[str, str] = HEADERS) -> list[dict[str, Any]]:
-    response = await served.session.get(PATH, headers=headers)
+async def rows(
+    served: Served, headers: dict[str, str] = HEADERS, query: str = ""
+) -> list[dict[str, Any]]:
+    response = await served.session.get(PATH + query, headers=headers)
     assert response.status == 200
     found: list[dict[str, Any]] = (await response.json())["replicas"]
     return found
@@ -67,7 +75,7 @@ async def test_a_base_snapshot_is_loaded_reported_and_named_by_completions(
 
         status, answer = await post(served, {"identity": "step-1", "reset_prompt_cache": True})
         assert status == 200
-        assert "finishes the batch in flight" in answer["notice"]
+        assert answer == {"identity": "step-1", "replicas": 1, "long_poll": True}
         row = await settled(served, "step-1")
         assert row == {
             "current_snapshot_identity": "step-1",
@@ -82,9 +90,8 @@ async def test_a_base_snapshot_is_loaded_reported_and_named_by_completions(
         assert after["choices"][0]["raw_output"] != before["choices"][0]["raw_output"]
         assert served.live.loaded_identity == "step-1"
 
-        # The same again changes nothing, and a SYNC deployment gets no notice.
-        served.live.transition = "SYNC"
-        assert "notice" not in (await post(served, {"identity": "step-1"}))[1]
+        # The same again changes nothing.
+        await post(served, {"identity": "step-1"})
         assert (await settled(served, "step-1"))["current_snapshot_identity"] == "step-1"
         assert served.client.state.version == 1
 
@@ -98,10 +105,11 @@ async def test_an_adapter_is_listed_as_loaded(model_path: Path, tmp_path: Path) 
         assert row["loaded_adapters"] == [{"identity": "lora-1", "status": "loaded"}]
 
 
-async def test_a_stream_in_flight_finishes_on_its_snapshot_and_the_next_has_the_new_one(
+async def test_sync_lets_a_stream_finish_on_its_snapshot_and_the_next_has_the_new_one(
     model_path: Path, tmp_path: Path
 ) -> None:
     async with serving(model_path, tmp_path) as served:
+        served.live.transition = "SYNC"
         write_base(served.store, "step-1", seed=3)
         request: dict[str, Any] = {"prompt": [5], "ignore_eos": True}
         first = asyncio.create_task(served.complete(**request, max_tokens=200))
@@ -112,6 +120,46 @@ async def test_a_stream_in_flight_finishes_on_its_snapshot_and_the_next_has_the_
         second = await served.complete(**request, max_tokens=2)
         assert "snapshot-identity" not in (await first)["perf_metrics"]
         assert second["perf_metrics"]["snapshot-identity"] == "step-1"
+
+
+async def test_async_goes_on_with_the_new_weights_and_says_where_they_changed(
+    model_path: Path, tmp_path: Path
+) -> None:
+    async with serving(model_path, tmp_path) as served:
+        write_base(served.store, "step-1", seed=3)
+        write_delta(served.store, "step-2", "step-1", seed=4)
+        await served.client.load("step-1")
+        answer = asyncio.create_task(
+            served.complete(prompt=[5], ignore_eos=True, max_tokens=240, logprobs=True)
+        )
+        async with asyncio.timeout(10):
+            while not served.client.active:  # noqa: ASYNC110 - the engine's own count
+                await asyncio.sleep(0.001)
+        await post(served, {"identity": "step-2"})
+        metrics = (await answer)["perf_metrics"]
+        assert metrics["snapshot-identity-first"] == "step-1"
+        assert metrics["snapshot-identity"] == "step-2"
+        assert 0 < int(metrics["snapshot-switch-index"]) < 240
+
+
+async def test_a_look_can_wait_for_a_load(model_path: Path, tmp_path: Path) -> None:
+    async with scripted(model_path, tmp_path) as (served, engine):
+        # Nothing is under way: it does not wait.
+        assert len(await rows(served, query="?wait_for=a&timeout_s=20")) == 1
+        await post(served, {"identity": "a"})
+        load = await engine.control("load")
+        assert load["transition"] == "ASYNC"
+        assert load["restore"] is False
+        assert (await rows(served, query="?wait_for=a&timeout_s=0"))[0] is not None
+        look = asyncio.create_task(rows(served, query="?wait_for=a"))
+        await asyncio.sleep(0)
+        engine.send(encode_control({**HELLO, "op": "status", "identity": "a", "target": "a"}))
+        ended = {"op": "load_ended", "number": load["number"], "outcome": "loaded", "reason": None}
+        engine.send(encode_control(ended))
+        assert (await look)[0]["current_snapshot_identity"] == "a"
+        await post(served, {"identity": "b"})
+        response = await served.session.get(f"{PATH}?wait_for=b&timeout_s=soon", headers=HEADERS)
+        assert response.status == 400
 
 
 async def test_a_refused_snapshot_is_an_error_row_and_is_not_remembered(
@@ -136,7 +184,7 @@ async def test_a_refused_snapshot_is_an_error_row_and_is_not_remembered(
 async def test_a_delta_wants_its_predecessor(model_path: Path, tmp_path: Path) -> None:
     async with serving(model_path, tmp_path) as served:
         write_base(served.store, "a", seed=1)
-        write_base(served.store, "b", seed=2)
+        write_delta(served.store, "b", "a", seed=2)
         body = {
             "identity": "b",
             "incremental_snapshot_metadata": {
@@ -149,6 +197,11 @@ async def test_a_delta_wants_its_predecessor(model_path: Path, tmp_path: Path) -
         assert status == 409
         assert "holds 'the base model'" in answer["error"]["message"]
         assert served.client.state.target is None
+        # The engine trusts the snapshot itself, whatever the request says or leaves out.
+        assert (await post(served, {"identity": "b"}))[0] == 200
+        refused = (await settled(served, "b"))["loading_state"]
+        assert "delta to 'a'" in refused["error"]
+        assert "'the base model'" in refused["error"]
         await served.client.load("a")
         assert (await post(served, body))[0] == 200
         await settled(served, "b")

@@ -1,0 +1,120 @@
+"""Differences between two snapshots of the same tensors, in the public `arc_v2` encoding.
+
+Knows: the encoding (the XOR of each tensor's bytes, compressed with zstd, one frame a tensor, with
+an Adler-32 of the result), and when a difference is not worth having. Does not know snapshots'
+names, manifests or who holds what.
+
+A file of `Encoded.tensors` with `Encoded.checksums` as its metadata is what
+`fireworks_delta_compression` itself writes, and reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import zstandard
+from fireworks_delta_compression.backends.arc2 import Arc2Backend
+from torch import Tensor
+
+FORMAT = "arc_v2"
+PAYS_BELOW = 0.7
+"""A difference is written if it is smaller than this share of the whole."""
+
+SPARSE = 0.12
+"""Share of changed values below which the slower search for long matches pays: there the fast one
+stays twice over the entropy of the difference."""
+
+
+class DeltaCorrupt(Exception):
+    """A difference can't be read, or does not give what it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A difference.
+
+    Attributes:
+        tensors: by name, the compressed XOR as bytes (uint8 `[n]`).
+        checksums: by name, the Adler-32 of the tensor that it leads to.
+        bytes: of all frames together.
+    """
+
+    tensors: Mapping[str, Tensor]
+    checksums: Mapping[str, str]
+    bytes: int
+
+
+def _fast(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=3).compress(data)
+
+
+def _thorough(data: bytes) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters(
+        window_log=17,
+        chain_log=13,
+        hash_log=13,
+        search_log=2,
+        min_match=3,
+        target_length=64,
+        strategy=zstandard.STRATEGY_BTOPT,
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def _refuse(data: bytes) -> bytes:
+    raise AssertionError(f"{len(data)} bytes to decompress by an encoder")
+
+
+_FAST = Arc2Backend(compress_fn=_fast, decompress_fn=_refuse)
+_THOROUGH = Arc2Backend(compress_fn=_thorough, decompress_fn=_refuse)
+
+
+def encode(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Encoded | None:
+    """The difference that leads from `old` to `new`; None if it would not pay.
+
+    Args:
+        old, new: the same names, with the same shapes and dtypes. On the CPU.
+    """
+    most = PAYS_BELOW * sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+    tensors: dict[str, Tensor] = {}
+    checksums: dict[str, str] = {}
+    total = 0
+    for name, tensor in new.items():
+        backend = _THOROUGH if _changed(old[name], tensor) < SPARSE else _FAST
+        frame, checksum = backend.compress(src=old[name], dst=tensor)
+        tensors[name], checksums[name] = frame, cast(str, checksum)
+        total += frame.numel()
+        if total >= most:
+            return None
+    return Encoded(tensors, checksums, total)
+
+
+def _changed(old: Tensor, new: Tensor) -> float:
+    """Share of the values that differ."""
+    return (old != new).float().mean().item() if new.numel() else 0.0
+
+
+def apply(old: Tensor, frame: Tensor, name: str) -> Tensor:
+    """The tensor that a compressed XOR leads to, a new one; `old` stays as it is.
+
+    What comes out has to be checked against a hash: the frame may be of another tensor.
+
+    Raises:
+        DeltaCorrupt: the frame is damaged, or of another size.
+    """
+    before = old.contiguous().reshape(-1).view(torch.uint8)
+    raw = frame.numpy().tobytes()
+    try:
+        # Its size is said in its head: one of another size is not decompressed.
+        if zstandard.frame_content_size(raw) != before.numel():
+            raise DeltaCorrupt(f"the difference of {name} is of another size")
+        xor = bytearray(zstandard.ZstdDecompressor().decompress(raw))
+    except zstandard.ZstdError as error:
+        raise DeltaCorrupt(f"the difference of {name} is damaged") from error
+    if not xor:
+        return old.clone()
+    after = torch.frombuffer(xor, dtype=torch.uint8).bitwise_xor_(before)
+    return after.view(old.dtype).reshape(old.shape)
