@@ -26,6 +26,7 @@ RESOURCE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 TransitionType = Literal["ASYNC", "SYNC"]
 CleanUp = Literal["delete", "scale_to_zero"]
 SnapshotDtype = Literal["bfloat16", "float32"]
+WireDialect = Literal["json", "protobuf"]
 
 
 class ProvisioningOptions(TypedDict, total=False):
@@ -92,6 +93,7 @@ class ProvisioningOptions(TypedDict, total=False):
     wait_for_trainer_before_deployment: bool
     weight_sync_transport: str | None
     snapshot_dtype: SnapshotDtype | None
+    dialect: WireDialect | None
 
 
 _ALIASES = {
@@ -153,6 +155,8 @@ class FiretitanProvisioningConfig:
         wait_for_trainer_before_deployment: create them one after the other.
         snapshot_dtype: of weights and snapshots; "float32" turns the rounding off. Local platform
             only.
+        dialect: of the trainer's data plane: "json" (Fireworks) or "protobuf" (Tinker); None takes
+            protobuf where the trainer offers it, else JSON.
     """
 
     base_model: str
@@ -197,6 +201,7 @@ class FiretitanProvisioningConfig:
     hot_load_transition_type: TransitionType | None = None
     wait_for_trainer_before_deployment: bool = False
     snapshot_dtype: SnapshotDtype | None = None
+    dialect: WireDialect | None = None
 
     def __post_init__(self) -> None:
         if not self.base_model:
@@ -232,6 +237,7 @@ class FiretitanProvisioningConfig:
             ("delete", "scale_to_zero"),
         )
         _one_of("snapshot_dtype", self.snapshot_dtype, ("bfloat16", "float32"))
+        _one_of("dialect", self.dialect, ("json", "protobuf"))
         if self.display_name is not None and len(self.display_name) >= 64:
             raise InvalidArgument(
                 f"display_name has {len(self.display_name)} characters; at most 63 are allowed"

@@ -39,6 +39,7 @@ class Outcome(concurrent.futures.Future[T]):
         loop: tells the loop that does the work, once known; a blocking wait on it would dead-lock.
         cancel: asks the owner to cancel the work; True if it agreed. None: never.
         label: what the work is, for messages.
+        guard: raises if waiting here can never end, for a reason that the owner knows.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Outcome(concurrent.futures.Future[T]):
         loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
         cancel: Callable[[], bool] | None = None,
         label: str = "operation",
+        guard: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
+        self._guard = guard
         self._loop_of_work = loop
         self._cancel_work = cancel
         self.label = label
@@ -56,6 +59,7 @@ class Outcome(concurrent.futures.Future[T]):
 
     def refuse_dead_lock(self) -> None:
         """Raise `WrongLoop` if waiting here would stop the loop that has to do the work."""
+        self.refuse_endless_wait()
         if self.done() or self._loop_of_work is None:
             return
         try:
@@ -68,6 +72,11 @@ class Outcome(concurrent.futures.Future[T]):
                 "would wait for ever. Write `await future` there, or use the synchronous class "
                 "(without the `Async` prefix) from a plain function."
             )
+
+    def refuse_endless_wait(self) -> None:
+        """Raise if the owner knows that the work waits for whoever waits here."""
+        if self._guard is not None and not self.done():
+            self._guard()
 
     def request_cancel(self) -> bool:
         """Ask the owner to cancel the work. True if it did."""
@@ -120,7 +129,8 @@ class APIFuture(Generic[T_co]):
 
         Raises:
             TimeoutError: the result was not there in time; the operation goes on.
-            WrongLoop: called on the loop that runs the operation, which is not done yet.
+            WrongLoop: called on the loop that runs the operation, which is not done yet; or inside
+                the loss function of this operation or of one before it.
             FireworksTrainingError: why the operation failed.
         """
         self._outcome.refuse_dead_lock()
@@ -128,6 +138,7 @@ class APIFuture(Generic[T_co]):
 
     def __await__(self) -> Generator[Any, None, T_co]:
         if not self._outcome.done():
+            self._outcome.refuse_endless_wait()
             # The wrapper absorbs a cancelled waiter: an Outcome is always "running".
             wrapper = asyncio.wrap_future(self._outcome)
             wrapper.add_done_callback(_consume)

@@ -36,6 +36,19 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveSamplerResult:
+    """What `save_weights_for_sampler_ext` gives.
+
+    Attributes:
+        path: of the snapshot, for `model_path=`.
+        snapshot_name: the name under which a deployment loads it.
+    """
+
+    path: str
+    snapshot_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerMetrics:
     """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
 

@@ -58,6 +58,7 @@ def test_an_unknown_keyword_names_the_near_one() -> None:
         {"gradient_accumulation_steps": 2},
         {"hotload_timeout_s": 0},
         {"snapshot_dtype": "int8"},
+        {"dialect": "xml"},
         {"training_shape": "a", "training_shape_id": "b"},
         {"training_shape": "a", "training_shape_ref": "b"},
     ],

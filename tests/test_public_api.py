@@ -69,6 +69,7 @@ NAMES = [
     "SamplingConcurrencyController",
     "SamplingError",
     "SamplingRequestError",
+    "SaveSamplerResult",
     "SaveWeightsForSamplerResponse",
     "ServerFailed",
     "ServerMetrics",

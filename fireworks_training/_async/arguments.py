@@ -13,7 +13,8 @@ from typing import cast
 from fireworks_training.errors import InvalidArgument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_STATE = re.compile(rf"(cross_job://[a-z0-9-]+/)?{_NAME.pattern}(/[A-Za-z0-9._-]+)*")
+_JOB = re.compile(r"[a-z0-9-]{1,63}")
+_STATE = re.compile(rf"(cross_job://{_JOB.pattern}/)?{_NAME.pattern}(/[A-Za-z0-9._-]+)*")
 _RULE = "1 to 200 letters, digits, '.', '_' and '-', starting with a letter or a digit"
 
 
@@ -42,6 +43,16 @@ def check_name(what: str, value: object) -> None:
     """
     if not isinstance(value, str) or not _NAME.fullmatch(value) or ".." in value:
         raise InvalidArgument(f"{what}={value!r} is not a valid name: {_RULE}")
+
+
+def check_job(what: str, value: object) -> None:
+    """Refuse what can't be the id of a trainer job.
+
+    Raises:
+        InvalidArgument: with the rule.
+    """
+    if not isinstance(value, str) or not _JOB.fullmatch(value):
+        raise InvalidArgument(f"{what}={value!r} is not a job id: letters a-z, digits and '-'")
 
 
 def check_state(what: str, value: object) -> None:

@@ -131,14 +131,13 @@ def _unpack(returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
         ) from error
 
 
-async def in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
-    """Run `work` in a daemon thread, in the current context, and await its result.
+async def in_daemon_thread(work: Callable[[], T], *, name: str, context: contextvars.Context) -> T:
+    """Run `work` in a daemon thread, in the given context, and await its result.
 
     A cancelled waiter leaves the thread to itself: Python code can't be stopped from outside.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
-    context = contextvars.copy_context()
 
     def give(result: T | None, error: BaseException | None) -> None:
         if done.done():

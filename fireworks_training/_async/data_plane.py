@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
 from fireworks_training._async.transport import Response, Transport, with_retries
 from fireworks_training._core.backoff import Backoff
-from fireworks_training._core.notices import Notices
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -29,17 +29,26 @@ from fireworks_training.errors import (
 
 logger = logging.getLogger("fireworks_training.trainer")
 
-SUBMIT_TIMEOUT = 120.0
-"""Seconds for one submit, upload included."""
+Answer = Mapping[str, Any] | bytes
+"""The payload of a result: a JSON object, or the bytes of a protobuf message."""
 
-POLL_TIMEOUT = 50.0
-"""Seconds for one poll; servers answer before 45 s."""
+PROTOBUF_TYPE = "application/x-protobuf"
+
+SUBMIT_TIMEOUT = 40.0
+"""Seconds that a submit may take, or that its upload may stand still; then it is sent again."""
+
+POLL_TIMEOUT = 45.0
+"""Seconds for one poll, which servers answer before; then it is made again."""
 
 PATIENCE = 600.0
 """Seconds of failing exchanges in a row before an operation is given up."""
 
 QUICK_POLL = 0.5
-"""Seconds; a "not ready" that comes sooner is answered by a pause: no server is hammered."""
+"""Seconds; a "not ready" that comes sooner is answered by a pause of this, up to half of it
+shortened at random: no server is hammered, and many clients do not come in step."""
+
+PARSE_INLINE = 1 << 16
+"""Bytes of JSON that are parsed on the loop; more go to a thread."""
 
 BEAT_TIMEOUT = 10.0
 """Seconds for one heartbeat."""
@@ -109,19 +118,20 @@ class DataPlane:
         body: bytes,
         *,
         what: str,
+        headers: Mapping[str, str] | None = None,
         undecided: frozenset[int] = UNDECIDED,
     ) -> str:
         """Send a request until the trainer takes it; its request id.
 
         Raises:
             TrainerLost: the trainer's process is gone.
-            ApiStatusError: refused for good.
+            ApiStatusError: refused for good, or its place in the line holds another request.
             ApiError: not taken within `PATIENCE`; whether it was is not known.
         """
 
         async def once() -> Response:
             response = await self._transport.exchange(
-                "POST", self.url(path), body=body, timeout=SUBMIT_TIMEOUT
+                "POST", self.url(path), body=body, headers=headers, timeout=SUBMIT_TIMEOUT
             )
             if not response.ok:
                 error = response.error(what)
@@ -135,7 +145,7 @@ class DataPlane:
             raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
         return request_id
 
-    async def fill(self, path: str, body: bytes) -> None:
+    async def fill(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         """Send a filler; that its place is taken already (409) is as good as an answer.
 
         Raises:
@@ -143,13 +153,26 @@ class DataPlane:
             ApiError: refused too, or no answer.
         """
         try:
-            await self.submit(path, body, what="filler", undecided=UNDECIDED - {409})
+            await self.submit(
+                path, body, what="filler", headers=headers, undecided=UNDECIDED - {409}
+            )
         except ApiStatusError as error:
             if error.status != 409:
                 raise
 
-    async def result(self, request_id: str, *, what: str) -> Mapping[str, Any]:
+    async def result(
+        self,
+        request_id: str,
+        *,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Answer:
         """Poll until the request is done; its payload.
+
+        Args:
+            headers: of each poll, such as what content types are understood.
+            note: told what is waited for, whenever that changes.
 
         Raises:
             RequestFailed: the trainer failed it.
@@ -157,34 +180,29 @@ class DataPlane:
             ApiError: no word from the trainer within `PATIENCE`.
         """
         loop = asyncio.get_running_loop()
-        notices = Notices(loop.time())
+        url = self.url("retrieve_future")
         body = orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
         backoff = patient(UNDECIDED - {409})
         while True:
             asked = loop.time()
             try:
                 response = await self._transport.exchange(
-                    "POST", self.url("retrieve_future"), body=body, timeout=POLL_TIMEOUT
+                    "POST", url, body=body, headers=headers, timeout=POLL_TIMEOUT
                 )
-                outcome = read_outcome(response, request_id, what)
+                outcome = await read_outcome(response, request_id, what)
             except ApiError as error:
                 delay = backoff.next_delay(error, now=loop.time())
                 if delay is None:
                     raise
-                reason = f"{type(error).__name__}: {error}"
+                note(f"polls fail: {type(error).__name__}: {error}")
             else:
-                if isinstance(outcome, Mapping):
+                if not isinstance(outcome, NotReady):
                     return outcome
-                backoff = patient(UNDECIDED - {409})
-                reason = outcome.reason
-                delay = outcome.delay if loop.time() - asked < QUICK_POLL else 0.0
-            if notices.due(loop.time()):
-                logger.warning(
-                    "%s: waiting for the trainer for %.0f s (%s)",
-                    what,
-                    notices.age(loop.time()),
-                    reason,
-                )
+                if backoff.failures:
+                    backoff = patient(UNDECIDED - {409})
+                note(f"the trainer says it is under way ({outcome.reason})")
+                quick = loop.time() - asked < QUICK_POLL
+                delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
             await asyncio.sleep(delay)
 
 
@@ -193,10 +211,12 @@ def patient(undecided: frozenset[int]) -> Backoff:
 
     def retryable(error: ApiError) -> bool:
         if isinstance(error, ApiStatusError):
-            return error.status >= 500 or error.status in undecided
+            return (error.status >= 500 or error.status in undecided) and not is_conflict(error)
         return error.retryable
 
-    return Backoff(attempts=ENDLESS, cap=10.0, max_elapsed=PATIENCE, retryable=retryable)
+    return Backoff(
+        attempts=ENDLESS, cap=10.0, spread=0.5, max_elapsed=PATIENCE, retryable=retryable
+    )
 
 
 class NotReady:
@@ -214,8 +234,8 @@ class NotReady:
         self.delay = delay
 
 
-def read_outcome(response: Response, request_id: str, what: str) -> Mapping[str, Any] | NotReady:
-    """What one answer to a poll says.
+async def read_outcome(response: Response, request_id: str, what: str) -> Answer | NotReady:
+    """What one answer to a poll says: a JSON object, the bytes of a protobuf message, or not yet.
 
     Raises:
         RequestFailed: the operation failed.
@@ -237,7 +257,12 @@ def read_outcome(response: Response, request_id: str, what: str) -> Mapping[str,
         )
     if not response.ok:
         raise response.error(what)
-    payload = response.object()
+    if PROTOBUF_TYPE in response.headers.get("Content-Type", ""):
+        return response.body
+    if len(response.body) <= PARSE_INLINE:
+        payload = response.object()
+    else:
+        payload = await asyncio.to_thread(response.object)
     if payload.get("type") == "try_again":
         return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
     if "error" in payload:
@@ -270,6 +295,18 @@ def _lost(error: ApiStatusError) -> TrainerLost | None:
     if error.status != 410 or error.error_class != "ModelLost":
         return None
     return TrainerLost(f"the trainer is gone: {error.message}", cause=error)
+
+
+def is_conflict(error: ApiError) -> bool:
+    """Whether the place in the line is said to hold another request: no retry can mend that.
+
+    Other servers answer 409 for passing states too, and say so in no way that can be relied on.
+    """
+    return (
+        isinstance(error, ApiStatusError)
+        and error.status == 409
+        and error.error_class == "Conflict"
+    )
 
 
 def was_refused(error: BaseException) -> bool:

@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import orjson
 
-from fireworks_training._async.data_plane import RESULT_GONE, DataPlane, was_refused
+from fireworks_training._async.ahead import Ahead, Piece
+from fireworks_training._async.data_plane import RESULT_GONE, Answer, DataPlane
+from fireworks_training._async.exchanges import Exchange, Exchanges, Request, Sent
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.patience import speaking
 from fireworks_training._core.operations import Hold, Line, Role, Ticket, Void
-from fireworks_training._wire.training import filler_body
 from fireworks_training.errors import (
-    ApiError,
-    ApiStatusError,
+    ClientClosed,
     FireworksTrainingError,
+    NotSupported,
     OperationCancelled,
     OperationError,
     PrecedingOperationFailed,
@@ -35,27 +38,21 @@ from fireworks_training.errors import (
     SessionEnded,
     SessionLost,
     TrainerLost,
+    WrongLoop,
 )
 from fireworks_training.futures import APIFuture, Outcome, was_retrieved
 
 T = TypeVar("T")
-Payload = Mapping[str, Any]
 
-UPLOADS = 32
-"""Submits under way at a time, for one client."""
-
-POLLS = 64
-"""Polls under way at a time, for one client; the oldest operations come first."""
+DRAIN_TIMEOUT = 60.0
+"""Seconds that `close()` gives accepted operations to finish."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request of an operation: where it goes, and its body once it has an id."""
-
-    path: str
-    body: Callable[[int], bytes]
+_HOLDER: contextvars.ContextVar[tuple[LineRunner, int] | None] = contextvars.ContextVar(
+    "fireworks_training_holder", default=None
+)
+"""The line, and the place in it, that the code running here holds up: a custom loss's."""
 
 
 class Turn:
@@ -66,9 +63,12 @@ class Turn:
         self._label = label
         self.ticket = ticket
         self.over = asyncio.Event()
+        self.sent: list[int] = []
 
-    async def send(self, requests: Sequence[Request], *, last: bool = True) -> list[Payload]:
+    async def send(self, requests: Sequence[Request], *, last: bool = True) -> list[Answer]:
         """Send requests with consecutive ids, and wait for all their results.
+
+        Their ids are then in `sent`.
 
         Args:
             last: whether the operation sends nothing more: the line then goes on, at once where the
@@ -79,6 +79,7 @@ class Turn:
                 ticket then says whether a part may have been added.
         """
         exchanges = [self._runner.exchange(request, self._label) for request in requests]
+        self.sent = [exchange.seq_id for exchange in exchanges]
         if last:
             if not self._runner.line.step_protocol:
                 await asyncio.wait([exchange.taken for exchange in exchanges])
@@ -86,13 +87,17 @@ class Turn:
         results = await asyncio.gather(*(e.task for e in exchanges), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if not failures:
-            return cast(list[Payload], results)
+            return cast(list[Answer], results)
         self.ticket.maybe_added = self.ticket.role is Role.GRADIENT and any(
             not isinstance(result, BaseException) or not _nothing_added(result)
             for result in results
         )
         own = [failure for failure in failures if not isinstance(failure, PrecedingOperationFailed)]
         raise (own or failures)[0]
+
+    def hold(self, context: contextvars.Context) -> None:
+        """Note in a context that what runs there holds up the line from this operation on."""
+        context.run(_HOLDER.set, (self._runner, self.ticket.place))
 
     def leave(self, _: object = None) -> None:
         """Let the next operation come to the head of the line."""
@@ -107,11 +112,22 @@ def _nothing_added(failure: BaseException) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """A request under way: `taken` ends when the server has it or it failed."""
+class Call(Generic[T]):
+    """An operation that is ready to take its place.
 
-    taken: asyncio.Future[None]
-    task: asyncio.Task[Payload]
+    Attributes:
+        role: what it does to the model.
+        label: its name in messages.
+        run: carries it out, when its turn has come.
+        ahead: work that is done before.
+        accept_partial: see `optim_step`.
+    """
+
+    role: Role
+    label: str
+    run: Callable[[Turn], Awaitable[T]]
+    ahead: Piece[Any] | None = None
+    accept_partial: bool = False
 
 
 @dataclass(eq=False)
@@ -119,9 +135,7 @@ class Entry(Generic[T]):
     """An operation in the line."""
 
     ticket: Ticket
-    label: str
-    run: Callable[[Turn], Awaitable[T]]
-    accept_partial: bool
+    call: Call[T]
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False
     cancelled: bool = False
@@ -134,58 +148,67 @@ class LineRunner:
     Args:
         plane: the trainer's HTTP interface.
         owner: the loop that does the work.
-        model_id: whose line it is.
+        model_id: whose line it is, and its name in messages.
         line: the rules' state.
-        name: of the client, for messages.
+        filler: makes a request that changes nothing, for a place that must not stay empty.
+        forward_only: the model's weights stay as they are.
     """
 
     def __init__(
-        self, plane: DataPlane, *, owner: OwnerLoop, model_id: str, line: Line, name: str
+        self,
+        plane: DataPlane,
+        *,
+        owner: OwnerLoop,
+        model_id: str,
+        line: Line,
+        filler: Callable[[int], Sent],
+        forward_only: bool = False,
     ) -> None:
         self.line = line
-        self._plane = plane
+        self._forward_only = forward_only
         self._owner = owner
         self._model_id = model_id
-        self._name = name
+        self._exchanges = Exchanges(
+            plane, filler=filler, name=model_id, saved_state=lambda: self.last_saved_state
+        )
+        self._ahead = Ahead()
         self._lock = threading.Lock()
         self._queue: deque[Entry[Any]] = deque()
         self._by_ticket: dict[Ticket, Entry[Any]] = {}
-        self._next_seq = 1
-        self._uploads = asyncio.Semaphore(UPLOADS)
-        self._polls = asyncio.Semaphore(POLLS)
         self._pump: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._failures: list[BaseException] = []
         self.ended: FireworksTrainingError | None = None
         self.last_saved_state: str | None = None
 
     # -- from any thread ---------------------------------------------------------------------------
 
-    def submit(
-        self,
-        role: Role,
-        label: str,
-        run: Callable[[Turn], Awaitable[T]],
-        *,
-        accept_partial: bool = False,
-    ) -> APIFuture[T]:
+    def submit(self, call: Call[T]) -> APIFuture[T]:
         """Take the next place in the line for an operation.
 
         Raises:
+            NotSupported: it would change a model whose weights stay as they are.
             FireworksTrainingError: the session has ended, or the client was closed.
             OwnerLoopGone: nothing can run it.
         """
+        if self._forward_only and call.role not in (Role.FORWARD, Role.OTHER):
+            raise NotSupported(
+                f"{call.label}: this is a reference client, whose weights stay as they are; it "
+                "offers forward"
+            )
         loop = self._owner.get()
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            entry = Entry(self.line.issue(role), label, run, accept_partial)
+            entry = Entry(self.line.issue(call.role), call)
             entry.outcome = Outcome(
-                loop=lambda: loop, cancel=lambda: self._cancel(entry), label=label
+                loop=lambda: loop,
+                cancel=lambda: self._cancel(entry),
+                label=call.label,
+                guard=lambda: self._refuse_own_wait(entry),
             )
             self._queue.append(entry)
             self._by_ticket[entry.ticket] = entry
-            self._owner.post(self._start_pump)
+            self._owner.post(lambda: self._begin(entry))
         return APIFuture(entry.outcome)
 
     def _cancel(self, entry: Entry[Any]) -> bool:
@@ -195,25 +218,30 @@ class LineRunner:
             entry.cancelled = True
             return True
 
+    def _refuse_own_wait(self, entry: Entry[Any]) -> None:
+        holder = _HOLDER.get()
+        if holder is not None and holder[0] is self and entry.ticket.place >= holder[1]:
+            raise WrongLoop(
+                f"{entry.call.label} was waited for inside a loss function that it has to wait "
+                "for: an operation behind forward_backward_custom is sent when the loss is there. "
+                "Wait for it after the loss has returned."
+            )
+
     # -- on the owner loop -------------------------------------------------------------------------
 
-    def _start_pump(self) -> None:
+    def _begin(self, entry: Entry[Any]) -> None:
+        if entry.call.ahead is not None and not entry.settled.is_set():
+            self._ahead.add(entry.call.ahead)
         if self._pump is None or self._pump.done():
-            self._pump = self._keep(self._work(), "line")
-
-    def _keep(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self._name}: {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+            self._pump = self._exchanges.keep(self._work(), "line")
 
     async def _work(self) -> None:
         while self._queue:
             with self._lock:
                 entry = self._queue.popleft()
                 entry.started = True
-            turn = Turn(self, entry.ticket, entry.label)
-            task = self._keep(self._carry_out(entry, turn), entry.label)
+            turn = Turn(self, entry.ticket, entry.call.label)
+            task = self._exchanges.keep(self._carry_out(entry, turn), entry.call.label)
             task.add_done_callback(turn.leave)
             task.add_done_callback(partial(self._settle_unstarted, entry))
             await turn.over.wait()
@@ -229,11 +257,13 @@ class LineRunner:
         result: list[T] = []
         try:
             await self._admit(entry)
-            result.append(await entry.run(turn))
+            result.append(await entry.call.run(turn))
         except BaseException as caught:
             error = self._explain(caught)
             self.line.failing(entry.ticket, error)
         turn.leave()
+        if entry.call.ahead is not None:
+            self._ahead.release(entry.call.ahead)
         if previous is not None:
             # Outcomes come in line order, so that a failure before this one is known by now. When
             # the session ends meanwhile, what is known stands.
@@ -248,9 +278,9 @@ class LineRunner:
     async def _admit(self, entry: Entry[Any]) -> None:
         """Return when the operation may be sent; raise if it must not be."""
         if entry.cancelled:
-            raise OperationCancelled(f"{entry.label} was cancelled before it was sent")
+            raise OperationCancelled(f"{entry.call.label} was cancelled before it was sent")
         while True:
-            verdict = self.line.verdict(entry.ticket, accept_partial=entry.accept_partial)
+            verdict = self.line.verdict(entry.ticket, accept_partial=entry.call.accept_partial)
             if isinstance(verdict, Hold):
                 await self._by_ticket[verdict.until].settled.wait()
             elif isinstance(verdict, Void):
@@ -261,11 +291,12 @@ class LineRunner:
                 return
 
     async def _discard(self) -> None:
-        def body(seq_id: int) -> bytes:
-            return orjson.dumps({"model_id": self._model_id, "seq_id": seq_id})
+        def make(seq_id: int) -> Sent:
+            body = orjson.dumps({"model_id": self._model_id, "seq_id": seq_id})
+            return Sent("discard_gradients", body)
 
         try:
-            await self.exchange(Request("discard_gradients", body), "discard_gradients").task
+            await self.exchange(Request(make), "discard_gradients").task
         except SessionEnded:
             raise
         except FireworksTrainingError as error:
@@ -277,63 +308,17 @@ class LineRunner:
 
     def exchange(self, request: Request, label: str) -> Exchange:
         """Give a request the next id and start it."""
-        seq_id = self._next_seq
-        self._next_seq += 1
-        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = self._keep(self._exchange(request, seq_id, label, taken), f"{label} {seq_id}")
+        exchange = self._exchanges.start(request, label)
+        exchange.task.add_done_callback(self._notice_end)
+        return exchange
 
-        def release(_: object) -> None:
-            if not taken.done():
-                taken.set_result(None)
-
-        task.add_done_callback(release)
-        task.add_done_callback(self._notice_end)
-        return Exchange(taken, task)
-
-    def _notice_end(self, task: asyncio.Task[Payload]) -> None:
+    def _notice_end(self, task: asyncio.Task[Answer]) -> None:
         """End the session when one exchange finds that it has ended: others may wait for ever."""
         error = None if task.cancelled() else task.exception()
         if isinstance(error, SessionEnded) and self.ended is None:
             ending = self._explain(error)
             assert isinstance(ending, SessionEnded)
             self.end(ending)
-
-    async def _exchange(
-        self, request: Request, seq_id: int, label: str, taken: asyncio.Future[None]
-    ) -> Payload:
-        body = request.body(seq_id)
-        try:
-            async with self._uploads:
-                request_id = await self._plane.submit(request.path, body, what=label)
-        except ApiStatusError as error:
-            if not was_refused(error):
-                raise
-            await self._fill(seq_id, error)
-            raise _refusal(error, label) from error
-        except ApiError as error:
-            raise self._lost(seq_id, error) from error
-        if not taken.done():
-            taken.set_result(None)
-        async with self._polls:
-            try:
-                return await self._plane.result(request_id, what=label)
-            except ApiError as error:
-                raise self._lost(seq_id, error) from error
-
-    async def _fill(self, seq_id: int, refusal: ApiStatusError) -> None:
-        """Fill the place of a refused request, so that the server's line goes on."""
-        try:
-            await self._plane.fill("forward", filler_body(self._model_id, seq_id))
-        except ApiError as error:
-            raise self._lost(seq_id, refusal) from error
-
-    def _lost(self, seq_id: int, cause: BaseException) -> SessionLost:
-        return SessionLost(
-            f"the place {seq_id} in the trainer's line can't be accounted for: {cause}. Make a new "
-            "training client, and load the last saved state.",
-            last_saved_state=self.last_saved_state,
-            cause=cause,
-        )
 
     def _explain(self, error: BaseException) -> BaseException:
         """The error to hand out: an operation cut by the end of the session fails with that."""
@@ -369,10 +354,25 @@ class LineRunner:
             self.ended = error
             waiting = list(self._queue)
             self._queue.clear()
-        for task in list(self._tasks):
-            task.cancel()
+        self._exchanges.cancel()
         for entry in waiting:
             self._settle(entry, error, [])
+
+    async def close(self, *, drain: bool) -> None:
+        """Finish what was accepted (or not), then refuse everything."""
+        finished = not drain or self.ended is not None
+        finished = finished or await speaking(
+            self.drain(DRAIN_TIMEOUT),
+            lambda: f"close() lets {self.open_operations} accepted operations finish",
+        )
+        if not finished:
+            logger.warning(
+                "close(): %d operations were not done within %.0f s and are given up",
+                self.open_operations,
+                DRAIN_TIMEOUT,
+            )
+        self.end(ClientClosed("the service was closed; make a new one"))
+        await self.settled()
 
     async def drain(self, timeout: float) -> bool:
         """Wait until every accepted operation has its outcome; whether that was in time."""
@@ -387,9 +387,8 @@ class LineRunner:
 
     async def settled(self) -> None:
         """Wait until nothing of this line runs any more; after `end`."""
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._exchanges.gone()
+        await self._ahead.stop()
 
     @property
     def open_operations(self) -> int:
@@ -399,13 +398,3 @@ class LineRunner:
     def first_unseen_failure(self) -> BaseException | None:
         """The first failure whose error nobody has retrieved."""
         return next((e for e in self._failures if not was_retrieved(e)), None)
-
-
-def _refusal(error: ApiStatusError, label: str) -> RequestFailed:
-    return RequestFailed(
-        f"{label} was refused: {error.message}",
-        category="user",
-        error_class=error.error_class,
-        request_id=error.request_id,
-        cause=error,
-    )

@@ -1,25 +1,31 @@
 """Passes over datums: encode, cut into requests, send in one turn, put the answers together.
 
-Three operations are made of it: `forward`, `forward_backward`, and `forward_backward_custom`, which
-is a forward, the caller's loss, and a backward, in one place in the line.
+`forward` and `forward_backward` are one pass each. `forward_backward_custom` is a forward, the
+caller's loss, and a backward, in one place in the line; the backward refers to the forward where
+the trainer offers that, and else is a cross-entropy pass that has the same gradient.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextvars
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fireworks_training._async.ahead import Piece, off_loop
 from fireworks_training._async.custom_loss import LossResult, in_daemon_thread, run_loss
-from fireworks_training._async.operations import Request, Turn
+from fireworks_training._async.data_plane import Answer
+from fireworks_training._async.exchanges import Request, Sent
+from fireworks_training._async.operations import Turn
 from fireworks_training._async.patience import speaking
-from fireworks_training._core.chunking import combine_metrics, split
-from fireworks_training._wire.datums import PassResult, decode_pass, encode_datum, tensor_array
-from fireworks_training._wire.training import EncodedDatum, PassKind, pass_body
+from fireworks_training._core.chunking import MAX_BYTES, MAX_DATUMS, combine_metrics, split
+from fireworks_training._wire.datums import Captured, PassResult, check_inputs
+from fireworks_training._wire.dialects import ACCEPT, Dialect, Encoded, decode_result, encode_filler
+from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
 if TYPE_CHECKING:
@@ -27,10 +33,44 @@ if TYPE_CHECKING:
 
     from fireworks_training._async.custom_loss import LossFunction
 
-T = TypeVar("T")
+Array = npt.NDArray[Any]
+Inputs = Callable[[Captured, int], Mapping[str, Array]]
+"""Which loss inputs of a datum go to the trainer."""
 
-INLINE_TOKENS = 2048
-"""Tokens that are encoded or decoded on the loop; more go to a thread, which costs about 0.1 ms."""
+_ACCEPT = {"Accept": ACCEPT}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedData:
+    """The datums of a pass, encoded and cut into requests.
+
+    Attributes:
+        datums: each one encoded, by itself.
+        chunks: ranges of datums, one a request.
+        inputs: the loss inputs that were encoded.
+    """
+
+    datums: list[bytes]
+    chunks: list[range]
+    inputs: list[Mapping[str, Array]]
+
+
+def given_inputs(datum: Captured, _: int) -> Mapping[str, Array]:
+    """All loss inputs of a datum."""
+    return datum.arrays()
+
+
+def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
+    """Targets and weights, all that a forward needs: other inputs stay here."""
+    return datum.targets(index)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A built-in loss, or the output that a pass is to give: what goes beside the datums."""
+
+    name: str = "cross_entropy"
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,129 +79,215 @@ class Passes:
 
     Attributes:
         model_id: the model.
-        comms: "v2" if the trainer asked for it, else "v1".
+        dialect: how requests are written.
+        backward: whether the trainer takes a backward by an earlier forward.
     """
 
     model_id: str
-    comms: str
+    dialect: Dialect
+    backward: bool = False
+
+    def filler(self, seq_id: int) -> Sent:
+        """A request that changes nothing."""
+        return _sent(encode_filler(self.dialect, self.model_id, seq_id))
+
+    def piece(
+        self, data: Sequence[Captured], inputs: Inputs, *, whole: bool = False
+    ) -> Piece[EncodedData]:
+        """The encoding of a pass, to be done ahead of its turn.
+
+        Args:
+            inputs: which loss inputs of a datum are sent.
+            whole: the datums depend on each other, and must go in one request.
+        """
+        return Piece(partial(self._encode, data, inputs, whole), sum(map(_length, data)))
+
+    def _encode(self, data: Sequence[Captured], inputs: Inputs, whole: bool) -> EncodedData:
+        if not data:
+            raise InvalidDatum("no datums: a pass needs at least one")
+        arrays = [inputs(datum, index) for index, datum in enumerate(data)]
+        datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
+        chunks = split([len(datum) for datum in datums])
+        if whole and len(chunks) > 1:
+            size = sum(map(len, datums))
+            raise InvalidDatum(
+                f"{len(datums)} datums of {size} bytes do not fit in one request, which they must: "
+                f"their outputs depend on each other. Take fewer than {MAX_DATUMS} datums and "
+                f"{MAX_BYTES} bytes."
+            )
+        return EncodedData(datums, chunks, arrays)
+
+    def _datum(self, datum: Captured, arrays: Mapping[str, Array], index: int) -> bytes:
+        tokens = datum.tokens(index)
+        check_inputs(arrays, len(tokens), index)
+        return self.dialect.encode_datum(tokens, arrays, index)
 
     async def run(
-        self,
-        turn: Turn,
-        kind: PassKind,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
+        self, turn: Turn, kind: PassKind, piece: Piece[EncodedData], loss: Losses
     ) -> tinker.ForwardBackwardOutput:
         """One built-in pass."""
-        # Of a datum made for another loss, a plain forward needs only what it is about.
-        plain = kind == "forward" and loss_fn == "cross_entropy"
-        datums = await _off_loop(
-            _tokens(data),
-            lambda: _encode_all(
-                data, [_targets(d, i) for i, d in enumerate(data)] if plain else None
-            ),
-        )
-        chunks = split([len(datum.text) for datum in datums])
-        result = await self._send(turn, kind, datums, chunks, loss_fn, loss_fn_config, last=True)
-        if loss_fn == "cross_entropy" and kind == "forward_backward":
-            counted = float(sum(datum.loss_tokens for datum in datums))
-            result.metrics.setdefault("response_tokens", counted)
-        return _output(result)
+        encoded = await piece.result()
+        answers = await turn.send(self.requests(kind, encoded, loss))
+
+        def finish() -> tinker.ForwardBackwardOutput:
+            result = combine(answers, encoded.chunks)
+            if loss.name == "cross_entropy" and kind == "forward_backward":
+                result.metrics.setdefault("response_tokens", _response_tokens(encoded.inputs))
+            return output_of(result)
+
+        return await off_loop(piece.tokens, finish)
 
     async def run_custom(
-        self, turn: Turn, data: Sequence[tinker.Datum], loss_fn: LossFunction
-    ) -> tinker.ForwardBackwardOutput:
-        """A pass with the caller's loss."""
-        tokens = _tokens(data)
-        inputs = await _off_loop(tokens, lambda: [_targets(d, i) for i, d in enumerate(data)])
-        forward = await _off_loop(tokens, lambda: _encode_all(data, inputs))
-        # Both passes are cut at the same places, so that a chunk's logprobs meet its gradients.
-        chunks = split([len(datum.text) for datum in forward])
-        first = await self._send(
-            turn, "forward", forward, chunks, "cross_entropy", None, last=False
-        )
-        logprobs = _logprobs(first, inputs)
-        loss = await speaking(
-            in_daemon_thread(lambda: run_loss(loss_fn, data, logprobs), name="custom loss"),
-            lambda: "your loss function, which holds up the operations behind it",
-        )
-        weighted = [
-            {"target_tokens": given["target_tokens"], "weights": -gradient}
-            for given, gradient in zip(inputs, loss.gradients, strict=True)
-        ]
-        backward = await _off_loop(tokens, lambda: _encode_all(data, weighted))
-        second = await self._send(
-            turn, "forward_backward", backward, chunks, "cross_entropy", None, last=True
-        )
-        return _output(_with_loss(second, loss))
-
-    async def _send(
         self,
         turn: Turn,
-        kind: PassKind,
-        datums: Sequence[EncodedDatum],
-        chunks: Sequence[range],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
         *,
-        last: bool,
-    ) -> PassResult:
-        def body_of(chunk: range) -> Callable[[int], bytes]:
-            return lambda seq_id: pass_body(
-                kind,
-                datums[chunk.start : chunk.stop],
-                loss_fn=loss_fn,
-                loss_fn_config=loss_fn_config,
-                model_id=self.model_id,
-                seq_id=seq_id,
-                comms=self.comms,
+        data: Sequence[tinker.Datum],
+        loss_fn: LossFunction,
+        captured: Sequence[Captured],
+        piece: Piece[EncodedData],
+        context: contextvars.Context,
+        precomputed: Sequence[Array] | None = None,
+    ) -> tinker.ForwardBackwardOutput:
+        """A pass with the caller's loss, by the logprobs."""
+        encoded = await piece.result()
+        first: PassResult | None = None
+        if precomputed is None:
+            requests = self.requests("forward", encoded, Losses())
+            answers = await turn.send(requests, last=False)
+            first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
+            logprobs = _logprobs(first.outputs, encoded.inputs)
+        else:
+            logprobs = _checked(precomputed, encoded.inputs)
+        forward_ids = turn.sent
+        loss = await run_in_thread(loss_fn, data, logprobs, turn, context)
+        linear = partial(self._linearised, captured, encoded.inputs, loss.gradients)
+        if self.backward and forward_ids:
+            gradients = await off_loop(
+                piece.tokens, lambda: [self.dialect.encode_gradient(g) for g in loss.gradients]
+            )
+            requests = [
+                self._by_forward(forward_id, gradients, chunk, linear)
+                for forward_id, chunk in zip(forward_ids, encoded.chunks, strict=True)
+            ]
+        else:
+            datums = await off_loop(piece.tokens, partial(linear, range(len(data))))
+            requests = self.requests(
+                "forward_backward", EncodedData(datums, encoded.chunks, []), Losses()
+            )
+        answers = await turn.send(requests)
+
+        def finish() -> tinker.ForwardBackwardOutput:
+            second = combine(answers, encoded.chunks)
+            if not any(second.outputs):  # a backward need not repeat what the forward answered
+                outputs = first.outputs if first is not None else second.outputs
+                second = PassResult(second.output_type, outputs, second.metrics)
+            return output_of(with_loss(second, loss))
+
+        return await off_loop(piece.tokens, finish)
+
+    def _linearised(
+        self,
+        captured: Sequence[Captured],
+        inputs: Sequence[Mapping[str, Array]],
+        gradients: Sequence[Array],
+        chunk: range,
+    ) -> list[bytes]:
+        """Datums of a cross-entropy pass whose gradient is the loss's: weights -dL/dlogprob."""
+        return [
+            self._datum(
+                captured[i],
+                {"target_tokens": inputs[i]["target_tokens"], "weights": -gradients[i]},
+                i,
+            )
+            for i in chunk
+        ]
+
+    def _by_forward(
+        self,
+        forward_id: int,
+        gradients: Sequence[bytes],
+        chunk: range,
+        linear: Callable[[range], list[bytes]],
+    ) -> Request:
+        def make(seq_id: int) -> Sent:
+            part = gradients[chunk.start : chunk.stop]
+            return _sent(
+                self.dialect.encode_backward(
+                    part, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
+                )
             )
 
-        requests = [Request(kind, body_of(chunk)) for chunk in chunks]
-        payloads = await turn.send(requests, last=last)
-        size = sum(len(datum.text) for datum in datums) // 8
-        return await _off_loop(size, lambda: _combine(payloads, chunks))
+        def instead(seq_id: int) -> Sent:
+            return self._chunk("forward_backward", linear(chunk), Losses(), seq_id)
 
+        return Request(make, _ACCEPT, instead)
 
-async def _off_loop(tokens: int, work: Callable[[], T]) -> T:
-    return work() if tokens <= INLINE_TOKENS else await asyncio.to_thread(work)
+    def requests(self, kind: PassKind, encoded: EncodedData, loss: Losses) -> list[Request]:
+        """One request a chunk."""
 
+        def request(chunk: range) -> Request:
+            datums = encoded.datums[chunk.start : chunk.stop]
+            return Request(lambda seq_id: self._chunk(kind, datums, loss, seq_id), _ACCEPT)
 
-def _tokens(data: Sequence[tinker.Datum]) -> int:
-    return sum(datum.model_input.length for datum in data)
+        return [request(chunk) for chunk in encoded.chunks]
 
-
-def _encode_all(
-    data: Sequence[tinker.Datum],
-    inputs: Sequence[Mapping[str, npt.NDArray[Any]]] | None = None,
-) -> list[EncodedDatum]:
-    if not data:
-        raise InvalidDatum("no datums: a pass needs at least one")
-    return [
-        encode_datum(datum, index, replace=inputs[index] if inputs is not None else None)
-        for index, datum in enumerate(data)
-    ]
-
-
-def _targets(datum: tinker.Datum, index: int) -> dict[str, npt.NDArray[Any]]:
-    """Targets and weights of a datum, all that a forward needs; other inputs stay here."""
-    if "target_tokens" not in datum.loss_fn_inputs:
-        raise InvalidDatum(
-            f"datum {index} has no 'target_tokens': the tokens whose logprobs are wanted",
-            index=index,
+    def _chunk(self, kind: PassKind, datums: Sequence[bytes], loss: Losses, seq_id: int) -> Sent:
+        return _sent(
+            self.dialect.encode_pass(
+                kind,
+                datums,
+                loss_fn=loss.name,
+                loss_fn_config=loss.config,
+                model_id=self.model_id,
+                seq_id=seq_id,
+            )
         )
-    targets = tensor_array(datum.loss_fn_inputs["target_tokens"])
-    given = datum.loss_fn_inputs.get("weights")
-    weights = np.zeros(targets.shape, np.float32) if given is None else tensor_array(given)
-    return {"target_tokens": targets, "weights": weights}
+
+
+async def run_in_thread(
+    loss_fn: LossFunction,
+    data: Sequence[tinker.Datum],
+    leaves: Sequence[Array],
+    turn: Turn,
+    context: contextvars.Context,
+) -> LossResult:
+    """The caller's loss, in a thread of its own and in the caller's context."""
+    turn.hold(context)
+    return await speaking(
+        in_daemon_thread(
+            lambda: run_loss(loss_fn, data, leaves), name="custom loss", context=context
+        ),
+        lambda: "your loss function, which holds up the operations behind it",
+    )
+
+
+def _sent(encoded: Encoded) -> Sent:
+    return Sent(encoded.path, encoded.body, encoded.headers)
+
+
+def _length(datum: Captured) -> int:
+    return sum(len(getattr(chunk, "tokens", ())) for chunk in datum.chunks)
+
+
+def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
+    """Targets with a weight; all of them where a datum has no weights."""
+    return float(
+        sum(
+            np.count_nonzero(given["weights"])
+            if "weights" in given
+            else given["target_tokens"].shape[0]
+            for given in inputs
+            if "target_tokens" in given
+        )
+    )
 
 
 def _logprobs(
-    result: PassResult, inputs: Sequence[Mapping[str, npt.NDArray[Any]]]
-) -> list[npt.NDArray[np.float32]]:
-    logprobs: list[npt.NDArray[np.float32]] = []
-    for index, (output, given) in enumerate(zip(result.outputs, inputs, strict=True)):
+    outputs: Sequence[Mapping[str, Array]], inputs: Sequence[Mapping[str, Array]]
+) -> list[Array]:
+    """The logprobs of each datum, in the shape of its targets."""
+    logprobs: list[Array] = []
+    for index, (output, given) in enumerate(zip(outputs, inputs, strict=True)):
         values = output.get("logprobs")
         shape = given["target_tokens"].shape
         if values is None or values.size != given["target_tokens"].size:
@@ -173,8 +299,28 @@ def _logprobs(
     return logprobs
 
 
-def _combine(payloads: Sequence[Mapping[str, Any]], chunks: Sequence[range]) -> PassResult:
-    parts = [decode_pass(payload) for payload in payloads]
+def _checked(precomputed: Sequence[Array], inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
+    """Logprobs that the caller brought, in the shapes of the targets."""
+    if len(precomputed) != len(inputs):
+        raise InvalidDatum(
+            f"precomputed_forward has {len(precomputed)} outputs for {len(inputs)} datums"
+        )
+    shaped: list[Array] = []
+    for index, (values, given) in enumerate(zip(precomputed, inputs, strict=True)):
+        shape = given["target_tokens"].shape
+        if values.size != given["target_tokens"].size:
+            raise InvalidDatum(
+                f"datum {index}: precomputed_forward has {values.size} logprobs for targets of "
+                f"shape {shape}",
+                index=index,
+            )
+        shaped.append(values.reshape(shape))
+    return shaped
+
+
+def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
+    """The results of a pass's chunks, as one."""
+    parts = [decode_result(answer) for answer in answers]
     for part, chunk in zip(parts, chunks, strict=True):
         if len(part.outputs) != len(chunk):
             raise ProtocolError(
@@ -187,7 +333,7 @@ def _combine(payloads: Sequence[Mapping[str, Any]], chunks: Sequence[range]) -> 
     )
 
 
-def _with_loss(result: PassResult, loss: LossResult) -> PassResult:
+def with_loss(result: PassResult, loss: LossResult) -> PassResult:
     """The server's metrics with the caller's: its `loss:sum` is that of the surrogate."""
     metrics = dict(result.metrics)
     if "loss:sum" in metrics:
@@ -197,7 +343,8 @@ def _with_loss(result: PassResult, loss: LossResult) -> PassResult:
     return PassResult(result.output_type, result.outputs, metrics)
 
 
-def _output(result: PassResult) -> tinker.ForwardBackwardOutput:
+def output_of(result: PassResult) -> tinker.ForwardBackwardOutput:
+    """A result as tinker's type."""
     from tinker import ForwardBackwardOutput, TensorData
 
     return ForwardBackwardOutput(

@@ -15,6 +15,7 @@ import orjson
 from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.heartbeat import Heartbeat
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.patience import speaking
 from fireworks_training._async.transport import Transport
 from fireworks_training.config import FiretitanProvisioningConfig, session_tags
 from fireworks_training.errors import ProtocolError
@@ -33,6 +34,7 @@ class Capabilities:
         wire: the dialects it takes; empty where it does not say.
         step_protocol: whether it enforces atomic steps.
         snapshot_protocol: whether its saves say what they wrote.
+        backward: whether it takes a backward that refers to an earlier forward.
     """
 
     model_id: str
@@ -40,6 +42,7 @@ class Capabilities:
     wire: tuple[str, ...] = ()
     step_protocol: bool = False
     snapshot_protocol: bool = False
+    backward: bool = False
 
     @classmethod
     def read(cls, payload: Mapping[str, Any]) -> Capabilities:
@@ -54,6 +57,7 @@ class Capabilities:
             wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
+            backward=payload.get("supports_backward") is True,
         )
 
 
@@ -137,7 +141,13 @@ class TrainerSession:
         )
         self._models += 1
         request_id = await self.plane.submit("create_model", body, what="create the model")
-        return Capabilities.read(await self.plane.result(request_id, what="create the model"))
+        answer = await speaking(
+            self.plane.result(request_id, what="create the model"),
+            lambda: "the trainer makes the model",
+        )
+        if isinstance(answer, bytes):
+            raise ProtocolError("the trainer answered protobuf where JSON is due")
+        return Capabilities.read(answer)
 
     async def close(self) -> None:
         """Stop the heartbeat; idempotent. The session ends with its job."""

@@ -1,52 +1,35 @@
 """The training client: one model in one trainer, and the operations on it.
 
 Every operation takes its place in the model's line when it is called, and returns an `APIFuture`;
-call order is execution order, whatever is awaited first. The rules of the line are in
-`_core.operations`, its execution in `_async.operations`, the shapes of requests in `_wire`.
+call order is execution order, whatever is awaited first. What an operation sends is in `calls` and
+`pass_calls`; the rules of the line are in `_core.operations`, its execution in `_async.operations`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import orjson
-
-from fireworks_training._async.arguments import check_datums, check_name, check_state
+from fireworks_training._async import calls
+from fireworks_training._async.arguments import check_job, check_name
+from fireworks_training._async.calls import CheckpointType, GradNorms, LossConfig, Normalization
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.operations import LineRunner, Request, Turn
-from fireworks_training._async.patience import speaking
+from fireworks_training._async.operations import LineRunner
 from fireworks_training._async.session import Capabilities, TrainerSession
-from fireworks_training._core.operations import Line, Role
-from fireworks_training._wire.training import PassKind, decode_snapshot
+from fireworks_training._core.operations import Line
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import (
-    ClientClosed,
-    FireworksTrainingError,
-    InvalidArgument,
-    NotSupported,
-    ProtocolError,
-)
+from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
+from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     import tinker
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
     from fireworks_training._async.custom_loss import LossFunction
+    from fireworks_training._async.pass_calls import Datums, Output, PassFuture, Pooling
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
-
-logger = logging.getLogger("fireworks_training.trainer")
-
-T = TypeVar("T")
-
-CheckpointType = Literal["base", "delta", "merged_base"]
-Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
-
-DRAIN_TIMEOUT = 60.0
-"""Seconds that `close()` gives accepted operations to finish."""
 
 
 class AsyncFiretitanTrainingClient:
@@ -71,32 +54,37 @@ class AsyncFiretitanTrainingClient:
         pipeline_steps: bool = False,
         forward_only: bool = False,
     ) -> None:
-        # Here, since it loads numpy, which a service that only samples does without.
+        # Here, since they load numpy, which a service that only samples does without.
+        from fireworks_training._async.pass_calls import PassCalls
         from fireworks_training._async.passes import Passes
+        from fireworks_training._wire.dialects import choose
 
         self._session = session
         self._capabilities = capabilities
         self._config = config
         self._owner = owner
-        self._forward_only = forward_only
         self._suffix = uuid4().hex[:8]
-        self._passes = Passes(capabilities.model_id, capabilities.comms)
+        self._passes = Passes(
+            capabilities.model_id,
+            choose(config.dialect, wire=capabilities.wire, comms=capabilities.comms),
+            backward=capabilities.backward,
+        )
+        self._pass_calls = PassCalls(self._passes)
         self._runner = LineRunner(
             session.plane,
             owner=owner,
             model_id=capabilities.model_id,
             line=Line(step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps),
-            name=capabilities.model_id,
+            filler=self._passes.filler,
+            forward_only=forward_only,
         )
+        self._submit = self._runner.submit
 
     # -- passes ------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """Logprobs of the targets, without gradients.
 
         Args:
@@ -108,14 +96,11 @@ class AsyncFiretitanTrainingClient:
         Returns:
             `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`, natural log; and metrics.
         """
-        return self._pass("forward", Role.FORWARD, data, loss_fn, loss_fn_config)
+        return self._submit(self._pass_calls.built_in("forward", data, loss_fn, loss_fn_config))
 
     def forward_backward(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """Add the gradients of a built-in loss to those held for the next `optim_step`.
 
         The loss is a plain sum over tokens and datums; normalising is the caller's, or
@@ -132,60 +117,92 @@ class AsyncFiretitanTrainingClient:
             `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`; metrics with `loss:sum`, and
             `response_tokens` (targets with a weight) for cross_entropy.
         """
-        return self._pass("forward_backward", Role.GRADIENT, data, loss_fn, loss_fn_config)
+        return self._submit(
+            self._pass_calls.built_in("forward_backward", data, loss_fn, loss_fn_config)
+        )
 
     def forward_backward_custom(
-        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
         """Add the gradients of your own loss to those held for the next `optim_step`.
 
-        The trainer computes the logprobs, `loss_fn` runs here in a thread of its own, and its
-        gradient by the logprobs goes back. Costs one forward more than a built-in loss.
+        The trainer computes the output of each datum, `loss_fn` runs here in a thread of its own
+        and in the caller's context, and its gradient goes back. In it, waiting for this operation
+        or for a later one of this client raises `WrongLoop`.
 
         Args:
             data: as for `forward`; only target_tokens and weights go to the trainer, `loss_fn` sees
                 the datums whole.
-            loss_fn: takes the datums and a list of float32 tensors, one a datum, in the shape of
-                its target_tokens: the logprob of each target. Returns a scalar tensor and a dict of
-                numbers.
+            loss_fn: takes the datums and a list of float32 tensors, one a datum: the logprob of
+                each target in the shape of its target_tokens, or the `output`. Returns a scalar
+                tensor and a dict of numbers.
+            loss_type_input: "logprobs".
+            output: what `loss_fn` gets: "logprobs"; "embedding", `[H]`; "projection", `[T, D]`; or
+                "cos_similarity_matrix", `[B]`, row i of the cosines between all embeddings.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            precomputed_forward: result of a `forward` of the same datums and weights; spares one.
 
         Returns:
             As `forward_backward`; the metrics hold those of `loss_fn`, its value as `loss:sum`, and
             the trainer's `surrogate_loss:sum`.
 
         Raises, through the future:
-            LossFailed: `loss_fn` raised, gave something else, or does not depend on the logprobs.
+            LossFailed: `loss_fn` raised, gave something else, or does not depend on its input.
         """
-        from fireworks_training._async.custom_loss import require_torch
-
-        require_torch()
-        check_datums(data)
-        if not callable(loss_fn):
-            raise InvalidArgument(f"loss_fn must be callable, not {type(loss_fn).__name__}")
-        datums = list(data)
         return self._submit(
-            Role.GRADIENT,
-            "forward_backward_custom",
-            lambda turn: self._passes.run_custom(turn, datums, loss_fn),
+            self._pass_calls.custom(
+                data,
+                loss_fn,
+                loss_type_input=loss_type_input,
+                output=output,
+                pooling=pooling,
+                precomputed_forward=precomputed_forward,
+            )
         )
 
-    def _pass(
+    def forward_projection(self, data: Datums) -> PassFuture:
+        """The projection head's output, without gradients; for models with `projection_head_dim`.
+
+        Returns:
+            `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
+        """
+        return self._submit(self._pass_calls.projection(data))
+
+    def forward_backward_contrastive(
         self,
-        kind: PassKind,
-        role: Role,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
-        check_datums(data)
-        if not isinstance(loss_fn, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidArgument(
-                f"loss_fn must be the name of a built-in loss, not {type(loss_fn).__name__}; a "
-                "function goes to forward_backward_custom"
-            )
-        datums, config = list(data), None if loss_fn_config is None else dict(loss_fn_config)
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """Add the gradients of InfoNCE in both directions, computed by the trainer in one request.
+
+        Args:
+            data: the queries, as many documents in the same order, the extra negatives.
+            num_queries: at least 1.
+            temperature: by which cosines are divided; above 0.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            num_extra_negatives: documents that belong to no query.
+
+        The metrics hold the loss, as `loss`.
+        """
         return self._submit(
-            role, kind, lambda turn: self._passes.run(turn, kind, datums, loss_fn, config)
+            self._pass_calls.contrastive(
+                data,
+                num_queries=num_queries,
+                temperature=temperature,
+                pooling=pooling,
+                num_extra_negatives=num_extra_negatives,
+            )
         )
 
     # -- steps -------------------------------------------------------------------------------------
@@ -194,6 +211,7 @@ class AsyncFiretitanTrainingClient:
         self,
         adam_params: tinker.AdamParams,
         grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
@@ -204,6 +222,7 @@ class AsyncFiretitanTrainingClient:
                 the global gradient norm (0: none).
             grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
                 "num_sequences" held; None or "none" takes the plain sum.
+            emit_grad_norm_metrics: "off", "basic" or "detailed"; None leaves it to the trainer.
             accept_partial: apply even where the server may hold part of a step that failed
                 (`GradientsInDoubt`).
 
@@ -214,96 +233,80 @@ class AsyncFiretitanTrainingClient:
             PrecedingOperationFailed: an operation of this step failed; nothing was applied.
             GradientsInDoubt: the server does not enforce steps, and one has failed.
         """
-        import tinker
-
-        if not isinstance(adam_params, tinker.AdamParams):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidArgument(
-                f"adam_params must be tinker.AdamParams, not {type(adam_params).__name__}"
+        return self._submit(
+            calls.optim_step(
+                self.model_id,
+                adam_params,
+                grad_accumulation_normalization,
+                emit_grad_norm_metrics,
+                accept_partial=accept_partial,
             )
-        if grad_accumulation_normalization not in (
-            None,
-            "num_loss_tokens",
-            "num_sequences",
-            "none",
-        ):
-            raise InvalidArgument(
-                f"grad_accumulation_normalization={grad_accumulation_normalization!r}: allowed are "
-                "num_loss_tokens, num_sequences, none"
-            )
-        fields: dict[str, Any] = {"adam_params": adam_params.model_dump(), "type": "optim_step"}
-        if grad_accumulation_normalization is not None:
-            fields["grad_accumulation_normalization"] = grad_accumulation_normalization
-
-        async def run(turn: Turn) -> OptimStepResponse:
-            from tinker.types import OptimStepResponse
-
-            payload = await self._one(turn, "optim_step", fields)
-            return OptimStepResponse(metrics=payload.get("metrics"))
-
-        return self._submit(Role.OPTIM, "optim_step", run, accept_partial=accept_partial)
+        )
 
     # -- saving and loading ------------------------------------------------------------------------
 
-    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
+    def save_state(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
+            ttl_seconds, overwrite: of Tinker servers; refused.
 
         Returns:
             `path`: the name to load; the trainer may have changed it.
         """
-        check_name("name", name)
+        return self._submit(
+            calls.save_state(self.model_id, name, self._runner, ttl_seconds, overwrite)
+        )
 
-        async def run(turn: Turn) -> SaveWeightsResponse:
-            from tinker.types import SaveWeightsResponse
-
-            payload = await self._one(turn, "save_weights", {"path": name, "type": "save_weights"})
-            path = payload.get("path")
-            if not isinstance(path, str):
-                raise ProtocolError("the trainer saved a state but named no path")
-            self._runner.last_saved_state = path
-            return SaveWeightsResponse(path=path)
-
-        return self._submit(Role.SAVE, "save_state", run)
-
-    def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a saved state; the optimizer starts anew. Drops held gradients.
 
         Args:
             path: a name, `cross_job://<job>/<name>`, or what the trainer's save returned.
+            weights_access_token: for states of others, where the server asks for one.
 
         Raises, through the future:
             RequestFailed: there is no such state; the message lists those there are.
         """
-        return self._load(path, optimizer=False)
+        return self._submit(
+            calls.load_state(self.model_id, path, weights_access_token, optimizer=None)
+        )
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Load weights and optimizer of a saved state: training goes on as if never stopped.
 
         Args and errors as for `load_state`.
         """
-        return self._load(path, optimizer=True)
+        call = calls.load_state(self.model_id, path, weights_access_token, optimizer=self._runner)
+        return self._submit(call)
 
-    def _load(self, path: str, *, optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        check_state("path", path)
-        fields = {"path": path, "optimizer": optimizer, "type": "load_weights"}
+    def load_adapter(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """Start from the weights of an adapter; the optimizer starts anew. Drops held gradients.
 
-        async def run(turn: Turn) -> LoadWeightsResponse:
-            from tinker.types import LoadWeightsResponse
+        Args:
+            adapter_path: a model resource (`accounts/<a>/models/<m>`), a `gs://` folder, or what
+                else the trainer's platform lets you load, in the format of `peft`.
 
-            payload = await self._one(turn, "load_weights", fields)
-            if optimizer and self._runner.last_saved_state is None:
-                self._runner.last_saved_state = path
-            return LoadWeightsResponse(path=payload.get("path", path))
-
-        return self._submit(Role.LOAD, "load_state", run)
+        Raises, through the future:
+            RequestFailed: there is none, or it does not fit the model.
+        """
+        return self._submit(calls.load_adapter(self.model_id, adapter_path))
 
     def save_weights_for_sampler(
         self,
         name: str,
+        ttl_seconds: int | None = None,
         *,
         checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save a snapshot that a deployment can load.
 
@@ -311,40 +314,42 @@ class AsyncFiretitanTrainingClient:
             name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
                 added, so that runs do not meet.
             checkpoint_type: None and "base" save all weights (or the whole adapter).
+            ttl_seconds, export_precision, metadata: refused.
 
         Returns:
             `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
             written.
         """
-        check_name("name", name)
-        if checkpoint_type not in (None, "base"):
-            raise NotSupported(
-                f"checkpoint_type={checkpoint_type!r} is not supported yet; use 'base'"
+        return self._submit(
+            calls.save_weights_for_sampler(
+                self.model_id,
+                name,
+                self._suffix,
+                checkpoint_type=checkpoint_type,
+                ttl_seconds=ttl_seconds,
+                export_precision=export_precision,
+                metadata=metadata,
             )
-        fields = {
-            "path": f"{name}-{self._suffix}",
-            "checkpoint_type": "base",
-            "type": "save_weights_for_sampler",
-        }
+        )
 
-        async def run(turn: Turn) -> SaveWeightsForSamplerResponse:
-            from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
-
-            payload = await self._one(turn, "save_weights_for_sampler", fields)
-            snapshot = decode_snapshot(payload)
-            return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
-
-        return self._submit(Role.SAVE, "save_weights_for_sampler", run)
+    async def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        saved = await self.save_weights_for_sampler(
+            name, ttl_seconds, checkpoint_type=checkpoint_type, export_precision=export_precision
+        )
+        return SaveSamplerResult(path=saved.path, snapshot_name=saved.snapshot.identity)
 
     # -- the model ---------------------------------------------------------------------------------
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
-
-        async def run(turn: Turn) -> None:
-            await self._one(turn, "unload_model", {"type": "unload_model"})
-
-        return self._submit(Role.OTHER, "unload_model", run)
+        return self._submit(calls.unload_model(self.model_id))
 
     async def get_info(self) -> dict[str, Any]:
         """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""
@@ -363,6 +368,19 @@ class AsyncFiretitanTrainingClient:
         )
         return [str(name) for name in answer.get("checkpoints", [])]
 
+    def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
+        """What `load_state` takes for a state of this trainer job, or of another one.
+
+        Args:
+            name: of the state.
+            source_job_id: the job that saved it; None: this one.
+        """
+        check_name("name", name)
+        if source_job_id is None:
+            return name
+        check_job("source_job_id", source_job_id)
+        return f"cross_job://{source_job_id}/{name}"
+
     @property
     def model_id(self) -> str:
         """The trainer's name for the model."""
@@ -372,6 +390,17 @@ class AsyncFiretitanTrainingClient:
     def session_id(self) -> str:
         """The trainer's name for the session."""
         return self._session.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        run, _, rest = self.model_id.partition(":train:")
+        return run if rest and run.startswith("run-") else None
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._passes.dialect.name
 
     @property
     def comms(self) -> str:
@@ -396,39 +425,45 @@ class AsyncFiretitanTrainingClient:
     # -- the same operations, as coroutines that give the future --------------------------------
 
     async def forward_async(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """`forward`, awaited for its future."""
         return self.forward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """`forward_backward`, awaited for its future."""
         return self.forward_backward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_custom_async(
-        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
         """`forward_backward_custom`, awaited for its future."""
-        return self.forward_backward_custom(data, loss_fn)
+        return self.forward_backward_custom(
+            data, loss_fn, output=output, pooling=pooling, precomputed_forward=precomputed_forward
+        )
 
     async def optim_step_async(
         self,
         adam_params: tinker.AdamParams,
         grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
         """`optim_step`, awaited for its future."""
         return self.optim_step(
-            adam_params, grad_accumulation_normalization, accept_partial=accept_partial
+            adam_params,
+            grad_accumulation_normalization,
+            emit_grad_norm_metrics,
+            accept_partial=accept_partial,
         )
 
     async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
@@ -443,54 +478,18 @@ class AsyncFiretitanTrainingClient:
         """`load_state_with_optimizer`, awaited for its future."""
         return self.load_state_with_optimizer(path)
 
+    async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_adapter`, awaited for its future."""
+        return self.load_adapter(adapter_path)
+
     async def save_weights_for_sampler_async(
         self, name: str, *, checkpoint_type: CheckpointType | None = None
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """`save_weights_for_sampler`, awaited for its future."""
         return self.save_weights_for_sampler(name, checkpoint_type=checkpoint_type)
 
-    # -- plumbing ----------------------------------------------------------------------------------
-
-    def _submit(
-        self,
-        role: Role,
-        label: str,
-        run: Callable[[Turn], Awaitable[T]],
-        *,
-        accept_partial: bool = False,
-    ) -> APIFuture[T]:
-        if self._forward_only and role not in (Role.FORWARD, Role.OTHER):
-            raise NotSupported(
-                f"{label}: this is a reference client, whose weights stay as they are; it offers "
-                "forward"
-            )
-        return self._runner.submit(role, label, run, accept_partial=accept_partial)
-
-    async def _one(self, turn: Turn, path: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Send one JSON request and wait for its result."""
-
-        def body(seq_id: int) -> bytes:
-            return orjson.dumps({**fields, "model_id": self.model_id, "seq_id": seq_id})
-
-        (payload,) = await turn.send([Request(path, body)])
-        return payload
-
     async def _close(self, *, drain: bool) -> None:
-        """Finish what was accepted (or not), then refuse everything; on the owner loop."""
-        runner = self._runner
-        finished = not drain or runner.ended is not None
-        finished = finished or await speaking(
-            runner.drain(DRAIN_TIMEOUT),
-            lambda: f"close() lets {runner.open_operations} accepted operations finish",
-        )
-        if not finished:
-            logger.warning(
-                "close(): %d operations were not done within %.0f s and are given up",
-                self._runner.open_operations,
-                DRAIN_TIMEOUT,
-            )
-        self._runner.end(ClientClosed("the service was closed; make a new one"))
-        await self._runner.settled()
+        await self._runner.close(drain=drain)
 
     def _first_unseen_failure(self) -> BaseException | None:
         return self._runner.first_unseen_failure()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 CONNECT_TIMEOUT = 30.0
 """Seconds to make a connection."""
+
+PIECE = 1 << 18
+"""Bytes of a large body that are handed to the connection at a time, so that the loop goes on."""
 
 USER_AGENT = f"fireworks-training/{__version__}"
 
@@ -184,7 +187,8 @@ class Transport:
 
         Args:
             url: absolute, or a path below `base_url`.
-            timeout: seconds for the whole exchange.
+            timeout: seconds for the whole exchange; for a large body, since its last piece was
+                taken, so that a slow upload is not cut while it goes on.
 
         Raises:
             ConnectionFailed: no connection, or it broke.
@@ -195,16 +199,16 @@ class Transport:
         sent = self.headers(headers)
         if body is not None:
             sent.setdefault("Content-Type", "application/json")
+        content: bytes | AsyncIterator[memoryview] | None = body
         try:
-            async with session.request(
-                method,
-                target,
-                data=body,
-                headers=sent,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT),
-            ) as response:
-                content = await response.read()
+            async with asyncio.timeout(timeout) as limit:
+                if body is not None and len(body) > PIECE:
+                    sent["Content-Length"] = str(len(body))
+                    content = _pieces(body, limit, timeout)
+                async with session.request(
+                    method, target, data=content, headers=sent, allow_redirects=False
+                ) as response:
+                    answer = await response.read()
         except TimeoutError as error:
             raise RequestTimedOut(
                 f"{method} {_path(target)}: no answer within {timeout:g} s", cause=error
@@ -220,7 +224,7 @@ class Transport:
                 cause=error,
             ) from error
         request_id = response.headers.get("x-request-id")
-        return Response(response.status, response.headers, content, request_id)
+        return Response(response.status, response.headers, answer, request_id)
 
     async def call(
         self,
@@ -272,6 +276,14 @@ class Transport:
 
     def __repr__(self) -> str:
         return f"<Transport {self.base_url}>"
+
+
+async def _pieces(body: bytes, limit: asyncio.Timeout, timeout: float) -> AsyncIterator[memoryview]:
+    """A large body piece by piece; each one that is taken moves the time limit on."""
+    loop, view = asyncio.get_running_loop(), memoryview(body)
+    for start in range(0, len(body), PIECE):
+        yield view[start : start + PIECE]
+        limit.reschedule(loop.time() + timeout)
 
 
 def _path(url: str) -> str:

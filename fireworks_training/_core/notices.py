@@ -1,6 +1,11 @@
-"""When to say that something is still being waited for: once at 30 s, then ever more rarely."""
+"""When to say that something is still being waited for: once at 30 s, then ever more rarely.
+
+Times are seconds of any monotonic clock; nothing here reads one.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 FIRST_NOTICE = 30.0
 """Seconds of silence before the first word."""
@@ -30,3 +35,52 @@ class Notices:
         self._gap *= 2
         self._due = now + self._gap
         return True
+
+
+@dataclass(slots=True)
+class Wait:
+    """One thing waited for.
+
+    Attributes:
+        what: names it.
+        doing: what it waits for just now.
+        notices: when to speak of it.
+    """
+
+    what: str
+    doing: str
+    notices: Notices
+
+
+class Watch:
+    """Many waits of one client, of which the oldest is worth a line now and then.
+
+    A thousand operations behind one that hangs are one line, not a thousand.
+    """
+
+    def __init__(self, *, first: float = FIRST_NOTICE) -> None:
+        self._first = first
+        self._waits: dict[int, Wait] = {}
+        self._spoken = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._waits)
+
+    def begin(self, key: int, what: str, doing: str, now: float) -> Wait:
+        """Note a wait; its `doing` may be changed while it lasts."""
+        wait = self._waits[key] = Wait(what, doing, Notices(now, first=self._first))
+        return wait
+
+    def end(self, key: int) -> None:
+        """It is over, in whatever way."""
+        self._waits.pop(key, None)
+
+    def look(self, now: float) -> str | None:
+        """A line about the oldest wait, if one is due: at most one in `first` seconds."""
+        oldest = next(iter(self._waits.values()), None)
+        if oldest is None or now < self._spoken + self._first or not oldest.notices.due(now):
+            return None
+        self._spoken = now
+        behind = len(self._waits) - 1
+        others = f"; {behind} more wait behind it" if behind else ""
+        return f"{oldest.what}: waiting for {oldest.notices.age(now):.0f} s: {oldest.doing}{others}"

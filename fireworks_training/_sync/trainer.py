@@ -5,23 +5,22 @@ Written by `python -m fireworks_training._generate_sync`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fireworks_training._async.trainer import (
-    AsyncFiretitanTrainingClient,
-    CheckpointType,
-    Normalization,
-)
+from fireworks_training._async.calls import CheckpointType, GradNorms, LossConfig, Normalization
+from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._portal import Blocking
 from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
+from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     import tinker
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
     from fireworks_training._async.custom_loss import LossFunction
+    from fireworks_training._async.pass_calls import Datums, Output, PassFuture, Pooling
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 
@@ -38,11 +37,8 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     """
 
     def forward(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """Logprobs of the targets, without gradients.
 
         Args:
@@ -57,11 +53,8 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.forward(data, loss_fn, loss_fn_config)
 
     def forward_backward(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """Add the gradients of a built-in loss to those held for the next `optim_step`.
 
         The loss is a plain sum over tokens and datums; normalising is the caller's, or
@@ -81,33 +74,90 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.forward_backward(data, loss_fn, loss_fn_config)
 
     def forward_backward_custom(
-        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
         """Add the gradients of your own loss to those held for the next `optim_step`.
 
-        The trainer computes the logprobs, `loss_fn` runs here in a thread of its own, and its
-        gradient by the logprobs goes back. Costs one forward more than a built-in loss.
+        The trainer computes the output of each datum, `loss_fn` runs here in a thread of its own
+        and in the caller's context, and its gradient goes back. In it, waiting for this operation
+        or for a later one of this client raises `WrongLoop`.
 
         Args:
             data: as for `forward`; only target_tokens and weights go to the trainer, `loss_fn` sees
                 the datums whole.
-            loss_fn: takes the datums and a list of float32 tensors, one a datum, in the shape of
-                its target_tokens: the logprob of each target. Returns a scalar tensor and a dict of
-                numbers.
+            loss_fn: takes the datums and a list of float32 tensors, one a datum: the logprob of
+                each target in the shape of its target_tokens, or the `output`. Returns a scalar
+                tensor and a dict of numbers.
+            loss_type_input: "logprobs".
+            output: what `loss_fn` gets: "logprobs"; "embedding", `[H]`; "projection", `[T, D]`; or
+                "cos_similarity_matrix", `[B]`, row i of the cosines between all embeddings.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            precomputed_forward: result of a `forward` of the same datums and weights; spares one.
 
         Returns:
             As `forward_backward`; the metrics hold those of `loss_fn`, its value as `loss:sum`, and
             the trainer's `surrogate_loss:sum`.
 
         Raises, through the future:
-            LossFailed: `loss_fn` raised, gave something else, or does not depend on the logprobs.
+            LossFailed: `loss_fn` raised, gave something else, or does not depend on its input.
         """
-        return self._async.forward_backward_custom(data, loss_fn)
+        return self._async.forward_backward_custom(
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
+
+    def forward_projection(self, data: Datums) -> PassFuture:
+        """The projection head's output, without gradients; for models with `projection_head_dim`.
+
+        Returns:
+            `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
+        """
+        return self._async.forward_projection(data)
+
+    def forward_backward_contrastive(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """Add the gradients of InfoNCE in both directions, computed by the trainer in one request.
+
+        Args:
+            data: the queries, as many documents in the same order, the extra negatives.
+            num_queries: at least 1.
+            temperature: by which cosines are divided; above 0.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            num_extra_negatives: documents that belong to no query.
+
+        The metrics hold the loss, as `loss`.
+        """
+        return self._async.forward_backward_contrastive(
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
+        )
 
     def optim_step(
         self,
         adam_params: tinker.AdamParams,
         grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
@@ -118,6 +168,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
                 the global gradient norm (0: none).
             grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
                 "num_sequences" held; None or "none" takes the plain sum.
+            emit_grad_norm_metrics: "off", "basic" or "detailed"; None leaves it to the trainer.
             accept_partial: apply even where the server may hold part of a step that failed
                 (`GradientsInDoubt`).
 
@@ -131,43 +182,67 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.optim_step(
             adam_params,
             grad_accumulation_normalization,
+            emit_grad_norm_metrics,
             accept_partial=accept_partial,
         )
 
-    def save_state(self, name: str) -> APIFuture[SaveWeightsResponse]:
+    def save_state(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
+            ttl_seconds, overwrite: of Tinker servers; refused.
 
         Returns:
             `path`: the name to load; the trainer may have changed it.
         """
-        return self._async.save_state(name)
+        return self._async.save_state(name, ttl_seconds, overwrite)
 
-    def load_state(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a saved state; the optimizer starts anew. Drops held gradients.
 
         Args:
             path: a name, `cross_job://<job>/<name>`, or what the trainer's save returned.
+            weights_access_token: for states of others, where the server asks for one.
 
         Raises, through the future:
             RequestFailed: there is no such state; the message lists those there are.
         """
-        return self._async.load_state(path)
+        return self._async.load_state(path, weights_access_token)
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Load weights and optimizer of a saved state: training goes on as if never stopped.
 
         Args and errors as for `load_state`.
         """
-        return self._async.load_state_with_optimizer(path)
+        return self._async.load_state_with_optimizer(path, weights_access_token)
+
+    def load_adapter(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """Start from the weights of an adapter; the optimizer starts anew. Drops held gradients.
+
+        Args:
+            adapter_path: a model resource (`accounts/<a>/models/<m>`), a `gs://` folder, or what
+                else the trainer's platform lets you load, in the format of `peft`.
+
+        Raises, through the future:
+            RequestFailed: there is none, or it does not fit the model.
+        """
+        return self._async.load_adapter(adapter_path)
 
     def save_weights_for_sampler(
         self,
         name: str,
+        ttl_seconds: int | None = None,
         *,
         checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Save a snapshot that a deployment can load.
 
@@ -175,12 +250,35 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
                 added, so that runs do not meet.
             checkpoint_type: None and "base" save all weights (or the whole adapter).
+            ttl_seconds, export_precision, metadata: refused.
 
         Returns:
             `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
             written.
         """
-        return self._async.save_weights_for_sampler(name, checkpoint_type=checkpoint_type)
+        return self._async.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        return self._run(
+            self._async.save_weights_for_sampler_ext,
+            name,
+            checkpoint_type,
+            ttl_seconds,
+            export_precision,
+        )
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
@@ -194,6 +292,15 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         """Names of the states that this trainer can load."""
         return self._run(self._async.list_checkpoints)
 
+    def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
+        """What `load_state` takes for a state of this trainer job, or of another one.
+
+        Args:
+            name: of the state.
+            source_job_id: the job that saved it; None: this one.
+        """
+        return self._async.resolve_checkpoint_path(name, source_job_id)
+
     @property
     def model_id(self) -> str:
         """The trainer's name for the model."""
@@ -203,6 +310,16 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     def session_id(self) -> str:
         """The trainer's name for the session."""
         return self._async.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        return self._async.run_id
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._async.dialect
 
     @property
     def comms(self) -> str:
@@ -225,33 +342,41 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.ended
 
     async def forward_async(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str = "cross_entropy",
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """`forward`, awaited for its future."""
-        return await self._async.forward_async(data, loss_fn, loss_fn_config)
+        return await self._hop(self._async.forward_async, data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
-        self,
-        data: Sequence[tinker.Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None = None,
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
         """`forward_backward`, awaited for its future."""
-        return await self._async.forward_backward_async(data, loss_fn, loss_fn_config)
+        return await self._hop(self._async.forward_backward_async, data, loss_fn, loss_fn_config)
 
     async def forward_backward_custom_async(
-        self, data: Sequence[tinker.Datum], loss_fn: LossFunction
-    ) -> APIFuture[tinker.ForwardBackwardOutput]:
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
         """`forward_backward_custom`, awaited for its future."""
-        return await self._async.forward_backward_custom_async(data, loss_fn)
+        return await self._hop(
+            self._async.forward_backward_custom_async,
+            data,
+            loss_fn,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
 
     async def optim_step_async(
         self,
         adam_params: tinker.AdamParams,
         grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
@@ -259,6 +384,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return await self._async.optim_step_async(
             adam_params,
             grad_accumulation_normalization,
+            emit_grad_norm_metrics,
             accept_partial=accept_partial,
         )
 
@@ -273,6 +399,10 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
         """`load_state_with_optimizer`, awaited for its future."""
         return await self._async.load_state_with_optimizer_async(path)
+
+    async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_adapter`, awaited for its future."""
+        return await self._async.load_adapter_async(adapter_path)
 
     async def save_weights_for_sampler_async(
         self, name: str, *, checkpoint_type: CheckpointType | None = None

@@ -34,6 +34,9 @@ FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
 
 _WIDTH = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
 _DATA_FIELD = 3
+BACKWARD, GRADIENTS = "backward", "gradients"
+"""Loss name and loss input of `encode_backward`."""
+
 MAX_DENSE = 1 << 26
 """Elements that a sparse tensor may have once it is dense: its shape costs a sender nothing."""
 
@@ -129,6 +132,24 @@ def encode_request(
     for datum in datums:
         parts += (key, _varint(len(datum)), datum)
     return b"".join(parts)
+
+
+def encode_backward(
+    gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
+) -> bytes:
+    """A `backward` by the logprobs of an earlier forward (an extension of ours).
+
+    The message is that of a pass, with loss_fn "backward" and config `forward_seq_id`; datum i has
+    no model input, and one loss input `gradients` in the shape of its targets: dL/dlogprob.
+    """
+    return encode_request(
+        "forward_backward",
+        gradients,
+        loss_fn=BACKWARD,
+        loss_fn_config={"forward_seq_id": forward_seq_id},
+        model_id=model_id,
+        seq_id=seq_id,
+    )
 
 
 def _varint(value: int) -> bytes:

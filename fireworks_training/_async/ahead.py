@@ -1,0 +1,112 @@
+"""Work for operations that is done before their turn comes: the encoding of large passes.
+
+One piece at a time, in call order, in a worker thread; as far ahead as the bound allows, so that a
+thousand operations called at once do not hold a second copy of all their data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+INLINE_TOKENS = 2048
+"""Tokens that are encoded or decoded on the loop; more go to a thread, which costs about 0.1 ms."""
+
+AHEAD_TOKENS = 4_000_000
+"""Tokens whose operations may lie encoded, not yet sent; one operation always may."""
+
+
+async def off_loop(tokens: int, work: Callable[[], T]) -> T:
+    """Run `work`, which is about so many tokens, here or in a thread."""
+    return work() if tokens <= INLINE_TOKENS else await asyncio.to_thread(work)
+
+
+@dataclass(eq=False)
+class Piece(Generic[T]):
+    """Work for one operation.
+
+    Attributes:
+        work: what to do; its error, too, comes out of `result()`.
+        tokens: its size.
+    """
+
+    work: Callable[[], T]
+    tokens: int
+    _done: asyncio.Future[T] | None = field(default=None, init=False)
+
+    async def result(self) -> T:
+        """What the work gives; done now if it was too small to be done ahead."""
+        return self.work() if self._done is None else await self._done
+
+
+class Ahead:
+    """The work ahead of one line; on its owner loop.
+
+    Args:
+        bound: tokens of pieces that are done and not released.
+    """
+
+    def __init__(self, bound: int = AHEAD_TOKENS) -> None:
+        self._bound = bound
+        self._held = 0
+        self._waiting: deque[Piece[Any]] = deque()
+        self._released = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+
+    def add(self, piece: Piece[Any]) -> None:
+        """Start on a piece when those before it are done and the bound allows."""
+        if piece.tokens <= INLINE_TOKENS:
+            return
+        piece._done = asyncio.get_running_loop().create_future()
+        piece._done.add_done_callback(_consume)
+        self._waiting.append(piece)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._work(), name="encoding")
+
+    def release(self, piece: Piece[Any]) -> None:
+        """The operation of a piece is over with it."""
+        if piece._done is not None:
+            if piece in self._waiting:
+                self._waiting.remove(piece)
+                piece._done.cancel()
+            else:
+                self._held -= piece.tokens
+                self._released.set()
+
+    async def _work(self) -> None:
+        while self._waiting:
+            while self._held and self._held + self._waiting[0].tokens > self._bound:
+                self._released.clear()
+                await self._released.wait()
+                if not self._waiting:
+                    return
+            piece = self._waiting.popleft()
+            self._held += piece.tokens
+            assert piece._done is not None
+            try:
+                result = await asyncio.to_thread(piece.work)
+            except Exception as error:
+                piece._done.set_exception(error)
+            else:
+                piece._done.set_result(result)
+
+    async def stop(self) -> None:
+        """Stop, and leave no work behind; what waits for a piece is cancelled."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.wait([self._worker])
+        for piece in self._waiting:
+            if piece._done is not None:
+                piece._done.cancel()
+        self._waiting.clear()
+
+
+def _consume(done: asyncio.Future[Any]) -> None:
+    # The operation may have been cancelled: then nobody asks for the error.
+    if not done.cancelled():
+        done.exception()

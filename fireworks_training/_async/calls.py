@@ -1,0 +1,195 @@
+"""The operations of a training client that are one JSON request: checked, and made ready to run.
+
+Each function checks its arguments and returns a `Call`; what a call's place in the line is decided
+by whoever submits it. Passes over datums are in `pass_calls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import orjson
+
+from fireworks_training._async.arguments import check_name, check_state
+from fireworks_training._async.exchanges import Request, Sent
+from fireworks_training._async.operations import Call, LineRunner, Turn
+from fireworks_training._core.operations import Role
+from fireworks_training._wire.training import decode_snapshot
+from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
+
+if TYPE_CHECKING:
+    import tinker
+    from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+
+    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+CheckpointType = Literal["base", "delta", "merged_base"]
+Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
+GradNorms = Literal["off", "basic", "detailed"] | bool
+
+LossConfig = Mapping[str, Any] | None
+"""Options of a loss by name."""
+
+NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
+GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
+
+
+async def one(turn: Turn, model_id: str, path: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Send one JSON request and wait for its result."""
+
+    def make(seq_id: int) -> Sent:
+        return Sent(path, orjson.dumps({**fields, "model_id": model_id, "seq_id": seq_id}))
+
+    (answer,) = await turn.send([Request(make)])
+    if isinstance(answer, bytes):
+        raise ProtocolError(f"{path}: the trainer answered protobuf where JSON is due")
+    return answer
+
+
+def optim_step(
+    model_id: str,
+    adam_params: tinker.AdamParams,
+    normalization: Normalization | None,
+    emit_grad_norm_metrics: GradNorms | None,
+    *,
+    accept_partial: bool,
+) -> Call[OptimStepResponse]:
+    """Apply the gradients held."""
+    import tinker
+
+    if not isinstance(adam_params, tinker.AdamParams):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidArgument(
+            f"adam_params must be tinker.AdamParams, not {type(adam_params).__name__}"
+        )
+    _one_of("grad_accumulation_normalization", normalization, NORMALIZATIONS)
+    _one_of("emit_grad_norm_metrics", emit_grad_norm_metrics, GRAD_NORM_METRICS)
+    adam: dict[str, Any] = adam_params.model_dump()
+    if emit_grad_norm_metrics is not None:
+        adam["emit_grad_norm_metrics"] = emit_grad_norm_metrics
+    fields: dict[str, Any] = {"adam_params": adam, "type": "optim_step"}
+    if normalization is not None:
+        fields["grad_accumulation_normalization"] = normalization
+
+    async def run(turn: Turn) -> OptimStepResponse:
+        from tinker.types import OptimStepResponse
+
+        payload = await one(turn, model_id, "optim_step", fields)
+        return OptimStepResponse(metrics=payload.get("metrics"))
+
+    return Call(Role.OPTIM, "optim_step", run, accept_partial=accept_partial)
+
+
+def save_state(
+    model_id: str, name: str, runner: LineRunner, ttl_seconds: int | None, overwrite: bool
+) -> Call[SaveWeightsResponse]:
+    """Save weights and optimizer; `runner` is told the name."""
+    check_name("name", name)
+    _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
+
+    async def run(turn: Turn) -> SaveWeightsResponse:
+        from tinker.types import SaveWeightsResponse
+
+        fields = {"path": name, "type": "save_weights"}
+        payload = await one(turn, model_id, "save_weights", fields)
+        path = payload.get("path")
+        if not isinstance(path, str):
+            raise ProtocolError("the trainer saved a state but named no path")
+        runner.last_saved_state = path
+        return SaveWeightsResponse(path=path)
+
+    return Call(Role.SAVE, "save_state", run)
+
+
+def load_state(
+    model_id: str, path: str, weights_access_token: str | None, *, optimizer: LineRunner | None
+) -> Call[LoadWeightsResponse]:
+    """Load a saved state; with the optimizer, a line that has saved none is told its name."""
+    check_state("path", path)
+    with_optimizer = optimizer is not None
+    fields: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
+    if weights_access_token is not None:
+        fields["weights_access_token"] = weights_access_token
+
+    async def run(turn: Turn) -> LoadWeightsResponse:
+        from tinker.types import LoadWeightsResponse
+
+        payload = await one(turn, model_id, "load_weights", fields)
+        if optimizer is not None and optimizer.last_saved_state is None:
+            optimizer.last_saved_state = path
+        return LoadWeightsResponse(path=payload.get("path", path))
+
+    return Call(Role.LOAD, "load_state", run)
+
+
+def load_adapter(model_id: str, adapter_path: str) -> Call[LoadWeightsResponse]:
+    """Load the weights of an adapter that a trainer or peft wrote."""
+    if not adapter_path.strip():
+        raise InvalidArgument(
+            f"adapter_path={adapter_path!r}: pass a model resource, a gs:// folder, or what the "
+            "platform lets you load"
+        )
+    fields = {"adapter_path": adapter_path, "type": "load_adapter"}
+
+    async def run(turn: Turn) -> LoadWeightsResponse:
+        from tinker.types import LoadWeightsResponse
+
+        payload = await one(turn, model_id, "load_adapter", fields)
+        return LoadWeightsResponse(path=payload.get("adapter_path", adapter_path))
+
+    return Call(Role.LOAD, "load_adapter", run)
+
+
+def save_weights_for_sampler(
+    model_id: str,
+    name: str,
+    suffix: str,
+    *,
+    checkpoint_type: CheckpointType | None,
+    **refused: object,
+) -> Call[SaveWeightsForSamplerResponse]:
+    """Save a snapshot that a deployment can load, named with the session's suffix."""
+    check_name("name", name)
+    if checkpoint_type not in (None, "base"):
+        raise NotSupported(f"checkpoint_type={checkpoint_type!r} is not supported yet; use 'base'")
+    _refuse(**refused)
+    fields = {
+        "path": f"{name}-{suffix}",
+        "checkpoint_type": "base",
+        "type": "save_weights_for_sampler",
+    }
+
+    async def run(turn: Turn) -> SaveWeightsForSamplerResponse:
+        from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+        payload = await one(turn, model_id, "save_weights_for_sampler", fields)
+        snapshot = decode_snapshot(payload)
+        return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
+
+    return Call(Role.SAVE, "save_weights_for_sampler", run)
+
+
+def unload_model(model_id: str) -> Call[None]:
+    """Free the trainer's memory."""
+
+    async def run(turn: Turn) -> None:
+        await one(turn, model_id, "unload_model", {"type": "unload_model"})
+
+    return Call(Role.OTHER, "unload_model", run)
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise InvalidArgument(
+            f"{name}={value!r}: allowed are {', '.join(str(v) for v in allowed if v is not None)}"
+        )
+
+
+def _refuse(**options: object) -> None:
+    """Refuse options of other servers that would have no effect here."""
+    for name, value in options.items():
+        if value is not None:
+            raise NotSupported(
+                f"{name}={value!r} is not supported: a trainer of this kind keeps what it saves, "
+                "under names of its own; leave it out"
+            )

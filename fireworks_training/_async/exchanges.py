@@ -1,0 +1,217 @@
+"""The requests of one model under way: each gets its id, is sent until it is taken, and polled.
+
+Ids are given in call order and nothing here decides that order; it only sees to it that each id
+reaches the server exactly once, or that its place is filled. What waits long is said, for all
+requests of the model together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fireworks_training._async.data_plane import Answer, DataPlane, is_conflict, was_refused
+from fireworks_training._core.notices import FIRST_NOTICE, Watch
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    RequestFailed,
+    SessionLost,
+)
+
+T = TypeVar("T")
+
+UPLOADS = 32
+"""Submits under way at a time, for one client."""
+
+POLLS = 64
+"""Polls under way at a time, for one client; the oldest operations come first."""
+
+logger = logging.getLogger("fireworks_training.trainer")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request as it goes out."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of an operation, once it has an id.
+
+    Attributes:
+        make: the request for an id.
+        accept: content types that its result may have; None: JSON.
+        instead: what to send under the same id if the server refuses it; made in a thread. For
+            requests whose refusal leaves their place free.
+    """
+
+    make: Callable[[int], Sent]
+    accept: Mapping[str, str] | None = None
+    instead: Callable[[int], Sent] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request under way: `taken` ends when the server has it or it failed."""
+
+    seq_id: int
+    taken: asyncio.Future[None]
+    task: asyncio.Task[Answer]
+
+
+class Exchanges:
+    """The requests of one model.
+
+    Args:
+        plane: the trainer's HTTP interface.
+        filler: makes a request that changes nothing, for a place that must not stay empty.
+        name: of the client, for messages.
+        saved_state: the newest state that the client saved, for messages.
+    """
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        *,
+        filler: Callable[[int], Sent],
+        name: str,
+        saved_state: Callable[[], str | None],
+    ) -> None:
+        self._plane = plane
+        self._filler = filler
+        self._name = name
+        self._saved_state = saved_state
+        self._next_seq = 1
+        self._uploads = asyncio.Semaphore(UPLOADS)
+        self._polls = asyncio.Semaphore(POLLS)
+        self._watch = Watch()
+        self._look: asyncio.TimerHandle | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def keep(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run a coroutine that ends with the client."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self._name}: {name}")
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def start(self, request: Request, label: str) -> Exchange:
+        """Give a request the next id and start it."""
+        seq_id = self._next_seq
+        self._next_seq += 1
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = self.keep(self._watched(request, seq_id, label, taken), label)
+
+        def release(_: object) -> None:
+            if not taken.done():
+                taken.set_result(None)
+
+        task.add_done_callback(release)
+        return Exchange(seq_id, taken, task)
+
+    async def _watched(
+        self, request: Request, seq_id: int, label: str, taken: asyncio.Future[None]
+    ) -> Answer:
+        loop = asyncio.get_running_loop()
+        wait = self._watch.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
+        if self._look is None:
+            self._look = loop.call_later(FIRST_NOTICE, self._say_what_waits)
+
+        def note(doing: str) -> None:
+            wait.doing = doing
+
+        try:
+            async with self._uploads:
+                note("no answer to its submit yet")
+                request_id = await self._submit(request, seq_id, label)
+            if not taken.done():
+                taken.set_result(None)
+            note("for the results before it")
+            async with self._polls:
+                note("no answer to a poll for its result yet")
+                return await self._plane.result(
+                    request_id, what=label, headers=request.accept, note=note
+                )
+        except ApiStatusError as error:
+            if taken.done() or not was_refused(error):
+                raise self._lost(seq_id, error) from error
+            await self._fill(seq_id, error)
+            raise _refusal(error, label) from error
+        except ApiError as error:
+            raise self._lost(seq_id, error) from error
+        finally:
+            self._watch.end(seq_id)
+
+    async def _submit(self, request: Request, seq_id: int, label: str) -> str:
+        sent = request.make(seq_id)
+        try:
+            return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
+        except ApiStatusError as error:
+            if request.instead is None or not was_refused(error):
+                raise
+            logger.info("%s: %s; sent in full instead", label, error.message)
+        sent = await asyncio.to_thread(request.instead, seq_id)
+        return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
+
+    async def _fill(self, seq_id: int, refusal: ApiStatusError) -> None:
+        """Fill the place of a refused request, so that the server's line goes on."""
+        filler = self._filler(seq_id)
+        try:
+            await self._plane.fill(filler.path, filler.body, filler.headers)
+        except ApiError as error:
+            raise self._lost(seq_id, refusal) from error
+
+    def _lost(self, seq_id: int, cause: ApiError) -> SessionLost:
+        why = (
+            "another request holds it: does a second client drive this model"
+            if is_conflict(cause)
+            else str(cause)
+        )
+        return SessionLost(
+            f"the place {seq_id} in the trainer's line can't be accounted for: {why}. Make a new "
+            "training client, and load the last saved state.",
+            last_saved_state=self._saved_state(),
+            cause=cause,
+        )
+
+    def _say_what_waits(self) -> None:
+        self._look = None
+        if not len(self._watch):
+            return
+        loop = asyncio.get_running_loop()
+        line = self._watch.look(loop.time())
+        if line is not None:
+            logger.warning("%s", line)
+        self._look = loop.call_later(1.0, self._say_what_waits)
+
+    def cancel(self) -> None:
+        """Cancel everything that runs."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        for task in list(self.tasks):
+            task.cancel()
+
+    async def gone(self) -> None:
+        """Wait until nothing runs any more; after `cancel`."""
+        tasks = [task for task in self.tasks if task is not asyncio.current_task()]
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _refusal(error: ApiStatusError, label: str) -> RequestFailed:
+    return RequestFailed(
+        f"{label} was refused: {error.message}",
+        category="user",
+        error_class=error.error_class,
+        request_id=error.request_id,
+        cause=error,
+    )

@@ -1,0 +1,127 @@
+"""Passes in Fireworks JSON: requests to bytes, results to arrays.
+
+A datum is encoded once, by itself, so that requests can be cut by their true size and a retry sends
+the same bytes. Arrays go to text without becoming Python numbers one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from fireworks_training._wire.datums import Array, PassResult
+from fireworks_training._wire.training import PassKind
+from fireworks_training.errors import InvalidDatum, ProtocolError
+
+
+def encode_tensor(array: Array) -> dict[str, object]:
+    """A tensor, for `orjson.dumps` with `OPT_SERIALIZE_NUMPY`."""
+    integral = array.dtype.kind in "iu"
+    return {
+        "data": np.ascontiguousarray(array, np.int64 if integral else np.float32).reshape(-1),
+        "dtype": "int64" if integral else "float32",
+        "shape": list(array.shape),
+    }
+
+
+def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
+    """One datum.
+
+    Args:
+        tokens: of the model input.
+        inputs: arrays by name, any numeric dtype; integers go as int64, others as float32.
+        index: its place in the caller's list, for messages.
+
+    Raises:
+        InvalidDatum: a token id that is no integer.
+    """
+    try:
+        return orjson.dumps(
+            {
+                "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
+                "loss_fn_inputs": {name: encode_tensor(array) for name, array in inputs.items()},
+            },
+            option=orjson.OPT_SERIALIZE_NUMPY,
+        )
+    except TypeError as error:
+        raise InvalidDatum(f"datum {index} can't be sent: {error}", index=index) from error
+
+
+def encode_request(
+    kind: PassKind,
+    datums: Sequence[bytes],
+    *,
+    loss_fn: str,
+    loss_fn_config: Mapping[str, Any] | None,
+    model_id: str,
+    seq_id: int,
+    comms: str,
+) -> bytes:
+    """The request of one chunk of a pass; `datums` are from `encode_datum`."""
+    config = b"" if loss_fn_config is None else b',"loss_fn_config":' + orjson.dumps(loss_fn_config)
+    marker = b',"comms":"v2"' if comms == "v2" else b""
+    return b"".join(
+        (
+            b'{"',
+            b"forward_input" if kind == "forward" else b"forward_backward_input",
+            b'":{"data":[',
+            b",".join(datums),
+            b'],"loss_fn":',
+            orjson.dumps(loss_fn),
+            config,
+            b'},"model_id":',
+            orjson.dumps(model_id),
+            b',"seq_id":',
+            str(seq_id).encode(),
+            marker,
+            b"}",
+        )
+    )
+
+
+def encode_backward(
+    gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
+) -> bytes:
+    """A `backward` by the logprobs of an earlier forward; `gradients` are encoded tensors."""
+    return b"".join(
+        (
+            b'{"gradients":[',
+            b",".join(gradients),
+            b'],"forward_seq_id":',
+            str(forward_seq_id).encode(),
+            b',"model_id":',
+            orjson.dumps(model_id),
+            b',"seq_id":',
+            str(seq_id).encode(),
+            b"}",
+        )
+    )
+
+
+def decode_result(payload: Mapping[str, Any]) -> PassResult:
+    """The answer of a pass.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    try:
+        outputs = [
+            {name: _array(value) for name, value in record.items()}
+            for record in payload["loss_fn_outputs"]
+        ]
+        metrics = {str(name): float(value) for name, value in payload["metrics"].items()}
+        return PassResult(str(payload["loss_fn_output_type"]), outputs, metrics)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProtocolError(
+            f"the trainer's answer to a pass is not a ForwardBackwardOutput: {error!r}"
+        ) from error
+
+
+def _array(value: Mapping[str, Any]) -> Array:
+    dtype = np.int64 if value["dtype"] == "int64" else np.float32
+    array = np.asarray(value["data"], dtype=dtype)
+    shape = value.get("shape")
+    return array if shape is None else array.reshape(shape)
