@@ -33,15 +33,16 @@ class Piece(Generic[T]):
     Attributes:
         work: what to do; its error, too, comes out of `result()`.
         tokens: its size.
+        done: holds the result, if it is done ahead.
     """
 
     work: Callable[[], T]
     tokens: int
-    _done: asyncio.Future[T] | None = field(default=None, init=False)
+    done: asyncio.Future[T] | None = field(default=None, init=False)
 
     async def result(self) -> T:
         """What the work gives; done now if it was too small to be done ahead."""
-        return self.work() if self._done is None else await self._done
+        return self.work() if self.done is None else await self.done
 
 
 class Ahead:
@@ -62,18 +63,18 @@ class Ahead:
         """Start on a piece when those before it are done and the bound allows."""
         if piece.tokens <= INLINE_TOKENS:
             return
-        piece._done = asyncio.get_running_loop().create_future()
-        piece._done.add_done_callback(_consume)
+        piece.done = asyncio.get_running_loop().create_future()
+        piece.done.add_done_callback(_consume)
         self._waiting.append(piece)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_task(self._work(), name="encoding")
 
     def release(self, piece: Piece[Any]) -> None:
         """The operation of a piece is over with it."""
-        if piece._done is not None:
+        if piece.done is not None:
             if piece in self._waiting:
                 self._waiting.remove(piece)
-                piece._done.cancel()
+                piece.done.cancel()
             else:
                 self._held -= piece.tokens
                 self._released.set()
@@ -87,13 +88,13 @@ class Ahead:
                     return
             piece = self._waiting.popleft()
             self._held += piece.tokens
-            assert piece._done is not None
+            assert piece.done is not None
             try:
                 result = await asyncio.to_thread(piece.work)
             except Exception as error:
-                piece._done.set_exception(error)
+                piece.done.set_exception(error)
             else:
-                piece._done.set_result(result)
+                piece.done.set_result(result)
 
     async def stop(self) -> None:
         """Stop, and leave no work behind; what waits for a piece is cancelled."""
@@ -101,8 +102,8 @@ class Ahead:
             self._worker.cancel()
             await asyncio.wait([self._worker])
         for piece in self._waiting:
-            if piece._done is not None:
-                piece._done.cancel()
+            if piece.done is not None:
+                piece.done.cancel()
         self._waiting.clear()
 
 
