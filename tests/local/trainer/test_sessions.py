@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from fireworks_training.local.trainer import json_codec
+from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.service import CreateModel, Gone, TrainerService
 from fireworks_training.testing import ManualClock
 from tests.local.trainer.trainer_driver import ADAM, Starter
@@ -44,7 +45,8 @@ async def test_an_operation_is_a_sign_of_life(start: Starter) -> None:
     clock = ManualClock()
     service = TrainerService(json_codec, clock, session_timeout_s=60.0)
     session_id = service.create_session()
-    request = CreateModel(b"", {}, lambda: pytest.fail("nothing runs here"), lora=False)
+    limits = ModelLimits(vocab_size=8, context_length=8, lora=False)
+    request = CreateModel(b"", {}, lambda: pytest.fail("nothing runs here"), limits, None)
     model_id = service.create_model(session_id, 0, request)
     clock.advance(60.0)
     assert await service.result(f"{model_id}:create", hold_s=0.0) is None
