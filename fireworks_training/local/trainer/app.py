@@ -79,7 +79,7 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.to_thread(service.torch.stop, STOP_TORCH_S)
+            await service.stop(STOP_TORCH_S)
 
     app.cleanup_ctx.append(running)
     app.on_shutdown.append(_stop)

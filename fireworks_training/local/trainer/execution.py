@@ -9,7 +9,7 @@ were; dropping the gradients of a failed step is the line's decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ from fireworks_training.local.model import (
     SnapshotDtype,
     adapter_parameters,
     apply_lora,
+    merged_base,
     round_parameters_,
-    rounded,
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
@@ -33,9 +33,11 @@ from fireworks_training.local.trainer.embeddings import (
     new_head,
     run_embedding_pass,
 )
+from fireworks_training.local.trainer.exports import SnapshotExports
 from fireworks_training.local.trainer.network import Network
 from fireworks_training.local.trainer.operations import (
     Answer,
+    Deferred,
     DiscardGradients,
     EmbeddingPass,
     LoadState,
@@ -93,6 +95,7 @@ class TrainedModel:
         if lora is not None:
             round_parameters_(module, dtype)
             self._lora = apply_lora(module, lora)
+        self._module = module
         self._network = Network(module)
         parameters = dict(module.named_parameters()) if lora is None else adapter_parameters(module)
         self._head = None
@@ -101,8 +104,13 @@ class TrainedModel:
             parameters |= {f"{HEAD}.{name}": p for name, p in self._head.named_parameters()}
         self._trainable = trainable
         self._optimizer = MasterAdamW(parameters, dtype)
+        self._exports = SnapshotExports(
+            stores.snapshots, base_model=base_model, dtype=dtype, lora=self._lora
+        )
 
-    def execute(self, operation: Operation, *, drop_gradients: bool) -> PassResult | Answer:
+    def execute(
+        self, operation: Operation, *, drop_gradients: bool
+    ) -> PassResult | Answer | Deferred:
         """Runs one operation, after dropping what was accumulated if `drop_gradients`.
 
         Raises:
@@ -122,7 +130,7 @@ class TrainedModel:
         except SnapshotError as error:
             raise OperationFailed(str(error), error_class=type(error).__name__) from error
 
-    def _execute(self, operation: Operation) -> PassResult | Answer:
+    def _execute(self, operation: Operation) -> PassResult | Answer | Deferred:
         match operation:
             case Pass():
                 return self._pass(operation)
@@ -239,35 +247,18 @@ class TrainedModel:
 
     # -- snapshots -------------------------------------------------------------------------------
 
-    def _save_snapshot(self, operation: SaveSnapshot) -> Answer:
-        kind: Callable[[Tensor], Tensor] = (
-            torch.Tensor.bfloat16 if self._dtype == "bfloat16" else torch.Tensor.float
-        )
-        tensors = {
-            name: kind(rounded(master, self._dtype))
+    def _save_snapshot(self, operation: SaveSnapshot) -> Deferred:
+        weights = {
+            name: master
             for name, master in self._optimizer.masters.items()
             if not name.startswith(f"{HEAD}.")
         }
-        manifest = self._stores.snapshots.write(
-            operation.name,
-            tensors,
-            base_model=self._base_model,
-            dtype=self._dtype,
-            lora=self._lora,
-        )
-        return Answer(
-            {
-                "path": manifest.identity,
-                "type": "save_weights_for_sampler",
-                "snapshot": {
-                    "identity": manifest.identity,
-                    "kind": manifest.kind,
-                    "predecessor": manifest.predecessor,
-                    "bytes": manifest.bytes,
-                    "sha256": manifest.sha256,
-                },
-            }
-        )
+        if operation.checkpoint_type == "merged_base":
+            assert self._lora is not None, "refused where it was decoded"
+            weights = merged_base(self._module, self._lora)
+        exports, kind = self._exports, operation.checkpoint_type
+        tensors = exports.capture(operation.name, weights)
+        return Deferred(lambda: exports.write(operation.name, tensors, kind))
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

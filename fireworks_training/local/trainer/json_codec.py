@@ -150,18 +150,23 @@ def _load_weights(body: Body, limits: ModelLimits) -> Operation:
 def _save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
     allowed = ("model_id", "seq_id", "path", "checkpoint_type", "export_precision", "type")
     allow(body, allowed, "save_weights_for_sampler")
-    kind = body.get("checkpoint_type") or "base"
-    if kind == "merged_base":
+    name = _name(body, "snapshot")
+    kind, precision = body.get("checkpoint_type") or "base", body.get("export_precision")
+    if kind == "base" or kind == "delta":
+        if precision is not None:
+            raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
+        return SaveSnapshot(name, kind)
+    if kind != "merged_base":
+        raise OperationFailed("checkpoint_type must be base, delta or merged_base")
+    if not limits.lora:
         raise OperationFailed(
-            "checkpoint_type 'merged_base' is not yet supported: save the adapter itself (base)"
-            if limits.lora
-            else "checkpoint_type 'merged_base' is for LoRA; this model saves as base or delta"
+            "checkpoint_type 'merged_base' is for LoRA; this model saves as base or delta"
         )
-    if kind not in ("base", "delta"):
-        raise OperationFailed("checkpoint_type must be base or delta")
-    if body.get("export_precision") is not None:
-        raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
-    return SaveSnapshot(_name(body, "snapshot"), "base" if kind == "base" else "delta")
+    if precision not in (None, "source", "bf16"):
+        raise OperationFailed(
+            "export_precision takes source or bf16 here; others are not supported"
+        )
+    return SaveSnapshot(name, kind)
 
 
 def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:

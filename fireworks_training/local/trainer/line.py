@@ -16,6 +16,8 @@ Rules:
        LOADS     all up to the next ENDS fails       gradients were dropped
        DISCARDS  (runs even while a failure stands)  a new step begins
 5. After a failure the gradients are dropped before anything else runs.
+6. One of role ALONE may be detached once it has what it needs: the line moves on, and its result
+   comes later.
 """
 
 from __future__ import annotations
@@ -142,6 +144,7 @@ class Line(Generic[OperationT, ResultT]):
         self._fresh: OrderedDict[int, _Done[ResultT]] = OrderedDict()
         self._delivered: OrderedDict[int, _Done[ResultT]] = OrderedDict()
         self._result_bytes = 0
+        self._detached: set[int] = set()
         self._failed: tuple[int, Failure] | None = None
         self._drop_first = False
         self._closed = False
@@ -241,6 +244,23 @@ class Line(Generic[OperationT, ResultT]):
         self._settle(seq_id, role, failure)
         return seq_id
 
+    def detach(self) -> int:
+        """The running operation goes on beside the line, which moves on. Returns its place.
+
+        Only for one of role ALONE: how it ends concerns no other.
+        """
+        seq_id, role = self._take_running()
+        if role is not Role.ALONE:
+            raise RuntimeError(f"an operation that {role.value} can't leave the line")
+        self._detached.add(seq_id)
+        self._next = seq_id + 1
+        return seq_id
+
+    def settle(self, seq_id: int, outcome: ResultT | Failure, size: int = 0) -> None:
+        """A detached operation has ended."""
+        self._detached.remove(seq_id)
+        self._keep(seq_id, outcome, size)
+
     def result(self, seq_id: int) -> ResultT | Failure | None:
         """What became of a place; None while it waits or runs.
 
@@ -250,7 +270,9 @@ class Line(Generic[OperationT, ResultT]):
         done = self._fresh.get(seq_id) or self._delivered.get(seq_id)
         if done is not None:
             return done.outcome
-        if seq_id in self._waiting or (self._running is not None and self._running[0] == seq_id):
+        if seq_id in self._waiting or seq_id in self._detached:
+            return None
+        if self._running is not None and self._running[0] == seq_id:
             return None
         if 1 <= seq_id < self._next:
             raise Expired(f"the result of seq_id {seq_id} was dropped to bound memory")
@@ -296,6 +318,9 @@ class Line(Generic[OperationT, ResultT]):
 
     def _finish(self, seq_id: int, outcome: ResultT | Failure, size: int) -> None:
         self._next = seq_id + 1
+        self._keep(seq_id, outcome, size)
+
+    def _keep(self, seq_id: int, outcome: ResultT | Failure, size: int) -> None:
         self._fresh[seq_id] = _Done(outcome, size)
         self._result_bytes += size
         limits = self._limits

@@ -6,7 +6,7 @@ HTTP or models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -117,7 +117,7 @@ class LoadState:
 @dataclass(frozen=True, slots=True)
 class SaveSnapshot:
     name: str
-    checkpoint_type: Literal["base", "delta"]
+    checkpoint_type: Literal["base", "delta", "merged_base"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,16 @@ class Answer:
     """The result of any other operation: a JSON object."""
 
     fields: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """An operation that has taken what it needs of the model; `finish` does the rest beside it.
+
+    `finish` raises OperationFailed, and runs in the export thread.
+    """
+
+    finish: Callable[[], Answer]
 
 
 @dataclass(frozen=True, slots=True)

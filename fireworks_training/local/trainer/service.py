@@ -31,10 +31,12 @@ from fireworks_training.local.trainer.line import (
 )
 from fireworks_training.local.trainer.operations import (
     Answer,
+    Deferred,
     Encoded,
     Operation,
     OperationFailed,
     PassResult,
+    SaveSnapshot,
     Submission,
 )
 from fireworks_training.local.trainer.torch_thread import TorchThread
@@ -46,6 +48,8 @@ MAX_ENDED_MODELS = 16
 MAX_SESSIONS = 1024
 SESSION_TIMEOUT_S = 300.0
 FEWEST_LOOKS_S = 0.02
+MAX_EXPORTS = 2
+"""Snapshots that are captured and not yet written; each is a copy of the model in memory."""
 
 
 class Codec(Protocol):
@@ -145,6 +149,9 @@ class TrainerService:
         self._slots: dict[str, Slot] = {}
         self._work = asyncio.Event()
         self.torch = TorchThread()
+        self.exports = TorchThread("export")
+        self._export_room = asyncio.Semaphore(MAX_EXPORTS)
+        self._exporting: set[asyncio.Task[None]] = set()
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -377,17 +384,55 @@ class TrainerService:
         model = slot.model
         assert model is not None, "a line runs only after its model was made"
 
-        def execute() -> Encoded:
+        def execute() -> Encoded | Deferred:
             result = model.execute(run.operation, drop_gradients=run.drop_gradients)
-            return self._codec.encode(result)
+            return result if isinstance(result, Deferred) else self._codec.encode(result)
 
+        saving = isinstance(run.operation, SaveSnapshot)
+        if saving:
+            await self._export_room.acquire()
         try:
             result = await self.torch.run(execute)
-        except Exception as error:
+        except BaseException as error:
+            if saving:
+                self._export_room.release()
+            if not isinstance(error, Exception):
+                raise
             slot.line.fail(_failure(error))
         else:
+            if isinstance(result, Deferred):
+                self._detach(slot, result)
+                return
             slot.line.succeed(result, len(result.body))
         slot.notify(f"op-{run.seq_id}")
+
+    def _detach(self, slot: Slot, deferred: Deferred) -> None:
+        seq_id = slot.line.detach()
+        task = asyncio.create_task(self._export(slot, seq_id, deferred))
+        self._exporting.add(task)
+        task.add_done_callback(self._exporting.discard)
+
+    async def _export(self, slot: Slot, seq_id: int, deferred: Deferred) -> None:
+        try:
+            encoded = await self.exports.run(lambda: self._codec.encode(deferred.finish()))
+        except Exception as error:
+            slot.line.settle(seq_id, _failure(error))
+        else:
+            slot.line.settle(seq_id, encoded, len(encoded.body))
+        finally:
+            self._export_room.release()
+        slot.notify(f"op-{seq_id}")
+
+    async def stop(self, timeout_s: float) -> None:
+        """End both threads after what they are at, or leave them to it after `timeout_s` seconds;
+        nothing on disk is ever half written under its final name."""
+        for task in self._exporting:
+            task.cancel()
+        await asyncio.gather(*self._exporting, return_exceptions=True)
+        await asyncio.gather(
+            asyncio.to_thread(self.torch.stop, timeout_s),
+            asyncio.to_thread(self.exports.stop, timeout_s),
+        )
 
 
 def _failure(error: Exception) -> Failure:

@@ -22,9 +22,9 @@ T = TypeVar("T")
 class TorchThread:
     """Runs functions one after another in a thread of its own. Made on the loop that awaits it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "torch") -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="torch", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, function: Callable[[], T]) -> T:

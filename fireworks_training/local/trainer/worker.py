@@ -26,7 +26,7 @@ def main(settings: dict[str, object]) -> None:
         settings: see `TrainerSettings`; unknown keys are refused.
     """
     asyncio.run(serve(TrainerSettings.model_validate(settings)))
-    if any(thread.name == "torch" for thread in threading.enumerate()):
+    if any(thread.name in ("torch", "export") for thread in threading.enumerate()):
         # An operation is still being computed. The interpreter can't end under native code that
         # may yet want it back; nothing on disk depends on the operation.
         sys.stdout.flush()

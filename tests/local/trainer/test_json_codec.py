@@ -219,7 +219,7 @@ def test_saves_and_loads() -> None:
         ("load_weights", {"path": "a", "weights_access_token": "x"}, "weights_access_token"),
         ("load_weights", {"path": "a", "optimizer": 1}, "true or false"),
         ("save_weights_for_sampler", {"path": "a/b"}, "name a snapshot"),
-        ("save_weights_for_sampler", {"path": "a", "checkpoint_type": "full"}, "base or delta"),
+        ("save_weights_for_sampler", {"path": "a", "checkpoint_type": "full"}, "base, delta"),
         ("save_weights_for_sampler", {"path": "a", "export_precision": "bf16"}, "merged_base"),
         ("save_weights_for_sampler", {"sampling_session_seq_id": 0}, "sampling_session_seq_id"),
         ("discard_gradients", {"path": "a"}, "does not know"),
@@ -229,10 +229,15 @@ def test_others_that_are_refused(kind: str, fields: dict[str, Any], words: str) 
     assert words in refused(kind, fields)
 
 
-def test_merged_base_is_refused_in_words_that_fit() -> None:
+def test_merged_base_is_for_adapters_and_refused_in_words_that_fit() -> None:
     body = {"path": "a", "checkpoint_type": "merged_base"}
-    assert "not yet supported" in refused("save_weights_for_sampler", body, LORA)
     assert "for LoRA" in refused("save_weights_for_sampler", body, FULL)
+    fp8 = {**body, "export_precision": "fp8_block128"}
+    assert "source or bf16" in refused("save_weights_for_sampler", fp8, LORA)
+    for precision in (None, "source", "bf16"):
+        fields = {**body, "export_precision": precision}
+        saved = decoded("save_weights_for_sampler", fields, LORA)
+        assert saved == SaveSnapshot("a", "merged_base")
 
 
 def test_the_digest_is_of_content() -> None:

@@ -300,3 +300,32 @@ def test_a_closed_line_finishes_what_it_has() -> None:
         put(line, 2, Op(ALONE, "works"))
     Weights().drain(line)
     assert outcome(line, 1) == "done"
+
+
+def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
+    line: Line[Op, str] = Line()
+    for seq_id, role in enumerate((ALONE, ADDS, ALONE), start=1):
+        put(line, seq_id, Op(role, "works"))
+    assert line.advance().run is not None
+    assert line.detach() == 1
+    assert line.result(1) is None
+    run = line.advance().run
+    assert run is not None
+    assert run.seq_id == 2
+    line.succeed("added")
+    assert line.advance().run is not None
+    assert line.detach() == 3
+    line.settle(3, "second")
+    line.settle(1, Failure("no room"))
+    assert (outcome(line, 1), line.result(2), line.result(3)) == ("failed", "added", "second")
+    # It concerns no other: the step goes on.
+    put(line, 4, Op(ENDS, "works"))
+    assert line.advance().run is not None
+
+
+def test_what_concerns_others_can_not_leave_the_line() -> None:
+    line: Line[Op, str] = Line()
+    put(line, 1, Op(ADDS, "works"))
+    assert line.advance().run is not None
+    with pytest.raises(RuntimeError, match="adds gradients"):
+        line.detach()
