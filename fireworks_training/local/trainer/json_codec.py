@@ -152,10 +152,10 @@ def _save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
     allow(body, allowed, "save_weights_for_sampler")
     name = _name(body, "snapshot")
     kind, precision = body.get("checkpoint_type") or "base", body.get("export_precision")
-    if kind == "base" or kind == "delta":
+    if kind in ("base", "delta"):
         if precision is not None:
             raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
-        return SaveSnapshot(name, kind)
+        return SaveSnapshot(name, "base" if kind == "base" else "delta")
     if kind != "merged_base":
         raise OperationFailed("checkpoint_type must be base, delta or merged_base")
     if not limits.lora:
@@ -166,7 +166,7 @@ def _save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
         raise OperationFailed(
             "export_precision takes source or bf16 here; others are not supported"
         )
-    return SaveSnapshot(name, kind)
+    return SaveSnapshot(name, "merged_base")
 
 
 def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:
