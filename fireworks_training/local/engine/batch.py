@@ -1,42 +1,35 @@
-"""The running batch: prefill, decode steps, and what each row still has to do.
+"""The running batch: prompts being read, rows being decoded, one packed pass a step for both.
 
-Knows the model, the cache and the requests in it; not the queue, the weights' names or the socket.
-Prompts are right-padded for the prefill, so plain causal attention needs no mask and no position is
-shifted; requests with the same prompt share one computation of it. A row leaves as soon as it is
-done; new rows join between two steps.
+Knows requests, the prefix cache and the lanes; not the queue, the weights' names or the socket.
+
+A request that is added takes a slot. If its prompt is in the cache, it gets its first token in the
+next step without any computation of its own; if the same prompt is just being read, it waits with
+the others for it; else its prompt is read, in pieces that leave room for the rows that decode. A
+row leaves as soon as it is done; new rows join between two steps.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from fireworks_training.local.engine.cache import SlotCache
-from fireworks_training.local.engine.requests import SamplingRequest, uniforms
-from fireworks_training.local.engine.sampling import SamplingRows, sample, top
-from fireworks_training.local.frames import NO_TOKEN, Finish, PromptLogprobs
-
-PREFILL_TOKENS = 8192
-"""Padded prompt tokens that one prefill computes at most (a longer prompt goes alone)."""
-
-_ECHO_ROWS = 512
-"""Prompt positions whose logits are held at once."""
-
-
-class UnsupportedModelError(Exception):
-    """The model can't be served by this engine; the message says why."""
+from fireworks_training.local.engine.attention import Pass, Piece
+from fireworks_training.local.engine.decoder import Decoder
+from fireworks_training.local.engine.lanes import Lane, LaneKind
+from fireworks_training.local.engine.prompts import Prompt, PromptStore
+from fireworks_training.local.engine.requests import SamplingRequest
+from fireworks_training.local.engine.sampling import Sampled, sample, top
+from fireworks_training.local.engine.slots import I64, SlotTable
+from fireworks_training.local.frames import PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tokens of one prefill or decode step, one entry a stream; see `frames.Step`."""
+    """Tokens of one step, one entry a stream; see `frames.Step`."""
 
     streams: npt.NDArray[np.uint32]
     tokens: npt.NDArray[np.int32]
@@ -48,167 +41,228 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What a prefill gave: the first tokens, echoed logprobs, prompt tokens not computed anew."""
+class Stepped:
+    """What a step gave.
 
-    rows: Rows
+    Attributes:
+        rows: a token for each stream that decodes, the ones that just began included; None when
+            the step only read prompts.
+        begun: streams that got their first token, with the prompt tokens that each took from
+            the cache or from a computation shared with others.
+        echoes: logprobs of the prompts of streams that began and asked for them.
+    """
+
+    rows: Rows | None
+    begun: list[tuple[int, int]]
     echoes: list[PromptLogprobs]
-    cached: npt.NDArray[np.uint32]
 
 
-class Decoder:
-    """The two parts of a causal language model that the engine calls: its body and its head."""
+@dataclass(slots=True)
+class _Echo:
+    """Logprobs of a prompt's last tokens, in pieces as they are computed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Checks that head(body(x)) is the model, and that every layer attends to all it saw.
+    first: int
+    logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    top_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    top_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
-        Raises:
-            UnsupportedModelError: it isn't, or it doesn't.
-        """
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedModelError(
-                f"layers of type {sorted(kinds)}: only full attention can be served yet"
-            )
-        body = model.get_decoder()  # type: ignore[no-untyped-call]
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if body is None or head is None:
-            raise UnsupportedModelError(f"{type(model).__name__} has no separate body and head")
-        self._body: torch.nn.Module = body
-        self._head: torch.nn.Module = head
-        # transformers 5.24 renamed the argument; the old name warns there and goes in 5.40.
-        parameters = inspect.signature(type(body).forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.vocab_size = int(head.weight.shape[0])
-        probe = torch.tensor([[0, min(1, self.vocab_size - 1)]])
-        with torch.inference_mode():
-            expected = model(input_ids=probe, use_cache=False).logits
-            if not torch.equal(self._head(self._body(input_ids=probe)[0]), expected):
-                raise UnsupportedModelError(
-                    f"the logits of {type(model).__name__} are not its head's: a scale or a cap "
-                    "that the engine does not know"
-                )
 
-    def logits(self, hidden_nE: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `[n, V]` of final hidden states."""
-        logits: torch.Tensor = self._head(hidden_nE)
-        return logits.float()
+@dataclass(slots=True)
+class _Reader:
+    """A slot whose prompt is being read, or has been."""
 
-    def prefill(self, ids_bP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states `[b, P, E]`, keys and values `[L, b, H, P, D]` of right-padded prompts."""
-        cache = DynamicCache()
-        hidden = self._body(input_ids=ids_bP, use_cache=True, **{self._cache_name: cache})[0]
-        pairs = [_keys_and_values(layer) for layer in cache.layers]
-        keys, values = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-        return hidden, keys, values
+    slot: int
+    cached: int
+    echo: _Echo | None
 
-    def decode(
-        self, ids_n: torch.Tensor, positions_n: torch.Tensor, cache: SlotCache, room: int
-    ) -> torch.Tensor:
-        """Logits `[n, V]` after one more token in each row of `cache`."""
-        columns, mask = cache.open_column(room)
-        hidden = self._body(
-            input_ids=ids_n[:, None],
-            position_ids=positions_n[:, None],
-            attention_mask=mask,
-            use_cache=True,
-            **{self._cache_name: columns},
-        )[0]
-        return self.logits(hidden[:, -1])
+
+@dataclass(slots=True)
+class _Reading:
+    """A prompt and the slots that wait for it."""
+
+    prompt: Prompt
+    readers: list[_Reader]
 
 
 class RunningBatch:
-    """The streams that hold a slot."""
+    """The streams that hold a slot.
 
-    def __init__(self, decoder: Decoder, max_slots: int) -> None:
+    Args:
+        decoder: the model.
+        max_slots: streams at most.
+        prompt_cache_bytes: what the prefix cache may come to; 0 turns it off.
+        share: whether requests with the same prompt share its computation and its memory.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_slots: int,
+        prompt_cache_bytes: int = 1 << 28,
+        *,
+        share: bool = True,
+    ) -> None:
         self._decoder = decoder
-        self._cache = SlotCache(max_slots)
-        self._requests: list[SamplingRequest] = []
-        self._last = np.zeros(max_slots, np.int64)
-        self._produced = np.zeros(max_slots, np.int64)
+        self._slots = SlotTable(max_slots, decoder.vocab_size)
+        self._store = PromptStore(decoder.geometry, prompt_cache_bytes if share else 0)
+        self._share = share
+        self._lanes: dict[LaneKind, Lane] = {}
+        self._readings: list[_Reading] = []
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._slots)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return self._slots.free
 
     @property
     def room(self) -> int:
-        """Tokens that the longest row will come to."""
-        return max((request.total for request in self._requests), default=0)
+        """Tokens that the longest stream will come to."""
+        return max((request.total for request in self._slots.requests.values()), default=0)
 
-    def forget(self) -> None:
-        """Drops the cache of an empty batch: the weights changed."""
-        assert not self._requests
-        self._cache.clear()
+    @property
+    def unread(self) -> int:
+        """Prompt tokens still to compute."""
+        return sum(reading.prompt.unread for reading in self._readings)
+
+    def forget_prompts(self) -> None:
+        """Empties the prefix cache."""
+        self._store.clear()
+
+    @torch.inference_mode()
+    def weights_changed(self) -> None:
+        """The model has new weights: what was read but has not begun is read again with them.
+
+        Streams that run go on with the keys and values they have.
+        """
+        self._decoder.refresh()
+        self._store.clear()
+        readings, self._readings = self._readings, []
+        for reading in readings:
+            for reader in reading.readers:
+                self._read(reader.slot, self._slots.requests[reader.slot])
 
     @torch.inference_mode()
     def drop(self, streams: Iterable[int]) -> None:
         """Frees the slots of cancelled streams; unknown ids are ignored."""
         gone = set(streams)
-        for row in range(len(self._requests) - 1, -1, -1):
-            if self._requests[row].stream in gone:
-                self._leave(row)
+        slots = {slot for slot, request in self._slots.requests.items() if request.stream in gone}
+        for reading in self._readings:
+            reading.readers = [r for r in reading.readers if r.slot not in slots]
+        self._readings = [reading for reading in self._readings if reading.readers]
+        self._leave(slots)
 
     @torch.inference_mode()
-    def admit(self, requests: Sequence[SamplingRequest]) -> Prefilled:
-        """Reads the prompts of `requests` and samples the first token of each.
-
-        They must fit into the free slots; `next_prefill` says how many to pass at a time.
-        """
-        prompts = list(dict.fromkeys(request.prompt for request in requests))
-        places = {prompt: place for place, prompt in enumerate(prompts)}
-        sources = np.array([places[request.prompt] for request in requests], np.int64)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        ids_bP = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.int64)
-        for place, prompt in enumerate(prompts):
-            ids_bP[place, : len(prompt)] = torch.tensor(prompt)
-        hidden_bPE, keys, values = self._decoder.prefill(ids_bP)
-
-        echoes = [
-            self._echo(request, hidden_bPE[source])
-            for request, source in zip(requests, sources, strict=True)
-            if request.echo
-        ]
-        first = len(self._requests)
-        self._requests += requests
-        self._produced[first : first + len(requests)] = 0
-        self._cache.join(keys, values, lengths, sources, self.room)
-        last_bE = hidden_bPE[torch.arange(len(prompts)), torch.from_numpy(lengths) - 1]
-        logits_nV = self._decoder.logits(last_bE)[torch.from_numpy(sources)]
-        # The first request with a prompt pays for it, the others found it computed.
-        cached = lengths[sources]
-        cached[np.unique(sources, return_index=True)[1]] = 0
-        return Prefilled(self._take(logits_nV, first), echoes, cached.astype(np.uint32))
+    def add(self, request: SamplingRequest) -> None:
+        """Takes up a request; there has to be a free slot."""
+        self._read(self._slots.take(request), request)
 
     @torch.inference_mode()
-    def step(self) -> Rows:
-        """One more token for every row. The batch must not be empty."""
-        n = len(self._requests)
-        positions = torch.from_numpy(self._cache.lengths[:n].copy())
-        ids = torch.from_numpy(self._last[:n].copy())
-        return self._take(self._decoder.decode(ids, positions, self._cache, self.room), 0)
+    def step(self, max_tokens: int = 1 << 30) -> Stepped:
+        """One more token for every row, and up to `max_tokens` (at least one) of prompts read."""
+        lanes = list(self._lanes.values())
+        pieces = self._next_pieces(max_tokens)
+        running: I64 = np.concatenate([np.zeros(0, np.int64), *(lane.slots for lane in lanes)])
+        hidden_NE = self._forward(running, lanes, pieces)
+        if hidden_NE is not None:
+            self._finish_pieces(pieces, hidden_NE[len(running) :])
+        ready = [reading for reading in self._readings if not reading.prompt.unread]
+        self._readings = [reading for reading in self._readings if reading.prompt.unread]
+        readers = [reader for reading in ready for reader in reading.readers]
+        slots: I64 = np.concatenate((running, np.array([r.slot for r in readers], np.int64)))
+        if not len(slots):
+            return Stepped(None, [], [])
+        rows = self._sample(slots, self._last_hidden(hidden_NE, len(running), ready))
+        begun = [(self._slots.requests[r.slot].stream, r.cached) for r in readers]
+        echoes = [self._echoed(reader) for reader in readers if reader.echo is not None]
+        ended = set(slots[rows.finished != 0].tolist())
+        for reading in ready:
+            self._join(reading.prompt, [r.slot for r in reading.readers if r.slot not in ended])
+        self._leave(ended)
+        return Stepped(rows, begun, echoes)
 
-    def _take(self, logits_nV: torch.Tensor, first: int) -> Rows:
-        """Samples the rows from `first` on, notes their tokens, and lets finished rows leave."""
-        requests = self._requests[first:]
-        produced = self._produced[first : first + len(requests)]
-        sampled = sample(logits_nV, _sampling_rows(requests, produced))
-        tokens = sampled.tokens.copy()
-        self._last[first : first + len(requests)] = tokens
-        produced += 1
-        finished = np.zeros(len(requests), np.uint8)
-        for index, request in enumerate(requests):
-            if not sampled.finite[index]:
-                finished[index] = Finish.NOT_FINITE
-                tokens[index] = NO_TOKEN
-            elif request.max_tokens == 0:
-                finished[index] = Finish.LENGTH
-                tokens[index] = NO_TOKEN
-            elif int(tokens[index]) in request.stop_ids:
-                finished[index] = Finish.STOP
-            elif produced[index] >= request.max_tokens:
-                finished[index] = Finish.LENGTH
-        rows = Rows(
-            np.array([request.stream for request in requests], np.uint32),
+    # -- prompts ---------------------------------------------------------------------------------
+
+    def _read(self, slot: int, request: SamplingRequest) -> None:
+        """Finds the request's prompt, or the reading that it can wait for, or begins one."""
+        tokens = request.prompt
+        first = max(1, len(tokens) - request.echo)
+        # The logprob of a prompt token needs the hidden state before it, which no cache holds.
+        echo = _Echo(first) if request.echo else None
+        usable = len(tokens) - 1 if echo is None else min(first, len(tokens)) - 1
+        if self._share:
+            for reading in self._readings:
+                if reading.prompt.tokens == tokens and reading.prompt.done <= usable:
+                    reading.readers.append(_Reader(slot, len(tokens), echo))
+                    return
+            if echo is None and (known := self._store.find(tokens)) is not None:
+                self._readings.append(_Reading(known, [_Reader(slot, len(tokens), None)]))
+                return
+        prompt = self._store.start(tokens, usable)
+        self._readings.append(_Reading(prompt, [_Reader(slot, prompt.reused, echo)]))
+
+    def _next_pieces(self, max_tokens: int) -> list[Piece]:
+        """What of the prompts is read in this step, oldest first."""
+        pieces: list[Piece] = []
+        left = max(1, max_tokens)
+        for reading in self._readings:
+            prompt = reading.prompt
+            if prompt.unread and left > 0:
+                pieces.append(Piece(prompt, prompt.done + min(left, prompt.unread)))
+                left -= len(pieces[-1])
+        return pieces
+
+    def _forward(
+        self, running: I64, lanes: Sequence[Lane], pieces: Sequence[Piece]
+    ) -> torch.Tensor | None:
+        """Hidden states of the rows, then of the pieces; None when there are neither."""
+        ids = [self._slots.last[running]]
+        positions = [self._slots.positions(running)]
+        for piece in pieces:
+            ids.append(np.array(piece.tokens, np.int64))
+            positions.append(np.arange(piece.start, piece.end))
+        ids_N = torch.from_numpy(np.concatenate(ids))
+        if not len(ids_N):
+            return None
+        positions_N = torch.from_numpy(np.concatenate(positions))
+        return self._decoder.hidden(ids_N, positions_N, Pass(lanes, pieces))
+
+    def _finish_pieces(self, pieces: Sequence[Piece], hidden_NE: torch.Tensor) -> None:
+        """Takes echoes and last hidden states, and stores the prompts that are whole now."""
+        readings = {id(reading.prompt): reading for reading in self._readings}
+        parts = torch.split_with_sizes(hidden_NE, [len(piece) for piece in pieces])
+        for piece, hidden_cE in zip(pieces, parts, strict=True):
+            for reader in readings[id(piece.prompt)].readers:
+                if reader.echo is not None:
+                    request = self._slots.requests[reader.slot]
+                    self._echo(reader.echo, request.top_logprobs, piece, hidden_cE)
+            piece.prompt.done = piece.end
+            if not piece.prompt.unread:
+                piece.prompt.last_E = hidden_cE[-1].clone()
+                self._store.put(piece.prompt)
+
+    def _last_hidden(
+        self, hidden_NE: torch.Tensor | None, running: int, ready: Sequence[_Reading]
+    ) -> torch.Tensor:
+        """Hidden states to sample from: the running rows', then one for each reader."""
+        parts: list[torch.Tensor] = []
+        if hidden_NE is not None and running:
+            parts.append(hidden_NE[:running])
+        for reading in ready:
+            assert reading.prompt.last_E is not None
+            parts.append(reading.prompt.last_E.expand(len(reading.readers), -1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _sample(self, slots: I64, hidden_nE: torch.Tensor) -> Rows:
+        logits_nV = self._decoder.logits(hidden_nE)
+        sampled: Sampled = sample(logits_nV, self._slots.sampling_rows(slots))
+        tokens, finished = self._slots.advance(slots, sampled)
+        return Rows(
+            self._slots.streams(slots),
             tokens,
             sampled.logprobs,
             sampled.sampling_logprobs,
@@ -216,75 +270,55 @@ class RunningBatch:
             sampled.top_ids,
             sampled.top_logprobs,
         )
-        for index in np.flatnonzero(finished)[::-1]:
-            self._leave(first + int(index))
-        return rows
 
-    def _leave(self, row: int) -> None:
-        self._cache.leave(row)
-        last = self._requests.pop()
-        if row < len(self._requests):
-            self._requests[row] = last
-            self._last[row] = self._last[len(self._requests)]
-            self._produced[row] = self._produced[len(self._requests)]
+    def _join(self, prompt: Prompt, slots: list[int]) -> None:
+        if not slots:
+            return
+        shared = LaneKind.of(prompt, shared=True)
+        # Followers of a prompt that several rows decode already join them.
+        together = self._share and (
+            len(slots) > 1 or (shared in self._lanes and self._lanes[shared].holds(prompt))
+        )
+        kind = LaneKind.of(prompt, shared=together)
+        if kind not in self._lanes:
+            self._lanes[kind] = Lane(kind, self._decoder.geometry)
+        self._lanes[kind].join(prompt, slots)
 
-    def _echo(self, request: SamplingRequest, hidden_PE: torch.Tensor) -> PromptLogprobs:
-        """Raw logprobs of the last `echo` prompt tokens, the very first one excepted."""
-        length = len(request.prompt)
-        first = max(1, length - request.echo)
-        targets = torch.tensor(request.prompt[first:], dtype=torch.int64)
-        logprobs, top_ids, top_logprobs = [], [], []
-        for start in range(0, len(targets), _ECHO_ROWS):
-            targets_n = targets[start : start + _ECHO_ROWS]
-            # The logits at a position are about the token after it.
-            at = first - 1 + start
-            logits_nV = self._decoder.logits(hidden_PE[at : at + len(targets_n)])
-            lse_n = torch.logsumexp(logits_nV, dim=-1)
-            logprobs.append((logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n).numpy())
-            wanted = np.full(len(targets_n), request.top_logprobs)
-            ids, values = top(logits_nV, lse_n, wanted)
-            top_ids.append(ids)
-            top_logprobs.append(values)
+    def _leave(self, slots: set[int]) -> None:
+        for kind, lane in list(self._lanes.items()):
+            lane.leave(slots)
+            # Lanes that nobody needs give their memory back.
+            if not len(lane):
+                del self._lanes[kind]
+        for slot in slots:
+            self._slots.release(slot)
+
+    # -- echoes ----------------------------------------------------------------------------------
+
+    def _echo(self, echo: _Echo, k: int, piece: Piece, hidden_cE: torch.Tensor) -> None:
+        """Raw logprobs of the prompt tokens whose predecessors were just computed."""
+        tokens = piece.prompt.tokens
+        # The logits at a position are about the token after it.
+        low, high = max(echo.first, piece.start + 1), min(len(tokens), piece.end + 1)
+        if low >= high:
+            return
+        targets_n = torch.tensor(tokens[low:high])
+        at = slice(low - 1 - piece.start, high - 1 - piece.start)
+        logits_nV = self._decoder.logits(hidden_cE[at])
+        lse_n = torch.logsumexp(logits_nV, dim=-1)
+        logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
+        ids, values = top(logits_nV, lse_n, np.full(len(targets_n), k))
+        echo.logprobs.append(logprobs_n.numpy())
+        echo.top_ids.append(ids)
+        echo.top_logprobs.append(values)
+
+    def _echoed(self, reader: _Reader) -> PromptLogprobs:
+        request, echo = self._slots.requests[reader.slot], reader.echo
+        assert echo is not None
         k = request.top_logprobs
         return PromptLogprobs(
             request.stream,
-            np.concatenate([*logprobs, np.empty(0, np.float32)]),
-            np.concatenate([*top_ids, np.empty((0, k), np.int32)]),
-            np.concatenate([*top_logprobs, np.empty((0, k), np.float32)]),
+            np.concatenate([*echo.logprobs, np.empty(0, np.float32)]),
+            np.concatenate([*echo.top_ids, np.empty((0, k), np.int32)]),
+            np.concatenate([*echo.top_logprobs, np.empty((0, k), np.float32)]),
         )
-
-
-def next_prefill(waiting: Sequence[SamplingRequest]) -> int:
-    """How many requests, from the front, one prefill takes: see `PREFILL_TOKENS`."""
-    prompts: set[tuple[int, ...]] = set()
-    longest = 0
-    for count, request in enumerate(waiting):
-        longest = max(longest, len(request.prompt))
-        prompts.add(request.prompt)
-        if count and len(prompts) * longest > PREFILL_TOKENS:
-            return count
-    return len(waiting)
-
-
-def _sampling_rows(
-    requests: Sequence[SamplingRequest], produced: npt.NDArray[np.int64]
-) -> SamplingRows:
-    keys = np.array([request.key for request in requests], np.uint64)
-    return SamplingRows(
-        temperature=np.array([request.temperature for request in requests], np.float32),
-        top_p=np.array([request.top_p for request in requests], np.float32),
-        top_k=np.array([request.top_k for request in requests], np.int64),
-        uniform=uniforms(keys, produced.astype(np.uint64)),
-        top_logprobs=np.array([request.top_logprobs for request in requests], np.int64),
-        banned={
-            index: request.stop_ids
-            for index, request in enumerate(requests)
-            if produced[index] < request.min_tokens and request.stop_ids
-        },
-    )
-
-
-def _keys_and_values(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise UnsupportedModelError(f"a cache layer is a {type(layer).__name__}, not keys/values")
-    return layer.keys, layer.values

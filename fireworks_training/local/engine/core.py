@@ -1,10 +1,12 @@
-"""The engine without its socket: takes controls, gives frames, one decode step a tick.
+"""The engine without its socket: takes controls, gives frames, one step a tick.
 
 Knows the queue of waiting requests, the running batch and the pending hot load, and decides in
 which order they get the thread. Knows no file descriptors; its only clock is the one it is given.
 
 The rules:
-1. A request waits until the running batch has a slot and the cache has room for it at its longest.
+1. A request waits until the running batch has a slot, the cache has room for it at its longest,
+   and the prompts before it leave some of the next step's tokens to it: time in the queue is time
+   in which nothing is done for the request.
 2. A hot load is swapped in between two steps, as `loads` says.
 3. A request that is cancelled holds no slot at the next tick.
 """
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fireworks_training.local.engine.batch import Decoder, Rows, RunningBatch, next_prefill
+from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
+from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.loads import HotLoads, Run, Transition, at_once
 from fireworks_training.local.engine.requests import RequestRefused, SamplingRequest, parse_add
 from fireworks_training.local.engine.weights import ServedWeights
@@ -43,12 +46,17 @@ class EngineLimits:
         max_waiting: requests that wait beyond those.
         max_context: tokens of prompt and completion together.
         cache_tokens: rows times columns of the key/value cache; one stream is always allowed.
+        prompt_tokens: tokens of the prefix cache; 0 turns it off, and the sharing of prompts.
+        step_tokens: prompt tokens that one step reads at most. A step takes longer with more of
+            them, and all running streams wait for it.
     """
 
     max_slots: int = 256
     max_waiting: int = 4096
     max_context: int = 2048
     cache_tokens: int = 1 << 20
+    prompt_tokens: int = 1 << 17
+    step_tokens: int = 512
 
 
 class Engine:
@@ -75,8 +83,16 @@ class Engine:
         self._limits = limits
         self._clock = clock
         self._eos_ids = _eos_ids(weights)
-        self._decoder = Decoder(weights.model)
-        self._batch = RunningBatch(self._decoder, limits.max_slots)
+        self._decoder = Decoder(weights.model, limits.max_context)
+        self._batch = RunningBatch(
+            self._decoder,
+            limits.max_slots,
+            limits.prompt_tokens * self._decoder.geometry.bytes_per_token,
+            share=limits.prompt_tokens > 0,
+        )
+        # When the requests whose first token is still to come left the queue.
+        self._started: dict[int, float] = {}
+        self._queued: dict[int, float] = {}
         self._waiting: dict[int, SamplingRequest] = {}
         self._live: set[int] = set()
         self._outbox: list[bytes] = []
@@ -125,8 +141,7 @@ class Engine:
                     raise ValueError("a load has a transition, ASYNC or SYNC, and a flag restore")
                 self.loads.request(number, identity, transition, restore=restore)
             case {"op": "reset_prompt_cache"}:
-                # No prompt outlives its batch here, so there is nothing stale to drop.
-                pass
+                self._batch.forget_prompts()
             case _:
                 raise ValueError(f"control {str(message.get('op'))[:40]!r} is not understood")
 
@@ -137,6 +152,8 @@ class Engine:
             return
         for stream in gone:
             self._waiting.pop(stream, None)
+            self._started.pop(stream, None)
+            self._queued.pop(stream, None)
         self._batch.drop(gone)
         self._live -= gone
         self._counts_changed = True
@@ -152,10 +169,11 @@ class Engine:
         stepped = False
         self.loads.advance(running=bool(len(self._batch)))
         if not self.loads.closes_admission:
-            stepped = self._admit()
+            self._admit()
         if len(self._batch):
-            self._send_rows(self._batch.step())
-            stepped = True
+            step = self._batch.step(self._limits.step_tokens)
+            self._send(step)
+            stepped = step.rows is not None
         if self._counts_changed and not stepped:
             self._send_counts()
         self._counts_changed = False
@@ -189,49 +207,42 @@ class Engine:
         self._waiting[stream] = request
         self._live.add(stream)
 
-    def _admit(self) -> bool:
-        """Begins as many waiting requests as one prefill may take; whether there were any."""
-        candidates = self._fitting()
-        if not candidates:
-            return False
-        begun = candidates[: next_prefill(candidates)]
-        started = self._clock()
-        prefilled = self._batch.admit(begun)
-        seconds = self._clock() - started
-        for request in begun:
+    def _admit(self) -> None:
+        """Gives slots to the waiting requests that the next step can do something for."""
+        now = self._clock()
+        longest = self._batch.room
+        for request in list(self._waiting.values()):
+            rows = len(self._batch) + 1
+            longest = max(longest, request.total)
+            if rows > self._limits.max_slots or self._batch.unread >= self._limits.step_tokens:
+                return
+            if rows > 1 and rows * longest > self._limits.cache_tokens:
+                return
             del self._waiting[request.stream]
-        concurrent = len(self._live)
-        n = len(begun)
-        self._outbox.append(
-            encode_begun(
-                Begun(
-                    version=self._weights.held.version,
-                    streams=prefilled.rows.streams,
-                    queued=np.array([started - r.arrived for r in begun], np.float32),
-                    prefill=np.full(n, seconds, np.float32),
-                    cached=prefilled.cached,
-                    active=np.full(n, concurrent, np.uint32),
+            self._started[request.stream] = now
+            self._queued[request.stream] = now - request.arrived
+            self._batch.add(request)
+
+    def _send(self, stepped: Stepped) -> None:
+        """The frames of one step; what is said of beginnings goes before their first tokens."""
+        if stepped.begun:
+            now = self._clock()
+            streams = [stream for stream, _ in stepped.begun]
+            self._outbox.append(
+                encode_begun(
+                    Begun(
+                        version=self._weights.held.version,
+                        streams=np.array(streams, np.uint32),
+                        queued=np.array([self._queued.pop(s) for s in streams], np.float32),
+                        prefill=np.array([now - self._started.pop(s) for s in streams], np.float32),
+                        cached=np.array([cached for _, cached in stepped.begun], np.uint32),
+                        active=np.full(len(streams), len(self._live), np.uint32),
+                    )
                 )
             )
-        )
-        self._outbox += [encode_prompt_logprobs(echo) for echo in prefilled.echoes]
-        self._send_rows(prefilled.rows)
-        return True
-
-    def _fitting(self) -> list[SamplingRequest]:
-        """The waiting requests, oldest first, that slots and cache have room for."""
-        running = len(self._batch)
-        longest = self._batch.room
-        fitting: list[SamplingRequest] = []
-        for request in self._waiting.values():
-            rows = running + len(fitting) + 1
-            longest = max(longest, request.total)
-            if rows > self._limits.max_slots:
-                break
-            if rows > 1 and rows * longest > self._limits.cache_tokens:
-                break
-            fitting.append(request)
-        return fitting
+        self._outbox += [encode_prompt_logprobs(echo) for echo in stepped.echoes]
+        if stepped.rows is not None:
+            self._send_rows(stepped.rows)
 
     def _send_rows(self, rows: Rows) -> None:
         self._live.difference_update(rows.streams[rows.finished != 0].tolist())
@@ -279,8 +290,7 @@ class Engine:
 
     def _weights_changed(self) -> None:
         """What was computed with the old weights stays with the completions that run, only."""
-        if not len(self._batch):
-            self._batch.forget()
+        self._batch.weights_changed()
 
 
 def _eos_ids(weights: ServedWeights) -> frozenset[int]:

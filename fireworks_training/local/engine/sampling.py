@@ -43,7 +43,8 @@ class SamplingRows:
 class Sampled:
     """Arrays of n entries; the top arrays are `[n, k]`, k the largest number asked for.
 
-    `finite` is False where the logits held NaN or infinity: the row's other values mean nothing.
+    `finite` is False where the logits held NaN, infinity or nothing but -infinity: the row's other
+    values mean nothing.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -56,18 +57,23 @@ class Sampled:
 
 def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
     """One token for each row of `logits_nV` (float32 `[n, V]`, not changed)."""
-    finite_n = torch.isfinite(logits_nV).all(dim=-1)
+    raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
+    # A sum of exponentials is finite where no logit is NaN or infinite and not all are -infinite.
+    finite_n = torch.isfinite(raw_lse_n)
     if not bool(finite_n.all()):
         logits_nV = torch.where(finite_n[:, None], logits_nV, 0.0)
-    raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
+        raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
 
     temperature_n = torch.from_numpy(rows.temperature)
     greedy_n = temperature_n == 0
     policy_nV = _policy_logits(logits_nV, temperature_n, greedy_n, rows)
     policy_lse_n = raw_lse_n if policy_nV is logits_nV else torch.logsumexp(policy_nV, dim=-1)
-    tokens_n = _inverse_cdf(policy_nV, policy_lse_n, torch.from_numpy(rows.uniform))
-    if bool(greedy_n.any()):
-        tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
+    if bool(greedy_n.all()):
+        tokens_n = policy_nV.argmax(dim=-1)
+    else:
+        tokens_n = _inverse_cdf(policy_nV, policy_lse_n, torch.from_numpy(rows.uniform))
+        if bool(greedy_n.any()):
+            tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
 
     at = tokens_n[:, None]
     logprobs_n = logits_nV.gather(1, at)[:, 0] - raw_lse_n

@@ -10,16 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from fireworks_training.local.engine.batch import (
-    PREFILL_TOKENS,
-    Decoder,
-    Rows,
-    RunningBatch,
-    UnsupportedModelError,
-    next_prefill,
-)
+from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
+from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.requests import SamplingRequest, key_of_seed
 from fireworks_training.local.frames import NO_TOKEN, Finish, PromptLogprobs
 from tests.local.engine.tiny_model import VOCABULARY, tiny_qwen3
@@ -30,8 +24,15 @@ SLOTS = 8
 class Recorder:
     """Runs a batch and keeps what each stream got."""
 
-    def __init__(self, model: Qwen3ForCausalLM) -> None:
-        self.batch = RunningBatch(Decoder(model), SLOTS)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        fuse: bool | None = None,
+        share: bool = True,
+        slots: int = SLOTS,
+    ) -> None:
+        self.batch = RunningBatch(Decoder(model, 512, fuse), slots, share=share)
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.logprobs: dict[int, list[float]] = defaultdict(list)
         self.sampling: dict[int, list[float]] = defaultdict(list)
@@ -41,14 +42,17 @@ class Recorder:
         self.cached: dict[int, int] = {}
 
     def admit(self, *requests: SamplingRequest) -> None:
-        prefilled = self.batch.admit(requests)
-        for request, cached in zip(requests, prefilled.cached, strict=True):
-            self.cached[request.stream] = int(cached)
-        self.echoes |= {echo.stream: echo for echo in prefilled.echoes}
-        self._take(prefilled.rows)
+        for made in requests:
+            self.batch.add(made)
+        self.step()
 
-    def step(self) -> None:
-        self._take(self.batch.step())
+    def step(self, max_tokens: int = 1 << 30) -> Stepped:
+        stepped = self.batch.step(max_tokens)
+        self.cached |= dict(stepped.begun)
+        self.echoes |= {echo.stream: echo for echo in stepped.echoes}
+        if stepped.rows is not None:
+            self._take(stepped.rows)
+        return stepped
 
     def finish_all(self) -> None:
         while len(self.batch):
@@ -103,11 +107,12 @@ def test_mixed_lengths_agree_with_a_plain_forward(model: Qwen3ForCausalLM) -> No
 
 
 def test_a_shifted_mask_would_be_seen(model: Qwen3ForCausalLM) -> None:
-    """Negative control: with one position too few in the mask the comparison fails."""
+    """Negative control: with one column too few to see the comparison fails."""
     recorder = Recorder(model)
     made = request(0, prompt_of(5, 0), max_tokens=8)
     recorder.admit(made)
-    recorder.batch._cache.lengths[0] -= 1
+    (lane,) = recorder.batch._lanes.values()
+    lane._prompts[0].tokens = lane._prompts[0].tokens[:-1]
     recorder.finish_all()
     with pytest.raises(AssertionError):
         check(model, recorder, [made])
@@ -132,15 +137,17 @@ def test_any_order_of_joining_and_leaving(model: Qwen3ForCausalLM, data: st.Data
                 for i in range(data.draw(st.integers(1, free)))
             ]
             requests += joining
-            recorder.admit(*joining)
+            for made in joining:
+                recorder.batch.add(made)
         elif action == "cancel" and requests:
             victim = data.draw(st.integers(0, len(requests) - 1))
             cancelled.add(victim)
             recorder.batch.drop([victim, 10**6])
         elif len(recorder.batch):
+            budget = data.draw(st.sampled_from([1, 7, 1 << 30]))
             for _ in range(data.draw(st.integers(1, 70))):
                 if len(recorder.batch):
-                    recorder.step()
+                    recorder.step(budget)
     recorder.finish_all()
     check(model, recorder, requests)
     for made in requests:
@@ -252,32 +259,98 @@ def test_weights_that_diverged_end_the_stream_without_a_token() -> None:
     recorder.admit(request(0, [3, 4]))
     with torch.no_grad():
         broken.lm_head.weight[7] = torch.nan
+    recorder.batch.weights_changed()
     recorder.step()
     assert recorder.finish[0] is Finish.NOT_FINITE
     assert len(recorder.tokens[0]) == 1
 
 
-def test_next_prefill_is_bounded_but_never_empty() -> None:
-    long = request(0, [1] * PREFILL_TOKENS)
-    assert next_prefill([long, request(1, [2])]) == 1
-    assert next_prefill([long, replace(long, stream=1), replace(long, stream=2)]) == 3
-    small = [request(i, prompt_of(64, i)) for i in range(PREFILL_TOKENS // 64 + 5)]
-    assert next_prefill(small) == PREFILL_TOKENS // 64
+def test_pieces_of_a_prompt_give_the_same_as_the_whole(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(40, 3)
+    whole, pieces = Recorder(model), Recorder(model)
+    whole.admit(request(0, prompt, echo=40))
+    whole.finish_all()
+    running = request(1, prompt_of(5, 9), max_tokens=30)
+    pieces.admit(running)
+    pieces.batch.add(request(0, prompt, echo=40))
+    steps = 0
+    while 0 not in pieces.cached:
+        before = len(pieces.tokens[1])
+        stepped = pieces.step(7)
+        steps += 1
+        assert len(pieces.tokens[1]) == before + 1, "a row waits for no prompt"
+        assert stepped.rows is not None
+    assert steps == 6
+    pieces.finish_all()
+    assert pieces.tokens[0] == whole.tokens[0]
+    np.testing.assert_allclose(pieces.echoes[0].logprobs, whole.echoes[0].logprobs, atol=1e-4)
+    check(model, pieces, [running])
 
 
-def test_models_that_would_be_served_wrongly_are_refused() -> None:
-    sliding = tiny_qwen3()
-    sliding.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UnsupportedModelError, match="sliding"):
-        Decoder(sliding)
-    scaled = tiny_qwen3()
-    plain = scaled.forward
+def test_a_prompt_that_was_read_is_not_read_again(model: Qwen3ForCausalLM) -> None:
+    first, same = request(0, prompt_of(40, 1)), request(1, prompt_of(40, 1))
+    longer = request(2, [*prompt_of(40, 1), *prompt_of(9, 2)])
+    branch = request(3, [*prompt_of(40, 1)[:20], *prompt_of(20, 5)])
+    other = request(4, prompt_of(40, 8))
+    recorder = Recorder(model)
+    for made in (first, same, longer, branch, other):
+        recorder.admit(made)
+    recorder.finish_all()
+    assert recorder.cached == {0: 0, 1: 40, 2: 40, 3: 20, 4: 0}
+    check(model, recorder, [first, same, longer, branch, other])
 
-    def capped(*args: object, **kwargs: object) -> object:
-        output = plain(*args, **kwargs)
-        output.logits = output.logits.tanh()
-        return output
 
-    scaled.forward = capped
-    with pytest.raises(UnsupportedModelError, match="head"):
-        Decoder(scaled)
+def test_an_echo_is_computed_even_where_the_prompt_is_known(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(40, 4)
+    recorder = Recorder(model)
+    recorder.admit(request(0, prompt))
+    recorder.admit(request(1, prompt, echo=40))
+    recorder.admit(request(2, prompt, echo=5))
+    recorder.finish_all()
+    assert recorder.cached == {0: 0, 1: 0, 2: 34}
+    expected = plain_logprobs(model, prompt[:1], prompt[1:])[np.arange(39), prompt[1:]]
+    np.testing.assert_allclose(recorder.echoes[1].logprobs, expected, atol=1e-4)
+    np.testing.assert_allclose(recorder.echoes[2].logprobs, expected[-5:], atol=1e-4)
+
+
+def test_new_weights_forget_prompts_and_reread_what_has_not_begun() -> None:
+    served, fresh = tiny_qwen3(1), tiny_qwen3(2)
+    recorder = Recorder(served)
+    recorder.admit(request(0, prompt_of(40, 1)))
+    recorder.finish_all()
+    recorder.batch.add(request(1, prompt_of(30, 2)))
+    recorder.step(10)
+    with torch.no_grad():
+        for mine, new in zip(served.parameters(), fresh.parameters(), strict=True):
+            mine.copy_(new)
+    recorder.batch.weights_changed()
+    after = request(2, prompt_of(40, 1))
+    recorder.batch.add(after)
+    recorder.finish_all()
+    assert recorder.cached == {0: 0, 1: 0, 2: 0}
+    check(fresh, recorder, [request(1, prompt_of(30, 2)), after])
+    # Negative control: the old weights would be seen.
+    with pytest.raises(AssertionError):
+        check(tiny_qwen3(1), recorder, [after])
+
+
+def test_without_sharing_each_request_reads_its_own_prompt(model: Qwen3ForCausalLM) -> None:
+    requests = [request(i, prompt_of(20, 1)) for i in range(3)]
+    recorder = Recorder(model, share=False)
+    recorder.admit(*requests)
+    recorder.finish_all()
+    assert recorder.cached == {0: 0, 1: 0, 2: 0}
+    check(model, recorder, requests)
+
+
+def test_many_samples_of_a_few_prompts(model: Qwen3ForCausalLM) -> None:
+    """Groups of unlike size, one over what a lane holds together, rows leaving out of order."""
+    requests = [
+        request(i, prompt_of(10 + i % 3, i % 3), max_tokens=1 + (i * 7) % 23) for i in range(60)
+    ]
+    requests += [request(60 + i, prompt_of(12, 2), max_tokens=5 + i) for i in range(20)]
+    recorder = Recorder(model, slots=80)
+    recorder.admit(*requests)
+    recorder.finish_all()
+    check(model, recorder, requests)
+    assert [len(recorder.tokens[r.stream]) for r in requests] == [r.max_tokens for r in requests]

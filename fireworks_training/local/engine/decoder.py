@@ -1,0 +1,212 @@
+"""The model as the engine calls it: hidden states of a packed pass, and logits of some of them.
+
+Knows the parts of a Hugging Face causal language model; no requests. Any model is served whose
+attention layers go through the library's attention interface and attend to all they saw: its
+modules run as they are, and only attention is ours. Families that `fused` knows run faster. Either
+way a probe compares with the model itself before anything is served.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fireworks_training.local.engine.attention import Pass, Piece
+from fireworks_training.local.engine.fused import FusedBody, NotFusable
+from fireworks_training.local.engine.lanes import Lane, LaneKind
+from fireworks_training.local.engine.prompts import Geometry, Prompt
+from fireworks_training.local.model import vocab_size
+
+_ATTENTION = "fireworks_training_engine"
+_PROBE_TOLERANCE = 2e-4
+_PROBE_TOKENS = 6
+
+
+class UnsupportedModelError(Exception):
+    """The model can't be served by this engine; the message says why."""
+
+
+class Attention(Protocol):
+    """Who attends for the layers: a `Pass`, or the probe that learns their shapes."""
+
+    def attend(
+        self,
+        layer: int,
+        queries_NQD: torch.Tensor,
+        keys_NHD: torch.Tensor,
+        values_NHD: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """See `Pass.attend`."""
+        ...
+
+
+_attention: ContextVar[Attention | None] = ContextVar("engine_attention", default=None)
+
+
+def _interface(
+    module: torch.nn.Module,
+    query_1QND: torch.Tensor,
+    key_1HND: torch.Tensor,
+    value_1HND: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """What the library's layers call; outside of an engine's pass plain causal attention."""
+    attention = _attention.get()
+    if attention is None:
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query_1QND, key_1HND, value_1HND, attention_mask, scaling=scaling
+        )
+        return plain
+    if options.get("sliding_window") or options.get("softcap") or options.get("s_aux") is not None:
+        raise UnsupportedModelError("attention with a window, a cap or sinks can't be served")
+    scale = query_1QND.shape[-1] ** -0.5 if scaling is None else scaling
+    out_NQD = attention.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query_1QND[0].transpose(0, 1),
+        key_1HND[0].transpose(0, 1),
+        value_1HND[0].transpose(0, 1),
+        scale,
+    )
+    return out_NQD[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
+
+
+class Decoder:
+    """A model, split into its body and its head.
+
+    Attributes:
+        vocab_size: token ids that can be fed and sampled.
+        geometry: of its keys and values.
+
+    Args:
+        model: in eval mode; its attention implementation is replaced.
+        max_context: positions that it has to serve.
+        fuse: whether a faster body may be used; None = where the family is known.
+
+    Raises:
+        UnsupportedModelError: this engine would not serve it faithfully.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_context: int, fuse: bool | None = None) -> None:
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UnsupportedModelError(
+                f"layers of type {sorted(kinds)}: only full attention can be served yet"
+            )
+        body = model.get_decoder()  # type: ignore[no-untyped-call]
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if body is None or head is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no separate body and head")
+        self._body: torch.nn.Module = body
+        self._head: torch.nn.Module = head
+        self.vocab_size = min(int(head.weight.shape[0]), vocab_size(model))
+        self._fused: FusedBody | None = None
+        ids = torch.arange(_PROBE_TOKENS) % self.vocab_size
+        with torch.inference_mode():
+            expected_NV = model(input_ids=ids[None], use_cache=False).logits[0].float()
+            model.set_attn_implementation(_ATTENTION)
+            self.geometry = self._measure(ids)
+            self._check(ids, expected_NV, type(model).__name__)
+            if fuse is not False:
+                try:
+                    self._fused = FusedBody(model, max_context)
+                except NotFusable as reason:
+                    if fuse:
+                        raise UnsupportedModelError(str(reason)) from None
+                else:
+                    self._check(ids, expected_NV, type(model).__name__)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the faster body runs."""
+        return self._fused is not None
+
+    def refresh(self) -> None:
+        """To be called when the model's weights have changed."""
+        if self._fused is not None:
+            self._fused.refresh()
+
+    def hidden(
+        self, ids_N: torch.Tensor, positions_N: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """Final hidden states `[N, E]` of one pass."""
+        if self._fused is not None:
+            return self._fused.hidden(ids_N, positions_N, attention.attend)
+        token = _attention.set(attention)
+        try:
+            hidden_1NE: torch.Tensor = self._body(
+                input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False
+            )[0]
+        finally:
+            _attention.reset(token)
+        return hidden_1NE[0]
+
+    def logits(self, hidden_nE: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `[n, V]` of final hidden states."""
+        if self._fused is not None:
+            return self._fused.logits(hidden_nE)
+        logits: torch.Tensor = self._head(hidden_nE)
+        return logits.float()
+
+    def _measure(self, ids_N: torch.Tensor) -> Geometry:
+        """The shapes of keys and values, as the layers hand them over."""
+        probe = _ShapeProbe()
+        self.hidden(ids_N, torch.arange(len(ids_N)), probe)
+        shapes = set(probe.shapes.values())
+        if set(probe.shapes) != set(range(len(probe.shapes))) or len(shapes) != 1:
+            raise UnsupportedModelError(f"attention layers of unlike shapes: {probe.shapes}")
+        return Geometry(len(probe.shapes), *shapes.pop())
+
+    def _check(self, ids_N: torch.Tensor, expected_NV: torch.Tensor, name: str) -> None:
+        """A prompt in two pieces, then a token at a time, has to give the model's own logits."""
+        length = len(ids_N)
+        prompt = Prompt(tuple(ids_N[:-2].tolist()), self.geometry)
+        rows: list[torch.Tensor] = []
+        positions_N = torch.arange(length)
+        for end in (2, len(prompt.tokens)):
+            piece = Piece(prompt, end)
+            at = slice(piece.start, end)
+            rows.append(self.hidden(ids_N[at], positions_N[at], Pass([], [piece])))
+            prompt.done = end
+        lane = Lane(LaneKind.of(prompt, shared=False), self.geometry)
+        lane.join(prompt, [0])
+        rows += [
+            self.hidden(ids_N[place, None], positions_N[place, None], Pass([lane], []))
+            for place in range(len(prompt.tokens), length)
+        ]
+        error = float((self.logits(torch.cat(rows)) - expected_NV).abs().max())
+        if not error <= _PROBE_TOLERANCE * max(1.0, float(expected_NV.abs().max())):
+            raise UnsupportedModelError(
+                f"{name}: decoding with the engine's cache gives logits that differ by {error:.3g} "
+                "from the model's own: it scales, caps or masks in a way that the engine does not "
+                "know"
+            )
+
+
+class _ShapeProbe:
+    """Attends plainly and notes the shapes of each layer."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int]] = {}
+
+    def attend(
+        self,
+        layer: int,
+        queries_NQD: torch.Tensor,
+        keys_NHD: torch.Tensor,
+        values_NHD: torch.Tensor,
+        scale: float,  # noqa: ARG002 - the protocol's name
+    ) -> torch.Tensor:
+        """Zeros: only shapes matter."""
+        self.shapes[layer] = (keys_NHD.shape[1], keys_NHD.shape[2], values_NHD.shape[2])
+        return queries_NQD.new_zeros(*queries_NQD.shape[:2], values_NHD.shape[2])

@@ -1,0 +1,178 @@
+"""A faster body for Llama-like models: the same arithmetic in fewer and larger calls.
+
+Knows the modules of Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated SiLU. With
+a small model a decode step is mostly the cost of calls: here a layer is about twenty of them, with
+queries, keys and values from one product. Products go through oneDNN, with weights in its own
+layout, where this build of torch has it: measured on an AMD server core, twice as fast as the
+default library for 64 rows (57 against 117 us for 128 x 768).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+from transformers import PreTrainedModel
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_STATIC_ROPE = ("default", "linear", "llama3")
+_ONEDNN_ROWS = 12
+"""From so many rows on oneDNN's product is the faster one; below, its call costs more."""
+
+
+class NotFusable(Exception):
+    """The model is of another kind; the message says of which."""
+
+
+class Product:
+    """`x @ W^T + b` for a weight that seldom changes.
+
+    Args:
+        weight_OI: values; a copy is packed where oneDNN is there.
+        bias_O: may be missing.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self._weight_OI = weight_OI
+        self._bias_O = bias_O
+        self._packed: Tensor | None = None
+        if _has_onednn():
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self._packed = cast(Tensor, reorder(weight_OI, 64))
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
+            return linear(x_NI, self._weight_OI, self._bias_O)
+        product = torch.ops.mkldnn._linear_pointwise
+        return cast(Tensor, product(x_NI, self._packed, self._bias_O, "none", [], ""))
+
+    def silu(self, x_NI: Tensor) -> Tensor:
+        """SiLU of the product."""
+        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
+            return torch.nn.functional.silu(self(x_NI))
+        product = torch.ops.mkldnn._linear_pointwise
+        return cast(Tensor, product(x_NI, self._packed, self._bias_O, "swish", [], ""))
+
+    def times(self, x_NI: Tensor, other_NO: Tensor) -> Tensor:
+        """The product times `other`, elementwise."""
+        return self._binary(x_NI, other_NO, "mul", torch.mul)
+
+    def plus(self, x_NI: Tensor, other_NO: Tensor) -> Tensor:
+        """The product plus `other`."""
+        return self._binary(x_NI, other_NO, "add", torch.add)
+
+    def _binary(
+        self, x_NI: Tensor, other_NO: Tensor, name: str, plain: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
+            return plain(self(x_NI), other_NO)
+        product = torch.ops.mkldnn._linear_pointwise.binary
+        return cast(Tensor, product(x_NI, other_NO, self._packed, self._bias_O, name))
+
+
+def _has_onednn() -> bool:
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+class _Layer:
+    """One transformer layer's tensors, in the form in which they are used."""
+
+    def __init__(self, module: Any, heads: int, kv_heads: int) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [projection.bias for projection in projections]
+        self.qkv = Product(
+            torch.cat([projection.weight for projection in projections]),
+            None if biases[0] is None else torch.cat(biases),
+        )
+        self.out = Product(attention.o_proj.weight.detach(), attention.o_proj.bias)
+        self.gate = Product(mlp.gate_proj.weight.detach(), mlp.gate_proj.bias)
+        self.up = Product(mlp.up_proj.weight.detach(), mlp.up_proj.bias)
+        self.down = Product(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
+        self.norm_attention_E = module.input_layernorm.weight.detach()
+        self.norm_mlp_E = module.post_attention_layernorm.weight.detach()
+        # Queries and keys are normed, where the family does so, in one call with a row a head.
+        self.norm_qk_hD: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            self.norm_qk_hD = torch.cat(
+                (
+                    attention.q_norm.weight.expand(heads, -1),
+                    attention.k_norm.weight.expand(kv_heads, -1),
+                )
+            )
+
+
+class FusedBody:
+    """The body and the head of a Llama-like model.
+
+    Raises:
+        NotFusable: it is of another kind.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_context: int) -> None:
+        config = model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if config.model_type not in _FAMILIES:
+            raise NotFusable(f"model type {config.model_type!r} is none of {_FAMILIES}")
+        if config.hidden_act != "silu" or rope.get("rope_type", "default") not in _STATIC_ROPE:
+            raise NotFusable(f"activation {config.hidden_act}, positions {rope}")
+        if any(p.dtype != torch.float32 for p in model.parameters()):
+            raise NotFusable("its weights are not float32")
+        self._body = cast(Any, model.get_decoder())  # type: ignore[no-untyped-call]
+        self._head = cast(Any, model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._size: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._eps: float = config.rms_norm_eps
+        self._scale = self._size**-0.5
+        positions = torch.arange(max_context)[None]
+        cosine, sine = self._body.rotary_emb(torch.zeros(1), positions)
+        self._cosine_PD: Tensor = cosine[0].contiguous()
+        # The second half is rotated against the first: the sign is put into the sine.
+        half = self._size // 2
+        self._sine_PD: Tensor = torch.cat((-sine[0, :, :half], sine[0, :, half:]), -1)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Packs the model's weights as they are now."""
+        with torch.inference_mode():
+            self._embedding_VE: Tensor = self._body.embed_tokens.weight.detach()
+            self._layers = [
+                _Layer(module, self._heads, self._kv_heads) for module in self._body.layers
+            ]
+            self._norm_E: Tensor = self._body.norm.weight.detach()
+            self._unembed = Product(self._head.weight.detach(), self._head.bias)
+
+    def logits(self, hidden_nE: Tensor) -> Tensor:
+        """Logits `[n, V]`."""
+        return self._unembed(hidden_nE)
+
+    def hidden(self, ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states `[N, E]`."""
+        heads, kv_heads, size = self._heads, self._kv_heads, self._size
+        rotated, half = heads + kv_heads, size // 2
+        cosine_N1D = self._cosine_PD[positions_N][:, None]
+        sine_N1D = self._sine_PD[positions_N][:, None]
+        x_NE = self._embedding_VE[ids_N]
+        for number, layer in enumerate(self._layers):
+            normed_NE = rms_norm(x_NE, x_NE.shape[-1:], layer.norm_attention_E, self._eps)
+            qkv_NhD = layer.qkv(normed_NE).view(len(ids_N), rotated + kv_heads, size)
+            qk_NhD = qkv_NhD[:, :rotated]
+            if layer.norm_qk_hD is not None:
+                qk_NhD = rms_norm(qk_NhD, (size,), None, self._eps) * layer.norm_qk_hD
+            swapped_NhD = torch.cat((qk_NhD[..., half:], qk_NhD[..., :half]), -1)
+            qk_NhD = (qk_NhD * cosine_N1D).addcmul_(swapped_NhD, sine_N1D)
+            mixed_NQD = attend(
+                number, qk_NhD[:, :heads], qk_NhD[:, heads:], qkv_NhD[:, rotated:], self._scale
+            )
+            x_NE = layer.out.plus(mixed_NQD.flatten(1), x_NE)
+            normed_NE = rms_norm(x_NE, x_NE.shape[-1:], layer.norm_mlp_E, self._eps)
+            inner_NF = layer.up.times(normed_NE, layer.gate.silu(normed_NE))
+            x_NE = layer.down.plus(inner_NF, x_NE)
+        return rms_norm(x_NE, x_NE.shape[-1:], self._norm_E, self._eps)
