@@ -98,7 +98,7 @@ async def test_a_stream_and_a_whole_answer_say_the_same(
         "prompt_tokens": 4,
         "completion_tokens": 30,
         "total_tokens": 34,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": len(PROMPT)},
     }
     expected = forward_logprobs(model_path, PROMPT + ids)[3:]
     np.testing.assert_allclose([row["logprob"] for row in rows], expected, atol=1e-4)
