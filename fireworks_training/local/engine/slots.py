@@ -7,6 +7,7 @@ each step would cost more than the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,9 @@ class SlotTable:
         self.last: I64 = np.zeros(slots, np.int64)
         self.produced: I64 = np.zeros(slots, np.int64)
         self._free = list(range(slots - 1, -1, -1))
-        self._columns = {name: np.zeros(slots, kind) for name, kind in _FIELDS.items()}
+        self._columns: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros(slots, kind) for name, kind in _FIELDS.items()
+        }
         self._prompt_length: I64 = np.zeros(slots, np.int64)
         self._stop_row: I64 = np.zeros(slots, np.int64)
         self._stop_sets: dict[frozenset[int], _StopSet] = {}
