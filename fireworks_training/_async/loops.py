@@ -49,6 +49,12 @@ class OwnerLoop:
             raise WrongLoop("this service is bound to a loop already")
         self._portal = True
 
+    def use_running(self) -> None:
+        """Bind to the running loop, unless bound already."""
+        if self._loop is None:
+            self._portal = False
+            self.get()
+
     @property
     def bound(self) -> asyncio.AbstractEventLoop | None:
         """The loop, or None before the first use."""

@@ -60,7 +60,8 @@ class DeploymentSampler:
 
     `service.create_deployment_sampler(...)` makes one that shares the service's connections; this
     constructor makes one of its own, to be closed by `close()` or as a context manager. It may be
-    used from any thread and any event loop.
+    used from any thread and any event loop. Entered by `async with` before its first call, it does
+    its work on that loop, which saves each call a hop to the background loop and back.
 
     Args:
         inference_url: scheme and host of the inference API; `/inference/v1/completions` is added.
@@ -471,6 +472,7 @@ class DeploymentSampler:
         self.close()
 
     async def __aenter__(self) -> Self:
+        self._transport.owner.use_running()
         return self
 
     async def __aexit__(
