@@ -180,13 +180,18 @@ def spawn_on(
     Raises:
         OwnerLoopGone: the loop is closed.
     """
-    holder: list[asyncio.Task[T]] = []
-    cancelled = threading.Event()
+    task: asyncio.Task[T] | None = None
+    cancelled = False
+
+    def cancel_task() -> None:
+        if task is not None:
+            task.cancel()
 
     def cancel() -> bool:
-        cancelled.set()
+        nonlocal cancelled
+        cancelled = True
         try:
-            loop.call_soon_threadsafe(lambda: holder and holder[0].cancel())
+            loop.call_soon_threadsafe(cancel_task)
         except RuntimeError:
             return False
         return True
@@ -202,11 +207,11 @@ def spawn_on(
             outcome.settle(task.result())
 
     def start() -> None:
-        if cancelled.is_set():
+        nonlocal task
+        if cancelled:
             outcome.fail(OperationCancelled(f"{label} was cancelled before it started"))
             return
         task = loop.create_task(factory(), name=f"fireworks_training: {label}")
-        holder.append(task)
         _tasks.add(task)
         task.add_done_callback(finish)
 

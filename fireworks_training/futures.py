@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import sys
 import threading
@@ -139,10 +140,7 @@ class APIFuture(Generic[T_co]):
     def __await__(self) -> Generator[Any, None, T_co]:
         if not self._outcome.done():
             self._outcome.refuse_endless_wait()
-            # The wrapper absorbs a cancelled waiter: an Outcome is always "running".
-            wrapper = asyncio.wrap_future(self._outcome)
-            wrapper.add_done_callback(_consume)
-            yield from asyncio.wait([wrapper]).__await__()
+            yield from _done_here(self._outcome)
         return _retrieve(self._outcome, 0)
 
     async def result_async(self, timeout: float | None = None) -> T_co:
@@ -201,10 +199,31 @@ def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
     return outcome.result(0)
 
 
-def _consume(future: asyncio.Future[Any]) -> None:
-    # Without this asyncio would report the wrapper's exception as never retrieved.
-    if not future.cancelled():
-        future.exception()
+def _done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
+    """A future of the running loop that is done when the outcome is, and may be cancelled alone.
+
+    Where the work ends on the same loop, it is woken without the write to the loop's own socket
+    that `asyncio.wrap_future` costs.
+    """
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def ended(_: concurrent.futures.Future[Any]) -> None:
+        try:
+            if asyncio.get_running_loop() is loop:
+                wake()
+                return
+        except RuntimeError:
+            pass  # it ended in a thread without a loop
+        with contextlib.suppress(RuntimeError):  # the waiter's loop is closed: nobody waits
+            loop.call_soon_threadsafe(wake)
+
+    outcome.add_done_callback(ended)
+    return waiter
 
 
 def _consume_concurrent(future: concurrent.futures.Future[Any]) -> None:

@@ -1,13 +1,23 @@
 """Fakes for tests of this package and of code that uses it.
 
-`ManualClock` stands in for a steady clock: it moves only when a test says so.
+`ManualClock` stands in for a steady clock: it moves only when a test says so. `simulate_engine`
+runs a concurrency window against an engine of so many slots, in virtual time.
 """
 
 from __future__ import annotations
 
-from fireworks_training.errors import InvalidArgument
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-__all__ = ["ManualClock"]
+from fireworks_training._core.aimd import FixedWindow
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.models import ServerMetrics
+
+__all__ = ["EngineRun", "ManualClock", "simulate_engine"]
 
 
 class ManualClock:
@@ -30,3 +40,164 @@ class ManualClock:
         if seconds < 0:
             raise InvalidArgument(f"a steady clock can't go back by {-seconds} s")
         self._now += seconds
+
+
+@dataclass(slots=True)
+class EngineRun:
+    """What a simulated engine saw.
+
+    Attributes:
+        seconds: virtual time until the last answer.
+        busy: share of the slot-seconds that were used, from the first request to the last that was
+            sent.
+        queues: seconds that each request queued, by the time it was answered.
+        windows: (time, window) at each change.
+        refused: requests that were refused with 429.
+    """
+
+    seconds: float = 0.0
+    busy: float = 0.0
+    queues: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    windows: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    refused: int = 0
+
+    def queue_quantile(self, share: float, *, after: float = 0.0) -> float:
+        """Queue time that a share of the requests stayed below, of those answered after a time."""
+        queues = sorted(queue for at, queue in self.queues if at >= after)
+        return queues[min(len(queues) - 1, int(share * len(queues)))] if queues else 0.0
+
+
+class _Simulation:
+    """One run: a program with endless work, a window, an engine, and the time between them."""
+
+    def __init__(
+        self,
+        window: FixedWindow,
+        slots: Callable[[float], int],
+        service: Callable[[], float],
+        queue_limit: int | None,
+        reports_queue: bool,
+        network: float,
+    ) -> None:
+        self.window = window
+        self.slots = slots
+        self.service = service
+        self.queue_limit = queue_limit
+        self.reports_queue = reports_queue
+        self.network = network
+        self.run = EngineRun(windows=[(0.0, window.size)])
+        self.now = 0.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+        self.queue: deque[tuple[float, float, int]] = deque()  # sent, arrived, attempt
+        self.running = 0
+        self.retries: deque[int] = deque()
+        self.used = self.offered = 0.0
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (when, next(self.order), event))
+
+    def send(self) -> None:
+        while self.left and self.window.has_room:
+            self.window.admit()
+            attempt = self.retries.popleft() if self.retries else 1
+            self.left -= 1
+            sent = self.now
+            self.at(sent + self.network, lambda s=sent, a=attempt: self.arrive(s, a))  # type: ignore[misc]
+
+    def arrive(self, sent: float, attempt: int) -> None:
+        if self.queue_limit is not None and len(self.queue) >= self.queue_limit:
+            self.run.refused += 1
+            self.at(self.now + self.network, lambda: self.refuse(sent, attempt))
+        else:
+            self.queue.append((sent, self.now, attempt))
+            self.start()
+
+    def start(self) -> None:
+        while self.queue and self.running < self.slots(self.now):
+            sent, arrived, attempt = self.queue.popleft()
+            self.running += 1
+            queued = self.now - arrived
+            self.at(self.now + self.service(), lambda: self.end(sent, queued, attempt))
+
+    def end(self, sent: float, queued: float, attempt: int) -> None:
+        self.running -= 1
+        self.start()
+        self.at(self.now + self.network, lambda: self.answer(sent, queued, attempt))
+
+    def answer(self, sent: float, queued: float, attempt: int) -> None:
+        self.run.queues.append((self.now, queued))
+        self.release(
+            ServerMetrics(
+                http_status_code=200,
+                prefill_queue_duration=queued if self.reports_queue else None,
+                client_latency=self.now - sent,
+                retry_attempt=attempt,
+            )
+        )
+
+    def refuse(self, sent: float, attempt: int) -> None:
+        self.retries.append(attempt + 1)
+        self.left += 1
+        self.release(
+            ServerMetrics(
+                http_status_code=429, client_latency=self.now - sent, retry_attempt=attempt
+            )
+        )
+
+    def release(self, metrics: ServerMetrics) -> None:
+        self.window.release(metrics, self.now)
+        if self.window.size != self.run.windows[-1][1]:
+            self.run.windows.append((self.now, self.window.size))
+        self.send()
+
+    def play(self, requests: int) -> EngineRun:
+        self.left = requests
+        self.send()
+        while self.events:
+            when, _, event = heapq.heappop(self.events)
+            if self.left:  # the end, when there is no work to fill the slots with, counts for none
+                slots, span = self.slots(self.now), when - self.now
+                self.used += min(self.running, slots) * span
+                self.offered += slots * span
+            self.now = when
+            event()
+        self.run.seconds = self.now
+        self.run.busy = self.used / self.offered if self.offered else 1.0
+        return self.run
+
+
+def simulate_engine(
+    window: FixedWindow,
+    *,
+    slots: int | Callable[[float], int],
+    service: float,
+    requests: int,
+    jitter: float = 0.0,
+    seed: int = 0,
+    queue_limit: int | None = None,
+    reports_queue: bool = True,
+    network: float = 0.005,
+) -> EngineRun:
+    """Run a window against an engine in virtual time; there is always more work than it admits.
+
+    Args:
+        window: a window of `_core.aimd`, as the concurrency controllers hold.
+        slots: requests that the engine serves at once, as a number or by the time.
+        service: seconds of one request.
+        requests: how many.
+        jitter: service times are uniform within this share of `service`, both ways.
+        seed: of the jitter.
+        queue_limit: requests that may queue before the engine answers 429; None: any number.
+        reports_queue: whether the engine reports queue times, as dedicated deployments do.
+        network: seconds each way.
+    """
+    random_source = random.Random(seed)  # noqa: S311 - a simulation, no secret
+
+    def seconds() -> float:
+        return service * (1.0 + jitter * random_source.uniform(-1.0, 1.0))
+
+    def capacity(now: float) -> int:
+        return slots if isinstance(slots, int) else slots(now)
+
+    return _Simulation(window, capacity, seconds, queue_limit, reports_queue, network).play(requests)

@@ -6,7 +6,8 @@ keeps what it has learned. Its state is under a lock, and each waiter is woken o
 
 A slot is handed over, not announced: the release that frees it admits the first waiter in line
 before it wakes it, so nobody overtakes, and a waiter that is cancelled after it was admitted gives
-the slot to the next one.
+the slot to the next one. A request that was tried before stands before all new ones: what is
+nearly paid for is finished first.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class SamplingConcurrencyController(Protocol):
 class _Waiter:
     """One `acquire` that has to wait."""
 
-    __slots__ = ("admitted", "future", "loop")
+    __slots__ = ("admitted", "future", "line", "loop")
 
-    def __init__(self) -> None:
+    def __init__(self, line: OrderedDict[_Waiter, None]) -> None:
+        self.line = line
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.admitted = False
@@ -76,14 +78,15 @@ class _Waiter:
             self.future.set_result(None)
 
 
-class _Gate:
-    """The line before a window; base of both controllers."""
+class Gate:
+    """The lines before a window: of retries, and of new requests. Base of both controllers."""
 
     def __init__(self, window: FixedWindow, clock: Callable[[], float]) -> None:
         self._window = window
         self._clock = clock
         self._lock = threading.Lock()
         self._waiters: OrderedDict[_Waiter, None] = OrderedDict()
+        self._retries: OrderedDict[_Waiter, None] = OrderedDict()
 
     @property
     def window_size(self) -> int:
@@ -98,17 +101,21 @@ class _Gate:
     @property
     def waiting(self) -> int:
         """Requests in line for a slot."""
-        return len(self._waiters)
+        return len(self._waiters) + len(self._retries)
 
-    async def acquire(self) -> None:
-        """Wait for a slot: first come, first served."""
+    async def acquire(self, *, retry: bool = False) -> None:
+        """Wait for a slot: first come, first served.
+
+        Args:
+            retry: whether the request was tried before: it then goes before those that were not.
+        """
         with self._lock:
             # Room means that nobody waits: whatever makes room admits those in line first.
             if self._window.has_room:
                 self._window.admit()
                 return
-            waiter = _Waiter()
-            self._waiters[waiter] = None
+            waiter = _Waiter(self._retries if retry else self._waiters)
+            waiter.line[waiter] = None
         try:
             await waiter.future
         except BaseException:
@@ -119,7 +126,7 @@ class _Gate:
         """A waiter goes away; a slot that it was given goes to the next one."""
         with self._lock:
             if not waiter.admitted:
-                self._waiters.pop(waiter, None)
+                waiter.line.pop(waiter, None)
                 return
             admitted = self._pass_on()
         self._wake(admitted)
@@ -132,8 +139,8 @@ class _Gate:
     def _admit_waiters(self) -> list[_Waiter]:
         """Give the free slots to the first in line. Under the lock."""
         admitted: list[_Waiter] = []
-        while self._waiters and self._window.has_room:
-            waiter, _ = self._waiters.popitem(last=False)
+        while (line := self._retries or self._waiters) and self._window.has_room:
+            waiter, _ = line.popitem(last=False)
             self._window.admit()
             waiter.admitted = True
             admitted.append(waiter)
@@ -176,7 +183,7 @@ class _Gate:
         )
 
 
-class FixedConcurrencyController(_Gate):
+class FixedConcurrencyController(Gate):
     """At most `max_concurrency` sampling requests in flight.
 
     Args:
@@ -190,23 +197,24 @@ class FixedConcurrencyController(_Gate):
         super().__init__(FixedWindow(max_concurrency), time.monotonic)
 
 
-class AdaptiveConcurrencyController(_Gate):
+class AdaptiveConcurrencyController(Gate):
     """A window that follows what the server says about its load (AIMD).
 
-    With reported prefill queue times (dedicated deployments) it steers by their moving average;
-    without (serverless) by 429, 503 and transport errors. See `_core/aimd.py` for the law.
+    With reported prefill queue times (dedicated deployments) it keeps all but one in twenty below
+    the target; without (serverless) it steers by 429, 503 and transport errors. It doubles in a
+    round trip until the first congestion. See `_core/aimd.py` for the law.
 
     Args:
         initial_window: requests in flight at the start.
         min_window: the window never falls below.
         max_window: the window never grows beyond.
         prefill_queue_target: seconds that a prompt may queue on the server.
-        additive_increase: growth of an adjustment; times up to 4 while the queue is far below
-            its target.
-        multiplicative_decrease: factor of a shrink, in (0, 1).
-        ema_alpha: weight of the newest mean in the moving average, in (0, 1].
-        adjustment_interval: completed requests between adjustments; 0 adjusts only in
-            `step_completed()`.
+        additive_increase: growth of an adjustment; windows over 64 grow by as great a share.
+        multiplicative_decrease: factor of the deepest shrink, in (0, 1).
+        ema_alpha: weight of the newest mean in the moving average of queue times, in (0, 1]; the
+            window grows while both are below half the target.
+        adjustment_interval: completed requests between adjustments at most; a smaller window
+            adjusts each time it has turned over once. 0 adjusts only in `step_completed()`.
         shrink_cooldown_s: seconds between two shrinks by status.
         clock: steady clock in seconds, for tests.
 
@@ -220,12 +228,12 @@ class AdaptiveConcurrencyController(_Gate):
         self,
         initial_window: int = 8,
         min_window: int = 1,
-        max_window: int = 256,
+        max_window: int = 4096,
         prefill_queue_target: float = 0.5,
         additive_increase: float = 1.0,
         multiplicative_decrease: float = 0.5,
         ema_alpha: float = 0.3,
-        adjustment_interval: int = 32,
+        adjustment_interval: int = 256,
         shrink_cooldown_s: float = 1.0,
         *,
         clock: Callable[[], float] = time.monotonic,

@@ -8,17 +8,26 @@ The invariant: nothing is admitted unless fewer than `size` requests are in flig
 what is in flight therefore leaves a debt, `in_flight - size`, that releases repay before anything
 is admitted again; growth cancels it.
 
-The adaptive law is additive increase, multiplicative decrease, on one of two signals:
+The adaptive law is additive increase, multiplicative decrease, with what TCP learned since:
 
-- the server reports how long prompts queued (`prefill_queue_duration`, dedicated deployments): at
-  each adjustment the mean of the samples enters a moving average (EMA); over the target the window
-  is multiplied by `multiplicative_decrease`, else it grows by `additive_increase * min(target /
-  ema, 4)`. HTTP statuses say nothing in this mode;
-- it does not (serverless): a 429, a 503 or a transport error is congestion, and shrinks the window
-  at once, but only once a cooldown; from the third attempt of a request on, twice as hard. An
-  interval with answers and without congestion grows it by `additive_increase`.
+- Evidence has an age. A request that was sent before the last decrease met the queue of the old
+  window, and says nothing about the new one: each congestion costs one decrease.
+- Slow start: until the first congestion each completion adds a slot, so that the window doubles in
+  a round trip. It starts again when a window that was congested once shows an empty queue.
+- A window that was never full is not the bottleneck, and does not grow.
 
-Where both were seen within an interval, the queue decides.
+What congestion is depends on what the server reports:
+
+- how long prompts queued (`prefill_queue_duration`, dedicated deployments). A round is as many
+  completions as the window has slots. If more than one in twenty of them queued for longer than the
+  target, the window falls to what the round shows to have been in service (by Little's law,
+  `window * (latency - queue) / latency`), but to no less than `multiplicative_decrease` of itself.
+  If they queued for less than half the target, the set-point, it grows. Statuses say nothing then;
+- nothing of the kind (serverless): a 429, a 503 or a transport error is congestion, and shrinks the
+  window at once, but only once a cooldown; from the third attempt of a request on, twice as hard.
+  An interval of answers without congestion grows it by `additive_increase`.
+
+Where both were seen within a round, the queue decides.
 """
 
 from __future__ import annotations
@@ -32,8 +41,26 @@ from fireworks_training.models import ServerMetrics
 
 CONGESTION_STATUS = frozenset({429, 503})
 DEEP_RETRY = 3
-MAX_HEADROOM = 4.0
-_LEAST_EMA = 0.001
+
+TAIL = 0.05
+"""Share of a round's requests that may queue for longer than the target."""
+
+SET_POINT = 0.5
+"""Share of the target up to which the window grows."""
+
+EMPTY = 0.05
+"""Share of the target below which a queue counts as empty."""
+
+IDLE_ROUNDS = 2
+"""Rounds with an empty queue after which growth is an eighth of the window; three times as many
+start slow start again."""
+
+RECOVERY = 0.75
+"""Share of the window that was refused last up to which a window without queue times recovers fast.
+"""
+
+GROWTH_SCALE = 64
+"""From this window on growth is a share of the window, not `additive_increase` itself."""
 
 Signal = Literal["prefill_queue", "status"]
 
@@ -91,12 +118,12 @@ class AimdSettings:
 
     initial_window: int = 8
     min_window: int = 1
-    max_window: int = 256
+    max_window: int = 4096
     prefill_queue_target: float = 0.5
     additive_increase: float = 1.0
     multiplicative_decrease: float = 0.5
     ema_alpha: float = 0.3
-    adjustment_interval: int = 32
+    adjustment_interval: int = 256
     shrink_cooldown_s: float = 1.0
 
     def __post_init__(self) -> None:
@@ -116,104 +143,180 @@ class AimdSettings:
                 raise InvalidArgument(f"{message}; got {self}")
 
 
-class _PrefillQueue:
+class _QueueLaw:
     """The law on queue times."""
 
     def __init__(self, settings: AimdSettings) -> None:
         self._settings = settings
-        self._sum = 0.0
-        self._count = 0
+        self._target = settings.prefill_queue_target
+        self._queued_at = math.inf  # the least window that showed a queue
+        self._idle = 0  # rounds with an empty queue since then, one after another
+        self._first = True  # no decrease yet
+        self._step_sum = 0.0
+        self._step_count = 0
+        self.slow_start = True
         self.ema: float | None = None
+        self.start_round()
+
+    def start_round(self) -> None:
+        """Forget what the round has seen."""
+        self._queues: list[float] = []
+        self._over = 0
+        self._latency = 0.0
 
     @property
     def observed(self) -> bool:
-        return self._count > 0
+        """Whether the round has evidence."""
+        return bool(self._queues)
 
-    def observe(self, seconds: float) -> None:
-        self._sum += seconds
-        self._count += 1
+    def note(self, seconds: float) -> None:
+        """A queue time, fresh or stale: for the summary of the step."""
+        self._step_sum += seconds
+        self._step_count += 1
 
-    def adjusted(self, window: float) -> float:
-        """The next window; only after an observation, and it ends the interval."""
-        settings = self._settings
-        mean = self._sum / self._count
-        if self.ema is None:
-            self.ema = mean
+    def observe(self, seconds: float, latency: float | None) -> None:
+        """The queue time of a request that was sent since the last decrease."""
+        self._queues.append(seconds)
+        self._over += seconds > self._target
+        self._latency += max(seconds, seconds if latency is None else latency)
+        if seconds > EMPTY * self._target:
+            self.slow_start = False
+
+    def over(self, round_size: int) -> bool:
+        """Whether the round is over: it is complete, or its verdict is clear before.
+
+        Engines serve in waves, so that a part of a round may be all the ones that queued: a
+        decrease by measure waits for more of it than the first one, by `multiplicative_decrease`.
+        """
+        clear = TAIL if self._first else 0.5
+        return len(self._queues) >= round_size or self._over > clear * round_size
+
+    def adjusted(self, window: float, *, bound: bool) -> float:
+        """The next window; ends the round.
+
+        Args:
+            bound: whether the window was full at some time of the round.
+        """
+        settings, queues = self._settings, sorted(self._queues)
+        tail = queues[-1 - int(TAIL * len(queues))]
+        mean = sum(queues) / len(queues)
+        old = mean if self.ema is None else self.ema
+        self.ema = settings.ema_alpha * mean + (1.0 - settings.ema_alpha) * old
+        if self._over > TAIL * len(queues):
+            window = self._decreased(window, mean * len(queues))
         else:
-            self.ema = settings.ema_alpha * mean + (1.0 - settings.ema_alpha) * self.ema
-        if self.ema > settings.prefill_queue_target:
-            return window * settings.multiplicative_decrease
-        headroom = settings.prefill_queue_target / max(self.ema, _LEAST_EMA)
-        return window + settings.additive_increase * min(headroom, MAX_HEADROOM)
+            empty = queues[-1] <= EMPTY * self._target
+            self._idle = self._idle + 1 if empty and bound else 0
+            if not empty:
+                self._queued_at = min(self._queued_at, window)
+            if bound and max(tail, self.ema) <= SET_POINT * self._target:
+                window += self._growth(window, empty=empty)
+        self.start_round()
+        return window
+
+    def _growth(self, window: float, *, empty: bool) -> float:
+        settings = self._settings
+        if self.slow_start:  # each completion added a slot, unless steps alone adjust
+            return window if settings.adjustment_interval == 0 else 0.0
+        growth = settings.additive_increase * max(1.0, window / GROWTH_SCALE)
+        if not empty:
+            return growth
+        if window >= self._queued_at or self._idle > 3 * IDLE_ROUNDS:
+            # There was a queue at this window, and there is none: the engine has grown.
+            self.slow_start, self._queued_at = True, math.inf
+            return window
+        return max(growth, window / 8) if self._idle > IDLE_ROUNDS else growth
+
+    def _decreased(self, window: float, queued: float) -> float:
+        served = 0.0 if self._first else 1.0 - queued / max(self._latency, queued)
+        share = max(self._settings.multiplicative_decrease, served)
+        self._queued_at, self._idle = min(self._queued_at, window), 0
+        self.slow_start = self._first = False
+        self.ema = None  # of the old window
+        return min(window - 1.0, window * share)
 
     def summary(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        if self._count:
-            figures["avg_pq"] = self._sum / self._count
+        if self._step_count:
+            figures["avg_pq"] = self._step_sum / self._step_count
         if self.ema is not None:
             figures["ema_pq"] = self.ema
         return figures
 
-    def start_interval(self) -> None:
-        self._sum = 0.0
-        self._count = 0
+    def start_step(self) -> None:
+        self._step_sum = 0.0
+        self._step_count = 0
 
 
-class _Statuses:
+class _StatusLaw:
     """The law on statuses, for servers that report no queue."""
 
     def __init__(self, settings: AimdSettings) -> None:
         self._settings = settings
+        self._last_shrink = -math.inf
+        self._refused_at = 0.0  # the window that was refused last
+        self.slow_start = True
+        self.exhaustions = 0
         self._answers = 0
         self._congested = 0
         self._events = 0
-        self._last_shrink = -math.inf
-        self.exhaustions = 0
+        self._step_answers = 0
+        self._step_congested = 0
 
     @property
     def observed(self) -> bool:
         return self._answers > 0
 
-    @property
-    def clean(self) -> bool:
-        return self._congested == 0
-
-    def observe(self, metrics: ServerMetrics, now: float) -> float | None:
+    def observe(
+        self, metrics: ServerMetrics, *, window: float, sent: float, now: float
+    ) -> float | None:
         """Note an answer; the factor to shrink by at once, if it is news of congestion."""
         settings = self._settings
         if not is_congestion(metrics):
             # Other errors tell nothing: neither that it is crowded, nor that there is room.
             if metrics.http_status_code is not None and 200 <= metrics.http_status_code < 300:
                 self._answers += 1
+                self._step_answers += 1
             return None
         self._answers += 1
         self._congested += 1
-        if now - self._last_shrink < settings.shrink_cooldown_s:
+        self._step_answers += 1
+        self._step_congested += 1
+        if sent <= self._last_shrink or now - self._last_shrink < settings.shrink_cooldown_s:
             return None
         self._last_shrink = now
+        self._refused_at = window
         self._events += 1
+        self.slow_start = False
         deep = metrics.retry_attempt >= DEEP_RETRY
         return settings.multiplicative_decrease ** (2 if deep else 1)
 
+    def over(self, round_size: int) -> bool:
+        return self._answers >= round_size
+
+    def adjusted(self, window: float, *, bound: bool) -> float:
+        """The next window; ends the round."""
+        clean = self._answers > 0 and self._congested == 0
+        self._answers = self._congested = 0
+        if not (clean and bound):
+            return window
+        near = RECOVERY * self._refused_at
+        return max(window + self._settings.additive_increase, min(near, 1.25 * window))
+
     def summary(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        if self._answers:
-            figures["status_responses"] = float(self._answers)
-            figures["congestion_responses"] = float(self._congested)
-            figures["congestion_rate"] = self._congested / self._answers
+        if self._step_answers:
+            figures["status_responses"] = float(self._step_answers)
+            figures["congestion_responses"] = float(self._step_congested)
+            figures["congestion_rate"] = self._step_congested / self._step_answers
         if self._events:
             figures["congestion_events"] = float(self._events)
         if self.exhaustions:
             figures["retry_exhaustions"] = float(self.exhaustions)
         return figures
 
-    def start_interval(self) -> None:
-        self._answers = 0
-        self._congested = 0
-
     def start_step(self) -> None:
-        self._events = 0
-        self.exhaustions = 0
+        self._events = self._step_answers = self._step_congested = self.exhaustions = 0
 
 
 def is_congestion(metrics: ServerMetrics) -> bool:
@@ -244,10 +347,11 @@ class AdaptiveWindow(FixedWindow):
         super().__init__(settings.max_window)
         self._settings = settings
         self._window = self._bounded(settings.initial_window)
-        self._queue = _PrefillQueue(settings)
-        self._statuses = _Statuses(settings)
-        self._interval_releases = 0
+        self._queue = _QueueLaw(settings)
+        self._statuses = _StatusLaw(settings)
         self._step = _Step()
+        self._decreased_at = -math.inf
+        self._full = False  # whether the window was full since the last adjustment
         self.signal: Signal | None = None
 
     def _bounded(self, window: float) -> float:
@@ -265,19 +369,22 @@ class AdaptiveWindow(FixedWindow):
 
     @property
     def ema_prefill_queue(self) -> float | None:
-        """Moving average of the reported queue times in seconds; None before the first."""
+        """Moving average of the reported queue times in seconds; None before the first round."""
         return self._queue.ema
 
     def admit(self) -> None:
         """Count one more request; only if there is room."""
         super().admit()
         self._step.max_in_flight = max(self._step.max_in_flight, self._in_flight)
+        if self._in_flight >= self.size:
+            self._full = True
 
     def release(self, metrics: ServerMetrics | None, now: float) -> None:
         """One attempt is over.
 
         Args:
-            metrics: what it cost; None if it tells nothing about the server.
+            metrics: what it cost; None if it tells nothing about the server. Its `client_latency`
+                tells when it was sent.
             now: seconds of any steady clock.
         """
         super().release(metrics, now)
@@ -285,10 +392,9 @@ class AdaptiveWindow(FixedWindow):
         self._step.window_sum += self.size
         if metrics is not None:
             self._observe(metrics, now)
-        if self._settings.adjustment_interval > 0:
-            self._interval_releases += 1
-            if self._interval_releases >= self._settings.adjustment_interval:
-                self._adjust()
+        interval = self._settings.adjustment_interval
+        if interval > 0 and self._law.over(min(interval, self.size)):
+            self._adjust(now)
 
     def note_retry_exhausted(self, metrics: ServerMetrics | None) -> None:
         """A request gave up; counted where congestion was the cause and statuses are the signal."""
@@ -297,34 +403,48 @@ class AdaptiveWindow(FixedWindow):
         if is_congestion(metrics):
             self._statuses.exhaustions += 1
 
+    @property
+    def _law(self) -> _QueueLaw | _StatusLaw:
+        return self._queue if self.signal == "prefill_queue" else self._statuses
+
     def _observe(self, metrics: ServerMetrics, now: float) -> None:
         self._step.metrics += 1
         self._step.cached_tokens += metrics.cached_prompt_tokens or 0
         self._step.prompt_tokens += metrics.prompt_tokens or 0
-        if metrics.prefill_queue_duration is not None:
+        sent = now - (metrics.client_latency or 0.0)
+        queued = metrics.prefill_queue_duration
+        if queued is not None:
             self.signal = "prefill_queue"
-            self._queue.observe(metrics.prefill_queue_duration)
-            return
-        if self.signal is None:
+            self._queue.note(queued)
+            if sent > self._decreased_at:
+                self._queue.observe(queued, metrics.client_latency)
+        elif self.signal != "prefill_queue":
             self.signal = "status"
-        factor = self._statuses.observe(metrics, now)
-        if factor is not None:
-            self._window = self._bounded(self._window * factor)
+            factor = self._statuses.observe(
+                metrics, window=self._window, sent=sent, now=now
+            )
+            if factor is not None:
+                self._window = self._bounded(self._window * factor)
+                self._decreased_at = now
+                return
+        if self._law.slow_start and self._full and self._settings.adjustment_interval > 0:
+            if not is_congestion(metrics):
+                self._window = self._bounded(self._window + 1.0)
 
-    def _adjust(self) -> bool:
-        """End the interval; whether there was anything to go by."""
-        informed = self._queue.observed or self._statuses.observed
-        if self._queue.observed:
-            self._window = self._bounded(self._queue.adjusted(self._window))
-        elif self._statuses.observed and self._statuses.clean:
-            self._window = self._bounded(self._window + self._settings.additive_increase)
-        self._queue.start_interval()
-        self._statuses.start_interval()
-        self._interval_releases = 0
-        return informed
+    def _adjust(self, now: float | None) -> bool:
+        """End the round; whether there was anything to go by."""
+        law = self._law
+        if not law.observed:
+            return False
+        before = self._window
+        self._window = self._bounded(law.adjusted(before, bound=self._full))
+        if self._window < before and now is not None:
+            self._decreased_at = now
+        self._full = self._in_flight >= self.size
+        return True
 
     def step_completed(self) -> dict[str, float]:
-        """Adjust by what the interval has so far, and summarise the step.
+        """Adjust by what the round has so far, and summarise the step.
 
         Returns:
             `window` (before), `requests`; `avg_pq`, `ema_pq` or `status_responses`,
@@ -334,15 +454,17 @@ class AdaptiveWindow(FixedWindow):
         """
         step, self._step = self._step, _Step(max_in_flight=0)
         summary: dict[str, float] = {"window": float(self.size), "requests": float(step.metrics)}
-        summary |= self._queue.summary() if self._queue.observed else self._statuses.summary()
+        by_queue = self.signal == "prefill_queue"
         if self.debt:
             summary["pending_decrease"] = float(self.debt)
         if step.releases:
             summary["avg_window"] = step.window_sum / step.releases
         summary["max_in_flight"] = float(step.max_in_flight)
-        if self._adjust():
+        if self._adjust(None):
             summary["window_after"] = float(self.size)
+        summary |= self._queue.summary() if by_queue else self._statuses.summary()
         if step.prompt_tokens:
             summary["cache_hit_rate"] = step.cached_tokens / step.prompt_tokens
+        self._queue.start_step()
         self._statuses.start_step()
         return summary

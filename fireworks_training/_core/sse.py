@@ -32,6 +32,10 @@ class ServerSentEvent(NamedTuple):
     event: str = "message"
 
 
+_event = tuple.__new__
+"""Makes an event without the Python call of a named tuple's constructor."""
+
+
 class SseDecoder:
     """Turns pieces of a stream into events.
 
@@ -72,7 +76,7 @@ class SseDecoder:
                 self._at_start = False
                 block = block.removeprefix(_BOM)
             if block.startswith(b"data: ") and b"\n" not in block:
-                events.append(ServerSentEvent(block[6:]))
+                events.append(_event(ServerSentEvent, (block[6:], "message")))
             else:
                 _parse_block(block, events)
         if rest:

@@ -115,6 +115,7 @@ class CompletionAssembler:
         without_echo: Callable[[str, Sequence[int]], str] | None = None,
     ) -> None:
         self._request = request
+        self._logprobs_wanted = request.logprobs
         self._prompt_ids = prompt_ids
         self._without_echo = without_echo
         self._text: list[str] = []
@@ -185,7 +186,7 @@ class CompletionAssembler:
         for choice in chunk.get("choices") or ():
             if text := choice.get("text"):
                 self._text.append(text)
-            if self._request.logprobs and (logprobs := choice.get("logprobs")):
+            if self._logprobs_wanted and (logprobs := choice.get("logprobs")):
                 self._take_logprobs(logprobs.get("content") or ())
             if reason := choice.get("finish_reason"):
                 self.finish_reason = str(reason)
@@ -198,13 +199,23 @@ class CompletionAssembler:
         if perf_metrics := chunk.get("perf_metrics"):
             self.perf_metrics.update(perf_metrics)
             self._take_snapshot(perf_metrics)
-        self._take_snapshot(chunk)
+        if "snapshot-identity" in chunk or "snapshot-switch-index" in chunk:
+            self._take_snapshot(chunk)
 
     def _take_logprobs(self, content: Sequence[dict[str, Any]]) -> None:
-        self._logprobs.extend(_doubles([entry["logprob"] for entry in content]))
-        sampling = [entry.get("sampling_logprob") for entry in content]
-        self._sampling_nulls += sampling.count(None)
-        self._sampling.extend(_doubles(sampling))
+        raw = [entry["logprob"] for entry in content]
+        try:
+            # The usual case; `fromlist` leaves the array as it was when a value does not fit.
+            sampling = [entry["sampling_logprob"] for entry in content]
+            self._sampling.fromlist(sampling)
+        except (KeyError, TypeError):
+            sampling = [entry.get("sampling_logprob") for entry in content]
+            self._sampling_nulls += sampling.count(None)
+            self._sampling.extend(_doubles(sampling))
+        try:
+            self._logprobs.fromlist(raw)
+        except TypeError:
+            self._logprobs.extend(_doubles(raw))
         if self._request.top_logprobs:
             self._top.extend(
                 {int(top["token_id"]): float(top["logprob"]) for top in entry["top_logprobs"] or ()}
@@ -330,10 +341,7 @@ class CompletionAssembler:
 
 def _doubles(values: list[Any]) -> array[float]:
     """An array of doubles; null becomes NaN."""
-    try:
-        return array("d", values)
-    except TypeError:
-        return array("d", [math.nan if value is None else value for value in values])
+    return array("d", [math.nan if value is None else value for value in values])
 
 
 def _is_ids(value: object) -> bool:
