@@ -139,9 +139,7 @@ def throughput(bench: Bench) -> None:
             ) -> Figures:  # fmt: skip
                 count = total // 6 if name == "official" else total
                 count = max(count, in_flight)
-                return bench.client(
-                    name, server, model, count, in_flight, "--warm-up", in_flight
-                )
+                return bench.client(name, server, model, count, in_flight, "--warm-up", in_flight)
 
             found = bench.interleaved(names, one)
             bench.title(
@@ -241,9 +239,7 @@ def paced(bench: Bench) -> None:
             )
 
         def first(name: str) -> Figures:
-            return bench.client(
-                name, server, "tokens-64_chunks-16_seconds-2_first-0.2", 32, 32
-            )
+            return bench.client(name, server, "tokens-64_chunks-16_seconds-2_first-0.2", 32, 32)
 
         found = bench.interleaved(names, first)
         bench.title("Time to first token: truth 0.2 s, stream of 2 s", "reported, s")

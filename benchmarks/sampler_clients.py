@@ -210,9 +210,7 @@ def measured_sync(args: argparse.Namespace) -> dict[str, float]:
     return report(args, figures, wall, cpu)
 
 
-def report(
-    args: argparse.Namespace, figures: Figures, wall: float, cpu: float
-) -> dict[str, float]:
+def report(args: argparse.Namespace, figures: Figures, wall: float, cpu: float) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
     )
@@ -240,13 +238,9 @@ def main() -> None:
     parser.add_argument("--window", default="fixed", help="fixed, adaptive, or from-N")
     args = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
-    )
-    if args.adapter == "ours-sync":
-        figures = measured_sync(args)
-    else:
-        figures = asyncio.run(measured(args))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    sync = args.adapter == "ours-sync"
+    figures = measured_sync(args) if sync else asyncio.run(measured(args))
     print(json.dumps(figures))
 
 

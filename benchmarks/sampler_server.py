@@ -34,7 +34,7 @@ HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
     b"X-Request-Id: bench\r\n\r\n"
 )
-BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+BUSY = b"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def framed(payload: bytes) -> bytes:
@@ -173,7 +173,7 @@ class Stream(asyncio.Protocol):
         transport.set_write_buffer_limits(high=2**24)
         self.counts.connections += 1
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self.closed = True
         if self.timer is not None:
             self.timer.cancel()

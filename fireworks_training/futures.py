@@ -140,7 +140,7 @@ class APIFuture(Generic[T_co]):
     def __await__(self) -> Generator[Any, None, T_co]:
         if not self._outcome.done():
             self._outcome.refuse_endless_wait()
-            yield from _done_here(self._outcome)
+            yield from done_here(self._outcome)
         return _retrieve(self._outcome, 0)
 
     async def result_async(self, timeout: float | None = None) -> T_co:
@@ -199,7 +199,7 @@ def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
     return outcome.result(0)
 
 
-def _done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
+def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
     """A future of the running loop that is done when the outcome is, and may be cancelled alone.
 
     Where the work ends on the same loop, it is woken without the write to the loop's own socket

@@ -130,6 +130,69 @@ class SampledCompletion:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What a streamed completion gained since the last delta; several network pieces may be in one.
+
+    Attributes:
+        text: the new text.
+        tokens: ids of the new tokens; empty unless `logprobs=True` (servers send them along).
+        logprobs: natural log probabilities of the raw model, one for each of `tokens`.
+        sampling_logprobs: the same of the distribution sampled from; NaN where not reported.
+    """
+
+    text: str
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    sampling_logprobs: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampledServerAttempt:
+    """One HTTP attempt at a completion.
+
+    Attributes:
+        index: from 0.
+        outcome: "succeeded", "retryable_error", "failed" or "cancelled".
+        status_code: HTTP status, where there was one.
+        error_kind: as in `SamplingRequestError.final_error_kind`; None if it succeeded.
+        response_request_id: the server's id of the exchange.
+        upstream_response_id: the id in the stream's chunks.
+        server_metrics: what the attempt cost; None if it was cancelled.
+    """
+
+    index: int
+    outcome: Literal["succeeded", "retryable_error", "failed", "cancelled"]
+    status_code: int | None = None
+    error_kind: str | None = None
+    response_request_id: str | None = None
+    upstream_response_id: str | None = None
+    server_metrics: ServerMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRequestResult:
+    """One completion with the facts of its request.
+
+    Attributes:
+        completions: the completion; empty if it was longer than `max_seq_len`.
+        server_metrics: what the successful attempt cost.
+        logical_request_id: sent as `X-Request-Id` by all attempts.
+        attempts: HTTP attempts, the successful one included.
+        wall_seconds: from the call's start to its result, waits for a slot included.
+        upstream_response_id: id in the stream's chunks, where the server sends one.
+        server_attempts: each attempt.
+    """
+
+    completions: Sequence[SampledCompletion]
+    server_metrics: ServerMetrics | None
+    logical_request_id: str
+    attempts: int
+    wall_seconds: float
+    upstream_response_id: str | None = None
+    server_attempts: Sequence[SampledServerAttempt] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingProfile:
     """A training shape, resolved to a version.
 

@@ -12,6 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from fireworks_training._core.aimd import FixedWindow
 from fireworks_training.errors import InvalidArgument
@@ -103,7 +104,7 @@ class _Simulation:
             attempt = self.retries.popleft() if self.retries else 1
             self.left -= 1
             sent = self.now
-            self.at(sent + self.network, lambda s=sent, a=attempt: self.arrive(s, a))  # type: ignore[misc]
+            self.at(sent + self.network, partial(self.arrive, sent, attempt))
 
     def arrive(self, sent: float, attempt: int) -> None:
         if self.queue_limit is not None and len(self.queue) >= self.queue_limit:
@@ -118,7 +119,7 @@ class _Simulation:
             sent, arrived, attempt = self.queue.popleft()
             self.running += 1
             queued = self.now - arrived
-            self.at(self.now + self.service(), lambda: self.end(sent, queued, attempt))
+            self.at(self.now + self.service(), partial(self.end, sent, queued, attempt))
 
     def end(self, sent: float, queued: float, attempt: int) -> None:
         self.running -= 1
@@ -200,4 +201,5 @@ def simulate_engine(
     def capacity(now: float) -> int:
         return slots if isinstance(slots, int) else slots(now)
 
-    return _Simulation(window, capacity, seconds, queue_limit, reports_queue, network).play(requests)
+    simulation = _Simulation(window, capacity, seconds, queue_limit, reports_queue, network)
+    return simulation.play(requests)

@@ -8,7 +8,6 @@ to its end leaves its connection in the pool.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from typing import Literal, Self
 
 import aiohttp
 
-from fireworks_training._async.transport import CONNECT_TIMEOUT, Transport
+from fireworks_training._async.transport import Transport
 from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
 from fireworks_training._wire.completion_chunks import (
     CompletionAssembler,
-    Delta,
     request_id_of,
     server_metrics,
     status_error,
@@ -35,7 +33,7 @@ from fireworks_training.errors import (
     ProtocolError,
     RequestTimedOut,
 )
-from fireworks_training.models import SampledCompletion, ServerMetrics
+from fireworks_training.models import SampledCompletion, ServerMetrics, TokenDelta
 
 ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "upstream_stream"]
 
@@ -62,7 +60,7 @@ class AttemptFailed(Exception):
         self.metrics = metrics
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
     """What one attempt sends, and what it is one of."""
 
@@ -74,6 +72,7 @@ class Attempt:
     number: int
     prompt_index: int
     sample_index: int
+    timeout: aiohttp.ClientTimeout
 
 
 class CompletionStream:
@@ -85,6 +84,7 @@ class CompletionStream:
         transport: the connection pool.
         attempt: what to send.
         without_echo: takes the text of echoed prompt tokens off a text.
+        keep_tokens: whether the deltas tell token ids.
     """
 
     def __init__(
@@ -93,11 +93,14 @@ class CompletionStream:
         attempt: Attempt,
         *,
         without_echo: Callable[[str, Sequence[int]], str] | None = None,
+        keep_tokens: bool = False,
     ) -> None:
         self._transport = transport
         self._attempt = attempt
         self._decoder = SseDecoder()
-        self._assembler = CompletionAssembler(attempt.request, attempt.prompt_ids, without_echo)
+        self._assembler = CompletionAssembler(
+            attempt.request, attempt.prompt_ids, without_echo, keep_tokens=keep_tokens
+        )
         self._response: aiohttp.ClientResponse | None = None
         self._clock = asyncio.get_running_loop().time
         self._sent_at = self._clock()
@@ -108,6 +111,11 @@ class CompletionStream:
     def sampling_substituted(self) -> bool:
         """Whether raw logprobs stand in for sampling logprobs that the server does not report."""
         return self._assembler.sampling_substituted
+
+    @property
+    def response_id(self) -> str | None:
+        """The id in the stream's chunks; None if there is none."""
+        return self._assembler.response_id
 
     async def __aenter__(self) -> Self:
         try:
@@ -141,9 +149,7 @@ class CompletionStream:
                 data=body,
                 headers=attempt.headers,
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=CONNECT_TIMEOUT, sock_read=attempt.request.http_timeout
-                ),
+                timeout=attempt.timeout,
             )
         except (aiohttp.ClientError, OSError) as error:
             raise self._broken(error) from error
@@ -174,7 +180,7 @@ class CompletionStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Delta:
+    async def __anext__(self) -> TokenDelta:
         mark = self._assembler.mark()
         while await self._receive():
             if self._assembler.mark() != mark:
@@ -262,8 +268,9 @@ class CompletionStream:
         if status is None and response is not None:
             status = response.status
         first = self._first_token_at
-        return dataclasses.replace(
-            server_metrics(headers, assembler.perf_metrics),
+        return server_metrics(
+            headers,
+            assembler.perf_metrics,
             client_ttft=None if first is None else first - self._sent_at,
             client_latency=self._clock() - self._sent_at,
             completion_tokens=assembler.completion_tokens,

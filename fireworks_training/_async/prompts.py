@@ -135,3 +135,20 @@ def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> lis
     if any(nested):
         raise InvalidArgument("prompt_token_ids mixes token ids with lists of token ids")
     return [token_ids("prompt_token_ids", cast(list[int], items))]
+
+
+def one_prompt(prompt_token_ids: Sequence[Any]) -> list[list[int]]:
+    """A list of one prompt, for calls that take no more."""
+    prompts = prompts_of(prompt_token_ids)
+    if len(prompts) != 1 or hasattr(prompt_token_ids[0], "__len__"):
+        raise InvalidArgument(
+            "this call takes one prompt, as a list of token ids; for several prompts use "
+            "sample_with_prompt_tokens"
+        )
+    return prompts
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether a prompt consists of messages."""
+    items = cast(Sequence[object], prompt)
+    return len(items) > 0 and isinstance(items[0], Mapping)

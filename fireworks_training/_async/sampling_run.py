@@ -1,8 +1,9 @@
-"""The completions of one call: slots, attempts, retries, and what is said while they last.
+"""The completions of one call: slots, attempts, retries.
 
-Each completion is a task that takes a slot for each HTTP attempt, gives it back during back-off,
-and goes on until it has its completion or its budget is used up. One that fails takes its siblings
-with it. Tokens are never spliced: an attempt that broke mid-stream starts again from the prompt.
+Each completion takes a slot for each HTTP attempt, gives it back during back-off, and goes on until
+it has its completion or its budget is used up. One that fails takes its siblings with it. Tokens
+are never spliced: an attempt that broke mid-stream starts again from the prompt, and a stream whose
+deltas were handed out already fails.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import aiohttp
 
 from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
-from fireworks_training._async.gate import SamplingConcurrencyController
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.gate import Gate, SamplingConcurrencyController
+from fireworks_training._async.load_news import LoadNews
+from fireworks_training._async.sampling_progress import Progress
+from fireworks_training._async.token_stream import DeltaBuffer
+from fireworks_training._async.transport import CONNECT_TIMEOUT, Transport
 from fireworks_training._core.aimd import is_congestion
 from fireworks_training._core.backoff import Backoff, is_retryable
 from fireworks_training._wire.completions import EncodedRequest, SamplingRequest
@@ -28,29 +34,17 @@ from fireworks_training.errors import (
     NotFound,
     SamplingRequestError,
 )
-from fireworks_training.models import SampledCompletion, ServerMetrics
-
-FIRST_REPORT = 30.0
-"""Seconds after which a call that is not done says what it waits for; then at growing intervals."""
-
-LONGEST_REPORT_INTERVAL = 600.0
+from fireworks_training.models import SampledCompletion, SampledServerAttempt, ServerMetrics
 
 HOT_LOAD_STATUS = frozenset({404, 425})
 """Statuses of a deployment that is loading a snapshot, or that its gateway doesn't know yet."""
 
+HOT_LOAD_POLL = 8.0
+"""Seconds between two looks at a deployment of which a load is known to be under way."""
+
 _TIMEOUT_STATUS = frozenset({408, 504})
 
 logger = logging.getLogger("fireworks_training.sampling")
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Makes the retry budgets of a completion; tests make quicker ones."""
-
-    transient: Callable[[], Backoff] = Backoff
-    hot_load: Callable[[], Backoff] = lambda: Backoff(
-        attempts=11, base=0.5, cap=8.0, spread=0.2, retryable=is_hot_load
-    )
 
 
 def is_hot_load(error: ApiError) -> bool:
@@ -63,6 +57,23 @@ def is_hot_load(error: ApiError) -> bool:
     return not (isinstance(error, NotFound) and error.error_class == "NOT_FOUND")
 
 
+def _hot_load_budget() -> Backoff:
+    # About a minute; the ones that the coordinator knows of are waited for as long as they take.
+    return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Makes the retry budgets of a completion; tests make quicker ones.
+
+    `transient` counts attempts, not seconds: a budget in seconds would have to be larger than the
+    time-out of one attempt, which the caller chooses.
+    """
+
+    transient: Callable[[], Backoff] = Backoff
+    hot_load: Callable[[], Backoff] = _hot_load_budget
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a call, encoded."""
@@ -72,49 +83,67 @@ class Prompt:
     index: int
 
 
-class SamplingRun:
-    """One call: `n` completions of each of its prompts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What the calls of one sampler share.
 
-    Args:
+    Attributes:
         transport: the connection pool.
         url: the completions route.
         model: model string, for messages.
-        controller: bounds the attempts in flight.
-        request: what to sample.
         retries: the retry budgets.
         record: keeps what each attempt cost.
+        news: of hot loads.
+        progress: what the sampler is busy with.
         without_echo: takes the text of echoed prompt tokens off a text; None without a tokenizer.
         warn_substituted: told when a server reports raw logprobs only.
     """
 
+    transport: Transport
+    url: str
+    model: str
+    retries: RetryPolicy
+    record: deque[ServerMetrics]
+    news: LoadNews
+    progress: Progress
+    without_echo: Callable[[str, Sequence[int]], str] | None
+    warn_substituted: Callable[[], None]
+
+
+@dataclass(slots=True)
+class Logged:
+    """What happened to one completion, for those who ask for it.
+
+    Attributes:
+        request_id: sent as `X-Request-Id` by all attempts.
+        attempts: each of them.
+    """
+
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    attempts: list[SampledServerAttempt] = field(default_factory=list[SampledServerAttempt])
+
+
+class SamplingRun:
+    """One call: `n` completions of each of its prompts.
+
+    Args:
+        source: what it shares with the sampler's other calls.
+        controller: bounds the attempts in flight.
+        request: what to sample.
+    """
+
     def __init__(
-        self,
-        *,
-        transport: Transport,
-        url: str,
-        model: str,
-        controller: SamplingConcurrencyController,
-        request: SamplingRequest,
-        retries: RetryPolicy,
-        record: deque[ServerMetrics],
-        without_echo: Callable[[str, Sequence[int]], str] | None,
-        warn_substituted: Callable[[], None],
+        self, source: Source, controller: SamplingConcurrencyController, request: SamplingRequest
     ) -> None:
-        self._transport = transport
-        self._url = url
-        self._model = model
+        self._source = source
         self._controller = controller
         self._request = request
-        self._retries = retries
-        self._record = record
-        self._without_echo = without_echo
-        self._warn_substituted = warn_substituted
         self._clock = asyncio.get_running_loop().time
-        self._total = 0
-        self._done = 0
-        self._backing_off = 0
         self._given_up = False
-        self._started: dict[str, float] = {}  # attempts in flight, oldest first
+        self._context = f" [{request.context}]" if request.context else ""
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_TIMEOUT, sock_read=request.http_timeout
+        )
 
     async def complete(self, prompts: Sequence[Prompt], n: int) -> list[SampledCompletion]:
         """All completions, prompt-major.
@@ -122,36 +151,56 @@ class SamplingRun:
         Raises:
             SamplingRequestError: one could not be had; the others were given up.
         """
-        self._total = len(prompts) * n
-        report = _Report(self._describe)
-        failed: BaseExceptionGroup[BaseException] | None = None
-        tasks: list[asyncio.Task[SampledCompletion]] = []
+        progress = self._source.progress
+        call = progress.begin(len(prompts) * n, self._context, self._clock())
+
+        async def one(prompt: Prompt, sample: int) -> SampledCompletion:
+            completion = await self._one(prompt, sample, Logged(), None)
+            call.done += 1
+            return completion
+
         try:
+            if len(prompts) * n == 1:
+                return [await one(prompts[0], 0)]
             async with asyncio.TaskGroup() as group:
-                tasks.extend(
-                    group.create_task(self._one(prompt, sample))
+                tasks = [
+                    group.create_task(one(prompt, sample))
                     for prompt in prompts
                     for sample in range(n)
-                )
+                ]
         except BaseExceptionGroup as errors:
-            failed = errors
+            failed = errors.exceptions[0]
+        else:
+            return [task.result() for task in tasks]
         finally:
-            report.stop()
-        if failed is not None:
-            raise failed.exceptions[0]
-        return [task.result() for task in tasks]
+            progress.end(call)
+        raise failed
 
-    async def _one(self, prompt: Prompt, sample: int) -> SampledCompletion:
+    async def single(
+        self, prompt: Prompt, logged: Logged, deltas: DeltaBuffer | None = None
+    ) -> SampledCompletion:
+        """One completion, with a log of its attempts, or delta by delta."""
+        progress = self._source.progress
+        call = progress.begin(1, self._context, self._clock())
+        try:
+            return await self._one(prompt, 0, logged, deltas)
+        finally:
+            progress.end(call)
+
+    async def _one(
+        self, prompt: Prompt, sample: int, logged: Logged, deltas: DeltaBuffer | None
+    ) -> SampledCompletion:
         """One completion, however many attempts it takes."""
-        request_id = uuid.uuid4().hex
-        headers = self._headers(request_id)
+        source = self._source
+        headers = self._headers(logged.request_id)
         body = prompt.encoded.body(sample)
-        transient, hot_load = self._retries.transient(), self._retries.hot_load()
+        transient: Backoff | None = None
+        hot_load: Backoff | None = None
         number = 0
         while True:
             number += 1
             attempt = Attempt(
-                url=self._url,
+                url=source.url,
                 headers=headers,
                 body=body,
                 request=self._request,
@@ -159,50 +208,94 @@ class SamplingRun:
                 number=number,
                 prompt_index=prompt.index,
                 sample_index=sample,
+                timeout=self._timeout,
             )
             try:
-                completion = await self._attempt(attempt, request_id)
+                return await self._attempt(attempt, logged, deltas)
             except AttemptFailed as failure:
-                budget = hot_load if is_hot_load(failure.error) else transient
+                loading = is_hot_load(failure.error)
+                if loading:
+                    budget = hot_load = hot_load or source.retries.hot_load()
+                else:
+                    budget = transient = transient or source.retries.transient()
                 delay = budget.next_delay(failure.error, now=self._clock())
+                if loading and delay is None and source.news.loading:
+                    delay = HOT_LOAD_POLL
+                if deltas is not None and not deltas.restart():
+                    delay = None
+                self._log_failure(failure, logged, retried=delay is not None)
                 if delay is None:
                     self._given_up = True
-                    raise self._final_error(failure, request_id, number) from failure.error
-                self._say_retry(failure, request_id, number, delay)
-            else:
-                self._done += 1
-                return completion
-            self._backing_off += 1
-            try:
-                await asyncio.sleep(delay)
-            finally:
-                self._backing_off -= 1
+                    raise self._final_error(failure, logged.request_id, number) from failure.error
+                self._say_retry(failure, logged.request_id, number, delay)
+            if await self._back_off(delay, loading=loading) and hot_load is not None:
+                hot_load.reset()
 
-    async def _attempt(self, attempt: Attempt, request_id: str) -> SampledCompletion:
+    async def _back_off(self, delay: float, *, loading: bool) -> bool:
+        """Wait before the next attempt; whether news of a hot load ended the wait."""
+        progress = self._source.progress
+        progress.backing_off(1)
+        try:
+            if loading:
+                return await self._source.news.wait(delay)
+            await asyncio.sleep(delay)
+            return False
+        finally:
+            progress.backing_off(-1)
+
+    async def _acquire(self, number: int) -> None:
+        if number > 1 and isinstance(self._controller, Gate):
+            await self._controller.acquire(retry=True)
+        else:
+            await self._controller.acquire()
+
+    async def _attempt(
+        self, attempt: Attempt, logged: Logged, deltas: DeltaBuffer | None
+    ) -> SampledCompletion:
         """One HTTP attempt, in a slot of the controller."""
-        await self._controller.acquire()
+        source = self._source
+        await self._acquire(attempt.number)
         told: ServerMetrics | None = None
-        self._started[request_id] = self._clock()
+        source.progress.attempt(attempt, self._clock())
         try:
             if self._given_up:
                 # The slot is that of a sibling that failed: the call is over, send nothing.
                 raise asyncio.CancelledError
             async with CompletionStream(
-                self._transport, attempt, without_echo=self._without_echo
+                source.transport,
+                attempt,
+                without_echo=source.without_echo,
+                keep_tokens=deltas is not None,
             ) as stream:
-                completion = await stream.read()
+                if deltas is None:
+                    completion = await stream.read()
+                else:
+                    async for delta in stream:
+                        deltas.put(delta)
+                    assert stream.completion is not None
+                    completion = stream.completion
             told = completion.metrics
-            self._record.append(told)
+            source.record.append(told)
             if stream.sampling_substituted:
-                self._warn_substituted()
+                source.warn_substituted()
+            logged.attempts.append(
+                SampledServerAttempt(
+                    index=attempt.number - 1,
+                    outcome="succeeded",
+                    status_code=told.http_status_code,
+                    response_request_id=told.request_id,
+                    upstream_response_id=stream.response_id,
+                    server_metrics=told,
+                )
+            )
             return completion
         except AttemptFailed as failure:
-            self._record.append(failure.metrics)
+            source.record.append(failure.metrics)
             # Other failures say nothing about how crowded the server is.
             told = failure.metrics if is_congestion(failure.metrics) else None
             raise
         finally:
-            del self._started[request_id]
+            source.progress.attempt_over(attempt)
             self._controller.release(told)
 
     def _headers(self, request_id: str) -> Mapping[str, str]:
@@ -214,18 +307,28 @@ class SamplingRun:
             **self._request.headers,
             "X-Request-Id": request_id,
         }
-        return self._transport.headers(extra)
+        return self._source.transport.headers(extra)
 
-    def _context(self) -> str:
-        return f" [{self._request.context}]" if self._request.context else ""
+    def _log_failure(self, failure: AttemptFailed, logged: Logged, *, retried: bool) -> None:
+        metrics = failure.metrics
+        logged.attempts.append(
+            SampledServerAttempt(
+                index=len(logged.attempts),
+                outcome="retryable_error" if retried else "failed",
+                status_code=metrics.http_status_code,
+                error_kind=failure.kind,
+                response_request_id=metrics.request_id,
+                server_metrics=metrics,
+            )
+        )
 
     def _say_retry(
         self, failure: AttemptFailed, request_id: str, number: int, delay: float
     ) -> None:
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
-            self._model,
-            self._context(),
+            self._source.model,
+            self._context,
             number,
             failure.error.message,
             delay,
@@ -247,10 +350,10 @@ class SamplingRun:
         cls = DeploymentSamplerTimeoutError if timed_out else SamplingRequestError
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         return cls(
-            f"no completion from {self._model}{self._context()} after {tries}: {error.message}."
-            f"{_advice(failure, hot_loading)}",
+            f"no completion from {self._source.model}{self._context} after {tries}: "
+            f"{error.message}.{_advice(failure, hot_loading)}",
             logical_request_id=request_id,
-            model=self._model,
+            model=self._source.model,
             attempts=attempts,
             final_status=status,
             final_error_kind=failure.kind,
@@ -258,19 +361,6 @@ class SamplingRun:
             request_id=error.request_id or failure.metrics.request_id or request_id,
             cause=error,
         )
-
-    def _describe(self) -> str:
-        in_flight = len(self._started)
-        waiting = self._total - self._done - in_flight - self._backing_off
-        text = (
-            f"sampling: {self._done} of {self._total} done, window "
-            f"{self._controller.window_size}, {in_flight} in flight, {waiting} waiting for a "
-            f"slot, {self._backing_off} waiting to retry"
-        )
-        if self._started:
-            oldest = self._clock() - next(iter(self._started.values()))
-            text += f", oldest {oldest:.0f} s"
-        return text + self._context()
 
 
 def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
@@ -283,21 +373,3 @@ def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
     if failure.kind == "timeout":
         return " The server is stuck or far behind: lower the concurrency, or raise http_timeout."
     return ""
-
-
-class _Report:
-    """Says what a call waits for, once it takes long, and then at growing intervals."""
-
-    def __init__(self, describe: Callable[[], str]) -> None:
-        self._describe = describe
-        self._loop = asyncio.get_running_loop()
-        self._interval = FIRST_REPORT
-        self._timer = self._loop.call_later(self._interval, self._say)
-
-    def _say(self) -> None:
-        logger.warning("%s", self._describe())
-        self._interval = min(self._interval * 2, LONGEST_REPORT_INTERVAL)
-        self._timer = self._loop.call_later(self._interval, self._say)
-
-    def stop(self) -> None:
-        self._timer.cancel()

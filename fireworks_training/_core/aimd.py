@@ -420,16 +420,14 @@ class AdaptiveWindow(FixedWindow):
                 self._queue.observe(queued, metrics.client_latency)
         elif self.signal != "prefill_queue":
             self.signal = "status"
-            factor = self._statuses.observe(
-                metrics, window=self._window, sent=sent, now=now
-            )
+            factor = self._statuses.observe(metrics, window=self._window, sent=sent, now=now)
             if factor is not None:
                 self._window = self._bounded(self._window * factor)
                 self._decreased_at = now
                 return
-        if self._law.slow_start and self._full and self._settings.adjustment_interval > 0:
-            if not is_congestion(metrics):
-                self._window = self._bounded(self._window + 1.0)
+        starting = self._law.slow_start and self._full and self._settings.adjustment_interval > 0
+        if starting and not is_congestion(metrics):
+            self._window = self._bounded(self._window + 1.0)
 
     def _adjust(self, now: float | None) -> bool:
         """End the round; whether there was anything to go by."""

@@ -11,14 +11,13 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import orjson
 
 from fireworks_training._wire.completions import SamplingRequest
 from fireworks_training.errors import ApiError, ProtocolError, for_status
-from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics
+from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
 
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -26,6 +25,9 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "tool_calls": "tool_calls",
 }
 KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
+_SNAPSHOT_FIELDS = frozenset(
+    {"snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"}
+)
 REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
 
@@ -37,11 +39,28 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
     return None
 
 
-def _measure(sources: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """A figure by its name, with or without prefix; None if absent or no sensible number."""
-    for source in sources:
-        value = source.get(name, source.get("fireworks-" + name))
-        if value is None:
+_SECONDS = {
+    "prefill-queue-duration": "prefill_queue_duration",
+    "generation-queue-duration": "generation_queue_duration",
+    "server-time-to-first-token": "server_ttft",
+    "server-processing-time": "server_processing_time",
+    "tokenizer-queue-duration": "tokenizer_queue_duration",
+    "prefill-duration": "prefill_duration",
+    "generation-duration": "generation_duration",
+}
+_COUNTS = {
+    "num-concurrent-requests": "num_concurrent_requests",
+    "cached-prompt-tokens": "cached_prompt_tokens",
+    "prompt-tokens": "prompt_tokens",
+}
+
+
+def _measured(source: Mapping[str, Any], figures: dict[str, Any]) -> None:
+    """Add the figures that a source has, by name, with or without prefix."""
+    for key, value in source.items():
+        name = key.lower().removeprefix("fireworks-")
+        field_name = _SECONDS.get(name) or _COUNTS.get(name)
+        if field_name is None or value is None:
             continue
         try:
             figure = float(value)
@@ -49,47 +68,21 @@ def _measure(sources: Sequence[Mapping[str, Any]], name: str) -> float | None:
             continue
         # A NaN or a negative time would poison the moving average of the window.
         if math.isfinite(figure) and figure >= 0:
-            return figure
-    return None
+            figures[field_name] = int(figure) if name in _COUNTS else figure
 
 
-def server_metrics(headers: Mapping[str, str], perf_metrics: Mapping[str, Any]) -> ServerMetrics:
-    """What the server reports; `perf_metrics` of the stream win over headers."""
-    sources = (perf_metrics, headers)
+def server_metrics(
+    headers: Mapping[str, str], perf_metrics: Mapping[str, Any], **client: Any
+) -> ServerMetrics:
+    """What the server reports; `perf_metrics` of the stream win over headers.
 
-    def seconds(name: str) -> float | None:
-        return _measure(sources, name)
-
-    def count(name: str) -> int | None:
-        value = _measure(sources, name)
-        return None if value is None else int(value)
-
-    return ServerMetrics(
-        num_concurrent_requests=count("num-concurrent-requests"),
-        prefill_queue_duration=seconds("prefill-queue-duration"),
-        generation_queue_duration=seconds("generation-queue-duration"),
-        server_ttft=seconds("server-time-to-first-token"),
-        cached_prompt_tokens=count("cached-prompt-tokens"),
-        prompt_tokens=count("prompt-tokens"),
-        server_processing_time=seconds("server-processing-time"),
-        tokenizer_queue_duration=seconds("tokenizer-queue-duration"),
-        prefill_duration=seconds("prefill-duration"),
-        generation_duration=seconds("generation-duration"),
-        request_id=request_id_of(headers),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a piece of the stream added.
-
-    Attributes:
-        text: new text.
-        logprobs: natural log probabilities of the new tokens; empty unless asked for.
+    Args:
+        client: the fields that the client measured.
     """
-
-    text: str
-    logprobs: Sequence[float] = field(default_factory=lambda: array("d"))
+    figures: dict[str, Any] = {}
+    _measured(headers, figures)
+    _measured(perf_metrics, figures)
+    return ServerMetrics(**figures, request_id=request_id_of(headers), **client)
 
 
 class CompletionAssembler:
@@ -100,9 +93,11 @@ class CompletionAssembler:
         prompt_ids: the prompt that was sent.
         without_echo: takes the text of echoed prompt tokens off a text. None leaves the text as the
             server sent it.
+        keep_tokens: whether `since` is to tell the tokens' ids.
 
     Attributes:
         done: whether `[DONE]` came.
+        response_id: the first id that the chunks bore.
         finish_reason: the server's, once it came.
         perf_metrics: what the server reported at the end.
         completion_tokens: the server's own count; None if it gave none.
@@ -113,8 +108,11 @@ class CompletionAssembler:
         request: SamplingRequest,
         prompt_ids: Sequence[int],
         without_echo: Callable[[str, Sequence[int]], str] | None = None,
+        *,
+        keep_tokens: bool = False,
     ) -> None:
         self._request = request
+        self._tokens: list[int] | None = [] if keep_tokens else None
         self._logprobs_wanted = request.logprobs
         self._prompt_ids = prompt_ids
         self._without_echo = without_echo
@@ -126,6 +124,7 @@ class CompletionAssembler:
         self._raw_output: Mapping[str, Any] | None = None
         self._snapshot: dict[str, Any] = {}
         self.done = False
+        self.response_id: str | None = None
         self.finish_reason: str | None = None
         self.perf_metrics: dict[str, Any] = {}
         self.completion_tokens: int | None = None
@@ -144,9 +143,15 @@ class CompletionAssembler:
         """A place in the completion, for `since`."""
         return len(self._text), len(self._logprobs)
 
-    def since(self, mark: tuple[int, int]) -> Delta:
+    def since(self, mark: tuple[int, int]) -> TokenDelta:
         """What was added after a place."""
-        return Delta("".join(self._text[mark[0] :]), self._logprobs[mark[1] :])
+        start = mark[1]
+        return TokenDelta(
+            "".join(self._text[mark[0] :]),
+            () if self._tokens is None else self._tokens[start:],
+            self._logprobs[start:],
+            self._sampling[start:],
+        )
 
     def feed(self, data: bytes, event: str = "message") -> None:
         """Take one event of the stream: its data and its type.
@@ -194,12 +199,14 @@ class CompletionAssembler:
                 self._raw_output = {**raw_output}
             if (prompt := choice.get("prompt_token_ids")) is not None:
                 self._raw_output = {"prompt_token_ids": prompt, **(self._raw_output or {})}
+        if self.response_id is None and "id" in chunk:
+            self.response_id = str(chunk["id"])[:256]
         if usage := chunk.get("usage"):
             self.completion_tokens = usage.get("completion_tokens", self.completion_tokens)
         if perf_metrics := chunk.get("perf_metrics"):
             self.perf_metrics.update(perf_metrics)
             self._take_snapshot(perf_metrics)
-        if "snapshot-identity" in chunk or "snapshot-switch-index" in chunk:
+        if not _SNAPSHOT_FIELDS.isdisjoint(chunk):
             self._take_snapshot(chunk)
 
     def _take_logprobs(self, content: Sequence[dict[str, Any]]) -> None:
@@ -216,6 +223,8 @@ class CompletionAssembler:
             self._logprobs.fromlist(raw)
         except TypeError:
             self._logprobs.extend(_doubles(raw))
+        if self._tokens is not None:
+            self._tokens.extend([entry["token_id"] for entry in content])
         if self._request.top_logprobs:
             self._top.extend(
                 {int(top["token_id"]): float(top["logprob"]) for top in entry["top_logprobs"] or ()}
@@ -223,7 +232,7 @@ class CompletionAssembler:
             )
 
     def _take_snapshot(self, source: Mapping[str, Any]) -> None:
-        for name in ("snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"):
+        for name in _SNAPSHOT_FIELDS:
             if (value := source.get(name)) is not None:
                 self._snapshot[name] = value
 

@@ -73,19 +73,21 @@ async def test_first_come_first_served() -> None:
 
 
 async def test_a_grown_window_admits_as_many_as_fit() -> None:
-    gate = AdaptiveConcurrencyController(initial_window=1, adjustment_interval=1)
-    await gate.acquire()
+    gate = AdaptiveConcurrencyController(initial_window=4, adjustment_interval=0)
+    for _ in range(4):
+        await gate.acquire()
+    gate.release(ServerMetrics(prefill_queue_duration=0.0))
     tasks = [asyncio.create_task(gate.acquire()) for _ in range(10)]
     await settled()
-    gate.release(ServerMetrics(prefill_queue_duration=0.0))
+    assert (gate.window_size, gate.in_flight, gate.waiting) == (4, 4, 9)
+    gate.step_completed()
     await settled()
-    assert gate.window_size == 5
-    assert (gate.in_flight, gate.waiting) == (5, 5)
+    assert (gate.window_size, gate.in_flight, gate.waiting) == (8, 8, 5)
     assert sum(task.done() for task in tasks) == 5
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert gate.in_flight == 5
+    assert gate.in_flight == 8
 
 
 async def test_growth_at_a_step_admits_too() -> None:
@@ -119,6 +121,25 @@ async def test_a_shrink_holds_admissions_until_its_debt_is_repaid() -> None:
     clock.advance(1.0)
     gate.release(BUSY)
     assert gate.window_size == 1
+
+
+async def test_retries_go_before_new_requests() -> None:
+    gate = FixedConcurrencyController(1)
+    await gate.acquire()
+    order: list[str] = []
+
+    async def work(name: str, *, retry: bool) -> None:
+        await gate.acquire(retry=retry)
+        order.append(name)
+        gate.release()
+
+    names = [("new 1", False), ("new 2", False), ("again 1", True), ("again 2", True)]
+    tasks = [asyncio.create_task(work(name, retry=retry)) for name, retry in names]
+    await settled()
+    assert gate.waiting == 4
+    gate.release()
+    await asyncio.gather(*tasks)
+    assert order == ["again 1", "again 2", "new 1", "new 2"]
 
 
 async def test_a_cancelled_waiter_leaves_the_line() -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fireworks_training._core.aimd import AdaptiveWindow, AimdSettings, FixedWindow
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
+from fireworks_training.testing import simulate_engine
 
 
 def window(**settings: Any) -> AdaptiveWindow:
@@ -23,8 +24,37 @@ def run(target: AdaptiveWindow, metrics: ServerMetrics | None, *, now: float = 0
     target.release(metrics, now)
 
 
-def queued(seconds: float) -> ServerMetrics:
-    return ServerMetrics(http_status_code=200, prefill_queue_duration=seconds)
+def fill(target: AdaptiveWindow) -> None:
+    while target.has_room:
+        target.admit()
+
+
+def turn(target: AdaptiveWindow, metrics: ServerMetrics, *, now: float = 0.0) -> None:
+    """A round with a full window: each slot answers once, and is filled again."""
+    fill(target)
+    for _ in range(target.size):
+        target.release(metrics, now)
+        fill(target)
+
+
+def queued(seconds: float, latency: float | None = None) -> ServerMetrics:
+    return ServerMetrics(
+        http_status_code=200, prefill_queue_duration=seconds, client_latency=latency
+    )
+
+
+def after_congestion(size: int = 40) -> AdaptiveWindow:
+    """A window that was congested once at twice this size, and has drained to it."""
+    adaptive = window(initial_window=2 * size)
+    fill(adaptive)
+    for _ in range(2 * size):
+        if adaptive.size < 2 * size:
+            break
+        adaptive.release(queued(2.0), 0.0)
+    while adaptive.debt:
+        adaptive.release(None, 0.0)
+    assert adaptive.size == size
+    return adaptive
 
 
 OK = ServerMetrics(http_status_code=200)
@@ -33,10 +63,10 @@ BUSY = ServerMetrics(http_status_code=503, retry_attempt=1)
 
 def test_defaults_are_the_field_s() -> None:
     settings = AimdSettings()
-    assert (settings.initial_window, settings.min_window, settings.max_window) == (8, 1, 256)
+    assert (settings.initial_window, settings.min_window, settings.max_window) == (8, 1, 4096)
     assert (settings.prefill_queue_target, settings.ema_alpha) == (0.5, 0.3)
     assert (settings.additive_increase, settings.multiplicative_decrease) == (1.0, 0.5)
-    assert (settings.adjustment_interval, settings.shrink_cooldown_s) == (32, 1.0)
+    assert (settings.adjustment_interval, settings.shrink_cooldown_s) == (256, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -60,47 +90,115 @@ def test_senseless_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_initial_window_is_brought_within_bounds() -> None:
-    assert window(initial_window=500).size == 256
+    assert window(initial_window=5000).size == 4096
     assert window(initial_window=2, min_window=4).size == 4
 
 
-def test_an_empty_queue_grows_the_window_by_four_an_interval() -> None:
+def test_slow_start_doubles_the_window_in_a_round_trip() -> None:
     adaptive = window()
-    for _ in range(31):
-        run(adaptive, queued(0.0))
-    assert adaptive.size == 8
-    run(adaptive, queued(0.0))
-    assert adaptive.size == 12
+    for size in (16, 32, 64):
+        turn(adaptive, queued(0.0))
+        assert adaptive.size == size
     assert adaptive.signal == "prefill_queue"
 
 
-def test_growth_is_proportional_to_the_headroom() -> None:
-    adaptive = window(adjustment_interval=1)
-    run(adaptive, queued(0.25))
-    assert adaptive.size == 10
+def test_a_window_that_is_never_full_does_not_grow() -> None:
+    adaptive = window()
+    for _ in range(100):
+        run(adaptive, queued(0.0))
+    assert adaptive.size == 8
 
 
-def test_a_queue_over_the_target_halves_it() -> None:
-    adaptive = window(adjustment_interval=1, initial_window=40)
-    run(adaptive, queued(0.6))
+def test_slow_start_ends_at_the_first_queue() -> None:
+    adaptive = window()
+    fill(adaptive)
+    adaptive.release(queued(0.1), 0.0)
+    for _ in range(3):
+        fill(adaptive)
+        adaptive.release(queued(0.0), 0.0)
+    assert adaptive.size == 8
+
+
+def test_the_first_congestion_shrinks_by_the_whole_factor() -> None:
+    adaptive = window(initial_window=40)
+    fill(adaptive)
+    for _ in range(2):
+        adaptive.release(queued(0.6), 0.0)
+    assert adaptive.size == 40  # two of forty are no more than one in twenty
+    adaptive.release(queued(0.6), 0.0)
     assert adaptive.size == 20
 
 
-def test_the_mean_enters_a_moving_average_seeded_by_the_first() -> None:
-    adaptive = window(adjustment_interval=2)
-    run(adaptive, queued(0.1))
-    run(adaptive, queued(0.3))
-    assert adaptive.ema_prefill_queue == pytest.approx(0.2)
-    run(adaptive, queued(1.0))
-    run(adaptive, queued(1.0))
-    assert adaptive.ema_prefill_queue == pytest.approx(0.3 * 1.0 + 0.7 * 0.2)
+def test_one_decrease_a_congestion() -> None:
+    """Requests that were sent before the decrease met the queue of the old window."""
+    adaptive = window(initial_window=40)
+    fill(adaptive)
+    for second in range(40):
+        adaptive.release(queued(5.0, latency=5.0 + second), float(second))
+    assert adaptive.size == 20
+
+
+def test_a_further_congestion_shrinks_to_what_was_in_service() -> None:
+    adaptive = after_congestion(40)
+    for _ in range(40):
+        fill(adaptive)
+        adaptive.release(queued(0.6, latency=2.4), 10.0)
+    assert adaptive.size == 30
+
+
+def test_but_never_by_more_than_the_factor() -> None:
+    adaptive = after_congestion(40)
+    for _ in range(40):
+        fill(adaptive)
+        adaptive.release(queued(9.0, latency=9.6), 10.0)
+        if adaptive.size != 40:
+            break
+    assert adaptive.size == 20
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.1, 41), (0.3, 40), (0.45, 40)])
+def test_it_grows_below_the_set_point_and_holds_between_it_and_the_target(
+    seconds: float, size: int
+) -> None:
+    adaptive = after_congestion(40)
+    turn(adaptive, queued(seconds, latency=1.0), now=10.0)
+    assert adaptive.size == size
+
+
+def test_a_queue_that_went_away_starts_slow_start_again() -> None:
+    adaptive = after_congestion(40)
+    turn(adaptive, queued(0.1, latency=1.0), now=10.0)
+    assert adaptive.size == 41
+    turn(adaptive, queued(0.0, latency=1.0), now=12.0)
+    assert adaptive.size == 82
+    turn(adaptive, queued(0.0, latency=1.0), now=14.0)
+    assert adaptive.size == 164
+
+
+def test_a_window_that_was_cut_too_deep_recovers_ever_faster() -> None:
+    adaptive = after_congestion(40)
+    sizes: list[int] = []
+    for second in range(4):
+        turn(adaptive, queued(0.0, latency=0.5), now=10.0 + second)
+        sizes.append(adaptive.size)
+    assert sizes == [41, 42, 47, 53]
+
+
+def test_the_moving_average_is_of_the_window_that_holds() -> None:
+    adaptive = after_congestion(2)
+    assert adaptive.ema_prefill_queue is None
+    turn(adaptive, queued(0.3, latency=1.0), now=10.0)
+    assert adaptive.ema_prefill_queue == pytest.approx(0.3)
+    turn(adaptive, queued(0.1, latency=1.0), now=12.0)
+    assert adaptive.ema_prefill_queue == pytest.approx(0.3 * 0.1 + 0.7 * 0.3)
 
 
 def test_statuses_say_nothing_where_a_queue_is_reported() -> None:
-    adaptive = window(adjustment_interval=2)
+    adaptive = window()
     run(adaptive, queued(0.0))
-    run(adaptive, ServerMetrics(http_status_code=429, prefill_queue_duration=0.0))
-    assert adaptive.size == 12
+    for _ in range(10):
+        run(adaptive, BUSY)
+    assert adaptive.size == 8
 
 
 def test_congestion_shrinks_at_once_but_once_a_cooldown() -> None:
@@ -119,15 +217,25 @@ def test_a_deep_retry_shrinks_harder() -> None:
     assert adaptive.size == 16
 
 
-def test_a_clean_interval_grows_by_one_and_a_congested_one_does_not() -> None:
-    adaptive = window(adjustment_interval=2)
-    run(adaptive, OK)
-    run(adaptive, OK)
-    assert adaptive.size == 9
+def test_without_queue_times_a_clean_round_grows_it_and_a_congested_one_does_not() -> None:
+    adaptive = window(initial_window=16)
     run(adaptive, BUSY)
-    assert adaptive.size == 4
-    run(adaptive, OK)
-    assert adaptive.size == 4
+    assert adaptive.size == 8
+    turn(adaptive, OK, now=5.0)  # the congestion is of this round
+    assert adaptive.size == 8
+    turn(adaptive, OK, now=6.0)
+    assert adaptive.size == 10  # by a quarter, up to three quarters of what was refused
+    turn(adaptive, OK, now=7.0)
+    turn(adaptive, OK, now=8.0)
+    assert adaptive.size == 13  # and then by one
+
+
+def test_a_refusal_of_a_request_that_is_older_than_the_shrink_is_no_news() -> None:
+    adaptive = window(initial_window=64)
+    run(adaptive, BUSY, now=10.0)
+    late = ServerMetrics(http_status_code=503, client_latency=30.0)
+    run(adaptive, late, now=20.0)
+    assert adaptive.size == 32
 
 
 def test_other_errors_count_for_nothing() -> None:
@@ -139,19 +247,20 @@ def test_other_errors_count_for_nothing() -> None:
 
 
 def test_the_queue_wins_where_both_were_seen() -> None:
-    adaptive = window(adjustment_interval=2)
-    run(adaptive, OK)
-    run(adaptive, queued(0.0))
-    assert adaptive.size == 12
+    adaptive = window()
+    turn(adaptive, OK)
+    assert adaptive.size == 16
+    turn(adaptive, queued(0.0))
+    assert (adaptive.size, adaptive.signal) == (32, "prefill_queue")
 
 
 def test_interval_zero_adjusts_at_steps_only() -> None:
     adaptive = window(adjustment_interval=0)
-    for _ in range(100):
-        run(adaptive, queued(0.0))
+    for _ in range(3):
+        turn(adaptive, queued(0.0))
     assert adaptive.size == 8
     adaptive.step_completed()
-    assert adaptive.size == 12
+    assert adaptive.size == 16
 
 
 def test_a_shrink_below_what_is_in_flight_is_repaid_by_releases() -> None:
@@ -194,12 +303,18 @@ def test_the_summary_of_a_step_on_queues() -> None:
         "window": 8.0,
         "requests": 3.0,
         "avg_pq": pytest.approx(0.1),
+        "ema_pq": pytest.approx(0.1),
         "avg_window": 8.0,
         "max_in_flight": 1.0,
-        "window_after": 12.0,
+        "window_after": 8.0,
         "cache_hit_rate": pytest.approx(0.95),
     }
-    assert adaptive.step_completed() == {"window": 12.0, "requests": 0.0, "max_in_flight": 0.0}
+    assert adaptive.step_completed() == {
+        "window": 8.0,
+        "requests": 0.0,
+        "max_in_flight": 0.0,
+        "ema_pq": pytest.approx(0.1),
+    }
 
 
 def test_the_summary_of_a_step_on_statuses() -> None:
@@ -324,3 +439,71 @@ def test_the_same_history_gives_the_same_window(queues: list[float]) -> None:
         run(first, queued(seconds), now=0.0)
         run(second, queued(seconds), now=1e9)
     assert first.size == second.size
+
+
+JITTERS = (0.0, 0.05, 0.2, 0.9)  # engines that serve in waves, and such that do not
+
+
+@pytest.mark.parametrize("jitter", JITTERS)
+@pytest.mark.parametrize("initial", [8, 256])
+def test_it_finds_the_capacity_of_an_engine(initial: int, jitter: float) -> None:
+    run = simulate_engine(
+        window(initial_window=initial), slots=32, service=0.64, requests=2000, jitter=jitter
+    )
+    assert run.busy >= 0.95
+    warm = run.seconds / 3
+    assert run.queue_quantile(0.95, after=warm) <= 0.5
+
+
+@pytest.mark.parametrize("jitter", JITTERS)
+def test_it_follows_a_capacity_that_changes(jitter: float) -> None:
+    run = simulate_engine(
+        window(),
+        slots=lambda now: 32 if now < 20 else 8 if now < 40 else 64,
+        service=0.64,
+        requests=3250,
+        jitter=jitter,
+    )
+    assert run.busy >= 0.9
+
+
+def test_the_field_s_law_does_not() -> None:
+    """The control: without epochs, a set-point and slow start the same engine stands idle."""
+
+    class Plain(AdaptiveWindow):
+        def release(self, metrics: ServerMetrics | None, now: float) -> None:
+            FixedWindow.release(self, metrics, now)
+            assert metrics is not None
+            self.means = [*getattr(self, "means", []), metrics.prefill_queue_duration or 0.0]
+            if len(self.means) == 32:
+                mean = sum(self.means) / 32
+                self.ema = 0.3 * mean + 0.7 * getattr(self, "ema", mean)
+                over = self.ema > 0.5
+                self._window = max(1.0, self._window / 2) if over else self._window + 1.0
+                self.means = []
+
+    run = simulate_engine(Plain(AimdSettings()), slots=32, service=0.64, requests=2000)
+    assert run.busy < 0.9
+
+
+@pytest.mark.parametrize("jitter", JITTERS)
+def test_without_queue_times_it_lives_with_an_engine_that_refuses(jitter: float) -> None:
+    run = simulate_engine(
+        window(),
+        slots=32,
+        service=0.64,
+        requests=2000,
+        jitter=jitter,
+        queue_limit=32,
+        reports_queue=False,
+    )
+    assert run.busy >= 0.95
+    assert run.refused <= 100
+
+
+def test_the_simulated_engine_serves_everything_once() -> None:
+    run = simulate_engine(FixedWindow(8), slots=4, service=1.0, requests=20, network=0.0)
+    assert len(run.queues) == 20
+    assert run.seconds == 5.0
+    assert run.busy == 1.0
+    assert run.queue_quantile(1.0) == 1.0

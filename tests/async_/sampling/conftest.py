@@ -46,15 +46,14 @@ async def shared(server: CompletionServer) -> AsyncIterator[Make]:
 
     def maker(**options: Any) -> DeploymentSampler:
         retries = options.pop("retries", quick())
-        sampler = DeploymentSampler._shared(
+        return DeploymentSampler._shared(
             transport=transport,
             inference_url=options.pop("url", server.url),
             model=MODEL,
             tokenizer=None,
+            retries=retries,
             **{"concurrency_controller": AdaptiveConcurrencyController(), **options},
         )
-        sampler._retries = retries
-        return sampler
 
     yield maker
     await transport.close()

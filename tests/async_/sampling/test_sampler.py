@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async import sampling_run
+from fireworks_training._async import sampling_progress
 from fireworks_training._async.completion_stream import AttemptFailed
 from fireworks_training._async.gate import AdaptiveConcurrencyController, FixedConcurrencyController
 from fireworks_training._async.sampler import DeploymentSampler
@@ -307,7 +307,7 @@ async def test_a_long_wait_says_what_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(sampling_run, "FIRST_REPORT", 0.01)
+    monkeypatch.setattr(sampling_progress, "FIRST_REPORT", 0.01)
     server.script = [stub.complete]
     server.otherwise = stub.hang_mid_stream
     sampler = make(concurrency_controller=FixedConcurrencyController(2))

@@ -6,6 +6,7 @@ import asyncio
 from array import array
 from typing import Any
 
+import aiohttp
 import pytest
 
 from fireworks_training._async.completion_stream import Attempt, CompletionStream
@@ -32,6 +33,7 @@ async def test_deltas_arrive_while_the_server_generates(
         number=1,
         prompt_index=0,
         sample_index=0,
+        timeout=aiohttp.ClientTimeout(total=None),
     )
     text, logprobs = "", array("d")
     async with CompletionStream(sampler._transport, attempt) as deltas:
@@ -65,6 +67,7 @@ async def test_leaving_a_stream_early_stops_the_server(
         number=1,
         prompt_index=0,
         sample_index=0,
+        timeout=aiohttp.ClientTimeout(total=None),
     )
     async with CompletionStream(sampler._transport, attempt) as deltas:
         assert (await anext(deltas)).text == "<5>"
