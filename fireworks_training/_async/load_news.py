@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 
 class LoadNews:
@@ -24,7 +24,7 @@ class LoadNews:
         self._waiters: set[asyncio.Future[None]] = set()
 
     @contextlib.contextmanager
-    def load(self) -> Iterator[None]:
+    def load(self) -> Generator[None]:
         """A load is under way while this is entered; leaving wakes all who wait for it."""
         self.loading += 1
         try:

@@ -10,7 +10,8 @@ Almost every event of a completion is one `data:` line, so that case takes a sho
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 from fireworks_training.errors import ProtocolError
 
@@ -32,7 +33,7 @@ class ServerSentEvent(NamedTuple):
     event: str = "message"
 
 
-_event = tuple.__new__
+_event = cast(Callable[[type[ServerSentEvent], tuple[bytes, str]], ServerSentEvent], tuple.__new__)
 """Makes an event without the Python call of a named tuple's constructor."""
 
 
