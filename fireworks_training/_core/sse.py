@@ -11,7 +11,7 @@ Almost every event of a completion is one `data:` line, so that case takes a sho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from fireworks_training.errors import ProtocolError
 
@@ -33,7 +33,8 @@ class ServerSentEvent(NamedTuple):
     event: str = "message"
 
 
-_event = cast(Callable[[type[ServerSentEvent], tuple[bytes, str]], ServerSentEvent], tuple.__new__)
+_new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType]
+_event: Callable[[type[ServerSentEvent], tuple[bytes, str]], ServerSentEvent] = _new
 """Makes an event without the Python call of a named tuple's constructor."""
 
 
