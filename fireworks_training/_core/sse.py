@@ -33,7 +33,7 @@ class ServerSentEvent(NamedTuple):
     event: str = "message"
 
 
-_new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType]
+_new: Any = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 _event: Callable[[type[ServerSentEvent], tuple[bytes, str]], ServerSentEvent] = _new
 """Makes an event without the Python call of a named tuple's constructor."""
 
