@@ -455,6 +455,7 @@ def for_status(
     cls: type[ApiStatusError]
     if status in (401, 403):
         cls = AuthenticationFailed
+        message = f"{message}. Pass the key of this server as api_key=, or set FIREWORKS_API_KEY"
     elif status >= 500:
         cls = ServerFailed
     else:

@@ -220,7 +220,8 @@ class Transport:
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionFailed(
                 f"{method} {_path(target)} at {self.base_url}: "
-                f"{type(error).__name__}: {str(error) or 'the connection broke'}",
+                f"{type(error).__name__}: {str(error) or 'the connection broke'}. "
+                "Check base_url and the network; `fireworks-training serve` starts a platform here",
                 cause=error,
             ) from error
         request_id = response.headers.get("x-request-id")

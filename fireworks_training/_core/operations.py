@@ -167,8 +167,8 @@ class Line:
         """The error of an operation that `cause` voids."""
         return PrecedingOperationFailed(
             "not applied, since an operation before it in the same step failed: "
-            f"{type(cause).__name__}: {cause}. The step's gradients are dropped. Its optim_step "
-            "ends it, and fails too; what comes after that starts clean.",
+            f"{type(cause).__name__}: {str(cause).rstrip('.')}. The step's gradients are dropped. "
+            "Its optim_step ends it, and fails too; what comes after that starts clean.",
             cause=cause,
         )
 

@@ -79,6 +79,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 _OPTIONS: Final = tuple(SamplingOptions.__annotations__)
+_NAMED: Final = ("messages", "prompt_token_ids", "n", "max_tokens", "temperature", "max_seq_len")
 _SDK_OWNED: Final = ("model", "prompt", "stream", "raw_output", "perf_metrics_in_response")
 _REFUSED: Final = {
     "images": "vision inputs are not supported",
@@ -105,7 +106,7 @@ def check_names(options: Iterable[str]) -> None:
         if name in _SDK_OWNED:
             raise UnknownOption(f"{name} is set by the SDK itself; leave it out")
         if name not in _OPTIONS:
-            near = difflib.get_close_matches(name, _OPTIONS, n=3, cutoff=0.6)
+            near = difflib.get_close_matches(name, (*_OPTIONS, *_NAMED), n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_OPTIONS)}"
             raise UnknownOption(f"unknown sampling option {name!r}; {hint}")
 

@@ -152,7 +152,7 @@ def check_inputs(arrays: Mapping[str, Array], length: int, index: int) -> None:
             raise InvalidDatum(
                 f"datum {index}: {name!r} has {rows}, but model_input has {length} tokens. Entry t "
                 "of each loss input belongs to predicting target t from the inputs up to t, so the "
-                "lengths are equal (see data.py for builders that shift by one).",
+                "lengths are equal (supervised_datum and rl_datum build them so).",
                 index=index,
             )
         if array.dtype.kind == "f" and not bool(np.isfinite(array).all()):

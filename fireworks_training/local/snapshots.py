@@ -19,7 +19,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -66,6 +67,10 @@ class SnapshotMismatch(SnapshotError):
 
 class NoSpace(SnapshotError):
     """The disk has no room for the save; nothing was written."""
+
+
+class NotWritten(SnapshotError):
+    """The save failed on its way to the disk; nothing is left of it."""
 
 
 class LoraBlock(BaseModel):
@@ -145,6 +150,24 @@ def check_space(folder: Path, needed: int, what: str, free_bytes: FreeBytes) -> 
             f" {free / 1e6:.1f} MB are free in the state folder; nothing was written. Free some"
             " space, or use a state folder on a larger disk"
         )
+
+
+@contextmanager
+def written_or_gone(what: str) -> Iterator[None]:
+    """Names a failure to write: a disk that fills up, a limit, a folder that is gone.
+
+    Raises:
+        NotWritten: the block raised an error of the operating system or of safetensors.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise NotWritten(
+            f"{what} could not be written: {error}. Nothing is left of it, and the weights are as"
+            " they were. Free some space in the state folder, then save again"
+        ) from error
 
 
 def sync_file(path: Path) -> None:
@@ -337,6 +360,7 @@ class SnapshotStore:
         Raises:
             InvalidName: before anything is written.
             NoSpace: before anything is written.
+            NotWritten: it failed on the way.
         """
         if hashes is None:
             hashes = hashes_of(tensors)
@@ -395,13 +419,14 @@ class SnapshotStore:
 
         self.check_room(manifest.identity, manifest.bytes)
         scratch = self.folder / f".tmp-{self._writer}.{uuid.uuid4().hex}"
-        scratch.mkdir(mode=0o700)
         try:
-            file = scratch / _FILE_OF_KIND[manifest.kind]
-            whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(whole, file, metadata=dict(metadata) if metadata else None)
-            sync_file(file)
-            return self._publish(scratch, manifest)
+            with written_or_gone(f"snapshot {manifest.identity!r}"):
+                scratch.mkdir(mode=0o700)
+                file = scratch / _FILE_OF_KIND[manifest.kind]
+                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                save_file(whole, file, metadata=dict(metadata) if metadata else None)
+                sync_file(file)
+                return self._publish(scratch, manifest)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

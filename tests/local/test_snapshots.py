@@ -13,6 +13,7 @@ from fireworks_training.local.snapshots import (
     InvalidName,
     LoraBlock,
     NoSpace,
+    NotWritten,
     SnapshotCorrupt,
     SnapshotMissing,
     SnapshotStore,
@@ -172,7 +173,7 @@ def test_a_write_that_fails_leaves_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", broken)
-        with pytest.raises(OSError, match="on fire"):
+        with pytest.raises(NotWritten, match="on fire"):
             write(store)
     assert list(store.folder.iterdir()) == []
     assert write(store) == "step_1"

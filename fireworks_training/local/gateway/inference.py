@@ -273,7 +273,8 @@ def _generation(body: CompletionBody, prompt: list[int], engine: EngineClient) -
         raise Problem(
             400,
             f"prompt ({len(prompt)} tokens) and max_tokens ({max_tokens}) are "
-            f"{len(prompt) + max_tokens} tokens, over the context of {limits.max_context}",
+            f"{len(prompt) + max_tokens} tokens, over the context of {limits.max_context}: "
+            "shorten the prompt, or pass a smaller max_tokens",
         )
     if (body.min_tokens or 0) > max_tokens:
         raise Problem(400, f"min_tokens {body.min_tokens} is over max_tokens {max_tokens}")

@@ -30,6 +30,7 @@ from fireworks_training.local.snapshots import (
     check_space,
     disk_free_bytes,
     sync_file,
+    written_or_gone,
 )
 from fireworks_training.local.trainer.operations import OperationFailed
 
@@ -93,10 +94,15 @@ class StateStore:
 
         Raises:
             NoSpace: before anything is written.
+            NotWritten: it failed on the way; an older state of that name is as it was.
         """
         folder = self.folder / check_name(name, "state")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         check_space(self.folder, size, f"state {name!r}", self._free_bytes)
+        with written_or_gone(f"state {name!r}"):
+            self._write(folder, info, tensors)
+
+    def _write(self, folder: Path, info: StateInfo, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(exist_ok=True, mode=0o700)
         file = folder / f"tensors-{uuid.uuid4().hex}.safetensors"
         draft = folder / "state.json.new"
@@ -111,6 +117,8 @@ class StateStore:
         except BaseException:
             file.unlink(missing_ok=True)
             draft.unlink(missing_ok=True)
+            if not (folder / "state.json").exists():
+                folder.rmdir()
             raise
         sync_file(folder)
         sync_file(self.folder)

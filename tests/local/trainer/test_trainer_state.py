@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fireworks_training.local.optimizer import AdamSettings
-from fireworks_training.local.snapshots import InvalidName, NoSpace
+from fireworks_training.local.snapshots import InvalidName, NoSpace, NotWritten
 from fireworks_training.local.trainer.operations import OperationFailed
 from fireworks_training.local.trainer.states import StateInfo, StateStore
 from tests.local.trainer.trainer_driver import ADAM, Starter, cross_entropy, new_model, some_data
@@ -58,7 +58,7 @@ def test_a_save_that_fails_leaves_the_old_state(
     with monkeypatch.context() as patch:
         patch.setattr(f"fireworks_training.local.trainer.states.{at}", broken)
         for name in ("s", "new"):
-            with pytest.raises(OSError, match="on fire"):
+            with pytest.raises(NotWritten, match="on fire"):
                 store.save(name, INFO, tensors(2.0))
     assert store.load("s")[1]["master.w"][0] == 1.0
     assert store.names() == ["s"]
