@@ -105,12 +105,7 @@ _ALIASES = {
 }
 _SHAPE_OWNED = ("node_count", "accelerator_type", "accelerator_count")
 _REFUSED: dict[str, str] = {
-    "max_lora_rank": "several models on one trainer are not supported yet; use one service a model",
     "projection_head_dim": "projection heads are not supported yet",
-    "reference_training_shape_id": "reference trainers are not supported yet",
-    "reference_trainer_job_id": "reference trainers are not supported yet",
-    "reference_required": "reference trainers are not supported yet",
-    "forward_only": "forward-only trainers are not supported yet",
     "reservation_target": "reservations are not supported",
     "weight_sync_transport": "RDMA publication is not supported; leave it out for hot load",
 }
@@ -125,6 +120,9 @@ class FiretitanProvisioningConfig:
         tokenizer_model: name or folder of the tokenizer; None takes the one the platform serves.
         lora_rank: 0 trains all parameters, more trains an adapter of that rank.
         lora_alpha: scale of the adapter; None is 32. Only with `lora_rank > 0`.
+        max_lora_rank: many adapters on one trainer, each of a rank up to this, one a
+            `create_training_client(lora_rank=...)`; None is one model. Excludes `lora_rank` and
+            `lora_alpha`.
         training_shape_id: name of the training shape (aliases `training_shape`,
             `training_shape_ref`); None lets the control plane choose.
         deployment_shape: name of the deployment shape; None takes the one of the training shape.
@@ -132,6 +130,11 @@ class FiretitanProvisioningConfig:
             does not exist is created under this id.
         deployment_id: reuse this deployment; one that does not exist is created under this id.
         create_deployment: False trains without a deployment.
+        forward_only: the trainer computes logprobs only.
+        reference_training_shape_id, reference_trainer_job_id: give a reference model a trainer of
+            its own, of this shape, or this job (which is resumed if it stands).
+        cleanup_reference_trainer_on_close: delete the reference trainer that this service made.
+        reference_required: get a separate reference trainer up together with the rest.
         max_context_length: tokens; None takes the shape's.
         learning_rate: shown with the job; the rate of each step comes with `optim_step`.
         seed: of the adapter's initialisation; None lets the trainer choose.
@@ -163,11 +166,17 @@ class FiretitanProvisioningConfig:
     tokenizer_model: str | None = None
     lora_rank: int = 0
     lora_alpha: int | None = None
+    max_lora_rank: int | None = None
     training_shape_id: str | None = None
     deployment_shape: str | None = None
     trainer_job_id: str | None = None
     deployment_id: str | None = None
     create_deployment: bool = True
+    forward_only: bool = False
+    reference_training_shape_id: str | None = None
+    reference_trainer_job_id: str | None = None
+    cleanup_reference_trainer_on_close: bool = True
+    reference_required: bool = False
     region: str | None = None
     max_context_length: int | None = None
     learning_rate: float = 1e-5
@@ -208,6 +217,13 @@ class FiretitanProvisioningConfig:
             raise InvalidArgument("base_model is required: the resource name of the model to train")
         _at_least("lora_rank", self.lora_rank, 0)
         _at_least("replica_count", self.replica_count, 1)
+        if self.max_lora_rank is not None:
+            _at_least("max_lora_rank", self.max_lora_rank, 1)
+            if self.lora_rank or self.lora_alpha is not None:
+                raise InvalidArgument(
+                    "max_lora_rank excludes lora_rank and lora_alpha: each model gets its own from "
+                    "create_training_client"
+                )
         if self.lora_alpha is not None and self.lora_rank == 0:
             raise InvalidArgument(
                 "lora_alpha is given but lora_rank is 0 (full-parameter): give lora_rank, or leave "
@@ -223,7 +239,7 @@ class FiretitanProvisioningConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be more than 0 seconds")
-        for name in ("trainer_job_id", "deployment_id"):
+        for name in ("trainer_job_id", "deployment_id", "reference_trainer_job_id"):
             value = getattr(self, name)
             if value is not None and not RESOURCE_ID.fullmatch(value):
                 raise InvalidArgument(
@@ -263,7 +279,6 @@ class FiretitanProvisioningConfig:
         for name, reason in _REFUSED.items():
             if chosen.pop(name, None):
                 raise NotSupported(f"{name}: {reason}")
-        chosen.pop("cleanup_reference_trainer_on_close", None)  # no reference, nothing to clean up
         chosen.pop("use_reservation", None)  # only chooses among reservations, which are refused
         if chosen.pop("gradient_accumulation_steps", 1) != 1:
             raise InvalidArgument(
@@ -286,6 +301,8 @@ class FiretitanProvisioningConfig:
         for name in ("extra_args", "deployment_extra_args"):
             if name in chosen:
                 chosen[name] = tuple(chosen[name] or ())
+        for name in ("reference_training_shape_id", "reference_trainer_job_id"):
+            chosen[name] = chosen.get(name) or None
         if "base_model" not in chosen:
             raise InvalidArgument("base_model is required: the resource name of the model to train")
         return cls(**chosen)
@@ -403,6 +420,12 @@ def cache_dir() -> Path:
     """Folder for what can be fetched again (`XDG_CACHE_HOME`, else `~/.cache`)."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fireworks-training"
+
+
+def state_dir() -> Path:
+    """Folder for what must outlive a process (`XDG_STATE_HOME`, else `~/.local/state`)."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "fireworks-training"
 
 
 def session_tags() -> list[str]:

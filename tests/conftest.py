@@ -6,11 +6,14 @@ with jobs and deployments that it made. What concerns the platform's own process
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ import pytest
 # Before anything imports torch: two workers and the tests share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests write into a ledger of their own, never into the user's; so do the processes they start.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fireworks-training-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 READY_WITHIN = 120.0
 

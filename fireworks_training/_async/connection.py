@@ -98,6 +98,16 @@ class Connection:
             await asyncio.to_thread(embedded.release)
 
     @property
+    def address(self) -> str:
+        """The platform as the user named it: a URL, "local" or "local:/path"."""
+        return self._endpoint.base_url
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the platform is this process's own."""
+        return self._endpoint.embedded
+
+    @property
     def temporary(self) -> bool:
         """Whether the platform's state goes away with it."""
         return self._endpoint.embedded and self._endpoint.state_dir is None

@@ -1,136 +1,106 @@
-"""Gets a trainer and a deployment up, together, and gives back what it made.
+"""Gets a trainer, a deployment and a reference trainer up, together.
 
-Both are made in one task group: when one fails, the wait for the other ends at once, what this call
-made is cleaned up, and the first error is raised. What was found is never touched.
+All are made in one task group: when one fails, the waits for the others end at once, what this call
+made is deleted, and the first error is raised. What was found is never touched.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 from uuid import uuid4
 
-from fireworks_training._async.connection import Connection
+from fireworks_training._async.control_plane.bodies import (
+    deployment_body,
+    deployment_query,
+    job_body,
+    job_query,
+)
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.ownership import Claim, Holdings, Role
+from fireworks_training._async.readiness import until_ready
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._core.lifecycle import (
-    FIRST_DELAY,
     Readiness,
+    Watch,
     deployment_readiness,
     job_readiness,
-    next_delay,
 )
-from fireworks_training._core.notices import Notices
-from fireworks_training._portal import at_exit
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     ApiError,
     InvalidArgument,
     NotSupported,
     ProvisioningError,
-    ProvisioningTimeout,
 )
 from fireworks_training.models import DeploymentInfo, TrainerJobInfo, TrainingProfile
 
-T = TypeVar("T", TrainerJobInfo, DeploymentInfo)
-
 logger = logging.getLogger("fireworks_training.provisioning")
+
+SERVING = ("READY", "UPDATING")
 
 
 @dataclass(slots=True)
 class Resources:
-    """What a service has, and whether it made it."""
+    """What a service has.
+
+    Attributes:
+        profile: the training shape, resolved.
+        job_id, job: the trainer job; its id is chosen before it exists.
+        deployment_id, deployment: the deployment.
+        reference: the separate reference trainer, if there is one.
+        stale: whether the deployment was found and may serve the weights of another run.
+    """
 
     profile: TrainingProfile | None = None
     job_id: str | None = None
-    job_created: bool = False
     job: TrainerJobInfo | None = None
     deployment_id: str | None = None
-    deployment_created: bool = False
     deployment: DeploymentInfo | None = None
-    errors: list[BaseException] = field(default_factory=list[BaseException])
+    reference: Resources | None = None
+    stale: bool = False
 
 
-class Provisioner:
-    """What one service has on its platform, from the first need of it to the end.
-
-    Args:
-        connection: the platform.
-        config: what the service was made for.
-    """
-
-    def __init__(self, connection: Connection, config: FiretitanProvisioningConfig) -> None:
-        self.resources = Resources()
-        self._connection = connection
-        self._config = config
-        self._ready = False
-        self._lock = asyncio.Lock()
-        self._forget_exit: Callable[[], None] = lambda: None
-
-    async def provisioned(self) -> Resources:
-        """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind."""
-        async with self._lock:
-            if not self._ready:
-                plane = await self._connection.open()
-                self._forget_exit()
-                what = f"the service of {self._config.base_model}"
-                self._forget_exit = at_exit(what, self._clean_up_at_exit)
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        # Imported while the trainer starts: on the loop it would stop for seconds.
-                        group.create_task(asyncio.to_thread(_import_tinker))
-                        group.create_task(provision(plane, self._config, self.resources))
-                except BaseException as error:
-                    await finish_in_spite_of_cancellation(abandon(plane, self.resources))
-                    self.resources = Resources()
-                    raise first_of(error) from None
-                self._ready = True
-        return self.resources
-
-    async def revive(self) -> None:
-        """Start the trainer job again after its process was lost, and wait until it is ready."""
-        async with self._lock:
-            plane = await self._connection.open()
-            job_id = self.resources.job_id
-            assert job_id is not None
-            self.resources.job = await _attach(plane, self._config, job_id)
-
-    async def clean_up(self) -> list[BaseException]:
-        """Give back what was made, as the policies say; what went wrong on the way."""
-        if self._ready:
-            await clean_up(await self._connection.open(), self._config, self.resources)
-        self._forget_exit()
-        return self.resources.errors
-
-    async def _clean_up_at_exit(self) -> None:
-        """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
-        if self._connection.temporary or not self._ready:
-            return
-        async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
-            await clean_up(AsyncControlPlane(transport), self._config, self.resources)
+def separate_reference(config: FiretitanProvisioningConfig) -> bool:
+    """Whether a reference model needs a trainer of its own: without an adapter to turn off, or
+    where the caller names a shape or a job for it."""
+    named = config.reference_training_shape_id or config.reference_trainer_job_id
+    return bool(named) or (config.lora_rank == 0 and config.max_lora_rank is None)
 
 
-def _import_tinker() -> None:
-    importlib.import_module("tinker")
+def reference_config(config: FiretitanProvisioningConfig) -> FiretitanProvisioningConfig:
+    """The forward-only trainer that serves a service's reference model."""
+    return replace(
+        config,
+        create_deployment=False,
+        deployment_id=None,
+        lora_rank=0,
+        lora_alpha=None,
+        max_lora_rank=None,
+        training_shape_id=config.reference_training_shape_id or config.training_shape_id,
+        trainer_job_id=config.reference_trainer_job_id,
+        reference_training_shape_id=None,
+        reference_trainer_job_id=None,
+        reference_required=False,
+        forward_only=True,
+        cleanup_trainer_on_close=config.cleanup_reference_trainer_on_close,
+    )
 
 
 async def provision(
-    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane,
+    config: FiretitanProvisioningConfig,
+    resources: Resources,
+    holdings: Holdings,
+    *,
+    role: Role = "trainer",
 ) -> None:
     """Make or find what `config` describes, and wait until it is ready.
 
-    `resources` is filled in as things come into being, so that a cancelled or failed call leaves a
-    record of what there is to clean up.
-
-    Raises:
-        ProvisioningError: a resource failed.
-        ProvisioningTimeout: one was not ready within its budget.
-        NotSupported: an option that only the local platform has, elsewhere.
+    `resources` is filled in as things come into being; what there is to clean up, `holdings` knows.
     """
     if config.snapshot_dtype is not None and await plane.account() != LOCAL_ACCOUNT:
         raise NotSupported("snapshot_dtype is an option of the local platform: leave it out here")
@@ -143,308 +113,188 @@ async def provision(
     if config.training_shape_id is not None:
         resources.profile = await plane.training_profile(config.training_shape_id)
     if config.wait_for_trainer_before_deployment:
-        await _trainer(plane, config, resources)
-        await _deployment(plane, config, resources)
+        await _trainer(plane, config, resources, holdings, role)
+        await _deployment(plane, config, resources, holdings)
         return
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(_trainer(plane, config, resources))
-            group.create_task(_deployment(plane, config, resources))
-    except BaseExceptionGroup as failures:
-        raise first_of(failures) from None
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_trainer(plane, config, resources, holdings, role))
+        group.create_task(_deployment(plane, config, resources, holdings))
 
 
-def first_of(error: BaseException) -> BaseException:
-    """The first failure in a group; the error itself if it is none."""
-    while isinstance(error, BaseExceptionGroup):
-        error = cast(BaseExceptionGroup[BaseException], error).exceptions[0]
-    return error
-
-
-async def finish_in_spite_of_cancellation(work: Coroutine[Any, Any, None]) -> None:
-    """Await clean-up to its end, even when the waiter is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+# -- trainers ------------------------------------------------------------------------------------
 
 
 async def _trainer(
-    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane,
+    config: FiretitanProvisioningConfig,
+    resources: Resources,
+    holdings: Holdings,
+    role: Role,
 ) -> None:
     job_id = resources.job_id
     assert job_id is not None
+    claim = Claim(role, job_id, "delete" if config.cleanup_trainer_on_close else None)
     job = await plane.get_job(job_id) if config.trainer_job_id else None
-    if job is None:
-        job, resources.job_created = await plane.create_job(
-            job_id, _job_body(config), await _job_query(config, resources)
+    if job is not None and job_readiness(job.state) is Readiness.GONE:
+        raise ProvisioningError(
+            f"the trainer job {job_id} is {job.state}, and its id can't be used again: give "
+            "another trainer_job_id, or none",
+            resource=job.name,
+            state=job.state,
         )
-    if job.message.startswith("Warning:"):
-        logger.warning("trainer %s: %s", job_id, job.message)
-    resources.job = await _until_running(plane, config, job, created=resources.job_created)
-
-
-async def _attach(
-    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, job_id: str
-) -> TrainerJobInfo:
-    """Wait for a trainer job that exists, started again if it stands."""
-    job = await plane.get_job(job_id)
     if job is None:
-        raise ProvisioningError(f"the trainer job {job_id} is gone", resource=job_id)
-    return await _until_running(plane, config, job, created=False)
+        body = job_body(config, holdings.job_name(config.display_name))
+        query = job_query(config, resources.profile)
+        job = await holdings.create(plane, claim, lambda: plane.create_job(job_id, body, query))
+    else:
+        await holdings.adopt(plane, claim)
+    _log_warning("trainer", job_id, job.message)
+    found = claim.standing == "adopted"
+    resources.job = await until_running(plane, config, job_id, first=job, resumable=found)
 
 
-async def _until_running(
+async def until_running(
     plane: AsyncControlPlane,
     config: FiretitanProvisioningConfig,
-    job: TrainerJobInfo,
+    job_id: str,
     *,
-    created: bool,
+    first: TrainerJobInfo | None = None,
+    resumable: bool,
 ) -> TrainerJobInfo:
-    job_id = job.job_id
-    first: TrainerJobInfo | None = job
-    if not created and job_readiness(job.state) is Readiness.RESUMABLE:
-        logger.info("trainer %s is %s: resuming it", job_id, job.state)
-        await plane.resume_job(job_id)
-        first = None
-    return await _until_ready(
+    """Wait until a trainer job runs and answers.
+
+    Args:
+        first: a look at it that was just made.
+        resumable: start it again where it stands.
+    """
+    watch = Watch(
         f"trainer {job_id}",
-        first,
-        lambda: plane.get_job(job_id),
-        lambda state: job_readiness(state),
+        job_readiness,
+        started=asyncio.get_running_loop().time(),
         budget=config.trainer_timeout_s,
         queue_budget=config.trainer_pending_timeout_s,
-        probe=lambda: plane.trainer_healthy(job_id),
+        resumable=resumable,
+    )
+
+    async def healthy(_: TrainerJobInfo) -> bool:
+        try:
+            return await plane.trainer_healthy(job_id)
+        except ApiError:
+            return False  # not reachable yet: the wait goes on, within its budget
+
+    async def resume() -> None:
+        logger.info("trainer %s stands: resuming it", job_id)
+        await plane.resume_job(job_id)
+
+    return await until_ready(
+        watch, lambda: plane.get_job(job_id), first=first, resume=resume, answers=healthy
     )
 
 
+# -- deployments ---------------------------------------------------------------------------------
+
+
 async def _deployment(
-    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
+    plane: AsyncControlPlane,
+    config: FiretitanProvisioningConfig,
+    resources: Resources,
+    holdings: Holdings,
 ) -> None:
     deployment_id = resources.deployment_id
     if deployment_id is None:
         return
+    claim = Claim("deployment", deployment_id, config.cleanup_deployment_on_close)
     job = await plane.resource_name("rlorTrainerJobs", resources.job_id or "")
     found = await plane.get_deployment(deployment_id) if config.deployment_id else None
     if found is None or deployment_readiness(found.state) is Readiness.GONE:
-        body = _deployment_body(config, resources, job)
-        found, resources.deployment_created = await plane.create_deployment(
-            deployment_id, body, _deployment_query(config)
+        body = deployment_body(config, resources.profile, job, holdings.annotations())
+        query = deployment_query(config)
+        found = await holdings.create(
+            plane, claim, lambda: plane.create_deployment(deployment_id, body, query)
         )
     else:
-        await _reattach(plane, config, found, job)
-    if found.message.startswith("Warning:"):
-        logger.warning("deployment %s: %s", deployment_id, found.message)
-    resources.deployment = await _until_ready(
+        await holdings.adopt(plane, claim)
+    _log_warning("deployment", deployment_id, found.message)
+    if claim.standing == "created":
+        resources.deployment = await wait_for_deployment(
+            plane, deployment_id, budget=config.deployment_timeout_s
+        )
+    else:
+        resources.stale = True
+        resources.deployment = await _reattach(plane, config, found, job)
+
+
+async def wait_for_deployment(
+    plane: AsyncControlPlane,
+    deployment_id: str,
+    *,
+    budget: float,
+    settled: Callable[[DeploymentInfo], bool] = lambda _: True,
+) -> DeploymentInfo:
+    """Wait until a deployment is ready, and as it should be."""
+    watch = Watch(
         f"deployment {deployment_id}",
-        None,
-        lambda: plane.get_deployment(deployment_id),
-        lambda state: deployment_readiness(state),
-        budget=config.deployment_timeout_s,
-        queue_budget=config.deployment_timeout_s,
+        deployment_readiness,
+        started=asyncio.get_running_loop().time(),
+        budget=budget,
+        queue_budget=budget,
     )
+
+    async def answers(row: DeploymentInfo) -> bool:
+        return settled(row)
+
+    return await until_ready(watch, lambda: plane.get_deployment(deployment_id), answers=answers)
 
 
 async def _reattach(
     plane: AsyncControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
-) -> None:
-    """Point a deployment that was found to this service's trainer, if it points elsewhere."""
-    wanted = config.deployment_shape
-    if wanted and found.deployment_shape and _parent(wanted) != _parent(found.deployment_shape):
+) -> DeploymentInfo:
+    """Point a deployment that was found to this service's trainer; only what differs is changed."""
+    wanted, has = config.deployment_shape, found.deployment_shape
+    if wanted and has and _parent(wanted) != _parent(has):
         raise InvalidArgument(
-            f"the deployment {found.deployment_id} has the shape {found.deployment_shape}, but "
-            f"{wanted} was asked for: give another deployment_id, or leave deployment_shape out"
+            f"the deployment {found.deployment_id} has the shape {has}, but {wanted} was asked "
+            "for: give another deployment_id, or leave deployment_shape out"
         )
-    fields: dict[str, Any] = {}
-    if found.hot_load_trainer_job != job:
-        fields["hotLoadTrainerJob"] = job
-    transition = config.hot_load_transition_type
-    if transition is not None and transition != (found.hot_load_transition_type or "ASYNC"):
-        fields["hotLoadTransitionType"] = transition
-    masks = {
-        "hotLoadTrainerJob": "hot_load_trainer_job",
-        "hotLoadTransitionType": "hot_load_transition_type",
-    }
+    budget = config.deployment_timeout_s
+    if found.state in SERVING:
+        budget = config.reattach_settle_timeout_s
+    else:
+        await wait_for_deployment(plane, found.deployment_id, budget=budget)
+    fields, masks = _changes(config, found, job)
     if fields:
-        mask = ",".join(masks[name] for name in fields)
-        await plane.update_deployment(found.deployment_id, fields, mask)
-    if found.state not in ("READY", "UPDATING", "CREATING"):
-        replicas = {
-            "minReplicaCount": config.replica_count,
-            "maxReplicaCount": config.replica_count,
-        }
-        await plane.update_deployment(found.deployment_id, replicas, None)
+        await plane.update_deployment(found.deployment_id, fields, ",".join(masks))
+
+    def settled(row: DeploymentInfo) -> bool:
+        left, _ = _changes(config, row, job)
+        return row.state == "READY" and not left
+
+    return await wait_for_deployment(plane, found.deployment_id, budget=budget, settled=settled)
+
+
+def _changes(
+    config: FiretitanProvisioningConfig, row: DeploymentInfo, job: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What of a deployment differs from what is wanted: fields, and their mask."""
+    fields: dict[str, Any] = {}
+    masks: list[str] = []
+    if row.hot_load_trainer_job != job:
+        fields["hotLoadTrainerJob"] = job
+        masks.append("hot_load_trainer_job")
+    transition = config.hot_load_transition_type
+    if transition is not None and transition != (row.hot_load_transition_type or "ASYNC"):
+        fields["hotLoadTransitionType"] = transition
+        masks.append("hot_load_transition_type")
+    if row.max_replica_count == 0:  # scaled to zero
+        fields |= {"minReplicaCount": config.replica_count, "maxReplicaCount": config.replica_count}
+        masks += ["min_replica_count", "max_replica_count"]
+    return fields, masks
 
 
 def _parent(shape: str) -> str:
     return shape.split("/versions/")[0]
 
 
-async def _until_ready(
-    what: str,
-    first: T | None,
-    look: Callable[[], Awaitable[T | None]],
-    read: Callable[[str], Readiness],
-    *,
-    budget: float,
-    queue_budget: float,
-    probe: Callable[[], Awaitable[bool]] | None = None,
-) -> T:
-    """Look at a resource until it is ready; its states have separate budgets, in seconds."""
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    placed_at: float | None = None
-    notices = Notices(started)
-    delay = FIRST_DELAY
-    row = first
-    while True:
-        row = row if row is not None else await look()
-        state = row.state if row is not None else "missing"
-        readiness = read(state)
-        now = loop.time()
-        if row is None or readiness in (Readiness.GONE, Readiness.FAILED, Readiness.RESUMABLE):
-            message = f": {row.message}" if row is not None and row.message else ""
-            raise ProvisioningError(
-                f"{what} is {state}{message}",
-                resource=None if row is None else row.name,
-                state=state,
-            )
-        if readiness is Readiness.READY and (probe is None or await _probe(probe)):
-            return row
-        if placed_at is None and readiness is not Readiness.QUEUED:
-            placed_at = now
-        limit = queue_budget if placed_at is None else budget
-        if now - (started if placed_at is None else placed_at) > limit:
-            raise ProvisioningTimeout(
-                f"{what} is {state} after {now - started:.0f} s (budget {limit:.0f} s)"
-                + (f": {row.message}" if row.message else ""),
-                resource=row.name,
-                state=state,
-            )
-        if notices.due(now):
-            logger.warning(
-                "%s: waiting for %.0f s, state %s %s", what, now - started, state, row.message
-            )
-        await asyncio.sleep(delay)
-        delay = next_delay(delay)
-        row = None
-
-
-async def _probe(probe: Callable[[], Awaitable[bool]]) -> bool:
-    try:
-        return await probe()
-    except ApiError:
-        return False  # not reachable yet: the wait goes on, within its budget
-
-
-def _present(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value not in (None, False, (), "")}
-
-
-def _job_body(config: FiretitanProvisioningConfig) -> dict[str, Any]:
-    extra = dict(config.extra_values or {})
-    if config.snapshot_dtype is not None:
-        extra["snapshot_dtype"] = config.snapshot_dtype
-    return {
-        "serviceMode": True,
-        "keepAlive": False,
-        "dataset": "",
-        "useReservation": True,
-        "trainingConfig": {
-            "baseModel": config.base_model,
-            "loraRank": config.lora_rank,
-            "learningRate": config.learning_rate,
-            **_present(
-                maxContextLength=None if config.training_shape_id else config.max_context_length,
-                customImageTag=config.custom_image_tag,
-                region=config.region,
-                extraArgs=list(config.extra_args),
-                extraValues=extra or None,
-            ),
-        },
-        **_present(
-            trainerReplicaCount=config.trainer_replica_count,
-            displayName=config.display_name,
-            purpose=config.purpose,
-            managedBy=config.managed_by,
-            preemptible=config.preemptible,
-            inactivityTimeout=config.inactivity_timeout,
-            disableInactivityCleanup=config.disable_inactivity_cleanup,
-            extraValues=extra or None,
-        ),
-    }
-
-
-async def _job_query(config: FiretitanProvisioningConfig, resources: Resources) -> dict[str, str]:
-    query: dict[str, str] = {}
-    if config.training_shape_id is not None:
-        pinned = "/versions/" in config.training_shape_id
-        name = resources.profile.name if resources.profile else config.training_shape_id
-        query["trainingShape"] = config.training_shape_id if pinned else _parent(name)
-    if config.skip_validations:
-        query["skipValidations"] = "true"
-    return query
-
-
-def _deployment_body(
-    config: FiretitanProvisioningConfig, resources: Resources, job: str
-) -> dict[str, Any]:
-    linked = resources.profile.deployment_shape if resources.profile else None
-    return {
-        "baseModel": config.base_model,
-        "description": "Fireworks training deployment",
-        "minReplicaCount": config.replica_count,
-        "maxReplicaCount": config.replica_count,
-        "enableHotLoad": True,
-        "forTraining": True,
-        "hotLoadBucketType": "FW_HOSTED",
-        "hotLoadTrainerJob": job,
-        **_present(
-            placement={"region": config.region} if config.region else None,
-            hotLoadTransitionType=config.hot_load_transition_type,
-            deploymentShape=config.deployment_shape or linked,
-            extraArgs=list(config.deployment_extra_args),
-            extraValues=dict(config.deployment_extra_values or {}) or None,
-            preemptible=config.preemptible,
-        ),
-    }
-
-
-def _deployment_query(config: FiretitanProvisioningConfig) -> dict[str, str]:
-    query: dict[str, str] = {}
-    if config.disable_speculative_decoding:
-        query["disableSpeculativeDecoding"] = "true"
-    return query
-
-
-async def abandon(plane: AsyncControlPlane, resources: Resources) -> None:
-    """Delete what a call made that then failed: nobody has a handle on it."""
-    if resources.deployment_created and resources.deployment_id is not None:
-        await _attempt(resources, resources.deployment_id, plane.delete_deployment)
-    if resources.job_created and resources.job_id is not None:
-        await _attempt(resources, resources.job_id, plane.delete_job)
-    resources.deployment_created = resources.job_created = False
-
-
-async def _attempt(resources: Resources, name: str, step: Callable[[str], Awaitable[None]]) -> None:
-    try:
-        await step(name)
-    except ApiError as error:
-        logger.warning("%s was not cleaned up: %s", name, error)
-        resources.errors.append(error)
-
-
-async def clean_up(
-    plane: AsyncControlPlane, config: FiretitanProvisioningConfig, resources: Resources
-) -> None:
-    """Give back what this service made, as its policies say; errors are collected and noted."""
-    if resources.deployment_created and resources.deployment_id is not None:
-        if config.cleanup_deployment_on_close == "delete":
-            await _attempt(resources, resources.deployment_id, plane.delete_deployment)
-        elif config.cleanup_deployment_on_close == "scale_to_zero":
-            await _attempt(resources, resources.deployment_id, plane.scale_to_zero)
-    if resources.job_created and resources.job_id is not None and config.cleanup_trainer_on_close:
-        await _attempt(resources, resources.job_id, plane.delete_job)
-    resources.deployment_created = resources.job_created = False
+def _log_warning(kind: str, resource_id: str, message: str) -> None:
+    if message.startswith("Warning:"):
+        logger.warning("%s %s: %s", kind, resource_id, message)

@@ -14,7 +14,7 @@ from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
 )
-from fireworks_training._async.provisioning import Provisioner
+from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
 from fireworks_training._async.weight_sync import Target, WeightSync
@@ -85,6 +85,7 @@ class Samplers:
             )
         weights = await self.weights()
         await weights.load(path)
+        self._provisioner.resources.stale = False
         return weights
 
     async def of_deployment(

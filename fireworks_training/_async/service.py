@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.provisioning import Provisioner
+from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.samplers import Samplers
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
@@ -246,6 +246,11 @@ class AsyncFiretitanServiceClient:
             profile.max_context_length if profile else None,
         ]
         return next((length for length in told if length is not None), None)
+
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the deployment was found, so that it may serve another run's weights until a
+        snapshot of this one is loaded."""
+        return self._provisioner.resources.stale
 
     # -- the end -----------------------------------------------------------------------------------
 

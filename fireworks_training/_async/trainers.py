@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fireworks_training._async.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.provisioning import Provisioner, finish_in_spite_of_cancellation
+from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig

@@ -1,8 +1,37 @@
-"""What the state of a trainer job or a deployment means for somebody who waits for it."""
+"""What the state of a trainer job or a deployment means for somebody who waits for it.
+
+A `Watch` is one wait for one resource. It is told what was seen and when, and answers with what to
+do: go on, look again in so many seconds, or give up with the error to raise. Its rules:
+
+1. Time in the queue and time from placement to ready have budgets of their own.
+2. A state that only an old life explains (stopped, right after a resume) is borne for a while.
+3. Polling is quick at first and slows down to `SLOWEST` seconds; a change of state makes it quick
+   again, since changes come in a row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+
+from fireworks_training._core.notices import FIRST_NOTICE, Notices
+from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
+
+FIRST = 0.02
+"""Seconds before the second look at a resource."""
+
+SLOWEST = 5.0
+"""Seconds between two looks at most."""
+
+GROWTH = 1.3
+"""Factor between two delays: what has taken t seconds is seen within about 0.3 t."""
+
+SETTLE = 30.0
+"""Seconds for which a resumed job may still show its old state."""
+
+STOPPING_BUDGET = 120.0
+"""Seconds for a job that is stopping to have stopped, so that it can be resumed."""
 
 
 class Readiness(Enum):
@@ -12,6 +41,7 @@ class Readiness(Enum):
     STARTING = "starting"
     QUEUED = "queued"
     RESUMABLE = "resumable"
+    STOPPING = "stopping"
     GONE = "gone"
     FAILED = "failed"
 
@@ -25,7 +55,8 @@ _JOB: dict[str, Readiness] = {
     "JOB_STATE_PAUSED": Readiness.RESUMABLE,
     "JOB_STATE_COMPLETED": Readiness.RESUMABLE,
     "JOB_STATE_EARLY_STOPPED": Readiness.FAILED,
-    "JOB_STATE_CANCELLING": Readiness.FAILED,
+    "JOB_STATE_CANCELLING": Readiness.STOPPING,
+    "JOB_STATE_PAUSING": Readiness.STOPPING,
     "JOB_STATE_DELETING": Readiness.GONE,
     "JOB_STATE_DELETED": Readiness.GONE,
     "JOB_STATE_ARCHIVED": Readiness.GONE,
@@ -50,10 +81,156 @@ def deployment_readiness(state: str) -> Readiness:
     return _DEPLOYMENT.get(state, Readiness.STARTING)
 
 
-def next_delay(delay: float) -> float:
-    """Seconds before the next look at a resource: quick at first, never slower than 5 s."""
-    return min(delay * 1.6, 5.0)
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A resource at one look: its full name, state and message."""
+
+    name: str
+    state: str
+    message: str = ""
 
 
-FIRST_DELAY = 0.05
-"""Seconds before the second look."""
+@dataclass(frozen=True, slots=True)
+class Go:
+    """It is as wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Look again in `delay` seconds."""
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Ask for it to be started again, then look again."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The wait has ended with an error."""
+
+    error: ProvisioningError
+
+
+Verdict = Go | Again | Resume | GiveUp
+
+
+class Watch:
+    """One wait for one resource.
+
+    Args:
+        what: names it in messages ("trainer my-job").
+        read: what its states mean.
+        started: the time when the wait began, in seconds of any monotonic clock.
+        budget: seconds from placement to ready.
+        queue_budget: seconds to wait for capacity.
+        resumable: whether it may be started again, where it stands: it was found, not made.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        read: Callable[[str], Readiness],
+        *,
+        started: float,
+        budget: float,
+        queue_budget: float,
+        resumable: bool = False,
+    ) -> None:
+        self._what = what
+        self._read = read
+        self._started = started
+        self._budget = budget
+        self._queue_budget = queue_budget
+        self._resumable = resumable
+        self._resumed_at: float | None = None
+        self._placed_at: float | None = None
+        self._last: Seen | None = None
+        self._delay = FIRST
+        self._notices = Notices(started, first=FIRST_NOTICE)
+        self.changed = False
+        """Whether the last look differed from the one before in state or message."""
+
+    def see(self, row: Seen | None, now: float, *, answers: bool = True) -> Verdict:
+        """Take one look into account.
+
+        Args:
+            row: the resource; None if it is not there.
+            now: the time of the look.
+            answers: whether it also answers requests, or settled as asked; counts where it is
+                ready.
+        """
+        self._note(row)
+        readiness = Readiness.GONE if row is None else self._read(row.state)
+        if self._still_old(readiness, now):
+            readiness = Readiness.STARTING
+        if readiness is Readiness.READY and answers:
+            return Go()
+        if readiness is Readiness.RESUMABLE and self._resumable and self._resumed_at is None:
+            self._resumed_at, self._placed_at = now, None
+            return Resume()
+        stopping = readiness is Readiness.STOPPING and self._resumable
+        if readiness in (Readiness.GONE, Readiness.FAILED, Readiness.RESUMABLE) or (
+            readiness is Readiness.STOPPING and not stopping
+        ):
+            return GiveUp(self._error(ProvisioningError, self._reason(row)))
+        if readiness is Readiness.QUEUED:
+            self._placed_at = None  # also after CREATING: the place it had was not enough
+        elif self._placed_at is None:
+            self._placed_at = now
+        return self._patience(now, STOPPING_BUDGET if stopping else None)
+
+    def unseen(self, now: float) -> Verdict:
+        """Take into account that a look was not possible: the wait goes on within its budget."""
+        return self._patience(now)
+
+    def _patience(self, now: float, stopping: float | None = None) -> Again | GiveUp:
+        placed = self._placed_at
+        since, limit = (
+            (self._started, self._queue_budget) if placed is None else (placed, self._budget)
+        )
+        if stopping is not None:
+            since, limit = self._started, stopping
+        if now - since > limit:
+            waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
+            reason = f"{self._reason(self._last)}, {waited}"
+            return GiveUp(self._error(ProvisioningTimeout, reason))
+        delay, self._delay = self._delay, min(self._delay * GROWTH, SLOWEST)
+        return Again(delay)
+
+    def is_ready(self, state: str) -> bool:
+        """Whether a state is the one waited for."""
+        return self._read(state) is Readiness.READY
+
+    def _note(self, row: Seen | None) -> None:
+        self.changed = row != self._last
+        if self.changed and self._last is not None:
+            self._delay = FIRST
+        self._last = row
+
+    def _still_old(self, readiness: Readiness, now: float) -> bool:
+        stands = readiness in (Readiness.RESUMABLE, Readiness.STOPPING, Readiness.FAILED)
+        return stands and self._resumed_at is not None and now - self._resumed_at < SETTLE
+
+    def _reason(self, row: Seen | None) -> str:
+        if row is None:
+            return f"{self._what} is not there"
+        return f"{self._what} is {row.state}" + (f": {row.message}" if row.message else "")
+
+    def _error(self, kind: type[ProvisioningError], message: str) -> ProvisioningError:
+        last = self._last
+        return kind(
+            message,
+            resource=None if last is None else last.name,
+            state=None if last is None else last.state,
+        )
+
+    def due(self, now: float) -> bool:
+        """Whether the wait has been silent for long enough to say a word."""
+        return self._notices.due(now)
+
+    def describe(self, now: float) -> str:
+        """State, age and message, for people."""
+        return f"{self._reason(self._last)} ({self._notices.age(now):.1f} s)"

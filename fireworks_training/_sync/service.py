@@ -176,6 +176,11 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
         return self._async.max_context_length
 
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the deployment was found, so that it may serve another run's weights until a
+        snapshot of this one is loaded."""
+        return self._async.requires_initial_sampler_sync()
+
     def close(self) -> None:
         """Finish accepted operations, clean up as the policies say, close every connection.
 

@@ -1,0 +1,166 @@
+"""The ledger's rules: what may be taken away, and what proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fireworks_training._core.ledger import (
+    INTENT_GRACE,
+    NAME_LIMIT,
+    Claim,
+    Close,
+    Entry,
+    Event,
+    Leave,
+    Look,
+    Owner,
+    Remove,
+    annotations_carry,
+    close,
+    decode,
+    encode,
+    fold,
+    judge,
+    judge_found,
+    marked_name,
+    name_carries,
+)
+
+OWNER = Owner("host", "boot", 7, "100")
+OTHER = Owner("host", "boot", 8, "200")
+NONCE = "0123456789ab"
+
+
+def entry(event: Event = "created", **fields: Any) -> Entry:
+    usual: dict[str, Any] = {
+        "at": 1000.0,
+        "kind": "trainer",
+        "resource_id": "j",
+        "account": "me",
+        "base_url": "http://x",
+        "nonce": NONCE,
+        "owner": OWNER,
+    }
+    return Entry(event=event, **{**usual, **fields})
+
+
+def living(*alive: Owner) -> Callable[[Owner], bool | None]:
+    return lambda owner: None if owner.machine != "host" else owner in alive
+
+
+def claim(event: Event = "created", **fields: Any) -> Claim:
+    (found,) = fold([entry(event, **fields)])
+    return found
+
+
+@given(
+    st.text(max_size=80),
+    st.text(alphabet="0123456789abcdef", min_size=12, max_size=12),
+)
+def test_a_marked_name_fits_and_carries_its_nonce_only(name: str, nonce: str) -> None:
+    marked = marked_name(name, nonce)
+    assert len(marked) <= NAME_LIMIT
+    assert name_carries(marked, nonce)
+    assert not name_carries(name, nonce) or name.endswith(f" ft-{nonce}")
+
+
+def test_no_nonce_proves_nothing() -> None:
+    assert not name_carries("anything ft-", "")
+    assert not annotations_carry({"fireworks-training-run": ""}, "")
+    assert not annotations_carry({}, NONCE)
+
+
+@given(st.floats(0, 1e12), st.text(max_size=30), st.booleans())
+def test_a_line_is_read_as_it_was_written(at: float, run: str, embedded: bool) -> None:
+    written = entry(at=at, run=run, embedded=embedded)
+    assert decode(encode(written)) == written
+
+
+@pytest.mark.parametrize("cut", range(2, 200, 7))
+def test_a_torn_line_is_no_entry(cut: int) -> None:
+    assert decode(encode(entry())[:-cut]) is None
+
+
+@pytest.mark.parametrize("line", [b"", b"[]", b"null", b'{"event":"created"}', b"\xff"])
+def test_what_is_not_ours_is_no_entry(line: bytes) -> None:
+    assert decode(line) is None
+
+
+def test_a_claim_is_its_last_entry_and_ends_with_gone() -> None:
+    entries = [entry("intent", at=1.0), entry("created", at=2.0)]
+    (found,) = fold(entries)
+    assert (found.last.event, found.since) == ("created", 1.0)
+    assert fold([*entries, entry("gone", at=3.0)]) == []
+    assert fold([*entries, entry("gone", nonce="b" * 12)]) == [found]  # another run's
+
+
+def test_what_a_live_process_holds_is_left() -> None:
+    mine = claim()
+    assert isinstance(judge(mine, [mine], living(OWNER), now=2000.0), Leave)
+    assert judge(mine, [mine], living(), now=2000.0) == Look()
+
+
+@pytest.mark.parametrize("event", ["adopted", "created", "intent"])
+def test_what_another_run_holds_is_left_whoever_made_it(event: Event) -> None:
+    mine, theirs = claim("kept"), claim(event, nonce="b" * 12, owner=OTHER)
+    held = judge(mine, [mine, theirs], living(OTHER), now=2000.0, kept=True)
+    assert isinstance(held, Leave)
+    assert "process 8" in held.reason
+    elsewhere = replace(theirs.last, resource_id="k")
+    assert judge(mine, fold([elsewhere]), living(OTHER), now=2000.0, kept=True) == Look()
+
+
+def test_a_process_of_another_machine_is_not_judged() -> None:
+    far = claim(owner=replace(OWNER, machine="far"))
+    assert isinstance(judge(far, [far], living(), now=2000.0), Leave)
+    assert judge(far, [far], living(), now=2000.0, elsewhere=True) == Look()
+
+
+def test_what_was_kept_on_purpose_needs_the_word_for_it() -> None:
+    kept = claim("kept")
+    assert isinstance(judge(kept, [kept], living(OWNER), now=2000.0), Leave)
+    assert judge(kept, [kept], living(OWNER), now=2000.0, kept=True) == Look()
+
+
+def test_what_is_too_young_is_left() -> None:
+    mine = claim()
+    assert isinstance(judge(mine, [mine], living(), now=1500.0, older_than=600.0), Leave)
+    assert judge(mine, [mine], living(), now=1600.0, older_than=600.0) == Look()
+
+
+def test_what_ended_with_its_embedded_platform_is_closed() -> None:
+    mine = claim(embedded=True)
+    assert isinstance(judge(mine, [mine], living(), now=2000.0), Close)
+    assert isinstance(judge(mine, [mine], living(OWNER), now=2000.0), Leave)
+
+
+def test_what_was_only_found_is_closed() -> None:
+    found = claim("adopted")
+    assert isinstance(judge(found, [found], living(), now=2000.0), Close)
+
+
+@pytest.mark.parametrize("event", ["created", "kept", "intent"])
+def test_only_what_carries_the_nonce_is_removed(event: Event) -> None:
+    mine = claim(event)
+    assert judge_found(mine, present=True, carries=True, now=2000.0) == Remove()
+    assert not isinstance(judge_found(mine, present=True, carries=False, now=2000.0), Remove)
+    assert isinstance(judge_found(mine, present=False, carries=False, now=2000.0), Close)
+
+
+def test_an_intent_may_still_take_effect_for_a_while() -> None:
+    mine = claim("intent")
+    soon, later = 1000.0 + INTENT_GRACE - 1, 1000.0 + INTENT_GRACE
+    assert isinstance(judge_found(mine, present=False, carries=False, now=soon), Leave)
+    assert isinstance(judge_found(mine, present=False, carries=False, now=later), Close)
+    assert isinstance(judge_found(mine, present=True, carries=False, now=soon), Close)
+
+
+def test_closing_ends_the_claim() -> None:
+    mine = claim()
+    assert fold([mine.last, close(mine, at=2000.0, owner=OTHER, note="reaped")]) == []

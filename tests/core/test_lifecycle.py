@@ -1,0 +1,121 @@
+"""The wait for one resource, without a clock: states, budgets, resuming, pace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fireworks_training import ProvisioningTimeout
+from fireworks_training._core.lifecycle import (
+    SETTLE,
+    SLOWEST,
+    STOPPING_BUDGET,
+    Again,
+    GiveUp,
+    Go,
+    Readiness,
+    Resume,
+    Seen,
+    Watch,
+    deployment_readiness,
+    job_readiness,
+)
+
+NAME = "accounts/me/rlorTrainerJobs/j"
+
+
+def watch(**options: Any) -> Watch:
+    budgets = {"started": 0.0, "budget": 100.0, "queue_budget": 1000.0}
+    return Watch("trainer j", job_readiness, **{**budgets, **options})
+
+
+def job(state: str, message: str = "") -> Seen:
+    return Seen(NAME, f"JOB_STATE_{state}", message)
+
+
+def test_ready_counts_once_it_answers() -> None:
+    waiting = watch()
+    assert isinstance(waiting.see(job("RUNNING"), 1.0, answers=False), Again)
+    assert waiting.see(job("RUNNING"), 2.0) == Go()
+
+
+def test_the_queue_and_the_start_have_budgets_of_their_own() -> None:
+    waiting = watch()
+    assert isinstance(waiting.see(job("PENDING", "full"), 999.0), Again)
+    assert isinstance(waiting.see(job("CREATING"), 1500.0), Again)
+    assert isinstance(waiting.see(job("CREATING"), 1600.0), Again)
+    verdict = waiting.see(job("CREATING"), 1600.1)
+    assert isinstance(verdict, GiveUp)
+    assert isinstance(verdict.error, ProvisioningTimeout)
+    assert verdict.error.resource == NAME
+
+
+def test_back_in_the_queue_the_budget_of_the_start_does_not_run() -> None:
+    waiting = watch()
+    waiting.see(job("CREATING"), 1.0)
+    assert isinstance(waiting.see(job("PENDING"), 500.0), Again)
+    assert isinstance(waiting.see(job("PENDING"), 1000.1), GiveUp)
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "DELETED", "EARLY_STOPPED", "CANCELLING"])
+def test_a_job_that_was_made_and_stands_has_failed(state: str) -> None:
+    verdict = watch().see(job(state, "why"), 1.0)
+    assert isinstance(verdict, GiveUp)
+    assert "why" in str(verdict.error)
+
+
+def test_one_that_is_not_there_has_failed() -> None:
+    assert isinstance(watch().see(None, 1.0), GiveUp)
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "PAUSED", "COMPLETED"])
+def test_a_job_that_was_found_is_resumed_once(state: str) -> None:
+    waiting = watch(resumable=True)
+    assert waiting.see(job(state), 1.0) == Resume()
+    assert isinstance(waiting.see(job(state), 2.0), Again)  # still its old state
+    assert isinstance(waiting.see(job(state), 1.0 + SETTLE), GiveUp)
+
+
+def test_a_job_that_is_stopping_is_waited_for_and_then_resumed() -> None:
+    waiting = watch(resumable=True)
+    assert isinstance(waiting.see(job("CANCELLING"), 1.0), Again)
+    assert waiting.see(job("CANCELLED"), 60.0) == Resume()
+    late = watch(resumable=True)
+    assert isinstance(late.see(job("CANCELLING"), STOPPING_BUDGET + 0.1), GiveUp)
+
+
+def test_looks_that_are_not_possible_count_against_the_budget() -> None:
+    waiting = watch()
+    waiting.see(job("CREATING"), 0.0)
+    assert isinstance(waiting.unseen(100.0), Again)
+    assert isinstance(waiting.unseen(100.1), GiveUp)
+
+
+def test_a_change_makes_the_pace_quick_again() -> None:
+    waiting = watch(queue_budget=1e9)
+    delays = [verdict.delay for verdict in steadily(waiting, "PENDING", 60)]
+    assert delays == sorted(delays)
+    assert delays[-1] == SLOWEST
+    (quick,) = steadily(waiting, "CREATING", 1)
+    assert quick.delay == delays[0]
+    assert waiting.changed
+
+
+def steadily(waiting: Watch, state: str, times: int) -> list[Again]:
+    verdicts = [waiting.see(job(state), 1.0) for _ in range(times)]
+    return [verdict for verdict in verdicts if isinstance(verdict, Again)]
+
+
+@given(st.lists(st.sampled_from(["PENDING", "CREATING", "UNHEARD_OF"]), min_size=1, max_size=40))
+def test_no_wait_outlasts_its_budgets_whatever_it_sees(states: list[str]) -> None:
+    waiting = watch(budget=20.0, queue_budget=100.0)
+    verdicts = [waiting.see(job(states[n % len(states)]), n * 5.0) for n in range(27)]
+    assert any(isinstance(verdict, GiveUp) for verdict in verdicts)
+
+
+def test_unknown_states_count_as_starting() -> None:
+    assert job_readiness("JOB_STATE_WARMING") is Readiness.STARTING
+    assert deployment_readiness("PROVISIONING") is Readiness.STARTING
