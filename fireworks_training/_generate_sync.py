@@ -4,10 +4,12 @@
     python -m fireworks_training._generate_sync --check    exit status 1 if that would change any
 
 The twin `X` of `AsyncX` holds one in `_async`, and each of its public methods delegates to the one
-of the same name, as `KINDS` says for its kind. Where a listed class `AsyncY`, or `AsyncY | None`,
-is a parameter, the twin takes a `Y` and unwraps it; where it is the result, the twin wraps it.
-Order, signatures and docstrings are the source's. Private names have no twin, nor has an `__init__`
-without a docstring: it is not for users. All else is refused with its file and line.
+of the same name, as `KINDS` says for its kind. A class too long for one module is put together from
+bases that are classes of `_async/` and not listed; their methods come first. Where a listed class
+`AsyncY`, or `AsyncY | None`, is a parameter, the twin takes a `Y` and unwraps it; where it is the
+result, the twin wraps it. Order, signatures and docstrings are the source's. Private names have no
+twin, nor has an `__init__` without a docstring: it is not for users. All else is refused with its
+file and line.
 
 This module knows Python's grammar and the layout of `ruff format`, which the source must have. It
 imports nothing of the package, and copies text, so every version of Python writes the same files.
@@ -79,6 +81,7 @@ class _Module:
     def __init__(self, package: Path, name: str, homes: dict[str, str]) -> None:
         self.root, self.name, self.homes = package.name, f"{package.name}._async.{name}", homes
         self.path = Path(package, "_async", *name.split(".")).with_suffix(".py")
+        self.package, self.parts = package, dict[Origin, _Module]()
         source = self.path.read_text("utf-8") if self.path.is_file() else ""
         self.source, self.tree = source.split("\n"), ast.parse(source)
         self.renamed = RENAMED | {name: name.removeprefix("Async") for name in homes}
@@ -92,22 +95,42 @@ class _Module:
         return "\n\n\n".join([f"{HEADER.format(self.name, self.root)}\n{imports}", *bodies]) + "\n"
 
     def twin_class(self, node: ast.ClassDef) -> Iterator[str]:
-        if node.bases or node.keywords or node.decorator_list:
-            raise self.refusal(node, f"{node.name} has a base or a decorator: hold, do not inherit")
         head = f"class {self.renamed[node.name]}({BASE}[{node.name}]):"
         yield "\n".join([head, *self.docstring(node)])
+        parts = dict[Origin, _Module]()
+        yield from self.members(node, node.name, parts)
+        self.parts |= parts
+
+    def members(
+        self, node: ast.ClassDef, owner: str, parts: dict[Origin, _Module]
+    ) -> Iterator[str]:
+        """The twins of a class's methods, after those of its bases; each base once."""
+        if node.keywords or node.decorator_list:
+            raise self.refusal(node, f"{node.name} has a keyword or a decorator")
+        origins = dict(_origins(self.tree.body, self.name))
+        for base in node.bases:
+            origin = origins.get(ast.unparse(base), ("", "", False))
+            inside = origin[0].startswith(f"{self.root}._async.") and origin[1] not in self.homes
+            if not inside:
+                raise self.refusal(node, f"{node.name} has a base from elsewhere: do not inherit")
+            if origin not in parts:
+                name = origin[0].removeprefix(f"{self.root}._async.")
+                part = parts[origin] = _Module(self.package, name, self.homes)
+                named = {n.name: n for n in part.tree.body if isinstance(n, ast.ClassDef)}
+                yield from part.members(named[origin[1]], owner, parts)
         for member in node.body:
             names = _bound(member)
             private = names and all(map(PRIVATE.match, names))
             if isinstance(member, Function) and not private:
                 if member.name != "__init__" or ast.get_docstring(member):
-                    yield "\n".join(_Method(self, node.name, member).lines())
+                    yield "\n".join(_Method(self, owner, member).lines())
             elif not isinstance(member, ast.Expr) and not private:
                 raise self.refusal(member, f"{names or 'this'} is no method: make it a property")
 
     def imports(self, twins: ast.Module) -> Iterator[str]:
         """The sections of imports for the names that the twins use, as the source has them."""
-        origins: dict[str, Origin] = dict(_origins(self.tree.body, self.name))
+        modules = [*self.parts.values(), self]
+        origins = {name: o for m in modules for name, o in _origins(m.tree.body, m.name)}
         origins["Iterator"] = ("collections.abc", "Iterator", False)
         origins[BASE] = (f"{self.root}._portal", BASE, False)
         for name, home in self.homes.items():

@@ -56,6 +56,10 @@ def test_an_unknown_keyword_names_the_near_one() -> None:
         {"cleanup_deployment_on_close": "burn"},
         {"display_name": "x" * 64},
         {"gradient_accumulation_steps": 2},
+        {"max_lora_rank": 0},
+        {"max_lora_rank": 8, "lora_rank": 4},
+        {"max_lora_rank": 8, "lora_alpha": 16},
+        {"reference_trainer_job_id": "No"},
         {"hotload_timeout_s": 0},
         {"snapshot_dtype": "int8"},
         {"dialect": "xml"},
@@ -71,10 +75,8 @@ def test_a_wrong_value_is_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_lora_rank": 4},
         {"weight_sync_transport": "RDMA"},
         {"reservation_target": "x"},
-        {"reference_required": True},
         {"projection_head_dim": 1},
     ],
 )

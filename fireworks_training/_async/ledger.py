@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from fireworks_training._core.ledger import Entry, decode, encode
@@ -67,7 +67,7 @@ class LedgerFile:
         return entries
 
     @contextlib.contextmanager
-    def _locked(self, flags: int, lock: int) -> Iterator[int]:
+    def _locked(self, flags: int, lock: int) -> Generator[int]:
         file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, lock)

@@ -207,7 +207,7 @@ class Holdings:
             await self._end(plane, claim, clean_up)
             left.remove(claim)
 
-        todo = [(claim, clean_up) for claim, clean_up in ends if claim in left]
+        todo = [end for end in ends if end[0] in left]
         try:
             async with asyncio.timeout(CLEAN_UP_TIMEOUT):
                 if together:

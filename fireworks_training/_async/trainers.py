@@ -1,19 +1,21 @@
-"""The training side of a service: one session with its trainer, and the models made in it.
+"""The training clients of one trainer job: its session, and the models made in it.
 
-Knows which client there is already and which is to be made; what a client does is `trainer`'s.
+Knows which client there is already and which is to be made; what a client does is `trainer`'s. A
+service has one of these for its own trainer, and another for a separate reference trainer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields, replace
 
 from fireworks_training._async.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.provisioner import Provisioner
+from fireworks_training._async.provisioning import Resources
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig
@@ -24,13 +26,65 @@ logger = logging.getLogger("fireworks_training.service")
 Client = AsyncFiretitanTrainingClient
 
 
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the caller says of a model; None leaves it to the service's configuration."""
+
+    base_model: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    seed: int | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+    train_unembed: bool | None = None
+
+    def given(self) -> dict[str, object]:
+        """What was said."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def configured(
+    config: FiretitanProvisioningConfig, options: ModelOptions
+) -> FiretitanProvisioningConfig:
+    """The configuration of one model.
+
+    Raises:
+        InvalidArgument: what was said contradicts what the service was made for.
+    """
+    said = options.given()
+    if config.max_lora_rank is None:
+        for name, value in said.items():
+            mine = config.alpha if name == "lora_alpha" else getattr(config, name)
+            if value != mine:
+                raise InvalidArgument(
+                    f"{name}={value!r}, but the service was made for {mine!r}: give it to "
+                    "from_firetitan_config, or make another service for another model"
+                )
+        return config
+    if said.get("base_model", config.base_model) != config.base_model:
+        raise InvalidArgument(
+            f"base_model={options.base_model!r}, but the service's trainer holds "
+            f"{config.base_model!r}: make another service for another model"
+        )
+    rank = options.lora_rank
+    if rank is None or not 1 <= rank <= config.max_lora_rank:
+        raise InvalidArgument(
+            f"lora_rank={rank!r}: with max_lora_rank each model needs a rank from 1 to "
+            f"{config.max_lora_rank}"
+        )
+    single = replace(config, max_lora_rank=None, lora_rank=rank)
+    return replace(single, **said)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 class Trainers:
-    """The training clients of one trainer job; everything runs on the service's owner loop.
+    """The training clients of one job; everything runs on the service's owner loop.
 
     Args:
         connection: the service's platform.
-        config: what the service was made for.
-        provisioner: gets the trainer up.
+        config: what the job was made for.
+        resources: gets the job up.
+        revive: starts the job again after its process was lost.
         owner: the service's loop.
         user_metadata: noted with the session.
         pipeline_steps: as for `from_firetitan_config`.
@@ -40,37 +94,56 @@ class Trainers:
         self,
         connection: Connection,
         config: FiretitanProvisioningConfig,
-        provisioner: Provisioner,
         *,
+        resources: Callable[[], Awaitable[Resources]],
+        revive: Callable[[], Awaitable[None]],
         owner: OwnerLoop,
         user_metadata: Mapping[str, str],
         pipeline_steps: bool,
     ) -> None:
         self._connection = connection
         self._config = config
-        self._provisioner = provisioner
+        self._resources = resources
+        self._revive = revive
         self._owner = owner
         self._user_metadata = dict(user_metadata)
         self._pipeline_steps = pipeline_steps
         self._making = asyncio.Lock()
         self._session: TrainerSession | None = None
         self._policy: Client | None = None
-        self.clients: list[Client] = []
+        self._base: Client | None = None
+        self._clients: list[Client] = []
 
-    async def policy(self, user_metadata: Mapping[str, str] | None) -> Client:
-        """The client of the service's model; the same one at every call."""
-        await self._provisioner.provisioned()
+    async def policy(
+        self, options: ModelOptions, user_metadata: Mapping[str, str] | None = None
+    ) -> Client:
+        """The client of the service's model, the same at every call; with `max_lora_rank` a new
+        model at every call."""
+        config = configured(self._config, options)
+        await self._resources()
         async with self._making:
+            if self._config.max_lora_rank is not None:
+                return await self._make(config, user_metadata)
             if self._policy is None:
-                self._policy = await self._make(self._config, user_metadata)
+                self._policy = await self._make(config, user_metadata)
             return self._policy
 
-    async def base(self, user_metadata: Mapping[str, str] | None) -> Client:
-        """A forward-only client of the base model, on the same trainer, with no adapter."""
-        await self._provisioner.provisioned()
+    async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
+        """A client of the base model that computes logprobs only, on the same trainer."""
+        await self._resources()
         async with self._making:
-            config = replace(self._config, lora_rank=0, lora_alpha=None)
-            return await self._make(config, user_metadata, base_only=True)
+            if self._base is None:
+                config = replace(self._config, lora_rank=0, lora_alpha=None, max_lora_rank=None)
+                self._base = await self._make(config, user_metadata, base_only=True)
+            return self._base
+
+    async def release_base(self) -> None:
+        """Free the base model; another call of `base` makes a new one."""
+        async with self._making:
+            base, self._base = self._base, None
+            if base is not None and base.ended is None:
+                await base.unload_model()
+                await base._close(drain=True)  # pyright: ignore[reportPrivateUsage]
 
     async def recovered(self) -> Client:
         """A client that goes on where the lost one last saved, in the job started again."""
@@ -88,12 +161,15 @@ class Trainers:
             session, self._session = self._session, None
             if session is not None:
                 await finish_in_spite_of_cancellation(session.close())
-            await self._provisioner.revive()
+            await self._revive()
             client = await self._make(self._config, None)
             await client.load_state_with_optimizer(state)
-            self.clients.remove(lost)
-            self._policy = client
+            self._policy, self._base = client, None
             return client
+
+    def owns(self, client: Client) -> bool:
+        """Whether a client is one of these."""
+        return client in self._clients
 
     async def _make(
         self,
@@ -112,15 +188,15 @@ class Trainers:
             config,
             owner=self._owner,
             pipeline_steps=self._pipeline_steps,
-            forward_only=base_only,
+            forward_only=base_only or config.forward_only,
         )
-        self.clients.append(client)
+        self._clients.append(client)
         return client
 
     async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
         if self._session is None:
             plane = await self._connection.open()
-            resources = await self._provisioner.provisioned()
+            resources = await self._resources()
             session = TrainerSession(
                 self._connection.transport,
                 self._connection.make_transport,
@@ -142,22 +218,22 @@ class Trainers:
     @property
     def saved_a_state(self) -> bool:
         """Whether some client has saved a state."""
-        return any(client.last_saved_state is not None for client in self.clients)
+        return any(client.last_saved_state is not None for client in self._clients)
 
     async def close(self, *, drain: bool) -> BaseException | None:
-        """Let accepted operations finish (or not), and end the session.
+        """Let accepted operations finish (or not), and end the session; idempotent.
 
         Returns:
             The first failure that nobody has asked about.
         """
-        try:
-            for client in self.clients:
-                await client._close(drain=drain)  # pyright: ignore[reportPrivateUsage]
-        finally:
+        async with contextlib.AsyncExitStack() as stack:
             if self._session is not None:
-                await self._session.close()
+                stack.push_async_callback(self._session.close)
+            await asyncio.gather(
+                *(client._close(drain=drain) for client in self._clients)  # pyright: ignore[reportPrivateUsage]
+            )
         unseen = (
             client._first_unseen_failure()  # pyright: ignore[reportPrivateUsage]
-            for client in self.clients
+            for client in self._clients
         )
         return next((failure for failure in unseen if failure is not None), None)

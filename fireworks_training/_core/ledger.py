@@ -90,12 +90,12 @@ def decode(line: bytes) -> Entry | None:
         fields: object = json.loads(line)
         if not isinstance(fields, dict):
             return None
-        row = dict(cast(Mapping[str, Any], fields))
-        entry = Entry(**{**row, "owner": Owner(**row["owner"])})
+        row = dict(cast(dict[str, Any], fields))
+        row["at"], row["owner"] = float(row["at"]), Owner(**row["owner"])
+        entry = Entry(**row)
     except (ValueError, TypeError, KeyError):
         return None
-    known = entry.event in _EVENTS and entry.kind in ("trainer", "deployment")
-    return entry if known and isinstance(entry.at, (int, float)) else None
+    return entry if entry.event in _EVENTS and entry.kind in ("trainer", "deployment") else None
 
 
 # -- marks ---------------------------------------------------------------------------------------

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
-from fireworks_training.models import TrainingProfile
+from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,321 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
     nothing is provisioned before the first client or sampler is asked for.
     """
+
+    def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        lora_alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """The training client, provisioning what it needs.
+
+        The same one at every call; with `max_lora_rank` a new model at every call.
+
+        Args:
+            base_model, lora_rank, seed, train_mlp, train_attn, train_unembed, lora_alpha: if given,
+                must be those of the service. With `max_lora_rank` they are the new model's, and
+                `lora_rank` is required.
+            user_metadata: noted with the model.
+
+        Raises:
+            InvalidArgument: another model than the service was made for, or a rank out of range.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        instance = self._run(
+            self._async.create_training_client,
+            base_model,
+            lora_rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            lora_alpha,
+            user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client` by the names of the LoRA guide; needs a service made with
+        `lora_rank=` or `max_lora_rank=`."""
+        instance = self._run(
+            self._async.create_lora_training_client,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """A client of the base model on the service's trainer, with the adapter off; only for LoRA.
+
+        It computes logprobs (`forward`) and trains nothing. The same one until
+        `release_references()`.
+
+        Raises:
+            InvalidArgument: another model, or a full-parameter service, whose trainer no longer
+                holds the base weights: use `create_reference_client`.
+        """
+        instance = self._run(self._async.create_base_training_client, base_model, user_metadata)
+        return FiretitanTrainingClient._wrap(instance)
+
+    def create_reference_client(
+        self,
+        base_model: str | None = None,
+        *,
+        lora_rank: int | None = None,
+        policy_client: FiretitanTrainingClient | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """A client of the model before training, for KL penalties and DPO; only `forward` is legal.
+
+        A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
+        or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
+        forward-only trainer, which the service owns: `cleanup_reference_trainer_on_close` says
+        whether it is deleted at the end. The same client until `release_references()`.
+
+        Args:
+            base_model, lora_rank: if given, must be those of the service.
+            policy_client: whose reference it is; required with `max_lora_rank`.
+            user_metadata: noted with the model.
+
+        Raises:
+            InvalidArgument: as said above.
+            ProvisioningError: the reference trainer did not come up.
+        """
+        instance = self._run(
+            self._async.create_reference_client,
+            base_model,
+            lora_rank=lora_rank,
+            policy_client=policy_client._async if policy_client else None,
+            user_metadata=user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    def release_references(self) -> None:
+        """Free the reference model now, and give back a separate reference trainer by its policy.
+
+        Raises:
+            FireworksTrainingError: the first failure on the way.
+        """
+        self._run(self._async.release_references)
+
+    def recover_training_client(self) -> FiretitanTrainingClient:
+        """After `TrainerLost`: start the job again, and go on from the newest saved state.
+
+        The job gets a new process; a new model in it loads, with its optimizer, the newest state
+        that the lost client saved. What was done after that save is to be done again.
+
+        Raises:
+            TrainerLost: the lost client had saved no state; there is nothing to go on from.
+            InvalidArgument: the trainer is not lost.
+            ProvisioningError: the job could not be started again.
+        """
+        instance = self._run(self._async.recover_training_client)
+        return FiretitanTrainingClient._wrap(instance)
+
+    def create_deployment_sampler(
+        self,
+        model_path: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: FiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with the snapshot `model_path` live on every replica.
+
+        All samplers of a service share its connections, and its controller unless one is given.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            tokenizer: for chat templates and text; default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default one
+                `AdaptiveConcurrencyController` for the service.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        return self._run(
+            self._async.create_deployment_sampler,
+            model_path,
+            tokenizer=tokenizer,
+            training_client=training_client._async if training_client else None,
+            concurrency_controller=concurrency_controller,
+        )
+
+    def create_deployment_sampler_for_model(
+        self,
+        model: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+        inference_url: str | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of any model string, over the service's connections; provisions nothing.
+
+        Args:
+            model: such as `accounts/<account>/deployments/<deployment>` or
+                `accounts/<account>/models/<model>`.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+            inference_url: where to sample; default the service's.
+        """
+        return self._run(
+            self._async.create_deployment_sampler_for_model,
+            model,
+            tokenizer=tokenizer,
+            concurrency_controller=concurrency_controller,
+            inference_url=inference_url,
+        )
+
+    def hotload_sampler_snapshot(self, path: str) -> None:
+        """Load a snapshot into the deployment, and wait until every replica serves it.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: it did not become live.
+        """
+        self._run(self._async.hotload_sampler_snapshot, path)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model: the platform's own where it serves one, else
+        `tokenizer_model` by name."""
+        return self._run(self._async.get_tokenizer)
+
+    @property
+    def base_url(self) -> str:
+        """URL of the platform; of an embedded one once it runs."""
+        return self._async.base_url
+
+    @property
+    def trainer_job_id(self) -> str | None:
+        """Id of the trainer job; None before it is provisioned."""
+        return self._async.trainer_job_id
+
+    @property
+    def deployment_id(self) -> str | None:
+        """Id of the deployment; None before it is provisioned, or without one."""
+        return self._async.deployment_id
+
+    @property
+    def training_profile(self) -> TrainingProfile | None:
+        """The training shape, resolved; None before provisioning, or without a shape."""
+        return self._async.training_profile
+
+    @property
+    def reference_job_id(self) -> str | None:
+        """Id of the separate reference trainer; None where there is none, or it is shared."""
+        return self._async.reference_job_id
+
+    @property
+    def reference_trainer_job_id(self) -> str | None:
+        """The same."""
+        return self._async.reference_trainer_job_id
+
+    @property
+    def reference_client_job_id(self) -> str | None:
+        """Id of the job that the reference client runs on: its own, or the policy's."""
+        return self._async.reference_client_job_id
+
+    @property
+    def training_session_id(self) -> str | None:
+        """The trainer's name for the session; None before the first training client."""
+        return self._async.training_session_id
+
+    @property
+    def accelerator_type(self) -> str | None:
+        """Kind of accelerator of the training shape; None where it is not known."""
+        return self._async.accelerator_type
+
+    @property
+    def accelerator_count(self) -> int | None:
+        """Accelerators of a machine of the training shape; None where it is not known."""
+        return self._async.accelerator_count
+
+    @property
+    def deployment_shape(self) -> str | None:
+        """Name of the deployment's shape, or None."""
+        return self._async.deployment_shape
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
+        return self._async.max_context_length
+
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the deployment was found, so that it may serve another run's weights until a
+        snapshot of this one is loaded."""
+        return self._async.requires_initial_sampler_sync()
+
+    def list_checkpoints(
+        self, job_id: str | None = None, page_size: int = PAGE_SIZE
+    ) -> list[CheckpointInfo]:
+        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
+
+        Args:
+            job_id: default the service's own job, or the `trainer_job_id` it was made for.
+            page_size: rows of one exchange.
+
+        Raises:
+            InvalidArgument: no job is named, and there is none yet.
+            NotFound: there is no such job.
+        """
+        return self._run(self._async.list_checkpoints, job_id, page_size)
+
+    def promote_checkpoint(
+        self,
+        name: str,
+        output_model_id: str,
+        base_model: str | None = None,
+        *,
+        hot_load_deployment_id: str | None = None,
+    ) -> ModelInfo:
+        """Make a model of a checkpoint, and wait until it is one.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            base_model: default the service's.
+            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+
+        Raises:
+            InvalidArgument: an id that is not allowed, before anything is sent.
+            ProvisioningError: the promotion failed.
+        """
+        return self._run(
+            self._async.promote_checkpoint,
+            name,
+            output_model_id,
+            base_model,
+            hot_load_deployment_id=hot_load_deployment_id,
+        )
+
+    def get_server_capabilities(self) -> dict[str, Any]:
+        """What the trainer says that it can do, as it says it; provisions the trainer."""
+        return self._run(self._async.get_server_capabilities)
 
     @classmethod
     def from_firetitan_config(
@@ -79,107 +395,6 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             **options,
         )
         return cls._wrap(instance)._bind()
-
-    def create_training_client(
-        self,
-        base_model: str | None = None,
-        lora_rank: int | None = None,
-        *,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> FiretitanTrainingClient:
-        """The training client, provisioning what it needs; the same one at every call.
-
-        Args:
-            base_model, lora_rank: if given, must be those of the service.
-            user_metadata: noted with the trainer session, if this call opens it.
-
-        Raises:
-            InvalidArgument: another model or rank than the service was made for.
-            ProvisioningError: the trainer or the deployment did not come up.
-        """
-        instance = self._run(
-            self._async.create_training_client,
-            base_model,
-            lora_rank,
-            user_metadata=user_metadata,
-        )
-        return FiretitanTrainingClient._wrap(instance)
-
-    def create_deployment_sampler(
-        self,
-        model_path: str | None = None,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        concurrency_controller: SamplingConcurrencyController | None = None,
-    ) -> DeploymentSampler:
-        """A sampler of the deployment, with the snapshot `model_path` live on every replica.
-
-        All samplers of a service share its connections, and its controller unless one is given.
-
-        Args:
-            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
-                the deployment serves.
-            tokenizer: for chat templates and text; default `get_tokenizer()`.
-            concurrency_controller: bounds the requests in flight; default one
-                `AdaptiveConcurrencyController` for the service.
-
-        Raises:
-            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
-        """
-        return self._run(
-            self._async.create_deployment_sampler,
-            model_path,
-            tokenizer=tokenizer,
-            concurrency_controller=concurrency_controller,
-        )
-
-    def hotload_sampler_snapshot(self, path: str) -> None:
-        """Load a snapshot into the deployment, and wait until every replica serves it.
-
-        Raises:
-            HotLoadFailed, HotLoadTimeout: it did not become live.
-        """
-        self._run(self._async.hotload_sampler_snapshot, path)
-
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model: the platform's own where it serves one, else
-        `tokenizer_model` by name."""
-        return self._run(self._async.get_tokenizer)
-
-    @property
-    def base_url(self) -> str:
-        """URL of the platform; of an embedded one once it runs."""
-        return self._async.base_url
-
-    @property
-    def trainer_job_id(self) -> str | None:
-        """Id of the trainer job; None before it is provisioned."""
-        return self._async.trainer_job_id
-
-    @property
-    def deployment_id(self) -> str | None:
-        """Id of the deployment; None before it is provisioned, or without one."""
-        return self._async.deployment_id
-
-    @property
-    def training_profile(self) -> TrainingProfile | None:
-        """The training shape, resolved; None before provisioning, or without a shape."""
-        return self._async.training_profile
-
-    @property
-    def deployment_shape(self) -> str | None:
-        """Name of the deployment's shape, or None."""
-        return self._async.deployment_shape
-
-    @property
-    def max_context_length(self) -> int | None:
-        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        return self._async.max_context_length
-
-    def requires_initial_sampler_sync(self) -> bool:
-        """Whether the deployment was found, so that it may serve another run's weights until a
-        snapshot of this one is loaded."""
-        return self._async.requires_initial_sampler_sync()
 
     def close(self) -> None:
         """Finish accepted operations, clean up as the policies say, close every connection.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,13 @@ def model_folder() -> Path:
     import fireworks_training
 
     return Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
+
+
+def worker_pid(platform: RunningPlatform, job: str) -> int:
+    """The process that serves a job's socket, asked of the platform's own records."""
+    database = sqlite3.connect(platform.state_dir / "state.db")
+    try:
+        ((pid,),) = database.execute("SELECT pid FROM workers WHERE owner = ?", (job,)).fetchall()
+    finally:
+        database.close()
+    return int(pid)

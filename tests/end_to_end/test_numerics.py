@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sqlite3
 from typing import Any, cast
 
 import pytest
@@ -25,6 +24,7 @@ from tests.end_to_end.support import (
     relative,
     saved_state,
     service_on,
+    worker_pid,
 )
 
 STEPS = 3
@@ -155,16 +155,6 @@ async def test_two_runs_with_one_seed_are_equal_bit_for_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def _worker_pid(platform: RunningPlatform, job: str) -> int:
-    """The process that serves a job's socket, asked of the platform's own records."""
-    database = sqlite3.connect(platform.state_dir / "state.db")
-    try:
-        ((pid,),) = database.execute("SELECT pid FROM workers WHERE owner = ?", (job,)).fetchall()
-    finally:
-        database.close()
-    return int(pid)
-
-
 @pytest.mark.parametrize("rank", [0, 4])
 async def test_training_goes_on_bit_for_bit_after_a_kill(
     platform: RunningPlatform, rank: int
@@ -183,7 +173,7 @@ async def test_training_goes_on_bit_for_bit_after_a_kill(
     open_operations = [
         client.forward_backward(datums(40, seed=index), "cross_entropy") for index in range(50)
     ]
-    os.kill(_worker_pid(platform, job), signal.SIGKILL)
+    os.kill(worker_pid(platform, job), signal.SIGKILL)
     done, late = await asyncio.wait(
         [asyncio.ensure_future(future.result_async()) for future in open_operations], timeout=1.0
     )

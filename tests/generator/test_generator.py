@@ -232,13 +232,20 @@ class TestWhatIsRefused:
         ("source", "why"),
         [
             ("class AsyncX(Base):\n    pass\n", "x.py:1: AsyncX has a base"),
-            ("@final\nclass AsyncX:\n    pass\n", "x.py:2: AsyncX has a base or a decorator"),
+            ("@final\nclass AsyncX:\n    pass\n", "x.py:2: AsyncX has a keyword or a decorator"),
             ("class AsyncY:\n    pass\n", "x.py:1: has no class AsyncX"),
         ],
     )
     def test_classes(self, tmp_path: Path, source: str, why: str) -> None:
         with pytest.raises(CannotGenerate, match=why):
             generate(shop_of(tmp_path, source))
+
+    def test_a_part_is_refused_with_its_own_file(self, tmp_path: Path) -> None:
+        source = "from shop._async.part import Part\n\n\nclass AsyncX(Part):\n    pass\n"
+        package = shop_of(tmp_path, source)
+        (package / "_async" / "part.py").write_text("class Part:\n    a = 1\n")
+        with pytest.raises(CannotGenerate, match=r"part\.py:2: "):
+            generate(package)
 
     @pytest.mark.parametrize(
         ("listed", "why"),
@@ -267,6 +274,70 @@ class TestWhatIsRefused:
         assert main([], package) == 1
         assert "x.py:2: " in capsys.readouterr().err
         assert not (package / "_sync").exists()
+
+
+PART = '''"""A part."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+
+class Root:
+    def __init__(self) -> None:
+        self._n = 1
+
+
+class Part(Root):
+    """Not for users."""
+
+    async def price(self) -> Decimal:
+        """The price."""
+        return Decimal(self._n)
+'''
+WHOLE = '''"""A whole."""
+
+from __future__ import annotations
+
+from shop._async.part import Part
+from shop._async.other import Other
+
+
+class AsyncX(Part, Other):
+    """A class."""
+
+    async def own(self) -> int:
+        """Its own."""
+        return 1
+'''
+
+
+def test_a_class_of_parts_has_their_methods_once_and_first(tmp_path: Path) -> None:
+    package = shop_of(tmp_path, WHOLE)
+    (package / "_async" / "part.py").write_text(PART)
+    other = "from shop._async.part import Part\n\n\nclass Other(Part):\n    'Too.'\n"
+    (package / "_async" / "other.py").write_text(other)
+    assert (
+        generate(package)["x.py"].partition("from __future__ import annotations\n\n")[2]
+        == '''\
+from decimal import Decimal
+
+from shop._async.x import AsyncX
+from shop._portal import Blocking
+
+
+class X(Blocking[AsyncX]):
+    """A class."""
+
+    def price(self) -> Decimal:
+        """The price."""
+        return self._run(self._async.price)
+
+    def own(self) -> int:
+        """Its own."""
+        return self._run(self._async.own)
+'''
+    )
 
 
 class TestTheCheck:

@@ -92,7 +92,7 @@ class Account:
         for _ in range(MOST_PAGES):
             answer = await self.call("GET", f"{path}?{urlencode(query)}", what=f"list {collection}")
             pages = (cast(list[Row], answer.get(key) or []) for key in keys)
-            found.extend(next((page for page in pages if page), []))
+            found.extend(next((page for page in pages if page), list[Row]()))
             token = answer.get("nextPageToken")
             if not token:
                 return found

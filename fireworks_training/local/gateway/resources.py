@@ -221,7 +221,9 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
     }
     worker: Body = {
         "base_model": entry.name,
-        "lora_rank": lora_rank,
+        # The contract has one number for both: the rank of the job's model, or with several models
+        # the most that one may have.
+        "max_lora_rank": lora_rank or None,
         "snapshot_dtype": dtype,
         "max_context_length": context,
         "seed": seed,

@@ -1,0 +1,83 @@
+"""The part of the service client that loads snapshots and makes samplers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fireworks_training._async.gate import SamplingConcurrencyController
+from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.service_core import ServiceCore
+from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ServiceSamplers(ServiceCore):
+    """Samplers of a service, and the weights they sample."""
+
+    async def create_deployment_sampler(
+        self,
+        model_path: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with the snapshot `model_path` live on every replica.
+
+        All samplers of a service share its connections, and its controller unless one is given.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            tokenizer: for chat templates and text; default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default one
+                `AdaptiveConcurrencyController` for the service.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        self._check_client("training_client", training_client)
+        return await self._on_owner(
+            lambda: self._samplers.of_deployment(model_path, tokenizer, concurrency_controller),
+            "create_deployment_sampler",
+        )
+
+    async def create_deployment_sampler_for_model(
+        self,
+        model: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+        inference_url: str | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of any model string, over the service's connections; provisions nothing.
+
+        Args:
+            model: such as `accounts/<account>/deployments/<deployment>` or
+                `accounts/<account>/models/<model>`.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+            inference_url: where to sample; default the service's.
+        """
+        return await self._on_owner(
+            lambda: self._samplers.of_model(
+                model, tokenizer, concurrency_controller, inference_url
+            ),
+            "create_deployment_sampler_for_model",
+        )
+
+    async def hotload_sampler_snapshot(self, path: str) -> None:
+        """Load a snapshot into the deployment, and wait until every replica serves it.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: it did not become live.
+        """
+        await self._on_owner(lambda: self._samplers.load(path), "hotload_sampler_snapshot")
+
+    async def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model: the platform's own where it serves one, else
+        `tokenizer_model` by name."""
+        return await self._on_owner(self._samplers.tokenizer, "get_tokenizer")
