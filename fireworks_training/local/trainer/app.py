@@ -15,20 +15,32 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
+from fireworks_training._wire.compression import ENCODING, decompress
+from fireworks_training.errors import ProtocolError
 from fireworks_training.local.snapshots import FreeBytes, disk_free_bytes
-from fireworks_training.local.trainer import json_codec
+from fireworks_training.local.trainer import json_codec, proto_codec
+from fireworks_training.local.trainer.datums import ModelLimits
+from fireworks_training.local.trainer.json_codec import JSON, encode_failure
 from fireworks_training.local.trainer.json_fields import Malformed, parse
+from fireworks_training.local.trainer.leases import UnknownForward
 from fireworks_training.local.trainer.line import Closed, Limits, Taken, TooFarAhead
 from fireworks_training.local.trainer.models import ModelFactory
 from fireworks_training.local.trainer.operations import OperationFailed, Submission
-from fireworks_training.local.trainer.service import Full, Gone, NotFound, TrainerService
+from fireworks_training.local.trainer.service import (
+    CreateModel,
+    Full,
+    Gone,
+    NotFound,
+    TrainerService,
+)
 from fireworks_training.local.trainer.settings import TrainerSettings
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 
 MAX_BODY = 64 << 20
+MAX_JSON = 1 << 20
 HOLD_S = 30.0
 PARSE_INLINE_BYTES = 64 << 10
 """Larger bodies are decoded in a thread, so that polls and heartbeats go on meanwhile."""
@@ -64,7 +76,9 @@ def create_app(
 
     async def running(app: web.Application) -> AsyncIterator[None]:
         app[STOP] = asyncio.Event()
-        service = TrainerService(json_codec, time.monotonic, limits, settings.session_timeout_s)
+        service = TrainerService(
+            JSON, encode_failure, time.monotonic, limits, settings.session_timeout_s
+        )
         app[_SERVICE] = service
         app[_FACTORY] = await service.torch.run(lambda: ModelFactory(settings, free_bytes))
         tasks = [
@@ -115,8 +129,11 @@ def _add_routes(app: web.Application) -> None:
         "retrieve_future": _retrieve_future,
     }.items():
         router.add_post(f"/api/v1/{name}", handler)
+    router.add_post("/internal/sessions", _adopt_session)
+    router.add_post("/api/v1/load_weights", _load_weights)
     for kind in json_codec.KINDS:
-        router.add_post(f"/api/v1/{kind}", _submitter(kind))
+        if kind != "load_weights":
+            router.add_post(f"/api/v1/{kind}", _submitter(kind))
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -140,6 +157,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error(400, str(error), "TooMany")
     except NotFound as error:
         return _error(404, str(error), "NotFound")
+    except UnknownForward as error:
+        return _error(404, str(error), "UnknownForward")
     except Taken as error:
         return _error(409, str(error), "Conflict")
     except Gone as error:
@@ -228,12 +247,21 @@ def _text(body: dict[str, object], key: str) -> str:
 
 async def _create_model(request: web.Request) -> web.Response:
     body = parse(await request.read())
+    return _created(request, body, request.app[_FACTORY].request(body))
+
+
+def _created(request: web.Request, body: dict[str, object], wanted: CreateModel) -> web.Response:
     session_id, model_seq_id = _text(body, "session_id"), body.get("model_seq_id")
     if not isinstance(model_seq_id, int) or isinstance(model_seq_id, bool) or model_seq_id < 0:
         raise Malformed("model_seq_id must be a whole number from 0")
-    wanted = request.app[_FACTORY].request(body)
     model_id = request.app[_SERVICE].create_model(session_id, model_seq_id, wanted)
     return web.json_response({"request_id": f"{model_id}:create", "model_id": model_id})
+
+
+async def _adopt_session(request: web.Request) -> web.Response:
+    """A session that the gateway made for a client of the Tinker API."""
+    request.app[_SERVICE].adopt_session(_text(parse(await request.read()), "session_id"))
+    return web.json_response({})
 
 
 async def _get_info(request: web.Request) -> web.Response:
@@ -263,13 +291,18 @@ async def _unload_model(request: web.Request) -> web.Response:
 
 def _submitter(kind: str) -> Handler:
     async def submit(request: web.Request) -> web.Response:
-        raw = await request.read()
+        raw = await _content(request)
         service = request.app[_SERVICE]
+        protobuf = request.content_type == proto_codec.CONTENT_TYPE
+        if protobuf and kind not in _PROTOBUF_KINDS:
+            raise web.HTTPUnsupportedMediaType(reason=f"{kind} takes JSON")
+
+        def limits_of(model_id: str) -> ModelLimits:
+            return service.slot(model_id).request.limits
 
         def decode() -> Submission:
-            return json_codec.submission(
-                kind, raw, lambda model_id: service.slot(model_id).request.limits
-            )
+            decoder = proto_codec.submission if protobuf else json_codec.submission
+            return decoder(kind, raw, limits_of)
 
         inline = len(raw) <= PARSE_INLINE_BYTES
         submission = decode() if inline else await asyncio.to_thread(decode)
@@ -277,6 +310,34 @@ def _submitter(kind: str) -> Handler:
         return web.json_response({"request_id": request_id, "model_id": submission.model_id})
 
     return submit
+
+
+_PROTOBUF_KINDS = ("forward", "forward_backward", "backward")
+
+
+async def _content(request: web.Request) -> bytes:
+    """The body, decompressed. The server's own decompression is off: it has no limit."""
+    raw = await request.read()
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+    if encoding == "identity":
+        return raw
+    if encoding != ENCODING:
+        raise web.HTTPUnsupportedMediaType(reason=f"Content-Encoding must be {ENCODING}")
+    try:
+        return await asyncio.to_thread(decompress, raw, limit=MAX_BODY)
+    except ProtocolError as error:
+        raise Malformed(str(error)) from None
+
+
+async def _load_weights(request: web.Request) -> web.StreamResponse:
+    """A load into a model that is there; or, named by session, a new model made from a state."""
+    if request.content_length is not None and request.content_length > MAX_JSON:
+        raise web.HTTPRequestEntityTooLarge(MAX_JSON, request.content_length)
+    body = parse(await request.read())
+    if body.get("session_id") is None:
+        return await _submitter("load_weights")(request)
+    wanted = request.app[_FACTORY].request_from_state(body)
+    return _created(request, body, wanted)
 
 
 async def _retrieve_future(request: web.Request) -> web.Response:

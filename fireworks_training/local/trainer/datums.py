@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from fireworks_training.local.losses import LOSSES, Loss
 from fireworks_training.local.trainer.operations import (
     GRADIENT_INPUTS,
+    Backward,
+    BackwardRequest,
     Datum,
     EmbeddingOutput,
     EmbeddingPass,
@@ -42,6 +44,7 @@ class ModelLimits:
         lora: whether the model trains an adapter.
         hidden_size: of the last hidden states.
         projection_head_dim: outputs of the model's projection head; None where it has none.
+        tinker_run: id of the model as a training run of the Tinker API; None where it is not one.
     """
 
     vocab_size: int
@@ -49,6 +52,7 @@ class ModelLimits:
     lora: bool
     hidden_size: int = 0
     projection_head_dim: int | None = None
+    tinker_run: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,28 @@ def _each(raw: RawPass, check: Callable[[RawDatum], Datum]) -> list[Datum]:
         except OperationFailed as error:
             raise OperationFailed(f"datum {index}: {error}") from None
     return datums
+
+
+def make_backward(request: BackwardRequest, forward: Pass) -> Backward:
+    """A backward by the logprobs of `forward`, whose gradients must have their shapes.
+
+    Raises:
+        OperationFailed: they do not fit, or are not finite.
+    """
+    if len(request.gradients) != len(forward.data):
+        raise OperationFailed(
+            f"gradients has {len(request.gradients)} entries; the forward pass had"
+            f" {len(forward.data)} datums"
+        )
+    gradients: list[NDArray[np.float32]] = []
+    pairs = zip(request.gradients, forward.data, strict=True)
+    for index, ((values, shape), datum) in enumerate(pairs):
+        try:
+            fitting = _fitting(RawTensor(values, shape), "its gradient", datum.target_shape)
+        except OperationFailed as error:
+            raise OperationFailed(f"datum {index}: {error}") from None
+        gradients.append(fitting.astype(np.float32, copy=False))
+    return Backward(forward, gradients)
 
 
 # -- datums of a loss over targets ---------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from fireworks_training.local.model import (
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
+from fireworks_training.local.tinker_store import CheckpointNote, TinkerStore, expiry, now
 from fireworks_training.local.trainer.embeddings import (
     HEAD,
     embedding_metrics,
@@ -34,12 +36,15 @@ from fireworks_training.local.trainer.embeddings import (
     run_embedding_pass,
 )
 from fireworks_training.local.trainer.exports import SnapshotExports
+from fireworks_training.local.trainer.graphs import Graphs
 from fireworks_training.local.trainer.network import Network
 from fireworks_training.local.trainer.operations import (
     Answer,
+    Backward,
     Deferred,
     DiscardGradients,
     EmbeddingPass,
+    LoadAdapter,
     LoadState,
     Operation,
     OperationFailed,
@@ -48,8 +53,14 @@ from fireworks_training.local.trainer.operations import (
     PassResult,
     SaveSnapshot,
     SaveState,
+    TinkerSave,
 )
-from fireworks_training.local.trainer.passes import Passed, metrics_of, run_pass
+from fireworks_training.local.trainer.passes import (
+    Passed,
+    metrics_of,
+    run_backward,
+    run_pass,
+)
 from fireworks_training.local.trainer.states import StateInfo, StateStore
 
 
@@ -59,6 +70,7 @@ class Stores:
 
     states: StateStore
     snapshots: SnapshotStore
+    tinker: TinkerStore | None = None
 
 
 class TrainedModel:
@@ -91,6 +103,7 @@ class TrainedModel:
         self._dtype: SnapshotDtype = dtype
         self._rng = torch.Generator().manual_seed(seed).get_state()
         self._adam: AdamSettings | None = None
+        self._adapter = lora
         self._lora = None
         if lora is not None:
             round_parameters_(module, dtype)
@@ -103,6 +116,8 @@ class TrainedModel:
             self._head = new_head(int(module.config.hidden_size), projection_head_dim, seed)
             parameters |= {f"{HEAD}.{name}": p for name, p in self._head.named_parameters()}
         self._trainable = trainable
+        self._graphs = Graphs()
+        self._backwards_by_forward = False
         self._optimizer = MasterAdamW(parameters, dtype)
         self._exports = SnapshotExports(
             stores.snapshots, base_model=base_model, dtype=dtype, lora=self._lora
@@ -134,6 +149,8 @@ class TrainedModel:
         match operation:
             case Pass():
                 return self._pass(operation)
+            case Backward():
+                return self._backward(operation)
             case EmbeddingPass():
                 return self._embedding_pass(operation)
             case OptimStep():
@@ -145,6 +162,8 @@ class TrainedModel:
                 return self._save_state(operation)
             case LoadState():
                 return self._load_state(operation)
+            case LoadAdapter():
+                return self._load_adapter(operation)
             case SaveSnapshot():
                 return self._save_snapshot(operation)
 
@@ -159,9 +178,22 @@ class TrainedModel:
     def _pass(self, operation: Pass) -> PassResult:
         optimizer = self._optimizer
         with self._own_randomness():
-            passed = run_pass(self._network, optimizer.parameters, operation)
+            keeping = self._backwards_by_forward and not operation.backward
+            graphs = self._graphs if keeping else None
+            passed = run_pass(self._network, optimizer.parameters, operation, graphs)
         self._accumulate(passed, len(operation.data))
         return PassResult(passed.outputs, metrics_of(passed, operation.data))
+
+    def _backward(self, operation: Backward) -> PassResult:
+        # From the first one on, forward passes keep their graphs: others need not pay for that.
+        self._backwards_by_forward = True
+        with self._own_randomness():
+            passed, cached = run_backward(
+                self._network, self._optimizer.parameters, operation, self._graphs
+            )
+        self._accumulate(passed, len(operation.forward.data))
+        metrics = metrics_of(passed, operation.forward.data)
+        return PassResult(passed.outputs, {**metrics, "backward_cached_tokens:sum": float(cached)})
 
     def _embedding_pass(self, operation: EmbeddingPass) -> PassResult:
         with self._own_randomness():
@@ -182,6 +214,7 @@ class TrainedModel:
             raise OperationFailed(f"{error}; nothing was added", error_class="NonFinite") from error
 
     def _optim_step(self, operation: OptimStep) -> Answer:
+        self._graphs.clear()
         try:
             metrics = self._optimizer.step(operation.adam, operation.normalization)
         except NoGradients as error:
@@ -214,9 +247,35 @@ class TrainedModel:
             snapshot_dtype=self._dtype,
             optimizer_steps=self._optimizer.steps,
             adam=self._adam,
+            adapter=self._adapter,
+            projection_head_dim=None if self._head is None else self._head.out_features,
         )
-        self._stores.states.save(operation.name, info, tensors)
-        return Answer({"path": operation.name, "type": "save_weights"})
+        states = self._stores.states
+        if not operation.overwrite and operation.name in states.names():
+            raise OperationFailed(
+                f"there is a state {operation.name!r} already; pass overwrite=True to replace it",
+                error_class="StateExists",
+            )
+        states.save(operation.name, info, tensors)
+        path = operation.name
+        if operation.tinker is not None:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            path = self._note(operation.tinker, size) or path
+        return Answer({"path": path, "type": "save_weights"})
+
+    def _note(self, saved: TinkerSave, size: int) -> str | None:
+        """Remembers a checkpoint of the Tinker API; returns its path."""
+        if saved.checkpoint is None or self._stores.tinker is None:
+            return None
+        note = CheckpointNote(
+            saved.checkpoint.path,
+            size,
+            now().isoformat(),
+            expiry(saved.ttl_seconds),
+            saved.user_metadata,
+        )
+        self._stores.tinker.write_checkpoint(note)
+        return note.path
 
     def _load_state(self, operation: LoadState) -> Answer:
         info, tensors = self._stores.states.load(operation.name, operation.job)
@@ -227,8 +286,37 @@ class TrainedModel:
             moments = _with_prefix("exp_avg.", tensors), _with_prefix("exp_avg_sq.", tensors)
             self._rng = tensors["rng"]
             self._adam = info.adam
-        self._optimizer.restore(masters, moments, info.optimizer_steps)
-        return Answer({"path": operation.name, "type": "load_weights"})
+        self._restore(masters, moments, info.optimizer_steps)
+        return Answer({"path": operation.path or operation.name, "type": "load_weights"})
+
+    def _restore(
+        self,
+        masters: Mapping[str, Tensor],
+        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
+        steps: int,
+    ) -> None:
+        self._graphs.clear()
+        self._optimizer.restore(masters, moments, steps)
+
+    def _load_adapter(self, operation: LoadAdapter) -> Answer:
+        manifest, tensors = self._stores.snapshots.load(operation.identity)
+        if manifest.lora != self._lora:
+            raise OperationFailed(
+                f"snapshot {operation.identity!r} holds {_described(manifest.lora)}, and this model"
+                f" trains {_described(self._lora)}",
+                error_class="StateMismatch",
+            )
+        masters = dict(self._optimizer.masters)
+        given = {name: tensor.float() for name, tensor in tensors.items()}
+        own = {name: t.shape for name, t in masters.items() if not name.startswith(f"{HEAD}.")}
+        if own != {name: tensor.shape for name, tensor in given.items()}:
+            raise OperationFailed(
+                f"snapshot {operation.identity!r} is of another model ({manifest.base_model}):"
+                " names or shapes of its tensors differ",
+                error_class="StateMismatch",
+            )
+        self._restore({**masters, **given}, None, 0)
+        return Answer({"adapter_path": operation.path, "type": "load_adapter"})
 
     def _check_fits(self, name: str, info: StateInfo, masters: Mapping[str, Tensor]) -> None:
         if info.lora != self._lora:
@@ -258,7 +346,22 @@ class TrainedModel:
             weights = merged_base(self._module, self._lora)
         exports, kind = self._exports, operation.checkpoint_type
         tensors = exports.capture(operation.name, weights)
-        return Deferred(lambda: exports.write(operation.name, tensors, kind))
+        if operation.tinker is None:
+            return Deferred(lambda: exports.write(operation.name, tensors, kind))
+        saved = operation.tinker
+        if self._stores.snapshots.path(operation.name).exists():
+            raise OperationFailed(
+                "there is a sampler checkpoint of that name already: choose another, or delete it",
+                error_class="SnapshotExists",
+            )
+        return Deferred(lambda: self._known_as(saved, exports.write(operation.name, tensors, kind)))
+
+    def _known_as(self, saved: TinkerSave, answer: Answer) -> Answer:
+        """What a client of the Tinker API is told of a snapshot."""
+        written = cast("Mapping[str, int]", answer.fields["snapshot"])
+        path = self._note(saved, written["bytes"])
+        told = {"path": path, "sampling_session_id": saved.sampling_session}
+        return Answer({**answer.fields, **told})
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

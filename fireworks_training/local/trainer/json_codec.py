@@ -1,7 +1,8 @@
 """The Fireworks JSON dialect, server side: request bodies to operations, results to bodies.
 
 Knows: field names and which of them are allowed. Does not know HTTP, the line, or how anything is
-computed. Another dialect is another module with `submission`, `encode` and `encode_failure`.
+computed. `proto_codec` is the same for the other dialect, whose failures and other operations are
+JSON too.
 
 Everything that concerns content is refused here, before an operation is queued.
 """
@@ -15,37 +16,35 @@ from dataclasses import fields
 from functools import partial
 from typing import cast
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from fireworks_training.local.optimizer import NORMALIZATIONS, AdamSettings
-from fireworks_training.local.snapshots import SnapshotError, check_name
+from fireworks_training.local.trainer import json_states
 from fireworks_training.local.trainer.datums import ModelLimits, RawPass, make_pass
-from fireworks_training.local.trainer.json_datums import decode_datum
+from fireworks_training.local.trainer.json_datums import decode_datum, decode_tensor
 from fireworks_training.local.trainer.json_fields import (
     Body,
     Malformed,
     allow,
-    flag,
     number,
     parse,
     text,
+    whole,
 )
 from fireworks_training.local.trainer.line import Failure, Role
 from fireworks_training.local.trainer.operations import (
     Answer,
+    BackwardRequest,
     DiscardGradients,
     Encoded,
-    LoadState,
     Operation,
     OperationFailed,
     OptimStep,
     PassResult,
-    SaveSnapshot,
-    SaveState,
     Submission,
 )
-
-CROSS_JOB = "cross_job://"
 
 
 def _pass(body: Body, limits: ModelLimits, *, backward: bool) -> Operation:
@@ -69,6 +68,18 @@ def _forward(body: Body, limits: ModelLimits) -> Operation:
 
 def _forward_backward(body: Body, limits: ModelLimits) -> Operation:
     return _pass(body, limits, backward=True)
+
+
+def _backward(body: Body, limits: ModelLimits) -> BackwardRequest:
+    del limits
+    allow(body, ("model_id", "seq_id", "type", "forward_seq_id", "gradients"), "backward")
+    gradients = body.get("gradients")
+    if not isinstance(gradients, list):
+        raise OperationFailed("gradients must be a list of tensors, one a datum of the forward")
+    tensors = [decode_tensor(value, f"gradients[{i}]") for i, value in enumerate(gradients)]
+    return BackwardRequest(
+        whole(body, "forward_seq_id"), [(tensor.values, tensor.shape) for tensor in tensors]
+    )
 
 
 def _adam(body: Body) -> AdamSettings:
@@ -115,76 +126,25 @@ def _optim_step(body: Body, limits: ModelLimits) -> Operation:
     raise OperationFailed(f"{key} must be one of {', '.join(NORMALIZATIONS)}")
 
 
-def _name(body: Body, what: str) -> str:
-    try:
-        return check_name(text(body, "path"), what)
-    except SnapshotError as error:
-        raise OperationFailed(str(error)) from error
-
-
-def _save_weights(body: Body, limits: ModelLimits) -> Operation:
-    del limits
-    allow(body, ("model_id", "seq_id", "path", "overwrite", "type"), "save_weights")
-    flag(body, "overwrite", False)
-    return SaveState(_name(body, "state"))
-
-
-def _load_weights(body: Body, limits: ModelLimits) -> Operation:
-    del limits
-    allow(body, ("model_id", "seq_id", "path", "optimizer", "type"), "load_weights")
-    path = text(body, "path")
-    job: str | None = None
-    if path.startswith(CROSS_JOB):
-        job, _, path = path.removeprefix(CROSS_JOB).partition("/")
-    try:
-        if job is not None:
-            check_name(job, "job")
-        return LoadState(check_name(path, "state"), job, flag(body, "optimizer", False))
-    except SnapshotError as error:
-        raise OperationFailed(
-            f"{error}. A state is named by the name it was saved under, or as"
-            f" {CROSS_JOB}<job>/<name>"
-        ) from error
-
-
-def _save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
-    allowed = ("model_id", "seq_id", "path", "checkpoint_type", "export_precision", "type")
-    allow(body, allowed, "save_weights_for_sampler")
-    name = _name(body, "snapshot")
-    kind, precision = body.get("checkpoint_type") or "base", body.get("export_precision")
-    if kind in ("base", "delta"):
-        if precision is not None:
-            raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
-        return SaveSnapshot(name, "base" if kind == "base" else "delta")
-    if kind != "merged_base":
-        raise OperationFailed("checkpoint_type must be base, delta or merged_base")
-    if not limits.lora:
-        raise OperationFailed(
-            "checkpoint_type 'merged_base' is for LoRA; this model saves as base or delta"
-        )
-    if precision not in (None, "source", "bf16"):
-        raise OperationFailed(
-            "export_precision takes source or bf16 here; others are not supported"
-        )
-    return SaveSnapshot(name, "merged_base")
-
-
 def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:
     del limits
     allow(body, ("model_id", "seq_id", "type"), "discard_gradients")
     return DiscardGradients()
 
 
-_DECODERS: Mapping[str, tuple[Role, Callable[[Body, ModelLimits], Operation]]] = {
+_DECODERS: Mapping[str, tuple[Role, Callable[[Body, ModelLimits], Operation | BackwardRequest]]] = {
     "forward": (Role.ALONE, _forward),
     "forward_backward": (Role.ADDS, _forward_backward),
+    "backward": (Role.ADDS, _backward),
     "optim_step": (Role.ENDS, _optim_step),
-    "save_weights": (Role.ALONE, _save_weights),
-    "load_weights": (Role.LOADS, _load_weights),
-    "save_weights_for_sampler": (Role.ALONE, _save_weights_for_sampler),
+    "save_weights": (Role.ALONE, json_states.save_weights),
+    "load_weights": (Role.LOADS, json_states.load_weights),
+    "load_adapter": (Role.LOADS, json_states.load_adapter),
+    "save_weights_for_sampler": (Role.ALONE, json_states.save_weights_for_sampler),
     "discard_gradients": (Role.DISCARDS, _discard_gradients),
 }
 KINDS = tuple(_DECODERS)
+OUTPUT_TYPE = "ArrayRecord"
 
 
 def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -> Submission:
@@ -205,12 +165,15 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
         raise Malformed("seq_id must be a whole number from 1")
     limits = limits_of(model_id)
     role, decode = _DECODERS[kind]
-    operation: Operation | OperationFailed
+    operation: Operation | BackwardRequest | OperationFailed
     try:
         operation = decode(body, limits)
     except OperationFailed as refusal:
+        if kind == "backward":
+            raise  # takes no place: the client sends the whole pass under the same seq_id
         operation = refusal.with_traceback(None)
-    return Submission(model_id, seq_id, _digest(kind, body), role, operation, len(raw))
+    digest = _digest(kind, body)
+    return Submission(model_id, seq_id, digest, role, operation, len(raw), JSON)
 
 
 def _digest(kind: str, body: Body) -> bytes:
@@ -224,27 +187,33 @@ def _digest(kind: str, body: Body) -> bytes:
 # -- results -------------------------------------------------------------------------------------
 
 
-def encode(result: PassResult | Answer) -> Encoded:
-    """A result as the body of a 200 answer."""
-    if isinstance(result, Answer):
-        return Encoded(orjson.dumps(result.fields))
-    outputs = [
-        {
-            name: {
-                "data": array.reshape(-1),
-                "dtype": "int64" if array.dtype.kind == "i" else "float32",
-                "shape": array.shape,
-            }
-            for name, array in output.items()
+class JsonCodec:
+    """Results as JSON objects."""
+
+    def encode(self, result: PassResult | Answer) -> Encoded:
+        """A result as the body of a 200 answer."""
+        if isinstance(result, Answer):
+            return Encoded(orjson.dumps(result.fields))
+        outputs = [
+            {name: _tensor(array) for name, array in output.items()} for output in result.outputs
+        ]
+        body = {
+            "loss_fn_output_type": OUTPUT_TYPE,
+            "loss_fn_outputs": outputs,
+            "metrics": result.metrics,
         }
-        for output in result.outputs
-    ]
-    body = {
-        "loss_fn_output_type": "ArrayRecord",
-        "loss_fn_outputs": outputs,
-        "metrics": result.metrics,
+        return Encoded(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+JSON = JsonCodec()
+
+
+def _tensor(array: NDArray[np.generic]) -> dict[str, object]:
+    return {
+        "data": array.reshape(-1),
+        "dtype": "int64" if array.dtype.kind == "i" else "float32",
+        "shape": array.shape,
     }
-    return Encoded(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def encode_failure(failure: Failure, request_id: str) -> Encoded:

@@ -26,7 +26,9 @@ def decode_datum(value: object) -> RawDatum:
         raise OperationFailed("it must have model_input and loss_fn_inputs")
     allow(value, ("model_input", "loss_fn_inputs"), "a datum")
     given: dict[str, object] = value["loss_fn_inputs"]
-    tensors = {name: _tensor(tensor, name) for name, tensor in given.items() if tensor is not None}
+    tensors = {
+        name: decode_tensor(tensor, name) for name, tensor in given.items() if tensor is not None
+    }
     return RawDatum(_tokens(value.get("model_input")), tensors)
 
 
@@ -66,7 +68,12 @@ def _array(values: object, name: str) -> NDArray[np.generic]:
     return array
 
 
-def _tensor(value: object, name: str) -> RawTensor:
+def decode_tensor(value: object, name: str) -> RawTensor:
+    """A tensor's values; int64 for target_tokens, float32 for any other name.
+
+    Raises:
+        OperationFailed: it does not have the form of a tensor.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("data"), list):
         raise OperationFailed(f"{name} must be a tensor with data, dtype and shape")
     allow(value, ("data", "dtype", "shape", *_SPARSE), f"{name} (a tensor)")

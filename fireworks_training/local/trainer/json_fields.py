@@ -63,6 +63,13 @@ def number(body: Body, key: str, default: float) -> float:
     return float(value)
 
 
+def whole(body: Body, key: str, least: int = 1) -> int:
+    value = body.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
+        raise OperationFailed(f"{key} must be a whole number from {least}")
+    return value
+
+
 def flag(body: Body, key: str, default: bool) -> bool:
     value = body.get(key)
     if value is None:

@@ -163,6 +163,10 @@ class Line(Generic[OperationT, ResultT]):
         """Takes no new operations; those that wait still run. Idempotent."""
         self._closed = True
 
+    def holds(self, seq_id: int, digest: bytes) -> bool:
+        """Whether a place holds the operation of this content, whatever became of it."""
+        return self._digests.get(seq_id) == digest
+
     def submit(
         self,
         seq_id: int,

@@ -8,27 +8,30 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import orjson
 from transformers import PreTrainedModel
 
 from fireworks_training.local.model import LoraNotPossible, LoraSettings, load_model, vocab_size
 from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
+from fireworks_training.local.tinker_store import RunNote, TinkerStore
 from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.execution import Stores, TrainedModel
-from fireworks_training.local.trainer.json_fields import Body, allow, flag, number
-from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.trainer.json_fields import Body, allow, flag, number, text
+from fireworks_training.local.trainer.json_states import tinker_load
+from fireworks_training.local.trainer.operations import LoadState, OperationFailed
 from fireworks_training.local.trainer.service import CreateModel
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.states import StateStore
 
 CAPABILITIES: Mapping[str, object] = {
     "type": "create_model",
-    "wire": ["json"],
+    "wire": ["json", "protobuf"],
     "comms": "v2",
     "step_protocol": 1,
     "snapshot_protocol": 1,
-    "supports_backward": False,
+    "supports_backward": True,
 }
 _CREATE_KEYS = (
     "session_id",
@@ -41,9 +44,29 @@ _CREATE_KEYS = (
     "projection_head_dim",
     "type",
 )
+_LOAD_KEYS = (
+    "session_id",
+    "model_seq_id",
+    "base_model",
+    "user_metadata",
+    "optimizer_config",
+    "path",
+    "optimizer",
+    "type",
+)
 _LORA_KEYS = ("rank", "alpha", "seed", "train_mlp", "train_attn", "train_unembed", "init_method")
 _DEFAULT_ALPHA = 32.0
 MAX_HEAD_DIM = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A model to make: its adapter, its projection head, and the state to begin with, if any."""
+
+    lora: LoraSettings | None
+    head: int | None
+    reference: bool
+    load: LoadState | None = None
 
 
 class ModelFactory:
@@ -62,6 +85,7 @@ class ModelFactory:
         self.stores = Stores(
             StateStore(settings.states_dir, free_bytes=free_bytes),
             SnapshotStore(settings.snapshots_dir, writer=settings.job, free_bytes=free_bytes),
+            None if settings.tinker_dir is None else TinkerStore(settings.tinker_dir),
         )
         self.stores.states.clean()
         self.stores.snapshots.clean()
@@ -73,11 +97,7 @@ class ModelFactory:
             OperationFailed: it asks for something this job does not offer.
         """
         allow(body, _CREATE_KEYS, "create_model")
-        optimizer = body.get("optimizer_config")
-        if optimizer is not None and (
-            not isinstance(optimizer, dict) or optimizer.get("type", "adamw") != "adamw"
-        ):
-            raise OperationFailed("optimizer_config must be of type adamw")
+        _check_optimizer(body)
         reference = flag(body, "base_only", False)
         lora = None if reference else self._lora(body.get("lora_config"))
         head = _whole(body, "projection_head_dim", 0) or None
@@ -85,19 +105,58 @@ class ModelFactory:
             raise OperationFailed(
                 f"projection_head_dim must be from 1 to {MAX_HEAD_DIM}, of a model that is trained"
             )
-        digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
+        return self._wanted(body, Blueprint(lora, head, reference), CAPABILITIES)
+
+    def request_from_state(self, body: Body) -> CreateModel:
+        """Checks a request for a model that is made from a state of the Tinker API.
+
+        Raises:
+            OperationFailed: there is no such state, or it does not fit this job.
+        """
+        allow(body, _LOAD_KEYS, "load_weights")
+        _check_optimizer(body)
+        if self.stores.tinker is None:
+            raise OperationFailed(
+                "this trainer makes models by create_model; load a state into one by its model_id"
+            )
+        path = text(body, "path")
+        load = tinker_load(path, flag(body, "optimizer", False))
+        info = self.stores.states.info(load.name)
+        lora = info.adapter
+        if lora is not None:
+            self._check_rank(lora.rank)
+        answer = {**CAPABILITIES, "type": "load_weights", "path": path}
+        return self._wanted(body, Blueprint(lora, info.projection_head_dim, False, load), answer)
+
+    def _wanted(
+        self, body: Body, blueprint: Blueprint, answer: Mapping[str, object]
+    ) -> CreateModel:
+        run = None
+        if self.stores.tinker is not None:
+            run = f"{body.get('session_id')}:train:{body.get('model_seq_id')}"
+        metadata = body.get("user_metadata")
+
+        def make() -> TrainedModel:
+            model = self._make(blueprint)
+            if run is not None and self.stores.tinker is not None:
+                lora = None if blueprint.lora is None else asdict(blueprint.lora)
+                noted = metadata if isinstance(metadata, dict) else None
+                self.stores.tinker.write_run(RunNote(run, self.settings.base_model, lora, noted))
+            return model
+
         return CreateModel(
-            digest,
-            CAPABILITIES,
-            lambda: self._make(lora, head, reference),
+            hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest(),
+            answer,
+            make,
             ModelLimits(
                 self.vocab_size,
                 self.settings.max_context_length,
-                lora=lora is not None,
+                lora=blueprint.lora is not None,
                 hidden_size=self._hidden_size,
-                projection_head_dim=head,
+                projection_head_dim=blueprint.head,
+                tinker_run=run,
             ),
-            lora,
+            blueprint.lora,
         )
 
     def _lora(self, config: object) -> LoraSettings | None:
@@ -136,21 +195,32 @@ class ModelFactory:
                 " max_lora_rank"
             )
 
-    def _make(self, lora: LoraSettings | None, head: int | None, reference: bool) -> TrainedModel:
+    def _make(self, blueprint: Blueprint) -> TrainedModel:
         module: PreTrainedModel = copy.deepcopy(self._base)
         try:
-            return TrainedModel(
+            model = TrainedModel(
                 module,
                 self.stores,
                 base_model=self.settings.base_model,
-                lora=lora,
+                lora=blueprint.lora,
                 dtype=self.settings.snapshot_dtype,
-                trainable=not reference,
-                projection_head_dim=head,
+                trainable=not blueprint.reference,
+                projection_head_dim=blueprint.head,
                 seed=self.settings.seed,
             )
         except LoraNotPossible as error:
             raise OperationFailed(str(error)) from error
+        if blueprint.load is not None:
+            model.execute(blueprint.load, drop_gradients=False)
+        return model
+
+
+def _check_optimizer(body: Body) -> None:
+    optimizer = body.get("optimizer_config")
+    if optimizer is not None and (
+        not isinstance(optimizer, dict) or optimizer.get("type", "adamw") != "adamw"
+    ):
+        raise OperationFailed("optimizer_config must be of type adamw")
 
 
 def _whole(body: Body, key: str, default: int) -> int:

@@ -7,13 +7,14 @@ HTTP or models.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fireworks_training.local.optimizer import AdamSettings, Normalization
+from fireworks_training.local.tinker_store import Checkpoint
 from fireworks_training.local.trainer.line import Role
 
 
@@ -63,6 +64,26 @@ class Pass:
     top_k: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardRequest:
+    """A backward by the logprobs of an earlier forward, before that is looked up.
+
+    Attributes:
+        gradients: d(loss) / d(logprobs) of each datum, flat float32, and the shape that was told.
+    """
+
+    forward_seq_id: int
+    gradients: Sequence[tuple[NDArray[np.generic], tuple[int, ...] | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """The backward pass of sum(logprobs * gradients) over the datums of `forward`."""
+
+    forward: Pass
+    gradients: Sequence[NDArray[np.float32]]
+
+
 EmbeddingOutput = Literal["embedding", "projection", "cos_similarity_matrix", "contrastive_loss"]
 
 
@@ -101,23 +122,54 @@ class OptimStep:
 
 
 @dataclass(frozen=True, slots=True)
+class TinkerSave:
+    """How a save is known to a client of the Tinker API.
+
+    Attributes:
+        checkpoint: its name; None for weights of a sampling session.
+        ttl_seconds: how long it is kept; None for ever.
+        user_metadata: the client's own notes.
+        sampling_session: the sampling session that it is for; None for a named checkpoint.
+    """
+
+    checkpoint: Checkpoint | None
+    ttl_seconds: int | None
+    user_metadata: Mapping[str, str] | None
+    sampling_session: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class SaveState:
+    """`overwrite` False refuses a name that is taken."""
+
     name: str
+    overwrite: bool = True
+    tinker: TinkerSave | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """`job` None means this trainer's own states."""
+    """`job` None means this trainer's own states; `path` is the name that the client gave."""
 
     name: str
     job: str | None
     optimizer: bool
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """`identity` is a snapshot's; `path` is the name that the client gave."""
+
+    identity: str
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
 class SaveSnapshot:
     name: str
     checkpoint_type: Literal["base", "delta", "merged_base"]
+    tinker: TinkerSave | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +178,15 @@ class DiscardGradients:
 
 
 Operation = (
-    Pass | EmbeddingPass | OptimStep | SaveState | LoadState | SaveSnapshot | DiscardGradients
+    Pass
+    | Backward
+    | EmbeddingPass
+    | OptimStep
+    | SaveState
+    | LoadState
+    | LoadAdapter
+    | SaveSnapshot
+    | DiscardGradients
 )
 
 
@@ -166,6 +226,12 @@ class Encoded:
     content_type: str = "application/json"
 
 
+class Codec(Protocol):
+    """Results to bytes, in one dialect."""
+
+    def encode(self, result: PassResult | Answer) -> Encoded: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """A request for a place in a model's line.
@@ -174,11 +240,13 @@ class Submission:
         digest: of the request's content, whatever the order of its keys.
         operation: what to run, or why it is refused (a refused one takes its place too).
         size: bytes of the request.
+        codec: of the result.
     """
 
     model_id: str
     seq_id: int
     digest: bytes
     role: Role
-    operation: Operation | OperationFailed
-    size: int = field(default=0)
+    operation: Operation | BackwardRequest | OperationFailed
+    size: int
+    codec: Codec

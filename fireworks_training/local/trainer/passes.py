@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fireworks_training.local.losses import LOSSES
+from fireworks_training.local.trainer.graphs import Graphs
 from fireworks_training.local.trainer.network import Network, datums_of
-from fireworks_training.local.trainer.operations import Datum, OperationFailed, Pass
+from fireworks_training.local.trainer.operations import Backward, Datum, OperationFailed, Pass
 from fireworks_training.local.trainer.packing import plan
 
 
@@ -52,10 +53,16 @@ def _concatenated(data: Sequence[Datum]) -> dict[str, Tensor]:
     return {**inputs, "sequence": torch.from_numpy(np.repeat(np.arange(len(data)), counts))}
 
 
-def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass) -> Passed:
+def run_pass(
+    network: Network,
+    parameters: Sequence[nn.Parameter],
+    request: Pass,
+    graphs: Graphs | None = None,
+) -> Passed:
     """Computes logprobs and loss, and the loss's gradient if `request.backward`.
 
-    Nothing outside is changed: the parameters' `.grad` is None before and after.
+    With `graphs`, a forward pass leaves its graph there. Nothing else outside is changed: the
+    parameters' `.grad` is None before and after.
 
     Raises:
         OperationFailed: a logprob, the loss or the gradient is not finite.
@@ -64,16 +71,21 @@ def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass
     loss_sum, loss_tokens = 0.0, 0
     try:
         tokens = [datum.tokens for datum in request.data]
-        for batch in plan(tokens, network.token_budget, sharing=network.sharing):
+        batches = plan(tokens, network.token_budget, sharing=network.sharing)
+        for place, batch in enumerate(batches):
             indices = datums_of(batch)
             data = [request.data[index] for index in indices]
             inputs = _concatenated(data)
-            with torch.set_grad_enabled(request.backward):
+            kept = graphs if graphs is not None and graphs.has_room(request) else None
+            recording = kept.measured() if kept else torch.set_grad_enabled(request.backward)
+            with recording:
                 computed = network.compute(batch)
                 logprobs_M = network.logprobs(computed, [_targets(datum) for datum in data])
                 loss_M = LOSSES[request.loss].per_token(logprobs_M, inputs, request.config)
                 loss = loss_M.sum()
             _check_finite(logprobs_M, loss, indices)
+            if kept is not None:
+                kept.put(request, place, logprobs_M)
             if request.backward:
                 torch.autograd.backward(loss, inputs=list(parameters))
             loss_sum += float(loss_M.detach().double().sum())
@@ -87,6 +99,43 @@ def run_pass(network: Network, parameters: Sequence[nn.Parameter], request: Pass
         for parameter in parameters:
             parameter.grad = None
     return Passed(outputs, loss_sum, loss_tokens, gradients)
+
+
+def run_backward(
+    network: Network, parameters: Sequence[nn.Parameter], request: Backward, graphs: Graphs
+) -> tuple[Passed, int]:
+    """The gradient of sum(logprobs * gradients); the second is how many tokens had their graph.
+
+    The same as a cross_entropy pass with the weights -gradients. Outputs are empty: the forward
+    gave them.
+
+    Raises:
+        OperationFailed: a logprob or the gradient is not finite.
+    """
+    data = request.forward.data
+    loss_sum, loss_tokens, cached = 0.0, 0, 0
+    try:
+        batches = plan([d.tokens for d in data], network.token_budget, sharing=network.sharing)
+        for place, batch in enumerate(batches):
+            indices = datums_of(batch)
+            gradient_M = torch.from_numpy(np.concatenate([request.gradients[i] for i in indices]))
+            logprobs_M = graphs.take(request.forward, place)
+            if logprobs_M is None:
+                with torch.enable_grad():
+                    targets = [_targets(data[i]) for i in indices]
+                    logprobs_M = network.logprobs(network.compute(batch), targets)
+            else:
+                cached += sum(len(data[i].tokens) for i in indices)
+            loss_M = logprobs_M.detach().double() * gradient_M
+            _check_finite(logprobs_M, loss_M.sum(), indices)
+            torch.autograd.backward(logprobs_M, gradient_M, inputs=list(parameters))
+            loss_sum += float(loss_M.sum())
+            loss_tokens += int(torch.count_nonzero(gradient_M))
+        gradients = take_gradients(parameters)
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+    return Passed([{} for _ in data], loss_sum, loss_tokens, gradients), cached
 
 
 def _targets(datum: Datum) -> NDArray[np.int64]:

@@ -15,11 +15,11 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fireworks_training.local.model import LoraSettings
-from fireworks_training.local.trainer.datums import ModelLimits
+from fireworks_training.local.trainer.datums import ModelLimits, make_backward
 from fireworks_training.local.trainer.execution import TrainedModel
+from fireworks_training.local.trainer.leases import Leases
 from fireworks_training.local.trainer.line import (
     Expired,
     Failure,
@@ -31,11 +31,14 @@ from fireworks_training.local.trainer.line import (
 )
 from fireworks_training.local.trainer.operations import (
     Answer,
+    BackwardRequest,
+    Codec,
     Deferred,
+    DiscardGradients,
     Encoded,
     Operation,
     OperationFailed,
-    PassResult,
+    Pass,
     SaveSnapshot,
     Submission,
 )
@@ -52,12 +55,8 @@ MAX_EXPORTS = 2
 """Snapshots that are captured and not yet written; each is a copy of the model in memory."""
 
 
-class Codec(Protocol):
-    """Results to bytes, in one dialect."""
-
-    def encode(self, result: PassResult | Answer) -> Encoded: ...
-
-    def encode_failure(self, failure: Failure, request_id: str) -> Encoded: ...
+EncodeFailure = Callable[[Failure, str], Encoded]
+"""A failure and its request's id to the body of an answer."""
 
 
 class Gone(Exception):
@@ -74,6 +73,14 @@ class NotFound(Exception):
 
 class Full(Exception):
     """As many as there may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An operation, and how its result is told."""
+
+    operation: Operation
+    codec: Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,8 @@ class Slot:
     model_id: str
     session_id: str
     request: CreateModel
-    line: Line[Operation, Encoded]
+    line: Line[Job, Encoded]
+    leases: Leases
     model: TrainedModel | None = None
     created: Encoded | Failure | None = None
     unloading: bool = False
@@ -128,7 +136,8 @@ class TrainerService:
     """See the module.
 
     Args:
-        codec: of the results.
+        codec: of what is not an operation.
+        encode_failure: of all failures.
         clock: monotonic seconds.
         limits: of each model's line.
         session_timeout_s: a session that gave no sign of life for so long is ended.
@@ -137,12 +146,14 @@ class TrainerService:
     def __init__(
         self,
         codec: Codec,
+        encode_failure: EncodeFailure,
         clock: Callable[[], float],
         limits: Limits | None = None,
         session_timeout_s: float = SESSION_TIMEOUT_S,
     ) -> None:
         self._session_timeout_s = session_timeout_s
         self._codec = codec
+        self._encode_failure = encode_failure
         self._clock = clock
         self._limits = limits
         self._sessions: dict[str, _Session] = {}
@@ -166,6 +177,10 @@ class TrainerService:
         session_id = f"ts-{uuid.uuid4().hex}"
         self._sessions[session_id] = _Session(self._clock())
         return session_id
+
+    def adopt_session(self, session_id: str) -> None:
+        """Takes up a session that the gateway made. Idempotent while it is alive."""
+        self._sessions.setdefault(session_id, _Session(self._clock()))
 
     def heartbeat(self, session_id: str) -> None:
         """Raises Gone for a session that is not alive."""
@@ -230,7 +245,7 @@ class TrainerService:
                 raise Taken(f"model_seq_id {model_seq_id} was used for another model")
             return model_id
         self._make_room()
-        self._slots[model_id] = Slot(model_id, session_id, request, Line(self._limits))
+        self._slots[model_id] = Slot(model_id, session_id, request, Line(self._limits), Leases())
         self._work.set()
         return model_id
 
@@ -277,25 +292,37 @@ class TrainerService:
 
         Raises:
             Gone, line.Taken, line.TooFarAhead, line.Closed: no place was taken.
-            OperationFailed: the operation is refused, and stands in its place as failed.
+            OperationFailed: the operation is refused, and stands in its place as failed (but for a
+                backward by a forward, which takes no place).
+            leases.UnknownForward: likewise, no place was taken.
         """
         slot = self.slot(submission.model_id)
         self._sign_of_life(slot)
         if isinstance(slot.created, Failure):
             raise Gone(f"the model was not made: {slot.created.message}", "ModelLost")
         operation = submission.operation
+        if isinstance(operation, BackwardRequest):
+            operation = self._resolved(slot, submission, operation)
         refused = isinstance(operation, OperationFailed)
         slot.line.submit(
             submission.seq_id,
             submission.digest,
             submission.role,
-            _failure(operation) if isinstance(operation, OperationFailed) else operation,
+            _failure(operation)
+            if isinstance(operation, OperationFailed)
+            else Job(operation, submission.codec),
             0 if refused else submission.size,
         )
         self._work.set()
         if isinstance(operation, OperationFailed):
             raise operation
         return f"{submission.model_id}:op-{submission.seq_id}"
+
+    def _resolved(self, slot: Slot, submission: Submission, request: BackwardRequest) -> Operation:
+        """A backward with the inputs it refers to, which are its own from here on."""
+        if slot.line.holds(submission.seq_id, submission.digest):
+            return DiscardGradients()  # never run: the line has this operation already
+        return make_backward(request, slot.leases.find(request.forward_seq_id, self._clock()))
 
     async def result(self, request_id: str, hold_s: float) -> Encoded | None:
         """The result, waited for up to `hold_s` seconds; None if it is not there by then.
@@ -318,7 +345,7 @@ class TrainerService:
         except TimeoutError:
             return None
         if isinstance(outcome, Failure):
-            return self._codec.encode_failure(outcome, request_id)
+            return self._encode_failure(outcome, request_id)
         return outcome
 
     def _outcome(self, slot: Slot, tail: str) -> Encoded | Failure | None:
@@ -380,15 +407,15 @@ class TrainerService:
             self._ask_unload(slot)
         slot.notify("create")
 
-    async def _run(self, slot: Slot, run: Run[Operation]) -> None:
-        model = slot.model
+    async def _run(self, slot: Slot, run: Run[Job]) -> None:
+        model, job = slot.model, run.operation
         assert model is not None, "a line runs only after its model was made"
 
         def execute() -> Encoded | Deferred:
-            result = model.execute(run.operation, drop_gradients=run.drop_gradients)
-            return result if isinstance(result, Deferred) else self._codec.encode(result)
+            result = model.execute(job.operation, drop_gradients=run.drop_gradients)
+            return result if isinstance(result, Deferred) else job.codec.encode(result)
 
-        saving = isinstance(run.operation, SaveSnapshot)
+        saving = isinstance(job.operation, SaveSnapshot)
         if saving:
             await self._export_room.acquire()
         try:
@@ -404,6 +431,8 @@ class TrainerService:
                 self._detach(slot, result)
                 return
             slot.line.succeed(result, len(result.body))
+            if isinstance(job.operation, Pass) and not job.operation.backward:
+                slot.leases.keep(run.seq_id, job.operation, self._clock())
         slot.notify(f"op-{run.seq_id}")
 
     def _detach(self, slot: Slot, deferred: Deferred) -> None:

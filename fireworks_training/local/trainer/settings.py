@@ -18,6 +18,8 @@ class TrainerSettings(BaseModel):
         model_path: Hugging Face directory to start from.
         states_dir: `<jobs>/<job>/states`; sibling jobs lie beside it.
         snapshots_dir: shared by all jobs of the platform.
+        tinker_dir: where runs and checkpoints of the Tinker API are noted; its models are such
+            runs. None for every other job.
         lora_rank: 0 trains every parameter; else every model of this job has an adapter of this
             rank.
         max_lora_rank: instead, each model chooses a rank from 1 to this.
@@ -35,6 +37,7 @@ class TrainerSettings(BaseModel):
     model_path: Path
     states_dir: Path
     snapshots_dir: Path
+    tinker_dir: Path | None = None
     lora_rank: int = Field(default=0, ge=0)
     max_lora_rank: int | None = Field(default=None, ge=1)
     snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fireworks_training.local.model import LoraSettings
 from fireworks_training.local.optimizer import AdamSettings
 from fireworks_training.local.snapshots import (
     FreeBytes,
@@ -44,6 +45,9 @@ class StateInfo(BaseModel):
         snapshot_dtype: precision that the module's values had; the tensors are fp32 masters.
         optimizer_steps: steps behind the moments.
         adam: settings of the last step, or None before the first.
+        adapter: what the adapter was asked for, so that a model can be made from the state; None
+            without one, and in states of earlier versions.
+        projection_head_dim: outputs of a projection head, or None without one.
         tensors_file: name of the file with the tensors.
     """
 
@@ -55,6 +59,8 @@ class StateInfo(BaseModel):
     snapshot_dtype: Literal["bfloat16", "float32"]
     optimizer_steps: int = Field(ge=0)
     adam: AdamSettings | None
+    adapter: LoraSettings | None = None
+    projection_head_dim: int | None = None
     tensors_file: str = ""
 
 
@@ -144,6 +150,19 @@ class StateStore:
             raise OperationFailed(
                 f"state {name!r} is damaged: its tensors can't be read", error_class="StateDamaged"
             ) from error
+
+    def info(self, name: str) -> StateInfo:
+        """What a state of this job says about itself, without its tensors.
+
+        Raises:
+            OperationFailed: as `load`.
+        """
+        place = self.folder / check_name(name, "state")
+        if not (place / "state.json").exists():
+            raise OperationFailed(
+                self._missing(name, None, self.folder), error_class="StateNotFound"
+            )
+        return self._info(place)
 
     def _sibling(self, job: str) -> Path:
         return self.folder.parent.parent / check_name(job, "job") / "states"

@@ -37,7 +37,7 @@ def main(settings: dict[str, object]) -> None:
 async def serve(settings: TrainerSettings) -> None:
     """Serves until the process is told to end; the socket file is gone afterwards."""
     app = create_app(settings)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S, auto_decompress=False)
     await runner.setup()
     try:
         loop = asyncio.get_running_loop()

@@ -54,9 +54,9 @@ async def start(tmp_path: Path, model_path: Path) -> AsyncIterator[Starter]:
             "max_context_length": 32,
             **settings,
         }
-        client: HTTP = TestClient(
-            TestServer(create_app(TrainerSettings(**values), **{"hold_s": 5.0, **(app or {})}))
-        )
+        server = TestServer(create_app(TrainerSettings(**values), **{"hold_s": 5.0, **(app or {})}))
+        await server.start_server(auto_decompress=False)
+        client: HTTP = TestClient(server)
         await client.start_server()
         clients.append(client)
         return await new_model(client, lora_config=lora or {"rank": 0}, **(create or {}))

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from fireworks_training.local.trainer import json_codec
 from fireworks_training.local.trainer.datums import ModelLimits
+from fireworks_training.local.trainer.json_codec import JSON, encode_failure
 from fireworks_training.local.trainer.service import CreateModel, Gone, TrainerService
 from fireworks_training.testing import ManualClock
 from tests.local.trainer.trainer_driver import ADAM, Starter
@@ -15,7 +15,7 @@ from tests.local.trainer.trainer_driver import ADAM, Starter
 
 def test_a_silent_session_is_ended_and_says_why() -> None:
     clock = ManualClock()
-    service = TrainerService(json_codec, clock, session_timeout_s=60.0)
+    service = TrainerService(JSON, encode_failure, clock, session_timeout_s=60.0)
     silent, alive = service.create_session(), service.create_session()
     clock.advance(60.0)
     service.heartbeat(alive)
@@ -43,7 +43,7 @@ async def test_its_models_go_with_it(start: Starter, caplog: pytest.LogCaptureFi
 
 async def test_an_operation_is_a_sign_of_life(start: Starter) -> None:
     clock = ManualClock()
-    service = TrainerService(json_codec, clock, session_timeout_s=60.0)
+    service = TrainerService(JSON, encode_failure, clock, session_timeout_s=60.0)
     session_id = service.create_session()
     limits = ModelLimits(vocab_size=8, context_length=8, lora=False)
     request = CreateModel(b"", {}, lambda: pytest.fail("nothing runs here"), limits, None)

@@ -24,8 +24,8 @@ async def test_a_step_and_a_snapshot(start: Starter) -> None:
     trainer = await start()
     assert trainer.created["step_protocol"] == 1
     assert trainer.created["snapshot_protocol"] == 1
-    assert trainer.created["wire"] == ["json"]
-    assert trainer.created["supports_backward"] is False
+    assert trainer.created["wire"] == ["json", "protobuf"]
+    assert trainer.created["supports_backward"] is True
     data = some_data()
 
     before = await trainer.ok("forward", **cross_entropy(*data, backward=False))

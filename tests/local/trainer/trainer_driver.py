@@ -43,9 +43,15 @@ class Trainer:
         self.created = created
         self.seq_id = 0
 
-    async def post(self, kind: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        async with self.http.post(f"/api/v1/{kind}", json=body) as response:
+    async def post(
+        self, kind: str, body: dict[str, Any], prefix: str = "/api/v1"
+    ) -> tuple[int, dict[str, Any]]:
+        async with self.http.post(f"{prefix}/{kind}", json=body) as response:
             return response.status, await response.json()
+
+    async def post_internal(self, kind: str, body: dict[str, Any]) -> None:
+        status, answer = await self.post(kind, body, "/internal")
+        assert status == 200, answer
 
     async def submit(self, kind: str, seq_id: int | None = None, **fields: Any) -> str:
         """Sends an operation with the next seq_id; returns its request id."""
