@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         FixedConcurrencyController,
         SamplingConcurrencyController,
     )
+    from fireworks_training._async.reaper import AsyncResourceLedger
     from fireworks_training._async.sampler import DeploymentSampler
     from fireworks_training._async.service import AsyncFiretitanServiceClient
     from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
     from fireworks_training._sync.control_plane.client import ControlPlane
+    from fireworks_training._sync.reaper import ResourceLedger
     from fireworks_training._sync.service import FiretitanServiceClient
     from fireworks_training._sync.trainer import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from fireworks_training.models import (
         CheckpointInfo,
         DeploymentInfo,
+        HeldResource,
         ModelInfo,
         OperationInfo,
         ReplicaStatus,
@@ -101,11 +104,13 @@ _HEAVY = {
     "AsyncControlPlane": "_async.control_plane.client",
     "AsyncFiretitanServiceClient": "_async.service",
     "AsyncFiretitanTrainingClient": "_async.trainer",
+    "AsyncResourceLedger": "_async.reaper",
     "ControlPlane": "_sync.control_plane.client",
     "DeploymentSampler": "_async.sampler",
     "FiretitanServiceClient": "_sync.service",
     "FiretitanTrainingClient": "_sync.trainer",
     "FixedConcurrencyController": "_async.gate",
+    "ResourceLedger": "_sync.reaper",
     "SamplingConcurrencyController": "_async.gate",
     "SaveWeightsForSamplerResponse": "_tinker_types",
 }
@@ -119,6 +124,7 @@ __all__ = [
     "AsyncControlPlane",
     "AsyncFiretitanServiceClient",
     "AsyncFiretitanTrainingClient",
+    "AsyncResourceLedger",
     "AuthenticationFailed",
     "CheckpointInfo",
     "ClientClosed",
@@ -136,6 +142,7 @@ __all__ = [
     "FireworksTrainingError",
     "FixedConcurrencyController",
     "GradientsInDoubt",
+    "HeldResource",
     "HotLoadFailed",
     "HotLoadTimeout",
     "InvalidArgument",
@@ -159,6 +166,7 @@ __all__ = [
     "ReplicaStatus",
     "RequestFailed",
     "RequestTimedOut",
+    "ResourceLedger",
     "SampleCall",
     "SampledCompletion",
     "SamplingClientClosedError",

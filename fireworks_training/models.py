@@ -358,6 +358,44 @@ class OperationInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldResource:
+    """A trainer job or a deployment that some run of this user holds or has left.
+
+    Attributes:
+        kind: "trainer" or "deployment".
+        resource_id: its id.
+        account, base_url: where.
+        run: name of the run.
+        standing: "intent" (its creation was asked for, and no answer noted), "created", "adopted"
+            (it was found) or "kept" (left on purpose at the end).
+        age_s: seconds since the run first asked for it.
+        owner_pid: process of the run.
+        owner_alive: whether that still runs; None for one of another machine.
+        state: as the platform reports it now; None where it was not asked, or has none.
+        message: why it is in that state.
+        replicas: of a deployment, running now; None where it is not known.
+        outcome: what was or would be done: "leave", "remove", "removed", "close" (nothing is there
+            any more), "closed" or "failed".
+        reason: why, for people.
+    """
+
+    kind: Literal["trainer", "deployment"]
+    resource_id: str
+    account: str
+    base_url: str
+    run: str
+    standing: Literal["intent", "created", "adopted", "kept"]
+    age_s: float
+    owner_pid: int
+    owner_alive: bool | None
+    state: str | None = None
+    message: str = ""
+    replicas: int | None = None
+    outcome: Literal["leave", "remove", "removed", "close", "closed", "failed"] = "leave"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaStatus:
     """What one replica of a deployment holds.
 

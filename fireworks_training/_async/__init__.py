@@ -2,6 +2,7 @@
 
 GENERATE = {
     "control_plane.client": ["AsyncControlPlane"],
+    "reaper": ["AsyncResourceLedger"],
     "service": ["AsyncFiretitanServiceClient"],
     "trainer": ["AsyncFiretitanTrainingClient"],
 }

@@ -122,9 +122,7 @@ class Holdings:
 
     def carries(self, row: TrainerJobInfo | DeploymentInfo) -> bool:
         """Whether a resource says that this run made it."""
-        if isinstance(row, TrainerJobInfo):
-            return name_carries(row.display_name, self.nonce)
-        return annotations_carry(row.annotations, self.nonce)
+        return proves(row, self.nonce)
 
     # -- coming by resources -----------------------------------------------------------------------
 
@@ -290,6 +288,13 @@ class Holdings:
                     self._ledger.path,
                     error,
                 )
+
+
+def proves(row: TrainerJobInfo | DeploymentInfo, nonce: str) -> bool:
+    """Whether a resource carries a run's nonce."""
+    if isinstance(row, TrainerJobInfo):
+        return name_carries(row.display_name, nonce)
+    return annotations_carry(row.annotations, nonce)
 
 
 async def find(

@@ -41,6 +41,16 @@ COMMANDS = {
         "serve",
         "Run the local training platform until Ctrl-C or SIGTERM.",
     ),
+    "ps": LazyCommand(
+        "fireworks_training.cli.leftovers",
+        "ps",
+        "Show what runs of yours hold or have left: state, age, replicas, run.",
+    ),
+    "reap": LazyCommand(
+        "fireworks_training.cli.leftovers",
+        "reap",
+        "Remove what runs of yours have left behind.",
+    ),
 }
 
 
