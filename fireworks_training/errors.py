@@ -228,7 +228,7 @@ class SessionLost(SessionEnded):
 # -- HTTP ----------------------------------------------------------------------------------------
 
 
-class ApiError(FireworksTrainingError):
+class ApiError(FireworksTrainingError, RuntimeError):
     """An HTTP exchange failed."""
 
     fault: ClassVar[Fault] = "server"
@@ -256,6 +256,11 @@ class ApiStatusError(ApiError):
         self.status = status
         self.error_class = error_class
         self.retry_after = retry_after
+
+    @property
+    def status_code(self) -> int:
+        """`status`, by the name that other SDKs use."""
+        return self.status
 
 
 class AuthenticationFailed(ApiStatusError):
@@ -307,7 +312,7 @@ class ProtocolError(ApiError):
 # -- resources -----------------------------------------------------------------------------------
 
 
-class ProvisioningError(FireworksTrainingError):
+class ProvisioningError(FireworksTrainingError, RuntimeError):
     """A trainer or a deployment did not become ready.
 
     Attributes:
@@ -336,7 +341,7 @@ class ProvisioningTimeout(ProvisioningError, TimeoutError):
     retryable: ClassVar[bool] = True
 
 
-class WeightSyncError(FireworksTrainingError):
+class WeightSyncError(FireworksTrainingError, RuntimeError):
     """The deployment does not serve the snapshot that was asked for.
 
     Attributes:

@@ -289,6 +289,16 @@ class DeploymentInfo:
     create_time: str | None = None
 
     @property
+    def inference_model(self) -> str:
+        """The model string to sample it by: its name."""
+        return self.name
+
+    @property
+    def deployment_shape_version(self) -> str | None:
+        """`deployment_shape`, by the name that the managers of `compat` use."""
+        return self.deployment_shape
+
+    @property
     def deployment_id(self) -> str:
         """Last segment of the name."""
         return self.name.rsplit("/", 1)[-1]

@@ -1,0 +1,262 @@
+"""The names of the Fireworks training SDK, for scripts that were written for it.
+
+`from fireworks_training.compat import X` in place of `from fireworks.training.sdk import X`: the
+managers, configurations and schedules that stand here alone, and everything else under the name it
+has there. All of it is thin over this package's own core, so a script may mix both.
+
+`CONTRACTS` says which versions this was tested with; the README's compatibility section says what
+differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from fireworks_training.config import CleanUp as DeploymentCleanupOnClose
+
+if TYPE_CHECKING:
+    from tinker import types
+    from tinker.types import (
+        AdamParams,
+        Datum,
+        EncodedTextChunk,
+        ForwardBackwardOutput,
+        LoraConfig,
+        ModelInput,
+        ModelInputChunk,
+        OptimStepResponse,
+        SamplingParams,
+        StopReason,
+        TensorData,
+    )
+
+    from fireworks_training import (
+        AdaptiveConcurrencyController,
+        APIFuture,
+        DeploymentInfo,
+        DeploymentSampler,
+        DeploymentSamplerTimeoutError,
+        FiretitanProvisioningConfig,
+        FiretitanServiceClient,
+        FiretitanTrainingClient,
+        FixedConcurrencyController,
+        SampledCompletion,
+        SamplingClientClosedError,
+        SamplingConcurrencyController,
+        SamplingRequestError,
+        ServerMetrics,
+    )
+    from fireworks_training.compat.client import (
+        FireworksClient,
+        ModelDetailsUnavailableError,
+        TrainingShapeProfile,
+        validate_output_model_id,
+    )
+    from fireworks_training.compat.deployment import (
+        DEFAULT_CHECKSUM_FORMAT,
+        DEFAULT_DELTA_COMPRESSION,
+        DeploymentConfig,
+        DeploymentManager,
+    )
+    from fireworks_training.compat.schedules import (
+        ConstantSchedule,
+        CosineSchedule,
+        LinearSchedule,
+        LRSchedulerSpec,
+        WSDSchedule,
+        compute_lr,
+        default_constant_schedule,
+        has_v1_scheduler_fields,
+        normalize_lr_scheduler_spec,
+        parse_lr_scheduler_spec,
+    )
+    from fireworks_training.compat.trainer import (
+        CreatedTrainerJob,
+        TrainerJobConfig,
+        TrainerJobManager,
+        TrainerServiceEndpoint,
+    )
+    from fireworks_training.compat.weight_syncer import WeightSyncer
+    from fireworks_training.errors import ApiError as APIError
+    from fireworks_training.errors import ApiError as TrainingAPIError
+    from fireworks_training.errors import ApiStatusError as APIStatusError
+    from fireworks_training.errors import ConnectionFailed as APIConnectionError
+    from fireworks_training.errors import FireworksTrainingError as TrainingError
+    from fireworks_training.errors import RequestFailed as RequestFailedError
+    from fireworks_training.errors import RequestTimedOut as APITimeoutError
+
+    ServiceClient = FiretitanServiceClient
+    TrainingClient = FiretitanTrainingClient
+
+CONTRACTS = {"fireworks-ai": "1.2.30", "tinker": "0.38.0"}
+"""Versions of the SDKs whose contracts this package was tested with."""
+
+CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE: Literal["delete"] = "delete"
+CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO: Literal["scale_to_zero"] = "scale_to_zero"
+
+_HERE = {
+    "client": (
+        "FireworksClient",
+        "ModelDetailsUnavailableError",
+        "TrainingShapeProfile",
+        "validate_output_model_id",
+    ),
+    "deployment": (
+        "DEFAULT_CHECKSUM_FORMAT",
+        "DEFAULT_DELTA_COMPRESSION",
+        "DeploymentConfig",
+        "DeploymentManager",
+    ),
+    "schedules": (
+        "ConstantSchedule",
+        "CosineSchedule",
+        "LRSchedulerSpec",
+        "LinearSchedule",
+        "WSDSchedule",
+        "compute_lr",
+        "default_constant_schedule",
+        "has_v1_scheduler_fields",
+        "normalize_lr_scheduler_spec",
+        "parse_lr_scheduler_spec",
+    ),
+    "trainer": (
+        "CreatedTrainerJob",
+        "TrainerJobConfig",
+        "TrainerJobManager",
+        "TrainerServiceEndpoint",
+    ),
+    "weight_syncer": ("WeightSyncer",),
+}
+"""Names by the module of this package that has them."""
+
+_ROOT = {
+    "APIConnectionError": "ConnectionFailed",
+    "APIError": "ApiError",
+    "APIFuture": "APIFuture",
+    "APIStatusError": "ApiStatusError",
+    "APITimeoutError": "RequestTimedOut",
+    "AdaptiveConcurrencyController": "AdaptiveConcurrencyController",
+    "DeploymentInfo": "DeploymentInfo",
+    "DeploymentSampler": "DeploymentSampler",
+    "DeploymentSamplerTimeoutError": "DeploymentSamplerTimeoutError",
+    "FiretitanProvisioningConfig": "FiretitanProvisioningConfig",
+    "FiretitanServiceClient": "FiretitanServiceClient",
+    "FiretitanTrainingClient": "FiretitanTrainingClient",
+    "FixedConcurrencyController": "FixedConcurrencyController",
+    "RequestFailedError": "RequestFailed",
+    "SampledCompletion": "SampledCompletion",
+    "SamplingClientClosedError": "SamplingClientClosedError",
+    "SamplingConcurrencyController": "SamplingConcurrencyController",
+    "SamplingRequestError": "SamplingRequestError",
+    "ServerMetrics": "ServerMetrics",
+    "ServiceClient": "FiretitanServiceClient",
+    "TrainingAPIError": "ApiError",
+    "TrainingClient": "FiretitanTrainingClient",
+    "TrainingError": "FireworksTrainingError",
+}
+"""Names of the other SDK, and the public names of this package that stand for them."""
+
+_TINKER = (
+    "AdamParams",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "LoraConfig",
+    "ModelInput",
+    "ModelInputChunk",
+    "OptimStepResponse",
+    "SamplingParams",
+    "StopReason",
+    "TensorData",
+)
+"""Data types that come from `tinker`."""
+
+__all__ = [
+    "CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE",
+    "CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO",
+    "CONTRACTS",
+    "DEFAULT_CHECKSUM_FORMAT",
+    "DEFAULT_DELTA_COMPRESSION",
+    "APIConnectionError",
+    "APIError",
+    "APIFuture",
+    "APIStatusError",
+    "APITimeoutError",
+    "AdamParams",
+    "AdaptiveConcurrencyController",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CreatedTrainerJob",
+    "Datum",
+    "DeploymentCleanupOnClose",
+    "DeploymentConfig",
+    "DeploymentInfo",
+    "DeploymentManager",
+    "DeploymentSampler",
+    "DeploymentSamplerTimeoutError",
+    "EncodedTextChunk",
+    "FiretitanProvisioningConfig",
+    "FiretitanServiceClient",
+    "FiretitanTrainingClient",
+    "FireworksClient",
+    "FixedConcurrencyController",
+    "ForwardBackwardOutput",
+    "LRSchedulerSpec",
+    "LinearSchedule",
+    "LoraConfig",
+    "ModelDetailsUnavailableError",
+    "ModelInput",
+    "ModelInputChunk",
+    "OptimStepResponse",
+    "RequestFailedError",
+    "SampledCompletion",
+    "SamplingClientClosedError",
+    "SamplingConcurrencyController",
+    "SamplingParams",
+    "SamplingRequestError",
+    "ServerMetrics",
+    "ServiceClient",
+    "StopReason",
+    "TensorData",
+    "TrainerJobConfig",
+    "TrainerJobManager",
+    "TrainerServiceEndpoint",
+    "TrainingAPIError",
+    "TrainingClient",
+    "TrainingError",
+    "TrainingShapeProfile",
+    "WSDSchedule",
+    "WeightSyncer",
+    "compute_lr",
+    "default_constant_schedule",
+    "has_v1_scheduler_fields",
+    "normalize_lr_scheduler_spec",
+    "parse_lr_scheduler_spec",
+    "types",
+    "validate_output_model_id",
+]
+
+
+def _find(name: str) -> Any:
+    for home, names in _HERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    if name in _ROOT:
+        return getattr(importlib.import_module("fireworks_training"), _ROOT[name])
+    types_: ModuleType = importlib.import_module("tinker.types")
+    return types_ if name == "types" else getattr(types_, name)
+
+
+if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = _find(name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return __all__

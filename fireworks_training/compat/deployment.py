@@ -1,0 +1,592 @@
+"""`DeploymentManager` and its configuration: deployments made, waited for, pointed at a trainer,
+loaded with snapshots, and given back.
+
+A hot load counts as done when every replica reports the snapshot (`_core.snapshots`), not only the
+first one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fireworks_training._async.control_plane.rows import read_deployment
+from fireworks_training._async.weight_sync import PATH as HOT_LOAD_PATH
+from fireworks_training._core.lifecycle import Readiness, deployment_readiness
+from fireworks_training._core.snapshots import Failed, Live, judge, read_replicas
+from fireworks_training.compat.client import (
+    DEFAULT_BASE_URL,
+    FireworksClient,
+    Row,
+    refuse_account_id,
+)
+from fireworks_training.compat.waiting import Wait
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    HotLoadTimeout,
+    InvalidArgument,
+    ProvisioningError,
+    ProvisioningTimeout,
+)
+from fireworks_training.models import DeploymentInfo
+
+logger = logging.getLogger("fireworks_training.compat")
+
+DEFAULT_DELTA_COMPRESSION = "arc_v2"
+DEFAULT_CHECKSUM_FORMAT = "alder32"
+READY_TIMEOUT_S = 600.0
+READY_POLL_S = 15.0
+DELETION_TIMEOUT_S = 60.0
+HOT_LOAD_TIMEOUT_S = 400
+HOT_LOAD_POLL_S = 5
+PROBE_TIMEOUT_S = 10.0
+WARMUP_TIMEOUT_S = 30.0
+_TRANSITIONS = ("ASYNC", "SYNC")
+
+
+def transition(value: str | None) -> str | None:
+    """ "ASYNC", "SYNC", or None for the platform's choice.
+
+    Raises:
+        InvalidArgument: something else.
+    """
+    name = (value or "").strip().upper()
+    if name and name not in _TRANSITIONS:
+        raise InvalidArgument(f"hot_load_transition_type={value!r}: {' or '.join(_TRANSITIONS)}")
+    return name or None
+
+
+@dataclass
+class DeploymentConfig:
+    """What to create.
+
+    With `deployment_shape` the shape decides on the accelerator; without one, `accelerator_type`
+    does, and `accept_shapeless_risk` says that this is meant.
+
+    Attributes:
+        hot_load_trainer_job: full name of the trainer job whose snapshots it loads.
+        for_training: lets the platform delete it with its trainer.
+        expected_deployment_shape: if given, `deployment_shape` must be exactly this one.
+    """
+
+    deployment_id: str
+    base_model: str
+    description: str | None = None
+    deployment_shape: str | None = None
+    expected_deployment_shape: str | None = None
+    region: str | None = None
+    min_replica_count: int = 0
+    max_replica_count: int = 1
+    accelerator_type: str = "NVIDIA_H200_141GB"
+    hot_load_bucket_type: str | None = "FW_HOSTED"
+    hot_load_trainer_job: str | None = None
+    enable_hot_load: bool = True
+    hot_load_transition_type: str | None = None
+    skip_shape_validation: bool = False
+    accept_shapeless_risk: bool = False
+    disable_speculative_decoding: bool = False
+    extra_args: list[str] | None = None
+    extra_values: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    for_training: bool = False
+    preemptible: bool = False
+
+    def __post_init__(self) -> None:
+        self.hot_load_transition_type = transition(self.hot_load_transition_type)
+
+    @classmethod
+    def from_training_profile(
+        cls, *, deployment_id: str, base_model: str, profile: object, **kwargs: Any
+    ) -> Self:
+        """One with the deployment shape that a training profile is linked to.
+
+        Raises:
+            InvalidArgument: the profile is linked to none.
+        """
+        shape = getattr(profile, "deployment_shape", None)
+        if not shape:
+            raise InvalidArgument("the training profile is linked to no deployment shape")
+        return cls(
+            deployment_id=deployment_id,
+            base_model=base_model,
+            deployment_shape=shape,
+            expected_deployment_shape=shape,
+            **kwargs,
+        )
+
+    def validate(self) -> None:
+        """Refuse what contradicts itself; creating calls it.
+
+        Raises:
+            InvalidArgument: the shape is not the expected one, or is given and declined at once.
+        """
+        shape = (self.deployment_shape or "").strip()
+        if shape and self.accept_shapeless_risk:
+            raise InvalidArgument("give deployment_shape or accept_shapeless_risk, not both")
+        expected = (self.expected_deployment_shape or "").strip()
+        if expected and shape != expected:
+            raise InvalidArgument(
+                f"deployment_shape={shape!r}, but the training profile is linked to {expected!r}:"
+                " use DeploymentConfig.from_training_profile"
+            )
+
+    def _body(self) -> Row:
+        optional: Row = {
+            "placement": {"region": self.region} if self.region else None,
+            "hotLoadBucketType": self.hot_load_bucket_type,
+            "hotLoadTrainerJob": self.hot_load_trainer_job,
+            "hotLoadTransitionType": self.hot_load_transition_type,
+            "deploymentShape": self.deployment_shape,
+            "acceleratorType": None if self.deployment_shape else self.accelerator_type,
+            "extraArgs": [part for arg in self.extra_args or [] for part in arg.split()],
+            "extraValues": self.extra_values,
+            "annotations": self.annotations,
+            "preemptible": self.preemptible,
+        }
+        return {
+            "baseModel": self.base_model,
+            "description": self.description or "Fireworks training deployment",
+            "minReplicaCount": self.min_replica_count,
+            "maxReplicaCount": self.max_replica_count,
+            "enableHotLoad": self.enable_hot_load,
+            "forTraining": self.for_training,
+            **{name: value for name, value in optional.items() if value},
+        }
+
+    def _query(self) -> dict[str, str]:
+        wanted = {
+            "skipShapeValidation": self.skip_shape_validation,
+            "acceptShapelessRisk": self.accept_shapeless_risk,
+            "disableSpeculativeDecoding": self.disable_speculative_decoding,
+        }
+        return {name: "true" for name, yes in wanted.items() if yes}
+
+
+class DeploymentManager(FireworksClient):
+    """Deployments and their hot loads, blocking.
+
+    Args:
+        inference_url: where completions are asked for; default `base_url`.
+        hotload_api_url: where snapshots are loaded; default `base_url`.
+
+    Attributes:
+        boot_time_s: seconds that the last `wait_for_ready` took; None before there was one.
+    """
+
+    def __init__(
+        self,
+        api_key: str,
+        base_url: str = DEFAULT_BASE_URL,
+        inference_url: str | None = None,
+        hotload_api_url: str | None = None,
+        additional_headers: dict[str, str] | None = None,
+        verify_ssl: bool | None = None,
+        **kwargs: object,
+    ) -> None:
+        refuse_account_id(kwargs)
+        super().__init__(api_key, base_url, additional_headers, verify_ssl)
+        self.inference_url = (inference_url or base_url).rstrip("/")
+        self.hotload_api_url = (hotload_api_url or base_url).rstrip("/")
+        self.boot_time_s: float | None = None
+        self._last_hotload_error: str | None = None
+
+    @property
+    def last_hotload_error_message(self) -> str | None:
+        """Why the last `wait_for_hotload` gave False; None if it did not."""
+        return self._last_hotload_error
+
+    # -- making, finding, changing -----------------------------------------------------------------
+
+    def create_or_get(
+        self, config: DeploymentConfig, force_recreate: bool = False
+    ) -> DeploymentInfo:
+        """The deployment of `config.deployment_id`, created if there is none; does not wait.
+
+        One that failed or was deleted is replaced; so is any with `force_recreate`.
+        """
+        config.validate()
+
+        async def work() -> DeploymentInfo:
+            id_ = config.deployment_id
+            found = await self._plane.get_deployment(id_)
+            ended = found is not None and deployment_readiness(found.state) in (
+                Readiness.FAILED,
+                Readiness.GONE,
+            )
+            if found is not None and not ended and not force_recreate:
+                return found
+            if found is not None:
+                await self._plane.delete_deployment(id_)
+                await self._until_gone(id_)
+            created, _ = await self._plane.create_deployment(id_, config._body(), config._query())
+            if created.message.startswith("Warning:"):
+                logger.warning("deployment %s: %s", id_, created.message)
+            return created
+
+        return self._run(work, f"create the deployment {config.deployment_id}")
+
+    async def _until_gone(self, deployment_id: str) -> None:
+        wait = Wait(f"deletion of {deployment_id}", 2.0)
+
+        async def look() -> bool | None:
+            row = await self._plane.get_deployment(deployment_id)
+            gone = row is None or row.state == "DELETED"
+            if not gone and wait.waited_s > DELETION_TIMEOUT_S:
+                raise ProvisioningTimeout(
+                    f"the deployment {deployment_id} is still there {wait.waited_s:.0f} s after it"
+                    " was deleted",
+                    resource=row.name if row is not None else None,
+                )
+            return True if gone else None
+
+        await wait.until(look)
+
+    def get(self, deployment_id: str) -> DeploymentInfo | None:
+        """A deployment; None if there is none."""
+        return self._run(lambda: self._plane.get_deployment(deployment_id), "look up")
+
+    def update(
+        self, deployment_id: str, body: dict[str, Any], update_mask: str | list[str]
+    ) -> DeploymentInfo:
+        """Change the fields that the mask names.
+
+        Args:
+            body: the values, in camelCase.
+            update_mask: the fields, in snake_case.
+        """
+        mask = update_mask if isinstance(update_mask, str) else ",".join(update_mask)
+
+        async def work() -> DeploymentInfo:
+            await self._plane.update_deployment(deployment_id, body, mask)
+            return await self._found(deployment_id)
+
+        return self._run(work, f"update {deployment_id}")
+
+    def scale_to_zero(self, deployment_id: str) -> None:
+        """Release its replicas and keep it; what goes wrong is logged, not raised."""
+        self._attempt(
+            lambda: self._plane.scale_to_zero(deployment_id),
+            f"the deployment {deployment_id} was not scaled to zero",
+        )
+
+    def delete(self, deployment_id: str) -> None:
+        """Delete it; what goes wrong is logged, not raised."""
+        self._attempt(
+            lambda: self._plane.delete_deployment(deployment_id),
+            f"the deployment {deployment_id} was not deleted",
+        )
+
+    def _attempt(self, work: Callable[[], Coroutine[Any, Any, None]], failed: str) -> None:
+        try:
+            self._run(work, failed)
+        except ApiError as error:
+            logger.warning("%s: %s", failed, error)
+
+    async def _found(self, deployment_id: str) -> DeploymentInfo:
+        path = await self._account.path("deployments", deployment_id)
+        what = f"look up the deployment {deployment_id}"
+        return read_deployment(await self._account.call("GET", path, what=what))
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    def wait_for_ready(
+        self,
+        deployment_id: str,
+        timeout_s: float = READY_TIMEOUT_S,
+        poll_interval_s: float = READY_POLL_S,
+    ) -> DeploymentInfo:
+        """Wait until it is READY, or until it answers a completion while it is CREATING.
+
+        Args:
+            poll_interval_s: the longest time between two looks; the first ones come sooner.
+
+        Raises:
+            ProvisioningError: it failed or was deleted.
+            ProvisioningTimeout: not ready in time.
+            NotFound: there is none.
+        """
+        what = f"deployment {deployment_id}"
+
+        async def work() -> DeploymentInfo:
+            wait = Wait(what, poll_interval_s)
+
+            async def look() -> DeploymentInfo | None:
+                row = await self._found(deployment_id)
+                wait.state = f"{row.state} {row.message}".strip()
+                _refuse_ended(row)
+                if row.state == "READY":
+                    return row
+                if row.state == "CREATING" and await self._answers(row.name, PROBE_TIMEOUT_S):
+                    return row
+                _check_budget(row, wait, timeout_s, "is not ready")
+                return None
+
+            found = await wait.until(look)
+            self.boot_time_s = wait.waited_s
+            return found
+
+        return self._run(work, f"wait for {what}")
+
+    def reattach_trainer(
+        self,
+        deployment: DeploymentInfo | str,
+        *,
+        base_model: str,  # noqa: ARG002 - the parameter of the API; the deployment knows its model
+        trainer_job_name: str,
+        timeout_s: float,
+        poll_interval_s: float = HOT_LOAD_POLL_S,
+        hot_load_transition_type: str | None = None,
+    ) -> DeploymentInfo:
+        """Point a deployment at another trainer job, in one change, and wait until it is READY.
+
+        Args:
+            trainer_job_name: full name.
+            hot_load_transition_type: changed along with it; None keeps what there is.
+
+        Raises:
+            ProvisioningError, ProvisioningTimeout, NotFound: as in `wait_for_ready`.
+        """
+        id_ = deployment if isinstance(deployment, str) else deployment.deployment_id
+        wanted = transition(hot_load_transition_type)
+
+        def changes(row: DeploymentInfo) -> dict[str, str]:
+            fields: dict[str, str] = {}
+            if row.hot_load_trainer_job != trainer_job_name:
+                fields["hotLoadTrainerJob"] = trainer_job_name
+            if wanted is not None and (row.hot_load_transition_type or "ASYNC") != wanted:
+                fields["hotLoadTransitionType"] = wanted
+            return fields
+
+        async def ready(settled: bool) -> DeploymentInfo:
+            wait = Wait(f"re-attachment of {id_}", poll_interval_s)
+
+            async def look() -> DeploymentInfo | None:
+                row = await self._found(id_)
+                wait.state = row.state
+                _refuse_ended(row)
+                if row.state == "READY" and not (settled and changes(row)):
+                    return row
+                _check_budget(row, wait, timeout_s, "has not settled")
+                return None
+
+            return await wait.until(look)
+
+        async def work() -> DeploymentInfo:
+            row = await ready(settled=False)
+            fields = changes(row)
+            if not fields:
+                return row
+            masks = {
+                "hotLoadTrainerJob": "hot_load_trainer_job",
+                "hotLoadTransitionType": "hot_load_transition_type",
+            }
+            mask = ",".join(masks[name] for name in fields)
+            await self._plane.update_deployment(id_, fields, mask)
+            return await ready(settled=True)
+
+        return self._run(work, f"re-attach {id_}")
+
+    def warmup(self, model: str, max_retries: int = 30, retry_interval_s: float = 10.0) -> bool:
+        """Ask for four tokens until there is an answer; False after `max_retries` attempts.
+
+        Args:
+            model: `accounts/<account>/deployments/<id>`.
+        """
+
+        async def work() -> bool:
+            wait = Wait(f"warm-up of {model}", retry_interval_s)
+            left = [max_retries]
+
+            async def look() -> bool | None:
+                left[0] -= 1
+                if await self._answers(model, WARMUP_TIMEOUT_S):
+                    return True
+                wait.state = f"{left[0]} attempts left"
+                return None if left[0] > 0 else False
+
+            return max_retries > 0 and await wait.until(look)
+
+        return self._run(work, f"warm up {model}")
+
+    async def _answers(self, model: str, timeout_s: float) -> bool:
+        asked = {"model": model, "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0}
+        body = json.dumps(asked).encode()
+        url = f"{self.inference_url}/inference/v1/completions"
+        try:
+            answer = await self._transport.exchange("POST", url, body=body, timeout=timeout_s)
+        except ApiError:
+            return False
+        return answer.status == 200
+
+    # -- hot loads ---------------------------------------------------------------------------------
+
+    def hotload(
+        self,
+        deployment_id: str,
+        base_model: str,
+        snapshot_identity: str,
+        incremental_snapshot_metadata: dict[str, Any] | None = None,
+        reset_prompt_cache: bool = True,
+        timeout: int = 60,
+        path: str | None = None,
+        cmek_resource: str | None = None,
+    ) -> Row:
+        """Ask a deployment to load a snapshot; the platform's answer, before it is loaded.
+
+        Args:
+            incremental_snapshot_metadata: of a delta: `previous_snapshot_identity`,
+                `compression_format`, `checksum_format`.
+            path: where the snapshot lies, if the deployment's own storage does not hold it.
+            cmek_resource: the key that it is encrypted with.
+
+        Raises:
+            ApiStatusError: the platform refused it.
+        """
+        headers = {
+            "x-fireworks-hot-load-source-url": path,
+            "x-fireworks-hot-load-cmek-resource": cmek_resource,
+        }
+        body: Row = {"identity": snapshot_identity, "reset_prompt_cache": reset_prompt_cache}
+        if incremental_snapshot_metadata:
+            body["incremental_snapshot_metadata"] = incremental_snapshot_metadata
+
+        async def work() -> Row:
+            extra = {name: value for name, value in headers.items() if value}
+            try:
+                return await self._hot_load(
+                    "POST", deployment_id, base_model, float(timeout), body, extra
+                )
+            except ApiStatusError as error:
+                text = error.message.lower()
+                # A platform that no longer knows the field says so, and resets the cache by itself.
+                if "reset_prompt_cache" not in text or "extra inputs" not in text:
+                    raise
+            body.pop("reset_prompt_cache")
+            return await self._hot_load(
+                "POST", deployment_id, base_model, float(timeout), body, extra
+            )
+
+        return self._run(work, f"hot load {snapshot_identity}")
+
+    def hotload_check_status(self, deployment_id: str, base_model: str, timeout: int = 30) -> Row:
+        """What each replica holds and loads, as the platform says it."""
+        return self._run(
+            lambda: self._hot_load("GET", deployment_id, base_model, float(timeout)),
+            "hot load status",
+        )
+
+    def wait_for_hotload(
+        self,
+        deployment_id: str,
+        base_model: str,
+        expected_identity: str,
+        timeout_seconds: int = HOT_LOAD_TIMEOUT_S,
+        poll_interval: int = HOT_LOAD_POLL_S,
+    ) -> bool:
+        """Wait until every replica serves a snapshot.
+
+        False if one refused it or the time ran out; `last_hotload_error_message` says which.
+        """
+        self._last_hotload_error = None
+        what = f"hot load of {expected_identity}"
+
+        async def work() -> bool:
+            wait = Wait(what, float(poll_interval))
+
+            async def look() -> bool | None:
+                status = await self._hot_load("GET", deployment_id, base_model, 30.0)
+                progress = judge(read_replicas(status), expected_identity)
+                if isinstance(progress, Live):
+                    return True
+                if isinstance(progress, Failed):
+                    self._last_hotload_error = f"{what}: {progress.reason}"
+                    return False
+                wait.state = "; ".join(f"{n}: {t}" for n, t in progress.waiting_for.items())
+                if wait.waited_s > timeout_seconds:
+                    raise HotLoadTimeout(
+                        f"{what} has taken {wait.waited_s:.0f} s: {wait.state}",
+                        identity=expected_identity,
+                        replicas=dict(progress.waiting_for),
+                    )
+                return None
+
+            return await wait.until(look)
+
+        try:
+            loaded = self._run(work, what)
+        except HotLoadTimeout as error:
+            self._last_hotload_error = error.message
+            loaded = False
+        if not loaded:
+            logger.warning("%s", self._last_hotload_error)
+        return loaded
+
+    def hotload_and_wait(
+        self,
+        deployment_id: str,
+        base_model: str,
+        snapshot_identity: str,
+        incremental_snapshot_metadata: dict[str, Any] | None = None,
+        reset_prompt_cache: bool = True,
+        timeout_seconds: int = HOT_LOAD_TIMEOUT_S,
+        path: str | None = None,
+        cmek_resource: str | None = None,
+    ) -> bool:
+        """`hotload`, then `wait_for_hotload`."""
+        self.hotload(
+            deployment_id,
+            base_model,
+            snapshot_identity,
+            incremental_snapshot_metadata,
+            reset_prompt_cache,
+            path=path,
+            cmek_resource=cmek_resource,
+        )
+        return self.wait_for_hotload(deployment_id, base_model, snapshot_identity, timeout_seconds)
+
+    async def _hot_load(
+        self,
+        method: str,
+        deployment_id: str,
+        base_model: str,
+        timeout: float,
+        body: Row | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Row:
+        name = await self._plane.resource_name("deployments", deployment_id)
+        return await self._transport.call(
+            method,
+            self.hotload_api_url + HOT_LOAD_PATH,
+            what=f"hot load of {deployment_id}",
+            json=body,
+            headers={
+                "fireworks-model": base_model,
+                "fireworks-deployment": name,
+                **(headers or {}),
+            },
+            timeout=timeout,
+        )
+
+
+def _refuse_ended(row: DeploymentInfo) -> None:
+    if deployment_readiness(row.state) in (Readiness.FAILED, Readiness.GONE):
+        message = f": {row.message}" if row.message else ""
+        raise ProvisioningError(
+            f"the deployment {row.deployment_id} is {row.state}{message}; create it anew",
+            resource=row.name,
+            state=row.state,
+        )
+
+
+def _check_budget(row: DeploymentInfo, wait: Wait, timeout_s: float, what: str) -> None:
+    if wait.waited_s > timeout_s:
+        raise ProvisioningTimeout(
+            f"the deployment {row.deployment_id} {what} after {wait.waited_s:.0f} s"
+            f" (budget {timeout_s:g} s): {wait.state}",
+            resource=row.name,
+            state=row.state,
+        )

@@ -1,0 +1,492 @@
+"""`TrainerJobManager` and its configuration: trainer jobs made, waited for, resumed and deleted.
+
+The states mean what `_core.lifecycle` says they do; waiting is `waiting`. Capacity (PENDING) and
+readiness have budgets of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+from fireworks_training._async.control_plane.rows import read_job
+from fireworks_training._core.lifecycle import Readiness, job_readiness
+from fireworks_training.compat.client import (
+    DEFAULT_BASE_URL,
+    FireworksClient,
+    Row,
+    refuse_account_id,
+)
+from fireworks_training.compat.waiting import Wait
+from fireworks_training.config import resolve_endpoint
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    InvalidArgument,
+    NotFound,
+    ProvisioningError,
+    ProvisioningTimeout,
+)
+from fireworks_training.models import TrainerJobInfo
+
+logger = logging.getLogger("fireworks_training.compat")
+
+POLL_INTERVAL_S = 5.0
+READY_TIMEOUT_S = 900.0
+PENDING_TIMEOUT_S = 48 * 3600.0
+RECONNECT_TIMEOUT_S = 600.0
+RESUMABLE_TIMEOUT_S = 120.0
+STOPPED_SETTLE_S = 30.0
+"""A job that was just resumed may show its old state for so long."""
+
+MAX_INACTIVITY_S = 3 * 3600.0
+MAX_DISPLAY_NAME = 63
+_SHAPE_OWNED = ("accelerator_type", "accelerator_count", "node_count")
+_STOPPED = frozenset(
+    f"JOB_STATE_{state}"
+    for state in ("CANCELLING", "CANCELLED", "COMPLETED", "EARLY_STOPPED", "PAUSED", "DELETING")
+)
+_TOMBSTONES = frozenset({"JOB_STATE_DELETED", "JOB_STATE_ARCHIVED"})
+
+
+@dataclass
+class TrainerServiceEndpoint:
+    """A trainer that is ready.
+
+    Attributes:
+        job_name: full name of its job.
+        job_id: last part of that.
+        base_url: of its data plane.
+        max_context_length: tokens; None where the platform does not say.
+    """
+
+    job_name: str
+    job_id: str
+    base_url: str
+    max_context_length: int | None = None
+
+
+@dataclass
+class CreatedTrainerJob:
+    """A trainer job that was just created: its full name, and the last part of it."""
+
+    job_name: str
+    job_id: str
+
+
+@dataclass
+class TrainerJobConfig:
+    """What to create.
+
+    With `training_shape_ref` the shape decides on accelerators and nodes; with
+    `auto_select_training_shape` the platform chooses a shape; with neither, all is as given here
+    and the server checks no shape.
+    """
+
+    base_model: str
+    lora_rank: int = 0
+    projection_head_dim: int | None = None
+    max_context_length: int | None = None
+    learning_rate: float = 1e-5
+    gradient_accumulation_steps: int | None = None
+    node_count: int | None = None
+    trainer_replica_count: int | None = None
+    display_name: str | None = None
+    hot_load_deployment_id: str | None = None
+    region: str | None = None
+    custom_image_tag: str | None = None
+    extra_args: list[str] | None = None
+    extra_values: dict[str, str] | None = None
+    accelerator_type: str | None = None
+    accelerator_count: int | None = None
+    training_shape_ref: str | None = None
+    forward_only: bool = False
+    auto_select_training_shape: bool = False
+    inactivity_timeout: timedelta | str | None = None
+    disable_inactivity_cleanup: bool = False
+    skip_validations: bool = False
+    purpose: str | None = None
+    preemptible: bool = False
+    managed_by: str | None = None
+    requested_job_id: str | None = None
+    use_reservation: bool = True
+    reservation_target: str | None = None
+
+    def validate(self) -> None:
+        """Refuse what no server would take; `create` calls it.
+
+        Raises:
+            InvalidArgument: with everything that is wrong, a line each.
+        """
+        wrong = [text for text in (*self._wrong_values(), *self._wrong_with_shape()) if text]
+        if wrong:
+            raise InvalidArgument("\n".join(wrong))
+
+    def _wrong_values(self) -> list[str]:
+        head, wrong = self.projection_head_dim, []
+        if not self.base_model:
+            wrong.append("base_model is missing")
+        if head is not None and (isinstance(head, bool) or head < 0):
+            wrong.append("projection_head_dim must be a whole number from 0")
+        if self.gradient_accumulation_steps not in (None, 1):
+            wrong.append(
+                "gradient_accumulation_steps must be 1: call forward_backward several times before"
+                " one optim_step"
+            )
+        if len(self.display_name or "") > MAX_DISPLAY_NAME:
+            wrong.append(f"display_name may have {MAX_DISPLAY_NAME} characters")
+        if self.inactivity_timeout is not None:
+            try:
+                seconds = float(duration(self.inactivity_timeout)[:-1])
+            except InvalidArgument as error:
+                wrong.append(error.message)
+            else:
+                if seconds > MAX_INACTIVITY_S:
+                    wrong.append("inactivity_timeout may be 3 hours")
+        return wrong
+
+    def _wrong_with_shape(self) -> list[str]:
+        ref = self.training_shape_ref
+        if not ref and not self.auto_select_training_shape:
+            return []
+        wrong = [
+            f"{name} belongs to the shape: leave it out"
+            for name in _SHAPE_OWNED
+            if getattr(self, name)
+        ]
+        if ref and self.auto_select_training_shape:
+            wrong.append("give training_shape_ref or auto_select_training_shape, not both")
+        return wrong
+
+    def _body(self) -> Row:
+        """The request's body; options that were not asked for are absent."""
+        manual = not self.training_shape_ref and not self.auto_select_training_shape
+        training: Row = {
+            "baseModel": self.base_model,
+            "loraRank": self.lora_rank,
+            "learningRate": self.learning_rate,
+            **_given(
+                projectionHeadDim=self.projection_head_dim,
+                maxContextLength=None if self.training_shape_ref else self.max_context_length,
+                customImageTag=self.custom_image_tag,
+                region=self.region,
+                extraArgs=[part for arg in self.extra_args or [] for part in arg.split()],
+                acceleratorType=self.accelerator_type if manual else None,
+                acceleratorCount=self.accelerator_count if manual else None,
+            ),
+        }
+        timeout = self.inactivity_timeout
+        body: Row = {
+            "serviceMode": True,
+            "keepAlive": False,
+            "dataset": "",
+            "useReservation": self.use_reservation and not self.reservation_target,
+            "trainingConfig": training,
+            **_given(
+                reservationTarget=self.reservation_target,
+                trainerReplicaCount=self.trainer_replica_count,
+                displayName=self.display_name,
+                hotLoadDeploymentId=self.hot_load_deployment_id,
+                extraValues=dict(self.extra_values or {}),
+                forwardOnly=self.forward_only,
+                purpose=self.purpose,
+                preemptible=self.preemptible,
+                managedBy=self.managed_by,
+                inactivityTimeout=None if timeout is None else duration(timeout),
+                disableInactivityCleanup=self.disable_inactivity_cleanup,
+            ),
+        }
+        if manual:
+            body["nodeCount"] = self.node_count or 1
+        return body
+
+    def _query(self) -> dict[str, str]:
+        query: dict[str, str] = {}
+        if self.hot_load_deployment_id:
+            query["deploymentId"] = self.hot_load_deployment_id
+        if self.training_shape_ref:
+            query["trainingShape"] = self.training_shape_ref
+        manual = not self.training_shape_ref and not self.auto_select_training_shape
+        if manual or (self.training_shape_ref and self.skip_validations):
+            query["skipValidations"] = "true"
+        return query
+
+
+def _given(**fields: Any) -> Row:
+    return {
+        name: value for name, value in fields.items() if value not in (None, False, "", 0, [], {})
+    }
+
+
+def duration(value: timedelta | str) -> str:
+    """A duration as the API spells it, `"1800s"`.
+
+    Raises:
+        InvalidArgument: a string of another form, or below zero.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else None
+    if isinstance(value, str) and value.endswith("s"):
+        try:
+            seconds = float(value[:-1])
+        except ValueError:
+            seconds = None
+    if seconds is None or not 0 <= seconds < float("inf"):
+        raise InvalidArgument(
+            f'inactivity_timeout={value!r}: give a timedelta, or text such as "1800s"'
+        )
+    return f"{seconds:g}s" if seconds != int(seconds) else f"{int(seconds)}s"
+
+
+class TrainerJobManager(FireworksClient):
+    """Trainer jobs, blocking; also everything that `FireworksClient` does.
+
+    Args:
+        trainer_gateway_url: where the trainers' data planes are; default
+            `FIREWORKS_TRAINER_GATEWAY_URL`, else `base_url`.
+
+    Attributes:
+        boot_time_s: seconds that the last wait for a trainer took; None before there was one.
+    """
+
+    def __init__(
+        self,
+        api_key: str,
+        base_url: str = DEFAULT_BASE_URL,
+        additional_headers: dict[str, str] | None = None,
+        verify_ssl: bool | None = None,
+        trainer_gateway_url: str | None = None,
+        **kwargs: object,
+    ) -> None:
+        refuse_account_id(kwargs)
+        super().__init__(api_key, base_url, additional_headers, verify_ssl)
+        endpoint = resolve_endpoint(base_url=self.base_url, api_key=api_key)
+        gateway = trainer_gateway_url or endpoint.trainer_gateway_url or self.base_url
+        self.trainer_gateway_url = gateway.rstrip("/")
+        self._plane = type(self._plane)(
+            self._transport, trainer_gateway_url=self.trainer_gateway_url
+        )
+        self.boot_time_s: float | None = None
+
+    # -- making and finding ------------------------------------------------------------------------
+
+    def create(self, config: TrainerJobConfig) -> CreatedTrainerJob:
+        """Create a trainer job, or find the one of `requested_job_id`; does not wait.
+
+        Raises:
+            InvalidArgument: see `TrainerJobConfig.validate`.
+            ProvisioningError: the id belongs to a deleted job.
+            ApiStatusError: the platform refused it.
+        """
+        config.validate()
+        job_id = config.requested_job_id or f"training-api-service-{uuid4().hex[:8]}"
+
+        async def work() -> TrainerJobInfo:
+            job, _ = await self._plane.create_job(job_id, config._body(), config._query())
+            return job
+
+        job = self._run(work, f"create {job_id}")
+        if job.state in _TOMBSTONES:
+            raise _ended(job, "its id can't be used again; choose another")
+        if job.message.startswith("Warning:"):
+            logger.warning("trainer %s: %s", job.job_id, job.message)
+        return CreatedTrainerJob(job_name=job.name, job_id=job.job_id)
+
+    def create_and_wait(
+        self,
+        config: TrainerJobConfig,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        timeout_s: float = READY_TIMEOUT_S,
+        pending_timeout_s: float = PENDING_TIMEOUT_S,
+    ) -> TrainerServiceEndpoint:
+        """`create`, then `wait_for_ready`."""
+        created = self.create(config)
+        return self.wait_for_ready(
+            created.job_id, created.job_name, poll_interval_s, timeout_s, pending_timeout_s
+        )
+
+    def try_get(self, job_id: str) -> Row | None:
+        """A job's row; None if there is none."""
+        return self._get(f"/v1/accounts/{self.account_id}/rlorTrainerJobs/{job_id}")
+
+    def get(self, job_id: str) -> Row:
+        """A job's row.
+
+        Raises:
+            NotFound: there is none.
+        """
+        path = f"/v1/accounts/{self.account_id}/rlorTrainerJobs/{job_id}"
+        return self._call("GET", path, f"look up the trainer job {job_id}")
+
+    def delete(self, job_id: str) -> None:
+        """Delete a job; what goes wrong is logged, not raised."""
+        try:
+            self._run(lambda: self._plane.delete_job(job_id), f"delete {job_id}")
+        except ApiError as error:
+            logger.warning("trainer %s was not deleted: %s", job_id, error)
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    def wait_for_ready(
+        self,
+        job_id: str,
+        job_name: str | None = None,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        timeout_s: float = READY_TIMEOUT_S,
+        pending_timeout_s: float = PENDING_TIMEOUT_S,
+    ) -> TrainerServiceEndpoint:
+        """Wait until a trainer answers.
+
+        Args:
+            job_name: as it is to stand in the result; default the job's own.
+            poll_interval_s: the longest time between two looks; the first ones come sooner.
+            timeout_s: from when it has a place.
+            pending_timeout_s: until it has one.
+
+        Raises:
+            ProvisioningError: it failed, or was stopped or deleted.
+            ProvisioningTimeout: one of the budgets ran out.
+            NotFound: there is no such job.
+        """
+
+        async def work() -> TrainerServiceEndpoint:
+            wait = Wait(f"trainer {job_id}", poll_interval_s)
+            placed: list[float] = []
+
+            async def look() -> TrainerJobInfo | None:
+                job = await self._job(job_id)
+                wait.state = f"{job.state} {job.message}".strip()
+                if await self._is_ready(job, wait.waited_s):
+                    return job
+                pending = job_readiness(job.state) is Readiness.QUEUED
+                if not pending and not placed:
+                    placed.append(wait.waited_s)
+                budget = timeout_s if placed else pending_timeout_s
+                if wait.waited_s - (placed[0] if placed else 0.0) > budget:
+                    raise ProvisioningTimeout(
+                        f"trainer {job_id} is {wait.state} after {wait.waited_s:.0f} s"
+                        f" (budget {budget:g} s)",
+                        resource=job.name,
+                        state=job.state,
+                    )
+                return None
+
+            job = await wait.until(look)
+            self.boot_time_s = wait.waited_s
+            url = await self._plane.trainer_url(job_id)
+            return TrainerServiceEndpoint(job_name or job.name, job_id, url, job.max_context_length)
+
+        return self._run(work, f"wait for trainer {job_id}")
+
+    def wait_for_existing(
+        self,
+        job_id: str,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        timeout_s: float = READY_TIMEOUT_S,
+        pending_timeout_s: float = PENDING_TIMEOUT_S,
+    ) -> TrainerServiceEndpoint:
+        """`wait_for_ready` for a job that was there before."""
+        return self.wait_for_ready(job_id, None, poll_interval_s, timeout_s, pending_timeout_s)
+
+    def resume_and_wait(
+        self,
+        job_id: str,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        timeout_s: float = READY_TIMEOUT_S,
+        pending_timeout_s: float = PENDING_TIMEOUT_S,
+    ) -> TrainerServiceEndpoint:
+        """Start a stopped job again, and wait for it.
+
+        Raises:
+            Conflict: it is in a state that can't be resumed.
+        """
+        self._run(lambda: self._plane.resume_job(job_id), f"resume {job_id}")
+        return self.wait_for_existing(job_id, poll_interval_s, timeout_s, pending_timeout_s)
+
+    def reconnect_and_wait(
+        self,
+        job_id: str,
+        poll_interval_s: float = POLL_INTERVAL_S,
+        timeout_s: float = RECONNECT_TIMEOUT_S,
+        max_wait_for_resumable_s: float = RESUMABLE_TIMEOUT_S,
+        pending_timeout_s: float = PENDING_TIMEOUT_S,
+    ) -> TrainerServiceEndpoint:
+        """Wait for a job whose trainer runs; start one again that has stopped.
+
+        Args:
+            max_wait_for_resumable_s: how long a job may be on its way from one state to the next.
+
+        Raises:
+            ProvisioningTimeout: it stayed on its way for longer.
+        """
+
+        async def settled() -> TrainerJobInfo:
+            wait = Wait(f"trainer {job_id}", poll_interval_s)
+
+            async def look() -> TrainerJobInfo | None:
+                late = wait.waited_s > max_wait_for_resumable_s
+                try:
+                    job = await self._job(job_id)
+                except ApiError as error:
+                    if late or (isinstance(error, ApiStatusError) and not error.retryable):
+                        raise
+                    wait.state = f"it can't be looked up: {error.message}"
+                    return None
+                wait.state = job.state
+                if job_readiness(job.state) in (Readiness.READY, Readiness.RESUMABLE):
+                    return job
+                if late:
+                    raise ProvisioningTimeout(
+                        f"trainer {job_id} has been {job.state} for {wait.waited_s:.0f} s, and can"
+                        " neither be used nor resumed",
+                        resource=job.name,
+                        state=job.state,
+                    )
+                return None
+
+            return await wait.until(look)
+
+        job = self._run(settled, f"reconnect {job_id}")
+        again = job_readiness(job.state) is Readiness.RESUMABLE
+        go_on = self.resume_and_wait if again else self.wait_for_existing
+        return go_on(job_id, poll_interval_s, timeout_s, pending_timeout_s)
+
+    async def _job(self, job_id: str) -> TrainerJobInfo:
+        path = await self._account.path("rlorTrainerJobs", job_id)
+        what = f"look up the trainer job {job_id}"
+        try:
+            return read_job(await self._account.call("GET", path, what=what))
+        except NotFound as error:
+            raise NotFound(
+                f"there is no trainer job {job_id!r} in this account: check the id, or create one",
+                status=error.status,
+                request_id=error.request_id,
+            ) from error
+
+    async def _is_ready(self, job: TrainerJobInfo, waited_s: float) -> bool:
+        """Whether a trainer answers; raises when it is no use to wait for it."""
+        if job.state in _TOMBSTONES:
+            raise _ended(job, "its id can't be used again; create another")
+        if job.state == "JOB_STATE_FAILED":
+            raise _ended(job, "reconnect_and_wait starts it again")
+        if job.state in _STOPPED:
+            if waited_s >= STOPPED_SETTLE_S:
+                raise _ended(job, "resume_and_wait starts it again")
+            return False
+        if job_readiness(job.state) is not Readiness.READY:
+            return False
+        try:
+            return await self._plane.trainer_healthy(job.job_id)
+        except ApiError:
+            return False  # not reachable yet: the wait goes on, within its budget
+
+
+def _ended(job: TrainerJobInfo, advice: str) -> ProvisioningError:
+    message = f": {job.message}" if job.message else ""
+    return ProvisioningError(
+        f"trainer {job.job_id} is {job.state}{message}; {advice}",
+        resource=job.name,
+        state=job.state,
+    )
