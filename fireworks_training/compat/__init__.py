@@ -54,11 +54,10 @@ if TYPE_CHECKING:
         TrainingShapeProfile,
         validate_output_model_id,
     )
-    from fireworks_training.compat.deployment import (
+    from fireworks_training.compat.deployment import DeploymentConfig, DeploymentManager
+    from fireworks_training.compat.hot_loads import (
         DEFAULT_CHECKSUM_FORMAT,
         DEFAULT_DELTA_COMPRESSION,
-        DeploymentConfig,
-        DeploymentManager,
     )
     from fireworks_training.compat.schedules import (
         ConstantSchedule,
@@ -103,12 +102,8 @@ _HERE = {
         "TrainingShapeProfile",
         "validate_output_model_id",
     ),
-    "deployment": (
-        "DEFAULT_CHECKSUM_FORMAT",
-        "DEFAULT_DELTA_COMPRESSION",
-        "DeploymentConfig",
-        "DeploymentManager",
-    ),
+    "deployment": ("DeploymentConfig", "DeploymentManager"),
+    "hot_loads": ("DEFAULT_CHECKSUM_FORMAT", "DEFAULT_DELTA_COMPRESSION"),
     "schedules": (
         "ConstantSchedule",
         "CosineSchedule",

@@ -25,6 +25,7 @@ from fireworks_training._async.transport import Transport
 from fireworks_training._portal import wait_for
 from fireworks_training.errors import (
     ApiStatusError,
+    ClientClosed,
     InvalidArgument,
     NotFound,
     ProtocolError,
@@ -122,6 +123,7 @@ class FireworksClient:
         self.base_url = base_url.rstrip("/")
         self.additional_headers = additional_headers
         self._trainer_gateway: str | None = None
+        self._closed = False
         self._owner = OwnerLoop(portal=True)
         self._transport = Transport(
             owner=self._owner,
@@ -326,6 +328,8 @@ class FireworksClient:
     # -- plumbing ----------------------------------------------------------------------------------
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
+        if self._closed and label != "close":
+            raise ClientClosed(f"this {type(self).__name__} was closed; make another")
         return wait_for(self._owner.spawn(work, label=label))
 
     def _call(
@@ -361,7 +365,8 @@ class FireworksClient:
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
-        if self._owner.bound is not None:
+        closed, self._closed = self._closed, True
+        if self._owner.bound is not None and not closed:
             self._run(self._transport.close, "close")
             self._owner.release()
 

@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training.compat.deployment import (
-    DEFAULT_CHECKSUM_FORMAT,
-    DEFAULT_DELTA_COMPRESSION,
-    DeploymentManager,
-)
+from fireworks_training.compat.deployment import DeploymentManager
+from fireworks_training.compat.hot_loads import DEFAULT_CHECKSUM_FORMAT, DEFAULT_DELTA_COMPRESSION
 from fireworks_training.compat.waiting import Wait
 from fireworks_training.errors import (
     ApiError,
