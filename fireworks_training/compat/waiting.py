@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fireworks_training._core.lifecycle import FIRST_DELAY, next_delay
+from fireworks_training._core.lifecycle import FIRST, GROWTH, SLOWEST
 from fireworks_training._core.notices import Notices
 
 T = TypeVar("T")
@@ -45,7 +45,8 @@ class Wait:
     async def until(self, look: Callable[[], Awaitable[T | None]]) -> T:
         """Look until there is something; `look` raises when it is no use to go on."""
         notices = Notices(self.started)
-        delay = min(FIRST_DELAY, self.poll_interval_s)
+        slowest = min(SLOWEST, self.poll_interval_s)
+        delay = min(FIRST, slowest)
         while True:
             found = await look()
             if found is not None:
@@ -53,4 +54,4 @@ class Wait:
             if notices.due(asyncio.get_running_loop().time()):
                 logger.warning("%s: waiting for %.0f s, %s", self.what, self.waited_s, self.state)
             await asyncio.sleep(delay)
-            delay = min(next_delay(delay), self.poll_interval_s)
+            delay = min(delay * GROWTH, slowest)
