@@ -9,15 +9,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fireworks_training.cli.demo_loop import Score, StepRecord
 
+BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12
 """Steps that the live table shows: the newest."""
 
@@ -29,6 +32,14 @@ def wilson(score: Score, z: float = 1.959964) -> tuple[float, float]:
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def sparkline(shares: Sequence[float], width: int = 60) -> str:
+    """Shares from 0 to 1 as blocks, one a step; more steps than `width` are thinned."""
+    kept = (
+        [shares[i * len(shares) // width] for i in range(width)] if len(shares) > width else shares
+    )
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int(share * len(BLOCKS)))] for share in kept)
 
 
 def line(record: StepRecord) -> str:
@@ -84,10 +95,12 @@ class Report:
         if not self._console.is_terminal:
             self._console.print(line(record), soft_wrap=True, highlight=False)
 
-    def _picture(self) -> Table:
-        table = Table(box=None, pad_edge=False)
+    def _picture(self) -> Panel:
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
+        styles = {"reward": "cyan", "held-out": "bold green", "snapshot": "dim"}
         for name in ("step", "reward", "held-out", "window", "tokens/s", "drift", "snapshot"):
-            table.add_column(name, justify="left" if name == "snapshot" else "right")
+            justify: Literal["left", "right"] = "left" if name == "snapshot" else "right"
+            table.add_column(name, justify=justify, style=styles.get(name))
         for record in self.records[-SHOWN:]:
             held_out = record.held_out_accuracy
             table.add_row(
@@ -99,10 +112,9 @@ class Report:
                 f"{record.drift_mean_abs:.1e}",
                 record.snapshot,
             )
-        frame = Table.grid()
-        frame.add_row(table)
-        frame.add_row(self._progress)
-        return frame
+        shape = Text.assemble("reward  ", (sparkline([r.reward for r in self.records]), "cyan"))
+        shown = Group(table, Text(), shape, self._progress)
+        return Panel(shown, title="GRPO on word problems", expand=False, padding=(0, 1))
 
 
 def result_table(scores: dict[str, tuple[Score, Score]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from fireworks_training.cli.demo_loop import (
     reward,
     split,
 )
-from fireworks_training.cli.demo_report import draw_curve, wilson
+from fireworks_training.cli.demo_report import Report, draw_curve, sparkline, wilson
 from tests.conftest import RunningPlatform
 from tests.test_exit import SOON
 
@@ -61,6 +62,23 @@ def test_the_last_marked_number_counts(text: str, right: int) -> None:
 
 def test_advantages_are_relative_to_their_group() -> None:
     assert advantages([1, 0, 1, 0, 1, 1, 1, 1], 4) == [1, -1, 1, -1, 0, 0, 0, 0]
+
+
+def test_the_sparkline() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert len(sparkline([0.5] * 1000, width=20)) == 20
+
+
+def test_the_live_view_shows_the_newest_steps(tmp_path: Path) -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=100, force_terminal=True)
+    with Report(console, tmp_path, 20) as report:
+        for step in range(20):
+            report.seen(dataclasses.replace(record(0.5), step=step, snapshot=f"step-{step:05d}"))
+    shown = output.getvalue()
+    assert "20/20" in shown
+    assert "step-00019" in shown
+    assert "▅" * 20 in shown
 
 
 @given(st.integers(0, 50), st.integers(1, 50))
