@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import tinker
 import torch
+from click.testing import CliRunner
 
 import fireworks_training
 from fireworks_training import FiretitanServiceClient
+from fireworks_training.cli.main import main
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import datums
 
@@ -33,7 +36,7 @@ def test_a_whole_program_runs(
 
 
 def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,
@@ -43,6 +46,35 @@ def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
     ) as service:
         client = service.create_training_client()
         exec(SNIPPETS[2], {"torch": torch, "client": client, "data": datums(2)})
+
+
+def test_data_checks_and_evaluations_run(
+    platform: RunningPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        cleanup_trainer_on_close=True,
+        cleanup_deployment_on_close="delete",
+    ) as service:
+        client = service.create_training_client()
+        saved = client.save_weights_for_sampler("step").result()
+        sampler = service.create_deployment_sampler(saved.path)
+        completions = sampler.sample_with_tokens(
+            [{"role": "user", "content": "hi"}], n=2, max_tokens=8, logprobs=True
+        ).result()
+        names = {name: getattr(fireworks_training, name) for name in fireworks_training.__all__}
+        names |= {"client": client, "completions": completions, "adam": tinker.AdamParams()}
+        exec(SNIPPETS[3], names | {"advantages": [1.0, -1.0], "scores": [1.0, 0.0]})
+    assert (tmp_path / "evaluation.jsonl").exists()
+
+
+def test_the_commands_exist() -> None:
+    runner = CliRunner()
+    for command in set(re.findall(r"fireworks-training (\w+)", README)):
+        assert runner.invoke(main, [command, "--help"]).exit_code == 0, command
 
 
 def test_the_names_in_backticks_exist() -> None:

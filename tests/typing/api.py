@@ -16,6 +16,7 @@ from fireworks_training import (
     AsyncFiretitanServiceClient,
     AsyncFiretitanTrainingClient,
     DeploymentSampler,
+    Evaluation,
     FiretitanServiceClient,
     FiretitanTrainingClient,
     SampleCall,
@@ -23,6 +24,13 @@ from fireworks_training import (
     SaveWeightsForSamplerResponse,
     Snapshot,
     TrainingProfile,
+    chat_datum,
+    check_alignment,
+    completion_datum,
+    read_evaluation,
+    rl_datum,
+    supervised_datum,
+    write_evaluation,
 )
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -96,3 +104,15 @@ async def blocking_client_on_a_loop(
 ) -> None:
     assert_type(await client.forward(data), tinker.ForwardBackwardOutput)
     assert_type(await client.forward_async(data), APIFuture[tinker.ForwardBackwardOutput])
+
+
+def data_and_evaluations(
+    service: FiretitanServiceClient, completions: list[SampledCompletion]
+) -> None:
+    assert_type(supervised_datum([1, 2], [0, 1]), tinker.Datum)
+    assert_type(rl_datum([1], [2], logprobs=[-1.0], advantages=0.5), tinker.Datum)
+    assert_type(completion_datum(completions[0], 1.0), tinker.Datum)
+    assert_type(chat_datum(service.get_tokenizer(), HELLO, train_on="all"), tinker.Datum)
+    assert_type(check_alignment([], []), float)
+    assert_type(write_evaluation("e.jsonl", completions, scores=[1.0]), Evaluation)
+    assert_type(read_evaluation("e.jsonl").mean_score, float | None)
