@@ -44,6 +44,11 @@ from fireworks_training.futures import APIFuture, Outcome, was_retrieved
 
 T = TypeVar("T")
 
+UNDER_WAY = 256
+"""Operations of one client that are sent and not done; more wait as they are, which costs little.
+Deep enough for any server's pipeline, and shallow enough that thousands called at once neither fill
+its queue nor hold thousands of tasks here."""
+
 DRAIN_TIMEOUT = 60.0
 """Seconds that `close()` gives accepted operations to finish."""
 
@@ -175,6 +180,7 @@ class LineRunner:
         self._lock = threading.Lock()
         self._queue: deque[Entry[Any]] = deque()
         self._by_ticket: dict[Ticket, Entry[Any]] = {}
+        self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
         self._failures: list[BaseException] = []
         self.ended: FireworksTrainingError | None = None
@@ -237,12 +243,16 @@ class LineRunner:
 
     async def _work(self) -> None:
         while self._queue:
+            await self._places.acquire()
             with self._lock:
+                if not self._queue:
+                    return
                 entry = self._queue.popleft()
                 entry.started = True
             turn = Turn(self, entry.ticket, entry.call.label)
             task = self._exchanges.keep(self._carry_out(entry, turn), entry.call.label)
             task.add_done_callback(turn.leave)
+            task.add_done_callback(lambda _: self._places.release())
             task.add_done_callback(partial(self._settle_unstarted, entry))
             await turn.over.wait()
 

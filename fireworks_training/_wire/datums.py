@@ -59,7 +59,7 @@ class PassResult:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs more than the copies
 class Captured:
     """A datum as it was when an operation was called; nothing of it is checked yet.
 
@@ -78,14 +78,14 @@ class Captured:
             NotSupported: it has chunks that are not text.
             InvalidDatum: it is empty.
         """
-        tokens: list[int] = []
+        tokens: Sequence[int] = []
         for chunk in self.chunks:
             kind = getattr(chunk, "type", type(chunk).__name__)
             if kind != "encoded_text":
                 raise NotSupported(
                     f"datum {index}: chunks of type {kind!r} are not supported; only text"
                 )
-            tokens.extend(chunk.tokens)
+            tokens = [*tokens, *chunk.tokens] if tokens else chunk.tokens
         if not tokens:
             raise InvalidDatum(f"datum {index} has no input tokens", index=index)
         return tokens
@@ -146,8 +146,8 @@ def check_inputs(arrays: Mapping[str, Array], length: int, index: int) -> None:
         InvalidDatum: lengths that differ, or values that are not finite.
     """
     for name, array in arrays.items():
-        free = name.endswith("_grads")
-        if not free and (array.ndim == 0 or array.shape[0] != length):
+        shape = array.shape
+        if (not shape or shape[0] != length) and not name.endswith("_grads"):
             rows = "a single number" if array.ndim == 0 else f"{array.shape[0]} entries"
             raise InvalidDatum(
                 f"datum {index}: {name!r} has {rows}, but model_input has {length} tokens. Entry t "
@@ -155,7 +155,7 @@ def check_inputs(arrays: Mapping[str, Array], length: int, index: int) -> None:
                 "lengths are equal (supervised_datum and rl_datum build them so).",
                 index=index,
             )
-        if array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             at = tuple(np.argwhere(~np.isfinite(array))[0])
             raise InvalidDatum(
                 f"datum {index}: {name!r} is {array[at]} at position {at[0] if at else 0}; every "

@@ -16,15 +16,16 @@ from fireworks_training._wire.datums import Array, PassResult
 from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
+_I8, _F4 = np.dtype(np.int64), np.dtype(np.float32)
+
 
 def encode_tensor(array: Array) -> dict[str, object]:
     """A tensor, for `orjson.dumps` with `OPT_SERIALIZE_NUMPY`."""
-    integral = array.dtype.kind in "iu"
-    return {
-        "data": np.ascontiguousarray(array, np.int64 if integral else np.float32).reshape(-1),
-        "dtype": "int64" if integral else "float32",
-        "shape": list(array.shape),
-    }
+    wanted, name = (_I8, "int64") if array.dtype.kind in "iu" else (_F4, "float32")
+    data = array if array.dtype == wanted else array.astype(wanted)
+    if not data.flags.c_contiguous or data.ndim != 1:
+        data = np.ascontiguousarray(data).reshape(-1)
+    return {"data": data, "dtype": name, "shape": array.shape}
 
 
 def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:

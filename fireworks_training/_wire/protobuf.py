@@ -33,6 +33,7 @@ FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
 """Values of the schema's DType."""
 
 _WIDTH = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
+_I8, _F4 = np.dtype("<i8"), np.dtype("<f4")
 _DATA_FIELD = 3
 BACKWARD, GRADIENTS = "backward", "gradients"
 """Loss name and loss input of `encode_backward`."""
@@ -90,11 +91,7 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
         ) from error
     datum.model_input.add().encoded_text.tokens = ids
     for name, values in inputs.items():
-        integral = values.dtype.kind in "iu"
-        tensor = datum.loss_fn_inputs[name]
-        tensor.dense = values.astype("<i8" if integral else "<f4", copy=False).tobytes()
-        tensor.dtype = cast("Any", INT64 if integral else FLOAT32)
-        tensor.shape.extend(values.shape)
+        _fill(datum.loss_fn_inputs[name], values)
     return datum.SerializeToString()
 
 
@@ -210,12 +207,16 @@ def _decode_datum(datum: schema.Datum, index: int) -> DatumArrays:
 
 def encode_tensor(values: Array) -> schema.Tensor:
     """A dense tensor; integers go as int64, others as float32."""
-    integral = values.dtype.kind in "iu"
-    return schema.Tensor(
-        dense=values.astype("<i8" if integral else "<f4", copy=False).tobytes(),
-        dtype=cast("Any", INT64 if integral else FLOAT32),
-        shape=values.shape,
-    )
+    tensor = schema.Tensor()
+    _fill(tensor, values)
+    return tensor
+
+
+def _fill(tensor: schema.Tensor, values: Array) -> None:
+    wanted, dtype = (_I8, INT64) if values.dtype.kind in "iu" else (_F4, FLOAT32)
+    tensor.dense = (values if values.dtype == wanted else values.astype(wanted)).tobytes()
+    tensor.dtype = cast("Any", dtype)
+    tensor.shape.extend(values.shape)
 
 
 def decode_tensor(tensor: schema.Tensor, what: str, *, max_dense: int = MAX_DENSE) -> Array:
