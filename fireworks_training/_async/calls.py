@@ -15,6 +15,7 @@ from fireworks_training._async.arguments import check_name, check_state
 from fireworks_training._async.exchanges import Request, Sent
 from fireworks_training._async.operations import Call, LineRunner, Turn
 from fireworks_training._core.operations import Role
+from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training import decode_snapshot
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 CheckpointType = Literal["base", "delta", "merged_base"]
+CHECKPOINT_TYPES = (None, "base", "delta", "merged_base")
 Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
 GradNorms = Literal["off", "basic", "detailed"] | bool
 
@@ -145,25 +147,36 @@ def save_weights_for_sampler(
     name: str,
     suffix: str,
     *,
+    chain: Chain,
     checkpoint_type: CheckpointType | None,
+    export_precision: str | None = None,
     **refused: object,
 ) -> Call[SaveWeightsForSamplerResponse]:
-    """Save a snapshot that a deployment can load, named with the session's suffix."""
+    """Save a snapshot that a deployment can load, named with the session's suffix.
+
+    Args:
+        chain: decides what is asked for, unless the caller does, and is told what was written.
+    """
     check_name("name", name)
-    if checkpoint_type not in (None, "base"):
-        raise NotSupported(f"checkpoint_type={checkpoint_type!r} is not supported yet; use 'base'")
+    _one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
     _refuse(**refused)
-    fields = {
-        "path": f"{name}-{suffix}",
-        "checkpoint_type": "base",
-        "type": "save_weights_for_sampler",
-    }
+    fields = {"path": f"{name}-{suffix}", "type": "save_weights_for_sampler"}
+    if export_precision is not None:
+        if checkpoint_type != "merged_base":
+            raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
+        fields["export_precision"] = export_precision
 
     async def run(turn: Turn) -> SaveWeightsForSamplerResponse:
         from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
-        payload = await one(turn, model_id, "save_weights_for_sampler", fields)
+        # Chosen now, when it is this operation's turn: what came before it is known to be on its way.
+        merged = checkpoint_type == "merged_base"
+        asked = chain.next_type(None if merged else checkpoint_type) if not merged else "base"
+        sent = {**fields, "checkpoint_type": checkpoint_type if merged else asked}
+        payload = await one(turn, model_id, "save_weights_for_sampler", sent)
         snapshot = decode_snapshot(payload)
+        if not merged:
+            snapshot = chain.saved(snapshot, asked, turn.ticket.step)
         return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
 
     return Call(Role.SAVE, "save_weights_for_sampler", run)

@@ -122,6 +122,11 @@ class Line:
     _added: set[int] = field(default_factory=set[int])
     _last_weighty: Ticket | None = None
 
+    @property
+    def steps(self) -> int:
+        """How many `optim_step`s were issued."""
+        return self._step
+
     def issue(self, role: Role) -> Ticket:
         """The next place in the line."""
         ticket = Ticket(self._places, role, self._step)
