@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         TrainerLost,
         UnknownOption,
         UsageError,
+        WeightsDrifted,
         WeightSyncError,
         WrongLoop,
     )
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
         Snapshot,
         TrainerJobInfo,
         TrainingProfile,
+        WeightSyncResult,
     )
 
 _HEAVY = {
@@ -186,6 +188,8 @@ __all__ = [
     "UnknownOption",
     "UsageError",
     "WeightSyncError",
+    "WeightSyncResult",
+    "WeightsDrifted",
     "WrongLoop",
     "__version__",
     "chat_datum",

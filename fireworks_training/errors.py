@@ -33,7 +33,8 @@
     |   `-- ProvisioningTimeout       not within its budget  (TimeoutError)
     |-- WeightSyncError               a snapshot is not what the deployment serves
     |   |-- HotLoadFailed             a replica refused or failed to load it
-    |   `-- HotLoadTimeout            not every replica reported it in time  (TimeoutError)
+    |   |-- HotLoadTimeout            not every replica reported it in time  (TimeoutError)
+    |   `-- WeightsDrifted            engine and trainer compute different logprobs; .drift
     |-- SamplingError                 a completion could not be had
     |   |-- SamplingRequestError      the attempts of one completion are used up
     |   |   `-- DeploymentSamplerTimeoutError
@@ -372,6 +373,18 @@ class HotLoadTimeout(WeightSyncError, TimeoutError):
     """Not every replica reported the snapshot in time."""
 
     retryable: ClassVar[bool] = True
+
+
+class WeightsDrifted(WeightSyncError):
+    """Engine and trainer give the same tokens different logprobs, beyond the bound.
+
+    Attributes:
+        drift: mean absolute difference, nats a token.
+    """
+
+    def __init__(self, message: str, *, drift: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+        self.drift = drift
 
 
 # -- sampling ------------------------------------------------------------------------------------

@@ -49,11 +49,45 @@ class SaveSamplerResult:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightSyncResult:
+    """What a weight sync brought about; every replica serves `identity`.
+
+    Attributes:
+        identity: the snapshot that is live.
+        snapshot: what the trainer wrote for this sync.
+        optimizer_step: optimizer steps of this client before the live snapshot was saved; None for
+            a snapshot of another client.
+        loaded: the loads that it took, in order; empty if it was live already.
+        superseded: whether a newer snapshot was loaded in the place of this sync's.
+        drift: mean absolute difference of engine and trainer, nats a token; None if it was not
+            asked for, or if other weights were live by then.
+        save_s: seconds from the call's turn until the snapshot was written.
+        load_s: seconds from then until every replica served it.
+    """
+
+    identity: str
+    snapshot: Snapshot
+    optimizer_step: int | None = None
+    loaded: Sequence[str] = ()
+    superseded: bool = False
+    drift: float | None = None
+    save_s: float = 0.0
+    load_s: float = 0.0
+
+    @property
+    def version(self) -> str:
+        """`identity`, by the name of the Fireworks SDK."""
+        return self.identity
+
+
+@dataclass(frozen=True, slots=True)
 class ServerMetrics:
     """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
 
     Server values are None where the server does not report them; `retry_attempt` is 1 for the first
-    attempt of a completion.
+    attempt of a completion. `snapshot_distance` counts the optimizer steps that the service's
+    training client had asked for, when the completion ended, since the snapshot that sampled its
+    first token was saved.
     """
 
     num_concurrent_requests: int | None = None
@@ -74,6 +108,7 @@ class ServerMetrics:
     retry_attempt: int = 1
     request_id: str | None = None
     snapshot_identity: str | None = None
+    snapshot_distance: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

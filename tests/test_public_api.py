@@ -85,6 +85,8 @@ NAMES = [
     "UnknownOption",
     "UsageError",
     "WeightSyncError",
+    "WeightSyncResult",
+    "WeightsDrifted",
     "WrongLoop",
     "__version__",
     "chat_datum",

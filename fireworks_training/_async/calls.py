@@ -18,6 +18,7 @@ from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training import decode_snapshot
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
+from fireworks_training.models import Snapshot
 
 if TYPE_CHECKING:
     import tinker
@@ -169,14 +170,16 @@ def save_weights_for_sampler(
     async def run(turn: Turn) -> SaveWeightsForSamplerResponse:
         from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
-        # Chosen now, when it is this operation's turn: what came before it is known to be on its way.
-        merged = checkpoint_type == "merged_base"
-        asked = chain.next_type(None if merged else checkpoint_type) if not merged else "base"
-        sent = {**fields, "checkpoint_type": checkpoint_type if merged else asked}
-        payload = await one(turn, model_id, "save_weights_for_sampler", sent)
-        snapshot = decode_snapshot(payload)
-        if not merged:
-            snapshot = chain.saved(snapshot, asked, turn.ticket.step)
+        async def save(kind: CheckpointType) -> Snapshot:
+            sent = {**fields, "checkpoint_type": kind}
+            return decode_snapshot(await one(turn, model_id, "save_weights_for_sampler", sent))
+
+        if checkpoint_type == "merged_base":
+            snapshot = await save(checkpoint_type)  # stands alone, and is no link of the chain
+        else:
+            # Chosen now, at this operation's turn: what came before it is on its way.
+            asked = chain.next_type(checkpoint_type)
+            snapshot = chain.saved(await save(asked), asked, turn.ticket.step)
         return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
 
     return Call(Role.SAVE, "save_weights_for_sampler", run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -102,10 +102,12 @@ class SamplerBase:
         integer_stops: bool = False,
         retries: RetryPolicy | None = None,
         news: LoadNews | None = None,
+        distance: Callable[[str | None], int | None] | None = None,
     ) -> Self:
         """A sampler on the connections and the loop of a service, which closes them.
 
-        `news` wakes requests that wait for a hot load to end.
+        `news` wakes requests that wait for a hot load to end; `distance` tells how far the trainer
+        has gone since a snapshot.
         """
         sampler = cls.__new__(cls)
         sampler._set_up(
@@ -118,6 +120,7 @@ class SamplerBase:
             retries or RetryPolicy(),
             news or LoadNews(),
             owns_transport=False,
+            distance=distance,
         )
         sampler._current_snapshot = current_snapshot
         return sampler
@@ -134,6 +137,7 @@ class SamplerBase:
         news: LoadNews,
         *,
         owns_transport: bool,
+        distance: Callable[[str | None], int | None] | None = None,
     ) -> None:
         if not model:
             raise InvalidArgument("model is empty: pass accounts/<account>/deployments/<name>")
@@ -153,6 +157,7 @@ class SamplerBase:
             retries=retries,
             record=self._metrics,
             news=news,
+            distance=distance,
             progress=Progress(lambda: self._controller.window_size),
             without_echo=None if self._tokenizer is None else self._tokenizer.without_echo,
             warn_substituted=self._say_substituted,

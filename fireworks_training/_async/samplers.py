@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
 )
+from fireworks_training._async.load_news import LoadNews
 from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
 from fireworks_training._async.weight_sync import Target, WeightSync
+from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import DeploymentInfo
@@ -45,6 +48,9 @@ class Samplers:
         self._config = config
         self._provisioner = provisioner
         self._fetching = asyncio.Lock()
+        self.chain = Chain(whole_only=bool(config.lora_rank or config.max_lora_rank))
+        self._news = LoadNews()
+        self._made: WeakSet[DeploymentSampler] = WeakSet()
         self._sync: WeightSync | None = None
         self._controller: SamplingConcurrencyController | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -73,9 +79,23 @@ class Samplers:
                 base_model=self._config.base_model,
             )
             self._sync = WeightSync(
-                self._connection.transport, target, timeout=self._config.hotload_timeout_s
+                self._connection.transport,
+                target,
+                chain=self.chain,
+                timeout=self._config.hotload_timeout_s,
+                news=self._news,
+                on_live=self._note_live,
             )
         return self._sync
+
+    def _note_live(self, identity: str) -> None:
+        for sampler in self._made:
+            sampler._set_snapshot(identity)  # pyright: ignore[reportPrivateUsage]
+
+    async def close(self) -> None:
+        """Let the load under way end; idempotent."""
+        if self._sync is not None:
+            await self._sync.close()
 
     async def load(self, path: object) -> WeightSync:
         """Bring a snapshot into the deployment; returns when every replica serves it."""
@@ -96,16 +116,32 @@ class Samplers:
     ) -> DeploymentSampler:
         """A sampler of the deployment, with a snapshot live if one is named."""
         weights = await (self.weights() if model_path is None else self.load(model_path))
-        deployment = await self.deployment()
-        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+        known = tokenizer if tokenizer is not None else await self.tokenizer()
+        return await self._make(weights, known, controller or self.controller())
+
+    async def of_probe(self) -> DeploymentSampler:
+        """A sampler for token ids, with a window of its own: it does not wait for rollouts."""
+        return await self._make(await self.weights(), None, AdaptiveConcurrencyController())
+
+    async def _make(
+        self,
+        weights: WeightSync,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController,
+    ) -> DeploymentSampler:
+        sampler = DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
             transport=self._connection.transport,
             inference_url=self._connection.inference_url,
-            model=deployment.name,
-            tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
-            concurrency_controller=controller or self.controller(),
+            model=(await self.deployment()).name,
+            tokenizer=tokenizer,
+            concurrency_controller=controller,
             current_snapshot=weights.current,
             integer_stops=await self._integer_stops(),
+            news=self._news,
+            distance=self.chain.distance,
         )
+        self._made.add(sampler)
+        return sampler
 
     async def of_model(
         self,

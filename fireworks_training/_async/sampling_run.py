@@ -13,7 +13,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 
@@ -94,6 +94,7 @@ class Source:
         retries: the retry budgets.
         record: keeps what each attempt cost.
         news: of hot loads.
+        distance: optimizer steps of the trainer since a snapshot; None where nobody counts them.
         progress: what the sampler is busy with.
         without_echo: takes the text of echoed prompt tokens off a text; None without a tokenizer.
         warn_substituted: told when a server reports raw logprobs only.
@@ -105,6 +106,7 @@ class Source:
     retries: RetryPolicy
     record: deque[ServerMetrics]
     news: LoadNews
+    distance: Callable[[str | None], int | None] | None
     progress: Progress
     without_echo: Callable[[str, Sequence[int]], str] | None
     warn_substituted: Callable[[], None]
@@ -274,6 +276,7 @@ class SamplingRun:
                         deltas.put(delta)
                     assert stream.completion is not None
                     completion = stream.completion
+            completion = self._with_distance(completion)
             told = completion.metrics
             source.record.append(told)
             if stream.sampling_substituted:
@@ -297,6 +300,15 @@ class SamplingRun:
         finally:
             source.progress.attempt_over(attempt)
             self._controller.release(told)
+
+    def _with_distance(self, completion: SampledCompletion) -> SampledCompletion:
+        """Notes how far the trainer has gone since the weights that began the completion."""
+        if self._source.distance is None:
+            return completion
+        steps = self._source.distance(completion.snapshot_identity_first)
+        if steps is None:
+            return completion
+        return replace(completion, metrics=replace(completion.metrics, snapshot_distance=steps))
 
     def _headers(self, request_id: str) -> Mapping[str, str]:
         extra = {

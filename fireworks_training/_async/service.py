@@ -152,6 +152,8 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             stack.callback(self._owner.release)
             stack.push_async_callback(self._connection.close)
             stack.push_async_callback(clean_up)
+            stack.push_async_callback(self._publishing.close)
+            stack.push_async_callback(self._samplers.close)
             for trainers in (self._references, self._trainers):
                 unseen = None if trainers is None else await trainers.close(drain=drain)
                 errors.extend([unseen] if unseen is not None else [])

@@ -15,6 +15,7 @@ from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.provisioning import Resources
+from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.samplers import Samplers
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._async.trainers import Trainers
@@ -46,11 +47,14 @@ class ServiceCore:
             verify_ssl=verify_ssl,
         )
         self._provisioner = Provisioner(self._connection, config)
+        self._samplers = Samplers(self._connection, config, self._provisioner)
+        self._publishing = Publishing(
+            self._owner, self._samplers.chain, self._samplers.weights, self._samplers.of_probe
+        )
         self._trainers = self._make_trainers(
             config, self._provisioner.provisioned, user_metadata, pipeline_steps
         )
         self._references: Trainers | None = None
-        self._samplers = Samplers(self._connection, config, self._provisioner)
         self._closed = False
         self._closing: asyncio.Task[BaseException | None] | None = None
 
@@ -67,6 +71,7 @@ class ServiceCore:
             resources=resources,
             revive=self._provisioner.revive,
             owner=self._owner,
+            publishing=self._publishing,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
         )

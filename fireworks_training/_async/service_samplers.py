@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fireworks_training._async.gate import SamplingConcurrencyController
+from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.service_core import ServiceCore
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.futures import APIFuture
+from fireworks_training.models import WeightSyncResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +80,38 @@ class ServiceSamplers(ServiceCore):
             HotLoadFailed, HotLoadTimeout: it did not become live.
         """
         await self._on_owner(lambda: self._samplers.load(path), "hotload_sampler_snapshot")
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        on_drift: OnDrift | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the newest weights into the deployment; returns at once.
+
+        See `weight_sync` of the training client, which offers more.
+
+        Args:
+            training_client: whose weights; default the service's, which must have been made.
+
+        Raises:
+            InvalidArgument: no training client was made, or it is of another service.
+        """
+        self._check_client("training_client", training_client)
+        client = training_client or self._trainers.made
+        if client is None:
+            raise InvalidArgument(
+                "there is nothing to sync: call create_training_client() first, or name the "
+                "training_client"
+            )
+        return client.weight_sync(name, on_drift=on_drift)
+
+    async def weight_sync_async(
+        self, name: str | None = None, *, on_drift: OnDrift | None = None
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return self.weight_sync(name, on_drift=on_drift)
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model: the platform's own where it serves one, else

@@ -7,21 +7,22 @@ call order is execution order, whatever is awaited first. What an operation send
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from fireworks_training._async import calls
 from fireworks_training._async.arguments import check_job, check_name
-from fireworks_training._async.calls import CheckpointType, GradNorms, LossConfig, Normalization
+from fireworks_training._async.calls import GradNorms, LossConfig, Normalization
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.operations import LineRunner
+from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import Capabilities, TrainerSession
+from fireworks_training._async.trainer_weights import TrainerWeights
 from fireworks_training._core.operations import Line
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
-from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     import tinker
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
     from fireworks_training._async.custom_loss import LossFunction
     from fireworks_training._async.pass_calls import Datums, Output, PassFuture, Pooling
-    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 
-class AsyncFiretitanTrainingClient:
+class AsyncFiretitanTrainingClient(TrainerWeights):
     """Trains one model. Made by `create_training_client` of a service.
 
     Operations may be called from any thread and any loop, and return at once. `await` an operation,
@@ -51,6 +51,7 @@ class AsyncFiretitanTrainingClient:
         config: FiretitanProvisioningConfig,
         *,
         owner: OwnerLoop,
+        publishing: Publishing,
         pipeline_steps: bool = False,
         forward_only: bool = False,
     ) -> None:
@@ -63,7 +64,9 @@ class AsyncFiretitanTrainingClient:
         self._capabilities = capabilities
         self._config = config
         self._owner = owner
+        self._model = capabilities.model_id
         self._suffix = uuid4().hex[:8]
+        self._publishing = publishing
         self._passes = Passes(
             capabilities.model_id,
             choose(config.dialect, wire=capabilities.wire, comms=capabilities.comms),
@@ -79,6 +82,9 @@ class AsyncFiretitanTrainingClient:
             forward_only=forward_only,
         )
         self._submit = self._runner.submit
+        if not forward_only:
+            line = self._runner.line
+            publishing.chain.follow(lambda: line.steps)
 
     # -- passes ------------------------------------------------------------------------------------
 
@@ -299,52 +305,6 @@ class AsyncFiretitanTrainingClient:
         """
         return self._submit(calls.load_adapter(self.model_id, adapter_path))
 
-    def save_weights_for_sampler(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        *,
-        checkpoint_type: CheckpointType | None = None,
-        export_precision: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Save a snapshot that a deployment can load.
-
-        Args:
-            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
-                added, so that runs do not meet.
-            checkpoint_type: None and "base" save all weights (or the whole adapter).
-            ttl_seconds, export_precision, metadata: refused.
-
-        Returns:
-            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
-            written.
-        """
-        return self._submit(
-            calls.save_weights_for_sampler(
-                self.model_id,
-                name,
-                self._suffix,
-                checkpoint_type=checkpoint_type,
-                ttl_seconds=ttl_seconds,
-                export_precision=export_precision,
-                metadata=metadata,
-            )
-        )
-
-    async def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: CheckpointType | None = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-    ) -> SaveSamplerResult:
-        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
-        saved = await self.save_weights_for_sampler(
-            name, ttl_seconds, checkpoint_type=checkpoint_type, export_precision=export_precision
-        )
-        return SaveSamplerResult(path=saved.path, snapshot_name=saved.snapshot.identity)
-
     # -- the model ---------------------------------------------------------------------------------
 
     def unload_model(self) -> APIFuture[None]:
@@ -482,11 +442,8 @@ class AsyncFiretitanTrainingClient:
         """`load_adapter`, awaited for its future."""
         return self.load_adapter(adapter_path)
 
-    async def save_weights_for_sampler_async(
-        self, name: str, *, checkpoint_type: CheckpointType | None = None
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """`save_weights_for_sampler`, awaited for its future."""
-        return self.save_weights_for_sampler(name, checkpoint_type=checkpoint_type)
+    def _forward(self, data: Sequence[tinker.Datum], /) -> PassFuture:
+        return self.forward(data)
 
     async def _close(self, *, drain: bool) -> None:
         await self._runner.close(drain=drain)

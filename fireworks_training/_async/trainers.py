@@ -16,6 +16,7 @@ from fireworks_training._async.cancellation import finish_in_spite_of_cancellati
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.provisioning import Resources
+from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig
@@ -86,6 +87,7 @@ class Trainers:
         resources: gets the job up.
         revive: starts the job again after its process was lost.
         owner: the service's loop.
+        publishing: brings what they save into the deployment.
         user_metadata: noted with the session.
         pipeline_steps: as for `from_firetitan_config`.
     """
@@ -98,6 +100,7 @@ class Trainers:
         resources: Callable[[], Awaitable[Resources]],
         revive: Callable[[], Awaitable[None]],
         owner: OwnerLoop,
+        publishing: Publishing,
         user_metadata: Mapping[str, str],
         pipeline_steps: bool,
     ) -> None:
@@ -106,6 +109,7 @@ class Trainers:
         self._resources = resources
         self._revive = revive
         self._owner = owner
+        self._publishing = publishing
         self._user_metadata = dict(user_metadata)
         self._pipeline_steps = pipeline_steps
         self._making = asyncio.Lock()
@@ -187,6 +191,7 @@ class Trainers:
             capabilities,
             config,
             owner=self._owner,
+            publishing=self._publishing,
             pipeline_steps=self._pipeline_steps,
             forward_only=base_only or config.forward_only,
         )
@@ -209,6 +214,11 @@ class Trainers:
                 raise
             self._session = session
         return self._session
+
+    @property
+    def made(self) -> Client | None:
+        """The client of the service's model, if it was made."""
+        return self._policy
 
     @property
     def session_id(self) -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
+from fireworks_training._async.load_news import LoadNews
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.backoff import Backoff
 from fireworks_training._core.notices import Notices
@@ -104,6 +105,7 @@ class WeightSync:
         target: the deployment.
         chain: what is known of the snapshots that this service saves.
         timeout: seconds for every replica to report a snapshot.
+        news: who waits for the end of a load is told through it.
         on_live: told the identity whenever a snapshot has become live everywhere.
     """
 
@@ -114,6 +116,7 @@ class WeightSync:
         *,
         chain: Chain | None = None,
         timeout: float,
+        news: LoadNews | None = None,
         on_live: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.chain = chain if chain is not None else Chain()
@@ -122,6 +125,7 @@ class WeightSync:
         self._transport = transport
         self._target = target
         self._timeout = timeout
+        self._news = news if news is not None else LoadNews()
         self._on_live = on_live
         self._wanted: _Wanted | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -171,7 +175,8 @@ class WeightSync:
         while (wanted := self._wanted) is not None:
             self._wanted = None
             try:
-                loaded = await self._bring(wanted)
+                with self._news.load():
+                    loaded = await self._bring(wanted)
             except BaseException as error:
                 if isinstance(error, Exception):
                     _fail(wanted, error)
@@ -309,7 +314,10 @@ class WeightSync:
         query, timeout = "", 30.0
         if self._long_poll and waited_for is not None:
             hold = max(0.0, min(LONG_POLL, left))
-            query, timeout = f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}", hold + 30.0
+            query, timeout = (
+                f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}",
+                hold + 30.0,
+            )
         answer = await self._transport.call(
             "GET",
             self._target.url + PATH + query,

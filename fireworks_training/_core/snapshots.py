@@ -18,7 +18,7 @@ only if it is about that identity: one of an earlier load is stale. The rules of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -141,6 +141,7 @@ class Chain:
         self._whole_only = whole_only
         self._known: dict[str, Snapshot] = {}
         self._steps: dict[str, int] = {}
+        self._now: Callable[[], int] = lambda: 0
         self._next_whole = True
         self._tells = True
 
@@ -185,6 +186,13 @@ class Chain:
         self.last_saved = snapshot.identity
         return snapshot
 
+    def follow(self, steps: Callable[[], int]) -> None:
+        """From now on a model saves whose optimizer steps so far `steps` tells; the next save is
+        whole."""
+        self.reset()
+        self._steps.clear()
+        self._now = steps
+
     def live(self, identity: str) -> None:
         """Every replica was seen with it."""
         self.last_live = identity
@@ -210,6 +218,11 @@ class Chain:
         """Whether it may be loaded over anything, as far as is known; an unknown one may be."""
         known = self._known.get(identity)
         return known is None or known.predecessor is None
+
+    def distance(self, identity: str | None) -> int | None:
+        """Optimizer steps that were asked for since a snapshot was saved; None if unknown."""
+        step = None if identity is None else self._steps.get(identity)
+        return None if step is None else self._now() - step
 
     def step_of(self, identity: str) -> int | None:
         """Optimizer steps before the save of a snapshot; None if this session did not save it."""

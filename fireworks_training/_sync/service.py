@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.gate import SamplingConcurrencyController
+from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
-from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
+from fireworks_training.futures import APIFuture
+from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -226,6 +228,35 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             HotLoadFailed, HotLoadTimeout: it did not become live.
         """
         self._run(self._async.hotload_sampler_snapshot, path)
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        training_client: FiretitanTrainingClient | None = None,
+        on_drift: OnDrift | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the newest weights into the deployment; returns at once.
+
+        See `weight_sync` of the training client, which offers more.
+
+        Args:
+            training_client: whose weights; default the service's, which must have been made.
+
+        Raises:
+            InvalidArgument: no training client was made, or it is of another service.
+        """
+        return self._async.weight_sync(
+            name,
+            training_client=training_client._async if training_client else None,
+            on_drift=on_drift,
+        )
+
+    async def weight_sync_async(
+        self, name: str | None = None, *, on_drift: OnDrift | None = None
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return await self._async.weight_sync_async(name, on_drift=on_drift)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model: the platform's own where it serves one, else

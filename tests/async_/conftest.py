@@ -10,11 +10,17 @@ import pytest
 
 from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.transport import Transport
+from fireworks_training._core.snapshots import Chain
 from tests.stub_trainer import StubTrainer
 
 Connect = Callable[..., Any]
+
+
+async def _no_deployment() -> Any:
+    raise AssertionError("this test has no deployment")
 
 
 @asynccontextmanager
@@ -34,7 +40,12 @@ async def connected(
     await session.open(None)
     config = FiretitanProvisioningConfig(base_model="accounts/test/models/stub")
     client = AsyncFiretitanTrainingClient(
-        session, await session.create_model(config), config, owner=owner, **options
+        session,
+        await session.create_model(config),
+        config,
+        owner=owner,
+        publishing=Publishing(owner, Chain(), _no_deployment, _no_deployment),
+        **options,
     )
     try:
         yield client

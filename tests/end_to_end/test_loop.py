@@ -61,7 +61,7 @@ async def test_engine_and_trainer_agree_after_each_sync(
         for step in range(2):
             await train(client, step)
             saved = await client.save_weights_for_sampler(f"step_{step:05d}")
-            assert saved.snapshot.kind == ("lora" if rank else "base")
+            assert saved.snapshot.kind == ("lora" if rank else ("base", "delta")[step])
             sampler = await service.create_deployment_sampler(saved.path)
             assert sampler.current_snapshot == saved.path
             mean, largest = await drift(client, sampler)
