@@ -7,7 +7,6 @@ interpreter's exit) can wait until what it made is deleted. What is made how is 
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -129,8 +128,6 @@ class Provisioner:
     async def _provision(self, plane: AsyncControlPlane) -> None:
         resources = Resources()
         async with asyncio.TaskGroup() as group:
-            # Imported while the trainer starts: on the loop it would stop for seconds.
-            group.create_task(asyncio.to_thread(_import_tinker))
             group.create_task(provision(plane, self._config, resources, self.holdings))
             self.resources = resources
             if self._config.reference_required and separate_reference(self._config):
@@ -173,10 +170,6 @@ class Provisioner:
                 await self.holdings.give_back(plane)
             else:
                 await self.holdings.abandon(plane)
-
-
-def _import_tinker() -> None:
-    importlib.import_module("tinker")
 
 
 def _closed() -> ClientClosed:

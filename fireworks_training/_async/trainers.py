@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from fireworks_training._async.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.cancellation import finish_in_spite_of_cancellation, first_of
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.provisioning import Resources
@@ -124,7 +125,7 @@ class Trainers:
         """The client of the service's model, the same at every call; with `max_lora_rank` a new
         model at every call."""
         config = configured(self._config, options)
-        await self._resources()
+        await self._ready()
         async with self._making:
             if self._config.max_lora_rank is not None:
                 return await self._make(config, user_metadata)
@@ -134,7 +135,7 @@ class Trainers:
 
     async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
         """A client of the base model that computes logprobs only, on the same trainer."""
-        await self._resources()
+        await self._ready()
         async with self._making:
             if self._base is None:
                 config = replace(self._config, lora_rank=0, lora_alpha=None, max_lora_rank=None)
@@ -170,6 +171,16 @@ class Trainers:
             await client.load_state_with_optimizer(state)
             self._policy, self._base = client, None
             return client
+
+    async def _ready(self) -> None:
+        """Get the job up; meanwhile a thread imports tinker, which would stop the loop for seconds
+        at its first use."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.to_thread(_import_tinker))
+                await self._resources()
+        except BaseExceptionGroup as failures:
+            raise first_of(failures) from None
 
     def owns(self, client: Client) -> bool:
         """Whether a client is one of these."""
@@ -247,3 +258,7 @@ class Trainers:
             for client in self._clients
         )
         return next((failure for failure in unseen if failure is not None), None)
+
+
+def _import_tinker() -> None:
+    importlib.import_module("tinker")

@@ -5,8 +5,8 @@ do: go on, look again in so many seconds, or give up with the error to raise. It
 
 1. Time in the queue and time from placement to ready have budgets of their own.
 2. A state that only an old life explains (stopped, right after a resume) is borne for a while.
-3. Polling is quick at first and slows down to `SLOWEST` seconds; a change of state makes it quick
-   again, since changes come in a row.
+3. The pace of polling is a small share of the time for which nothing has changed: a change is seen
+   late by that share at most, and a wait of hours asks rarely.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from enum import Enum
 from fireworks_training._core.notices import FIRST_NOTICE, Notices
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
 
-FIRST = 0.02
-"""Seconds before the second look at a resource."""
+QUICKEST, SLOWEST = 0.04, 5.0
+"""Seconds between two looks, at least and at most."""
 
-SLOWEST = 5.0
-"""Seconds between two looks at most."""
-
-GROWTH = 1.3
-"""Factor between two delays: what has taken t seconds is seen within about 0.3 t."""
+SHARE = 0.01
+"""Seconds between two looks for each second without a change."""
 
 SETTLE = 30.0
 """Seconds for which a resumed job may still show its old state."""
@@ -148,7 +145,7 @@ class Watch:
         self._resumed_at: float | None = None
         self._placed_at: float | None = None
         self._last: Seen | None = None
-        self._delay = FIRST
+        self._since = started
         self._notices = Notices(started, first=FIRST_NOTICE)
         self.changed = False
         """Whether the last look differed from the one before in state or message."""
@@ -162,7 +159,7 @@ class Watch:
             answers: whether it also answers requests, or settled as asked; counts where it is
                 ready.
         """
-        self._note(row)
+        self._note(row, now)
         readiness = Readiness.GONE if row is None else self._read(row.state)
         if self._still_old(readiness, now):
             readiness = Readiness.STARTING
@@ -197,17 +194,16 @@ class Watch:
             waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
             reason = f"{self._reason(self._last)}, {waited}"
             return GiveUp(self._error(ProvisioningTimeout, reason))
-        delay, self._delay = self._delay, min(self._delay * GROWTH, SLOWEST)
-        return Again(delay)
+        return Again(min(max(SHARE * (now - self._since), QUICKEST), SLOWEST))
 
     def is_ready(self, state: str) -> bool:
         """Whether a state is the one waited for."""
         return self._read(state) is Readiness.READY
 
-    def _note(self, row: Seen | None) -> None:
+    def _note(self, row: Seen | None, now: float) -> None:
         self.changed = row != self._last
-        if self.changed and self._last is not None:
-            self._delay = FIRST
+        if self.changed:
+            self._since = now
         self._last = row
 
     def _still_old(self, readiness: Readiness, now: float) -> bool:

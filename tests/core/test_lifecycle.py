@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fireworks_training import ProvisioningTimeout
 from fireworks_training._core.lifecycle import (
+    QUICKEST,
     SETTLE,
     SLOWEST,
     STOPPING_BUDGET,
@@ -94,19 +95,18 @@ def test_looks_that_are_not_possible_count_against_the_budget() -> None:
     assert isinstance(waiting.unseen(100.1), GiveUp)
 
 
-def test_a_change_makes_the_pace_quick_again() -> None:
+def test_the_pace_is_a_share_of_the_time_without_a_change() -> None:
     waiting = watch(queue_budget=1e9)
-    delays = [verdict.delay for verdict in steadily(waiting, "PENDING", 60)]
-    assert delays == sorted(delays)
-    assert delays[-1] == SLOWEST
-    (quick,) = steadily(waiting, "CREATING", 1)
-    assert quick.delay == delays[0]
+    delays = [delay_at(waiting, "PENDING", at) for at in (0.0, 1.0, 20.0, 60.0, 1e5)]
+    assert delays == [QUICKEST, QUICKEST, pytest.approx(0.2), pytest.approx(0.6), SLOWEST]
+    assert delay_at(waiting, "CREATING", 1e5 + 1) == QUICKEST
     assert waiting.changed
 
 
-def steadily(waiting: Watch, state: str, times: int) -> list[Again]:
-    verdicts = [waiting.see(job(state), 1.0) for _ in range(times)]
-    return [verdict for verdict in verdicts if isinstance(verdict, Again)]
+def delay_at(waiting: Watch, state: str, at: float) -> float:
+    verdict = waiting.see(job(state), at)
+    assert isinstance(verdict, Again)
+    return verdict.delay
 
 
 @given(st.lists(st.sampled_from(["PENDING", "CREATING", "UNHEARD_OF"]), min_size=1, max_size=40))

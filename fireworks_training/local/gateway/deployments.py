@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SLOTS = 256
+ENGINE_GRACE_S = 0.3
+"""Seconds that an engine has to end by itself: it has nothing to save, and one that still loads
+torch hears no signal."""
+
 TOMBSTONES = frozenset({"DELETED"})
 
 
@@ -273,7 +277,7 @@ class Deployments:
         for number, task in ending.items():
             worker = self._workers.find("engine", id_, number)
             if worker is not None:
-                await self._workers.stop(worker)
+                await self._workers.stop(worker, ENGINE_GRACE_S)
             if replicas.get(number) is task:
                 del replicas[number]
         if live.state not in ("DELETING", "DELETED", "FAILED"):
@@ -299,7 +303,7 @@ class Deployments:
             # What is left of it must not be taken for its successor.
             worker = self._workers.find("engine", id_, number)
             if worker is not None:
-                await self._workers.stop(worker)
+                await self._workers.stop(worker, ENGINE_GRACE_S)
             delay = policy.died(loop.time() - started)
             log.warning("replica %d of deployment %s ended: %s", number, id_, reason)
             if delay is None:
