@@ -31,6 +31,11 @@ STOPPING_BUDGET = 120.0
 """Seconds for a job that is stopping to have stopped, so that it can be resumed."""
 
 
+def pause(unchanged: float, slowest: float = SLOWEST) -> float:
+    """Seconds until the next look at something that has not changed for `unchanged` seconds."""
+    return min(max(SHARE * unchanged, QUICKEST), slowest)
+
+
 class Readiness(Enum):
     """What to do with a resource in some state."""
 
@@ -194,7 +199,7 @@ class Watch:
             waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
             reason = f"{self._reason(self._last)}, {waited}"
             return GiveUp(self._error(ProvisioningTimeout, reason))
-        return Again(min(max(SHARE * (now - self._since), QUICKEST), SLOWEST))
+        return Again(pause(now - self._since))
 
     def is_ready(self, state: str) -> bool:
         """Whether a state is the one waited for."""

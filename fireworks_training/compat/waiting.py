@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fireworks_training._core.lifecycle import FIRST, GROWTH, SLOWEST
+from fireworks_training._core.lifecycle import SLOWEST, pause
 from fireworks_training._core.notices import Notices
 
 T = TypeVar("T")
@@ -46,12 +46,10 @@ class Wait:
         """Look until there is something; `look` raises when it is no use to go on."""
         notices = Notices(self.started)
         slowest = min(SLOWEST, self.poll_interval_s)
-        delay = min(FIRST, slowest)
         while True:
             found = await look()
             if found is not None:
                 return found
             if notices.due(asyncio.get_running_loop().time()):
                 logger.warning("%s: waiting for %.0f s, %s", self.what, self.waited_s, self.state)
-            await asyncio.sleep(delay)
-            delay = min(delay * GROWTH, slowest)
+            await asyncio.sleep(pause(self.waited_s, slowest))
