@@ -57,6 +57,9 @@ WORKER_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    # Large pages for large tensors where the C library can ask for them: reading 64 prompts took 53
+    # instead of 74 ms.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 

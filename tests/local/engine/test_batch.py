@@ -109,13 +109,18 @@ def test_mixed_lengths_agree_with_a_plain_forward(model: Qwen3ForCausalLM) -> No
 def test_a_shifted_mask_would_be_seen(model: Qwen3ForCausalLM) -> None:
     """Negative control: with one column too few to see the comparison fails."""
     recorder = Recorder(model)
-    made = request(0, prompt_of(5, 0), max_tokens=8)
-    recorder.admit(made)
-    (lane,) = recorder.batch._lanes.values()
-    lane._prompts[0].tokens = lane._prompts[0].tokens[:-1]
+    shared = [request(i, prompt_of(5, 0), max_tokens=8) for i in range(2)]
+    alone = request(2, prompt_of(9, 1), max_tokens=8)
+    recorder.admit(*shared, alone)
+    for lane in recorder.batch._lanes.values():
+        if lane.kind.shared:
+            lane._prompts[0].tokens = lane._prompts[0].tokens[:-1]
+        else:
+            lane._own[0] -= 1
     recorder.finish_all()
-    with pytest.raises(AssertionError):
-        check(model, recorder, [made])
+    for made in (shared[0], alone):
+        with pytest.raises(AssertionError):
+            check(model, recorder, [made])
 
 
 @settings(max_examples=15, deadline=None)
