@@ -83,10 +83,10 @@ def sampling_session_id(session: str, seq_id: int) -> str:
     return f"{session}:sampler:{seq_id}"
 
 
-def ephemeral_identity(sampling_session: str) -> str | None:
-    """The snapshot that a sampling session without a named checkpoint samples; None: no such id."""
+def ephemeral_identity(sampling_session: str) -> str:
+    """The snapshot that is saved for one sampling session alone."""
     if _SAMPLER.fullmatch(sampling_session) is None:
-        return None
+        raise BadTinkerPath(f"{sampling_session[:80]!r} is not a sampling session of this platform")
     return sampling_session.replace(":", ".")
 
 
@@ -122,6 +122,23 @@ class CheckpointNote:
         return self.expires_at is not None and datetime.fromisoformat(self.expires_at) <= now()
 
 
+@dataclass(frozen=True, slots=True)
+class SamplerNote:
+    """What a sampling session samples from.
+
+    Attributes:
+        session: its id.
+        base_model: the model's name as its client knows it.
+        identity: the snapshot; None for the base model itself.
+        model_path: path of the checkpoint that it was made from, if that has a name.
+    """
+
+    session: str
+    base_model: str
+    identity: str | None
+    model_path: str | None = None
+
+
 def now() -> datetime:
     """The time, in UTC."""
     return datetime.now(UTC)
@@ -142,7 +159,8 @@ class TinkerStore:
     def __init__(self, folder: Path) -> None:
         self._runs = folder / "runs"
         self._checkpoints = folder / "checkpoints"
-        for part in (self._runs, self._checkpoints):
+        self._samplers = folder / "samplers"
+        for part in (self._runs, self._checkpoints, self._samplers):
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def write_run(self, note: RunNote) -> None:
@@ -160,6 +178,24 @@ class TinkerStore:
         """All runs, oldest first."""
         notes = (_read(path) for path in self._runs.glob("*.json"))
         return sorted((RunNote(**raw) for raw in notes if raw), key=lambda note: note.created)
+
+    def write_sampler(self, note: SamplerNote) -> None:
+        """Remembers a sampling session."""
+        _write(self._samplers / f"{note.session.replace(':', '.')}.json", asdict(note))
+
+    def sampler(self, session: str) -> SamplerNote | None:
+        """A sampling session by its id."""
+        if _SAMPLER.fullmatch(session) is None:
+            return None
+        raw = _read(self._samplers / f"{session.replace(':', '.')}.json")
+        return None if raw is None else SamplerNote(**raw)
+
+    def samplers_of(self, session: str) -> list[str]:
+        """Ids of the sampling sessions of a client's session."""
+        if _SAMPLER.fullmatch(f"{session}:sampler:0") is None:
+            return []
+        notes = map(_read, self._samplers.glob(f"{session}.sampler.*.json"))
+        return sorted(str(raw["session"]) for raw in notes if raw is not None)
 
     def write_checkpoint(self, note: CheckpointNote) -> None:
         """Remembers a checkpoint, in the place of an older one of its path."""

@@ -25,6 +25,7 @@ from fireworks_training.local.gateway import (
     catalog,
     control_plane,
     faults,
+    tinker,
     tokenizer_route,
     trainer_proxy,
 )
@@ -125,6 +126,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     tokenizer_route.add_routes(app)
     trainer_proxy.add_routes(app)
     parts.add_serving_routes(app)
+    tinker.install(app, state_dir)
     return app
 
 

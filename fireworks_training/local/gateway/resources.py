@@ -223,7 +223,7 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
         "base_model": entry.name,
         # The contract has one number for both: the rank of the job's model, or with several models
         # the most that one may have.
-        "max_lora_rank": lora_rank or None,
+        "lora_rank": lora_rank,
         "snapshot_dtype": dtype,
         "max_context_length": context,
         "seed": seed,

@@ -107,7 +107,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
         with activity:
             return await _pass_on(request, trainer, tail)
     except aiohttp.ClientError as error:
-        return await _after_failure(request, trainer, id_, error)
+        return await after_failure(request, trainer, id_, error)
     except TimeoutError:
         raise Problem(504, f"the trainer of job {id_!r} did not answer in time") from None
     finally:
@@ -117,8 +117,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
 async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.StreamResponse:
     query = request.raw_path.partition("?")[2]
     url = URL(f"http://trainer/{tail}{'?' if query else ''}{query}", encoded=True)
-    headers = forwarded_headers(CIMultiDict(request.headers))
-    headers["X-Request-Id"] = request[REQUEST_ID]
+    headers = passed_headers(request)
     body = _Body(request) if request.can_read_body else None
     try:
         async with trainer.session.request(
@@ -129,14 +128,22 @@ async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.Str
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         ) as upstream:
-            return await _answer(request, upstream)
+            return await answer_of(request, upstream)
     except aiohttp.ClientError:
         if body is not None and body.too_long and not request.get(STARTED):
             raise _too_long() from None
         raise
 
 
-async def _answer(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+def passed_headers(request: web.Request) -> CIMultiDict[str]:
+    """What goes on of a request's headers, with the request's id."""
+    headers = forwarded_headers(CIMultiDict(request.headers))
+    headers["X-Request-Id"] = request[REQUEST_ID]
+    return headers
+
+
+async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    """A worker's answer, passed on."""
     response = web.StreamResponse(
         status=upstream.status,
         reason=upstream.reason,
@@ -172,7 +179,7 @@ def _too_long() -> Problem:
     return Problem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
 
 
-async def _after_failure(
+async def after_failure(
     request: web.Request, trainer: Trainer, id_: str, error: aiohttp.ClientError
 ) -> web.StreamResponse:
     """The connection to the worker broke: it died, or only this exchange did."""

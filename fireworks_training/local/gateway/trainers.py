@@ -294,6 +294,8 @@ class TrainerJobs:
             "snapshots_dir": str(snapshots),
             "session_timeout_s": self._conditions.limits.session_timeout_s,
         }
+        if row.body.get("tinker"):
+            settings["tinker_dir"] = str(self._state_dir / "tinker")
         return await self._workers.spawn("trainer", row.id, 0, settings)
 
     async def _watch(self, id_: str, trainer: Trainer) -> None:

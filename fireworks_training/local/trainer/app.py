@@ -268,12 +268,18 @@ async def _get_info(request: web.Request) -> web.Response:
     body = parse(await request.read())
     slot = request.app[_SERVICE].slot(_text(body, "model_id"))
     factory = request.app[_FACTORY]
-    name = factory.settings.base_model
+    name, lora = slot.request.base_model, slot.request.lora
+    # A run's client loads its tokenizer itself, by this name: the directory is on this machine.
+    tokenizer = str(factory.settings.model_path) if slot.request.limits.tinker_run else name
     answer: dict[str, object] = {
         "model_id": slot.model_id,
-        "model_data": {"arch": factory.architecture, "model_name": name, "tokenizer_id": name},
-        "is_lora": slot.request.lora is not None,
-        "lora_rank": slot.request.lora.rank if slot.request.lora is not None else 0,
+        "model_data": {
+            "arch": factory.architecture,
+            "model_name": name,
+            "tokenizer_id": tokenizer,
+        },
+        "is_lora": lora is not None,
+        "lora_rank": 0 if lora is None else lora.rank,
         "model_name": name,
         "type": "get_info",
     }

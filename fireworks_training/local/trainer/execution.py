@@ -28,7 +28,14 @@ from fireworks_training.local.model import (
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
-from fireworks_training.local.tinker_store import CheckpointNote, TinkerStore, expiry, now
+from fireworks_training.local.tinker_store import (
+    CheckpointNote,
+    SamplerNote,
+    TinkerStore,
+    ephemeral_identity,
+    expiry,
+    now,
+)
 from fireworks_training.local.trainer.embeddings import (
     HEAD,
     embedding_metrics,
@@ -265,7 +272,15 @@ class TrainedModel:
 
     def _note(self, saved: TinkerSave, size: int) -> str | None:
         """Remembers a checkpoint of the Tinker API; returns its path."""
-        if saved.checkpoint is None or self._stores.tinker is None:
+        store = self._stores.tinker
+        if store is None:
+            return None
+        if saved.sampling_session is not None:
+            run = store.run(saved.run)
+            named = self._base_model if run is None else run.base_model
+            identity = ephemeral_identity(saved.sampling_session)
+            store.write_sampler(SamplerNote(saved.sampling_session, named, identity))
+        if saved.checkpoint is None:
             return None
         note = CheckpointNote(
             saved.checkpoint.path,
@@ -274,7 +289,7 @@ class TrainedModel:
             expiry(saved.ttl_seconds),
             saved.user_metadata,
         )
-        self._stores.tinker.write_checkpoint(note)
+        store.write_checkpoint(note)
         return note.path
 
     def _load_state(self, operation: LoadState) -> Answer:

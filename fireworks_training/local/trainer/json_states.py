@@ -153,10 +153,8 @@ def _tinker_snapshot(body: Body, run: str) -> SaveSnapshot:
             "either path or sampling_session_seq_id, a whole number from 0, must be given"
         )
     session = sampling_session_id(str(session_of(run)), number)
-    identity = ephemeral_identity(session)
-    if identity is None:
-        raise OperationFailed(f"{run[:80]!r} is not a training run of this platform")
-    return SaveSnapshot(identity, "base", TinkerSave(None, None, None, session))
+    saved = TinkerSave(None, None, None, session, run)
+    return SaveSnapshot(ephemeral_identity(session), "base", saved)
 
 
 def _tinker_save(body: Body, checkpoint: Checkpoint) -> TinkerSave:
@@ -171,7 +169,7 @@ def _tinker_save(body: Body, checkpoint: Checkpoint) -> TinkerSave:
         or not all(isinstance(k, str) and isinstance(v, str) for k, v in metadata.items())
     ):
         raise OperationFailed("user_metadata must map strings to strings")
-    return TinkerSave(checkpoint, ttl, metadata, None)
+    return TinkerSave(checkpoint, ttl, metadata, None, checkpoint.run)
 
 
 def _checkpoint(run: str, kind: Kind, name: str) -> Checkpoint:

@@ -134,6 +134,9 @@ class ModelFactory:
         run = None
         if self.stores.tinker is not None:
             run = f"{body.get('session_id')}:train:{body.get('model_seq_id')}"
+        # A run is known by the name that its client chose; a job has one name.
+        named = body.get("base_model") if run is not None else None
+        base_model = named if isinstance(named, str) else self.settings.base_model
         metadata = body.get("user_metadata")
 
         def make() -> TrainedModel:
@@ -141,7 +144,7 @@ class ModelFactory:
             if run is not None and self.stores.tinker is not None:
                 lora = None if blueprint.lora is None else asdict(blueprint.lora)
                 noted = metadata if isinstance(metadata, dict) else None
-                self.stores.tinker.write_run(RunNote(run, self.settings.base_model, lora, noted))
+                self.stores.tinker.write_run(RunNote(run, base_model, lora, noted))
             return model
 
         return CreateModel(
@@ -157,6 +160,7 @@ class ModelFactory:
                 tinker_run=run,
             ),
             blueprint.lora,
+            base_model,
         )
 
     def _lora(self, config: object) -> LoraSettings | None:
@@ -181,18 +185,12 @@ class ModelFactory:
         )
 
     def _check_rank(self, rank: int) -> None:
-        most = self.settings.max_lora_rank
-        if most is not None:
-            if not 1 <= rank <= most:
-                raise OperationFailed(
-                    f"this trainer job was created with max_lora_rank={most}: its models are"
-                    f" adapters of rank 1 to {most}, and this one asks for rank {rank}"
-                )
-        elif rank != self.settings.lora_rank:
+        most = self.settings.lora_rank
+        if not min(most, 1) <= rank <= most:
+            takes = f"adapters of rank 1 to {most}" if most else "full-parameter models (rank 0)"
             raise OperationFailed(
-                f"this trainer job was created with lora_rank={self.settings.lora_rank}"
-                f" and the model asks for rank {rank}: use the same, or another job, or one with"
-                " max_lora_rank"
+                f"this trainer job was created with lora_rank={most}: it takes {takes}, and this"
+                f" model asks for rank {rank}; use another job"
             )
 
     def _make(self, blueprint: Blueprint) -> TrainedModel:

@@ -130,12 +130,14 @@ class TinkerSave:
         ttl_seconds: how long it is kept; None for ever.
         user_metadata: the client's own notes.
         sampling_session: the sampling session that it is for; None for a named checkpoint.
+        run: the model that is saved.
     """
 
     checkpoint: Checkpoint | None
     ttl_seconds: int | None
     user_metadata: Mapping[str, str] | None
     sampling_session: str | None
+    run: str
 
 
 @dataclass(frozen=True, slots=True)

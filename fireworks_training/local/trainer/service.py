@@ -92,6 +92,7 @@ class CreateModel:
     make: Callable[[], TrainedModel]
     limits: ModelLimits
     lora: LoraSettings | None
+    base_model: str = ""
 
 
 @dataclass(slots=True)

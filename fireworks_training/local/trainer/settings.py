@@ -20,9 +20,8 @@ class TrainerSettings(BaseModel):
         snapshots_dir: shared by all jobs of the platform.
         tinker_dir: where runs and checkpoints of the Tinker API are noted; its models are such
             runs. None for every other job.
-        lora_rank: 0 trains every parameter; else every model of this job has an adapter of this
-            rank.
-        max_lora_rank: instead, each model chooses a rank from 1 to this.
+        lora_rank: 0 trains every parameter; else the models of this job are adapters of rank 1 to
+            this.
         snapshot_dtype: precision of the values that trainer and engine compute with.
         max_context_length: tokens that a sequence may have.
         seed: of adapters that don't bring their own.
@@ -39,7 +38,6 @@ class TrainerSettings(BaseModel):
     snapshots_dir: Path
     tinker_dir: Path | None = None
     lora_rank: int = Field(default=0, ge=0)
-    max_lora_rank: int | None = Field(default=None, ge=1)
     snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_context_length: int = Field(ge=1)
     seed: int = 0

@@ -41,7 +41,7 @@ async def create(http: HTTP, **fields: Any) -> tuple[int, dict[str, Any]]:
 
 
 async def test_models_of_different_ranks_train_apart(start: Starter) -> None:
-    one = await start(lora=LORA, lora_rank=0, max_lora_rank=8)
+    one = await start(lora=LORA, lora_rank=8)
     other = await new_model(one.http, lora_config={"rank": 8, "seed": 1})
     reference = await new_model(one.http, lora_config=None, base_only=True)
     untouched = await loss(reference)
@@ -55,7 +55,7 @@ async def test_models_of_different_ranks_train_apart(start: Starter) -> None:
 
 
 async def test_a_rank_beyond_the_most_is_refused(start: Starter) -> None:
-    trainer = await start(lora=LORA, lora_rank=0, max_lora_rank=8)
+    trainer = await start(lora=LORA, lora_rank=8)
     for rank in (0, 9):
         status, answer = await create(trainer.http, lora_config={"rank": rank})
         assert status == 400
@@ -90,7 +90,7 @@ async def test_a_full_model_takes_no_adapter(start: Starter) -> None:
 
 
 async def start_run(start: Starter, tmp_path: Path) -> Trainer:
-    trainer = await start(lora_rank=0, max_lora_rank=8, lora=LORA, tinker_dir=tmp_path / "tinker")
+    trainer = await start(lora=LORA, lora_rank=8, tinker_dir=tmp_path / "tinker")
     await trainer.post_internal("sessions", {"session_id": SESSION})
     return await run_of(trainer.http, 0, "create_model", lora_config=LORA)
 

@@ -1,0 +1,35 @@
+"""The Tinker API at the platform's root, so that `TINKER_BASE_URL` can point at it.
+
+Everything that trains goes to a trainer job of the model's own (`training`), everything that
+samples to a deployment of it (`sampling`); both are made when first needed. `records` lists and
+removes what was saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aiohttp import web
+
+from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
+from fireworks_training.local.gateway.registry import REGISTRY
+from fireworks_training.local.gateway.tinker import records, sampling, training
+from fireworks_training.local.gateway.tinker.engines import TinkerEngines
+from fireworks_training.local.gateway.tinker.sampling import SAMPLING, TinkerSampling
+from fireworks_training.local.gateway.tinker.training import TRAINING, TinkerTraining
+from fireworks_training.local.tinker_store import TinkerStore
+
+
+def install(app: web.Application, state_dir: Path) -> None:
+    """Registers all routes; the app holds `CONTROL_PLANE` and `REGISTRY`."""
+    plane, registry = app[CONTROL_PLANE], app[REGISTRY]
+    app[TRAINING] = TinkerTraining(plane, registry, TinkerStore(state_dir / "tinker"))
+    app[SAMPLING] = TinkerSampling(app[TRAINING], TinkerEngines(plane, registry))
+
+    async def close(app: web.Application) -> None:
+        await app[SAMPLING].close()
+
+    app.on_shutdown.append(close)
+    training.add_routes(app)
+    sampling.add_routes(app)
+    records.add_routes(app)

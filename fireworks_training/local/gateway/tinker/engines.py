@@ -1,0 +1,116 @@
+"""The engines behind the Tinker API: a deployment for each model's checkpoints, one for its base.
+
+Knows the platform's deployments and turns between snapshots. Does not know requests. A model's own
+weights have an engine of their own, so that a reference never waits for a snapshot's turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fireworks_training.local.gateway import resources
+from fireworks_training.local.gateway.control_plane import ControlPlane
+from fireworks_training.local.gateway.engine_client import EngineClient, LoadFailed
+from fireworks_training.local.gateway.engine_stream import EngineGone
+from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.registry import LiveDeployment, ModelEntry, Registry
+from fireworks_training.local.gateway.tinker.turns import SnapshotTurns
+from fireworks_training.local.settings import ACCOUNT
+
+DEPLOYMENT_PREFIX = "tinker-"
+START_WITHIN_S = 120.0
+LOOK_S = 0.02
+
+
+class TinkerEngines:
+    """See the module.
+
+    Args:
+        plane: the platform's deployments.
+        registry: its models and what is live.
+    """
+
+    def __init__(self, plane: ControlPlane, registry: Registry) -> None:
+        self._plane = plane
+        self._registry = registry
+        self._turns: dict[str, SnapshotTurns] = {}
+
+    async def engine(self, entry: ModelEntry, *, base: bool) -> EngineClient:
+        """A ready engine; its deployment is made when there is none.
+
+        Raises:
+            Problem: 503 when it does not start.
+        """
+        return (await self._ready(_id_of(entry, base=base), entry))[1]
+
+    @asynccontextmanager
+    async def serving(self, entry: ModelEntry, identity: str | None) -> AsyncIterator[EngineClient]:
+        """An engine that serves a snapshot, or the base model, for as long as the block runs.
+
+        Raises:
+            Problem: 503 when no engine is there, 400 when the snapshot can't be loaded.
+        """
+        id_ = _id_of(entry, base=identity is None)
+        live, engine = await self._ready(id_, entry)
+        if identity is None:
+            yield engine
+            return
+        turns = self._turns.setdefault(
+            id_, SnapshotTurns(lambda wanted: self._load(id_, entry, wanted))
+        )
+        try:
+            async with turns.turn(identity):
+                engine = _engine_of(live) or engine
+                if engine.state.identity != identity:
+                    raise EngineGone(f"{live.resource}: its engine was replaced")
+                yield engine
+        except EngineGone:
+            turns.forget()
+            raise
+
+    async def close(self) -> None:
+        """Gives up loads that are under way."""
+        await asyncio.gather(*(turns.close() for turns in self._turns.values()))
+
+    async def _ready(self, id_: str, entry: ModelEntry) -> tuple[LiveDeployment, EngineClient]:
+        deployments = self._plane.deployments
+        if not deployments.lives(id_):
+            asked = {"baseModel": entry.name, "minReplicaCount": 1, "maxReplicaCount": 1}
+            body, notice = resources.deployment_body(asked, self._registry)
+            if id_ in {row.id for row in deployments.rows()}:
+                await self._plane.finish(deployments.delete(id_, hard=True))
+            deployments.create(id_, body, notice)
+        name = f"accounts/{ACCOUNT}/deployments/{id_}"
+        try:
+            async with asyncio.timeout(START_WITHIN_S):
+                while True:
+                    live = self._registry.deployments.get(name)
+                    if live is None or live.state == "FAILED":
+                        raise Problem(503, f"deployment {id_!r} did not start; its state says why")
+                    engine = _engine_of(live)
+                    if engine is not None:
+                        return live, engine
+                    await asyncio.sleep(LOOK_S)
+        except TimeoutError:
+            raise Problem(503, f"deployment {id_!r} has no engine after 120 s") from None
+
+    async def _load(self, id_: str, entry: ModelEntry, identity: str) -> None:
+        live, engine = await self._ready(id_, entry)
+        try:
+            ended = await engine.load(identity)
+        except LoadFailed as error:
+            raise Problem(400, str(error), code="FAILED_PRECONDITION") from None
+        if ended.outcome != "loaded":
+            raise Problem(503, f"{live.resource}: {identity!r} was superseded by another load")
+        self._registry.record_loaded(live.resource, identity)
+
+
+def _id_of(entry: ModelEntry, *, base: bool) -> str:
+    name = f"{DEPLOYMENT_PREFIX}{entry.name.rpartition('/')[2]}"
+    return f"{name[:58]}-base" if base else name[:63]
+
+
+def _engine_of(live: LiveDeployment) -> EngineClient | None:
+    return next((engine for engine in live.engines if not engine.is_closed), None)

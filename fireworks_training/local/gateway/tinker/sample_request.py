@@ -1,0 +1,266 @@
+"""A sampling request of the Tinker API, checked, and its answer as a message.
+
+Knows fields, bounds and the protobuf form of a SampleResponse. Does not know engines' connections,
+sessions or HTTP.
+
+Ids and logprobs of one sample end with the token that met a stop: a stop token is part of it, and
+so are the tokens of a stop string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+
+from fireworks_training._wire import schema
+from fireworks_training.local.gateway.detokenize import StopMatcher, TextCodec
+from fireworks_training.local.gateway.engine_client import EngineLimits
+from fireworks_training.local.gateway.engine_stream import Delta, Generation, TopLogprobs
+from fireworks_training.local.gateway.problems import Problem
+
+MAX_SAMPLES = 1024
+MAX_TOP = 20
+_EMPTY = -99999.0
+"""Logprob of an empty cell of a top-k table; its id is 0."""
+
+
+class _Chunk(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: StrictStr = "encoded_text"
+    tokens: list[StrictInt] = Field(default_factory=list)
+
+
+class _Prompt(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    chunks: list[_Chunk]
+
+
+class _Params(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    max_tokens: StrictInt | None = Field(default=None, ge=1)
+    seed: StrictInt | None = Field(default=None, ge=0, lt=1 << 63)
+    stop: StrictStr | list[StrictStr] | list[StrictInt] | None = None
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    top_k: StrictInt = Field(default=-1, ge=-1)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class SampleBody(BaseModel):
+    """The body of asample. `prompt_logprobs_last_n` counts prompt tokens from the end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: StrictStr = "sample"
+    sampling_session_id: StrictStr | None = None
+    seq_id: StrictInt | None = None
+    base_model: StrictStr | None = None
+    model_path: StrictStr | None = None
+    num_samples: StrictInt = Field(default=1, ge=1, le=MAX_SAMPLES)
+    prompt: _Prompt
+    sampling_params: _Params
+    prompt_logprobs: StrictBool | None = None
+    topk_prompt_logprobs: StrictInt = Field(default=0, ge=0, le=MAX_TOP)
+    topk_sample_logprobs: StrictInt = Field(default=0, ge=0, le=MAX_TOP)
+    prompt_logprobs_last_n: StrictInt | None = Field(default=None, ge=1)
+    target_prompt_logprobs: None = None
+    prompt_alt_tokens_k: StrictInt = Field(default=0, ge=0, le=0)
+    record_stability_info: StrictBool | None = None
+
+
+_NOT_HERE = {
+    "target_prompt_logprobs": "logprobs of chosen prompt tokens are not supported here; a training"
+    " client's forward with targets [N, K] gives them",
+    "prompt_alt_tokens_k": "alternative prompt tokens are not supported here",
+}
+
+
+def parse_sample(raw: bytes) -> SampleBody:
+    """The body of asample.
+
+    Raises:
+        Problem: 400 with the first field that is wrong; never with what it held.
+    """
+    try:
+        body = SampleBody.model_validate_json(raw)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        raise Problem(400, f"{_NOT_HERE.get(name, fault['msg'])}, field: '{name}'") from None
+    if body.record_stability_info:
+        raise Problem(400, "record_stability_info is not supported here")
+    if any(chunk.type != "encoded_text" for chunk in body.prompt.chunks):
+        raise Problem(400, "this platform takes text only: every chunk must be encoded_text")
+    return body
+
+
+@dataclass(slots=True)
+class SamplePlan:
+    """What to ask an engine for.
+
+    Attributes:
+        generations: one a sample.
+        stop_texts: strings that end a sample.
+        prompt_tokens: length of the prompt.
+        echo: prompt tokens, from the end, whose logprobs are wanted; 0 for none.
+        top_prompt, top_sample: most likely tokens to report.
+    """
+
+    generations: list[Generation]
+    stop_texts: list[str]
+    prompt_tokens: int
+    echo: int
+    top_prompt: int
+    top_sample: int
+
+
+def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
+    """The generations of a request.
+
+    Raises:
+        Problem: 400 when ids or lengths do not fit the engine.
+    """
+    prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
+    params = body.sampling_params
+    stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
+    stop_ids = [stop for stop in stops if isinstance(stop, int)]
+    stop_texts = [stop for stop in stops if isinstance(stop, str)]
+    for name, ids in (("prompt", prompt), ("stop", stop_ids)):
+        if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+            raise Problem(400, f"{name}: token ids must be from 0 to {limits.vocab_size - 1}")
+    room = limits.max_context - len(prompt)
+    if not prompt or room < 1:
+        raise Problem(400, f"the prompt must have 1 to {limits.max_context - 1} tokens")
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    if max_tokens > room:
+        raise Problem(
+            400,
+            f"prompt ({len(prompt)} tokens) and max_tokens ({max_tokens}) are"
+            f" {len(prompt) + max_tokens} tokens, over the context of {limits.max_context}",
+        )
+    if "" in stop_texts:
+        raise Problem(400, "stop: a stop string must not be empty")
+    last = body.prompt_logprobs_last_n
+    if last is not None and (not body.prompt_logprobs or last > len(prompt) - 1):
+        raise Problem(
+            400,
+            "prompt_logprobs_last_n needs prompt_logprobs, and must be below the prompt's length",
+        )
+    wanted = bool(body.prompt_logprobs) or body.topk_prompt_logprobs > 0
+    echo = (last or len(prompt)) if wanted else 0
+    top = max(body.topk_prompt_logprobs, body.topk_sample_logprobs)
+    seeds = (_seed(params.seed, index) for index in range(body.num_samples))
+    generations = [
+        Generation(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            seed=seed,
+            stop_ids=stop_ids,
+            ignore_eos=params.stop is not None and not stops,
+            top_logprobs=min(top, limits.vocab_size),
+            echo=echo if index == 0 else 0,
+        )
+        for index, seed in enumerate(seeds)
+    ]
+    return SamplePlan(
+        generations,
+        stop_texts,
+        len(prompt),
+        echo,
+        body.topk_prompt_logprobs,
+        body.topk_sample_logprobs,
+    )
+
+
+def _seed(seed: int | None, index: int) -> int | None:
+    """Each sample of a seeded request has a stream of its own; the first one has the seed's."""
+    return None if seed is None else (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample as it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[TopLogprobs] = field(default_factory=list)
+    stopped: bool = False
+
+    def push(self, delta: Delta, text: StopText | None) -> bool:
+        """Takes tokens in; True once a stop string is complete, with what follows dropped."""
+        for index, token in enumerate(delta.tokens):
+            self.tokens.append(token)
+            self.logprobs.append(delta.logprobs[index])
+            self.top.append(delta.top[index] if delta.top else [])
+            if text is not None and text.ends_with(token):
+                self.stopped = True
+                return True
+        return False
+
+
+class StopText:
+    """Whether the text of some tokens has met a stop string."""
+
+    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
+        self._text = codec.stream()
+        self._matcher = StopMatcher(stops)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token completes one."""
+        return self._matcher.push(self._text.push([token]))[1]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Raw logprobs of the last prompt tokens, and the most likely tokens there."""
+
+    logprobs: Sequence[float]
+    top: Sequence[TopLogprobs]
+
+
+def encode_samples(
+    plan: SamplePlan, samples: Sequence[Sample], prompt: PromptScores | None, cached: int
+) -> bytes:
+    """A SampleResponse."""
+    message = schema.SampleResponse(prompt_cache_hit_tokens=cached)
+    for sample in samples:
+        sequence = message.sequences.add(
+            stop_reason="STOP_REASON_STOP" if sample.stopped else "STOP_REASON_LENGTH",
+            tokens=np.asarray(sample.tokens, "<i4").tobytes(),
+            logprobs=np.asarray(sample.logprobs, "<f4").tobytes(),
+        )
+        if plan.top_sample:
+            _set_top(sequence.topk_sampled_logprobs, sample.top, plan.top_sample)
+    if prompt is not None:
+        missing = plan.prompt_tokens - len(prompt.logprobs)
+        scores = np.full(plan.prompt_tokens, np.nan, "<f4")
+        scores[missing:] = prompt.logprobs
+        message.prompt_logprobs = scores.tobytes()
+        if plan.top_prompt:
+            rows: list[TopLogprobs] = [[] for _ in range(missing)] + list(prompt.top)
+            _set_top(message.topk_prompt_logprobs, rows, plan.top_prompt)
+    return message.SerializeToString()
+
+
+def _set_top(message: schema.TopkLogprobs, rows: Sequence[TopLogprobs], k: int) -> None:
+    ids = np.zeros((len(rows), k), "<i4")
+    values = np.full((len(rows), k), _EMPTY, "<f4")
+    for row, best in enumerate(rows):
+        for column, (token, logprob) in enumerate(best[:k]):
+            ids[row, column], values[row, column] = token, logprob
+    message.token_ids = ids.tobytes()
+    message.logprobs = values.tobytes()
+    message.k, message.length = k, len(rows)
+
+
+def failure(message: str, category: str) -> Mapping[str, str]:
+    """A failed sample as the body of a 200 answer."""
+    return {"error": message, "category": category}
