@@ -16,6 +16,12 @@ from fireworks_training.local.gateway.auth import host_is_allowed
 from tests.local.gateway.platform_fakes import HTTP, KEY, MODEL, Gateway, PlatformFolders
 
 FILLED = {
+    "session_id": "ts-0",
+    "session": "ts-0",
+    "sampler": "ts-0:sampler:0",
+    "run": "ts-0:train:0",
+    "kind": "weights",
+    "name": "x",
     "account": "local",
     "model": "tiny",
     "shape": "cpu",

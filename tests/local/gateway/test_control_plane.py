@@ -95,7 +95,7 @@ async def test_a_job_from_creation_to_tombstone(gateway: Gateway, folders: Platf
         "states_dir": str(folders.state_dir / "jobs" / "j1" / "states"),
         "snapshots_dir": str(folders.state_dir / "snapshots"),
         "session_timeout_s": 300.0,
-        "max_lora_rank": None,
+        "lora_rank": 0,
         "snapshot_dtype": "bfloat16",
         "max_context_length": 512,
         "seed": 0,
@@ -122,7 +122,7 @@ async def test_options_reach_the_trainer(gateway: Gateway) -> None:
     }
     trainer = await gateway.job(**options)
     told = trainer.settings
-    assert (told["max_lora_rank"], told["max_context_length"]) == (8, 100)
+    assert (told["lora_rank"], told["max_context_length"]) == (8, 100)
     assert (told["snapshot_dtype"], told["seed"]) == ("float32", 5)
 
 
