@@ -5,7 +5,7 @@
 16 prompts x 16 samples on the shipped model, one torch thread, in this process, the sides taking
 turns: the trainer's pass with prompts shared, the same pass with every datum by itself, and a bare
 padded torch loop in micro-batches of 64 rows. A custom loss is what it is on the wire: a forward,
-and a backward with one weight a token. Completions are random, so that none repeats. Before they
+and a backward with one gradient a token. Completions are random, so that none repeats. Before they
 are timed, the gradients of all sides are compared: the distance of the whole gradient, relative.
 """
 
@@ -33,9 +33,10 @@ from fireworks_training.local.model import (
     configure_torch,
     load_model,
 )
+from fireworks_training.local.trainer.graphs import Graphs
 from fireworks_training.local.trainer.network import Network
-from fireworks_training.local.trainer.operations import Datum, Pass
-from fireworks_training.local.trainer.passes import run_pass
+from fireworks_training.local.trainer.operations import Backward, Datum, Pass
+from fireworks_training.local.trainer.passes import run_backward, run_pass
 
 MODEL = Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
 PROMPTS = SAMPLES = 16
@@ -64,23 +65,18 @@ def rollouts(prompt: int, completion: int) -> list[Datum]:
 
 
 def ours(network: Network, parameters: list[nn.Parameter], data: list[Datum], loss: str) -> Side:
-    """The trainer's pass; a custom loss is a forward and a weighted backward."""
+    """The trainer's pass; a custom loss is a forward and a backward by its logprobs."""
 
     def run() -> list[Tensor]:
         if loss == "custom":
+            graphs = Graphs()
             targets = [Datum(d.tokens, {k: d.inputs[k] for k in KEPT}) for d in data]
-            run_pass(network, parameters, Pass(targets, "cross_entropy", {}, backward=False))
-            weighted = [
-                Datum(
-                    d.tokens,
-                    {"target_tokens": d.inputs["target_tokens"], "weights": d.inputs["advantages"]},
-                )
-                for d in data
-            ]
-            request = Pass(weighted, "cross_entropy", {}, backward=True)
+            forward = Pass(targets, "cross_entropy", {}, backward=False)
+            run_pass(network, parameters, forward, graphs)
+            request = Backward(forward, [-d.inputs["advantages"].astype(np.float32) for d in data])
+            gradients = run_backward(network, parameters, request, graphs)[0].gradients
         else:
-            request = Pass(data, loss, {}, backward=True)
-        gradients = run_pass(network, parameters, request).gradients
+            gradients = run_pass(network, parameters, Pass(data, loss, {}, backward=True)).gradients
         assert gradients is not None
         return gradients
 

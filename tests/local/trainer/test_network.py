@@ -23,10 +23,11 @@ from transformers import (
 from fireworks_training.local.losses import LOSSES
 from fireworks_training.local.model import LoraSettings, adapter_parameters, apply_lora, load_model
 from fireworks_training.local.trainer import network as network_module
+from fireworks_training.local.trainer.graphs import Graphs
 from fireworks_training.local.trainer.network import Network
-from fireworks_training.local.trainer.operations import Datum, Pass
+from fireworks_training.local.trainer.operations import Backward, Datum, Pass
 from fireworks_training.local.trainer.packing import plan
-from fireworks_training.local.trainer.passes import Passed, run_pass
+from fireworks_training.local.trainer.passes import Passed, run_backward, run_pass
 from tests.local.trainer.trainer_driver import VOCAB
 
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -69,7 +70,9 @@ def passed(
 
 def assert_equal(shared: Passed, alone: Passed) -> None:
     for a, b in zip(shared.outputs, alone.outputs, strict=True):
-        np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=5e-6)
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], atol=5e-6)
     assert shared.loss == pytest.approx(alone.loss, rel=1e-5, abs=1e-5)
     assert shared.loss_tokens == alone.loss_tokens
     assert shared.gradients is not None
@@ -91,6 +94,23 @@ def test_gradients_are_those_of_separate_datums(model_path: Path, loss: str, lor
     data = rollouts([9, 9, 12, 5], samples=5)
     shared = passed(module, data, loss, sharing=True, lora=lora)
     assert_equal(shared, passed(module, data, loss, sharing=False, lora=lora))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["graph kept", "computed again"])
+def test_a_custom_loss_is_the_same_with_prompts_shared(model_path: Path, kept: bool) -> None:
+    module = load_model(model_path)
+    data = rollouts([9, 12], samples=4)
+    gradients = [np.sin(np.arange(len(datum.tokens))).astype(np.float32) for datum in data]
+    results = []
+    for sharing in (True, False):
+        network, graphs = Network(module, sharing=sharing), Graphs()
+        forward = Pass(data, "cross_entropy", {}, backward=False)
+        run_pass(network, list(module.parameters()), forward, graphs if kept else None)
+        request = Backward(forward, gradients)
+        result, cached = run_backward(network, list(module.parameters()), request, graphs)
+        assert (cached > 0) is kept
+        results.append(result)
+    assert_equal(*results)
 
 
 def tiny(kind: str) -> PreTrainedModel:
