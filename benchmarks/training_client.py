@@ -177,8 +177,10 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
 
     from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
     from fireworks_training._async.loops import OwnerLoop
+    from fireworks_training._async.publishing import Publishing
     from fireworks_training._async.session import TrainerSession
     from fireworks_training._async.transport import Transport
+    from fireworks_training._core.snapshots import Chain
 
     owner = OwnerLoop(portal=True)
 
@@ -188,11 +190,18 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     transport = make(owner)
     session = TrainerSession(transport, make, url)
 
+    async def no_deployment() -> Any:
+        raise NotImplementedError
+
     async def begin() -> AsyncFiretitanTrainingClient:
         await session.open(None)
         config = FiretitanProvisioningConfig(base_model="stub", dialect=dialect)  # type: ignore[arg-type]
         return AsyncFiretitanTrainingClient(
-            session, await session.create_model(config), config, owner=owner
+            session,
+            await session.create_model(config),
+            config,
+            owner=owner,
+            publishing=Publishing(owner, Chain(), no_deployment, no_deployment),
         )
 
     async def end() -> None:

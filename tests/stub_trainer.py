@@ -14,6 +14,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from fireworks_training._wire import json_passes, protobuf
+
 Hook = Callable[[str, dict[str, Any]], Awaitable[web.StreamResponse | None]]
 
 
@@ -28,6 +30,10 @@ class StubTrainer:
         before: called with each submit; may answer in the server's stead.
         fail: seq_ids whose execution fails.
         drop_answers: seq_ids whose first submit is taken, and the connection then cut.
+        wire: the dialects it says it takes; what comes in either, it understands.
+        backward: whether it offers a backward by an earlier forward; `forgets` the forwards whose
+            references it refuses.
+        bodies: what was executed, by seq_id, as JSON has it.
     """
 
     step_protocol: bool = True
@@ -38,6 +44,10 @@ class StubTrainer:
     before_poll: Callable[[str], Awaitable[web.StreamResponse | None]] | None = None
     fail: set[int] = field(default_factory=set)
     drop_answers: set[int] = field(default_factory=set)
+    wire: list[str] = field(default_factory=list)
+    backward: bool = False
+    forgets: set[int] = field(default_factory=set)
+    bodies: dict[int, dict[str, Any]] = field(default_factory=dict)
     lost: bool = False
     _waiting: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     _results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -55,9 +65,11 @@ class StubTrainer:
         for path in (
             "forward",
             "forward_backward",
+            "backward",
             "optim_step",
             "save_weights",
             "load_weights",
+            "load_adapter",
             "save_weights_for_sampler",
             "unload_model",
             "discard_gradients",
@@ -80,12 +92,16 @@ class StubTrainer:
         result: dict[str, Any] = {"model_id": "model-1", "comms": "v2"}
         if self.step_protocol:
             result["step_protocol"] = 1
+        result |= {"wire": self.wire, "supports_backward": self.backward}
         self._results["create"] = result
         return web.json_response({"request_id": "create"})
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         path = request.path.rsplit("/", 1)[-1]
-        body = await request.json(loads=json.loads)
+        if request.content_type == protobuf.CONTENT_TYPE:
+            path, body = _from_protobuf(path, await request.read())
+        else:
+            body = await request.json(loads=json.loads)
         seq_id = body["seq_id"]
         self.submitted.append((path, seq_id))
         async with self._changed:
@@ -98,6 +114,8 @@ class StubTrainer:
             answer = await self.before(path, body)
             if answer is not None:
                 return answer
+        if path == "backward" and body["forward_seq_id"] in self.forgets:
+            return web.json_response({"error": "that forward is gone"}, status=404)
         request_id = f"r{seq_id}"
         if request_id not in self._results and seq_id not in self._waiting:
             self._waiting[seq_id] = (path, body)
@@ -118,11 +136,12 @@ class StubTrainer:
             self._next += 1
 
     def _one(self, path: str, body: dict[str, Any], seq_id: int) -> dict[str, Any]:
+        self.bodies[seq_id] = body
         if path == "discard_gradients":
             self._held, self._failed = 0, False
             self.applied.append((path, seq_id))
             return {"type": path}
-        weighty = path in ("forward_backward", "optim_step", "load_weights")
+        weighty = path in ("forward_backward", "backward", "optim_step", "load_weights")
         if self.step_protocol and self._failed and weighty:
             self._failed = path != "optim_step"
             return {
@@ -148,6 +167,14 @@ class StubTrainer:
                 "loss_fn_outputs": outputs,
                 "metrics": {"loss:sum": 1.0},
             }
+        if path == "backward":
+            self._held += len(body["gradients"])
+            empty: list[dict[str, Any]] = [{} for _ in body["gradients"]]
+            return {
+                "loss_fn_output_type": "ArrayRecord",
+                "loss_fn_outputs": empty,
+                "metrics": {"loss:sum": 2.0},
+            }
         if path == "optim_step":
             self.steps.append(self._held)
             self._held = 0
@@ -167,7 +194,11 @@ class StubTrainer:
             return web.json_response(
                 {"error": "worker died", "error_class": "ModelLost"}, status=410
             )
-        return web.json_response(self._results[request_id])
+        result = self._results[request_id]
+        if "loss_fn_outputs" in result and self.bodies[int(request_id[1:])].get("protobuf"):
+            content = protobuf.encode_result(json_passes.decode_result(result))
+            return web.Response(body=content, content_type=protobuf.CONTENT_TYPE)
+        return web.json_response(result)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that a submit brings about."""
@@ -179,3 +210,25 @@ class StubTrainer:
         async with self._changed:
             self.lost = True
             self._changed.notify_all()
+
+
+def _from_protobuf(path: str, raw: bytes) -> tuple[str, dict[str, Any]]:
+    """A protobuf request as JSON has it."""
+    request = protobuf.decode_request(raw)
+    common: dict[str, Any] = {"seq_id": request.seq_id, "protobuf": True}
+    data = [
+        {
+            "model_input": {"chunks": [{"type": "encoded_text", "tokens": d.tokens.tolist()}]},
+            "loss_fn_inputs": {
+                name: {"data": array.reshape(-1).tolist(), "shape": list(array.shape)}
+                for name, array in d.inputs.items()
+            },
+        }
+        for d in request.data
+    ]
+    if path == "backward":
+        gradients = [datum["loss_fn_inputs"]["gradients"] for datum in data]
+        forward = int(request.loss_fn_config["forward_seq_id"])
+        return path, {**common, "gradients": gradients, "forward_seq_id": forward}
+    loss = {"loss_fn": request.loss_fn, "loss_fn_config": request.loss_fn_config}
+    return request.kind, {**common, f"{request.kind}_input": {"data": data, **loss}}

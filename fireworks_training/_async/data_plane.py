@@ -43,6 +43,10 @@ POLL_TIMEOUT = 45.0
 PATIENCE = 600.0
 """Seconds of failing exchanges in a row before an operation is given up."""
 
+RETRY_BASE = 0.25
+"""Seconds; ceiling of the first pause after a failed exchange, of which half is random. It doubles
+with each further failure: at most four requests in the first second, and ever fewer."""
+
 QUICK_POLL = 0.5
 """Seconds; a "not ready" that comes sooner is answered by a pause of this, up to half of it
 shortened at random: no server is hammered, and many clients do not come in step."""
@@ -215,7 +219,12 @@ def patient(undecided: frozenset[int]) -> Backoff:
         return error.retryable
 
     return Backoff(
-        attempts=ENDLESS, cap=10.0, spread=0.5, max_elapsed=PATIENCE, retryable=retryable
+        attempts=ENDLESS,
+        base=RETRY_BASE,
+        cap=10.0,
+        spread=0.5,
+        max_elapsed=PATIENCE,
+        retryable=retryable,
     )
 
 

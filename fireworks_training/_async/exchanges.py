@@ -30,6 +30,9 @@ UPLOADS = 32
 POLLS = 64
 """Polls under way at a time, for one client; the oldest operations come first."""
 
+LOOK_EVERY = 1.0
+"""Seconds between looks at what waits, while something does."""
+
 logger = logging.getLogger("fireworks_training.trainer")
 
 
@@ -92,7 +95,7 @@ class Exchanges:
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(UPLOADS)
         self._polls = asyncio.Semaphore(POLLS)
-        self._watch = Watch()
+        self._watch = Watch(first=FIRST_NOTICE)
         self._look: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -190,7 +193,7 @@ class Exchanges:
         line = self._watch.look(loop.time())
         if line is not None:
             logger.warning("%s", line)
-        self._look = loop.call_later(1.0, self._say_what_waits)
+        self._look = loop.call_later(LOOK_EVERY, self._say_what_waits)
 
     def cancel(self) -> None:
         """Cancel everything that runs."""

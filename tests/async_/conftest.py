@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.snapshots import Chain
+from tests.fault_proxy import FaultProxy
 from tests.stub_trainer import StubTrainer
 
 Connect = Callable[..., Any]
@@ -25,35 +27,44 @@ async def _no_deployment() -> Any:
 
 @asynccontextmanager
 async def connected(
-    stub: StubTrainer, **options: Any
+    stub: StubTrainer, *, through: FaultProxy | None = None, **options: Any
 ) -> AsyncIterator[AsyncFiretitanTrainingClient]:
     """A training client of `stub`; everything is closed at the end."""
-    server = await stub.start()
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stub.start()
+        stack.push_async_callback(server.close)
+        url = str(server.make_url("")).rstrip("/")
+        if through is not None:
+            through.target = url
+            url = await stack.enter_async_context(through.running())
+        yield await stack.enter_async_context(_client(url, **options))
+
+
+@asynccontextmanager
+async def _client(url: str, **options: Any) -> AsyncIterator[AsyncFiretitanTrainingClient]:
     owner = OwnerLoop()
     owner.get()
 
     def make(loop: OwnerLoop) -> Transport:
-        return Transport(owner=loop, base_url=str(server.make_url("")), api_key="tml-test")
+        return Transport(owner=loop, base_url=url, api_key="tml-test")
 
     transport = make(owner)
     session = TrainerSession(transport, make, transport.base_url)
     await session.open(None)
-    config = FiretitanProvisioningConfig(base_model="accounts/test/models/stub")
-    client = AsyncFiretitanTrainingClient(
-        session,
-        await session.create_model(config),
-        config,
-        owner=owner,
-        publishing=Publishing(owner, Chain(), _no_deployment, _no_deployment),
-        **options,
+    config = FiretitanProvisioningConfig(
+        base_model="accounts/test/models/stub", dialect=options.pop("dialect", None)
     )
+    options.setdefault("publishing", Publishing(owner, Chain(), _no_deployment, _no_deployment))
     try:
-        yield client
+        capabilities = await session.create_model(config)
+        client = AsyncFiretitanTrainingClient(session, capabilities, config, owner=owner, **options)
+        try:
+            yield client
+        finally:
+            await client._close(drain=False)
     finally:
-        await client._close(drain=False)
         await session.close()
         await transport.close()
-        await server.close()
 
 
 @pytest.fixture

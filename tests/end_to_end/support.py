@@ -22,8 +22,8 @@ def service_on(platform: RunningPlatform, **options: Any) -> AsyncFiretitanServi
     options.setdefault("create_deployment", False)
     options.setdefault("cleanup_trainer_on_close", True)
     options.setdefault("cleanup_deployment_on_close", "delete")
+    options.setdefault("base_url", platform.base_url)
     return AsyncFiretitanServiceClient.from_firetitan_config(
-        base_url=platform.base_url,
         api_key=platform.api_key,
         base_model=platform.model,
         training_shape_id=platform.training_shape,
