@@ -28,7 +28,8 @@ from typing import IO, Any
 
 import fireworks_training
 from fireworks_training import AsyncFiretitanServiceClient
-from fireworks_training.cli.demo_loop import Plan, asked, load_problems, reward, sync, update
+from fireworks_training.cli.demo_loop import Plan, asked, reward, sync, update
+from fireworks_training.cli.demo_problems import load_problems
 
 ASSETS = Path(fireworks_training.__file__).parent / "local" / "assets"
 SIZES = {"6": (6, 6), "up to 48": (48, 0)}

@@ -23,16 +23,13 @@ from fireworks_training import (
     DeploymentSampler,
     FireworksTrainingError,
 )
-from fireworks_training.cli.demo_loop import (
-    Plan,
+from fireworks_training.cli.demo_loop import Plan, score, sync, train
+from fireworks_training.cli.demo_problems import (
     Problem,
     Score,
     StepRecord,
     load_problems,
-    score,
     split,
-    sync,
-    train,
 )
 from fireworks_training.cli.demo_report import Report, draw_curve, result_table, wilson
 
@@ -147,7 +144,7 @@ async def run(
     api_key: str | None = None,
 ) -> dict[str, object]:
     """The whole demo; returns what `summary.json` holds."""
-    training, held_out = split(problems, plan)
+    training, held_out = split(problems, plan.held_out)
     say(
         console,
         f"{len(training)} problems to train on, {len(held_out)} held out; "

@@ -5,16 +5,15 @@ mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300; 
 sixty steps do not need one). The trainer sums `-ratio * advantage` over the completions' tokens;
 dividing the advantages by the number of those tokens makes the sum a mean.
 
-Knows the loop and its records; how they are shown is `demo_report`'s.
+What a problem is, and how a run is shown, stand in `demo_problems` and `demo_report`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +23,14 @@ from fireworks_training import (
     AsyncFiretitanServiceClient,
     AsyncFiretitanTrainingClient,
     DeploymentSampler,
-    InvalidArgument,
     SampledCompletion,
     completion_datum,
     write_evaluation,
 )
+from fireworks_training.cli.demo_problems import Problem, Score, StepRecord
 
 MAX_TOKENS = 48
 """Tokens of a completion at most; a problem with its working takes about 25."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question and its right answer."""
-
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -65,91 +56,6 @@ class Plan:
     held_out: int = 400
     score_every: int = 5
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did; a line of `metrics.jsonl`.
-
-    Attributes:
-        reward: mean over the step's completions, 0 to 1.
-        held_out_accuracy: share of held-out problems solved at temperature 1; None where not
-            looked at.
-        window: requests that the concurrency controller allows in flight.
-        tokens_per_second: completion tokens sampled a second.
-        drift_mean_abs, drift_max_abs: difference of the sampled tokens' logprobs between the engine
-            that sampled them and the trainer that trains on them; natural log.
-        snapshot: the snapshot that was sampled from.
-        seconds: of the step.
-    """
-
-    step: int
-    reward: float
-    held_out_accuracy: float | None
-    window: float
-    tokens_per_second: float
-    drift_mean_abs: float
-    drift_max_abs: float
-    grad_norm: float
-    snapshot: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Score:
-    """Right answers among those given."""
-
-    right: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.right / self.total
-
-
-def load_problems(path: Path) -> list[Problem]:
-    """Problems from a JSONL file of `{"prompt": ..., "answer": ...}`.
-
-    Both are strings that are not empty; an answer may also be an integer.
-
-    Raises:
-        InvalidArgument: a line is something else, or there are fewer than two; names the line.
-    """
-    problems: list[Problem] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            problems.append(_problem(json.loads(line.decode("utf-8"))))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InvalidArgument(
-                f"{path}, line {number}: an object with 'prompt' and 'answer' is needed ({error!r})"
-            ) from error
-    if len(problems) < 2:
-        raise InvalidArgument(f"{path} has {len(problems)} problems; at least two are needed")
-    return problems
-
-
-def _problem(row: Mapping[str, object]) -> Problem:
-    prompt, answer = row["prompt"], row["answer"]
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise TypeError("'prompt' has to be a string, 'answer' a string or an integer")
-    if not prompt.strip() or not answer.strip():
-        raise ValueError("'prompt' or 'answer' is empty")
-    return Problem(prompt, answer.strip())
-
-
-def split(problems: Sequence[Problem], plan: Plan) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems: the last `held_out` of the file, at most half of it.
-
-    By place, since the file that ships keeps its last 400 apart: their pairs of numbers occur
-    neither in the others nor in what the model was pretrained on.
-    """
-    held_out = min(plan.held_out, len(problems) // 2)
-    return list(problems[:-held_out]), list(problems[-held_out:])
 
 
 def reward(completion: SampledCompletion, problem: Problem) -> float:
@@ -188,7 +94,14 @@ async def score(
     )
     rewards = [reward(c, problems[c.prompt_index]) for c in completions]
     if record is not None:
-        write_evaluation(record, completions, prompts=prompts, scores=rewards, settings=settings)
+        write_evaluation(
+            record,
+            completions,
+            prompts=prompts,
+            scores=rewards,
+            snapshot=sampler.current_snapshot,
+            settings=settings,
+        )
     return Score(int(sum(rewards)), len(completions))
 
 

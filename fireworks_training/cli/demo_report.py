@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fireworks_training.cli.demo_loop import Score, StepRecord
+from fireworks_training.cli.demo_problems import Score, StepRecord
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12

@@ -22,14 +22,12 @@ from rich.console import Console
 
 from fireworks_training import InvalidArgument, SampledCompletion, read_evaluation
 from fireworks_training.cli.demo import SHIPPED_PROBLEMS, WRITTEN, demo, run
-from fireworks_training.cli.demo_loop import (
-    Plan,
+from fireworks_training.cli.demo_loop import Plan, advantages, reward
+from fireworks_training.cli.demo_problems import (
     Problem,
     Score,
     StepRecord,
-    advantages,
     load_problems,
-    reward,
     split,
 )
 from fireworks_training.cli.demo_report import Report, draw_curve, sparkline, wilson
@@ -90,10 +88,10 @@ def test_the_interval_holds_the_share(right: int, extra: int) -> None:
 
 def test_the_last_problems_are_held_out() -> None:
     problems = load_problems(SHIPPED_PROBLEMS)
-    training, held_out = split(problems, Plan())
+    training, held_out = split(problems, Plan().held_out)
     assert [*training, *held_out] == problems
     assert len(held_out) == 400
-    assert len(split(problems[:3], Plan())[0]) == 2
+    assert len(split(problems[:3], 400)[0]) == 2
     assert not {p.prompt for p in training} & {p.prompt for p in held_out}
 
 
