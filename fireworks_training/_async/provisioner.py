@@ -18,7 +18,7 @@ from fireworks_training._async.cancellation import (
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.ownership import Holdings
+from fireworks_training._async.ownership import Claim, Holdings
 from fireworks_training._async.provisioning import (
     Resources,
     provision,
@@ -49,7 +49,7 @@ class Provisioner:
         self._ready = False
         self._closing = False
         self._lock = asyncio.Lock()
-        self._attempt: asyncio.Task[None] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
         self._forget_exit: Callable[[], None] = lambda: None
 
     async def provisioned(self) -> Resources:
@@ -63,7 +63,7 @@ class Provisioner:
         async with self._lock:
             if not self._ready:
                 try:
-                    await self._run(self._provision)
+                    await self._run(self._provision, _managed)
                 except BaseException:
                     self.resources = Resources()
                     raise
@@ -75,14 +75,15 @@ class Provisioner:
         await self.provisioned()
         async with self._lock:
             if self.resources.reference is None:
-                await self._run(self._provision_reference)
+                await self._run(self._provision_reference, _managed)
             assert self.resources.reference is not None
             return self.resources.reference
 
-    async def hold(self, work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]]) -> None:
-        """Make something else under this run's name; what a failed attempt made is deleted."""
-        async with self._lock:
-            await self._run(work)
+    async def hold(
+        self, claim: Claim, work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Make or find something else, beside the rest; what a failed attempt made is deleted."""
+        await self._run(work, lambda made: made is claim)
 
     async def revive(self) -> None:
         """Start the trainer job again after its process was lost, and wait until it is ready."""
@@ -92,12 +93,22 @@ class Provisioner:
             assert job_id is not None
             self.resources.job = await until_running(plane, self._config, job_id, resumable=True)
 
-    async def _run(self, work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]]) -> None:
-        """Carry out one attempt in a task of its own, which `close` and the exit can wait for."""
+    async def _run(
+        self,
+        work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]],
+        is_of: Callable[[Claim], bool],
+    ) -> None:
+        """Carry out one attempt in a task of its own, which `close` and the exit can wait for.
+
+        Args:
+            is_of: which of the claims that come up meanwhile are this attempt's.
+        """
         if self._closing:
             raise _closed()
-        attempt = asyncio.create_task(self._try(work), name="fireworks_training: provisioning")
-        self._attempt = attempt
+        attempt = asyncio.create_task(
+            self._try(work, is_of), name="fireworks_training: provisioning"
+        )
+        self._attempts.add(attempt)
         try:
             await asyncio.shield(attempt)
         except asyncio.CancelledError:
@@ -107,12 +118,16 @@ class Provisioner:
             await finish_in_spite_of_cancellation(ended(attempt))
             raise
         finally:
-            self._attempt = None
+            self._attempts.discard(attempt)
 
     def _is_closing(self) -> bool:
         return self._closing
 
-    async def _try(self, work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]]) -> None:
+    async def _try(
+        self,
+        work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]],
+        is_of: Callable[[Claim], bool],
+    ) -> None:
         plane = await self._connection.open()
         self._forget_exit()
         what = f"the service of {self._config.base_model}"
@@ -121,7 +136,7 @@ class Provisioner:
         try:
             await work(plane)
         except BaseException as error:
-            made = [claim for claim in self.holdings.claims if claim not in before]
+            made = [c for c in self.holdings.claims if c not in before and is_of(c)]
             await finish_in_spite_of_cancellation(self.holdings.abandon(plane, made))
             raise first_of(error) from None
 
@@ -148,20 +163,24 @@ class Provisioner:
     async def clean_up(self) -> list[BaseException]:
         """End an attempt under way, give back what was made; what went wrong on the way."""
         self._closing = True
-        if self._attempt is not None:
-            self._attempt.cancel()
-            await ended(self._attempt)
+        await self._end_attempts()
         if self.holdings.open:
             await self.holdings.give_back(await self._connection.open())
         self._forget_exit()
         return self.holdings.errors
 
+    async def _end_attempts(self) -> None:
+        """Cancel those of this loop, and wait until what they made is deleted."""
+        here = asyncio.get_running_loop()
+        attempts = [attempt for attempt in self._attempts if attempt.get_loop() is here]
+        for attempt in attempts:
+            attempt.cancel()
+        for attempt in attempts:
+            await ended(attempt)
+
     async def _clean_up_at_exit(self) -> None:
         """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
-        attempt = self._attempt
-        if attempt is not None and attempt.get_loop() is asyncio.get_running_loop():
-            attempt.cancel()
-            await ended(attempt)
+        await self._end_attempts()
         if self._connection.temporary or not self.holdings.open:
             return
         async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:
@@ -170,6 +189,11 @@ class Provisioner:
                 await self.holdings.give_back(plane)
             else:
                 await self.holdings.abandon(plane)
+
+
+def _managed(claim: Claim) -> bool:
+    """Whether a claim is of the service's own trainer, deployment or reference."""
+    return claim.role != "inference"
 
 
 def _closed() -> ClientClosed:

@@ -20,6 +20,7 @@ from fireworks_training._async.control_plane.bodies import (
     job_query,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ownership import Claim, Holdings, Role
 from fireworks_training._async.readiness import until_ready
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
@@ -222,6 +223,37 @@ async def _deployment(
     else:
         resources.stale = True
         resources.deployment = await _reattach(plane, config, found, job)
+
+
+async def inference_deployment(
+    plane: AsyncControlPlane,
+    config: DeploymentConfig,
+    holdings: Holdings,
+    claim: Claim,
+    *,
+    budget: float,
+) -> DeploymentInfo:
+    """Make or find a deployment that only serves, and wait until it is ready."""
+    found = await plane.get_deployment(config.deployment_id)
+    if found is not None and deployment_readiness(found.state) is Readiness.FAILED:
+        raise ProvisioningError(
+            f"the deployment {config.deployment_id} is {found.state}: delete it, or give another "
+            "deployment_id",
+            resource=found.name,
+            state=found.state,
+        )
+    if found is None or deployment_readiness(found.state) is Readiness.GONE:
+        annotations = {**(config.annotations or {}), **holdings.annotations()}
+        body = replace(config, annotations=annotations).body()
+        found = await holdings.create(
+            plane,
+            claim,
+            lambda: plane.create_deployment(config.deployment_id, body, config.query()),
+        )
+    else:
+        await holdings.adopt(plane, claim)
+    _log_warning("deployment", config.deployment_id, found.message)
+    return await wait_for_deployment(plane, config.deployment_id, budget=budget)
 
 
 async def wait_for_deployment(

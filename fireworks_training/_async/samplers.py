@@ -7,21 +7,26 @@ snapshot costs no connection and forgets no window.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from fireworks_training._async.connection import Connection
+from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
 )
 from fireworks_training._async.load_news import LoadNews
+from fireworks_training._async.ownership import Claim
 from fireworks_training._async.provisioner import Provisioner
+from fireworks_training._async.provisioning import inference_deployment
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
 from fireworks_training._async.weight_sync import Target, WeightSync
 from fireworks_training._core.snapshots import Chain
-from fireworks_training.config import FiretitanProvisioningConfig
+from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import DeploymentInfo
 
@@ -160,6 +165,33 @@ class Samplers:
             concurrency_controller=controller or AdaptiveConcurrencyController(),
             integer_stops=await self._integer_stops(),
         )
+
+    async def of_inference(
+        self,
+        config: DeploymentConfig,
+        budget: float,
+        clean_up: CleanUp | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+    ) -> DeploymentSampler:
+        """A sampler of a deployment that only serves, made if there is none."""
+        config.validate()
+        if config.max_replica_count <= 0:
+            raise InvalidArgument("max_replica_count must be positive for a deployment to sample")
+        resources = self._provisioner.resources
+        if config.deployment_shape is None and config.base_model == self._config.base_model:
+            linked = resources.profile.deployment_shape if resources.profile else None
+            config = replace(config, deployment_shape=self._config.deployment_shape or linked)
+        config = replace(config, region=config.region or self._config.region)
+        claim = Claim("inference", config.deployment_id, clean_up)
+        found = list[DeploymentInfo]()
+
+        async def work(plane: AsyncControlPlane) -> None:
+            holdings = self._provisioner.holdings
+            found.append(await inference_deployment(plane, config, holdings, claim, budget=budget))
+
+        await self._provisioner.hold(claim, work)
+        return await self.of_model(found[0].name, tokenizer, controller, None)
 
     async def _integer_stops(self) -> bool:
         return await (await self._connection.open()).account() == LOCAL_ACCOUNT

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.service_core import ServiceCore
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+from fireworks_training.config import CleanUp
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import WeightSyncResult
@@ -71,6 +73,37 @@ class ServiceSamplers(ServiceCore):
                 model, tokenizer, concurrency_controller, inference_url
             ),
             "create_deployment_sampler_for_model",
+        )
+
+    async def create_inference_deployment_sampler(
+        self,
+        config: DeploymentConfig,
+        *,
+        timeout_s: float = 5400.0,
+        cleanup_on_close: CleanUp | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of another deployment, such as a judge's or a teacher's, made if there is none.
+
+        Args:
+            config: what is to be served. Where it is the service's own model, its shape is taken
+                unless one is given; so is its region.
+            timeout_s: seconds for the deployment to become ready.
+            cleanup_on_close: "delete" or "scale_to_zero" what this call made when the service
+                closes; None keeps it. One that was found is never touched.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+
+        Raises:
+            InvalidArgument: the configuration contradicts itself.
+            ProvisioningError: the deployment did not come up; what this call made is deleted.
+        """
+        return await self._on_owner(
+            lambda: self._samplers.of_inference(
+                config, timeout_s, cleanup_on_close, tokenizer, concurrency_controller
+            ),
+            "create_inference_deployment_sampler",
         )
 
     async def hotload_sampler_snapshot(self, path: str) -> None:

@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient
-from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
+from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
 
@@ -219,6 +220,39 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             tokenizer=tokenizer,
             concurrency_controller=concurrency_controller,
             inference_url=inference_url,
+        )
+
+    def create_inference_deployment_sampler(
+        self,
+        config: DeploymentConfig,
+        *,
+        timeout_s: float = 5400.0,
+        cleanup_on_close: CleanUp | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of another deployment, such as a judge's or a teacher's, made if there is none.
+
+        Args:
+            config: what is to be served. Where it is the service's own model, its shape is taken
+                unless one is given; so is its region.
+            timeout_s: seconds for the deployment to become ready.
+            cleanup_on_close: "delete" or "scale_to_zero" what this call made when the service
+                closes; None keeps it. One that was found is never touched.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+
+        Raises:
+            InvalidArgument: the configuration contradicts itself.
+            ProvisioningError: the deployment did not come up; what this call made is deleted.
+        """
+        return self._run(
+            self._async.create_inference_deployment_sampler,
+            config,
+            timeout_s=timeout_s,
+            cleanup_on_close=cleanup_on_close,
+            tokenizer=tokenizer,
+            concurrency_controller=concurrency_controller,
         )
 
     def hotload_sampler_snapshot(self, path: str) -> None:

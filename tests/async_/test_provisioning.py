@@ -6,8 +6,9 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -23,6 +24,7 @@ from fireworks_training import (
     ProvisioningTimeout,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ledger import LedgerFile
 from fireworks_training._async.ownership import Holdings
 from fireworks_training._async.provisioning import Resources, provision
@@ -425,3 +427,54 @@ async def test_the_check_of_every_await_sees_a_clean_up_that_is_missing(
     assert len(open_claims()) == 2
     await service.close()  # it still knows what it made
     assert stub.left() == []
+
+
+# -- deployments that only serve -----------------------------------------------------------------
+
+
+async def test_an_inference_deployment_is_made_and_given_back(stub: StubControlPlane) -> None:
+    async with service_on(stub) as service:
+        sampler = await service.create_inference_deployment_sampler(
+            DeploymentConfig("judge", "accounts/x/models/judge", region="here"),
+            cleanup_on_close="delete",
+            tokenizer=cast(Any, object()),
+        )
+        assert sampler.model == "accounts/me/deployments/judge"
+        (body,) = stub.sent("POST", DEPLOYMENTS)
+        assert body["annotations"] == service._provisioner.holdings.annotations()
+        assert body["placement"] == {"region": "here"}
+        assert stub.left() == [f"{DEPLOYMENTS}/judge"]  # no trainer was needed
+    assert stub.left() == []
+    assert open_claims() == []
+
+
+async def test_an_inference_deployment_that_was_found_stays_and_a_failed_one_is_named(
+    stub: StubControlPlane,
+) -> None:
+    stub.put(DEPLOYMENTS, "judge")
+    judge = DeploymentConfig("judge", "accounts/x/models/judge")
+    async with service_on(stub) as service:
+        await service.create_inference_deployment_sampler(
+            judge, cleanup_on_close="delete", tokenizer=cast(Any, object())
+        )
+    assert stub.left() == [f"{DEPLOYMENTS}/judge"]
+    stub.put(DEPLOYMENTS, "judge", state="FAILED")
+    async with service_on(stub) as service:
+        with pytest.raises(ProvisioningError, match="FAILED"):
+            await service.create_inference_deployment_sampler(judge)
+        with pytest.raises(InvalidArgument, match="max_replica_count"):
+            await service.create_inference_deployment_sampler(replace(judge, max_replica_count=0))
+
+
+async def test_an_inference_deployment_that_does_not_come_up_is_deleted(
+    stub: StubControlPlane,
+) -> None:
+    async with service_on(stub) as service:
+        await service.create_training_client()
+        stub.states = {DEPLOYMENTS: ["CREATING"]}
+        with pytest.raises(ProvisioningTimeout):
+            await service.create_inference_deployment_sampler(
+                DeploymentConfig("judge", "accounts/x/models/judge"), timeout_s=0.05
+            )
+        assert f"{DEPLOYMENTS}/judge" not in stub.left()
+        assert len(stub.left()) == 2  # what the service has stays
