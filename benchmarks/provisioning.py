@@ -17,7 +17,9 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform as host
+import secrets
 import statistics
 import subprocess
 import sys
@@ -54,7 +56,16 @@ def platform(trainer_delay: float, deployment_delay: float) -> Iterator[dict[str
         command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
         command += ["--state-dir", folder, "--trainer-delay", str(trainer_delay)]
         command += ["--deployment-delay", str(deployment_delay)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        # The peer takes only keys that look like the cloud's.
+        environment = {**os.environ, "FIREWORKS_API_KEY": f"fw_{secrets.token_hex(16)}"}
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=HERE.parent,
+            env=environment,
+        )
         assert process.stdout is not None
         try:
             yield json.loads(process.stdout.readline())

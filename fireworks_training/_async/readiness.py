@@ -1,8 +1,8 @@
 """Waits for one resource: looks, and does what `_core.lifecycle.Watch` decides.
 
-A change of state is logged as INFO, a long silence as WARNING, both with state, age and message. A
-look that fails for a passing reason is no look: a control plane that is away for a minute must not
-end a wait of hours.
+A change of state is logged as INFO, a long silence as WARNING, both with state, age and message; a
+terminal shows the same as it changes. A look that fails for a passing reason is no look: a control
+plane that is away for a minute must not end a wait of hours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from fireworks_training._async.progress import shown
 from fireworks_training._core.backoff import is_retryable
 from fireworks_training._core.lifecycle import Again, GiveUp, Go, Resume, Seen, Watch
 from fireworks_training.errors import ApiError
@@ -44,7 +45,18 @@ async def until_ready(
         ApiError: the control plane refuses to be asked.
     """
     loop = asyncio.get_running_loop()
-    row = first
+    with shown(lambda: watch.describe(loop.time())):
+        return await _until_ready(watch, look, first, resume, answers)
+
+
+async def _until_ready(
+    watch: Watch,
+    look: Callable[[], Awaitable[Row | None]],
+    row: Row | None,
+    resume: Callable[[], Awaitable[None]] | None,
+    answers: Callable[[Row], Awaitable[bool]] | None,
+) -> Row:
+    loop = asyncio.get_running_loop()
     while True:
         try:
             row = row if row is not None else await look()
