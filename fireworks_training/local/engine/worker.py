@@ -18,6 +18,7 @@ from fireworks_training.local.engine.core import Engine, EngineLimits
 from fireworks_training.local.engine.loads import in_a_thread
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.frames import Control, FrameDecoder, FrameError
+from fireworks_training.local.memory import check_memory, free_bytes
 from fireworks_training.local.model import SnapshotDtype, configure_torch
 from fireworks_training.local.snapshots import SnapshotStore
 
@@ -26,6 +27,16 @@ MAX_UNSENT = 64 * 1024 * 1024
 
 CACHE_BYTES = 2 * 1024**3
 """What the key/value cache may come to, keys and values in fp32."""
+
+PROMPT_BYTES = 256 * 1024**2
+"""What the prefix cache may come to."""
+
+BYTES_PER_PARAMETER = 12
+"""fp32 to compute with, another copy in the layout of the products, the base's values in bf16, and
+as much again while a snapshot is being read."""
+
+_LEAST_CACHE = 256 * 1024**2
+"""Memory that caches need for work to go on at all."""
 
 _SOCKET_BYTES = 1 << 18
 
@@ -40,12 +51,15 @@ def main(settings: dict[str, object]) -> None:
 
     Raises:
         UnsupportedModelError: this engine would not serve the model faithfully.
+        NotEnoughMemory: the model does not fit into this machine.
         OSError: the model or the socket is not there.
     """
     configure_torch()
+    model_path = Path(cast(str, settings["model_path"]))
+    check_memory(model_path, BYTES_PER_PARAMETER, _LEAST_CACHE, free_bytes(), "an engine")
     listener = listen(Path(cast(str, settings["socket"])))
     weights = ServedWeights(
-        Path(cast(str, settings["model_path"])),
+        model_path,
         SnapshotStore(Path(cast(str, settings["snapshots_dir"]))),
         base_model=cast(str, settings["base_model"]),
         dtype=cast(SnapshotDtype, settings.get("snapshot_dtype", "bfloat16")),
@@ -54,6 +68,7 @@ def main(settings: dict[str, object]) -> None:
         max_slots=cast(int, settings.get("max_slots", 256)),
         max_context=cast(int, settings["max_context_length"]),
         cache_tokens=CACHE_BYTES // cache_bytes_per_token(weights),
+        prompt_tokens=PROMPT_BYTES // cache_bytes_per_token(weights),
     )
     serve(Engine(weights, limits, run=in_a_thread), listener)
 

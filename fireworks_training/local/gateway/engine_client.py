@@ -169,6 +169,12 @@ class EngineClient(asyncio.Protocol):
         """Streams that this gateway has in the engine."""
         return len(self._streams)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the engine would take one more request."""
+        limits = self._limits
+        return limits is None or len(self._streams) < limits.max_slots + limits.max_waiting
+
     def identity_of(self, version: int) -> str | None:
         """The snapshot behind a weights version; None = the model's own weights."""
         return self._identities.get(version)
@@ -214,7 +220,7 @@ class EngineClient(asyncio.Protocol):
         limits = self.limits
         if self.is_closed:
             raise EngineGone(f"engine {self.name} is gone")
-        if len(self._streams) >= limits.max_slots + limits.max_waiting:
+        if not self.has_room:
             raise EngineFull(f"{len(self._streams)} requests are running or waiting already")
         number = next(self._numbers) & 0xFFFFFFFF
         stream = EngineStream(self, number, flush_tokens)

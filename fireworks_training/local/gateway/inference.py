@@ -4,7 +4,9 @@ Knows the order of things: check, find an engine, encode, sample, write. What fi
 `completion_request`'s, what an answer looks like `completion_output`'s, which engine `serving`'s.
 
 An engine that dies ends a begun SSE stream without a finish reason, which a client takes for a
-truncation and retries; a client that goes away cancels its stream in the engine.
+truncation and retries; a client that goes away cancels its stream in the engine. So does a
+deadline: a request with the header `x-request-timeout` (seconds) that has not ended by then is
+given up, as 504 or, once begun, as an error event.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ from fireworks_training.local.gateway.serving import (
 )
 
 KEEPALIVE_SECONDS = 15.0
+TIMEOUT_HEADER = "x-request-timeout"
+MAX_TIMEOUT_SECONDS = 86_400
 _LONG_TEXT = 4096
 _WHOLE = 1 << 30
 """Flush threshold of a reader that only wants the end."""
@@ -77,9 +81,17 @@ class NotFinite(Problem):
         )
 
 
+class DeadlinePassed(Problem):
+    """The client would not wait any longer."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(504, f"not done within the {seconds:g} s of {TIMEOUT_HEADER}")
+
+
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /inference/v1/completions."""
     received = time.monotonic()
+    patience = _patience(request)
     body = parse_body(await request.read())
     live = find_deployment(request.app[REGISTRY], body.model)
     engines = ready_engines(request.app, live)
@@ -95,7 +107,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
         raise _busy(live, error) from None
     except EngineGone as error:
         raise _gone(live) from error
-    answer = _Answer(request, body, live, engine, prompt, codec, stream, received, encoded)
+    answer = _Answer(
+        request, body, live, engine, prompt, codec, stream, received, encoded, patience
+    )
     try:
         return await (answer.stream() if body.stream else answer.whole())
     finally:
@@ -116,7 +130,10 @@ class _Answer:
         stream: EngineStream,
         received: float,
         encoded: float,
+        patience: float | None,
     ) -> None:
+        self._patience = patience
+        self._deadline = None if patience is None else received + patience
         self._request = request
         self._body = body
         self._live = live
@@ -167,7 +184,7 @@ class _Answer:
         except Problem as problem:
             if not response.prepared:
                 raise
-            if isinstance(problem, NotFinite):
+            if isinstance(problem, NotFinite | DeadlinePassed):
                 await self._write(response, error_event(problem))
             # Without a finish reason this is a truncation, which clients retry.
         else:
@@ -202,10 +219,15 @@ class _Answer:
 
         Raises:
             NotFinite: the weights have diverged.
+            DeadlinePassed: the client's patience has ended.
             Problem: the engine is gone, full, or refused the request.
         """
         try:
-            delta = await self._stream.next()
+            # The loop's clock is the monotonic one.
+            async with asyncio.timeout_at(self._deadline):
+                delta = await self._stream.next()
+        except TimeoutError:
+            raise DeadlinePassed(self._patience or 0.0) from None
         except EngineGone as error:
             raise _gone(self._live) from error
         except EngineFull as error:
@@ -247,6 +269,26 @@ class _Answer:
         if stream.switch_index is not None:
             metrics["snapshot-switch-index"] = stream.switch_index
         return metrics
+
+
+def _patience(request: web.Request) -> float | None:
+    """Seconds that the client waits, from the header; None for as long as it takes.
+
+    Raises:
+        Problem: 400, the header is no number of seconds.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise Problem(
+            400, f"{TIMEOUT_HEADER} is a number of seconds, over 0, at most {MAX_TIMEOUT_SECONDS}"
+        )
+    return seconds
 
 
 def _generation(body: CompletionBody, prompt: list[int], engine: EngineClient) -> Generation:

@@ -21,6 +21,11 @@ DEPLOYMENT_PREFIX = "accounts/local/deployments/"
 SHORT_PREFIX = "local/"
 RETRY_SOON = {"Retry-After": "1"}
 
+_FAIR_SHARE = 1.25
+_FAIR_STREAMS = 8
+"""With these, a key keeps its engine unless that one has a quarter more streams than the average,
+and eight: a few streams more are worth a known prompt."""
+
 WAKING: web.AppKey[dict[str, asyncio.Task[None]]] = web.AppKey("waking")
 
 
@@ -77,11 +82,29 @@ def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClie
 
 
 def choose_engine(engines: list[EngineClient], affinity: str | None) -> EngineClient:
-    """The engine that a key always goes to; without a key, the one with the fewest streams."""
+    """The engine for a request: where its key's others are, or else the one with least to do.
+
+    A key goes to the engine that it always goes to, as long as that one has no more than its share
+    of all streams and some: a popular key must not make one replica work while others wait. An
+    engine that is full is passed over while another has room.
+
+    Args:
+        engines: the ones that are connected, at least one.
+        affinity: `prompt_cache_key`, or `user`.
+    """
+    open_to_more = [engine for engine in engines if engine.has_room] or engines
     if affinity is not None:
+        streams = sum(engine.open_streams for engine in open_to_more)
+        fair = _FAIR_SHARE * (streams + 1) / len(open_to_more) + _FAIR_STREAMS
         # The highest hash wins, so the end of one engine moves only that engine's keys.
-        return max(engines, key=lambda e: hashlib.sha256(f"{e.name}\0{affinity}".encode()).digest())
-    return min(engines, key=lambda engine: engine.open_streams)
+        for engine in sorted(open_to_more, key=lambda e: _weight(e.name, affinity), reverse=True):
+            if engine.open_streams < fair:
+                return engine
+    return min(open_to_more, key=lambda engine: engine.open_streams)
+
+
+def _weight(name: str, affinity: str) -> bytes:
+    return hashlib.sha256(f"{name}\0{affinity}".encode()).digest()
 
 
 def _wake(app: web.Application, resource: str) -> None:

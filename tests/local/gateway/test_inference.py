@@ -341,6 +341,60 @@ def test_a_key_keeps_its_engine_and_others_go_where_it_is_quiet(tmp_path: Path) 
     assert choose_engine(engines, None) is engines[0]
 
 
+class Busy(EngineClient):
+    """An engine with some streams open."""
+
+    def __init__(self, name: str, streams: int, *, full: bool = False) -> None:
+        super().__init__(Path("nowhere"), name)
+        self._busy, self._full = streams, full
+
+    @property
+    def open_streams(self) -> int:
+        return self._busy
+
+    @property
+    def has_room(self) -> bool:
+        return not self._full
+
+
+def test_a_key_leaves_an_engine_that_has_more_than_its_share() -> None:
+    even = [Busy(f"d/{number}", 20) for number in range(3)]
+    favourite = choose_engine(list(even), "key")
+    crowded = [Busy(e.name, 60 if e.name == favourite.name else 20) for e in even]
+    assert choose_engine(list(crowded), "key").name != favourite.name
+    slightly = [Busy(e.name, 28 if e.name == favourite.name else 20) for e in even]
+    assert choose_engine(list(slightly), "key").name == favourite.name
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_an_engine_that_is_full_is_passed_over(key: str | None) -> None:
+    engines = [Busy("d/0", 0, full=True), Busy("d/1", 9), Busy("d/2", 9, full=True)]
+    assert choose_engine(list(engines), key).name == "d/1"
+    assert choose_engine([engines[0]], key).name == "d/0"
+
+
+async def test_a_deadline_frees_the_slot_and_is_an_answer(model_path: Path, tmp_path: Path) -> None:
+    async with scripted(model_path, tmp_path) as (served, engine):
+        late = asyncio.create_task(
+            served.session.post(
+                "/inference/v1/completions",
+                json={"model": DEPLOYMENT, "prompt": PROMPT, "stream": True},
+                headers={"x-request-timeout": "0.05"},
+            )
+        )
+        stream = (await engine.control("add"))["stream"]
+        assert (await engine.control("cancel"))["streams"] == [stream]
+        answer = await late
+        assert answer.status == 504
+        assert (await answer.json())["error"]["code"] == "DEADLINE_EXCEEDED"
+        bad = await served.session.post(
+            "/inference/v1/completions",
+            json={"model": DEPLOYMENT, "prompt": PROMPT},
+            headers={"x-request-timeout": "soon"},
+        )
+        assert bad.status == 400
+
+
 # -- an engine that plays a script ----------------------------------------------------------------
 
 

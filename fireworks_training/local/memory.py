@@ -1,0 +1,85 @@
+"""Whether a model fits into this machine's memory, asked before it is loaded.
+
+Knows the headers of safetensors files and what the system says is free; loads nothing. A model that
+does not fit would be ended by the kernel in the middle of loading, together with whatever else runs
+here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import cast
+
+_HEADER_LIMIT = 100 << 20
+_SPARE = 0.9
+"""Share of the free memory that a model may take: others run here too."""
+
+
+class NotEnoughMemory(MemoryError):
+    """The model would not fit; the message says what it takes and what there is."""
+
+
+def parameter_count(model_path: Path) -> int:
+    """Numbers in the weights of a Hugging Face directory, from the headers of its files.
+
+    Raises:
+        FileNotFoundError: it has no safetensors files.
+    """
+    files = sorted(model_path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{model_path} holds no safetensors files")
+    return sum(_numbers_in(file) for file in files)
+
+
+def _numbers_in(file: Path) -> int:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise ValueError(f"{file.name} is no safetensors file")
+        header = cast("dict[str, dict[str, object]]", json.loads(stream.read(length)))
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return sum(math.prod(cast("list[int]", shape)) for shape in shapes)
+
+
+def free_bytes() -> int | None:
+    """Memory that a new process could take; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def check_memory(
+    model_path: Path, bytes_per_parameter: float, extra: int, free: int | None, what: str
+) -> None:
+    """Refuses a model that would not fit.
+
+    Args:
+        model_path: directory in the Hugging Face layout.
+        bytes_per_parameter: what the process holds for each, all copies together.
+        extra: bytes that it takes besides.
+        free: what there is, from `free_bytes`; None checks nothing.
+        what: the process, for the message.
+
+    Raises:
+        NotEnoughMemory: the message says by how much.
+    """
+    if free is None:
+        return
+    count = parameter_count(model_path)
+    needed = int(count * bytes_per_parameter) + extra
+    if needed > free * _SPARE:
+        raise NotEnoughMemory(
+            f"{model_path.name} has {count / 1e6:,.0f} M parameters; {what} would take "
+            f"{needed / 2**30:.1f} GiB ({bytes_per_parameter:g} bytes a parameter and "
+            f"{extra / 2**30:.1f} GiB), and {free / 2**30:.1f} GiB are free, of which "
+            f"{_SPARE:.0%} may be used. Serve a smaller model, or free memory"
+        )
