@@ -217,8 +217,7 @@ class EngineClient(asyncio.Protocol):
             EngineFull: as many requests wait as the engine takes.
             EngineGone: the connection has ended.
         """
-        limits = self.limits
-        if self.is_closed:
+        if self.is_closed or self._limits is None:
             raise EngineGone(f"engine {self.name} is gone")
         if not self.has_room:
             raise EngineFull(f"{len(self._streams)} requests are running or waiting already")
