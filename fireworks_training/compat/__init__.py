@@ -39,13 +39,12 @@ if TYPE_CHECKING:
         DeploymentSampler,
         DeploymentSamplerTimeoutError,
         FiretitanProvisioningConfig,
-        FiretitanServiceClient,
-        FiretitanTrainingClient,
         FixedConcurrencyController,
         SampledCompletion,
         SamplingClientClosedError,
         SamplingConcurrencyController,
         SamplingRequestError,
+        SaveSamplerResult,
         ServerMetrics,
     )
     from fireworks_training.compat.client import (
@@ -71,11 +70,19 @@ if TYPE_CHECKING:
         normalize_lr_scheduler_spec,
         parse_lr_scheduler_spec,
     )
+    from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.compat.trainer import (
         CreatedTrainerJob,
         TrainerJobConfig,
         TrainerJobManager,
         TrainerServiceEndpoint,
+    )
+    from fireworks_training.compat.training import (
+        DEFAULT_MERGED_BASE_EXPORT_PRECISION,
+        ExportPrecision,
+        FiretitanTrainingClient,
+        GradAccNormalization,
+        GradNormMetricsMode,
     )
     from fireworks_training.compat.weight_syncer import WeightSyncer
     from fireworks_training.errors import ApiError as APIError
@@ -122,6 +129,14 @@ _HERE = {
         "TrainerJobManager",
         "TrainerServiceEndpoint",
     ),
+    "service": ("FiretitanServiceClient",),
+    "training": (
+        "DEFAULT_MERGED_BASE_EXPORT_PRECISION",
+        "ExportPrecision",
+        "FiretitanTrainingClient",
+        "GradAccNormalization",
+        "GradNormMetricsMode",
+    ),
     "weight_syncer": ("WeightSyncer",),
 }
 """Names by the module of this package that has them."""
@@ -137,18 +152,15 @@ _ROOT = {
     "DeploymentSampler": "DeploymentSampler",
     "DeploymentSamplerTimeoutError": "DeploymentSamplerTimeoutError",
     "FiretitanProvisioningConfig": "FiretitanProvisioningConfig",
-    "FiretitanServiceClient": "FiretitanServiceClient",
-    "FiretitanTrainingClient": "FiretitanTrainingClient",
     "FixedConcurrencyController": "FixedConcurrencyController",
     "RequestFailedError": "RequestFailed",
     "SampledCompletion": "SampledCompletion",
     "SamplingClientClosedError": "SamplingClientClosedError",
     "SamplingConcurrencyController": "SamplingConcurrencyController",
     "SamplingRequestError": "SamplingRequestError",
+    "SaveSamplerResult": "SaveSamplerResult",
     "ServerMetrics": "ServerMetrics",
-    "ServiceClient": "FiretitanServiceClient",
     "TrainingAPIError": "ApiError",
-    "TrainingClient": "FiretitanTrainingClient",
     "TrainingError": "FireworksTrainingError",
 }
 """Names of the other SDK, and the public names of this package that stand for them."""
@@ -174,6 +186,7 @@ __all__ = [
     "CONTRACTS",
     "DEFAULT_CHECKSUM_FORMAT",
     "DEFAULT_DELTA_COMPRESSION",
+    "DEFAULT_MERGED_BASE_EXPORT_PRECISION",
     "APIConnectionError",
     "APIError",
     "APIFuture",
@@ -192,12 +205,15 @@ __all__ = [
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
     "EncodedTextChunk",
+    "ExportPrecision",
     "FiretitanProvisioningConfig",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
     "FireworksClient",
     "FixedConcurrencyController",
     "ForwardBackwardOutput",
+    "GradAccNormalization",
+    "GradNormMetricsMode",
     "LRSchedulerSpec",
     "LinearSchedule",
     "LoraConfig",
@@ -211,6 +227,7 @@ __all__ = [
     "SamplingConcurrencyController",
     "SamplingParams",
     "SamplingRequestError",
+    "SaveSamplerResult",
     "ServerMetrics",
     "ServiceClient",
     "StopReason",
@@ -234,7 +251,11 @@ __all__ = [
 ]
 
 
+_ALIASES = {"ServiceClient": "FiretitanServiceClient", "TrainingClient": "FiretitanTrainingClient"}
+
+
 def _find(name: str) -> Any:
+    name = _ALIASES.get(name, name)
     for home, names in _HERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)

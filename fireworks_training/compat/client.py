@@ -22,7 +22,7 @@ from fireworks_training._async.control_plane.client import (
 )
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
-from fireworks_training._portal import wait_for
+from fireworks_training._portal import at_exit, wait_for
 from fireworks_training.errors import (
     ApiStatusError,
     ClientClosed,
@@ -132,6 +132,8 @@ class FireworksClient:
             additional_headers=additional_headers,
             verify_ssl=verify_ssl is not False,
         )
+        # For those who forget `close()`.
+        self._forget_exit = at_exit(repr(self), self._transport.close)
         self._account = Account(self._transport)
         self._plane = AsyncControlPlane(self._transport)
 
@@ -369,6 +371,7 @@ class FireworksClient:
         if self._owner.bound is not None and not closed:
             self._run(self._transport.close, "close")
             self._owner.release()
+        self._forget_exit()
 
     def __enter__(self) -> Self:
         return self

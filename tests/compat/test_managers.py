@@ -285,7 +285,8 @@ def saved_snapshot(name: str) -> Any:
 def test_every_name_is_there_and_is_what_it_says() -> None:
     for name in compat.__all__:
         assert getattr(compat, name) is not None
-    assert compat.ServiceClient is fireworks_training.FiretitanServiceClient
+    assert compat.ServiceClient is compat.FiretitanServiceClient
+    assert issubclass(compat.ServiceClient, fireworks_training.FiretitanServiceClient)
     assert compat.APIStatusError is fireworks_training.ApiStatusError
     assert set(dir(compat)) == set(compat.__all__)
     with pytest.raises(AttributeError, match="nothing"):

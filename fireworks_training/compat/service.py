@@ -1,0 +1,323 @@
+"""`FiretitanServiceClient` with the spellings of the official SDK beside this package's own.
+
+The same service; what is added are twins (`..._async`), the `managed_*` names, creation from a
+saved state, and results in the other SDK's shape: rows are dictionaries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fireworks_training._sync import service as blocking
+from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
+from fireworks_training.compat.training import FiretitanTrainingClient
+from fireworks_training.errors import InvalidArgument, NotSupported
+from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class FiretitanServiceClient(blocking.FiretitanServiceClient):
+    """See the module; made by `from_firetitan_config`."""
+
+    # -- training clients --------------------------------------------------------------------------
+
+    def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        lora_alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        projection_head_dim: int | None = None,
+        lora_init_method: str | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client` of the core.
+
+        Args:
+            projection_head_dim, lora_init_method: refused, but for what is the default.
+        """
+        _check_model(projection_head_dim, lora_init_method)
+        made = super().create_training_client(
+            base_model,
+            lora_rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            lora_alpha,
+            user_metadata,
+        )
+        return self._mine(made)
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        projection_head_dim: int | None = None,
+        init_method: str | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client` by the names of the LoRA guide."""
+        return self.create_training_client(
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+            projection_head_dim,
+            init_method,
+        )
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        projection_head_dim: int | None = None,
+        init_method: str | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_lora_training_client`, awaited."""
+        return await _in_thread(
+            lambda: self.create_lora_training_client(
+                base_model,
+                rank,
+                seed,
+                train_mlp,
+                train_attn,
+                train_unembed,
+                alpha,
+                user_metadata,
+                projection_head_dim,
+                init_method,
+            )
+        )
+
+    def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """A client of the base model on the service's trainer, with the adapter off."""
+        return self._mine(super().create_base_training_client(base_model, user_metadata))
+
+    def create_reference_client(
+        self,
+        base_model: str | None = None,
+        *,
+        lora_rank: int | None = None,
+        policy_client: AnyTrainingClient | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """A client of the model before training; only `forward` is legal."""
+        made = super().create_reference_client(
+            base_model,
+            lora_rank=lora_rank,
+            policy_client=policy_client,
+            user_metadata=user_metadata,
+        )
+        return self._mine(made)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        projection_head_dim: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """The training client, with the weights of a saved state and a fresh optimizer.
+
+        Raises:
+            RequestFailed: there is no such state; the message lists those there are.
+        """
+        client = self.create_training_client(
+            user_metadata=user_metadata, projection_head_dim=projection_head_dim
+        )
+        client.load_state(path, weights_access_token).result()
+        return client
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        projection_head_dim: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """The training client, with the weights and the optimizer of a saved state.
+
+        Raises:
+            RequestFailed: there is no such state; the message lists those there are.
+        """
+        client = self.create_training_client(
+            user_metadata=user_metadata, projection_head_dim=projection_head_dim
+        )
+        client.load_state_with_optimizer(path, weights_access_token).result()
+        return client
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        projection_head_dim: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client_from_state`, awaited."""
+        make = self.create_training_client_from_state
+        return await _in_thread(
+            lambda: make(path, user_metadata, weights_access_token, projection_head_dim)
+        )
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        projection_head_dim: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client_from_state_with_optimizer`, awaited."""
+        make = self.create_training_client_from_state_with_optimizer
+        return await _in_thread(
+            lambda: make(path, user_metadata, weights_access_token, projection_head_dim)
+        )
+
+    def _mine(self, client: AnyTrainingClient) -> FiretitanTrainingClient:
+        return FiretitanTrainingClient._of(client._async, self)
+
+    # -- snapshots and checkpoints -----------------------------------------------------------------
+
+    def hotload_sampler_snapshot(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_path: str
+    ) -> None:
+        """Load a snapshot into the deployment, and wait until every replica serves it."""
+        super().hotload_sampler_snapshot(model_path)
+
+    def list_checkpoints(  # type: ignore[override]
+        self, job_id: str | None = None, *, page_size: int = 200
+    ) -> list[Row]:
+        """Rows of a trainer job's checkpoints, oldest first; default of the service's own."""
+        return [_checkpoint(info) for info in super().list_checkpoints(job_id, page_size=page_size)]
+
+    def promote_checkpoint(  # type: ignore[override]
+        self,
+        job_id: str | None = None,
+        checkpoint_id: str | None = None,
+        output_model_id: str | None = None,
+        base_model: str | None = None,
+        *,
+        name: str | None = None,
+        hot_load_deployment_id: str | None = None,
+    ) -> Row:
+        """Make a model of a sampler checkpoint, and wait until it is one; its row.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            job_id, checkpoint_id: its two ids, in place of `name`.
+            output_model_id: of the new model.
+            base_model: default the service's.
+        """
+        if output_model_id is None:
+            raise InvalidArgument("output_model_id is needed")
+        if name is None:
+            ending = f"/rlorTrainerJobs/{job_id}/checkpoints/{checkpoint_id}"
+            rows = super().list_checkpoints(job_id) if job_id and checkpoint_id else []
+            found = [row.name for row in rows if row.name.endswith(ending)]
+            if not found:
+                raise InvalidArgument("give name=, as list_checkpoints has it")
+            name = found[0]
+        model = super().promote_checkpoint(
+            name, output_model_id, base_model, hot_load_deployment_id=hot_load_deployment_id
+        )
+        return _model(model)
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    def get_server_capabilities(self) -> Any:
+        """What the trainer can do, as `tinker.types.GetServerCapabilitiesResponse`."""
+        from tinker.types import GetServerCapabilitiesResponse
+
+        return GetServerCapabilitiesResponse.model_validate(super().get_server_capabilities())
+
+    async def get_server_capabilities_async(self) -> Any:
+        """`get_server_capabilities`, awaited."""
+        return await _in_thread(self.get_server_capabilities)
+
+    @property
+    def managed_trainer_job_id(self) -> str | None:
+        """Id of the trainer job; None before it is known."""
+        return self.trainer_job_id
+
+    @property
+    def managed_deployment_id(self) -> str | None:
+        """Id of the deployment; None before it is known."""
+        return self.deployment_id
+
+    @property
+    def managed_training_profile(self) -> TrainingProfile | None:
+        """The resolved training shape; None before it is known, or without one."""
+        return self.training_profile
+
+    @property
+    def managed_accelerator_type(self) -> str | None:
+        """The shape's accelerator; None before it is known."""
+        return self.accelerator_type
+
+    @property
+    def managed_accelerator_count(self) -> int | None:
+        """How many of them; None before it is known."""
+        return self.accelerator_count
+
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """The deployment's shape; None before it is known."""
+        return self.deployment_shape
+
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """Tokens; None before it is known."""
+        return self.max_context_length
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Not on the caller's loop: it may be the one that users' coroutines need."""
+    return await asyncio.to_thread(work)
+
+
+def _check_model(projection_head_dim: int | None, init_method: str | None) -> None:
+    if projection_head_dim:
+        raise NotSupported("projection heads are not supported yet; leave projection_head_dim out")
+    if init_method not in (None, "kaiming"):
+        raise NotSupported(f"init_method={init_method!r}: there is 'kaiming'")
+
+
+def _checkpoint(info: CheckpointInfo) -> Row:
+    return {
+        "name": info.name,
+        "createTime": info.create_time,
+        "updateTime": info.update_time,
+        "checkpointType": info.checkpoint_type,
+        "promotable": info.promotable,
+    }
+
+
+def _model(info: ModelInfo) -> Row:
+    return {"name": info.name, "state": info.state, "kind": info.kind}

@@ -1,0 +1,194 @@
+"""`FiretitanTrainingClient` with the spellings of the official SDK beside this package's own.
+
+The same client; what is added are twins (`..._async`), parameters that other servers take and this
+package refuses with a reason, and clients that are made from a client. A service of
+`compat.service` hands these out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+from fireworks_training._sync import trainer as blocking
+from fireworks_training.errors import InvalidArgument, NotSupported
+from fireworks_training.models import SaveSamplerResult
+
+if TYPE_CHECKING:
+    import tinker
+    from transformers import PreTrainedTokenizerBase
+
+    from fireworks_training.compat.service import FiretitanServiceClient
+    from fireworks_training.futures import APIFuture
+
+ExportPrecision = Literal["source", "bf16", "nvfp4", "mxfp8", "fp8_block128"]
+DEFAULT_MERGED_BASE_EXPORT_PRECISION: ExportPrecision = "source"
+
+
+class GradAccNormalization(StrEnum):
+    """By what `optim_step` divides the gradients; a text, as the trainer takes it."""
+
+    NUM_LOSS_TOKENS = "num_loss_tokens"
+    NUM_SEQUENCES = "num_sequences"
+    NONE = "none"
+
+
+class GradNormMetricsMode(StrEnum):
+    """Which gradient norms `optim_step` reports; a text, as the trainer takes it."""
+
+    OFF = "off"
+    BASIC = "basic"
+    DETAILED = "detailed"
+
+
+class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
+    """See the module; made by a service's `create_training_client`."""
+
+    _service: FiretitanServiceClient
+
+    @classmethod
+    def _of(cls, client: AsyncFiretitanTrainingClient, service: FiretitanServiceClient) -> Self:
+        twin = cls._wrap(client)
+        twin._service = service
+        return twin
+
+    # -- passes ------------------------------------------------------------------------------------
+
+    async def forward_backward_custom_async(
+        self,
+        data: Any,
+        loss_fn: Any,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Any = "logprobs",
+        pooling: Any = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> Any:
+        """`forward_backward_custom`, once it has its place in the line."""
+        if loss_type_input != "logprobs":
+            raise InvalidArgument(f"loss_type_input={loss_type_input!r}: use output= for others")
+        return await super().forward_backward_custom_async(
+            data, loss_fn, output=output, pooling=pooling, precomputed_forward=precomputed_forward
+        )
+
+    async def forward_backward_contrastive_async(
+        self,
+        data: Any,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Any = "last",
+        num_extra_negatives: int = 0,
+    ) -> Any:
+        """`forward_backward_contrastive`, once it has its place in the line."""
+        return self.forward_backward_contrastive(
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
+        )
+
+    # -- states and snapshots ----------------------------------------------------------------------
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[Any]:
+        """`save_state` of the core.
+
+        Args:
+            timeout: refused: the future takes one, `save_state(name).result(timeout)`.
+        """
+        if timeout is not None:
+            raise NotSupported("timeout: wait with save_state(name).result(timeout)")
+        return super().save_state(name, ttl_seconds, overwrite)
+
+    async def save_state_async(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> APIFuture[Any]:
+        """`save_state`, once it has its place in the line."""
+        return self.save_state(name, ttl_seconds, overwrite)
+
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[Any]:
+        """`load_state`, once it has its place in the line."""
+        return self.load_state(path, weights_access_token)
+
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[Any]:
+        """`load_state_with_optimizer`, once it has its place in the line."""
+        return self.load_state_with_optimizer(path, weights_access_token)
+
+    async def save_weights_for_sampler_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: Any = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[Any]:
+        """`save_weights_for_sampler`, once it has its place in the line."""
+        return self.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: Any = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        saved = self.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        ).result()
+        return SaveSamplerResult(path=saved.path, snapshot_name=saved.path)
+
+    def resolve_checkpoint_path(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, checkpoint_name: str, source_job_id: str | None = None
+    ) -> str:
+        """What `load_state` takes for a state of this trainer job, or of `source_job_id`."""
+        return super().resolve_checkpoint_path(checkpoint_name, source_job_id)
+
+    # -- what it is, and clients of it -------------------------------------------------------------
+
+    def get_info(self) -> Any:
+        """What the trainer says of the model, as `tinker.types.GetInfoResponse`."""
+        from tinker.types import GetInfoResponse
+
+        return GetInfoResponse.model_validate(super().get_info())
+
+    async def get_info_async(self) -> Any:
+        """`get_info`, awaited."""
+        return await asyncio.to_thread(self.get_info)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the service's model."""
+        return self._service.get_tokenizer()
+
+    def create_base_training_client(
+        self, base_model: str, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient:
+        """A client of the base model on the same trainer, with the adapter off."""
+        return self._service.create_base_training_client(base_model, user_metadata)

@@ -1,0 +1,189 @@
+"""Service and training client by the official SDK's spellings: what its users call, and get."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fireworks_training.compat import (
+    AdamParams,
+    Datum,
+    DeploymentManager,
+    FiretitanServiceClient,
+    FiretitanTrainingClient,
+    GradAccNormalization,
+    GradNormMetricsMode,
+    ModelInput,
+    TensorData,
+    TrainerJobManager,
+    WeightSyncer,
+    types,
+)
+from fireworks_training.errors import InvalidArgument, NotSupported, RequestFailed
+from tests.conftest import RunningPlatform
+
+
+def datum() -> Datum:
+    return Datum(
+        model_input=ModelInput.from_ints([5, 6, 7, 8]),
+        loss_fn_inputs={
+            "target_tokens": TensorData(data=[6, 7, 8, 9], dtype="int64", shape=[4]),
+            "weights": TensorData(data=[1.0] * 4, dtype="float32", shape=[4]),
+        },
+    )
+
+
+def service_of(platform: RunningPlatform, **options: Any) -> FiretitanServiceClient:
+    return FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        training_shape_id=platform.training_shape,
+        cleanup_deployment_on_close="delete",
+        cleanup_trainer_on_close=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def service(platform: RunningPlatform) -> Iterator[FiretitanServiceClient]:
+    with service_of(platform, deployment_id="compat-clients") as made:
+        yield made
+
+
+@pytest.fixture
+def client(service: FiretitanServiceClient) -> FiretitanTrainingClient:
+    return service.create_training_client()
+
+
+def test_a_step_and_a_state_by_the_async_names(client: FiretitanTrainingClient) -> None:
+    async def step() -> float:
+        passed = await client.forward_backward_async([datum()], "cross_entropy")
+        stepped = await client.optim_step_async(
+            AdamParams(learning_rate=1e-3),
+            GradAccNormalization.NUM_LOSS_TOKENS,
+            GradNormMetricsMode.BASIC,
+        )
+        saved = await client.save_state_async("compat-state")
+        await stepped
+        assert (await saved).path.endswith("compat-state")
+        await (await client.load_state_with_optimizer_async("compat-state"))
+        await (await client.load_state_async("compat-state"))
+        return float((await passed).metrics["loss:sum"])
+
+    assert asyncio.run(step()) > 0
+    assert "compat-state" in client.list_checkpoints()
+    assert client.resolve_checkpoint_path(checkpoint_name="s", source_job_id="j") == (
+        "cross_job://j/s"
+    )
+
+
+def test_what_the_trainer_says_comes_in_tinkers_types(
+    service: FiretitanServiceClient, client: FiretitanTrainingClient
+) -> None:
+    info = asyncio.run(client.get_info_async())
+    assert isinstance(info, types.GetInfoResponse)
+    assert info.model_id == client.model_id
+    capabilities = asyncio.run(service.get_server_capabilities_async())
+    assert isinstance(capabilities, types.GetServerCapabilitiesResponse)
+    assert client.get_tokenizer() is service.get_tokenizer()
+
+
+def test_the_managed_names(
+    service: FiretitanServiceClient, client: FiretitanTrainingClient
+) -> None:
+    assert client.session_id
+    assert service.managed_deployment_id == "compat-clients"
+    assert service.managed_trainer_job_id == service.trainer_job_id
+    assert service.managed_training_profile == service.training_profile
+    assert service.managed_accelerator_type == "CPU"
+    assert service.managed_accelerator_count == 1
+    assert service.managed_deployment_shape == service.deployment_shape
+    assert service.managed_max_context_length == service.max_context_length
+
+
+def test_what_is_not_supported_is_refused(
+    service: FiretitanServiceClient, client: FiretitanTrainingClient
+) -> None:
+    with pytest.raises(NotSupported, match="projection"):
+        service.create_training_client(projection_head_dim=8)
+    with pytest.raises(NotSupported, match="kaiming"):
+        service.create_lora_training_client(init_method="nora")
+    with pytest.raises(NotSupported, match=r"result\(timeout\)"):
+        client.save_state("x", timeout=1.0)
+    with pytest.raises(InvalidArgument, match="output="):
+        asyncio.run(client.forward_backward_custom_async([], len, loss_type_input="x"))
+
+
+def test_a_client_from_a_state(platform: RunningPlatform) -> None:
+    with service_of(platform, create_deployment=False, lora_rank=4) as service:
+        client = service.create_lora_training_client(rank=4)
+        client.forward_backward([datum()], "cross_entropy")
+        client.optim_step(AdamParams(learning_rate=1e-2)).result()
+        client.save_state("compat-from").result()
+        trained = client.forward([datum()], "cross_entropy").result().metrics["loss:sum"]
+        base = client.create_base_training_client(platform.model)
+        untrained = base.forward([datum()], "cross_entropy").result().metrics["loss:sum"]
+        assert untrained > trained
+        make = service.create_training_client_from_state_with_optimizer_async
+        again = asyncio.run(make("compat-from"))
+        assert isinstance(again, FiretitanTrainingClient)
+        assert again.forward([datum()], "cross_entropy").result().metrics["loss:sum"] == trained
+        with pytest.raises(RequestFailed, match="compat-nothing"):
+            service.create_training_client_from_state("compat-nothing")
+
+
+def test_weights_are_saved_loaded_sampled_and_promoted(
+    platform: RunningPlatform, service: FiretitanServiceClient, client: FiretitanTrainingClient
+) -> None:
+    deployments = DeploymentManager(platform.api_key, platform.base_url)
+    syncer = WeightSyncer(
+        client, deployments, "compat-clients", platform.model, warmup_max_retries=2
+    )
+    assert syncer.check_deployment_state() is None
+    first = syncer.save_only("compat-a")
+    assert first is not None
+    assert syncer.hotload(first, "base")
+    assert syncer.check_deployment_state() == syncer.base_identity == first
+    client.forward_backward([datum()], "cross_entropy")
+    client.optim_step(AdamParams(learning_rate=1e-3)).result()
+    second = syncer.save_and_hotload("compat-b", "base")
+    assert syncer.last_timing.keys() == {
+        "save_time_s",
+        "hotload_time_s",
+        "warmup_time_s",
+        "total_time_s",
+    }
+    assert not syncer.hotload("nothing", "base")
+    assert deployments.last_hotload_error_message is not None
+    assert syncer.base_identity == second
+    syncer.reset_delta_chain()
+    assert (syncer.base_saved, syncer.base_identity) == (False, None)
+    sampler = syncer.get_deployment_sampler(service.get_tokenizer())
+    found = sampler.sample_with_prompt_tokens([1, 2, 3], n=1, max_tokens=2).result()
+    assert found[0].snapshot_identity == second
+    sampler.close()
+    deployments.close()
+
+    (row,) = [row for row in service.list_checkpoints() if row["name"].endswith(f"/{second}")]
+    assert row["promotable"]
+    model = service.promote_checkpoint(name=row["name"], output_model_id="compat-model")
+    assert model == {
+        "name": "accounts/local/models/compat-model",
+        "state": "READY",
+        "kind": "HF_BASE_MODEL",
+    }
+    with TrainerJobManager(platform.api_key, platform.base_url) as trainers:
+        again = trainers.promote_checkpoint(
+            name=row["name"], output_model_id="compat-model-2", base_model=platform.model
+        )
+        assert again["state"] == "READY"
+        with pytest.raises(ValueError, match="is a checkpoint of"):
+            trainers.promote_checkpoint(
+                "other", name=row["name"], output_model_id="x", base_model=platform.model
+            )
+        with pytest.warns(DeprecationWarning, match="name="), pytest.raises(RuntimeError):
+            trainers.promote_checkpoint("compat-none", "c", "x-model", platform.model)
