@@ -78,7 +78,9 @@ def test_the_commands_exist() -> None:
 
 
 def test_the_names_in_backticks_exist() -> None:
-    errors = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?(?:, `(\w+)`)?(?:, `(\w+)`)?", README, re.M)
+    """Outside the comparison with the other SDKs, which names theirs."""
+    ours = README.split("## Compatibility")[0] + README.split("## Errors")[1]
+    errors = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?(?:, `(\w+)`)?(?:, `(\w+)`)?", ours, re.M)
     names = {name for row in errors for name in row if re.fullmatch(r"[A-Z]\w+", name)}
     assert len(names) > 15
     assert names <= set(fireworks_training.__all__)
