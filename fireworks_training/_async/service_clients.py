@@ -70,6 +70,22 @@ class ServiceClients(ServiceCore):
             user_metadata,
         )
 
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """`create_lora_training_client`, awaited."""
+        return await self.create_lora_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
+        )
+
     async def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> AsyncFiretitanTrainingClient:

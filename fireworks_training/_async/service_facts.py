@@ -8,7 +8,7 @@ from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.provisioning import separate_reference
 from fireworks_training._async.service_core import ServiceCore
-from fireworks_training.errors import InvalidArgument
+from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 
 
@@ -92,6 +92,48 @@ class ServiceFacts(ServiceCore):
         snapshot of this one is loaded."""
         return self._provisioner.resources.stale
 
+    # -- the same, by the names of the official SDK ------------------------------------------------
+
+    @property
+    def managed_trainer_job_id(self) -> str | None:
+        """`trainer_job_id`."""
+        return self.trainer_job_id
+
+    @property
+    def managed_deployment_id(self) -> str | None:
+        """`deployment_id`."""
+        return self.deployment_id
+
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """`max_context_length`."""
+        return self.max_context_length
+
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """`deployment_shape`."""
+        return self.deployment_shape
+
+    @property
+    def managed_training_profile(self) -> TrainingProfile | None:
+        """`training_profile`."""
+        return self.training_profile
+
+    @property
+    def managed_accelerator_type(self) -> str | None:
+        """`accelerator_type`."""
+        return self.accelerator_type
+
+    @property
+    def managed_accelerator_count(self) -> int | None:
+        """`accelerator_count`."""
+        return self.accelerator_count
+
+    @property
+    def training_session_name(self) -> str | None:
+        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
+        return self.training_session_id
+
     # -- checkpoints -------------------------------------------------------------------------------
 
     async def list_checkpoints(
@@ -161,3 +203,18 @@ class ServiceFacts(ServiceCore):
             )
 
         return await self._on_owner(ask, "get_server_capabilities")
+
+    async def get_server_capabilities_async(self) -> dict[str, Any]:
+        """`get_server_capabilities`."""
+        return await self.get_server_capabilities()
+
+    async def delete_training_session(self) -> None:
+        """Not supported: only serverless training has sessions of its own to delete.
+
+        Raises:
+            NotSupported: always; `close()` ends a dedicated trainer's session.
+        """
+        raise NotSupported(
+            "delete_training_session belongs to serverless training, which is not supported; "
+            "close() ends the session of a dedicated trainer"
+        )

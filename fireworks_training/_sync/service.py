@@ -96,6 +96,31 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         )
         return FiretitanTrainingClient._wrap(instance)
 
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_lora_training_client`, awaited."""
+        instance = await self._hop(
+            self._async.create_lora_training_client_async,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
     def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> FiretitanTrainingClient:
@@ -362,6 +387,46 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         snapshot of this one is loaded."""
         return self._async.requires_initial_sampler_sync()
 
+    @property
+    def managed_trainer_job_id(self) -> str | None:
+        """`trainer_job_id`."""
+        return self._async.managed_trainer_job_id
+
+    @property
+    def managed_deployment_id(self) -> str | None:
+        """`deployment_id`."""
+        return self._async.managed_deployment_id
+
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """`max_context_length`."""
+        return self._async.managed_max_context_length
+
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """`deployment_shape`."""
+        return self._async.managed_deployment_shape
+
+    @property
+    def managed_training_profile(self) -> TrainingProfile | None:
+        """`training_profile`."""
+        return self._async.managed_training_profile
+
+    @property
+    def managed_accelerator_type(self) -> str | None:
+        """`accelerator_type`."""
+        return self._async.managed_accelerator_type
+
+    @property
+    def managed_accelerator_count(self) -> int | None:
+        """`accelerator_count`."""
+        return self._async.managed_accelerator_count
+
+    @property
+    def training_session_name(self) -> str | None:
+        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
+        return self._async.training_session_name
+
     def list_checkpoints(
         self, job_id: str | None = None, page_size: int = PAGE_SIZE
     ) -> list[CheckpointInfo]:
@@ -408,6 +473,18 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     def get_server_capabilities(self) -> dict[str, Any]:
         """What the trainer says that it can do, as it says it; provisions the trainer."""
         return self._run(self._async.get_server_capabilities)
+
+    async def get_server_capabilities_async(self) -> dict[str, Any]:
+        """`get_server_capabilities`."""
+        return await self._hop(self._async.get_server_capabilities_async)
+
+    def delete_training_session(self) -> None:
+        """Not supported: only serverless training has sessions of its own to delete.
+
+        Raises:
+            NotSupported: always; `close()` ends a dedicated trainer's session.
+        """
+        self._run(self._async.delete_training_session)
 
     @classmethod
     def from_firetitan_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from fireworks_training import (
     AsyncControlPlane,
+    FiretitanServiceClient,
     InvalidArgument,
     NotSupported,
     TrainerLost,
@@ -140,3 +142,29 @@ async def test_without_a_saved_state_there_is_nothing_to_go_on_from(
             await client.forward(DATA)
         with pytest.raises(TrainerLost, match="No state was saved"):
             await service.recover_training_client()
+
+
+async def test_the_names_of_the_official_sdk(platform: RunningPlatform) -> None:
+    service = FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        training_shape_id=platform.training_shape,
+        lora_rank=4,
+        create_deployment=False,
+        cleanup_trainer_on_close=True,
+    )
+    assert service.managed_trainer_job_id is None
+    client = await service.create_lora_training_client_async(rank=4, alpha=32)
+    assert client.lora_rank == 4
+    assert service.managed_trainer_job_id == service.trainer_job_id
+    assert service.managed_max_context_length == service.max_context_length
+    assert service.managed_deployment_id is None
+    assert service.managed_training_profile == service.training_profile
+    assert (service.accelerator_type, service.accelerator_count) == ("CPU", 1)
+    assert service.managed_accelerator_type == "CPU"
+    assert service.training_session_name == service.training_session_id == client.session_id
+    assert (await service.get_server_capabilities_async())["supported_models"]
+    await asyncio.to_thread(service.close)
+    with pytest.raises(NotSupported, match="serverless"):
+        service.delete_training_session()
