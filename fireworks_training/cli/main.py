@@ -41,6 +41,25 @@ COMMANDS = {
         "serve",
         "Run the local training platform until Ctrl-C or SIGTERM.",
     ),
+    "shapes": LazyCommand("fireworks_training.cli.resources", "shapes", "Show training shapes."),
+    "jobs": LazyCommand(
+        "fireworks_training.cli.resources", "jobs", "Show the trainer jobs of the account."
+    ),
+    "deployments": LazyCommand(
+        "fireworks_training.cli.resources",
+        "deployments",
+        "Show the deployments of the account.",
+    ),
+    "checkpoints": LazyCommand(
+        "fireworks_training.cli.resources",
+        "checkpoints",
+        "List the checkpoints of a trainer job, or make a model of one.",
+    ),
+    "doctor": LazyCommand(
+        "fireworks_training.cli.doctor",
+        "doctor",
+        "Check key, platform, clock, versions, and the whole loop.",
+    ),
     "ps": LazyCommand(
         "fireworks_training.cli.leftovers",
         "ps",

@@ -1,0 +1,68 @@
+"""How the commands that show resources print: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fireworks_training import ControlPlane
+
+base_url_option = click.option(
+    "--base-url", help="The platform.  [default: FIREWORKS_BASE_URL, else the Fireworks cloud]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+Row = Mapping[str, object]
+
+
+@contextmanager
+def control_plane(base_url: str | None) -> Iterator[ControlPlane]:
+    """The account's control plane; an error of it ends the command with its message."""
+    from fireworks_training import ControlPlane, FireworksTrainingError
+
+    try:
+        with ControlPlane.connect(base_url=base_url) as plane:
+            yield plane
+    except FireworksTrainingError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def show(
+    rows: Sequence[Row], columns: Mapping[str, str], *, as_json: bool, empty: str = "none"
+) -> None:
+    """Print rows.
+
+    Args:
+        columns: field of a row by the head of its column; JSON has all fields.
+        empty: said in place of a table without rows.
+    """
+    if as_json:
+        click.echo(json.dumps(list(rows), indent=2))
+        return
+    if not rows:
+        click.echo(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for head in columns:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns.values()))
+    Console(markup=False, highlight=False).print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return str(value)

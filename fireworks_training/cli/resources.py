@@ -1,0 +1,121 @@
+"""`fireworks-training shapes`, `jobs`, `deployments` and `checkpoints list|promote`.
+
+Each asks the control plane once and prints what it says; nothing is decided here. The key comes
+from FIREWORKS_API_KEY.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from fireworks_training.cli.output import base_url_option, control_plane, json_option, show
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[SHAPE]...")
+@base_url_option
+@json_option
+def shapes(names: tuple[str, ...], base_url: str | None, as_json: bool) -> None:
+    """Show training shapes: the account's, or the ones named.
+
+    A name is `accounts/<account>/trainingShapes/<shape>`, each shown at its latest validated
+    version.
+    """
+    with control_plane(base_url) as plane:
+        found = (
+            [plane.training_profile(n) for n in names] if names else plane.list_training_shapes()
+        )
+    columns = {
+        "SHAPE": "name",
+        "MODE": "trainer_mode",
+        "CONTEXT": "max_context_length",
+        "ACCELERATOR": "accelerator_type",
+        "COUNT": "accelerator_count",
+        "NODES": "node_count",
+        "DEPLOYMENT SHAPE": "deployment_shape",
+    }
+    show([asdict(row) for row in found], columns, as_json=as_json)
+
+
+@click.command()
+@base_url_option
+@json_option
+def jobs(base_url: str | None, as_json: bool) -> None:
+    """Show the trainer jobs of the account."""
+    with control_plane(base_url) as plane:
+        found = plane.list_jobs()
+    columns = {
+        "JOB": "job_id",
+        "STATE": "state",
+        "MODEL": "base_model",
+        "RANK": "lora_rank",
+        "CONTEXT": "max_context_length",
+        "CREATED": "create_time",
+        "MESSAGE": "message",
+    }
+    show([{"job_id": row.job_id, **asdict(row)} for row in found], columns, as_json=as_json)
+
+
+@click.command()
+@base_url_option
+@json_option
+def deployments(base_url: str | None, as_json: bool) -> None:
+    """Show the deployments of the account."""
+    with control_plane(base_url) as plane:
+        found = plane.list_deployments()
+    columns = {
+        "DEPLOYMENT": "deployment_id",
+        "STATE": "state",
+        "REPLICAS": "replica_count",
+        "MAX": "max_replica_count",
+        "MODEL": "base_model",
+        "TRAINER": "hot_load_trainer_job",
+        "TRANSITION": "hot_load_transition_type",
+        "MESSAGE": "message",
+    }
+    rows = [
+        {"deployment_id": row.deployment_id, **asdict(row), "annotations": dict(row.annotations)}
+        for row in found
+    ]
+    show(rows, columns, as_json=as_json)
+
+
+@click.group()
+def checkpoints() -> None:
+    """List the checkpoints of a trainer job, or make a model of one."""
+
+
+@checkpoints.command("list")
+@click.argument("job")
+@click.option("--promotable", is_flag=True, help="Only those that can become models.")
+@base_url_option
+@json_option
+def list_(job: str, promotable: bool, base_url: str | None, as_json: bool) -> None:
+    """Show the saved states and sampler snapshots of JOB, oldest first."""
+    with control_plane(base_url) as plane:
+        found = [row for row in plane.list_checkpoints(job) if row.promotable or not promotable]
+    columns = {
+        "CHECKPOINT": "name",
+        "TYPE": "checkpoint_type",
+        "PROMOTABLE": "promotable",
+        "CREATED": "create_time",
+    }
+    show([asdict(row) for row in found], columns, as_json=as_json, empty="no checkpoints")
+
+
+@checkpoints.command()
+@click.argument("name")
+@click.argument("model_id")
+@click.option("--base-model", required=True, help="Full name of the model that was trained.")
+@base_url_option
+@json_option
+def promote(name: str, model_id: str, base_model: str, base_url: str | None, as_json: bool) -> None:
+    """Make the model MODEL_ID of the checkpoint NAME, and wait until it is one.
+
+    NAME is a full one, as `checkpoints list` shows it.
+    """
+    with control_plane(base_url) as plane:
+        model = plane.promote_checkpoint(name, model_id, base_model)
+    show([asdict(model)], {"MODEL": "name", "STATE": "state", "KIND": "kind"}, as_json=as_json)

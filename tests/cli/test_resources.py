@@ -1,0 +1,121 @@
+"""The commands that look at a platform, against one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fireworks_training import ControlPlane
+from fireworks_training.cli import doctor as doctor_module
+from fireworks_training.cli import main
+from tests.conftest import RunningPlatform
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(platform: RunningPlatform) -> Run:
+    environment = {
+        "FIREWORKS_BASE_URL": platform.base_url,
+        "FIREWORKS_API_KEY": platform.api_key,
+        "COLUMNS": "240",
+    }
+
+    def invoke(*arguments: str, **changes: str) -> Result:
+        return CliRunner().invoke(main, arguments, env={**environment, **changes})
+
+    return invoke
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.output
+    return list(json.loads(result.output))
+
+
+@pytest.fixture
+def resources(platform: RunningPlatform) -> Any:
+    """A job and a deployment, and their ids."""
+    with ControlPlane.connect(base_url=platform.base_url, api_key=platform.api_key) as plane:
+        plane.create_job("cli-job", {"trainingConfig": {"baseModel": platform.model}})
+        plane.create_deployment("cli-deployment", {"baseModel": platform.model})
+        yield plane
+        plane.delete_job("cli-job")
+        plane.delete_deployment("cli-deployment")
+
+
+def test_shapes(run: Run, platform: RunningPlatform) -> None:
+    (row,) = rows(run("shapes", "--json"))
+    assert row["name"] == f"{platform.training_shape}/versions/1"
+    assert rows(run("shapes", platform.training_shape, "--json")) == [row]
+    table = run("shapes").output
+    assert "POLICY_TRAINER" in table
+    assert "DEPLOYMENT SHAPE" in table
+    wrong = run("shapes", "cpu")
+    assert (wrong.exit_code, "full name" in wrong.output) == (1, True)
+
+
+@pytest.mark.usefixtures("resources")
+def test_jobs_and_deployments(run: Run, platform: RunningPlatform) -> None:
+    found = {row["job_id"]: row for row in rows(run("jobs", "--json"))}
+    assert found["cli-job"]["base_model"] == platform.model
+    assert "cli-job" in run("jobs").output
+    deployed = {row["deployment_id"]: row for row in rows(run("deployments", "--json"))}
+    assert deployed["cli-deployment"]["max_replica_count"] == 1
+    assert "cli-deployment" in run("deployments").output
+
+
+@pytest.mark.usefixtures("resources")
+def test_checkpoints(run: Run, platform: RunningPlatform) -> None:
+    folder = platform.state_dir / "jobs" / "cli-job" / "states" / "step-1"
+    folder.mkdir(parents=True)
+    (row,) = rows(run("checkpoints", "list", "cli-job", "--json"))
+    assert (row["name"].rsplit("/", 1)[-1], row["promotable"]) == ("step-1", False)
+    assert "CHECKPOINT_TYPE_TRAINING" in run("checkpoints", "list", "cli-job").output
+    assert run("checkpoints", "list", "cli-job", "--promotable").output == "no checkpoints\n"
+    arguments = ("checkpoints", "promote", row["name"], "cli-model", "--base-model", platform.model)
+    refused = run(*arguments)
+    assert (refused.exit_code, "no snapshot 'step-1'" in refused.output) == (1, True)
+    assert run("checkpoints", "list", "nobody").exit_code == 1
+
+
+def test_doctor_is_content(run: Run, platform: RunningPlatform) -> None:
+    found = {row["check"]: row for row in rows(run("doctor", "--json"))}
+    assert found.keys() >= {"python", "tinker", "key taken", "clock", "account", "control plane"}
+    assert all(row["ok"] for row in found.values())
+    assert found["control plane"]["ms"] > 0
+    text = run("doctor").output
+    assert "median of 5" in text
+    assert platform.api_key not in text
+
+
+def test_doctor_says_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_key = run("doctor", "--json", FIREWORKS_API_KEY="tml-wrong-key")
+    assert wrong_key.exit_code == 1
+    found = {row["check"]: row for row in json.loads(wrong_key.output)}
+    assert (found["reachable"]["ok"], found["key taken"]["ok"]) == (True, False)
+    nobody = run("doctor", "--json", FIREWORKS_BASE_URL="http://127.0.0.1:1")
+    found = {row["check"]: row for row in json.loads(nobody.output)}
+    assert (nobody.exit_code, found["reachable"]["ok"]) == (1, False)
+    monkeypatch.setattr(doctor_module.time, "time", lambda: 1e9)
+    late = run("doctor", "--json")
+    found = {row["check"]: row for row in json.loads(late.output)}
+    assert (late.exit_code, found["clock"]["ok"]) == (1, False)
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.1")
+    old = run("doctor", "--json")
+    found = {row["check"]: row for row in json.loads(old.output)}
+    assert (old.exit_code, "pip install" in found["tinker"]["detail"]) == (1, True)
+
+
+def test_doctor_walks_the_whole_loop(run: Run, platform: RunningPlatform) -> None:
+    found = rows(run("doctor", "--end-to-end", "--base-model", platform.model, "--json"))
+    names = [row["check"] for row in found]
+    for name in ("provision", "forward_backward", "hot load", "sample a token"):
+        assert found[names.index(name)]["ms"] > 0
+    failed = run("doctor", "--end-to-end", "--base-model", "accounts/local/models/none", "--json")
+    assert failed.exit_code == 1
+    assert json.loads(failed.output)[-1]["check"] == "end to end"
