@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
@@ -191,7 +191,7 @@ def _loop(base_url: str | None, base_model: str, shape: str | None) -> list[Chec
     checks: list[Check] = []
 
     @contextmanager
-    def part(name: str) -> Iterator[None]:
+    def part(name: str) -> Generator[None]:
         started = time.perf_counter()
         yield
         checks.append(Check(name, True, "done", 1000 * (time.perf_counter() - started)))

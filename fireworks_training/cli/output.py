@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ Row = Mapping[str, object]
 
 
 @contextmanager
-def control_plane(base_url: str | None) -> Iterator[ControlPlane]:
+def control_plane(base_url: str | None) -> Generator[ControlPlane]:
     """The account's control plane; an error of it ends the command with its message."""
     from fireworks_training import ControlPlane, FireworksTrainingError
 
