@@ -164,7 +164,7 @@ def _run_clean_ups() -> None:
     state.exiting = True
 
 
-_tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+_tasks: set[asyncio.Task[Any]] = set()  # a loop itself holds its tasks weakly
 
 
 def spawn_on(
@@ -199,6 +199,7 @@ def spawn_on(
     outcome: Outcome[T] = Outcome(loop=lambda: loop, cancel=cancel, label=label)
 
     def finish(task: asyncio.Task[T]) -> None:
+        _tasks.discard(task)
         if task.cancelled():
             outcome.fail(OperationCancelled(f"{label} was cancelled"))
         elif (error := task.exception()) is not None:

@@ -125,6 +125,11 @@ def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> lis
             "prompt_token_ids takes token ids, not text; for text, sample_with_tokens takes "
             'messages=[{"role": "user", "content": "..."}]'
         )
+    try:
+        return [token_ids("prompt_token_ids", cast(list[int], prompt_token_ids))]
+    except InvalidArgument as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise  # integers, and wrong ones
     items = list(prompt_token_ids)
     nested = [hasattr(item, "__len__") for item in items]
     if nested and all(nested):

@@ -200,7 +200,7 @@ class DeploymentSampler(SamplerBase):
         async def work(buffer: DeltaBuffer) -> SampledCompletion:
             (ids,) = await find()
             run = SamplingRun(self._source, self._controller, request)
-            return await run.single(Prompt(ids, request.encode(ids), 0), Logged(), buffer)
+            return await run.single(Prompt(ids, request.encode(ids), 0), None, buffer)
 
         label = "streaming a completion"
         return TokenStream(

@@ -36,6 +36,8 @@ from fireworks_training.models import ServerMetrics
 METRICS_KEPT = 65_536
 """Attempts whose metrics are kept until `drain_metrics()`; the oldest go first."""
 
+_IMMUTABLE = frozenset({bool, int, float, str, type(None)})
+
 logger = logging.getLogger("fireworks_training.sampling")
 
 
@@ -166,6 +168,8 @@ class SamplerBase:
             transport, owns_transport=owns_transport, label=f"sampler of {model}"
         )
         self._substitution_said = False
+        # A rollout loop makes the same call again and again: it is checked once.
+        self._last_request: tuple[tuple[object, ...], SamplingRequest] | None = None
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -211,13 +215,22 @@ class SamplerBase:
         self, max_tokens: int, temperature: float, options: SamplingOptions
     ) -> SamplingRequest:
         self._tasks.check_open()
-        return sampling_request(
+        call: dict[str, object] = {"max_tokens": max_tokens, "temperature": temperature, **options}
+        # Types too: True equals 1, and only one of them is allowed.
+        key = tuple((name, type(value), value) for name, value in call.items())
+        known = all(kind in _IMMUTABLE for _, kind, _ in key)
+        if known and self._last_request is not None and self._last_request[0] == key:
+            return self._last_request[1]
+        request = sampling_request(
             self._model,
             max_tokens=max_tokens,
             temperature=temperature,
             options=options,
             decode_stop=None if self._integer_stops else self._stop_texts,
         )
+        if known:
+            self._last_request = (key, request)
+        return request
 
     def _stop_texts(self, ids: list[int]) -> list[str]:
         if self._tokenizer is None:

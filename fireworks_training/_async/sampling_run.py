@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import aiohttp
 
@@ -121,8 +122,35 @@ class Logged:
         attempts: each of them.
     """
 
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = field(default_factory=lambda: os.urandom(16).hex())
     attempts: list[SampledServerAttempt] = field(default_factory=list[SampledServerAttempt])
+
+    def succeeded(self, metrics: ServerMetrics, response_id: str | None) -> None:
+        """The attempt that made the completion."""
+        self._add("succeeded", metrics, None, response_id)
+
+    def failed(self, failure: AttemptFailed, *, retried: bool) -> None:
+        """One that did not."""
+        self._add("retryable_error" if retried else "failed", failure.metrics, failure.kind, None)
+
+    def _add(
+        self,
+        outcome: Literal["succeeded", "retryable_error", "failed"],
+        metrics: ServerMetrics,
+        kind: str | None,
+        response_id: str | None,
+    ) -> None:
+        self.attempts.append(
+            SampledServerAttempt(
+                index=len(self.attempts),
+                outcome=outcome,
+                status_code=metrics.http_status_code,
+                error_kind=kind,
+                response_request_id=metrics.request_id,
+                upstream_response_id=response_id,
+                server_metrics=metrics,
+            )
+        )
 
 
 class SamplingRun:
@@ -157,7 +185,7 @@ class SamplingRun:
         call = progress.begin(len(prompts) * n, self._context, self._clock())
 
         async def one(prompt: Prompt, sample: int) -> SampledCompletion:
-            completion = await self._one(prompt, sample, Logged(), None)
+            completion = await self._one(prompt, sample, None, None)
             call.done += 1
             return completion
 
@@ -179,7 +207,7 @@ class SamplingRun:
         raise failed
 
     async def single(
-        self, prompt: Prompt, logged: Logged, deltas: DeltaBuffer | None = None
+        self, prompt: Prompt, logged: Logged | None, deltas: DeltaBuffer | None = None
     ) -> SampledCompletion:
         """One completion, with a log of its attempts, or delta by delta."""
         progress = self._source.progress
@@ -190,11 +218,12 @@ class SamplingRun:
             progress.end(call)
 
     async def _one(
-        self, prompt: Prompt, sample: int, logged: Logged, deltas: DeltaBuffer | None
+        self, prompt: Prompt, sample: int, logged: Logged | None, deltas: DeltaBuffer | None
     ) -> SampledCompletion:
         """One completion, however many attempts it takes."""
         source = self._source
-        headers = self._headers(logged.request_id)
+        request_id = os.urandom(16).hex() if logged is None else logged.request_id
+        headers = self._headers(request_id)
         body = prompt.encoded.body(sample)
         transient: Backoff | None = None
         hot_load: Backoff | None = None
@@ -225,11 +254,12 @@ class SamplingRun:
                     delay = HOT_LOAD_POLL
                 if deltas is not None and not deltas.restart():
                     delay = None
-                self._log_failure(failure, logged, retried=delay is not None)
+                if logged is not None:
+                    logged.failed(failure, retried=delay is not None)
                 if delay is None:
                     self._given_up = True
-                    raise self._final_error(failure, logged.request_id, number) from failure.error
-                self._say_retry(failure, logged.request_id, number, delay)
+                    raise self._final_error(failure, request_id, number) from failure.error
+                self._say_retry(failure, request_id, number, delay)
             if await self._back_off(delay, loading=loading) and hot_load is not None:
                 hot_load.reset()
 
@@ -252,7 +282,7 @@ class SamplingRun:
             await self._controller.acquire()
 
     async def _attempt(
-        self, attempt: Attempt, logged: Logged, deltas: DeltaBuffer | None
+        self, attempt: Attempt, logged: Logged | None, deltas: DeltaBuffer | None
     ) -> SampledCompletion:
         """One HTTP attempt, in a slot of the controller."""
         source = self._source
@@ -281,16 +311,8 @@ class SamplingRun:
             source.record.append(told)
             if stream.sampling_substituted:
                 source.warn_substituted()
-            logged.attempts.append(
-                SampledServerAttempt(
-                    index=attempt.number - 1,
-                    outcome="succeeded",
-                    status_code=told.http_status_code,
-                    response_request_id=told.request_id,
-                    upstream_response_id=stream.response_id,
-                    server_metrics=told,
-                )
-            )
+            if logged is not None:
+                logged.succeeded(told, stream.response_id)
             return completion
         except AttemptFailed as failure:
             source.record.append(failure.metrics)
@@ -320,19 +342,6 @@ class SamplingRun:
             "X-Request-Id": request_id,
         }
         return self._source.transport.headers(extra)
-
-    def _log_failure(self, failure: AttemptFailed, logged: Logged, *, retried: bool) -> None:
-        metrics = failure.metrics
-        logged.attempts.append(
-            SampledServerAttempt(
-                index=len(logged.attempts),
-                outcome="retryable_error" if retried else "failed",
-                status_code=metrics.http_status_code,
-                error_kind=failure.kind,
-                response_request_id=metrics.request_id,
-                server_metrics=metrics,
-            )
-        )
 
     def _say_retry(
         self, failure: AttemptFailed, request_id: str, number: int, delay: float

@@ -48,8 +48,10 @@ class SseDecoder:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._limit = max_event_bytes
-        self._pieces: list[bytes] = []  # the unfinished event, line ends made "\n"
-        self._size = 0
+        self._line: list[bytes] = []  # pieces of the unfinished line
+        self._data: list[bytes] = []  # of the unfinished event
+        self._event = b""
+        self._size = 0  # of the unfinished event and line
         self._drop_newline = False  # the last byte was CR: an LF right after it belongs to it
         self._at_start = True
 
@@ -60,30 +62,56 @@ class SseDecoder:
             ProtocolError: an event is over the limit. The decoder is of no use afterwards.
         """
         data = self._with_plain_newlines(data)
-        if not data:
+        if b"\n" not in data:
+            if data:
+                self._line.append(data)
+                self._grow(len(data))
             return []
-        ends_blank = data[:1] == b"\n" and bool(self._pieces) and self._pieces[-1][-1:] == b"\n"
-        if not ends_blank and b"\n\n" not in data:
-            self._keep(data)
-            return []
-        self._pieces.append(data)
-        *blocks, rest = b"".join(self._pieces).split(b"\n\n")
-        self._pieces.clear()
-        self._size = 0
+        if self._line:
+            self._line.append(data)
+            self._size -= sum(map(len, self._line)) - len(data)
+            data = b"".join(self._line)
+            self._line.clear()
+        # By single newlines: a search for one byte is four times as fast as one for two.
+        *lines, rest = data.split(b"\n")
         events: list[ServerSentEvent] = []
-        for block in blocks:
-            if len(block) > self._limit:
+        held, size, limit = self._data, self._size, self._limit
+        for line in lines:
+            if line:
+                size += len(line)
+                if line.startswith(b"data: "):
+                    held.append(line[6:])
+                else:
+                    self._field(line)
+                continue
+            if size > limit:
                 raise self._too_large()
-            if self._at_start:
-                self._at_start = False
-                block = block.removeprefix(_BOM)
-            if block.startswith(b"data: ") and b"\n" not in block:
-                events.append(_event(ServerSentEvent, (block[6:], "message")))
-            else:
-                _parse_block(block, events)
+            if len(held) == 1 and not self._event:
+                events.append(_event(ServerSentEvent, (held.pop(), "message")))
+            elif held:
+                kind = self._event.decode("utf-8", "replace") or "message"
+                events.append(ServerSentEvent(b"\n".join(held), kind))
+                held.clear()
+            self._event = b""
+            size = 0
+        self._at_start = False
+        self._size = size
         if rest:
-            self._keep(rest)
+            self._line.append(rest)
+        self._grow(len(rest))
         return events
+
+    def _field(self, line: bytes) -> None:
+        """A line that is not `data: `, or the first one, which may begin with a mark."""
+        if self._at_start:
+            self._at_start = False
+            line = line.removeprefix(_BOM)
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value
 
     def _with_plain_newlines(self, data: bytes) -> bytes:
         """CR LF and CR become LF, also when a CR LF is split between two pieces."""
@@ -95,32 +123,15 @@ class SseDecoder:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return data
 
-    def _keep(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self._size += len(piece)
-        # One byte more may be the newline that ends the last line.
-        if self._size > self._limit + 1:
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self._limit:
             raise self._too_large()
 
     def _too_large(self) -> ProtocolError:
-        self._pieces.clear()
+        self._line.clear()
+        self._data.clear()
         return ProtocolError(
             f"the server sent an event of more than {self._limit:,} bytes; it was refused so that "
             "it can't fill the memory"
         )
-
-
-def _parse_block(block: bytes, events: list[ServerSentEvent]) -> None:
-    """Add the events of a block of lines: one at most, since no line but the first is empty."""
-    data: list[bytes] = []
-    event = b""
-    for line in block.split(b"\n"):
-        name, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if name == b"data":
-            data.append(value)
-        elif name == b"event":
-            event = value
-    if data:
-        joined = b"\n".join(data)
-        events.append(ServerSentEvent(joined, event.decode("utf-8", "replace") or "message"))

@@ -119,6 +119,7 @@ class CompletionAssembler:
         self._text: list[str] = []
         self._logprobs = array("d")
         self._sampling = array("d")
+        self._raw_nulls = 0
         self._sampling_nulls = 0
         self._top: list[dict[int, float]] = []
         self._raw_output: Mapping[str, Any] | None = None
@@ -172,9 +173,9 @@ class CompletionAssembler:
             raise ProtocolError(
                 f"the server sent a chunk that is not JSON ({len(data)} bytes)"
             ) from error
-        if not isinstance(chunk, dict):
+        if type(chunk) is not dict:
             raise ProtocolError("the server sent a chunk that is not an object")
-        fields = cast(dict[str, Any], chunk)
+        fields: dict[str, Any] = chunk
         if event == "error":
             raise stream_error(fields.get("error") or fields)
         if fields.get("error") is not None:
@@ -223,6 +224,7 @@ class CompletionAssembler:
             self._logprobs.fromlist(raw)
         except TypeError:
             self._logprobs.extend(_doubles(raw))
+            self._raw_nulls += raw.count(None)
         if self._tokens is not None:
             self._tokens.extend([entry["token_id"] for entry in content])
         if self._request.top_logprobs:
@@ -295,10 +297,11 @@ class CompletionAssembler:
                 "completion can't be trained on. Sample from a deployment that returns raw output."
             )
         used = raw_output.get("prompt_token_ids")
-        prompt = used if used is not None else list(self._prompt_ids)
-        if not _is_ids(prompt):
+        if used is None:
+            return list(self._prompt_ids), cast(list[int], answered)
+        if not _is_ids(used):
             raise ProtocolError("the answer's prompt_token_ids are not token ids")
-        return cast(list[int], prompt), cast(list[int], answered)
+        return cast(list[int], used), cast(list[int], answered)
 
     def _completion_text(self, echoed_ids: Sequence[int]) -> str:
         text = "".join(self._text)
@@ -317,7 +320,7 @@ class CompletionAssembler:
                 f"the server sent {len(self._logprobs)} logprobs for {answered} tokens"
             )
         inference = self._logprobs[dropped:]
-        if any(map(math.isnan, inference)):
+        if self._raw_nulls and any(map(math.isnan, inference)):
             raise ProtocolError("the server sent a token without a logprob")
         top = self._top[dropped:] if self._top and all(self._top[dropped:]) else None
         return inference, self._sampling_logprobs(inference, echoed - dropped, dropped), top

@@ -11,7 +11,7 @@ import difflib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypedDict, cast
 
 import orjson
@@ -234,6 +234,11 @@ class SamplingRequest:
     http_timeout: float
     context: str
     headers: Mapping[str, str]
+    _head: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Encoded once, for however many prompts.
+        object.__setattr__(self, "_head", orjson.dumps(self.fields)[:-1])
 
     def encode(self, prompt_ids: Sequence[int], *, earlier: int = 0) -> EncodedRequest:
         """The bodies for one prompt.
@@ -241,8 +246,7 @@ class SamplingRequest:
         Args:
             earlier: completions of the call that come before this prompt's.
         """
-        head = orjson.dumps(self.fields)
-        body = b'%b,"prompt":%b}' % (head[:-1], orjson.dumps(prompt_ids))
+        body = b'%b,"prompt":%b}' % (self._head, orjson.dumps(prompt_ids))
         return EncodedRequest(body, None if self.seed is None else self.seed + earlier)
 
     def echoed(self, prompt_len: int) -> int:
