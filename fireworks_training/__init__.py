@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     )
     from fireworks_training._async.reaper import AsyncResourceLedger
     from fireworks_training._async.sampler import DeploymentSampler
+    from fireworks_training._async.sampling_client import FiretitanSamplingClient
     from fireworks_training._async.service import AsyncFiretitanServiceClient
+    from fireworks_training._async.token_stream import TokenStream
     from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
     from fireworks_training._sync.control_plane.client import ControlPlane
     from fireworks_training._sync.reaper import ResourceLedger
@@ -93,9 +95,12 @@ if TYPE_CHECKING:
         OperationInfo,
         ReplicaStatus,
         SampledCompletion,
+        SampledRequestResult,
+        SampledServerAttempt,
         SaveSamplerResult,
         ServerMetrics,
         Snapshot,
+        TokenDelta,
         TrainerJobInfo,
         TrainingProfile,
         WeightSyncResult,
@@ -109,12 +114,14 @@ _HEAVY = {
     "AsyncResourceLedger": "_async.reaper",
     "ControlPlane": "_sync.control_plane.client",
     "DeploymentSampler": "_async.sampler",
+    "FiretitanSamplingClient": "_async.sampling_client",
     "FiretitanServiceClient": "_sync.service",
     "FiretitanTrainingClient": "_sync.trainer",
     "FixedConcurrencyController": "_async.gate",
     "ResourceLedger": "_sync.reaper",
     "SamplingConcurrencyController": "_async.gate",
     "SaveWeightsForSamplerResponse": "_tinker_types",
+    "TokenStream": "_async.token_stream",
 }
 _LIGHT = ("errors", "models", "futures", "config", "data", "evaluation")
 
@@ -139,6 +146,7 @@ __all__ = [
     "EvaluatedSample",
     "Evaluation",
     "FiretitanProvisioningConfig",
+    "FiretitanSamplingClient",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
     "FireworksTrainingError",
@@ -171,6 +179,8 @@ __all__ = [
     "ResourceLedger",
     "SampleCall",
     "SampledCompletion",
+    "SampledRequestResult",
+    "SampledServerAttempt",
     "SamplingClientClosedError",
     "SamplingConcurrencyController",
     "SamplingError",
@@ -182,6 +192,8 @@ __all__ = [
     "SessionEnded",
     "SessionLost",
     "Snapshot",
+    "TokenDelta",
+    "TokenStream",
     "TrainerJobInfo",
     "TrainerLost",
     "TrainingProfile",

@@ -370,6 +370,11 @@ class Endpoint:
         return self.base_url.removeprefix("local:") if ":" in self.base_url else None
 
 
+def environment_api_key() -> str | None:
+    """`FIREWORKS_API_KEY`; None if it is not set."""
+    return os.environ.get("FIREWORKS_API_KEY") or None
+
+
 def resolve_endpoint(
     *,
     base_url: str | None,
@@ -396,7 +401,7 @@ def resolve_endpoint(
         raise InvalidArgument(
             f"base_url={url!r} is neither an http(s) URL nor 'local' nor 'local:/path'"
         )
-    key = api_key or os.environ.get("FIREWORKS_API_KEY")
+    key = api_key or environment_api_key()
     if not key:
         raise InvalidArgument(
             "no API key: pass api_key=, or set FIREWORKS_API_KEY (or use base_url='local', which "

@@ -189,6 +189,21 @@ class SamplerBase:
         return None if self._tokenizer is None else self._tokenizer.tokenizer
 
     @property
+    def additional_headers(self) -> Mapping[str, str]:
+        """Sent with every request."""
+        return self._transport.additional_headers
+
+    @property
+    def integer_stops(self) -> bool:
+        """Whether the server takes token ids in `stop`."""
+        return self._integer_stops
+
+    @property
+    def verify_ssl(self) -> bool:
+        """Whether the server's certificate is checked."""
+        return self._transport.verify_ssl
+
+    @property
     def concurrency_controller(self) -> SamplingConcurrencyController:
         """Bounds the requests in flight; may be replaced for the calls that follow."""
         return self._controller

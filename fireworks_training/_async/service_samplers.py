@@ -8,6 +8,7 @@ from fireworks_training._async.control_plane.deployment_config import Deployment
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service_core import ServiceCore
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import CleanUp
@@ -104,6 +105,46 @@ class ServiceSamplers(ServiceCore):
                 config, timeout_s, cleanup_on_close, tokenizer, concurrency_controller
             ),
             "create_inference_deployment_sampler",
+        )
+
+    async def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            base_model: a model string to sample instead of the deployment.
+            tokenizer: default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default the service's.
+
+        Raises:
+            InvalidArgument: both a snapshot and a model are named.
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        if base_model is not None and model_path is not None:
+            raise InvalidArgument("pass model_path or base_model, not both")
+        if base_model is not None:
+            return FiretitanSamplingClient(
+                await self.create_deployment_sampler_for_model(
+                    base_model, tokenizer=tokenizer, concurrency_controller=concurrency_controller
+                )
+            )
+        return FiretitanSamplingClient(
+            await self.create_deployment_sampler(
+                model_path,
+                tokenizer=tokenizer,
+                training_client=training_client,
+                concurrency_controller=concurrency_controller,
+            )
         )
 
     async def hotload_sampler_snapshot(self, path: str) -> None:

@@ -142,6 +142,16 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
 
+    @property
+    def additional_headers(self) -> Mapping[str, str]:
+        """What the caller wants sent with every request."""
+        return self._additional_headers
+
+    @property
+    def verify_ssl(self) -> bool:
+        """Whether certificates are checked."""
+        return self._verify_ssl
+
     def headers(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Authentication and identification, then `extra`, then the caller's own headers."""
         return {

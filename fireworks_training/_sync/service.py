@@ -14,6 +14,7 @@ from fireworks_training._async.control_plane.deployment_config import Deployment
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient
@@ -277,6 +278,38 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             timeout_s=timeout_s,
             cleanup_on_close=cleanup_on_close,
             tokenizer=tokenizer,
+            concurrency_controller=concurrency_controller,
+        )
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: FiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            base_model: a model string to sample instead of the deployment.
+            tokenizer: default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default the service's.
+
+        Raises:
+            InvalidArgument: both a snapshot and a model are named.
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        return self._run(
+            self._async.create_sampling_client,
+            model_path,
+            base_model,
+            tokenizer=tokenizer,
+            training_client=training_client._async if training_client else None,
             concurrency_controller=concurrency_controller,
         )
 

@@ -175,7 +175,7 @@ class CompletionAssembler:
             ) from error
         if type(chunk) is not dict:
             raise ProtocolError("the server sent a chunk that is not an object")
-        fields: dict[str, Any] = chunk
+        fields: dict[str, Any] = chunk  # pyright: ignore[reportUnknownVariableType]
         if event == "error":
             raise stream_error(fields.get("error") or fields)
         if fields.get("error") is not None:

@@ -1,0 +1,156 @@
+"""`FiretitanSamplingClient`: Tinker's calls over a sampler, its handle, and its drain."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+
+import pytest
+from tinker import ModelInput, SamplingParams
+
+from fireworks_training import (
+    ClientClosed,
+    FiretitanSamplingClient,
+    InvalidArgument,
+    NotSupported,
+    SamplingClientClosedError,
+    SamplingError,
+)
+from fireworks_training._async.gate import FixedConcurrencyController
+from tests import stub_completions as stub
+from tests.async_.sampling.support import KEY, MODEL, CharacterTokenizer, Make, until
+from tests.stub_completions import CompletionServer
+
+PARAMS = SamplingParams(max_tokens=3, temperature=1.0, seed=5, stop=["END"], top_k=-1)
+PROMPT = ModelInput.from_ints([1, 2])
+
+
+async def test_samples_come_as_tinker_s(server: CompletionServer, either: Make) -> None:
+    client = FiretitanSamplingClient(either())
+    response = await client.sample(PROMPT, 2, PARAMS)
+    first, second = response.sequences
+    assert (first.tokens, first.stop_reason) == ([3, 4, 5], "length")
+    assert first.logprobs == [-3 / 16, -4 / 16, -5 / 16]
+    assert first.sequence_id != second.sequence_id
+    assert response.prompt_logprobs is None
+    assert sorted(body["seed"] for body in server.bodies) == [5, 6]
+    assert server.bodies[0]["stop"] == ["END"]
+    assert server.bodies[0]["top_k"] == 0
+
+
+def echo(server: CompletionServer) -> None:
+    chunks = [stub.token_chunk(token, logprobs=True) for token in (1, 2, 3)]
+    server.otherwise = stub.stream(*chunks, stub.last_chunk({"prompt": [1, 2]}, [1, 2, 3]))
+
+
+async def test_prompt_logprobs_begin_with_none(server: CompletionServer, make: Make) -> None:
+    echo(server)
+    client = FiretitanSamplingClient(make())
+    response = await client.sample_async(PROMPT, 1, PARAMS, include_prompt_logprobs=True)
+    assert response.prompt_logprobs == [None, -2 / 8]
+    assert response.sequences[0].tokens == [3]
+    assert response.sequences[0].logprobs == [-3 / 16]
+    assert await client.compute_logprobs(PROMPT) == [None, -2 / 8]
+    assert await client.compute_logprobs_async(PROMPT) == [None, -2 / 8]
+    assert server.bodies[-1]["max_tokens"] == 1
+
+
+def test_a_plain_function_asks_for_results() -> None:
+    with (
+        stub.serving_in_a_thread() as server,
+        FiretitanSamplingClient.create(
+            inference_url=server.url, model=MODEL, api_key=KEY, tokenizer=CharacterTokenizer()
+        ) as client,
+    ):
+        futures = [client.sample(PROMPT, 1, PARAMS) for _ in range(3)]
+        assert [f.result(10).sequences[0].tokens for f in futures] == [[3, 4, 5]] * 3
+        assert client.get_base_model() == MODEL
+        assert isinstance(client.get_tokenizer(), CharacterTokenizer)
+
+
+async def test_what_it_can_t_do_is_refused_at_the_call(make: Make) -> None:
+    client = FiretitanSamplingClient(make())
+    with pytest.raises(NotSupported, match="topk"):
+        client.sample(PROMPT, 1, PARAMS, topk_prompt_logprobs=2)
+    with pytest.raises(NotSupported, match="vision"):
+        client.sample(PROMPT, 1, PARAMS, images=["data:"])
+    with pytest.raises(InvalidArgument, match="n must"):
+        client.sample(PROMPT, 0, PARAMS)
+    with pytest.raises(InvalidArgument, match="tokenizer"):
+        client.get_tokenizer()
+
+
+async def test_logprobs_of_another_distribution_do_not_stand_in(
+    server: CompletionServer, make: Make
+) -> None:
+    chunk = stub.token_chunk(8, logprobs=True, sampling_logprob=None)
+    server.otherwise = stub.stream(chunk, stub.last_chunk({"prompt": [1, 2]}, [8]))
+    client = FiretitanSamplingClient(make())
+    with pytest.raises(SamplingError, match="temperature 1"):
+        await client.sample(PROMPT, 1, SamplingParams(max_tokens=1, temperature=0.5))
+
+
+async def test_a_handle_holds_no_credentials(
+    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = make(
+        additional_headers={"X-Team": "blue", "X-Api-Token": "s3cret"},
+        concurrency_controller=FixedConcurrencyController(3),
+    )
+    client = FiretitanSamplingClient(sampler)
+    handle = client.get_sampler_handle()
+    for text in (base64.urlsafe_b64decode(handle), pickle.dumps(client)):
+        assert KEY.encode() not in text
+        assert b"s3cret" not in text
+    monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
+    with pytest.raises(InvalidArgument, match="holds no credentials"):
+        pickle.loads(pickle.dumps(client))
+    monkeypatch.setenv("FIREWORKS_API_KEY", "another")
+    copy: FiretitanSamplingClient = pickle.loads(pickle.dumps(client))
+    assert len((await copy.sample(PROMPT, 1, PARAMS)).sequences) == 1
+    assert server.headers[-1]["X-Api-Key"] == "another"
+    assert server.headers[-1]["X-Team"] == "blue"
+    assert copy.deployment_sampler.concurrency_controller.window_size == 3
+    await copy.aclose()
+    with pytest.raises(InvalidArgument, match="no sampler handle"):
+        FiretitanSamplingClient.from_sampler_handle("nonsense")
+
+
+async def test_closing_lets_what_is_under_way_finish(
+    server: CompletionServer, either: Make
+) -> None:
+    server.otherwise = stub.pause_mid_stream
+    client = FiretitanSamplingClient(either())
+    future = client.sample(PROMPT, 1, PARAMS)
+    await server.reached.wait()
+    client.close()
+    with pytest.raises(ClientClosed):
+        client.sample(PROMPT, 1, PARAMS)
+    server.go_on.set()
+    assert (await future).sequences[0].tokens == [3, 4, 5]
+
+
+async def test_a_drain_ends_at_its_limit(server: CompletionServer, either: Make) -> None:
+    server.otherwise = stub.hang_mid_stream
+    client = FiretitanSamplingClient(either())
+    future = client.sample(PROMPT, 1, PARAMS)
+    await server.reached.wait()
+    await client.aclose(drain_timeout_s=0.01)
+    with pytest.raises(SamplingClientClosedError, match="safe to ask"):
+        await future
+    await asyncio.wait_for(server.idle.wait(), 5)
+
+
+async def test_cancelling_the_awaited_form_cancels_the_request(
+    server: CompletionServer, either: Make
+) -> None:
+    server.otherwise = stub.hang_mid_stream
+    client = FiretitanSamplingClient(either())
+    task = asyncio.create_task(client.sample_async(PROMPT, 2, PARAMS))
+    await until(lambda: server.generating == 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 2
