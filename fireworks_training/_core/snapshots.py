@@ -26,10 +26,11 @@ from fireworks_training.errors import ProtocolError
 from fireworks_training.models import ReplicaStatus, Snapshot
 
 LOST_AFTER = 1.0
-"""Seconds after a request in which a replica may still report what it did before."""
+"""Seconds after a request in which a replica may still report what it did before; twice as long
+after each request that was lost."""
 
 EXTRA_POSTS = 6
-"""Requests of one sync beyond those that its links need."""
+"""Requests of one sync beyond those that its links need; then its time has to run out."""
 
 KNOWN_SNAPSHOTS = 4096
 """Snapshots whose predecessors are remembered."""
@@ -297,6 +298,7 @@ class Sync:
         self._posted: str | None = None
         self._posted_at = 0.0
         self._stale: dict[int, str] = {}
+        self._lost = 0
         self._posts_left = len(self._path) + EXTRA_POSTS
 
     def look(self, replicas: Sequence[ReplicaStatus], now: float) -> Decision:
@@ -349,19 +351,26 @@ class Sync:
         late = [replica for replica in replicas if replica.identity != posted]
         if not late:
             return True
-        if now - self._posted_at <= LOST_AFTER:
+        if now - self._posted_at <= LOST_AFTER * 2.0**self._lost:
             return False
-        return any(
-            replica.ready and replica.target is not None and replica.target != posted
+        # One that reports neither a target nor a stage may be at it.
+        idle = any(
+            replica.ready
+            and replica.target != posted
+            and (replica.target is not None or replica.stage == "ready")
             for replica in late
         )
+        if idle and self._posts_left > 0:
+            self._lost += 1
+            return True
+        return False
 
     def _next(
         self, replicas: Sequence[ReplicaStatus], reports: Mapping[str, str], now: float
     ) -> Decision:
         first, target = self._path[0], self.identity
         if self._posts_left <= 0:
-            return GiveUp("it was asked for again and again, and other loads came between", reports)
+            return Wait(_late(replicas, reports, target))
         if len(self._path) == 1 or self._chain.stands_alone(target):
             return self._post(target, None, replicas, now)
         places = [
