@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import importlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -177,7 +178,7 @@ class Trainers:
         at its first use."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(asyncio.to_thread(_import_tinker))
+                group.create_task(_import_tinker())
                 await self._resources()
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
@@ -260,5 +261,12 @@ class Trainers:
         return next((failure for failure in unseen if failure is not None), None)
 
 
-def _import_tinker() -> None:
-    importlib.import_module("tinker")
+async def _import_tinker() -> None:
+    """In a daemon thread: an executor's would hold up a program that is interrupted meanwhile."""
+    from fireworks_training._async.custom_loss import in_daemon_thread
+
+    await in_daemon_thread(
+        lambda: importlib.import_module("tinker"),
+        name="import tinker",
+        context=contextvars.copy_context(),
+    )
