@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -134,25 +135,34 @@ async def test_greedy_is_generate_and_a_seed_is_a_seed(platform: RunningPlatform
 # -- someone dies ---------------------------------------------------------------------------------
 
 
+def parents() -> dict[int, int]:
+    """The parent of each process."""
+    found: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                found[int(entry.name)] = int(fields[1])
+    return found
+
+
 def workers(platform: RunningPlatform, name: str) -> list[int]:
     """Living processes of the platform: `fwt-engine`, `fwt-trainer`, or a module of it."""
-    root = str(platform.state_dir)
-    session = os.getsid(platform.process.pid)
+    tree = parents()
     found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
+    for pid in tree:
+        above = pid
+        while above in tree and above != platform.process.pid:
+            above = tree[above]
+        if above != platform.process.pid:
             continue
-        try:
-            if os.getsid(int(entry.name)) != session:
-                continue
-            comm = (entry / "comm").read_text().strip()
-            command = (entry / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        module = command[command.index("-m") + 1] if "-m" in command else ""
-        if name == comm or (name == module and not comm.startswith("fwt-")):
-            found.append(int(entry.name))
-    assert found, f"no {name} on {root}"
+        with contextlib.suppress(OSError):
+            comm = Path(f"/proc/{pid}/comm").read_text().strip()
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            module = command[command.index("-m") + 1] if "-m" in command else ""
+            if name == comm or (name == module and not comm.startswith("fwt-")):
+                found.append(pid)
+    assert found, f"no {name}"
     return sorted(found)
 
 

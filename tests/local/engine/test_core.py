@@ -183,6 +183,26 @@ def test_cancel_frees_slots_at_the_next_tick_and_says_so(gateway: Gateway) -> No
     assert not gateway.engine.busy
 
 
+def test_cancelling_32_of_64_streams_frees_their_slots_at_the_next_step(
+    model_path: Path, store: SnapshotStore
+) -> None:
+    gateway = Gateway(make_engine(model_path, store, max_slots=64, max_waiting=64))
+    for stream in range(96):
+        gateway.add(stream, max_tokens=60, prompt=[2 + stream, 3, 4])
+    gateway.tick()
+    assert gateway.last is not None
+    assert (gateway.last.active, gateway.last.waiting) == (64, 32)
+    gateway.engine.control({"op": "cancel", "streams": list(range(0, 64, 2))})
+    before = {stream: len(tokens) for stream, tokens in gateway.tokens.items()}
+    gateway.tick()
+    assert (gateway.last.active, gateway.last.waiting) == (64, 0)
+    assert gateway.begun == list(range(96)), "who waited has the slots of those who left"
+    gained = [len(gateway.tokens[s]) - before.get(s, 0) for s in range(96)]
+    assert gained == [s % 2 for s in range(64)] + [1] * 32
+    gateway.run()
+    assert sorted(gateway.finish) == [s for s in range(96) if s >= 64 or s % 2]
+
+
 def test_queue_time_counts_from_when_the_gateway_sent_it(
     model_path: Path, store: SnapshotStore
 ) -> None:

@@ -1,0 +1,359 @@
+"""The local engine against `transformers`: tokens a second, over HTTP and in process.
+
+    python benchmarks/engine.py [--only NAME ...] [--rounds 5]
+
+Sections: `decided` (what `transformers` offers, in process, one thread each), `streams` (1 to 256
+streams over HTTP with logprobs, and `generate` on one static batch of 64 in this process), `mixed`
+(256 requests of 8 to 256 tokens over 64 slots), `sharing` (16 samples of a 512-token prompt against
+16 prompts of 512 tokens), `queue` (reported queue time against what a client sees), `window` (the
+adaptive controller against fixed windows), `large` (a random model of 100 M parameters). The sides
+of a section take turns. Only tokens that were asked for count. `generate` samples
+(`do_sample=True, output_logits=True`) with as many torch threads as it likes best here, both cores;
+the engine has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from serving import MODEL, served
+
+import fireworks_training
+from fireworks_training import AdaptiveConcurrencyController, FixedConcurrencyController
+from fireworks_training.local.engine.batch import RunningBatch
+from fireworks_training.local.engine.decoder import Decoder
+from fireworks_training.local.engine.requests import SamplingRequest
+from fireworks_training.local.model import load_model
+
+FOLDER = Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
+PROMPT, COMPLETION = 48, 64
+Side = Callable[[int], Awaitable[int]]
+
+
+def prompts(count: int, length: int, seed: int) -> list[list[int]]:
+    """Random prompts: none is in a cache."""
+    return np.random.default_rng(seed).integers(4, 328, (count, length)).tolist()
+
+
+async def rates(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of each side, sides taking turns; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            tokens = await side(1000 + number)
+            if number:
+                found[name].append(tokens / (time.perf_counter() - began))
+    return found
+
+
+def row(name: str, values: list[float], of: list[float] | None = None) -> str:
+    """One line of a table: median, spread, and the ratio to another side."""
+    ratio = "" if of is None else f"{statistics.median(values) / statistics.median(of):.2f}x"
+    spread = f"{min(values):,.0f} to {max(values):,.0f}"
+    return f"| {name} | {statistics.median(values):,.0f} | {spread} | {ratio} |"
+
+
+HEAD = "| side | tokens/s | min to max | over generate |\n|---|---|---|---|"
+
+
+class InProcess:
+    """`transformers` and the engine's own batch, on one model in this process."""
+
+    def __init__(self) -> None:
+        self.model = load_model(FOLDER)
+        self.own = load_model(FOLDER)
+
+    def generate(self, batch: list[list[int]], lengths: list[int], threads: int) -> int:
+        """One static batch; what comes after a sequence's own length is not useful."""
+        torch.set_num_threads(threads)
+        ids = torch.tensor(batch)
+        with torch.inference_mode():
+            self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=max(lengths),
+                min_new_tokens=max(lengths),
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=1,
+            )
+        return sum(lengths)
+
+    def continuous(self, batch: list[list[int]], tokens: int) -> int:
+        """The continuous batching that `transformers` has."""
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, eos_token_id=-1, pad_token_id=1
+        )
+        found = self.model.generate_batch(
+            batch, generation_config=config, progress_bar=False, warmup=False
+        )
+        return sum(len(output.generated_tokens) for output in found.values())
+
+    def engine(self, batch: list[list[int]], tokens: int, *, fuse: bool) -> int:
+        """Our batch without a socket."""
+        torch.set_num_threads(1)
+        running = RunningBatch(Decoder(self.own, 2048, fuse), len(batch))
+        for number, prompt in enumerate(batch):
+            running.add(SamplingRequest(number, tuple(prompt), tokens, key=number))
+        while len(running):
+            running.step(512)
+        return tokens * len(batch)
+
+
+async def decided(rounds: int) -> list[str]:
+    """What `transformers` offers, one thread each."""
+    here = InProcess()
+
+    async def generate(seed: int) -> int:
+        return here.generate(prompts(64, PROMPT, seed), [COMPLETION] * 64, 1)
+
+    async def continuous(seed: int) -> int:
+        torch.set_num_threads(1)
+        return here.continuous(prompts(64, PROMPT, seed), COMPLETION)
+
+    async def modules(seed: int) -> int:
+        return here.engine(prompts(64, PROMPT, seed), COMPLETION, fuse=False)
+
+    async def fused(seed: int) -> int:
+        return here.engine(prompts(64, PROMPT, seed), COMPLETION, fuse=True)
+
+    sides = {"generate": generate, "generate_batch": continuous}
+    sides |= {"engine, the model's modules": modules, "engine, faster body": fused}
+    found = await rates(sides, rounds)
+    lines = ["64 sequences of 48 + 64 tokens in process, one torch thread:", "", HEAD]
+    return lines + [row(name, found[name], found["generate"]) for name in found]
+
+
+async def streams(rounds: int) -> list[str]:
+    """1 to 256 streams over HTTP, and one static batch in process."""
+    here = InProcess()
+    threads = os.cpu_count() or 1
+    async with served() as deployment, deployment.sampler() as sampler:
+
+        def side(count: int) -> Side:
+            async def run(seed: int) -> int:
+                found = await sampler.sample_with_prompt_tokens(
+                    prompts(count, PROMPT, seed),
+                    max_tokens=COMPLETION,
+                    logprobs=True,
+                    ignore_eos=True,
+                )
+                return sum(completion.completion_len for completion in found)
+
+            return run
+
+        async def generate(seed: int) -> int:
+            return here.generate(prompts(64, PROMPT, seed), [COMPLETION] * 64, threads)
+
+        async def single(seed: int) -> int:
+            return here.generate(prompts(64, PROMPT, seed), [COMPLETION] * 64, 1)
+
+        sides = {f"{n} streams over HTTP": side(n) for n in (64, 1, 4, 16, 256)}
+        sides |= {f"generate, {threads} threads": generate, "generate, 1 thread": single}
+        found = await rates(sides, rounds)
+    base = found[f"generate, {threads} threads"]
+    lines = ["48 + 64 tokens with logprobs; `generate` on one static batch of 64:", "", HEAD]
+    return lines + [row(name, values, base) for name, values in found.items()]
+
+
+async def mixed(rounds: int) -> list[str]:
+    """Requests of many lengths: a static batch waits for its longest."""
+    here = InProcess()
+    threads = os.cpu_count() or 1
+    lengths = np.random.default_rng(0).integers(8, 257, 256).tolist()
+    slots = FixedConcurrencyController(64)
+    async with served() as deployment, deployment.sampler(slots) as sampler:
+
+        async def engine(seed: int) -> int:
+            calls = [
+                sampler.sample_with_prompt_tokens(
+                    [prompt], max_tokens=length, logprobs=True, ignore_eos=True
+                )
+                for prompt, length in zip(prompts(256, PROMPT, seed), lengths, strict=True)
+            ]
+            found = await asyncio.gather(*calls)
+            return sum(completion.completion_len for (completion,) in found)
+
+        async def generate(seed: int) -> int:
+            asked = prompts(256, PROMPT, seed)
+            return sum(
+                here.generate(asked[at : at + 64], lengths[at : at + 64], threads)
+                for at in range(0, 256, 64)
+            )
+
+        found = await rates({"engine over HTTP": engine, "generate": generate}, rounds)
+    lines = ["256 requests of 8 to 256 tokens, 64 at a time:", "", HEAD]
+    return lines + [row(name, values, found["generate"]) for name, values in found.items()]
+
+
+async def sharing(rounds: int) -> list[str]:
+    """Samples of one prompt against as many prompts."""
+    lines = ["16 streams with prompts of 512 tokens, over HTTP:", ""]
+    lines += ["| completion | one prompt | min to max | 16 prompts | min to max | ratio |"]
+    lines += ["|---|---|---|---|---|---|"]
+    async with served() as deployment, deployment.sampler() as sampler:
+        for tokens in (16, 64):
+
+            def side(count: int, n: int, tokens: int = tokens) -> Side:
+                async def run(seed: int) -> int:
+                    found = await sampler.sample_with_prompt_tokens(
+                        prompts(count, 512, seed + 7777 * n + tokens),
+                        n=n,
+                        max_tokens=tokens,
+                        ignore_eos=True,
+                    )
+                    return sum(completion.completion_len for completion in found)
+
+                return run
+
+            found = await rates({"shared": side(1, 16), "each": side(16, 1)}, rounds)
+            one, each = found["shared"], found["each"]
+            ratio = statistics.median(one) / statistics.median(each)
+            lines.append(
+                f"| {tokens} | {statistics.median(one):,.0f} | {min(one):,.0f} to {max(one):,.0f} "
+                f"| {statistics.median(each):,.0f} | {min(each):,.0f} to {max(each):,.0f} "
+                f"| {ratio:.1f}x |"
+            )
+    return lines
+
+
+async def queue(rounds: int) -> list[str]:
+    """Probes that wait for a slot: what the server reports, and what is seen from outside."""
+    errors: list[float] = []
+    waits: list[float] = []
+    async with served() as deployment, deployment.sampler() as sampler:
+
+        async def probe(seed: int) -> tuple[float, float]:
+            found = await sampler.sample_with_prompt_tokens(
+                prompts(1, PROMPT, seed), max_tokens=1, ignore_eos=True
+            )
+            metrics = found[0].metrics
+            assert metrics.client_ttft is not None
+            assert metrics.prefill_queue_duration is not None
+            return metrics.prefill_queue_duration, metrics.client_ttft - (
+                metrics.prefill_duration or 0.0
+            )
+
+        await probe(1)
+        for number in range(rounds):
+            load = [
+                asyncio.ensure_future(
+                    sampler.sample_with_prompt_tokens(
+                        [prompt], max_tokens=60 + index // 2, ignore_eos=True
+                    )
+                )
+                for index, prompt in enumerate(prompts(256, PROMPT, number))
+            ]
+            await asyncio.sleep(0.7)
+            for index in range(8):
+                reported, seen = await probe(10_000 * number + index)
+                waits.append(seen)
+                errors.append(max(0.0, abs(reported - seen) - max(0.1 * seen, 0.005)))
+            await asyncio.gather(*load)
+    low, middle, high = (1000 * f(waits) for f in (min, statistics.median, max))
+    return [
+        f"- {len(waits)} probes while 256 slots were taken waited {low:.0f} to {high:.0f} ms",
+        f"  (median {middle:.0f}) for their first token, the prefill apart.",
+        f"- {sum(e == 0 for e in errors)} reported queue times were within 10 % or 5 ms of that;",
+        f"  the worst was {1000 * max(errors):.1f} ms beyond.",
+    ]
+
+
+async def window(rounds: int) -> list[str]:
+    """The adaptive controller's whole run, from its first window on, against fixed windows."""
+    found: dict[str, list[float]] = {}
+    async with served() as deployment:
+        makers: dict[str, Callable[[], object]] = {
+            f"fixed {n}": (lambda n=n: FixedConcurrencyController(n)) for n in (16, 64, 128, 256)
+        }
+        makers["adaptive"] = AdaptiveConcurrencyController
+        for number in range(rounds):
+            for name, maker in makers.items():
+                async with deployment.sampler(maker()) as sampler:
+                    began = time.perf_counter()
+                    done = await sampler.sample_with_prompt_tokens(
+                        prompts(1536, PROMPT, number), max_tokens=32, ignore_eos=True
+                    )
+                    tokens = sum(completion.completion_len for completion in done)
+                    found.setdefault(name, []).append(tokens / (time.perf_counter() - began))
+    best = max((v for k, v in found.items() if k != "adaptive"), key=statistics.median)
+    lines = ["1536 requests of 48 + 32 tokens; ratios to the best fixed window:", ""]
+    lines += ["| window | tokens/s | min to max | over the best |", "|---|---|---|---|"]
+    return lines + [row(name, values, best) for name, values in found.items()]
+
+
+def random_model(folder: Path) -> None:
+    """About 100 M parameters with the shipped model's tokenizer."""
+    config = transformers.Qwen3Config(
+        vocab_size=32_000,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        eos_token_id=3,
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((FOLDER / name).read_bytes())
+
+
+async def large(rounds: int) -> list[str]:
+    """A random model of 100 M parameters: 64 streams of 32 tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(Path(folder))
+        numbers = sum(p.numel() for p in load_model(Path(folder)).parameters())
+        option = ("--model", f"large={folder}")
+        name = "accounts/local/models/large"
+        async with served(*option, model=name) as deployment, deployment.sampler() as sampler:
+
+            async def engine(seed: int) -> int:
+                done = await sampler.sample_with_prompt_tokens(
+                    prompts(64, PROMPT, seed), max_tokens=32, logprobs=True, ignore_eos=True
+                )
+                return sum(completion.completion_len for completion in done)
+
+            found = await rates({"engine": engine}, min(rounds, 2))
+    rate = statistics.median(found["engine"])
+    size = f"A random Qwen3 of {numbers / 1e6:.0f} M parameters"
+    what = "64 streams of 48 + 32 tokens with logprobs over HTTP"
+    return [f"{size}, {what}: {rate:,.0f} tokens/s ({2048 / rate:.1f} s)."]
+
+
+SECTIONS = (decided, streams, mixed, sharing, queue, window, large)
+
+
+def main() -> None:
+    """Runs the sections and prints them as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=[part.__name__ for part in SECTIONS])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    cores = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"On {cores}; {versions}; {MODEL.rpartition('/')[2]}; medians of {options.rounds}.\n")
+    for part in SECTIONS:
+        if options.only is None or part.__name__ in options.only:
+            print("\n".join(asyncio.run(part(options.rounds))) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The local engine under mixed load for a long time: does its memory grow, do descriptors leak?
+
+    python benchmarks/soak.py [--minutes 20]
+
+96 streams at a time on two replicas: prompts of 3 to 300 tokens, one in four of them known,
+completions of 1 to 200 tokens, one in ten cancelled on its way. Every ten seconds the resident
+memory and the open descriptors of all processes of the platform are read. Memory is compared
+between the second and the last tenth of the run: the first one fills caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from serving import served
+
+from fireworks_training import FixedConcurrencyController
+
+STREAMS = 96
+SAMPLE_EVERY = 10.0
+
+
+def descendants(root: int) -> dict[int, str]:
+    """The processes of the platform by their names."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+                parents[int(entry.name)] = int(rest.split()[1])
+                names[int(entry.name)] = name.partition("(")[2]
+    found: dict[int, str] = {}
+    for pid in parents:
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above == root:
+            found[pid] = f"{names[pid]} {pid}"
+    return found
+
+
+def resident(pid: int) -> float:
+    """MB of memory that the process alone holds or shares."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+async def soak(minutes: float) -> None:
+    """Runs and prints one line a process."""
+    random = np.random.default_rng(0)
+    known = [random.integers(4, 328, int(n)).tolist() for n in random.integers(20, 300, 40)]
+    until = time.monotonic() + 60 * minutes
+    counts = {"completed": 0, "cancelled": 0}
+    async with served(replicas=2) as deployment:
+        sampler = deployment.sampler(FixedConcurrencyController(256))
+
+        async def one_after_the_other() -> None:
+            while time.monotonic() < until:
+                if random.random() < 0.25:
+                    prompt = known[int(random.integers(len(known)))]
+                else:
+                    prompt = random.integers(4, 328, int(random.integers(3, 300))).tolist()
+                call = asyncio.ensure_future(
+                    sampler.sample_with_prompt_tokens(
+                        [prompt],
+                        max_tokens=int(random.integers(1, 200)),
+                        logprobs=True,
+                        ignore_eos=True,
+                    )
+                )
+                if random.random() < 0.1:
+                    await asyncio.sleep(0.2)
+                    if call.cancel():
+                        await asyncio.gather(call, return_exceptions=True)
+                        counts["cancelled"] += 1
+                        continue
+                await call
+                counts["completed"] += 1
+
+        seen: dict[str, list[tuple[float, int]]] = {}
+
+        async def watch() -> None:
+            while time.monotonic() < until:
+                await asyncio.sleep(SAMPLE_EVERY)
+                for pid, name in descendants(deployment.process.pid).items():
+                    with contextlib.suppress(OSError):
+                        descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                        seen.setdefault(name, []).append((resident(pid), descriptors))
+
+        async with sampler, asyncio.TaskGroup() as group:
+            group.create_task(watch())
+            for _ in range(STREAMS):
+                group.create_task(one_after_the_other())
+    print(
+        f"{minutes:g} minutes, {counts['completed']} completions, {counts['cancelled']} cancelled"
+    )
+    print("\n| process | MB, second tenth | MB, last tenth | grown | descriptors |")
+    print("|---|---|---|---|---|")
+    for name, rows in seen.items():
+        tenth = max(1, len(rows) // 10)
+        early = statistics.mean(memory for memory, _ in rows[tenth : 2 * tenth])
+        late = statistics.mean(memory for memory, _ in rows[-tenth:])
+        grown = late / early - 1
+        descriptors = f"{rows[tenth][1]} to {rows[-1][1]}"
+        print(f"| {name} | {early:.0f} | {late:.0f} | {grown:+.1%} | {descriptors} |")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20.0)
+    asyncio.run(soak(parser.parse_args().minutes))
+
+
+if __name__ == "__main__":
+    main()
