@@ -53,6 +53,11 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def open_descriptors(pid: int) -> int:
+    """How many descriptors the process has."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 async def soak(minutes: float) -> None:
     """Runs and prints one line a process."""
     random = np.random.default_rng(0)
@@ -92,7 +97,7 @@ async def soak(minutes: float) -> None:
                 await asyncio.sleep(SAMPLE_EVERY)
                 for pid, name in descendants(deployment.process.pid).items():
                     with contextlib.suppress(OSError):
-                        descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+                        descriptors = open_descriptors(pid)
                         seen.setdefault(name, []).append((resident(pid), descriptors))
 
         async with sampler, asyncio.TaskGroup() as group:
