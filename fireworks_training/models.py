@@ -26,6 +26,8 @@ class Snapshot:
         predecessor: identity that a delta is a difference to; None otherwise.
         bytes: size of the stored tensors; None where the trainer does not say.
         sha256: hash over the hashes of all tensors, in name order; None where it does not say.
+        timings: seconds of the trainer's work by stage: "hash", "compress" and "write", all
+            beside the line; None where it does not say.
     """
 
     identity: str
@@ -33,6 +35,7 @@ class Snapshot:
     predecessor: str | None = None
     bytes: int | None = None
     sha256: str | None = None
+    timings: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +453,8 @@ class ReplicaStatus:
         stage: its loading stage, as reported.
         target: the snapshot that `stage` is about.
         error: why the load of `target` failed, where `stage` is "error".
+        timings: seconds of the last load by stage: "prepare" (read, apply, verify, beside the
+            decoding) and "swap"; None where it is not reported.
     """
 
     identity: str | None
@@ -457,3 +462,4 @@ class ReplicaStatus:
     stage: str | None = None
     target: str | None = None
     error: str | None = None
+    timings: Mapping[str, float] | None = None

@@ -88,6 +88,7 @@ def _read_row(row: Mapping[str, Any]) -> ReplicaStatus:
         stage=loading.get("stage"),
         target=loading.get("target_snapshot_identity"),
         error=loading.get("error"),
+        timings=loading.get("timings"),
     )
 
 

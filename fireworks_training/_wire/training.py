@@ -34,4 +34,5 @@ def decode_snapshot(payload: Mapping[str, Any]) -> Snapshot:
         predecessor=fields.get("predecessor"),
         bytes=fields.get("bytes"),
         sha256=fields.get("sha256"),
+        timings=fields.get("timings"),
     )

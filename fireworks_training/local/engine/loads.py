@@ -13,6 +13,7 @@ but whether one is running. The rules:
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +47,7 @@ class _Load:
     started: bool = False
     prepared: Prepared | None = None
     refused: str | None = None
+    prepare_s: float = 0.0
 
     @property
     def ready(self) -> bool:
@@ -79,6 +81,7 @@ class HotLoads:
         self._run = run
         self._load: _Load | None = None
         self._failed: tuple[str, str] | None = None
+        self._timings: dict[str, float] | None = None
         # One at a time: a preparation reads what is served, and the last one's result is dropped.
         self._one = threading.Lock()
 
@@ -135,21 +138,25 @@ class HotLoads:
     def _prepare(self, load: _Load) -> None:
         with self._one:
             if self._load is load:
+                started = time.perf_counter()
                 try:
                     load.prepared = self._weights.prepare(load.identity, restore=load.restore)
                 except LoadFailed as error:
                     load.refused = str(error)
                 except Exception as error:
                     load.refused = f"the engine failed: {type(error).__name__}: {error}"
+                load.prepare_s = time.perf_counter() - started
         self.wake()
 
     def _swap(self, load: _Load, prepared: Prepared) -> None:
+        started = time.perf_counter()
         try:
             self._weights.swap(prepared)
         except LoadFailed as error:
             self._fail(load, str(error))
             return
         self._swapped()
+        self._timings = {"prepare": load.prepare_s, "swap": time.perf_counter() - started}
         self._load = None
         self._send_status()
         self._end(load, "loaded")
@@ -187,4 +194,5 @@ class HotLoads:
             "stage": stage,
             "target": target,
             "error": error,
+            "timings": self._timings,
         }

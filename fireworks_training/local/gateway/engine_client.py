@@ -66,6 +66,7 @@ class EngineState:
     stage: str = "loading"
     target: str | None = None
     error: str | None = None
+    timings: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,8 @@ class EngineClient(asyncio.Protocol):
         }
         if state.error is not None:
             loading["error"] = state.error
+        if state.timings is not None:
+            loading["timings"] = state.timings
         adapters: list[dict[str, object]] = []
         if state.kind == "lora":
             adapters.append({"identity": state.identity, "status": "loaded"})
@@ -411,7 +414,7 @@ class EngineClient(asyncio.Protocol):
 
     def _take_state(self, message: Mapping[str, object]) -> None:
         names = EngineState.__dataclass_fields__
-        self.state = EngineState(**{name: message[name] for name in names})  # type: ignore[arg-type]
+        self.state = EngineState(**{name: message[name] for name in names if name in message})  # type: ignore[arg-type]
         self._identities[self.state.version] = self.state.identity
         # Streams only run on recent versions.
         while len(self._identities) > _VERSIONS_KEPT:

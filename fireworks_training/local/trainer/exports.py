@@ -10,7 +10,9 @@ previous *save* that succeeded, whoever loaded it, and the snapshot says which o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +59,7 @@ class SnapshotExports:
         self._dtype: SnapshotDtype = dtype
         self._lora = lora
         self._previous: _Previous | None = None
+        self._timings: dict[str, float] = {}
 
     def capture(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A copy of fp32 weights in the snapshot's dtype. On the torch thread.
@@ -84,12 +87,15 @@ class SnapshotExports:
         Raises:
             OperationFailed: it could not be written; nothing of it is left.
         """
+        self._timings = {}
         try:
             if checkpoint_type == "merged_base":
-                return _answer(self._write_whole(name, tensors, lora=None))
-            if self._lora is not None:
-                return _answer(self._write_whole(name, tensors, lora=self._lora))
-            return _answer(self._write_link(name, tensors, delta=checkpoint_type == "delta"))
+                manifest = self._write_whole(name, tensors, lora=None)
+            elif self._lora is not None:
+                manifest = self._write_whole(name, tensors, lora=self._lora)
+            else:
+                manifest = self._write_link(name, tensors, delta=checkpoint_type == "delta")
+            return _answer(manifest, self._timings)
         except SnapshotError as error:
             raise OperationFailed(str(error), error_class=type(error).__name__) from error
 
@@ -101,30 +107,40 @@ class SnapshotExports:
         lora: LoraBlock | None,
         hashes: Mapping[str, str] | None = None,
     ) -> Manifest:
-        return self._store.write(
-            name,
-            tensors,
-            base_model=self._base_model,
-            dtype=self._dtype,
-            lora=lora,
-            hashes=hashes,
-        )
+        with self._timed("write"):
+            return self._store.write(
+                name,
+                tensors,
+                base_model=self._base_model,
+                dtype=self._dtype,
+                lora=lora,
+                hashes=hashes,
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._timings[stage] = time.perf_counter() - started
 
     def _write_link(self, name: str, tensors: Mapping[str, Tensor], *, delta: bool) -> Manifest:
-        hashes = hashes_of(tensors)
+        with self._timed("hash"):
+            hashes = hashes_of(tensors)
         previous = self._previous if delta else None
-        difference = self._difference(previous, tensors) if previous is not None else None
+        with self._timed("compress"):
+            difference = self._difference(previous, tensors) if previous is not None else None
         if previous is None or difference is None:
             manifest = self._write_whole(name, tensors, lora=None, hashes=hashes)
             self._previous = _Previous(manifest, tensors, 0)
         else:
-            manifest = self._store.write_delta(
-                name,
-                difference.tensors,
-                difference.checksums,
-                predecessor=previous.manifest,
-                hashes=hashes,
-            )
+            with self._timed("write"):
+                manifest = self._store.write_delta(
+                    name,
+                    difference.tensors,
+                    difference.checksums,
+                    predecessor=previous.manifest,
+                    hashes=hashes,
+                )
             self._previous = _Previous(manifest, tensors, previous.links + 1)
         return manifest
 
@@ -143,7 +159,7 @@ class SnapshotExports:
         return deltas.encode(previous.tensors, tensors)
 
 
-def _answer(manifest: Manifest) -> Answer:
+def _answer(manifest: Manifest, timings: Mapping[str, float]) -> Answer:
     return Answer(
         {
             "path": manifest.identity,
@@ -154,6 +170,7 @@ def _answer(manifest: Manifest) -> Answer:
                 "predecessor": manifest.predecessor,
                 "bytes": manifest.bytes,
                 "sha256": manifest.sha256,
+                "timings": timings,
             },
         }
     )

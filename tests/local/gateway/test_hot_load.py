@@ -77,6 +77,7 @@ async def test_a_base_snapshot_is_loaded_reported_and_named_by_completions(
         assert status == 200
         assert answer == {"identity": "step-1", "replicas": 1, "long_poll": True}
         row = await settled(served, "step-1")
+        assert row["loading_state"].pop("timings").keys() == {"prepare", "swap"}
         assert row == {
             "current_snapshot_identity": "step-1",
             "readiness": True,

@@ -258,6 +258,7 @@ async def test_a_snapshot_serves_the_trainers_numbers(
     manifest, tensors = SnapshotStore(tmp_path / "snapshots").load("s")
     load_snapshot_(engine, manifest, tensors, base)
     assert np.abs(served() - trained).max() < 1e-5
+    assert set(saved["snapshot"].pop("timings")) <= {"hash", "compress", "write"}
     assert saved["snapshot"] == {
         "identity": "s",
         "kind": "lora" if lora else "base",
