@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from fireworks_training import (
+    ApiError,
     ApiStatusError,
     AsyncFiretitanServiceClient,
     ClientClosed,
@@ -23,6 +24,7 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
+from fireworks_training._async import ownership
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ledger import LedgerFile
@@ -478,3 +480,63 @@ async def test_an_inference_deployment_that_does_not_come_up_is_deleted(
             )
         assert f"{DEPLOYMENTS}/judge" not in stub.left()
         assert len(stub.left()) == 2  # what the service has stays
+
+
+# -- the end -------------------------------------------------------------------------------------
+
+
+async def test_things_are_given_back_in_order(stub: StubControlPlane) -> None:
+    async with service_on(stub, reference_required=True) as service:
+        await service.create_training_client()
+        await service.create_inference_deployment_sampler(
+            DeploymentConfig("judge", "accounts/x/models/judge"),
+            cleanup_on_close="delete",
+            tokenizer=cast(Any, object()),
+        )
+        names = [
+            f"{JOBS}/{service.reference_job_id}",
+            f"{DEPLOYMENTS}/judge",
+            f"{DEPLOYMENTS}/{service.deployment_id}",
+            f"{JOBS}/{service.trainer_job_id}",
+        ]
+    assert [path for method, path, _ in stub.requests if method == "DELETE"] == names
+
+
+async def test_a_failure_on_the_way_does_not_stop_the_rest_and_is_raised_at_the_end(
+    stub: StubControlPlane,
+) -> None:
+    service = service_on(stub)
+    await service.create_training_client()
+    stub.deny[("DELETE", DEPLOYMENTS)] = [403]
+    with pytest.raises(ApiStatusError, match="403"):
+        await service.close()
+    assert stub.left() == [f"{DEPLOYMENTS}/{service.deployment_id}"]
+    assert [claim.last.event for claim in open_claims()] == ["created"]  # `reap` will find it
+    await service.close()  # said once
+
+
+async def test_close_is_bounded_and_names_what_is_left(
+    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "CLEAN_UP_TIMEOUT", 0.05)
+    service = service_on(stub)
+    await service.create_training_client()
+    stub.slow["DELETE"] = threading.Event()
+    with pytest.raises(ApiError, match=r"not cleaned up within .*deployment tiny-.*trainer "):
+        await service.close()
+    assert len(open_claims()) == 2
+
+
+async def test_close_goes_on_when_its_waiter_is_cancelled(stub: StubControlPlane) -> None:
+    service = service_on(stub)
+    await service.create_training_client()
+    gate = stub.slow["DELETE"] = threading.Event()
+    call = asyncio.ensure_future(service.close())
+    await stub.until(lambda: stub.sent("DELETE", DEPLOYMENTS) != [])
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    gate.set()
+    await service.close()
+    assert stub.left() == []
+    assert open_claims() == []

@@ -141,7 +141,10 @@ def start(source: str, platform: RunningPlatform) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param("blocking", marks=pytest.mark.slow), "blocking, never closed", "async"],
+)
 async def test_ctrl_c_while_waiting_for_capacity(
     platform: RunningPlatform, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
