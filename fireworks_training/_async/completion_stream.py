@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 import aiohttp
 
+from fireworks_training._async import descriptors
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
@@ -144,13 +145,7 @@ class CompletionStream:
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._clock()
         try:
-            response = await session.post(
-                attempt.url,
-                data=body,
-                headers=attempt.headers,
-                allow_redirects=False,
-                timeout=attempt.timeout,
-            )
+            response = await self._post(session, body)
         except (aiohttp.ClientError, OSError) as error:
             raise self._broken(error) from error
         self._response = response
@@ -163,6 +158,24 @@ class CompletionStream:
                 request_id=request_id_of(response.headers),
             )
             raise self._failed("upstream_stream", wrong)
+
+    async def _post(
+        self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
+    ) -> aiohttp.ClientResponse:
+        attempt = self._attempt
+        while True:
+            try:
+                return await session.post(
+                    attempt.url,
+                    data=body,
+                    headers=attempt.headers,
+                    allow_redirects=False,
+                    timeout=attempt.timeout,
+                )
+            except aiohttp.ClientConnectorError as error:
+                # Nothing was sent: with a higher limit the connection can be made after all.
+                if not (descriptors.exhausted(error.os_error) and descriptors.raise_limit()):
+                    raise
 
     async def _status_error(self, response: aiohttp.ClientResponse) -> ApiError:
         try:
@@ -251,6 +264,10 @@ class CompletionStream:
         if isinstance(error, TimeoutError):
             timed_out = RequestTimedOut(f"no byte came in time ({what})", cause=error)
             return self._failed("timeout", timed_out)
+        if isinstance(error, aiohttp.ClientConnectorError) and descriptors.exhausted(
+            error.os_error
+        ):
+            what = descriptors.advice()
         return self._failed(
             "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)
         )
