@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fireworks_training._async.service import AsyncFiretitanServiceClient
     from fireworks_training._async.token_stream import TokenStream
     from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+    from fireworks_training._async.usage import RunUsage, Usage
+    from fireworks_training._async.usage_records import read_usage_records
     from fireworks_training._sync.control_plane.client import ControlPlane
     from fireworks_training._sync.reaper import ResourceLedger
     from fireworks_training._sync.service import FiretitanServiceClient
@@ -120,6 +122,9 @@ _HEAVY = {
     "FixedConcurrencyController": "_async.gate",
     "ResourceLedger": "_sync.reaper",
     "SamplingConcurrencyController": "_async.gate",
+    "RunUsage": "_async.usage",
+    "Usage": "_async.usage",
+    "read_usage_records": "_async.usage_records",
     "SaveWeightsForSamplerResponse": "_tinker_types",
     "TokenStream": "_async.token_stream",
 }
@@ -177,6 +182,7 @@ __all__ = [
     "RequestFailed",
     "RequestTimedOut",
     "ResourceLedger",
+    "RunUsage",
     "SampleCall",
     "SampledCompletion",
     "SampledRequestResult",
@@ -198,6 +204,7 @@ __all__ = [
     "TrainerLost",
     "TrainingProfile",
     "UnknownOption",
+    "Usage",
     "UsageError",
     "WeightSyncError",
     "WeightSyncResult",
@@ -209,6 +216,7 @@ __all__ = [
     "check_normalization",
     "completion_datum",
     "read_evaluation",
+    "read_usage_records",
     "rl_datum",
     "supervised_datum",
     "write_evaluation",

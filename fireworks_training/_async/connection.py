@@ -9,6 +9,7 @@ from fireworks_training._async import embedded
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
+from fireworks_training._async.usage import Usage
 from fireworks_training.config import Endpoint
 
 
@@ -96,6 +97,17 @@ class Connection:
         if self._embedded:
             self._embedded = False
             await asyncio.to_thread(embedded.release)
+
+    @property
+    def usage(self) -> Usage:
+        """What was used over the pool so far; nothing before `open()`."""
+        return Usage() if self._transport is None else self._transport.usage.read()
+
+    def release_usage(self) -> Usage:
+        """Nothing is held any more; what was used in all."""
+        if self._transport is not None:
+            self._transport.usage.release()
+        return self.usage
 
     @property
     def address(self) -> str:

@@ -81,6 +81,7 @@ class DataPlane:
 
     def __init__(self, transport: Transport, base_url: str) -> None:
         self._transport = transport
+        self.usage = transport.usage
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:

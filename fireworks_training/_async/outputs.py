@@ -62,6 +62,7 @@ async def run_custom_output(
     encoded = await piece.result()
     losses = Losses(config=config)
     answers = await turn.send(passes.requests("forward", encoded, losses), last=False)
+    passes.usage.passed(piece.tokens, trained=False)
     first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
     values = [
         _value(fields, output, config["pooling"], i) for i, fields in enumerate(first.outputs)
@@ -75,6 +76,7 @@ async def run_custom_output(
     again = await off_loop(piece.tokens, backward.work)
     requests = passes.requests("forward_backward", again, losses)
     answers = await turn.send(requests)
+    passes.usage.passed(piece.tokens, trained=True)
     second = combine(answers, again.chunks)
     outputs: list[dict[str, Any]] = [{FIELDS.get(output, "embedding"): v} for v in values]
     return output_of(with_loss(PassResult(second.output_type, outputs, second.metrics), loss))

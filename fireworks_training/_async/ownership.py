@@ -106,6 +106,11 @@ class Holdings:
         self._complained = False
 
     @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._run
+
+    @property
     def open(self) -> bool:
         """Whether anything is held."""
         return any(claim.standing != "given back" for claim in self.claims)

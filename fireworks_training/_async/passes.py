@@ -8,8 +8,9 @@ the trainer offers that, and else is a cross-entropy pass that has the same grad
 from __future__ import annotations
 
 import contextvars
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from fireworks_training._async.data_plane import Answer
 from fireworks_training._async.exchanges import Request, Sent
 from fireworks_training._async.operations import Turn
 from fireworks_training._async.patience import speaking
+from fireworks_training._async.usage import UsageMeter
 from fireworks_training._core.chunking import MAX_BYTES, MAX_DATUMS, combine_metrics, split
 from fireworks_training._wire.datums import Captured, PassResult, check_inputs
 from fireworks_training._wire.dialects import ACCEPT, Dialect, Encoded, decode_result, encode_filler
@@ -81,11 +83,13 @@ class Passes:
         model_id: the model.
         dialect: how requests are written.
         backward: whether the trainer takes a backward by an earlier forward.
+        usage: counts what came back.
     """
 
     model_id: str
     dialect: Dialect
     backward: bool = False
+    usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
 
     def filler(self, seq_id: int) -> Sent:
         """A request that changes nothing."""
@@ -128,6 +132,7 @@ class Passes:
         """One built-in pass."""
         encoded = await piece.result()
         answers = await turn.send(self.requests(kind, encoded, loss))
+        self.usage.passed(piece.tokens, trained=kind == "forward_backward")
 
         def finish() -> tinker.ForwardBackwardOutput:
             result = combine(answers, encoded.chunks)
@@ -154,6 +159,7 @@ class Passes:
         if precomputed is None:
             requests = self.requests("forward", encoded, Losses())
             answers = await turn.send(requests, last=False)
+            self.usage.passed(piece.tokens, trained=False)
             first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
             logprobs = _logprobs(first.outputs, encoded.inputs)
         else:
@@ -175,6 +181,7 @@ class Passes:
                 "forward_backward", EncodedData(datums, encoded.chunks, []), Losses()
             )
         answers = await turn.send(requests)
+        self.usage.passed(piece.tokens, trained=True)
 
         def finish() -> tinker.ForwardBackwardOutput:
             second = combine(answers, encoded.chunks)

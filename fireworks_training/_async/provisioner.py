@@ -68,6 +68,10 @@ class Provisioner:
                     self.resources = Resources()
                     raise
                 self._ready = True
+                meter = self._connection.transport.usage
+                meter.hold("trainer", self._config.trainer_replica_count or 1)
+                if self.resources.deployment is not None:
+                    meter.hold("replica", self._config.replica_count)
         return self.resources
 
     async def reference(self) -> Resources:
@@ -76,6 +80,7 @@ class Provisioner:
         async with self._lock:
             if self.resources.reference is None:
                 await self._run(self._provision_reference, _managed)
+                self._connection.transport.usage.hold("trainer", 1)
             assert self.resources.reference is not None
             return self.resources.reference
 

@@ -309,6 +309,9 @@ class SamplingRun:
             completion = self._with_distance(completion)
             told = completion.metrics
             source.record.append(told)
+            source.transport.usage.sampled(
+                told.prompt_tokens, told.cached_prompt_tokens, told.completion_tokens
+            )
             if stream.sampling_substituted:
                 source.warn_substituted()
             if logged is not None:

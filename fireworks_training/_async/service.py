@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self, Unpack
 
+from fireworks_training._async import usage_records
 from fireworks_training._async.service_clients import ServiceClients
 from fireworks_training._async.service_facts import ServiceFacts
 from fireworks_training._async.service_samplers import ServiceSamplers
+from fireworks_training._async.usage import Usage
 from fireworks_training.config import (
     FiretitanProvisioningConfig,
     ProvisioningOptions,
@@ -141,6 +143,24 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             mark_retrieved(error)  # raised once: a second close is quiet
             raise error
 
+    async def _record_usage(self) -> None:
+        """Keep what was used, for `fireworks-training usage`."""
+        used = self._connection.release_usage()
+        holdings = self._provisioner.holdings
+        if used == Usage():
+            return
+        try:
+            await asyncio.to_thread(
+                usage_records.write,
+                holdings.run,
+                holdings.nonce,
+                self._connection.address,
+                self._config.base_model,
+                used,
+            )
+        except OSError as error:
+            logger.warning("the usage of this run was not recorded: %s", error)
+
     async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
         """Close in order, whatever fails on the way; the error worth raising."""
         errors = list[BaseException]()
@@ -152,6 +172,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             stack.callback(self._owner.release)
             stack.push_async_callback(self._connection.close)
             stack.push_async_callback(clean_up)
+            stack.push_async_callback(self._record_usage)
             stack.push_async_callback(self._publishing.close)
             stack.push_async_callback(self._samplers.close)
             for trainers in (self._references, self._trainers):

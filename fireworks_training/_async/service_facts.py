@@ -8,6 +8,7 @@ from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.provisioning import separate_reference
 from fireworks_training._async.service_core import ServiceCore
+from fireworks_training._async.usage import Usage
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 
@@ -190,6 +191,14 @@ class ServiceFacts(ServiceCore):
             )
 
         return await self._on_owner(promote, "promote_checkpoint")
+
+    def usage(self) -> Usage:
+        """What this service has used so far: tokens trained and sampled, replica-seconds.
+
+        Counted here, as answers come back; `Usage.cost(prices)` turns it into money. The record of
+        a service that was closed stays: `fireworks-training usage RUN`.
+        """
+        return self._connection.usage
 
     async def get_server_capabilities(self) -> dict[str, Any]:
         """What the trainer says that it can do, as it says it; provisions the trainer."""

@@ -71,6 +71,7 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
             capabilities.model_id,
             choose(config.dialect, wire=capabilities.wire, comms=capabilities.comms),
             backward=capabilities.backward,
+            usage=session.plane.usage,
         )
         self._pass_calls = PassCalls(self._passes)
         self._runner = LineRunner(

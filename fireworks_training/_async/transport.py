@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +20,7 @@ import aiohttp
 import orjson
 
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.usage import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training.errors import (
     ApiError,
@@ -141,6 +143,7 @@ class Transport:
         self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self.usage = UsageMeter(time.monotonic)
 
     @property
     def additional_headers(self) -> Mapping[str, str]:

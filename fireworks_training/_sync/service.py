@@ -16,6 +16,7 @@ from fireworks_training._async.publishing import OnDrift
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service import AsyncFiretitanServiceClient
+from fireworks_training._async.usage import Usage
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
@@ -502,6 +503,14 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             base_model,
             hot_load_deployment_id=hot_load_deployment_id,
         )
+
+    def usage(self) -> Usage:
+        """What this service has used so far: tokens trained and sampled, replica-seconds.
+
+        Counted here, as answers come back; `Usage.cost(prices)` turns it into money. The record of
+        a service that was closed stays: `fireworks-training usage RUN`.
+        """
+        return self._async.usage()
 
     def get_server_capabilities(self) -> dict[str, Any]:
         """What the trainer says that it can do, as it says it; provisions the trainer."""

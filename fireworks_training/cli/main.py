@@ -55,6 +55,11 @@ COMMANDS = {
         "checkpoints",
         "List the checkpoints of a trainer job, or make a model of one.",
     ),
+    "usage": LazyCommand(
+        "fireworks_training.cli.usage",
+        "usage",
+        "Show what runs have used, and what that costs at your prices.",
+    ),
     "doctor": LazyCommand(
         "fireworks_training.cli.doctor",
         "doctor",

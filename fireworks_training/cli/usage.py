@@ -1,0 +1,76 @@
+"""`fireworks-training usage`: what runs have used, and what that costs at the user's prices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from fireworks_training.cli.output import json_option, show
+
+
+def parse_prices(
+    _context: click.Context, _parameter: click.Parameter, value: Path | None
+) -> dict[str, float] | None:
+    """The price table in a JSON file; checked when it is used."""
+    if value is None:
+        return None
+    try:
+        table: object = json.loads(value.read_text())
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise click.BadParameter(f"{value} is not a JSON object")
+    return {str(name): price for name, price in table.items()}
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option(
+    "--prices",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=parse_prices,
+    help='JSON file with money for a million tokens ("trained", "forward", "prefilled", "cached",'
+    ' "sampled") and for an hour ("trainer_hour", "replica_hour"); what is absent is free.',
+)
+@json_option
+def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> None:
+    """Show what runs have used: all of them, or those of the name or id RUN.
+
+    A run is noted when its service is closed, in the user's state folder.
+    """
+    from fireworks_training import FireworksTrainingError, read_usage_records
+
+    found = [row for row in read_usage_records() if run in (None, row.run, row.run_id)]
+    if run is not None and not found:
+        raise click.ClickException(f"no run {run!r} is noted; `usage` alone shows all")
+    try:
+        costs = [None if prices is None else row.usage.cost(prices) for row in found]
+    except FireworksTrainingError as error:
+        raise click.ClickException(str(error)) from error
+    rows = [
+        {
+            **{name: value for name, value in asdict(row).items() if name != "usage"},
+            **asdict(row.usage),
+            **({} if cost is None else {"cost": cost}),
+        }
+        for row, cost in zip(found, costs, strict=True)
+    ]
+    columns = {
+        "RUN": "run",
+        "ID": "run_id",
+        "ENDED": "ended",
+        "TRAINED": "trained_tokens",
+        "FORWARD": "forward_tokens",
+        "PREFILLED": "prefilled_tokens",
+        "CACHED": "cached_tokens",
+        "SAMPLED": "sampled_tokens",
+        "TRAINER S": "trainer_seconds",
+        "REPLICA S": "replica_seconds",
+        **({} if prices is None else {"COST": "cost"}),
+    }
+    show(rows, columns, as_json=as_json, empty="no run is noted")
+    if rows and prices is not None and not as_json:
+        click.echo(f"in all: {sum(cost or 0.0 for cost in costs):.2f}")
