@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from fireworks_training.errors import InvalidArgument
 
@@ -52,12 +52,13 @@ class Usage:
         Raises:
             InvalidArgument: the table has another name, or a price that is no number from 0.
         """
-        for name, price in prices.items():
+        table: Mapping[str, object] = prices  # it comes from a user's file
+        for name, price in table.items():
             if name not in PRICES:
                 known = ", ".join(PRICES)
                 raise InvalidArgument(f"no price is called {name!r}; these are: {known}")
-            number = isinstance(price, int | float) and not isinstance(price, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-            if not (number and price >= 0):
+            number = isinstance(price, int | float) and not isinstance(price, bool)
+            if not (number and cast(float, price) >= 0):
                 raise InvalidArgument(f"the price {name!r} must be a number from 0, not {price!r}")
         units = {
             "trained": self.trained_tokens / 1e6,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -23,7 +24,7 @@ def parse_prices(
         raise click.BadParameter(f"{value} is not JSON: {error}") from error
     if not isinstance(table, dict):
         raise click.BadParameter(f"{value} is not a JSON object")
-    return {str(name): price for name, price in table.items()}
+    return cast(dict[str, float], table)
 
 
 @click.command()
