@@ -52,8 +52,8 @@ class Usage:
         Raises:
             InvalidArgument: the table has another name, or a price that is no number from 0.
         """
-        table: Mapping[str, object] = prices  # it comes from a user's file
-        for name, price in table.items():
+        # It comes from a user's file: its types are hopes.
+        for name, price in cast(Mapping[str, object], prices).items():
             if name not in PRICES:
                 known = ", ".join(PRICES)
                 raise InvalidArgument(f"no price is called {name!r}; these are: {known}")
