@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,9 @@ from fireworks_training.local.gateway.registry import (
 from fireworks_training.local.gateway.resources import SNAPSHOT_DTYPES
 from fireworks_training.local.gateway.workers import TooManyWorkers, Worker, WorkerFailed, Workers
 from fireworks_training.local.restarts import RestartPolicy
+from fireworks_training.local.retention import clean
 from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.snapshots import SnapshotStore
 
 if TYPE_CHECKING:
     from fireworks_training.local.gateway.engine_client import EngineClient
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SLOTS = 256
+CLEAN_EVERY_S = 60.0
+"""Seconds between two looks for snapshots that may go."""
 ENGINE_GRACE_S = 0.3
 """Seconds that an engine has to end by itself: it has nothing to save, and one that still loads
 torch hears no signal."""
@@ -85,6 +90,7 @@ class Deployments:
         # What an engine loaded before it joined, until the next hot load of the deployment.
         self._joined_with: dict[EngineClient, str | None] = {}
         self._reloads: set[asyncio.Task[None]] = set()
+        self._clean_from = 0.0
         registry.waker = self.wake
         registry.recorder = self._record_loaded
 
@@ -422,6 +428,25 @@ class Deployments:
                 task = asyncio.create_task(self._reload(engine, identity))
                 self._reloads.add(task)
                 task.add_done_callback(self._reloads.discard)
+
+        if asyncio.get_running_loop().time() >= self._clean_from:
+            self._clean_from = asyncio.get_running_loop().time() + CLEAN_EVERY_S
+            cleaning = asyncio.create_task(self._remove_old_snapshots())
+            self._reloads.add(cleaning)
+            cleaning.add_done_callback(self._reloads.discard)
+
+    async def _remove_old_snapshots(self) -> None:
+        """Retention: what no deployment serves or is loading, and no newest one is built from."""
+        in_use = {row.loaded_identity for row in self._database.rows("deployment")}
+        for live in self._registry.deployments.values():
+            for engine in live.engines:
+                in_use |= {engine.state.identity, engine.state.target}
+        store = SnapshotStore(self._state_dir / "snapshots")
+        used = {identity for identity in in_use if identity is not None}
+        try:
+            await asyncio.to_thread(clean, store, used, time.time())
+        except OSError as error:
+            log.warning("old snapshots could not be removed: %s", error)
 
     async def _reload(self, engine: EngineClient, identity: str) -> None:
         """To load what is loaded changes nothing, so this may repeat the hot load."""
