@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         StopReason,
         TensorData,
     )
+    from tinker.types import SampledSequence as FiretitanSampledSequence
+    from tinker.types import SampleResponse as FiretitanSampleResponse
+    from tinker.types import SamplingParams as FiretitanSamplingParams
 
     from fireworks_training import (
         AdaptiveConcurrencyController,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
         DeploymentSampler,
         DeploymentSamplerTimeoutError,
         FiretitanProvisioningConfig,
+        FiretitanSamplingClient,
         FixedConcurrencyController,
         SampledCompletion,
         SamplingClientClosedError,
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
     from fireworks_training.errors import RequestFailed as RequestFailedError
     from fireworks_training.errors import RequestTimedOut as APITimeoutError
 
+    SamplingClient = FiretitanSamplingClient
     ServiceClient = FiretitanServiceClient
     TrainingClient = FiretitanTrainingClient
 
@@ -152,6 +157,7 @@ _ROOT = {
     "DeploymentSampler": "DeploymentSampler",
     "DeploymentSamplerTimeoutError": "DeploymentSamplerTimeoutError",
     "FiretitanProvisioningConfig": "FiretitanProvisioningConfig",
+    "FiretitanSamplingClient": "FiretitanSamplingClient",
     "FixedConcurrencyController": "FixedConcurrencyController",
     "RequestFailedError": "RequestFailed",
     "SampledCompletion": "SampledCompletion",
@@ -207,6 +213,10 @@ __all__ = [
     "EncodedTextChunk",
     "ExportPrecision",
     "FiretitanProvisioningConfig",
+    "FiretitanSampleResponse",
+    "FiretitanSampledSequence",
+    "FiretitanSamplingClient",
+    "FiretitanSamplingParams",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
     "FireworksClient",
@@ -223,6 +233,7 @@ __all__ = [
     "OptimStepResponse",
     "RequestFailedError",
     "SampledCompletion",
+    "SamplingClient",
     "SamplingClientClosedError",
     "SamplingConcurrencyController",
     "SamplingParams",
@@ -251,7 +262,14 @@ __all__ = [
 ]
 
 
-_ALIASES = {"ServiceClient": "FiretitanServiceClient", "TrainingClient": "FiretitanTrainingClient"}
+_ALIASES = {
+    "FiretitanSampleResponse": "SampleResponse",
+    "FiretitanSampledSequence": "SampledSequence",
+    "FiretitanSamplingParams": "SamplingParams",
+    "SamplingClient": "FiretitanSamplingClient",
+    "ServiceClient": "FiretitanServiceClient",
+    "TrainingClient": "FiretitanTrainingClient",
+}
 
 
 def _find(name: str) -> Any:

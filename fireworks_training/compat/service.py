@@ -10,14 +10,18 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fireworks_training._async.gate import SamplingConcurrencyController
+from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._sync import service as blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
-from fireworks_training.compat.training import FiretitanTrainingClient
+from fireworks_training.compat.training import FiretitanTrainingClient, refuse_retry_config
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -202,6 +206,54 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
 
     def _mine(self, client: AnyTrainingClient) -> FiretitanTrainingClient:
         return FiretitanTrainingClient._of(client._async, self)
+
+    # -- sampling clients --------------------------------------------------------------------------
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AnyTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
+
+        Args:
+            retry_config: refused: retries are the sampler's.
+        """
+        refuse_retry_config(retry_config)
+        return super().create_sampling_client(
+            model_path,
+            base_model,
+            tokenizer=tokenizer,
+            training_client=training_client,
+            concurrency_controller=concurrency_controller,
+        )
+
+    async def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AnyTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> FiretitanSamplingClient:
+        """`create_sampling_client`, awaited."""
+        return await _in_thread(
+            lambda: self.create_sampling_client(
+                model_path,
+                base_model,
+                retry_config,
+                tokenizer=tokenizer,
+                training_client=training_client,
+                concurrency_controller=concurrency_controller,
+            )
+        )
 
     # -- snapshots and checkpoints -----------------------------------------------------------------
 

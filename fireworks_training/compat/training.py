@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import tinker
     from transformers import PreTrainedTokenizerBase
 
+    from fireworks_training._async.sampling_client import FiretitanSamplingClient
     from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.futures import APIFuture
 
@@ -42,6 +43,16 @@ class GradNormMetricsMode(StrEnum):
     OFF = "off"
     BASIC = "basic"
     DETAILED = "detailed"
+
+
+def refuse_retry_config(retry_config: object) -> None:
+    """Retries belong to the sampler.
+
+    Raises:
+        NotSupported: something else was asked for.
+    """
+    if retry_config is not None:
+        raise NotSupported("retry_config is not supported; the sampler retries by itself")
 
 
 class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
@@ -186,6 +197,24 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the service's model."""
         return self._service.get_tokenizer()
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: object = None
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client of the service's deployment, with a snapshot of this client live.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`.
+            retry_config: refused: retries are the sampler's.
+        """
+        refuse_retry_config(retry_config)
+        return self._service.create_sampling_client(model_path)
+
+    async def create_sampling_client_async(
+        self, model_path: str, retry_config: object = None
+    ) -> FiretitanSamplingClient:
+        """`create_sampling_client`, awaited."""
+        return await asyncio.to_thread(self.create_sampling_client, model_path, retry_config)
 
     def create_base_training_client(
         self, base_model: str, user_metadata: Mapping[str, str] | None = None

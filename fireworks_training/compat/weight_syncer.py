@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training.compat.deployment import DeploymentManager
 from fireworks_training.compat.hot_loads import DEFAULT_CHECKSUM_FORMAT, DEFAULT_DELTA_COMPRESSION
 from fireworks_training.compat.waiting import Wait
@@ -195,6 +196,12 @@ class WeightSyncer:
             tokenizer,
             additional_headers=manager.additional_headers,
         )
+
+    def get_sampling_client(
+        self, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client of the deployment, to be closed by the caller."""
+        return FiretitanSamplingClient(self.get_deployment_sampler(tokenizer))
 
     # -- parts -------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from fireworks_training.compat import (
     GradAccNormalization,
     GradNormMetricsMode,
     ModelInput,
+    SamplingParams,
     TensorData,
     TrainerJobManager,
     WeightSyncer,
@@ -166,6 +167,14 @@ def test_weights_are_saved_loaded_sampled_and_promoted(
     found = sampler.sample_with_prompt_tokens([1, 2, 3], n=1, max_tokens=2).result()
     assert found[0].snapshot_identity == second
     sampler.close()
+    prompt, params = ModelInput.from_ints([1, 2, 3]), SamplingParams(max_tokens=2)
+    tinkers = syncer.get_sampling_client(service.get_tokenizer())
+    assert len(tinkers.sample(prompt, 2, params).result().sequences) == 2
+    tinkers.close()
+    own = asyncio.run(client.create_sampling_client_async(second or ""))
+    assert own.sample(prompt, 1, params).result().sequences[0].tokens
+    with pytest.raises(NotSupported, match="retry_config"):
+        asyncio.run(service.create_sampling_client_async(second, retry_config=object()))
     deployments.close()
 
     (row,) = [row for row in service.list_checkpoints() if row["name"].endswith(f"/{second}")]
