@@ -277,12 +277,12 @@ def table(rows: list[Row]) -> str:
     """Markdown: a summary, the names that are the same or absent as a whole, and a row for each of
     the others."""
     core = [row for row in rows if not is_sidecar(row)]
-    lines = [
+    head = (
         f"{len(rows)} names and methods: {_summary(counts(rows), len(rows))}. Without the sidecar"
         f" for agents (`TITO...`), which is not here yet, {len(core)}:"
-        f" {_summary(counts(core), len(core))}.",
-        "",
-    ]
+        f" {_summary(counts(core), len(core))}."
+    )
+    lines = [head, ""]
     owners: dict[str, list[Row]] = {}
     for row in rows:
         owners.setdefault(row.name.partition(".")[0], []).append(row)
