@@ -90,13 +90,12 @@ class Provisioner:
         """Make or find something else, beside the rest; what a failed attempt made is deleted."""
         await self._run(work, lambda made: made is claim)
 
-    async def revive(self) -> None:
-        """Start the trainer job again after its process was lost, and wait until it is ready."""
+    async def revive(self, resources: Resources) -> None:
+        """Start a trainer job again after its process was lost, and wait until it is ready."""
         async with self._lock:
-            plane = await self._connection.open()
-            job_id = self.resources.job_id
+            plane, job_id = await self._connection.open(), resources.job_id
             assert job_id is not None
-            self.resources.job = await until_running(plane, self._config, job_id, resumable=True)
+            resources.job = await until_running(plane, self._config, job_id, resumable=True)
 
     async def _run(
         self,

@@ -121,7 +121,8 @@ class ServiceClients(ServiceCore):
         A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
         or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
         forward-only trainer, which the service owns: `cleanup_reference_trainer_on_close` says
-        whether it is deleted at the end. The same client until `release_references()`.
+        whether it is deleted at the end. The same client until `release_references()`; one whose
+        separate trainer was lost is replaced, in the job started again.
 
         Args:
             base_model, lora_rank: if given, must be those of the service.
@@ -176,6 +177,7 @@ class ServiceClients(ServiceCore):
 
         Raises:
             TrainerLost: the lost client had saved no state; there is nothing to go on from.
+            NotSupported: with `max_lora_rank`, where each model has a state of its own.
             InvalidArgument: the trainer is not lost.
             ProvisioningError: the job could not be started again.
         """

@@ -22,7 +22,7 @@ from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import InvalidArgument, TrainerLost
+from fireworks_training.errors import InvalidArgument, NotSupported, TrainerLost
 
 logger = logging.getLogger("fireworks_training.service")
 
@@ -100,7 +100,7 @@ class Trainers:
         config: FiretitanProvisioningConfig,
         *,
         resources: Callable[[], Awaitable[Resources]],
-        revive: Callable[[], Awaitable[None]],
+        revive: Callable[[Resources], Awaitable[None]],
         owner: OwnerLoop,
         publishing: Publishing,
         user_metadata: Mapping[str, str],
@@ -130,6 +130,10 @@ class Trainers:
         async with self._making:
             if self._config.max_lora_rank is not None:
                 return await self._make(config, user_metadata)
+            if self._config.forward_only and _lost(self._policy) is not None:
+                # Its weights are those that the job begins with: there is nothing to load.
+                await self._restart()
+                self._policy = None
             if self._policy is None:
                 self._policy = await self._make(config, user_metadata)
             return self._policy
@@ -153,10 +157,14 @@ class Trainers:
 
     async def recovered(self) -> Client:
         """A client that goes on where the lost one last saved, in the job started again."""
+        if self._config.max_lora_rank is not None:
+            raise NotSupported(
+                "with max_lora_rank each model has a state of its own: make a new service with "
+                "trainer_job_id=, and load the saved state of each model"
+            )
         async with self._making:
-            lost = self._policy
-            ended = None if lost is None else lost.ended
-            if lost is None or not isinstance(ended, TrainerLost):
+            lost, ended = self._policy, _lost(self._policy)
+            if lost is None or ended is None:
                 raise InvalidArgument(
                     "the trainer is not lost: recover_training_client() is for a service whose "
                     "training client ended with TrainerLost"
@@ -164,14 +172,18 @@ class Trainers:
             state = lost.last_saved_state
             if state is None:
                 raise ended.with_traceback(None)
-            session, self._session = self._session, None
-            if session is not None:
-                await finish_in_spite_of_cancellation(session.close())
-            await self._revive()
+            await self._restart()
             client = await self._make(self._config, None)
             await client.load_state_with_optimizer(state)
             self._policy, self._base = client, None
             return client
+
+    async def _restart(self) -> None:
+        """Start the job again; the models and the session of its last process are gone."""
+        session, self._session = self._session, None
+        if session is not None:
+            await finish_in_spite_of_cancellation(session.close())
+        await self._revive(await self._resources())
 
     async def _ready(self) -> None:
         """Get the job up; meanwhile a thread imports tinker, which would stop the loop for seconds
@@ -259,6 +271,12 @@ class Trainers:
             for client in self._clients
         )
         return next((failure for failure in unseen if failure is not None), None)
+
+
+def _lost(client: Client | None) -> TrainerLost | None:
+    """How a client's trainer was lost, if it was."""
+    ended = None if client is None else client.ended
+    return ended if isinstance(ended, TrainerLost) else None
 
 
 async def _import_tinker() -> None:

@@ -76,6 +76,11 @@ async def test_the_reference_of_full_parameters_is_a_trainer_that_the_service_ow
         assert np.abs(await logprobs(reference) - before).max() < 1e-5
         assert np.abs(await logprobs(policy) - before).max() > 1e-4
         assert service.reference_client_job_id == job
+        os.kill(worker_pid(platform, job), signal.SIGKILL)
+        with pytest.raises(TrainerLost):
+            await reference.forward(DATA)
+        reference = await service.create_reference_client()
+        assert np.abs(await logprobs(reference) - before).max() < 1e-5
         with pytest.raises(NotSupported, match="reference client"):
             reference.forward_backward(DATA, "cross_entropy")
         with pytest.raises(InvalidArgument, match="create_reference_client"):
@@ -98,6 +103,8 @@ async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> Non
         await train(first)
         assert np.abs(await logprobs(second) - before).max() < 1e-6
         assert np.abs(await logprobs(first) - before).max() > 1e-4
+        with pytest.raises(NotSupported, match="max_lora_rank"):
+            await service.recover_training_client()
         with pytest.raises(InvalidArgument, match="policy_client"):
             await service.create_reference_client()
         reference = await service.create_reference_client(policy_client=first)
