@@ -4,7 +4,8 @@
     python benchmarks/weight_sync.py syncs --official PYTHON    # 2 minutes: on the local platform
 
 `sizes` runs the own code of trainer and engine in this process: fp32 masters, AdamW (eps 1e-8),
-a fixed seed and batch; a delta after the first step, and one after 20 more. `syncs` trains the
+a fixed seed and batch; a delta after the first step, and one after 20 more ("small": with the
+trainer's `extra_values={"delta_compression": "small"}`). `syncs` trains the
 shipped model through the platform. The SDK's part of a sync is the wall time of `weight_sync()`
 less what trainer and engine say they worked. `--official` names the Python of an environment with
 `fireworks-ai`, which saves and loads on the same platform.
@@ -113,6 +114,7 @@ class Measured:
         self.exports = SnapshotExports(self.store, base_model=MODEL, dtype="bfloat16", lora=None)
         self.engine = ServedWeights(path, self.store, MODEL)
         self.last: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}
 
     def step(self, rate: float, batch: Any) -> None:
         import torch
@@ -127,6 +129,23 @@ class Measured:
         self.optimizer.accumulate(gradients, loss_tokens=batch.numel(), sequences=len(batch))
         self.optimizer.step(AdamSettings(learning_rate=rate, eps=1e-8), "none")
 
+    def smaller(self, name: str) -> dict[str, Any]:
+        """The last difference once more, with more effort."""
+        from fireworks_training.local import deltas
+
+        started = time.perf_counter()
+        encoded = deltas.encode(self.before, self.last, "small")
+        seconds = time.perf_counter() - started
+        assert encoded is not None
+        whole = sum(2 * tensor.numel() for tensor in self.last.values())
+        return {
+            "what": name,
+            "kind": "delta",
+            "share": encoded.bytes / whole,
+            "entropy": entropy(self.before, self.last),
+            "compress": seconds,
+        }
+
     def save(self, name: str, kind: Any) -> dict[str, Any]:
         """One row: bytes, and seconds of each stage."""
         started = time.perf_counter()
@@ -140,6 +159,7 @@ class Measured:
         ended = time.perf_counter()
         whole = sum(2 * tensor.numel() for tensor in tensors.values())
         old, self.last = self.last, tensors
+        self.before = old
         return {
             "what": name,
             "kind": snapshot["kind"],
@@ -174,6 +194,8 @@ def sizes(path: Path, label: str) -> None:
                 measured.step(rate, batch)
                 torch.set_num_threads(1)
                 rows.append(measured.save(name, "delta"))
+                if rate == 1e-5 and steps > 1:
+                    rows.append(measured.smaller(f"{name}, small"))
     parameters = sum(p.numel() for p in measured.module.parameters())
     print(f"\n{label}, {parameters / 1e6:.1f} M parameters; seconds a stage, one thread\n")
     print(
@@ -312,7 +334,7 @@ async def throughput(served: dict[str, Any], rounds: int, steps: int) -> tuple[f
 
 async def gaps(served: dict[str, Any], transition: str, streams: int) -> dict[str, Any]:
     """64 streams in flight during a sync: the longest silence, and how many came to their end."""
-    from fireworks_training import AsyncFiretitanServiceClient
+    from fireworks_training import AsyncFiretitanServiceClient, FixedConcurrencyController
 
     service = AsyncFiretitanServiceClient.from_firetitan_config(
         **options(served, hot_load_transition_type=transition)
@@ -320,7 +342,9 @@ async def gaps(served: dict[str, Any], transition: str, streams: int) -> dict[st
     async with service:
         client = await service.create_training_client()
         await client.weight_sync()
-        sampler = await service.create_deployment_sampler()
+        sampler = await service.create_deployment_sampler(
+            concurrency_controller=FixedConcurrencyController(streams)
+        )
         silences: list[tuple[float, float]] = []
 
         async def one() -> Any:
@@ -336,9 +360,10 @@ async def gaps(served: dict[str, Any], transition: str, streams: int) -> dict[st
         running = [asyncio.create_task(one()) for _ in range(streams)]
         while len(silences) < 4 * streams:  # noqa: ASYNC110 - they are all well under way
             await asyncio.sleep(0.01)
+        silences.clear()
         started = time.perf_counter()
         await step(client, 1e-5, some_data(2, 16))
-        before = max(end - begin for begin, end in silences)
+        before = max((end - begin for begin, end in silences), default=0.0)
         synced_at = time.perf_counter()
         await client.weight_sync()
         live = time.perf_counter()
@@ -371,29 +396,13 @@ def official(served: dict[str, Any], python: str, rounds: int) -> list[float]:
     raise SystemExit(f"the official SDK failed:\n{told.stderr[-2000:]}")
 
 
-def syncs(python: str | None, rounds: int) -> None:
+def syncs(python: str | None, rounds: int, *, only_gaps: bool) -> None:
     """The tables of the platform."""
     with tempfile.TemporaryDirectory() as folder:
         process, served = start_platform(folder)
         try:
-            rows = {
-                "delta, 1e-5": asyncio.run(overheads(served, rounds)),
-                "LoRA, rank 8": asyncio.run(overheads(served, rounds, lora_rank=8)),
-            }
-            print("\nSyncs of the shipped model, milliseconds, median and p95\n")
-            print("| | KB | wall | p95 | platform | p95 | SDK and HTTP | p95 |")
-            print("|---|---|---|---|---|---|---|---|")
-            for label, found in rows.items():
-                size = statistics.median(found["bytes"]) / 1e3
-                cells = " | ".join(spread(found[key]) for key in ("wall", "platform", "sdk"))
-                print(f"| {label} | {size:.0f} | {cells} |")
-            if python is not None:
-                print(f"| official SDK | | {spread(official(served, python, 3))} | | | | |")
-            without, with_ = asyncio.run(throughput(served, 5, 12))
-            print(
-                f"\nTraining, sampler idle: {without:.2f} steps/s without, {with_:.2f} with a sync"
-                f" each step ({with_ / without:.0%})."
-            )
+            if not only_gaps:
+                costs(served, python, rounds)
             for transition in ("ASYNC", "SYNC"):
                 told = asyncio.run(gaps(served, transition, 64))
                 print(
@@ -407,16 +416,39 @@ def syncs(python: str | None, rounds: int) -> None:
             process.wait(20)
 
 
+def costs(served: dict[str, Any], python: str | None, rounds: int) -> None:
+    """The table of syncs, and what training loses to them."""
+    rows = {
+        "delta, 1e-5": asyncio.run(overheads(served, rounds)),
+        "LoRA, rank 8": asyncio.run(overheads(served, rounds, lora_rank=8)),
+    }
+    print("\nSyncs of the shipped model, milliseconds, median and p95\n")
+    print("| | KB | wall | p95 | platform | p95 | SDK and HTTP | p95 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for label, found in rows.items():
+        size = statistics.median(found["bytes"]) / 1e3
+        cells = " | ".join(spread(found[key]) for key in ("wall", "platform", "sdk"))
+        print(f"| {label} | {size:.0f} | {cells} |")
+    if python is not None:
+        print(f"| official SDK | | {spread(official(served, python, 3))} | | | | |")
+    without, with_ = asyncio.run(throughput(served, 5, 12))
+    print(
+        f"\nTraining, sampler idle: {without:.2f} steps/s without, {with_:.2f} with a sync"
+        f" each step ({with_ / without:.0%})."
+    )
+
+
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("sizes", "syncs"))
     parser.add_argument("--official", help="Python of an environment with fireworks-ai")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", choices=("gaps",), help="a part of syncs")
     asked = parser.parse_args()
     print(f"{host.machine()}, {os.cpu_count()} cores, Python {host.python_version()}")
     if asked.what == "syncs":
-        syncs(asked.official, asked.rounds)
+        syncs(asked.official, asked.rounds, only_gaps=asked.only == "gaps")
         return
     import torch
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fireworks_training import (
+    FixedConcurrencyController,
     HotLoadFailed,
     InvalidArgument,
     WeightsDrifted,
@@ -178,7 +179,9 @@ async def test_streams_in_flight_are_kept(platform: RunningPlatform, transition:
     ) as service:
         client = await service.create_training_client()
         first = await client.weight_sync()
-        sampler = await service.create_deployment_sampler()
+        sampler = await service.create_deployment_sampler(
+            concurrency_controller=FixedConcurrencyController(64)
+        )
         sampling = asyncio.create_task(_sample(sampler, 64))
         await asyncio.sleep(0.5)
         await train(client, 1)

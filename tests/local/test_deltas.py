@@ -66,6 +66,18 @@ def test_applied_it_is_what_it_was_made_of(
         assert same({name: apply(new[name], delta.tensors[name], name) for name in new}, old)
 
 
+def test_more_effort_gives_fewer_bytes_in_the_same_encoding() -> None:
+    generator = torch.Generator().manual_seed(3)
+    old = {"a": (0.02 * torch.randn(1 << 18, generator=generator)).bfloat16()}
+    new = nudged(old, 4, 1.5e-5)
+    fast, small = encode(old, new), encode(old, new, "small")
+    assert fast is not None
+    assert small is not None
+    assert float((old["a"] != new["a"]).float().mean()) > 0.12
+    assert small.bytes < 0.9 * fast.bytes
+    assert same({"a": apply(old["a"], small.tensors["a"], "a")}, new)
+
+
 def test_one_that_does_not_pay_is_not_made() -> None:
     assert encode(tensors(0), tensors(1)) is None
     assert encode(tensors(0), nudged(tensors(0), 1)) is not None

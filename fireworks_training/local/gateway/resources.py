@@ -184,6 +184,14 @@ def dtype_field(values: Mapping[str, object]) -> str | None:
     return str(value)
 
 
+def _delta_field(values: Mapping[str, object]) -> Body:
+    """`delta_compression` of an `extraValues`, as far as a trainer has to be told."""
+    value = values.get("delta_compression", "fast")
+    if value not in ("fast", "small"):
+        raise Problem(400, "delta_compression must be one of fast, small")
+    return {} if value == "fast" else {"delta_compression": value}
+
+
 # -- jobs ----------------------------------------------------------------------------------------
 
 
@@ -227,6 +235,7 @@ def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tupl
         "snapshot_dtype": dtype,
         "max_context_length": context,
         "seed": seed,
+        **_delta_field(extra),
     }
     stored: Body = {"resource": resource, "worker": worker}
     return {**stored, **_inactivity(body)}, notices.text()

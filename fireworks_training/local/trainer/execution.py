@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fireworks_training.local.deltas import Effort
 from fireworks_training.local.model import (
     LoraSettings,
     SnapshotDtype,
@@ -73,11 +74,12 @@ from fireworks_training.local.trainer.states import StateInfo, StateStore
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where a trainer's files go."""
+    """Where a trainer's files go, and how much effort makes its deltas small."""
 
     states: StateStore
     snapshots: SnapshotStore
     tinker: TinkerStore | None = None
+    delta_effort: Effort = "fast"
 
 
 class TrainedModel:
@@ -127,7 +129,11 @@ class TrainedModel:
         self._backwards_by_forward = False
         self._optimizer = MasterAdamW(parameters, dtype)
         self._exports = SnapshotExports(
-            stores.snapshots, base_model=base_model, dtype=dtype, lora=self._lora
+            stores.snapshots,
+            base_model=base_model,
+            dtype=dtype,
+            lora=self._lora,
+            effort=stores.delta_effort,
         )
 
     def execute(

@@ -49,15 +49,23 @@ class SnapshotExports:
         base_model: resource name, for manifests.
         dtype: of the tensors.
         lora: the adapter's settings, if the model has one.
+        effort: spent on making differences small.
     """
 
     def __init__(
-        self, store: SnapshotStore, *, base_model: str, dtype: SnapshotDtype, lora: LoraBlock | None
+        self,
+        store: SnapshotStore,
+        *,
+        base_model: str,
+        dtype: SnapshotDtype,
+        lora: LoraBlock | None,
+        effort: deltas.Effort = "fast",
     ) -> None:
         self._store = store
         self._base_model = base_model
         self._dtype: SnapshotDtype = dtype
         self._lora = lora
+        self._effort: deltas.Effort = effort
         self._previous: _Previous | None = None
         self._timings: dict[str, float] = {}
 
@@ -156,7 +164,7 @@ class SnapshotExports:
                 return None
         except SnapshotError:
             return None  # it was removed
-        return deltas.encode(previous.tensors, tensors)
+        return deltas.encode(previous.tensors, tensors, self._effort)
 
 
 def _answer(manifest: Manifest, timings: Mapping[str, float]) -> Answer:

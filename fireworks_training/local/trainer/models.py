@@ -86,6 +86,7 @@ class ModelFactory:
             StateStore(settings.states_dir, free_bytes=free_bytes),
             SnapshotStore(settings.snapshots_dir, writer=settings.job, free_bytes=free_bytes),
             None if settings.tinker_dir is None else TinkerStore(settings.tinker_dir),
+            settings.delta_compression,
         )
         self.stores.states.clean()
         self.stores.snapshots.clean()

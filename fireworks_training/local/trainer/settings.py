@@ -24,6 +24,7 @@ class TrainerSettings(BaseModel):
             this.
         snapshot_dtype: precision of the values that trainer and engine compute with.
         max_context_length: tokens that a sequence may have.
+        delta_compression: "fast", or "small" for fewer bytes at many times the time.
         seed: of adapters that don't bring their own.
         session_timeout_s: a session without a sign of life for so long is ended, with its models.
     """
@@ -39,6 +40,7 @@ class TrainerSettings(BaseModel):
     tinker_dir: Path | None = None
     lora_rank: int = Field(default=0, ge=0)
     snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    delta_compression: Literal["fast", "small"] = "fast"
     max_context_length: int = Field(ge=1)
     seed: int = 0
     session_timeout_s: float = Field(default=300.0, gt=0)
