@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 OURS = ("ours-async", "ours-portal", "ours-sync")
@@ -194,7 +195,7 @@ def streams(bench: Bench) -> None:
         ("ours-async", "5,000 at once, twice", 5000, []),
         ("ours-async", "no arguments: 1,000", 1000, ["--window", "adaptive"]),
     ]
-    if bench.official:
+    if bench.official and bench.runs == 1:  # minutes
         plan.append(("official", "1,000 at once, twice", 1000, []))
     bench.title(
         "Streams of 2 s (ideal wall: 4 s; one round of no arguments: 2 s)",
@@ -203,8 +204,9 @@ def streams(bench: Bench) -> None:
     with Server() as server:
         for name, what, count, more in plan:
             total = count if more else 2 * count
-            runs = 1 if name == "official" else bench.runs
-            found = [bench.client(name, server, model, total, count, *more) for _ in range(runs)]
+            found = [
+                bench.client(name, server, model, total, count, *more) for _ in range(bench.runs)
+            ]
             bench.row(
                 name,
                 what,
@@ -268,6 +270,57 @@ def engine(bench: Bench) -> None:
             )
 
 
+def law(bench: Bench) -> None:
+    """The adaptive law in virtual time: engines that serve in waves, and such that do not."""
+    from fireworks_training._core.aimd import AdaptiveWindow, AimdSettings
+    from fireworks_training.testing import EngineRun, simulate_engine
+
+    jitters = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
+
+    def runs(window: int, **engine: Any) -> list[EngineRun]:
+        return [
+            simulate_engine(
+                AdaptiveWindow(AimdSettings(initial_window=window)),
+                **{"slots": 32, "service": 0.64, "requests": 2000}
+                | engine
+                | {"jitter": jitter, "seed": seed},
+            )
+            for jitter in jitters
+            for seed in range(4)
+        ]
+
+    def stages(now: float) -> int:
+        return 32 if now < 20 else 8 if now < 40 else 64
+
+    refusing = {"queue_limit": 32, "reports_queue": False}
+    cases: list[tuple[str, int, dict[str, Any]]] = [
+        ("32 slots, 0.64 s, 2,000 requests, window from 8", 8, {}),
+        ("the same, window from 256", 256, {}),
+        (
+            "32, then 8, then 64 slots, 20 s each, 3,250 requests",
+            8,
+            {"slots": stages, "requests": 3250},
+        ),
+        ("429 law: 32 slots and a queue of 32, no queue times", 8, refusing),
+        ("429 law: 32 slots and a queue of 8, no queue times", 8, refusing | {"queue_limit": 8}),
+    ]
+    bench.title(
+        "The adaptive window with default arguments, in virtual time: 32 runs, service times from "
+        "all equal to spread by 90 %, median (worst)",
+        "engine busy", "p95 queue after a third, s", "refused",
+    )  # fmt: skip
+    for name, window, engine in cases:
+        found = runs(window, **engine)
+        busy = [one.busy for one in found]
+        waits = [one.queue_quantile(0.95, after=one.seconds / 3) for one in found]
+        bench.row(
+            name,
+            f"{statistics.median(busy):.1%} ({min(busy):.1%})",
+            f"{statistics.median(waits):.2f} ({max(waits):.2f})",
+            f"{statistics.median(one.refused for one in found):.0f}",
+        )
+
+
 def faults(bench: Bench) -> None:
     """5 % cut short, 5 % 503, 2 % reset: wall over the fault-free run."""
     names = bench.adapters("ours-async", "official")
@@ -302,6 +355,7 @@ CLAIMS = {
     "streams": streams,
     "paced": paced,
     "engine": engine,
+    "law": law,
     "faults": faults,
 }
 
@@ -316,16 +370,44 @@ def machine() -> Iterator[str]:
     yield ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "orjson"))
 
 
+def write(claim: str, lines: list[str]) -> None:
+    """Put a claim's tables into README.md, between its marks."""
+    readme = HERE / "README.md"
+    begin, end = f"<!-- sampler_{claim} -->", f"<!-- /sampler_{claim} -->"
+    section = "\n".join(
+        [
+            begin,
+            f"## Sampling: {claim}",
+            "",
+            f"    python benchmarks/sampler.py --official PYTHON --only {claim} --write",
+            "",
+            *lines,
+            end,
+        ]
+    )
+    text = readme.read_text()
+    if begin in text:
+        text = text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
+    else:
+        text = text.rstrip() + "\n\n" + section + "\n"
+    readme.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--official", help="Python with fireworks-ai[training]")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=tuple(CLAIMS), default=list(CLAIMS))
+    parser.add_argument("--write", action="store_true", help="the tables into README.md")
     args = parser.parse_args()
     bench = Bench(args.official, args.runs, args.only)
-    print("; ".join(machine()) + f"; {args.runs} runs a side, taking turns")
+    where = "; ".join(machine()) + f"; {args.runs} runs a side, taking turns"
+    print(where)
     for name in args.only:
+        bench.rows.clear()
         CLAIMS[name](bench)
+        if args.write:
+            write(name, [where + ".", *bench.rows])
 
 
 if __name__ == "__main__":
