@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,3 +161,26 @@ def test_the_portal_s_thread_goes_with_the_last_sampler() -> None:
         with DeploymentSampler(server.url, MODEL, KEY) as sampler:
             sampler.sample_with_prompt_tokens([1], max_tokens=1).result()
         assert set(threading.enumerate()) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
+@pytest.mark.parametrize(
+    "phase", [stub.hang_before_headers, stub.hang_headers_only, stub.hang_mid_stream]
+)
+async def test_no_descriptor_is_left(
+    server: CompletionServer, shared: Make, phase: stub.Behaviour
+) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    sampler = shared(concurrency_controller=FixedConcurrencyController(8))
+    await sampler.sample_with_prompt_tokens([1], n=1, max_tokens=1)
+    before = descriptors()
+    server.otherwise = phase
+    for _ in range(3):
+        task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=8))
+        await until(lambda: server.generating == 8)
+        assert descriptors() > before
+        await cancel(task)
+        await asyncio.wait_for(server.idle.wait(), 5)
+    await until(lambda: descriptors() <= before)
