@@ -94,6 +94,7 @@ class Samplers:
         return self._sync
 
     def _note_live(self, identity: str) -> None:
+        self._provisioner.resources.stale = False
         for sampler in self._made:
             sampler._set_snapshot(identity)  # pyright: ignore[reportPrivateUsage]
 
@@ -110,7 +111,6 @@ class Samplers:
             )
         weights = await self.weights()
         await weights.load(path)
-        self._provisioner.resources.stale = False
         return weights
 
     async def of_deployment(
