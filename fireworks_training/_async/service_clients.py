@@ -86,6 +86,61 @@ class ServiceClients(ServiceCore):
             base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
         )
 
+    async def create_training_client_from_state(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """A training client whose weights are those of a saved state; the optimizer starts anew.
+
+        Args:
+            path: a name, `cross_job://<job>/<name>`, or what `save_state` returned.
+            user_metadata: noted with the model.
+            weights_access_token: for states of others, where the server asks for one.
+            lora_rank: of the state's adapter; required with `max_lora_rank`.
+
+        Raises:
+            RequestFailed: there is no such state, or it does not fit; no client is made.
+            InvalidArgument: the service has its one training client already.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        return await self._on_owner(
+            lambda: self._trainers.from_state(
+                ModelOptions(lora_rank=lora_rank),
+                path,
+                optimizer=False,
+                weights_access_token=weights_access_token,
+                user_metadata=user_metadata,
+            ),
+            "create_training_client_from_state",
+        )
+
+    async def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """A training client that goes on where a saved state stopped: weights and optimizer.
+
+        Args and errors as for `create_training_client_from_state`.
+        """
+        return await self._on_owner(
+            lambda: self._trainers.from_state(
+                ModelOptions(lora_rank=lora_rank),
+                path,
+                optimizer=True,
+                weights_access_token=weights_access_token,
+                user_metadata=user_metadata,
+            ),
+            "create_training_client_from_state_with_optimizer",
+        )
+
     async def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> AsyncFiretitanTrainingClient:

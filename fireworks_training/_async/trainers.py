@@ -14,6 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
+from fireworks_training._async.arguments import check_state
 from fireworks_training._async.cancellation import finish_in_spite_of_cancellation, first_of
 from fireworks_training._async.connection import Connection
 from fireworks_training._async.loops import OwnerLoop
@@ -22,7 +23,12 @@ from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import TrainerSession
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import InvalidArgument, NotSupported, TrainerLost
+from fireworks_training.errors import (
+    FireworksTrainingError,
+    InvalidArgument,
+    NotSupported,
+    TrainerLost,
+)
 
 logger = logging.getLogger("fireworks_training.service")
 
@@ -138,6 +144,40 @@ class Trainers:
                 self._policy = await self._make(config, user_metadata)
             return self._policy
 
+    async def from_state(
+        self,
+        options: ModelOptions,
+        path: str,
+        *,
+        optimizer: bool,
+        weights_access_token: str | None,
+        user_metadata: Mapping[str, str] | None,
+    ) -> Client:
+        """A new client whose model starts from a saved state; nothing is left if that fails."""
+        if self._policy is not None and self._config.max_lora_rank is None:
+            raise InvalidArgument(
+                "the service has its training client already, of which it makes one: call "
+                "load_state or load_state_with_optimizer on that"
+            )
+        check_state("path", path)
+        client = await self.policy(options, user_metadata)
+        load = client.load_state_with_optimizer if optimizer else client.load_state
+        try:
+            await load(path, weights_access_token)
+        except BaseException:
+            await finish_in_spite_of_cancellation(self._forget(client))
+            raise
+        return client
+
+    async def _forget(self, client: Client) -> None:
+        """Free a model that nobody was given."""
+        if self._policy is client:
+            self._policy = None
+        self._clients.remove(client)
+        with contextlib.suppress(FireworksTrainingError):
+            await client.unload_model()
+        await client._close(drain=False)  # pyright: ignore[reportPrivateUsage]
+
     async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
         """A client of the base model that computes logprobs only, on the same trainer."""
         await self._ready()
@@ -186,8 +226,8 @@ class Trainers:
         await self._revive(await self._resources())
 
     async def _ready(self) -> None:
-        """Get the job up; meanwhile a thread imports tinker, which would stop the loop for seconds
-        at its first use."""
+        """Get the job up; meanwhile a thread imports what a training client needs, tinker above
+        all, which would stop the loop for seconds at its first use."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_import_tinker())
@@ -283,8 +323,8 @@ async def _import_tinker() -> None:
     """In a daemon thread: an executor's would hold up a program that is interrupted meanwhile."""
     from fireworks_training._async.custom_loss import in_daemon_thread
 
-    await in_daemon_thread(
-        lambda: importlib.import_module("tinker"),
-        name="import tinker",
-        context=contextvars.copy_context(),
-    )
+    def load() -> None:
+        for name in ("tinker", "fireworks_training._async.pass_calls"):
+            importlib.import_module(name)
+
+    await in_daemon_thread(load, name="import tinker", context=contextvars.copy_context())

@@ -123,6 +123,57 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         )
         return FiretitanTrainingClient._wrap(instance)
 
+    def create_training_client_from_state(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """A training client whose weights are those of a saved state; the optimizer starts anew.
+
+        Args:
+            path: a name, `cross_job://<job>/<name>`, or what `save_state` returned.
+            user_metadata: noted with the model.
+            weights_access_token: for states of others, where the server asks for one.
+            lora_rank: of the state's adapter; required with `max_lora_rank`.
+
+        Raises:
+            RequestFailed: there is no such state, or it does not fit; no client is made.
+            InvalidArgument: the service has its one training client already.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        instance = self._run(
+            self._async.create_training_client_from_state,
+            path,
+            user_metadata,
+            weights_access_token,
+            lora_rank=lora_rank,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> FiretitanTrainingClient:
+        """A training client that goes on where a saved state stopped: weights and optimizer.
+
+        Args and errors as for `create_training_client_from_state`.
+        """
+        instance = self._run(
+            self._async.create_training_client_from_state_with_optimizer,
+            path,
+            user_metadata,
+            weights_access_token,
+            lora_rank=lora_rank,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
     def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> FiretitanTrainingClient:
