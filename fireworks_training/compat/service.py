@@ -148,6 +148,8 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         user_metadata: Mapping[str, str] | None = None,
         weights_access_token: str | None = None,
         projection_head_dim: int | None = None,
+        *,
+        lora_rank: int | None = None,
     ) -> FiretitanTrainingClient:
         """The training client, with the weights of a saved state and a fresh optimizer.
 
@@ -155,7 +157,9 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
             RequestFailed: there is no such state; the message lists those there are.
         """
         client = self.create_training_client(
-            user_metadata=user_metadata, projection_head_dim=projection_head_dim
+            lora_rank=lora_rank,
+            user_metadata=user_metadata,
+            projection_head_dim=projection_head_dim,
         )
         client.load_state(path, weights_access_token).result()
         return client
@@ -166,6 +170,8 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         user_metadata: Mapping[str, str] | None = None,
         weights_access_token: str | None = None,
         projection_head_dim: int | None = None,
+        *,
+        lora_rank: int | None = None,
     ) -> FiretitanTrainingClient:
         """The training client, with the weights and the optimizer of a saved state.
 
@@ -173,7 +179,9 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
             RequestFailed: there is no such state; the message lists those there are.
         """
         client = self.create_training_client(
-            user_metadata=user_metadata, projection_head_dim=projection_head_dim
+            lora_rank=lora_rank,
+            user_metadata=user_metadata,
+            projection_head_dim=projection_head_dim,
         )
         client.load_state_with_optimizer(path, weights_access_token).result()
         return client
