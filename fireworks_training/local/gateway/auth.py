@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 from fireworks_training.local.gateway.problems import Problem
 
 KEY_HEADER = "X-API-Key"
+_PREFIXES = ("tml-", "fw_")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised, not bound
 
@@ -28,15 +29,30 @@ def presented_keys(request: web.Request) -> list[str]:
     return keys
 
 
+def spellings(api_key: str) -> list[bytes]:
+    """The key, and the same secret as the other API's official client wants it spelt.
+
+    Tinker's takes only keys that start with `tml-`, that of Fireworks only others: so a key
+    `tml-<secret>` is also known as `fw_<secret>`, and the other way round.
+    """
+    found = [api_key]
+    for own, other in (_PREFIXES, _PREFIXES[::-1]):
+        if api_key.startswith(own):
+            found.append(other + api_key.removeprefix(own))
+    return [key.encode() for key in found]
+
+
 def key_middleware(api_key: str) -> Middleware:
     """Refuse every request that does not carry the key; the comparison takes constant time."""
-    expected = api_key.encode()
+    expected = spellings(api_key)
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
         keys = presented_keys(request)
         matches = [
-            hmac.compare_digest(key.encode("utf-8", "surrogateescape"), expected) for key in keys
+            hmac.compare_digest(key.encode("utf-8", "surrogateescape"), one)
+            for key in keys
+            for one in expected
         ]
         if not any(matches):
             what = "a wrong API key" if keys else "no API key"

@@ -57,7 +57,7 @@ def main(model: str) -> None:
     """Create, train, custom loss, save, resume, sample."""
     service = tinker.ServiceClient()
     training = service.create_lora_training_client(model, rank=8, seed=3).result()
-    adam = types.AdamParams(learning_rate=1e-2, eps=1e-8)
+    adam = types.AdamParams(learning_rate=1e-3, eps=1e-8)
     data = datums()
     losses = []
     for _ in range(2):

@@ -229,3 +229,11 @@ def test_the_gateway_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_the_key_has_a_spelling_for_each_official_client(gateway: Gateway) -> None:
+    """Tinker's client refuses keys without `tml-`, that of Fireworks keys with it."""
+    secret = KEY.removeprefix("tml-")
+    assert (await gateway.call("GET", "/healthz", key=f"fw_{secret}"))[0] == 200
+    for other in (secret, f"fw-{secret}", f"tml-fw_{secret}", f"fw_{KEY}"):
+        assert (await gateway.call("GET", "/healthz", key=other))[0] == 401
