@@ -18,6 +18,7 @@ import aiohttp
 from aiohttp import web
 
 from tests.conftest import RunningPlatform
+from tests.end_to_end.support import model_folder
 
 SWITCH = "FIREWORKS_RECORD_WIRE"
 RECORDED = Path(__file__).parent.parent / "wire" / "recorded"
@@ -50,7 +51,7 @@ async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str |
         ) as upstream:
             answer = await upstream.read()
             kind = upstream.headers.get("content-type", "")
-            waiting = b'"try_again"' in answer[:200]
+            waiting = upstream.status == 503 or b'"try_again"' in answer[:200]
             if request.path not in _QUIET and request.method != "GET" and not waiting:
                 exchanges.append(
                     {
@@ -83,4 +84,5 @@ async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str |
         await runner.cleanup()
         await session.close()
     RECORDED.mkdir(exist_ok=True)
-    (RECORDED / f"{name}.json").write_text(json.dumps(exchanges, indent=1) + "\n")
+    text = json.dumps(exchanges, indent=1).replace(str(model_folder()), "{MODEL}")
+    (RECORDED / f"{name}.json").write_text(text + "\n")
