@@ -113,7 +113,7 @@ class Replay:
         ):
             if path.startswith("/v1/") and path.endswith(part):
                 async with asyncio.timeout(PATIENCE_S):
-                    while not await self._all_are(path, ready):
+                    while not await self._all_are(path, ready):  # noqa: ASYNC110 - over HTTP
                         await asyncio.sleep(0.02)
 
     async def _all_are(self, path: str, states: set[str]) -> bool:
@@ -147,7 +147,7 @@ def compare(wanted: Any, got: Any, what: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(RECORDED.glob("*.json")), ids=lambda path: path.stem)
 async def test_the_platform_answers_as_recorded(platform: RunningPlatform, file: Path) -> None:
-    exchanges = json.loads(file.read_text())
+    exchanges = json.loads(await asyncio.to_thread(file.read_text))
     assert len(exchanges) > 20
     async with aiohttp.ClientSession() as http:
         replay = Replay(platform, http)
