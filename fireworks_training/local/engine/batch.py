@@ -11,7 +11,7 @@ row leaves as soon as it is done; new rows join between two steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -272,17 +272,19 @@ class RunningBatch:
         )
 
     def _join(self, prompt: Prompt, slots: list[int]) -> None:
-        if not slots:
-            return
-        shared = LaneKind.of(prompt, shared=True)
-        # Followers of a prompt that several rows decode already join them.
-        together = self._share and (
-            len(slots) > 1 or (shared in self._lanes and self._lanes[shared].holds(prompt))
-        )
-        kind = LaneKind.of(prompt, shared=together)
-        if kind not in self._lanes:
-            self._lanes[kind] = Lane(kind, self._decoder.geometry)
-        self._lanes[kind].join(prompt, slots)
+        """Gives rows to the slots of a prompt that was read."""
+        alike: dict[LaneKind, list[int]] = {}
+        for slot in slots:
+            most = self._slots.requests[slot].max_tokens
+            alike.setdefault(LaneKind.of(prompt, most, shared=True), []).append(slot)
+        for shared, rows in alike.items():
+            # Followers of a prompt that several rows decode already join them.
+            lane = self._lanes.get(shared)
+            together = self._share and (len(rows) > 1 or (lane is not None and lane.holds(prompt)))
+            kind = shared if together else replace(shared, shared=False)
+            if kind not in self._lanes:
+                self._lanes[kind] = Lane(kind, self._decoder.geometry)
+            self._lanes[kind].join(prompt, rows)
 
     def _leave(self, slots: set[int]) -> None:
         for kind, lane in list(self._lanes.items()):

@@ -44,19 +44,23 @@ class LaneKind:
 
     Attributes:
         columns: prompt columns, a power of two.
+        own: tokens that a row may come to sample, a power of two: beside a long completion, short
+            ones would be mostly padding.
         shared: whether several rows may belong to one prompt.
     """
 
     columns: int
+    own: int
     shared: bool
 
     @classmethod
-    def of(cls, prompt: Prompt, *, shared: bool) -> LaneKind:
-        """The lane for rows of a prompt."""
-        columns = _FEWEST_COLUMNS
-        while columns < len(prompt.tokens):
-            columns *= 2
-        return cls(columns, shared)
+    def of(cls, prompt: Prompt, max_tokens: int, *, shared: bool) -> LaneKind:
+        """The lane for a row of a prompt."""
+        return cls(_power_of_two(len(prompt.tokens)), _power_of_two(max_tokens), shared)
+
+
+def _power_of_two(columns: int) -> int:
+    return max(_FEWEST_COLUMNS, 1 << (columns - 1).bit_length())
 
 
 class Lane:
