@@ -214,6 +214,12 @@ class TinkerStore:
         chosen = [note for note in notes if run is None or note.checkpoint.run == run]
         return sorted(chosen, key=lambda note: note.time)
 
+    def named_snapshots(self) -> set[str]:
+        """Identities of the sampler checkpoints that have a name and are still to be kept."""
+        notes = (note for note in self.checkpoints() if not note.expired)
+        of = (note.checkpoint for note in notes)
+        return {one.identity for one in of if one.kind == "sampler_weights"}
+
     def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Drops the note alone. Idempotent."""
         self._note(checkpoint).unlink(missing_ok=True)

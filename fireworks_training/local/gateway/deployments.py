@@ -37,6 +37,7 @@ from fireworks_training.local.restarts import RestartPolicy
 from fireworks_training.local.retention import clean
 from fireworks_training.local.settings import ACCOUNT
 from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.tinker_store import TinkerStore
 
 if TYPE_CHECKING:
     from fireworks_training.local.gateway.engine_client import EngineClient
@@ -436,15 +437,21 @@ class Deployments:
             cleaning.add_done_callback(self._reloads.discard)
 
     async def _remove_old_snapshots(self) -> None:
-        """Retention: what no deployment serves or is loading, and no newest one is built from."""
+        """Retention: what no deployment serves or is loading, no newest one is built from, and no
+        client of the Tinker API has named."""
         in_use = {row.loaded_identity for row in self._database.rows("deployment")}
         for live in self._registry.deployments.values():
             for engine in live.engines:
                 in_use |= {engine.state.identity, engine.state.target}
         store = SnapshotStore(self._state_dir / "snapshots")
         used = {identity for identity in in_use if identity is not None}
+
+        def work() -> None:
+            named = TinkerStore(self._state_dir / "tinker").named_snapshots()
+            clean(store, used | named, time.time())
+
         try:
-            await asyncio.to_thread(clean, store, used, time.time())
+            await asyncio.to_thread(work)
         except OSError as error:
             log.warning("old snapshots could not be removed: %s", error)
 
