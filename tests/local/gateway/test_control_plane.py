@@ -172,6 +172,11 @@ async def test_the_guides_names_are_taken_with_a_notice(gateway: Gateway) -> Non
             {"trainingConfig": {"baseModel": MODEL, "extraValues": {"snapshot_dtype": "int8"}}},
             "float32",
         ),
+        (
+            "",
+            {"trainingConfig": {"baseModel": MODEL, "extraValues": {"delta_compression": "no"}}},
+            "fast, small",
+        ),
         ("", {"trainingConfig": [1]}, "object"),
         ("&trainingShape=accounts/local/trainingShapes/h200", JOB, "trainingShapes/cpu"),
         ("&trainingShape=accounts/fireworks/trainingShapes/a/../b", JOB, "no shape"),

@@ -76,6 +76,16 @@ async def test_a_whole_one_is_written_where_a_difference_is_no_good(
     assert (await save(trainer, "long"))["kind"] == "base"
 
 
+async def test_more_effort_leads_to_the_same_weights(start: Starter, store: SnapshotStore) -> None:
+    trainer = await start(delta_compression="small")
+    await save(trainer, "a")
+    await step(trainer, 1)
+    delta = await save(trainer, "b")
+    assert described(delta) == ("delta", "a")
+    assert delta["sha256"] == (await save(trainer, "c", "base"))["sha256"]
+    assert store.load("b")[0].tensors == store.read("c").tensors
+
+
 async def test_fp32_and_adapters_are_always_whole(start: Starter) -> None:
     exact = await start(snapshot_dtype="float32")
     await save(exact, "a")
