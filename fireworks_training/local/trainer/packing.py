@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
 
-CALL_TOKENS = 128
-"""A call of the model costs about as much as this many tokens of padding on a small model."""
+CALL_SHARE = 48
+"""A call of the model costs about as much as one part in so many of a full micro-batch."""
 
 WORTHWHILE = 8
 """A prefix is shared if that saves at least one in so many of the tokens of its sequences: the
@@ -153,7 +153,7 @@ def _fitting(group: Group, budget: int) -> Iterator[Group]:
     yield Group(group.prefix, tuple(part))
 
 
-def _buckets(groups: Sequence[Group]) -> Iterator[tuple[tuple[int, int], ...]]:
+def _buckets(groups: Sequence[Group], call: int) -> Iterator[tuple[tuple[int, int], ...]]:
     """Sequences that go on after their prefix, longest first, cut where padding would cost more
     than another call of the model."""
     sizes = sorted(
@@ -165,7 +165,7 @@ def _buckets(groups: Sequence[Group]) -> Iterator[tuple[tuple[int, int], ...]]:
     bucket: list[tuple[int, int]] = []
     width = padding = 0
     for size, g, m in sizes:
-        if bucket and padding + width + size > CALL_TOKENS:
+        if bucket and padding + width + size > call:
             yield tuple(bucket)
             bucket = []
         if not bucket:
@@ -184,6 +184,7 @@ def plan(data: Sequence[Tokens], budget: int, *, sharing: bool = True) -> list[M
         budget: tokens that a micro-batch computes at most; a longer datum goes alone.
         sharing: whether datums share prefixes.
     """
+    call = budget // CALL_SHARE
     fitting = [part for g in groups_of(data, sharing=sharing) for part in _fitting(g, budget)]
     fitting.sort(key=lambda group: (-len(group.prefix), group.members[0].data[0]))
     batches: list[list[Group]] = []
@@ -191,11 +192,11 @@ def plan(data: Sequence[Tokens], budget: int, *, sharing: bool = True) -> list[M
     for group in fitting:
         missing = width - len(group.prefix)
         cost = _cost(group, width)
-        if not batches or used + cost > budget or padding + missing > CALL_TOKENS:
+        if not batches or used + cost > budget or padding + missing > call:
             batches.append([])
             width, used, padding = len(group.prefix), 0, 0
             missing, cost = 0, _cost(group, width)
         batches[-1].append(group)
         used += cost
         padding += missing
-    return [MicroBatch(tuple(batch), tuple(_buckets(batch))) for batch in batches]
+    return [MicroBatch(tuple(batch), tuple(_buckets(batch, call))) for batch in batches]
