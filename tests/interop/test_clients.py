@@ -98,7 +98,7 @@ async def test_the_tinker_client(platform: RunningPlatform, peer: Peer) -> None:
 @pytest.mark.parametrize("mode", ["direct", "managed"])
 async def test_the_fireworks_sdk(platform: RunningPlatform, peer: Peer, mode: str) -> None:
     async with recording(platform, f"fireworks-{mode}") as url:
-        seen = await peer("official", "fireworks_client.py", mode, platform.model, base_url=url)
+        seen = await peer("fireworks", "fireworks_client.py", mode, platform.model, base_url=url)
     losses = await ours(platform, seed=3 if mode == "direct" else None)
     del losses[3]  # that SDK reports no loss of a custom one
     assert seen["losses"] == pytest.approx(losses, **CLOSE)
