@@ -76,6 +76,11 @@ class SseDecoder:
         *lines, rest = data.split(b"\n")
         events: list[ServerSentEvent] = []
         held, size, limit = self._data, self._size, self._limit
+        if self._at_start:
+            # Only the very first line may begin with a mark, and an empty one is a line too.
+            self._at_start = False
+            size += len(lines[0]) - len(lines[0].removeprefix(_BOM))
+            lines[0] = lines[0].removeprefix(_BOM)
         for line in lines:
             if line:
                 size += len(line)
@@ -94,7 +99,6 @@ class SseDecoder:
                 held.clear()
             self._event = b""
             size = 0
-        self._at_start = False
         self._size = size
         if rest:
             self._line.append(rest)
@@ -102,10 +106,7 @@ class SseDecoder:
         return events
 
     def _field(self, line: bytes) -> None:
-        """A line that is not `data: `, or the first one, which may begin with a mark."""
-        if self._at_start:
-            self._at_start = False
-            line = line.removeprefix(_BOM)
+        """A line that is not `data: `."""
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fireworks_training._core.sse import ServerSentEvent, SseDecoder
@@ -72,6 +72,8 @@ fragments = st.sampled_from(
 )
 
 
+@example(b"\n\xef\xbb\xbfdata:\n\n", [])  # a mark, but not on the first line
+@example(b"\xef\xbb\xbfdata: x\n\n", [2])
 @given(st.lists(fragments, max_size=40).map(b"".join), st.lists(st.integers(0, 300), max_size=12))
 def test_any_split_gives_the_events_of_the_standard(stream: bytes, cuts: list[int]) -> None:
     borders = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})

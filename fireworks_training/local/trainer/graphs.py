@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fireworks_training.local.trainer.operations import Pass
 
-GRAPH_BYTES = 256 << 20
+GRAPH_BYTES = 1 << 30
 
 
 class Graphs:
