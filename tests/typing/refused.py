@@ -7,6 +7,7 @@ from typing import assert_type
 import fireworks_training
 from fireworks_training import (
     AsyncFiretitanServiceClient,
+    DeploymentSampler,
     FiretitanServiceClient,
     FiretitanTrainingClient,
 )
@@ -26,3 +27,10 @@ def blocking(service: FiretitanServiceClient, client: FiretitanTrainingClient) -
 
 async def awaited(service: AsyncFiretitanServiceClient) -> None:
     service.create_training_client().forward([])  # error: not awaited
+
+
+def sampled(sampler: DeploymentSampler) -> None:
+    turn = {"role": "user", "content": "hi"}
+    sampler.sample_with_tokens(["hi"])  # error: text is no conversation
+    sampler.sample_with_tokens([turn, [turn]])  # error: one conversation, or a list of them
+    sampler.sample_with_tokens(turn)  # error: a turn is no conversation
