@@ -1,7 +1,9 @@
 """Work for operations that is done before their turn comes: the encoding of large passes.
 
 One piece at a time, in call order, in a worker thread; as far ahead as the bound allows, so that a
-thousand operations called at once do not hold a second copy of all their data.
+thousand operations called at once do not hold a second copy of all their data. Decoding goes the
+same way when its answer comes. A loop has one such worker for all of it: the work holds the
+interpreter, so a second one would make nothing faster, and the loop wait for both.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -21,9 +24,22 @@ AHEAD_TOKENS = 4_000_000
 """Tokens whose operations may lie encoded, not yet sent; one operation always may."""
 
 
+_LANES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+async def in_worker(work: Callable[[], T]) -> T:
+    """Run `work` in a thread when what was asked for before it on this loop is done.
+
+    Cancelled, it leaves work that has begun to end by itself, and lets the next begin.
+    """
+    lane = _LANES.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    async with lane:
+        return await asyncio.to_thread(work)
+
+
 async def off_loop(tokens: int, work: Callable[[], T]) -> T:
     """Run `work`, which is about so many tokens, here or in a thread."""
-    return work() if tokens <= INLINE_TOKENS else await asyncio.to_thread(work)
+    return work() if tokens <= INLINE_TOKENS else await in_worker(work)
 
 
 @dataclass(eq=False)
@@ -90,7 +106,7 @@ class Ahead:
             self._held += piece.tokens
             assert piece.done is not None
             try:
-                result = await asyncio.to_thread(piece.work)
+                result = await in_worker(piece.work)
             except Exception as error:
                 piece.done.set_exception(error)
             else:

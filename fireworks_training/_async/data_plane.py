@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from fireworks_training._async.ahead import in_worker
 from fireworks_training._async.transport import Response, Transport, with_retries
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (
@@ -272,7 +273,7 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
     if len(response.body) <= PARSE_INLINE:
         payload = response.object()
     else:
-        payload = await asyncio.to_thread(response.object)
+        payload = await in_worker(response.object)
     if payload.get("type") == "try_again":
         return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
     if "error" in payload:

@@ -136,6 +136,7 @@ class Passes:
 
         def finish() -> tinker.ForwardBackwardOutput:
             result = combine(answers, encoded.chunks)
+            answers.clear()  # here, not on the loop: JSON's numbers take long to free
             if loss.name == "cross_entropy" and kind == "forward_backward":
                 result.metrics.setdefault("response_tokens", _response_tokens(encoded.inputs))
             return output_of(result)
@@ -185,6 +186,7 @@ class Passes:
 
         def finish() -> tinker.ForwardBackwardOutput:
             second = combine(answers, encoded.chunks)
+            answers.clear()
             if not any(second.outputs):  # a backward need not repeat what the forward answered
                 outputs = first.outputs if first is not None else second.outputs
                 second = PassResult(second.output_type, outputs, second.metrics)

@@ -17,6 +17,10 @@ from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
 _I8, _F4 = np.dtype(np.int64), np.dtype(np.float32)
+_BITS = (0.0, 1.0)
+_MASK = np.frombuffer(b"0.0,1.0,", "S4")
+_MASK_LENGTH = 256
+"""Shorter masks are formatted faster than they are looked up."""
 
 
 def encode_tensor(array: Array) -> dict[str, object]:
@@ -25,7 +29,18 @@ def encode_tensor(array: Array) -> dict[str, object]:
     data = array if array.dtype == wanted else array.astype(wanted)
     if not data.flags.c_contiguous or data.ndim != 1:
         data = np.ascontiguousarray(data).reshape(-1)
-    return {"data": data, "dtype": name, "shape": array.shape}
+    text = _mask(data) if wanted is _F4 else None
+    return {"data": data if text is None else text, "dtype": name, "shape": array.shape}
+
+
+def _mask(data: Array) -> orjson.Fragment | None:
+    """The text of an array of zeros and ones, as most weights are; looked up, not formatted."""
+    # The ends first: advantages and logprobs begin with zeros, too.
+    if data.size < _MASK_LENGTH or data[0] not in _BITS or data[-1] not in _BITS:
+        return None
+    if not ((data == 0) | (data == 1)).all():
+        return None
+    return orjson.Fragment(b"[%b]" % _MASK[data.astype(np.intp)].tobytes()[:-1])
 
 
 def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:

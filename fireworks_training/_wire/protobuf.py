@@ -1,9 +1,9 @@
 """Passes in Tinker protobuf: requests and results, to bytes and back.
 
 Arrays go as their bytes, so nothing becomes a Python number on the way. A request is put together
-from datums that were encoded before: protobuf messages may be concatenated, so a repeated field can
-be framed by hand. Both sides of the wire are here: our client encodes what our trainer decodes, and
-each meets foreign counterparts.
+from datums that were encoded before, each as a request of nothing else: the concatenation of
+protobuf messages is one message with the repeated fields of all. Both sides of the wire are here:
+our client encodes what our trainer decodes, and each meets foreign counterparts.
 
 Arrays are little-endian. Token ids are int32; loss inputs and outputs float32 or int64 (an answer
 may also bring int32, widened, and bfloat16, the upper half of a float32).
@@ -34,7 +34,6 @@ FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
 
 _WIDTH = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
 _I8, _F4 = np.dtype("<i8"), np.dtype("<f4")
-_DATA_FIELD = 3
 BACKWARD, GRADIENTS = "backward", "gradients"
 """Loss name and loss input of `encode_backward`."""
 
@@ -72,7 +71,7 @@ class PassRequest:
 
 
 def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
-    """One datum.
+    """One datum, as a request that has nothing else.
 
     Args:
         tokens: of the model input.
@@ -82,7 +81,8 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
     Raises:
         InvalidDatum: a token id that is no int32.
     """
-    datum = schema.Datum()
+    request = schema.ForwardBackwardRequest()
+    datum = request.data.add()
     try:
         ids = array("i", tokens).tobytes()
     except (OverflowError, TypeError) as error:
@@ -92,7 +92,7 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
     datum.model_input.add().encoded_text.tokens = ids
     for name, values in inputs.items():
         _fill(datum.loss_fn_inputs[name], values)
-    return datum.SerializeToString()
+    return request.SerializeToString()
 
 
 def encode_request(
@@ -124,11 +124,7 @@ def encode_request(
                 f"loss_fn_config[{name!r}] is a {type(value).__name__}; the protobuf dialect "
                 "takes numbers and text"
             )
-    parts = [message.SerializeToString()]
-    key = bytes([_DATA_FIELD << 3 | 2])
-    for datum in datums:
-        parts += (key, _varint(len(datum)), datum)
-    return b"".join(parts)
+    return b"".join((message.SerializeToString(), *datums))
 
 
 def encode_backward(
@@ -147,16 +143,6 @@ def encode_backward(
         model_id=model_id,
         seq_id=seq_id,
     )
-
-
-def _varint(value: int) -> bytes:
-    """A length as protobuf writes it: 7 bits a byte, the lowest first."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def decode_request(body: bytes) -> PassRequest:
