@@ -44,7 +44,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_SLOTS = 256
+MAX_SLOTS = 128
+"""Streams that an engine decodes together; on two cores more of them are no faster, and a window
+that follows the queue would not see that."""
+
 CLEAN_EVERY_S = 60.0
 """Seconds between two looks for snapshots that may go."""
 ENGINE_GRACE_S = 0.3

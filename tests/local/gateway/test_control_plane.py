@@ -10,6 +10,7 @@ import pytest
 
 from fireworks_training.local import lifetime
 from fireworks_training.local.database import Database
+from fireworks_training.local.gateway.deployments import MAX_SLOTS
 from fireworks_training.local.gateway.engine_client import LoadEnded
 from fireworks_training.local.gateway.registry import Registry, UnknownModel
 from tests.local.gateway.platform_fakes import (
@@ -303,7 +304,7 @@ async def test_a_deployment_from_creation_to_its_end(
     assert (live.transition, len(live.engines), live.state) == ("SYNC", 2, "READY")
     told = gateway.spawner.living("engine")[0].settings
     assert told["model_path"] == str(folders.model_dir)
-    assert told["max_slots"] == 256
+    assert told["max_slots"] == MAX_SLOTS
     path = f"{DEPLOYMENTS}?deploymentId=d1"
     assert (await gateway.call("POST", path, {"baseModel": MODEL}))[0] == 409
     query = "ignoreChecks=true&hard=true"
