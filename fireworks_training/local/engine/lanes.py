@@ -12,7 +12,8 @@ begin with its prompt.
 A row's own tokens lie in settled columns and, the newest, in a short tail. All rows end in the same
 column of the tail, so a step writes one column for all rows; when the tail is full, it settles. The
 settled columns are allocated without a gap: with one between its rows, a product over them took
-twice as long (573 against 1169 us a step for 64 rows of 80 tokens with room for 96).
+twice as long by itself (573 against 1169 us for 64 rows of 80 tokens with room for 96), and 1.29
+instead of 1.12 ms of a whole step.
 
 A row leaves by having the last row moved over it, and so does a prompt that no row needs. What lies
 before a row's tokens is finite garbage that the mask hides.
