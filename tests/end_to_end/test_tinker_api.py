@@ -103,6 +103,41 @@ async def test_a_request_is_known_by_its_place(client: Client) -> None:
     assert (await client.post("retrieve_future", {"request_id": f"{request_id}9"}))[0] == 410
 
 
+async def test_one_poll_tells_of_a_whole_session(client: Client) -> None:
+    async def poll(cursor: int, **fields: Any) -> tuple[int, Any]:
+        target = {"type": "sampling_session", "sampling_session_id": client.sampler}
+        target |= {key: fields.pop(key) for key in ("cloned_sampler_id",) if key in fields}
+        async with asyncio.timeout(60):
+            body = {"target": target, "prev_cursor": cursor, **fields}
+            return await client.post("retrieve_futures", body)
+
+    wanted = {(await client.submit(index))[1]["request_id"] for index in range(3)}
+    long = (await client.submit(3, params={"max_tokens": 1500, "stop": []}))[1]["request_id"]
+    clone = (await client.submit(5 * 10**9))[1]["request_id"]
+    await client.post("cancel_future", {"request_id": long})
+    states: dict[str, str] = {}
+    cursor = 0
+    while len(states) < 4:
+        status, answer = await poll(cursor)
+        assert status == 200, answer
+        assert answer["completions"]
+        cursor = answer["cursor"]
+        states |= {row["request_id"]: row["state"] for row in answer["completions"]}
+    assert states == {**dict.fromkeys(wanted, "finished"), long: "failed"}
+    # A clone's requests are told of apart.
+    status, answer = await poll(0, cloned_sampler_id=5)
+    assert [row["request_id"] for row in answer["completions"]] == [clone]
+    status, result = await client.post("retrieve_future", {"request_id": clone})
+    size = answer["completions"][0]["response_payload_uncompressed_size"]
+    assert size == len(result.SerializeToString())
+    # Acknowledged; then there is nothing to wait for, and a client that does so is told.
+    status, answer = await poll(cursor, timeout=0, retrieved_request_ids=sorted(wanted))
+    assert (status, answer) == (200, {"completions": [], "cursor": cursor})
+    assert (await poll(cursor))[0] == 410
+    assert (await poll(cursor + 1, timeout=0))[0] == 410
+    assert (await poll(0, cloned_sampler_id=-1))[0] == 400
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

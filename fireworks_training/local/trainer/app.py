@@ -19,6 +19,7 @@ from aiohttp import hdrs, web
 
 from fireworks_training._wire.compression import ENCODING, decompress
 from fireworks_training.errors import ProtocolError
+from fireworks_training.local import ended
 from fireworks_training.local.snapshots import FreeBytes, disk_free_bytes
 from fireworks_training.local.trainer import json_codec, proto_codec
 from fireworks_training.local.trainer.datums import ModelLimits
@@ -28,14 +29,9 @@ from fireworks_training.local.trainer.leases import UnknownForward
 from fireworks_training.local.trainer.line import Closed, Limits, Taken, TooFarAhead
 from fireworks_training.local.trainer.models import ModelFactory
 from fireworks_training.local.trainer.operations import OperationFailed, Submission
-from fireworks_training.local.trainer.service import (
-    CreateModel,
-    Full,
-    Gone,
-    NotFound,
-    TrainerService,
-)
+from fireworks_training.local.trainer.service import Full, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
+from fireworks_training.local.trainer.slots import CreateModel, Gone, NotFound
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 
@@ -127,6 +123,7 @@ def _add_routes(app: web.Application) -> None:
         "get_info": _get_info,
         "unload_model": _unload_model,
         "retrieve_future": _retrieve_future,
+        "retrieve_futures": _retrieve_futures,
     }.items():
         router.add_post(f"/api/v1/{name}", handler)
     router.add_post("/internal/sessions", _adopt_session)
@@ -354,3 +351,19 @@ async def _retrieve_future(request: web.Request) -> web.Response:
             {"type": "try_again", "request_id": request_id, "queue_state": "active"}
         )
     return web.Response(body=encoded.body, content_type=encoded.content_type)
+
+
+async def _retrieve_futures(request: web.Request) -> web.Response:
+    """What has ended of one model; see `local.ended`."""
+    try:
+        poll = ended.parse_poll(await request.read())
+    except ended.BadPoll as error:
+        raise Malformed(str(error)) from None
+    if not isinstance(poll.target, ended.ModelTarget):
+        raise Malformed("target: a trainer answers for its models; ask for type 'model'")
+    service = request.app[_SERVICE]
+    service.retrieved(poll.target.model_id, poll.retrieved_request_ids)
+    completions, cursor = await service.ended(
+        poll.target.model_id, poll.prev_cursor, poll.hold_s(request.app[_HOLD])
+    )
+    return web.json_response(ended.answer(completions, cursor, poll.inline_bytes))

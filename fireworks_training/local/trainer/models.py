@@ -21,8 +21,8 @@ from fireworks_training.local.trainer.execution import Stores, TrainedModel
 from fireworks_training.local.trainer.json_fields import Body, allow, flag, number, text
 from fireworks_training.local.trainer.json_states import tinker_load
 from fireworks_training.local.trainer.operations import LoadState, OperationFailed
-from fireworks_training.local.trainer.service import CreateModel
 from fireworks_training.local.trainer.settings import TrainerSettings
+from fireworks_training.local.trainer.slots import CreateModel
 from fireworks_training.local.trainer.states import StateStore
 
 CAPABILITIES: Mapping[str, object] = {
@@ -32,6 +32,8 @@ CAPABILITIES: Mapping[str, object] = {
     "step_protocol": 1,
     "snapshot_protocol": 1,
     "supports_backward": True,
+    # Polls for all results of a model at once: `local.ended`.
+    "retrieve_futures": 1,
 }
 _CREATE_KEYS = (
     "session_id",

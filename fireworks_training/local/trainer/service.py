@@ -13,22 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from fireworks_training.local.model import LoraSettings
-from fireworks_training.local.trainer.datums import ModelLimits, make_backward
-from fireworks_training.local.trainer.execution import TrainedModel
+from fireworks_training.local.ended import Ended
+from fireworks_training.local.trainer.datums import make_backward
 from fireworks_training.local.trainer.leases import Leases
-from fireworks_training.local.trainer.line import (
-    Expired,
-    Failure,
-    Limits,
-    Line,
-    Run,
-    Taken,
-    UnknownPlace,
-)
+from fireworks_training.local.trainer.line import Failure, Limits, Line, Run, Taken
 from fireworks_training.local.trainer.operations import (
     Answer,
     BackwardRequest,
@@ -42,6 +33,7 @@ from fireworks_training.local.trainer.operations import (
     SaveSnapshot,
     Submission,
 )
+from fireworks_training.local.trainer.slots import CreateModel, Gone, Job, NotFound, Slot
 from fireworks_training.local.trainer.torch_thread import TorchThread
 
 _log = logging.getLogger("fireworks_training.local.trainer")
@@ -59,40 +51,8 @@ EncodeFailure = Callable[[Failure, str], Encoded]
 """A failure and its request's id to the body of an answer."""
 
 
-class Gone(Exception):
-    """What the request names does not exist any more, or never did in this process (410)."""
-
-    def __init__(self, message: str, error_class: str) -> None:
-        super().__init__(message)
-        self.error_class = error_class
-
-
-class NotFound(Exception):
-    """No such request (404)."""
-
-
 class Full(Exception):
     """As many as there may be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """An operation, and how its result is told."""
-
-    operation: Operation
-    codec: Codec
-
-
-@dataclass(frozen=True, slots=True)
-class CreateModel:
-    """A model as it was asked for; equal values are the same request."""
-
-    digest: bytes
-    answer: Mapping[str, object]
-    make: Callable[[], TrainedModel]
-    limits: ModelLimits
-    lora: LoraSettings | None
-    base_model: str = ""
 
 
 @dataclass(slots=True)
@@ -100,37 +60,6 @@ class _Session:
     last_seen: float
     finished: bool = False
     ended_because: str = ""
-
-
-@dataclass(slots=True)
-class Slot:
-    """A model and all that belongs to it.
-
-    Attributes:
-        created: None until the model was made; then its answer or why it failed.
-        unloaded: likewise for its end; `unloading` once it was asked for.
-    """
-
-    model_id: str
-    session_id: str
-    request: CreateModel
-    line: Line[Job, Encoded]
-    leases: Leases
-    model: TrainedModel | None = None
-    created: Encoded | Failure | None = None
-    unloading: bool = False
-    unloaded: Encoded | None = None
-    waiters: dict[str, asyncio.Event] = field(default_factory=dict)
-
-    def notify(self, tail: str) -> None:
-        """Wakes those who wait for one result of this model."""
-        waiter = self.waiters.pop(tail, None)
-        if waiter is not None:
-            waiter.set()
-
-    def waiter(self, tail: str) -> asyncio.Event:
-        """What `notify` will set. Only for a result that is known to be on its way."""
-        return self.waiters.setdefault(tail, asyncio.Event())
 
 
 class TrainerService:
@@ -341,30 +270,49 @@ class TrainerService:
         self._sign_of_life(slot)
         try:
             async with asyncio.timeout(hold_s):
-                while (outcome := self._outcome(slot, tail)) is None:
-                    await slot.waiter(tail).wait()
+                outcome = await slot.result(tail)
         except TimeoutError:
             return None
+        return self._encoded(outcome, request_id)
+
+    def _encoded(self, outcome: Encoded | Failure, request_id: str) -> Encoded:
         if isinstance(outcome, Failure):
             return self._encode_failure(outcome, request_id)
         return outcome
 
-    def _outcome(self, slot: Slot, tail: str) -> Encoded | Failure | None:
-        if tail == "create":
-            return slot.created
-        if tail == "unload" and slot.unloading:
-            return slot.unloaded
-        number = tail.removeprefix("op-")
-        if not (number.isascii() and number.isdigit() and len(number) < 19):
-            raise NotFound(f"there is no request {tail[:40]!r} of this model")
+    async def ended(self, model_id: str, cursor: int, hold_s: float) -> tuple[list[Ended], int]:
+        """What has ended of a model after a cursor, waited for up to `hold_s` seconds.
+
+        Raises:
+            Gone: the model is not here.
+            NotFound: no answer of this model's polls gave this cursor.
+        """
+        slot = self.slot(model_id)
+        self._sign_of_life(slot)
+        if cursor > slot.ended.cursor:
+            raise NotFound(f"prev_cursor {cursor} is beyond the last one, {slot.ended.cursor}")
+        await slot.ended.wait(cursor, hold_s)
+        request_ids, cursor = slot.ended.after(cursor)
+        return [self._ended(slot, request_id) for request_id in request_ids], cursor
+
+    def _ended(self, slot: Slot, request_id: str) -> Ended:
         try:
-            outcome = slot.line.result(int(number))
-            slot.line.delivered(int(number))
-        except UnknownPlace as error:
-            raise NotFound(str(error)) from error
-        except Expired as error:
-            raise Gone(str(error), "ResultExpired") from error
-        return outcome
+            outcome = slot.outcome(request_id.rpartition(":")[2])
+        except Gone:
+            outcome = None
+        if outcome is None:
+            return Ended(request_id, failed=False)  # asked for by name, it says what became of it
+        encoded = self._encoded(outcome, request_id)
+        failed = isinstance(outcome, Failure)
+        return Ended(request_id, failed, encoded.body, encoded.content_type)
+
+    def retrieved(self, model_id: str, request_ids: Iterable[str]) -> None:
+        """Results of a model that its client has; others are ignored. Raises Gone."""
+        slot = self.slot(model_id)
+        for request_id in request_ids:
+            owner, _, tail = request_id.rpartition(":")
+            if owner == model_id:
+                slot.delivered(tail)
 
     # -- running ---------------------------------------------------------------------------------
 

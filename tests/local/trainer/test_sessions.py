@@ -8,7 +8,8 @@ import pytest
 
 from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.json_codec import JSON, encode_failure
-from fireworks_training.local.trainer.service import CreateModel, Gone, TrainerService
+from fireworks_training.local.trainer.service import TrainerService
+from fireworks_training.local.trainer.slots import CreateModel, Gone
 from fireworks_training.testing import ManualClock
 from tests.local.trainer.trainer_driver import ADAM, Starter
 

@@ -4,7 +4,9 @@ Knows which snapshot a sampling session samples, how a request becomes engine st
 a result is kept. What a request means is `sample_request`'s, which engine serves it `engines`'.
 
 A request is known by (sampling session, seq_id): a repeated one finds its first answer. Results are
-in this process alone; one that is gone is answered with 410, on which clients sample anew.
+in this process alone; one that is gone is answered with 410, on which clients sample anew. So is a
+batch poll that waits for requests of which this process knows nothing: its client must not wait for
+ever for what an earlier process took with it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,24 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
 from aiohttp import web
 
+from fireworks_training.local.ended import (
+    MAX_BODY_BYTES,
+    BadPoll,
+    Ended,
+    EndedLog,
+    ModelTarget,
+    Poll,
+    SamplingTarget,
+    answer,
+    parse_poll,
+)
 from fireworks_training.local.frames import Finish
 from fireworks_training.local.gateway.detokenize import TextCodec
 from fireworks_training.local.gateway.engine_client import EngineClient
@@ -60,6 +74,10 @@ HOLD_S = 30.0
 MAX_PENDING = 4096
 """Samples that run or wait, all requests together."""
 MAX_RESULTS = 4096
+MAX_LOGS = 4096
+"""Sampling sessions and clones whose endings are remembered for batch polls."""
+CLONE = 10**9
+"""A clone's `seq_id`s begin at its own number times this."""
 FULL_WAIT_S = 0.05
 FLUSH_TOKENS = 1 << 30
 """A reader here wants the end alone; one that looks for stop strings wants every token."""
@@ -75,6 +93,14 @@ class _Pending:
     delivered: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Log:
+    """Endings of one clone's requests; `open` are those that have not ended."""
+
+    ended: EndedLog = field(default_factory=EndedLog)
+    open: int = 0
+
+
 class TinkerSampling:
     """See the module.
 
@@ -87,6 +113,7 @@ class TinkerSampling:
         self._training = training
         self._engines = engines
         self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._logs: OrderedDict[tuple[str, int], _Log] = OrderedDict()
         self._codecs: dict[Path, TextCodec] = {}
 
     # -- sampling sessions -----------------------------------------------------------------------
@@ -166,8 +193,25 @@ class TinkerSampling:
             raise Problem(429, text_, headers={"Retry-After": "1"})
         task = asyncio.create_task(self._run(entry, note, plan), name=request_id)
         self._pending[request_id] = _Pending(digest, body.num_samples, task)
+        self._log(note.session, body.seq_id // CLONE, request_id, task)
         self._drop_old()
         return request_id, body.num_samples
+
+    def _log(
+        self, session: str, clone: int, request_id: str, task: asyncio.Task[tuple[bytes, str]]
+    ) -> None:
+        log_ = self._logs.setdefault((session, clone), _Log())
+        self._logs.move_to_end((session, clone))
+        log_.open += 1
+
+        def end(_: object) -> None:
+            log_.open -= 1
+            log_.ended.add(request_id)
+
+        task.add_done_callback(end)
+        idle = [key for key, other in self._logs.items() if not other.open]
+        for key in idle[: max(len(self._logs) - MAX_LOGS, 0)]:
+            del self._logs[key]
 
     def _drop_old(self) -> None:
         excess = len(self._pending) - MAX_RESULTS
@@ -202,6 +246,44 @@ class TinkerSampling:
             log.error("sampling failed", exc_info=error)
         told = {"error": str(error), "category": "server" if server else "user"}
         return orjson.dumps(told), "application/json"
+
+    async def ended(
+        self, target: SamplingTarget, cursor: int, hold_s: float
+    ) -> tuple[list[Ended], int]:
+        """What has ended of a clone's requests after a cursor, waited for up to `hold_s` seconds.
+
+        Raises:
+            Problem: 404 without such a session; 410 for a cursor that this process never gave, or
+                when none of its requests is under way that could end.
+        """
+        self.session(target.sampling_session_id)
+        key = target.sampling_session_id, target.cloned_sampler_id
+        log_ = self._logs.get(key, _Log())
+        behind = cursor < log_.ended.cursor
+        if cursor > log_.ended.cursor or (hold_s > 0 and not behind and not log_.open):
+            raise Problem(
+                410,
+                f"nothing of {target.sampling_session_id!r} is under way here: the process that had"
+                " its requests is gone. Make another sampling client",
+            )
+        await log_.ended.wait(cursor, hold_s)
+        request_ids, cursor = log_.ended.after(cursor)
+        return [self._ended(request_id) for request_id in request_ids], cursor
+
+    def _ended(self, request_id: str) -> Ended:
+        pending = self._pending.get(request_id)
+        if pending is None:
+            return Ended(request_id, failed=False)  # asked for by name, it is answered with 410
+        if pending.task.cancelled() or pending.task.exception() is not None:
+            return Ended(request_id, failed=True)
+        return Ended(request_id, False, *pending.task.result())
+
+    def retrieved(self, session: str, request_ids: Iterable[str]) -> None:
+        """Results that their client has: among the first to be dropped. Others are ignored."""
+        for request_id in request_ids:
+            pending = self._pending.get(request_id)
+            if pending is not None and request_id.startswith(f"{session}:"):
+                pending.delivered = True
 
     def cancel(self, request_id: str) -> None:
         """Frees what a request takes. Idempotent."""
@@ -296,6 +378,7 @@ def add_routes(app: web.Application) -> None:
         "asample": _asample,
         "cancel_future": _cancel_future,
         "retrieve_future": _retrieve_future,
+        "retrieve_futures": _retrieve_futures,
     }.items():
         app.router.add_post(f"/api/v1/{name}", handler)
     app.router.add_get("/api/v1/samplers/{sampler}", _sampler)
@@ -342,3 +425,20 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
         return web.json_response(waits)
     body, content_type = found
     return web.Response(body=body, content_type=content_type)
+
+
+async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
+    """Batch polling; see `local.ended`."""
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise Problem(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    raw = await request.read()
+    try:
+        poll: Poll = parse_poll(raw)
+    except BadPoll as error:
+        raise Problem(400, str(error)) from None
+    if isinstance(poll.target, ModelTarget):
+        return await pass_to_trainer(request, raw, poll.target.model_id)
+    sampling = request.app[SAMPLING]
+    sampling.retrieved(poll.target.sampling_session_id, poll.retrieved_request_ids)
+    completions, cursor = await sampling.ended(poll.target, poll.prev_cursor, poll.hold_s(HOLD_S))
+    return web.json_response(answer(completions, cursor, poll.inline_bytes))
