@@ -17,6 +17,8 @@ import click
 
 KEY_VARIABLE = "FIREWORKS_API_KEY"
 
+OFFERS = ("batch-polling", "zstd")
+
 # Options by the names that the settings know.
 LIMITS = {
     "max_trainers": "maxTrainers",
@@ -129,6 +131,14 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     metavar="SECONDS",
     help="End a trainer session that sent no heartbeat for so long.  [default: 300]",
 )
+@click.option(
+    "--offer",
+    "offers",
+    type=click.Choice(OFFERS),
+    multiple=True,
+    help="Tell clients of the Tinker API to use it: one poll for all samples of a session, or"
+    " compressed bodies. Repeatable.  [default: neither]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when it is ready.")
 def serve(
     host: str,
@@ -137,6 +147,7 @@ def serve(
     api_key: str | None,
     api_key_file: Path | None,
     models: dict[str, str],
+    offers: tuple[str, ...],
     as_json: bool,
     **limits: float | None,
 ) -> None:
@@ -159,5 +170,6 @@ def serve(
             "models": models,
             "output": "json" if as_json else "text",
             "limits": {LIMITS[name]: value for name, value in limits.items() if value is not None},
+            "offers": list(offers),
         }
     )

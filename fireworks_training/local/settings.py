@@ -31,6 +31,12 @@ RESOURCE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 RESOURCE_ID_RULE = "1 to 63 of a-z, 0-9 and '-', starting and ending with a letter or digit"
 MAX_SETTINGS_BYTES = 1 << 20
 
+OFFERS: dict[str, str] = {
+    "batch-polling": "sample_use_retrieve_futures",
+    "zstd": "proto_compress_fwdbwd",
+}
+"""What clients of the Tinker API use when `/api/v1/client/config` says so; it works regardless."""
+
 WorkerKind = Literal["trainer", "engine"]
 WorkerStart = Literal["fork", "exec"]
 Output = Literal["json", "text"]
@@ -93,6 +99,7 @@ class PlatformSettings:
         entry_points: `module:function` of each worker kind; tests put small ones here.
         preload: modules that the template imports before it forks.
         limits: changes to the defaults of `limits.Limits`, in its JSON spelling.
+        offers: of `OFFERS`, what clients of the Tinker API are told to use.
     """
 
     host: str = "127.0.0.1"
@@ -106,6 +113,7 @@ class PlatformSettings:
     entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))
     preload: tuple[str, ...] = PRELOAD
     limits: dict[str, float | None] = field(default_factory=dict)
+    offers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -126,6 +134,11 @@ class PlatformSettings:
                 f"settings: worker_start {self.worker_start!r} is not 'fork' or 'exec'"
             )
         Limits().changed(self.limits)
+        for offer in self.offers:
+            if offer not in OFFERS:
+                raise LocalPlatformError(
+                    f"settings: offer {offer[:80]!r} is none of {', '.join(OFFERS)}"
+                )
         if set(self.entry_points) != set(ENTRY_POINTS):
             raise LocalPlatformError(f"settings: entry_points must name {sorted(ENTRY_POINTS)}")
 
@@ -144,6 +157,7 @@ class GatewaySettings:
     models: dict[str, str]
     default_model: str
     limits: dict[str, float | None] = field(default_factory=dict)
+    offers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

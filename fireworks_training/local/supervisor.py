@@ -315,6 +315,7 @@ class Supervisor:
                 models=self.models,
                 default_model=self.default_model,
                 limits=self._settings.limits,
+                offers=self._settings.offers,
             )
         )
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from fireworks_training.cli import main
 from fireworks_training.cli import serve as serve_module
+from fireworks_training.local.settings import OFFERS
 from fireworks_training.models import __version__
 
 
@@ -48,6 +49,7 @@ def test_the_defaults(serve: Any) -> None:
         "models": {},
         "output": "text",
         "limits": {},
+        "offers": [],
     }
 
 
@@ -59,6 +61,7 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
         "--model", f"mine={model}", "--model", f"other={model}", "--json", "--api-key", "k" * 20,
         "--max-trainers", "1", "--max-replicas", "2", "--trainer-delay", "1.5",
         "--deployment-delay", "3", "--inactivity-timeout", "600", "--session-timeout", "60",
+        "--offer", "zstd", "--offer", "batch-polling",
     )  # fmt: skip
     assert settings == {
         "host": "0.0.0.0",
@@ -75,7 +78,12 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
             "inactivityTimeoutS": 600.0,
             "sessionTimeoutS": 60.0,
         },
+        "offers": ["zstd", "batch-polling"],
     }
+
+
+def test_the_offers_are_those_that_the_platform_knows() -> None:
+    assert set(serve_module.OFFERS) == set(OFFERS)
 
 
 def test_where_the_key_may_come_from(serve: Any, tmp_path: Path) -> None:
@@ -95,6 +103,7 @@ def test_where_the_key_may_come_from(serve: Any, tmp_path: Path) -> None:
         (["--model", "x=/no/such/folder"], "is not a folder"),
         (["--model", "x=/", "--model", "x=/"], "given twice"),
         (["--port", "70000"], "70000"),
+        (["--offer", "pickle"], "pickle"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
         (["--api-key-file", os.devnull], "is empty"),
         (["--nonsense"], "No such option"),

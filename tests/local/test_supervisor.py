@@ -278,6 +278,7 @@ def test_sigterm_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
         ({"output": "xml"}, "'xml'"),
         ({"worker_start": "thread"}, "'thread'"),
         ({"entry_points": {"trainer": "a:b"}}, "entry_points"),
+        ({"offers": ["pickle"]}, "none of batch-polling, zstd"),
         ([], "not a JSON object"),
     ],
 )

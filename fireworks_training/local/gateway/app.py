@@ -126,7 +126,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     tokenizer_route.add_routes(app)
     trainer_proxy.add_routes(app)
     parts.add_serving_routes(app)
-    tinker.install(app, state_dir)
+    tinker.install(app, state_dir, settings.offers)
     return app
 
 

@@ -292,7 +292,9 @@ class PlatformFolders:
         raise ConnectionRefusedError(str(socket))
 
     @asynccontextmanager
-    async def gateway(self, host: str = "127.0.0.1") -> AsyncIterator[Gateway]:
+    async def gateway(
+        self, host: str = "127.0.0.1", offers: tuple[str, ...] = ()
+    ) -> AsyncIterator[Gateway]:
         """A gateway on these folders."""
         settings = GatewaySettings(
             socket_fd=-1,
@@ -304,6 +306,7 @@ class PlatformFolders:
             state_dir=str(self.state_dir),
             models={"tiny": str(self.model_dir)},
             default_model="tiny",
+            offers=offers,
         )
         parts = Parts(self.spawner, self.connect, _no_routes, self.make_model)
         app = create_app(settings, parts)

@@ -7,6 +7,7 @@ removes what was saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -20,10 +21,14 @@ from fireworks_training.local.gateway.tinker.training import TRAINING, TinkerTra
 from fireworks_training.local.tinker_store import TinkerStore
 
 
-def install(app: web.Application, state_dir: Path) -> None:
-    """Registers all routes; the app holds `CONTROL_PLANE` and `REGISTRY`."""
+def install(app: web.Application, state_dir: Path, offers: Sequence[str]) -> None:
+    """Registers all routes; the app holds `CONTROL_PLANE` and `REGISTRY`.
+
+    Args:
+        offers: of `settings.OFFERS`, what clients are told to use.
+    """
     plane, registry = app[CONTROL_PLANE], app[REGISTRY]
-    app[TRAINING] = TinkerTraining(plane, registry, TinkerStore(state_dir / "tinker"))
+    app[TRAINING] = TinkerTraining(plane, registry, TinkerStore(state_dir / "tinker"), offers)
     app[SAMPLING] = TinkerSampling(app[TRAINING], TinkerEngines(plane, registry))
 
     async def close(app: web.Application) -> None:

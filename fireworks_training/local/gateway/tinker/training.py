@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -26,6 +26,7 @@ from fireworks_training.local.gateway.problems import Problem, model_lost
 from fireworks_training.local.gateway.registry import ModelEntry, Registry, UnknownModel
 from fireworks_training.local.gateway.trainer_proxy import after_failure, answer_of, passed_headers
 from fireworks_training.local.gateway.trainers import FAILED, PAUSED, RUNNING, Trainer
+from fireworks_training.local.settings import OFFERS
 from fireworks_training.local.tinker_store import TinkerStore, session_of
 
 JOB_PREFIX = "tinker-"
@@ -55,10 +56,18 @@ class TinkerTraining:
         plane: the platform's jobs.
         registry: its models.
         store: notes of runs and checkpoints.
+        offers: of `settings.OFFERS`, what clients are told to use.
     """
 
-    def __init__(self, plane: ControlPlane, registry: Registry, store: TinkerStore) -> None:
+    def __init__(
+        self,
+        plane: ControlPlane,
+        registry: Registry,
+        store: TinkerStore,
+        offers: Sequence[str] = (),
+    ) -> None:
         self.store = store
+        self.offered = {OFFERS[offer]: True for offer in offers}
         self._plane = plane
         self._registry = registry
         self._sessions: dict[str, Session] = {}
@@ -252,9 +261,9 @@ async def _ok(_: web.Request) -> web.Response:
 
 
 async def _client_config(request: web.Request) -> web.Response:
-    """Defaults suit this server."""
+    """What differs from the clients' defaults."""
     await request.read()
-    return web.json_response({})
+    return web.json_response(request.app[TRAINING].offered)
 
 
 async def _telemetry(request: web.Request) -> web.Response:
