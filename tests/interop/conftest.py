@@ -42,8 +42,14 @@ Peer = Callable[..., Awaitable[dict[str, Any]]]
 def peer(platform: RunningPlatform, tmp_path: Path) -> Peer:
     """`await peer("tinker", "script.py", *arguments)`: what a script of `peers/` saw."""
 
+    shared = platform
+
     def blocking(
-        name: str, script: str, *arguments: str, base_url: str | None = None
+        name: str,
+        script: str,
+        *arguments: str,
+        platform: RunningPlatform = shared,
+        base_url: str | None = None,
     ) -> dict[str, Any]:
         url = base_url or platform.base_url
         environment = {

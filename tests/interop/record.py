@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,22 @@ def text_of(body: bytes, content_type: str) -> dict[str, Any]:
     return {"base64": base64.b64encode(body).decode()}
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A request as it came, with its body, and the answer that it got."""
+
+    request: web.Request
+    body: bytes
+    status: int
+    content_type: str
+    answer: bytes
+
+
 @asynccontextmanager
-async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str | None]:
-    """The URL of a recording proxy, or None when nothing is recorded."""
-    if not os.environ.get(SWITCH):
-        yield None
-        return
-    exchanges: list[dict[str, Any]] = []
+async def passing(
+    platform: RunningPlatform, see: Callable[[Exchange], object]
+) -> AsyncIterator[str]:
+    """The URL of a proxy that shows every exchange with a platform to `see`."""
     session = aiohttp.ClientSession(auto_decompress=False)
 
     async def pass_on(request: web.Request) -> web.Response:
@@ -51,23 +61,7 @@ async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str |
         ) as upstream:
             answer = await upstream.read()
             kind = upstream.headers.get("content-type", "")
-            waiting = upstream.status == 503 or b'"try_again"' in answer[:200]
-            if request.path not in _QUIET and request.method != "GET" and not waiting:
-                exchanges.append(
-                    {
-                        "method": request.method,
-                        "path": request.raw_path,
-                        "headers": {
-                            k.lower(): v
-                            for k, v in request.headers.items()
-                            if k.lower() in _KEPT_HEADERS
-                        },
-                        "request": text_of(body, request.content_type),
-                        "status": upstream.status,
-                        "content_type": kind.partition(";")[0],
-                        "answer": text_of(answer, kind),
-                    }
-                )
+            see(Exchange(request, body, upstream.status, kind, answer))
             passed = {k: v for k, v in upstream.headers.items() if k.lower() not in _DROPPED}
             return web.Response(body=answer, status=upstream.status, headers=passed)
 
@@ -83,6 +77,36 @@ async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str |
     finally:
         await runner.cleanup()
         await session.close()
+
+
+@asynccontextmanager
+async def recording(platform: RunningPlatform, name: str) -> AsyncIterator[str | None]:
+    """The URL of a recording proxy, or None when nothing is recorded."""
+    if not os.environ.get(SWITCH):
+        yield None
+        return
+    exchanges: list[dict[str, Any]] = []
+
+    def note(seen: Exchange) -> None:
+        request = seen.request
+        waiting = seen.status == 503 or b'"try_again"' in seen.answer[:200]
+        if request.path in _QUIET or request.method == "GET" or waiting:
+            return
+        kept = {k.lower(): v for k, v in request.headers.items() if k.lower() in _KEPT_HEADERS}
+        exchanges.append(
+            {
+                "method": request.method,
+                "path": request.raw_path,
+                "headers": kept,
+                "request": text_of(seen.body, request.content_type),
+                "status": seen.status,
+                "content_type": seen.content_type.partition(";")[0],
+                "answer": text_of(seen.answer, seen.content_type),
+            }
+        )
+
+    async with passing(platform, note) as url:
+        yield url
     RECORDED.mkdir(exist_ok=True)
     text = json.dumps(exchanges, indent=1).replace(str(model_folder()), "{MODEL}")
     (RECORDED / f"{name}.json").write_text(text + "\n")

@@ -6,6 +6,9 @@ the same data must give the same losses as our client sees.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,11 @@ import pytest
 import tinker
 import torch
 
+from fireworks_training.local.settings import OFFERS
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import model_folder, service_on
 from tests.interop.conftest import Peer
-from tests.interop.record import recording
+from tests.interop.record import Exchange, passing, recording
 
 pytestmark = pytest.mark.slow
 
@@ -76,9 +80,8 @@ async def ours(platform: RunningPlatform, seed: int | None) -> list[float]:
     return losses
 
 
-async def test_the_tinker_client(platform: RunningPlatform, peer: Peer) -> None:
-    async with recording(platform, "tinker") as url:
-        seen = await peer("tinker", "tinker_client.py", str(model_folder()), base_url=url)
+async def check_the_tinker_client(platform: RunningPlatform, seen: dict[str, Any]) -> None:
+    """What `tinker_client.py` saw is what our client sees, and agrees with itself."""
     assert seen["losses"] == pytest.approx(await ours(platform, seed=3), **CLOSE)
     assert seen["resumed"] == pytest.approx(seen["losses"][-1], **CLOSE)
     assert seen["forward"] == pytest.approx(seen["losses"][-1], **CLOSE)
@@ -93,6 +96,35 @@ async def test_the_tinker_client(platform: RunningPlatform, peer: Peer) -> None:
     assert len(seen["greedy"][0]) == 5
     assert seen["listed"] == sorted([seen["path"], seen["named"]])
     assert seen["left"] == [seen["path"]]
+
+
+async def test_the_tinker_client(platform: RunningPlatform, peer: Peer) -> None:
+    async with recording(platform, "tinker") as url:
+        seen = await peer("tinker", "tinker_client.py", str(model_folder()), base_url=url)
+    await check_the_tinker_client(platform, seen)
+
+
+async def test_the_tinker_client_with_all_that_is_offered(
+    own_platform: Callable[..., AbstractContextManager[RunningPlatform]], peer: Peer
+) -> None:
+    offers = [option for offer in OFFERS for option in ("--offer", offer)]
+    exchanges: list[Exchange] = []
+    with own_platform(*offers) as platform:
+        async with passing(platform, exchanges.append) as url:
+            seen = await peer(
+                "tinker", "tinker_client.py", str(model_folder()), platform=platform, base_url=url
+            )
+        await check_the_tinker_client(platform, seen)
+    passes = [e for e in exchanges if e.request.path == "/api/v1/forward_backward"]
+    assert passes
+    assert {e.request.headers["Content-Encoding"] for e in passes} == {"zstd"}
+    # Samples are asked for when they are there; nothing else is polled for in batches.
+    polled = [e for e in exchanges if e.request.path == "/api/v1/retrieve_futures"]
+    told = {row["request_id"] for e in polled for row in json.loads(e.answer)["completions"]}
+    assert len(told) == 4
+    fetches = [json.loads(e.body) for e in exchanges if e.request.path == "/api/v1/retrieve_future"]
+    samples = [f["request_id"] for f in fetches if ":sampler:" in f["request_id"]]
+    assert sorted(samples) == sorted(told)
 
 
 @pytest.mark.parametrize("mode", ["direct", "managed"])
