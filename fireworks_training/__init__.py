@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
     from fireworks_training._async.usage import RunUsage, Usage
     from fireworks_training._async.usage_records import read_usage_records
+    from fireworks_training._core.events import (
+        AckEvent,
+        Event,
+        FailureEvent,
+        FinishEvent,
+        LoopBlockedEvent,
+        OnEvent,
+        RetryEvent,
+        SubmitEvent,
+        SwapEvent,
+        SyncEvent,
+        WindowEvent,
+    )
     from fireworks_training._sync.control_plane.client import ControlPlane
     from fireworks_training._sync.reaper import ResourceLedger
     from fireworks_training._sync.service import FiretitanServiceClient
@@ -127,11 +140,28 @@ _HEAVY = {
     "read_usage_records": "_async.usage_records",
     "SaveWeightsForSamplerResponse": "_tinker_types",
     "TokenStream": "_async.token_stream",
+    **dict.fromkeys(
+        (
+            "AckEvent",
+            "Event",
+            "FailureEvent",
+            "FinishEvent",
+            "LoopBlockedEvent",
+            "OnEvent",
+            "RetryEvent",
+            "SubmitEvent",
+            "SwapEvent",
+            "SyncEvent",
+            "WindowEvent",
+        ),
+        "_core.events",
+    ),
 }
 _LIGHT = ("errors", "models", "futures", "config", "data", "evaluation")
 
 __all__ = [
     "APIFuture",
+    "AckEvent",
     "AdaptiveConcurrencyController",
     "ApiError",
     "ApiStatusError",
@@ -150,6 +180,9 @@ __all__ = [
     "DeploymentSamplerTimeoutError",
     "EvaluatedSample",
     "Evaluation",
+    "Event",
+    "FailureEvent",
+    "FinishEvent",
     "FiretitanProvisioningConfig",
     "FiretitanSamplingClient",
     "FiretitanServiceClient",
@@ -163,11 +196,13 @@ __all__ = [
     "InvalidArgument",
     "InvalidDatum",
     "LocalPlatformError",
+    "LoopBlockedEvent",
     "LossFailed",
     "MissingExtra",
     "ModelInfo",
     "NotFound",
     "NotSupported",
+    "OnEvent",
     "OperationCancelled",
     "OperationError",
     "OperationInfo",
@@ -182,6 +217,7 @@ __all__ = [
     "RequestFailed",
     "RequestTimedOut",
     "ResourceLedger",
+    "RetryEvent",
     "RunUsage",
     "SampleCall",
     "SampledCompletion",
@@ -198,6 +234,9 @@ __all__ = [
     "SessionEnded",
     "SessionLost",
     "Snapshot",
+    "SubmitEvent",
+    "SwapEvent",
+    "SyncEvent",
     "TokenDelta",
     "TokenStream",
     "TrainerJobInfo",
@@ -209,6 +248,7 @@ __all__ = [
     "WeightSyncError",
     "WeightSyncResult",
     "WeightsDrifted",
+    "WindowEvent",
     "WrongLoop",
     "__version__",
     "chat_datum",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from fireworks_training._async import embedded
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
 from fireworks_training._async.usage import Usage
@@ -19,7 +20,7 @@ class Connection:
     Args:
         endpoint: where it is, or that it is to be embedded.
         owner: the loop of the pool.
-        additional_headers, verify_ssl: as for `Transport`.
+        additional_headers, verify_ssl, events: as for `Transport`.
     """
 
     def __init__(
@@ -29,11 +30,13 @@ class Connection:
         owner: OwnerLoop,
         additional_headers: Mapping[str, str],
         verify_ssl: bool,
+        events: EventHook | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._owner = owner
         self._additional_headers = dict(additional_headers)
         self._verify_ssl = verify_ssl
+        self._events = events
         self._lock = asyncio.Lock()
         self._embedded = False
         self._base_url = endpoint.base_url
@@ -74,20 +77,21 @@ class Connection:
                     platform = await embedded.acquire(self._endpoint)
                     self._embedded = True
                     self._base_url, self._api_key = platform.base_url, platform.api_key
-                self._transport = self.make_transport(self._owner)
+                self._transport = self.make_transport(self._owner, self._events)
                 self._plane = AsyncControlPlane(
                     self._transport, trainer_gateway_url=self._endpoint.trainer_gateway_url
                 )
             return self._plane
 
-    def make_transport(self, owner: OwnerLoop) -> Transport:
-        """A pool of its own for another loop; after `open()`."""
+    def make_transport(self, owner: OwnerLoop, events: EventHook | None = None) -> Transport:
+        """A pool of its own for another loop, where nobody is told of events; after `open()`."""
         return Transport(
             owner=owner,
             base_url=self._base_url,
             api_key=self._api_key,
             additional_headers=self._additional_headers,
             verify_ssl=self._verify_ssl,
+            events=events,
         )
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from fireworks_training._async.ahead import in_worker
-from fireworks_training._async.transport import Response, Transport, with_retries
+from fireworks_training._async.transport import Response, Transport, tell_retry, with_retries
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (
     ApiError,
@@ -83,6 +83,7 @@ class DataPlane:
     def __init__(self, transport: Transport, base_url: str) -> None:
         self._transport = transport
         self.usage = transport.usage
+        self.events = transport.events
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:
@@ -145,7 +146,9 @@ class DataPlane:
             return response
 
         backoff = patient(undecided)
-        response = await with_retries(once, what=what, backoff=backoff)
+        response = await with_retries(
+            once, what=what, backoff=backoff, events=self.events, kind="training"
+        )
         request_id = response.object().get("request_id")
         if not isinstance(request_id, str) or not request_id:
             raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
@@ -201,6 +204,7 @@ class DataPlane:
                 if delay is None:
                     raise
                 note(f"polls fail: {type(error).__name__}: {error}")
+                tell_retry(self.events, "training", what, backoff.failures, delay, error)
             else:
                 if not isinstance(outcome, NotReady):
                     return outcome

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fireworks_training._async.data_plane import Answer, DataPlane, is_conflict, was_refused
+from fireworks_training._core.events import AckEvent, FinishEvent, SubmitEvent
 from fireworks_training._core.notices import FIRST_NOTICE, Watch
 from fireworks_training.errors import (
     ApiError,
@@ -134,15 +135,20 @@ class Exchanges:
         try:
             async with self._uploads:
                 note("no answer to its submit yet")
+                submitted = loop.time()
+                self._tell_submit(seq_id, label)
                 request_id = await self._submit(request, seq_id, label)
+            self._tell_ack(seq_id, label, request_id, loop.time() - submitted)
             if not taken.done():
                 taken.set_result(None)
             note("for the results before it")
             async with self._polls:
                 note("no answer to a poll for its result yet")
-                return await self._plane.result(
+                answer = await self._plane.result(
                     request_id, what=label, headers=request.accept, note=note
                 )
+            self._tell_finish(seq_id, label, loop.time() - submitted)
+            return answer
         except ApiStatusError as error:
             if taken.done() or not was_refused(error):
                 raise self._lost(seq_id, error) from error
@@ -152,6 +158,33 @@ class Exchanges:
             raise self._lost(seq_id, error) from error
         finally:
             self._watch.end(seq_id)
+
+    def _tell_submit(self, seq_id: int, label: str) -> None:
+        if (events := self._plane.events) is not None:
+            request = f"{self._name}/{seq_id}"
+            events.emit(SubmitEvent(at=events.now(), kind="training", what=label, id=request))
+
+    def _tell_ack(self, seq_id: int, label: str, request_id: str, seconds: float) -> None:
+        if (events := self._plane.events) is not None:
+            events.emit(
+                AckEvent(
+                    at=events.now(),
+                    kind="training",
+                    what=label,
+                    id=f"{self._name}/{seq_id}",
+                    request_id=request_id,
+                    seconds=seconds,
+                )
+            )
+
+    def _tell_finish(self, seq_id: int, label: str, seconds: float) -> None:
+        if (events := self._plane.events) is not None:
+            request = f"{self._name}/{seq_id}"
+            events.emit(
+                FinishEvent(
+                    at=events.now(), kind="training", what=label, id=request, seconds=seconds
+                )
+            )
 
     async def _submit(self, request: Request, seq_id: int, label: str) -> str:
         sent = request.make(seq_id)

@@ -26,6 +26,7 @@ from fireworks_training._async.data_plane import RESULT_GONE, Answer, DataPlane
 from fireworks_training._async.exchanges import Exchange, Exchanges, Request, Sent
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
+from fireworks_training._core.events import FailureEvent
 from fireworks_training._core.operations import Hold, Line, Role, Ticket, Void
 from fireworks_training.errors import (
     ClientClosed,
@@ -173,6 +174,7 @@ class LineRunner:
         self._forward_only = forward_only
         self._owner = owner
         self._model_id = model_id
+        self._events = plane.events
         self._exchanges = Exchanges(
             plane, filler=filler, name=model_id, saved_state=lambda: self.last_saved_state
         )
@@ -354,6 +356,16 @@ class LineRunner:
             self.line.failed(entry.ticket, error)
             self._failures = [e for e in self._failures if not was_retrieved(e)] + [error]
             entry.outcome.fail(error)
+            if (events := self._events) is not None:
+                events.emit(
+                    FailureEvent(
+                        at=events.now(),
+                        kind="training",
+                        what=entry.call.label,
+                        id=self._model_id,
+                        error=error,
+                    )
+                )
         entry.settled.set()
 
     # -- the end -----------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.weight_sync import Loaded, WeightSync
+from fireworks_training._core.events import SyncEvent
 from fireworks_training._core.snapshots import Chain
 from fireworks_training.errors import InvalidArgument, NotSupported, WeightsDrifted
 from fireworks_training.futures import APIFuture
@@ -75,6 +77,7 @@ class Publishing:
         chain: the snapshots that are saved.
         weights: the deployment's weights.
         sampler: makes a sampler of the deployment, without a tokenizer.
+        events: told when a snapshot is saved; None where nobody listens.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class Publishing:
         chain: Chain,
         weights: Callable[[], Awaitable[WeightSync]],
         sampler: Callable[[], Awaitable[DeploymentSampler]],
+        events: EventHook | None = None,
     ) -> None:
         self.chain = chain
         self._owner = owner
         self._weights = weights
         self._sampler = sampler
+        self._events = events
         self._numbers = itertools.count(1)
         self._syncs: set[asyncio.Task[object]] = set()
 
@@ -140,6 +145,15 @@ class Publishing:
         started = clock()
         snapshot = (await saved).snapshot
         written = clock()
+        if (events := self._events) is not None:
+            events.emit(
+                SyncEvent(
+                    at=events.now(),
+                    identity=snapshot.identity,
+                    stage="saved",
+                    seconds=written - started,
+                )
+            )
         weights = await self._weights()
         loaded = await weights.load(snapshot.identity, save_whole=save_whole)
         live = clock()

@@ -54,6 +54,7 @@ class DeploymentSampler(SamplerBase):
             Others get their text, from the tokenizer; ids without a text of their own are refused.
         verify_ssl: False accepts any certificate.
         retries: retry budgets, for tests.
+        on_event: told of requests, retries, windows and failures; see `from_firetitan_config`.
 
     Raises:
         InvalidArgument: an argument is missing or contradicts another.

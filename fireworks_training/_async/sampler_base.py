@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
+from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
@@ -24,6 +25,7 @@ from fireworks_training._async.sampler_tasks import SamplerTasks
 from fireworks_training._async.sampling_progress import Progress
 from fireworks_training._async.sampling_run import RetryPolicy, Source
 from fireworks_training._async.transport import Transport
+from fireworks_training._core.events import OnEvent
 from fireworks_training._wire.completions import (
     PATH,
     SamplingOptions,
@@ -57,6 +59,7 @@ class SamplerBase:
         integer_stops: bool = False,
         verify_ssl: bool = True,
         retries: RetryPolicy | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
         if max_concurrency is not None:
             warnings.warn(
@@ -78,6 +81,7 @@ class SamplerBase:
             api_key=api_key,
             additional_headers=additional_headers,
             verify_ssl=verify_ssl,
+            events=EventHook.of(on_event),
         )
         self._set_up(
             transport,

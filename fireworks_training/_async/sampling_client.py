@@ -21,6 +21,7 @@ from fireworks_training._async.gate import (
 )
 from fireworks_training._async.prompts import Tokenizer
 from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._core.events import OnEvent
 from fireworks_training._wire.completions import SamplingOptions
 from fireworks_training.config import environment_api_key
 from fireworks_training.errors import InvalidArgument, NotSupported, SamplingError
@@ -68,6 +69,7 @@ class FiretitanSamplingClient:
         concurrency_controller: SamplingConcurrencyController | None = None,
         max_concurrency: int | None = None,
         additional_headers: Mapping[str, str] | None = None,
+        on_event: OnEvent | None = None,
     ) -> Self:
         """A client with connections of its own; the arguments are those of `DeploymentSampler`."""
         return cls(
@@ -79,6 +81,7 @@ class FiretitanSamplingClient:
                 concurrency_controller,
                 max_concurrency,
                 additional_headers,
+                on_event=on_event,
             )
         )
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 import aiohttp
 
+from fireworks_training._async import sampling_events
 from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
 from fireworks_training._async.gate import Gate, SamplingConcurrencyController
 from fireworks_training._async.load_news import LoadNews
@@ -258,8 +259,13 @@ class SamplingRun:
                     logged.failed(failure, retried=delay is not None)
                 if delay is None:
                     self._given_up = True
-                    raise self._final_error(failure, request_id, number) from failure.error
+                    error = self._final_error(failure, request_id, number)
+                    sampling_events.failed(source.transport.events, headers, error)
+                    raise error from failure.error
                 self._say_retry(failure, request_id, number, delay)
+                sampling_events.retried(
+                    source.transport.events, headers, number, delay, failure.error
+                )
             if await self._back_off(delay, loading=loading) and hot_load is not None:
                 hot_load.reset()
 
@@ -286,6 +292,7 @@ class SamplingRun:
     ) -> SampledCompletion:
         """One HTTP attempt, in a slot of the controller."""
         source = self._source
+        events = source.transport.events
         await self._acquire(attempt.number)
         told: ServerMetrics | None = None
         source.progress.attempt(attempt, self._clock())
@@ -293,6 +300,8 @@ class SamplingRun:
             if self._given_up:
                 # The slot is that of a sibling that failed: the call is over, send nothing.
                 raise asyncio.CancelledError
+            if events is not None:
+                sampling_events.submitted(events, attempt, self._controller)
             async with CompletionStream(
                 source.transport,
                 attempt,
@@ -316,6 +325,8 @@ class SamplingRun:
                 source.warn_substituted()
             if logged is not None:
                 logged.succeeded(told, stream.response_id)
+            if events is not None:
+                sampling_events.finished(events, attempt, told)
             return completion
         except AttemptFailed as failure:
             source.record.append(failure.metrics)
@@ -325,6 +336,8 @@ class SamplingRun:
         finally:
             source.progress.attempt_over(attempt)
             self._controller.release(told)
+            if events is not None:
+                events.look_at(self._controller)
 
     def _with_distance(self, completion: SampledCompletion) -> SampledCompletion:
         """Notes how far the trainer has gone since the weights that began the completion."""

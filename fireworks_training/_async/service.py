@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from fireworks_training._async import usage_records
 from fireworks_training._async.service_clients import ServiceClients
@@ -27,6 +27,9 @@ from fireworks_training.config import (
 )
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.futures import mark_retrieved, was_retrieved
+
+if TYPE_CHECKING:
+    from fireworks_training._core.events import OnEvent
 
 logger = logging.getLogger("fireworks_training.service")
 
@@ -52,6 +55,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
         """Describe a trainer and a deployment; nothing is sent yet.
@@ -70,6 +74,9 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            on_event: a plain function that is told what happens: requests, retries, windows, syncs,
+                failures (see `Event` and its kin). It runs on the service's loop, so it must be
+                quick; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
 
         Raises:
@@ -95,6 +102,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            on_event=on_event,
         )
 
     # -- clients -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fireworks_training._async.connection import Connection
+from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.provisioning import Resources
@@ -19,6 +20,7 @@ from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.samplers import Samplers
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._async.trainers import Trainers
+from fireworks_training._core.events import OnEvent
 from fireworks_training.config import Endpoint, FiretitanProvisioningConfig
 from fireworks_training.errors import ClientClosed, InvalidArgument
 
@@ -37,19 +39,26 @@ class ServiceCore:
         verify_ssl: bool,
         user_metadata: Mapping[str, str] | None,
         pipeline_steps: bool,
+        on_event: OnEvent | None = None,
     ) -> None:
         self._config = config
         self._owner = OwnerLoop()
+        events = EventHook.of(on_event)
         self._connection = Connection(
             endpoint,
             owner=self._owner,
             additional_headers=additional_headers or {},
             verify_ssl=verify_ssl,
+            events=events,
         )
         self._provisioner = Provisioner(self._connection, config)
         self._samplers = Samplers(self._connection, config, self._provisioner)
         self._publishing = Publishing(
-            self._owner, self._samplers.chain, self._samplers.weights, self._samplers.of_probe
+            self._owner,
+            self._samplers.chain,
+            self._samplers.weights,
+            self._samplers.of_probe,
+            events,
         )
         self._trainers = self._make_trainers(
             config, self._provisioner.provisioned, user_metadata, pipeline_steps

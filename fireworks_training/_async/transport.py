@@ -19,9 +19,11 @@ from typing import Any, Self, TypeVar, cast
 import aiohttp
 import orjson
 
+from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.usage import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
+from fireworks_training._core.events import EventKind, RetryEvent
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -125,6 +127,7 @@ class Transport:
         api_key: sent as `X-API-Key` and as bearer token; never part of a message or a repr.
         additional_headers: sent with every request; they win over the SDK's own.
         verify_ssl: False accepts any certificate; only if the caller says so.
+        events: told what happens; None where nobody listens.
     """
 
     def __init__(
@@ -135,8 +138,10 @@ class Transport:
         api_key: str,
         additional_headers: Mapping[str, str] | None = None,
         verify_ssl: bool = True,
+        events: EventHook | None = None,
     ) -> None:
         self.owner = owner
+        self.events = events
         self.base_url = base_url.rstrip("/")
         self._api_key = api_key
         self._additional_headers = dict(additional_headers or {})
@@ -268,7 +273,7 @@ class Transport:
                 raise response.error(what)
             return response.object()
 
-        return await with_retries(once, what=what, backoff=backoff or Backoff())
+        return await with_retries(once, what=what, backoff=backoff or Backoff(), events=self.events)
 
     async def close(self) -> None:
         """Close the pool; idempotent."""
@@ -306,7 +311,14 @@ def _path(url: str) -> str:
     return "/" + rest.partition("/")[2].partition("?")[0]
 
 
-async def with_retries(once: Callable[[], Awaitable[T]], *, what: str, backoff: Backoff) -> T:
+async def with_retries(
+    once: Callable[[], Awaitable[T]],
+    *,
+    what: str,
+    backoff: Backoff,
+    events: EventHook | None = None,
+    kind: EventKind = "control",
+) -> T:
     """Run `once` until it succeeds, fails for good, or the budget is used up."""
     loop = asyncio.get_running_loop()
     while True:
@@ -317,4 +329,29 @@ async def with_retries(once: Callable[[], Awaitable[T]], *, what: str, backoff: 
             if delay is None:
                 raise
             logger.warning("%s failed (%s); next try in %.1f s", what, type(error).__name__, delay)
+            tell_retry(events, kind, what, backoff.failures, delay, error)
             await asyncio.sleep(delay)
+
+
+def tell_retry(
+    events: EventHook | None,
+    kind: EventKind,
+    what: str,
+    failures: int,
+    delay: float,
+    error: ApiError,
+    request: str = "",
+) -> None:
+    """Tell whoever listens that an exchange will be tried again."""
+    if events is not None:
+        events.emit(
+            RetryEvent(
+                at=events.now(),
+                kind=kind,
+                what=what,
+                id=request,
+                failures=failures,
+                delay=delay,
+                error=error,
+            )
+        )

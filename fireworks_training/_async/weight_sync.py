@@ -18,6 +18,7 @@ from urllib.parse import quote
 from fireworks_training._async.load_news import LoadNews
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.events import FailureEvent, SwapEvent, SyncEvent, SyncStage
 from fireworks_training._core.notices import Notices
 from fireworks_training._core.snapshots import (
     Chain,
@@ -123,6 +124,7 @@ class WeightSync:
         self.current: str | None = None
         """The identity that was last seen live on every replica."""
         self._transport = transport
+        self._events = transport.events
         self._target = target
         self._timeout = timeout
         self._news = news if news is not None else LoadNews()
@@ -179,6 +181,7 @@ class WeightSync:
                     loaded = await self._bring(wanted)
             except BaseException as error:
                 if isinstance(error, Exception):
+                    self._tell_failure(wanted.identity, error)
                     _fail(wanted, error)
                     continue
                 _fail(wanted, ClientClosed("the service was closed under the load of a snapshot"))
@@ -216,6 +219,8 @@ class WeightSync:
                     identity=whole.identity,
                 ) from again
             loaded = Loaded(whole.identity, steps, saved=whole)
+        if (events := self._events) is not None and self.current != loaded.identity:
+            events.emit(SwapEvent(at=events.now(), identity=loaded.identity, previous=self.current))
         self.current = loaded.identity
         self._on_live(loaded.identity)
         return loaded
@@ -226,12 +231,14 @@ class WeightSync:
         loop = asyncio.get_running_loop()
         notices = Notices(loop.time())
         waited_for: str | None = None
+        reported = ""
         while True:
             left = self._timeout - notices.age(loop.time())
             looked_at = loop.time()
             decision = sync.look(await self._look(waited_for, left), loop.time())
             match decision:
                 case Done():
+                    self._tell("live", identity, notices.age(loop.time()))
                     return tuple(sync.loaded)
                 case NeedWhole():
                     raise _ChainBroken(decision.reason)
@@ -243,6 +250,7 @@ class WeightSync:
                         replicas=dict(decision.replicas),
                     )
                 case Post():
+                    self._tell("loading", decision.identity, notices.age(loop.time()))
                     await self._ask(sync, decision, left)
                     waited_for = decision.identity
                     pace.restart()
@@ -250,6 +258,10 @@ class WeightSync:
                         await asyncio.sleep(pace.next())
                 case Wait():
                     waited = notices.age(loop.time())
+                    if self._events is not None:
+                        before, reported = reported, _listed(decision.waiting_for)
+                        if reported != before:
+                            self._tell("waiting", identity, waited, reported)
                     if waited >= self._timeout:
                         raise _timeout(identity, waited, decision.waiting_for)
                     if notices.due(loop.time()):
@@ -261,6 +273,26 @@ class WeightSync:
                         )
                     if loop.time() - looked_at < Pace.LONGEST:
                         await asyncio.sleep(min(pace.next(), max(self._timeout - waited, 0.0)))
+
+    def _tell(self, stage: SyncStage, identity: str, seconds: float, detail: str = "") -> None:
+        if (events := self._events) is not None:
+            events.emit(
+                SyncEvent(
+                    at=events.now(),
+                    identity=identity,
+                    stage=stage,
+                    seconds=seconds,
+                    detail=detail,
+                )
+            )
+
+    def _tell_failure(self, identity: str, error: Exception) -> None:
+        if (events := self._events) is not None:
+            events.emit(
+                FailureEvent(
+                    at=events.now(), kind="sync", what="hot load", id=identity, error=error
+                )
+            )
 
     # -- requests ----------------------------------------------------------------------------------
 

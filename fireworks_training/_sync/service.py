@@ -26,6 +26,8 @@ from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fireworks_training._core.events import OnEvent
+
 
 class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     """A trainer and a deployment, managed together.
@@ -595,6 +597,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
         """Describe a trainer and a deployment; nothing is sent yet.
@@ -613,6 +616,9 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            on_event: a plain function that is told what happens: requests, retries, windows, syncs,
+                failures (see `Event` and its kin). It runs on the service's loop, so it must be
+                quick; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
 
         Raises:
@@ -629,6 +635,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             user_metadata=user_metadata,
             project_id=project_id,
             pipeline_steps=pipeline_steps,
+            on_event=on_event,
             **options,
         )
         return cls._wrap(instance)._bind()
