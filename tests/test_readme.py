@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinker
@@ -14,7 +15,7 @@ import fireworks_training
 from fireworks_training import FiretitanServiceClient
 from fireworks_training.cli.main import main
 from tests.conftest import RunningPlatform
-from tests.end_to_end.support import datums
+from tests.end_to_end.support import datums, service_on
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -36,7 +37,7 @@ def test_a_whole_program_runs(
 
 
 def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,
@@ -46,6 +47,19 @@ def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
     ) as service:
         client = service.create_training_client()
         exec(SNIPPETS[2], {"torch": torch, "client": client, "data": datums(2)})
+
+
+async def test_the_hook_prints_what_happens(
+    platform: RunningPlatform, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {"model": platform.model}
+    exec(on(platform, SNIPPETS[4]), names)
+    await names["service"].close()
+    options: dict[str, Any] = {"create_deployment": True, "on_event": names["hook"]}
+    async with service_on(platform, **options) as service:
+        sampler = await service.create_deployment_sampler()
+        await sampler.sample_with_prompt_tokens([10, 11], n=16, max_tokens=1)
+    assert "WindowEvent(" in capsys.readouterr().out
 
 
 def test_data_checks_and_evaluations_run(
