@@ -16,7 +16,13 @@ from typing import Any
 import orjson
 
 from fireworks_training._async.ahead import in_worker
-from fireworks_training._async.transport import Response, Transport, tell_retry, with_retries
+from fireworks_training._async.transport import (
+    Body,
+    Response,
+    Transport,
+    tell_retry,
+    with_retries,
+)
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (
     ApiError,
@@ -122,7 +128,7 @@ class DataPlane:
     async def submit(
         self,
         path: str,
-        body: bytes,
+        body: Body,
         *,
         what: str,
         headers: Mapping[str, str] | None = None,
@@ -154,7 +160,7 @@ class DataPlane:
             raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
         return request_id
 
-    async def fill(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    async def fill(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> None:
         """Send a filler; that its place is taken already (409) is as good as an answer.
 
         Raises:

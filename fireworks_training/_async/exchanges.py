@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fireworks_training._async.data_plane import Answer, DataPlane, is_conflict, was_refused
+from fireworks_training._async.transport import Body
 from fireworks_training._core.events import AckEvent, FinishEvent, SubmitEvent
 from fireworks_training._core.notices import FIRST_NOTICE, Watch
 from fireworks_training.errors import (
@@ -39,10 +40,10 @@ logger = logging.getLogger("fireworks_training.trainer")
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request as it goes out."""
+    """A request as it goes out; its body may be in pieces."""
 
     path: str
-    body: bytes
+    body: Body
     headers: Mapping[str, str] | None = None
 
 

@@ -61,7 +61,7 @@ async def run_custom_output(
     output = config["output"]
     encoded = await piece.result()
     losses = Losses(config=config)
-    answers = await turn.send(passes.requests("forward", encoded, losses), last=False)
+    answers = await turn.send(passes.requests("forward", encoded.bodies, losses), last=False)
     passes.usage.passed(piece.tokens, trained=False)
     first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
     values = [
@@ -74,7 +74,7 @@ async def run_custom_output(
 
     backward = passes.piece(captured, inputs, whole=len(encoded.chunks) == 1)
     again = await off_loop(piece.tokens, backward.work)
-    requests = passes.requests("forward_backward", again, losses)
+    requests = passes.requests("forward_backward", again.bodies, losses)
     answers = await turn.send(requests)
     passes.usage.passed(piece.tokens, trained=True)
     second = combine(answers, again.chunks)

@@ -25,7 +25,7 @@ from fireworks_training._async.operations import Turn
 from fireworks_training._async.patience import speaking
 from fireworks_training._async.usage import UsageMeter
 from fireworks_training._core.chunking import MAX_BYTES, MAX_DATUMS, combine_metrics, split
-from fireworks_training._wire.datums import Captured, PassResult, check_inputs
+from fireworks_training._wire.datums import Captured, Encoding, PassResult, check_inputs
 from fireworks_training._wire.dialects import ACCEPT, Dialect, Encoded, decode_result, encode_filler
 from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidDatum, ProtocolError
@@ -47,12 +47,12 @@ class EncodedData:
     """The datums of a pass, encoded and cut into requests.
 
     Attributes:
-        datums: each one encoded, by itself.
+        bodies: the datums of each request, encoded.
         chunks: ranges of datums, one a request.
         inputs: the loss inputs that were encoded.
     """
 
-    datums: list[bytes]
+    bodies: list[bytes]
     chunks: list[range]
     inputs: list[Mapping[str, Array]]
 
@@ -111,17 +111,19 @@ class Passes:
             raise InvalidDatum("no datums: a pass needs at least one")
         arrays = [inputs(datum, index) for index, datum in enumerate(data)]
         datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
-        chunks = split([len(datum) for datum in datums])
+        sizes = [datum.size for datum in datums]
+        chunks = split(sizes)
         if whole and len(chunks) > 1:
-            size = sum(map(len, datums))
+            size = sum(sizes)
             raise InvalidDatum(
                 f"{len(datums)} datums of {size} bytes do not fit in one request, which they must: "
                 f"their outputs depend on each other. Take fewer than {MAX_DATUMS} datums and "
                 f"{MAX_BYTES} bytes."
             )
-        return EncodedData(datums, chunks, arrays)
+        bodies = [self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]
+        return EncodedData(bodies, chunks, arrays)
 
-    def _datum(self, datum: Captured, arrays: Mapping[str, Array], index: int) -> bytes:
+    def _datum(self, datum: Captured, arrays: Mapping[str, Array], index: int) -> Encoding:
         tokens = datum.tokens(index)
         check_inputs(arrays, len(tokens), index)
         return self.dialect.encode_datum(tokens, arrays, index)
@@ -131,7 +133,7 @@ class Passes:
     ) -> tinker.ForwardBackwardOutput:
         """One built-in pass."""
         encoded = await piece.result()
-        answers = await turn.send(self.requests(kind, encoded, loss))
+        answers = await turn.send(self.requests(kind, encoded.bodies, loss))
         self.usage.passed(piece.tokens, trained=kind == "forward_backward")
 
         def finish() -> tinker.ForwardBackwardOutput:
@@ -158,7 +160,7 @@ class Passes:
         encoded = await piece.result()
         first: PassResult | None = None
         if precomputed is None:
-            requests = self.requests("forward", encoded, Losses())
+            requests = self.requests("forward", encoded.bodies, Losses())
             answers = await turn.send(requests, last=False)
             self.usage.passed(piece.tokens, trained=False)
             first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
@@ -169,18 +171,16 @@ class Passes:
         loss = await run_in_thread(loss_fn, data, logprobs, turn, context)
         linear = partial(self._linearised, captured, encoded.inputs, loss.gradients)
         if self.backward and forward_ids:
-            gradients = await off_loop(
-                piece.tokens, lambda: [self.dialect.encode_gradient(g) for g in loss.gradients]
+            bodies = await off_loop(
+                piece.tokens, partial(self._gradients, loss.gradients, encoded.chunks)
             )
             requests = [
-                self._by_forward(forward_id, gradients, chunk, linear)
-                for forward_id, chunk in zip(forward_ids, encoded.chunks, strict=True)
+                self._by_forward(forward_id, body, partial(linear, chunk))
+                for forward_id, body, chunk in zip(forward_ids, bodies, encoded.chunks, strict=True)
             ]
         else:
-            datums = await off_loop(piece.tokens, partial(linear, range(len(data))))
-            requests = self.requests(
-                "forward_backward", EncodedData(datums, encoded.chunks, []), Losses()
-            )
+            bodies = await off_loop(piece.tokens, lambda: [*map(linear, encoded.chunks)])
+            requests = self.requests("forward_backward", bodies, Losses())
         answers = await turn.send(requests)
         self.usage.passed(piece.tokens, trained=True)
 
@@ -200,51 +200,43 @@ class Passes:
         inputs: Sequence[Mapping[str, Array]],
         gradients: Sequence[Array],
         chunk: range,
-    ) -> list[bytes]:
+    ) -> bytes:
         """Datums of a cross-entropy pass whose gradient is the loss's: weights -dL/dlogprob."""
-        return [
+        return self.dialect.join(
             self._datum(
                 captured[i],
                 {"target_tokens": inputs[i]["target_tokens"], "weights": -gradients[i]},
                 i,
             )
             for i in chunk
-        ]
+        )
 
-    def _by_forward(
-        self,
-        forward_id: int,
-        gradients: Sequence[bytes],
-        chunk: range,
-        linear: Callable[[range], list[bytes]],
-    ) -> Request:
+    def _gradients(self, gradients: Sequence[Array], chunks: Sequence[range]) -> list[bytes]:
+        encoded = [self.dialect.encode_gradient(gradient) for gradient in gradients]
+        return [self.dialect.join(encoded[chunk.start : chunk.stop]) for chunk in chunks]
+
+    def _by_forward(self, forward_id: int, body: bytes, linear: Callable[[], bytes]) -> Request:
         def make(seq_id: int) -> Sent:
-            part = gradients[chunk.start : chunk.stop]
             return _sent(
                 self.dialect.encode_backward(
-                    part, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
+                    body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
                 )
             )
 
         def instead(seq_id: int) -> Sent:
-            return self._chunk("forward_backward", linear(chunk), Losses(), seq_id)
+            return self._chunk("forward_backward", linear(), Losses(), seq_id)
 
         return Request(make, _ACCEPT, instead)
 
-    def requests(self, kind: PassKind, encoded: EncodedData, loss: Losses) -> list[Request]:
-        """One request a chunk."""
+    def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: Losses) -> list[Request]:
+        """One request for each body."""
+        return [Request(partial(self._chunk, kind, body, loss), _ACCEPT) for body in bodies]
 
-        def request(chunk: range) -> Request:
-            datums = encoded.datums[chunk.start : chunk.stop]
-            return Request(lambda seq_id: self._chunk(kind, datums, loss, seq_id), _ACCEPT)
-
-        return [request(chunk) for chunk in encoded.chunks]
-
-    def _chunk(self, kind: PassKind, datums: Sequence[bytes], loss: Losses, seq_id: int) -> Sent:
+    def _chunk(self, kind: PassKind, body: bytes, loss: Losses, seq_id: int) -> Sent:
         return _sent(
             self.dialect.encode_pass(
                 kind,
-                datums,
+                body,
                 loss_fn=loss.name,
                 loss_fn_config=loss.config,
                 model_id=self.model_id,

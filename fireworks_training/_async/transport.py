@@ -37,6 +37,9 @@ from fireworks_training.models import __version__
 
 T = TypeVar("T")
 
+Body = bytes | tuple[bytes, ...]
+"""What a request carries, whole or in pieces."""
+
 CONNECT_TIMEOUT = 30.0
 """Seconds to make a connection."""
 
@@ -197,7 +200,7 @@ class Transport:
         method: str,
         url: str,
         *,
-        body: bytes | None = None,
+        body: Body | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
     ) -> Response:
@@ -217,12 +220,16 @@ class Transport:
         sent = self.headers(headers)
         if body is not None:
             sent.setdefault("Content-Type", "application/json")
-        content: bytes | AsyncIterator[memoryview] | None = body
+        pieces = body if isinstance(body, tuple) else (body or b"",)
+        size = sum(map(len, pieces))
+        content: bytes | AsyncIterator[memoryview] | None = None
+        if body is not None and size <= PIECE:
+            content = b"".join(pieces)
         try:
             async with asyncio.timeout(timeout) as limit:
-                if body is not None and len(body) > PIECE:
-                    sent["Content-Length"] = str(len(body))
-                    content = _pieces(body, limit, timeout)
+                if size > PIECE:
+                    sent["Content-Length"] = str(size)
+                    content = _pieces(pieces, limit, timeout)
                 async with session.request(
                     method, target, data=content, headers=sent, allow_redirects=False
                 ) as response:
@@ -297,12 +304,16 @@ class Transport:
         return f"<Transport {self.base_url}>"
 
 
-async def _pieces(body: bytes, limit: asyncio.Timeout, timeout: float) -> AsyncIterator[memoryview]:
+async def _pieces(
+    body: tuple[bytes, ...], limit: asyncio.Timeout, timeout: float
+) -> AsyncIterator[memoryview]:
     """A large body piece by piece; each one that is taken moves the time limit on."""
-    loop, view = asyncio.get_running_loop(), memoryview(body)
-    for start in range(0, len(body), PIECE):
-        yield view[start : start + PIECE]
-        limit.reschedule(loop.time() + timeout)
+    loop = asyncio.get_running_loop()
+    for part in body:
+        view = memoryview(part)
+        for start in range(0, len(part), PIECE):
+            yield view[start : start + PIECE]
+            limit.reschedule(loop.time() + timeout)
 
 
 def _path(url: str) -> str:

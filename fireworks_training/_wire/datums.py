@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,17 @@ class DatumLike(Protocol):
 
     @property
     def loss_fn_inputs(self) -> Mapping[str, Any]: ...
+
+
+class Encoding(NamedTuple):
+    """A datum as it goes out: bytes in all, and the parts that they lie in.
+
+    The parts are bytes, and arrays as they lie in memory; numpy's stubs know the latter as buffers
+    from Python 3.12 on.
+    """
+
+    size: int
+    parts: Sequence[Any]
 
 
 @dataclass(frozen=True, slots=True)

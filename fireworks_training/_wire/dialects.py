@@ -6,16 +6,15 @@ id is known. All other operations are JSON in either dialect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 
 from fireworks_training._wire import json_passes, protobuf
 from fireworks_training._wire.compression import ENCODING, compress
-from fireworks_training._wire.datums import Array, PassResult
+from fireworks_training._wire.datums import Array, Encoding, PassResult
 from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import NotSupported
 
@@ -26,10 +25,10 @@ ACCEPT = f"{protobuf.CONTENT_TYPE}, {JSON_TYPE}"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A request's path, body and headers."""
+    """A request's path, the pieces of its body, and its headers."""
 
     path: str
-    body: bytes
+    body: tuple[bytes, ...]
     headers: Mapping[str, str]
 
 
@@ -39,31 +38,37 @@ class Dialect(Protocol):
     @property
     def name(self) -> str: ...
 
-    def encode_datum(self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
         """One datum, by itself."""
+        ...
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        """The datums or gradients of one chunk, end to end."""
         ...
 
     def encode_pass(
         self,
         kind: PassKind,
-        datums: Sequence[bytes],
+        data: bytes,
         *,
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
         model_id: str,
         seq_id: int,
     ) -> Encoded:
-        """One chunk of a pass, of encoded datums."""
+        """One chunk of a pass, of joined datums."""
         ...
 
-    def encode_gradient(self, gradient: Array) -> bytes:
+    def encode_gradient(self, gradient: Array) -> Encoding:
         """The gradient by the logprobs of one datum, by itself."""
         ...
 
     def encode_backward(
-        self, gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
     ) -> Encoded:
-        """A backward by an earlier forward's logprobs, of encoded gradients."""
+        """A backward by an earlier forward's logprobs, of joined gradients."""
         ...
 
 
@@ -74,13 +79,18 @@ class JsonDialect:
     comms: str = "v1"
     name: str = "json"
 
-    def encode_datum(self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
         return json_passes.encode_datum(tokens, inputs, index)
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        return json_passes.join(datums)
 
     def encode_pass(
         self,
         kind: PassKind,
-        datums: Sequence[bytes],
+        data: bytes,
         *,
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
@@ -89,7 +99,7 @@ class JsonDialect:
     ) -> Encoded:
         body = json_passes.encode_request(
             kind,
-            datums,
+            data,
             loss_fn=loss_fn,
             loss_fn_config=loss_fn_config,
             model_id=model_id,
@@ -98,14 +108,14 @@ class JsonDialect:
         )
         return Encoded(kind, body, {"Content-Type": JSON_TYPE})
 
-    def encode_gradient(self, gradient: Array) -> bytes:
-        return orjson.dumps(json_passes.encode_tensor(gradient), option=orjson.OPT_SERIALIZE_NUMPY)
+    def encode_gradient(self, gradient: Array) -> Encoding:
+        return json_passes.encode_gradient(gradient)
 
     def encode_backward(
-        self, gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
     ) -> Encoded:
         body = json_passes.encode_backward(
-            gradients, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
+            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
         )
         return Encoded("backward", body, {"Content-Type": JSON_TYPE})
 
@@ -117,13 +127,18 @@ class ProtobufDialect:
     zstd: bool = False
     name: str = "protobuf"
 
-    def encode_datum(self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
         return protobuf.encode_datum(tokens, inputs, index)
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        return protobuf.join(datums)
 
     def encode_pass(
         self,
         kind: PassKind,
-        datums: Sequence[bytes],
+        data: bytes,
         *,
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
@@ -132,7 +147,7 @@ class ProtobufDialect:
     ) -> Encoded:
         body = protobuf.encode_request(
             kind,
-            datums,
+            data,
             loss_fn=loss_fn,
             loss_fn_config=loss_fn_config,
             model_id=model_id,
@@ -140,22 +155,22 @@ class ProtobufDialect:
         )
         return self._encoded("forward_backward", body)
 
-    def encode_gradient(self, gradient: Array) -> bytes:
+    def encode_gradient(self, gradient: Array) -> Encoding:
         return protobuf.encode_datum((), {protobuf.GRADIENTS: gradient}, 0)
 
     def encode_backward(
-        self, gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
     ) -> Encoded:
         body = protobuf.encode_backward(
-            gradients, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
+            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
         )
         return self._encoded("backward", body)
 
-    def _encoded(self, path: str, body: bytes) -> Encoded:
+    def _encoded(self, path: str, body: tuple[bytes, ...]) -> Encoded:
         if not self.zstd:
             return Encoded(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
         headers = {"Content-Type": protobuf.CONTENT_TYPE, "Content-Encoding": ENCODING}
-        return Encoded(path, compress(body), headers)
+        return Encoded(path, (compress(b"".join(body)),), headers)
 
 
 def choose(asked: str | None, *, wire: Sequence[str], comms: str) -> Dialect:
@@ -184,7 +199,7 @@ def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> Encoded:
     }
     return dialect.encode_pass(
         "forward",
-        [dialect.encode_datum((0,), nothing, 0)],
+        dialect.join([dialect.encode_datum((0,), nothing, 0)]),
         loss_fn="cross_entropy",
         loss_fn_config=None,
         model_id=model_id,

@@ -6,13 +6,13 @@ the same bytes. Arrays go to text without becoming Python numbers one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import orjson
 
-from fireworks_training._wire.datums import Array, PassResult
+from fireworks_training._wire.datums import Array, Encoding, PassResult
 from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
@@ -43,8 +43,8 @@ def _mask(data: Array) -> orjson.Fragment | None:
     return orjson.Fragment(b"[%b]" % _MASK[data.astype(np.intp)].tobytes()[:-1])
 
 
-def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
-    """One datum.
+def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> Encoding:
+    """One datum; to be joined with others.
 
     Args:
         tokens: of the model input.
@@ -55,7 +55,7 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
         InvalidDatum: a token id that is no integer.
     """
     try:
-        return orjson.dumps(
+        text = orjson.dumps(
             {
                 "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
                 "loss_fn_inputs": {name: encode_tensor(array) for name, array in inputs.items()},
@@ -64,56 +64,51 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
         )
     except TypeError as error:
         raise InvalidDatum(f"datum {index} can't be sent: {error}", index=index) from error
+    return Encoding(len(text), (text,))
+
+
+def encode_gradient(gradient: Array) -> Encoding:
+    """The gradient by the logprobs of one datum; to be joined with others."""
+    text = orjson.dumps(encode_tensor(gradient), option=orjson.OPT_SERIALIZE_NUMPY)
+    return Encoding(len(text), (text,))
+
+
+def join(datums: Iterable[Encoding]) -> bytes:
+    """Datums or gradients, as the body of a request wants them."""
+    return b",".join([part for datum in datums for part in datum.parts])
 
 
 def encode_request(
     kind: PassKind,
-    datums: Sequence[bytes],
+    data: bytes,
     *,
     loss_fn: str,
     loss_fn_config: Mapping[str, Any] | None,
     model_id: str,
     seq_id: int,
     comms: str,
-) -> bytes:
-    """The request of one chunk of a pass; `datums` are from `encode_datum`."""
+) -> tuple[bytes, ...]:
+    """The body of one chunk of a pass, in pieces; `data` is from `join`."""
     config = b"" if loss_fn_config is None else b',"loss_fn_config":' + orjson.dumps(loss_fn_config)
     marker = b',"comms":"v2"' if comms == "v2" else b""
-    return b"".join(
-        (
-            b'{"',
-            b"forward_input" if kind == "forward" else b"forward_backward_input",
-            b'":{"data":[',
-            b",".join(datums),
-            b'],"loss_fn":',
-            orjson.dumps(loss_fn),
-            config,
-            b'},"model_id":',
-            orjson.dumps(model_id),
-            b',"seq_id":',
-            str(seq_id).encode(),
-            marker,
-            b"}",
-        )
+    field = b"forward_input" if kind == "forward" else b"forward_backward_input"
+    name, model = orjson.dumps(loss_fn), orjson.dumps(model_id)
+    return (
+        b'{"%b":{"data":[' % field,
+        data,
+        b'],"loss_fn":%b%b},"model_id":%b,"seq_id":%d%b}' % (name, config, model, seq_id, marker),
     )
 
 
 def encode_backward(
-    gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
-) -> bytes:
-    """A `backward` by the logprobs of an earlier forward; `gradients` are encoded tensors."""
-    return b"".join(
-        (
-            b'{"gradients":[',
-            b",".join(gradients),
-            b'],"forward_seq_id":',
-            str(forward_seq_id).encode(),
-            b',"model_id":',
-            orjson.dumps(model_id),
-            b',"seq_id":',
-            str(seq_id).encode(),
-            b"}",
-        )
+    data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
+) -> tuple[bytes, ...]:
+    """A `backward` by the logprobs of an earlier forward, in pieces; `data` is joined gradients."""
+    model = orjson.dumps(model_id)
+    return (
+        b'{"gradients":[',
+        data,
+        b'],"forward_seq_id":%d,"model_id":%b,"seq_id":%d}' % (forward_seq_id, model, seq_id),
     )
 
 

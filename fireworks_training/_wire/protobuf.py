@@ -1,8 +1,9 @@
 """Passes in Tinker protobuf: requests and results, to bytes and back.
 
-Arrays go as their bytes, so nothing becomes a Python number on the way. A request is put together
-from datums that were encoded before, each as a request of nothing else: the concatenation of
-protobuf messages is one message with the repeated fields of all. Both sides of the wire are here:
+Arrays go as their bytes, so nothing becomes a Python number on the way, and are copied once, into
+the body of their request. It is put together from datums that were encoded before, each as a
+request of nothing else: the concatenation of protobuf messages is one message with the repeated
+fields of all. Both sides of the wire are here:
 our client encodes what our trainer decodes, and each meets foreign counterparts.
 
 Arrays are little-endian. Token ids are int32; loss inputs and outputs float32 or int64 (an answer
@@ -11,8 +12,8 @@ may also bring int32, widened, and bfloat16, the upper half of a float32).
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -21,19 +22,19 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from fireworks_training._wire import schema
-from fireworks_training._wire.datums import PassResult
+from fireworks_training._wire import framing, schema
+from fireworks_training._wire.datums import Encoding, PassResult
+from fireworks_training._wire.framing import FLOAT32, INT64
 from fireworks_training.errors import InvalidArgument, InvalidDatum, NotSupported, ProtocolError
 
 Array = npt.NDArray[Any]
 ConfigValue = float | str
 
 CONTENT_TYPE = "application/x-protobuf"
-FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
-"""Values of the schema's DType."""
+INT32, BFLOAT16 = 3, 4
+"""Values of the schema's DType that only answers may have."""
 
 _WIDTH = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
-_I8, _F4 = np.dtype("<i8"), np.dtype("<f4")
 BACKWARD, GRADIENTS = "backward", "gradients"
 """Loss name and loss input of `encode_backward`."""
 
@@ -70,8 +71,8 @@ class PassRequest:
 # -- requests ------------------------------------------------------------------------------------
 
 
-def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> bytes:
-    """One datum, as a request that has nothing else.
+def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> Encoding:
+    """One datum, as a request that has nothing else; to be joined with others.
 
     Args:
         tokens: of the model input.
@@ -81,30 +82,30 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
     Raises:
         InvalidDatum: a token id that is no int32.
     """
-    request = schema.ForwardBackwardRequest()
-    datum = request.data.add()
     try:
-        ids = array("i", tokens).tobytes()
-    except (OverflowError, TypeError) as error:
+        ids = framing.token_bytes(tokens)
+    except struct.error as error:
         raise InvalidDatum(
             f"datum {index}: token ids must be int32: {error}", index=index
         ) from error
-    datum.model_input.add().encoded_text.tokens = ids
-    for name, values in inputs.items():
-        _fill(datum.loss_fn_inputs[name], values)
-    return request.SerializeToString()
+    return framing.datum_parts(ids, inputs)
+
+
+def join(datums: Iterable[Encoding]) -> bytes:
+    """Datums from `encode_datum`, as the body of a request wants them."""
+    return b"".join([part for datum in datums for part in datum.parts])
 
 
 def encode_request(
     kind: Literal["forward", "forward_backward"],
-    datums: Sequence[bytes],
+    data: bytes,
     *,
     loss_fn: str,
     loss_fn_config: Mapping[str, Any] | None,
     model_id: str,
     seq_id: int,
-) -> bytes:
-    """The request of one chunk of a pass; `datums` are from `encode_datum`.
+) -> tuple[bytes, ...]:
+    """The body of one chunk of a pass, in pieces; `data` is from `join`.
 
     Raises:
         InvalidArgument: a config value that is neither a number nor text.
@@ -124,20 +125,20 @@ def encode_request(
                 f"loss_fn_config[{name!r}] is a {type(value).__name__}; the protobuf dialect "
                 "takes numbers and text"
             )
-    return b"".join((message.SerializeToString(), *datums))
+    return message.SerializeToString(), data
 
 
 def encode_backward(
-    gradients: Sequence[bytes], *, model_id: str, seq_id: int, forward_seq_id: int
-) -> bytes:
-    """A `backward` by the logprobs of an earlier forward (an extension of ours).
+    data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
+) -> tuple[bytes, ...]:
+    """A `backward` by the logprobs of an earlier forward (an extension of ours), in pieces.
 
     The message is that of a pass, with loss_fn "backward" and config `forward_seq_id`; datum i has
     no model input, and one loss input `gradients` in the shape of its targets: dL/dlogprob.
     """
     return encode_request(
         "forward_backward",
-        gradients,
+        data,
         loss_fn=BACKWARD,
         loss_fn_config={"forward_seq_id": forward_seq_id},
         model_id=model_id,
@@ -189,20 +190,6 @@ def _decode_datum(datum: schema.Datum, index: int) -> DatumArrays:
 
 
 # -- tensors -------------------------------------------------------------------------------------
-
-
-def encode_tensor(values: Array) -> schema.Tensor:
-    """A dense tensor; integers go as int64, others as float32."""
-    tensor = schema.Tensor()
-    _fill(tensor, values)
-    return tensor
-
-
-def _fill(tensor: schema.Tensor, values: Array) -> None:
-    wanted, dtype = (_I8, INT64) if values.dtype.kind in "iu" else (_F4, FLOAT32)
-    tensor.dense = (values if values.dtype == wanted else values.astype(wanted)).tobytes()
-    tensor.dtype = cast("Any", dtype)
-    tensor.shape.extend(values.shape)
 
 
 def decode_tensor(tensor: schema.Tensor, what: str, *, max_dense: int = MAX_DENSE) -> Array:

@@ -87,21 +87,21 @@ def test_our_request_is_the_official_one() -> None:
     config = {"clip_low_threshold": 0.8, "weighting": "tis"}
     ours = protobuf.encode_request(
         "forward_backward",
-        [
+        protobuf.join(
             protobuf.encode_datum(
                 d.model_input.to_ints(),
                 {name: t.to_numpy() for name, t in d.loss_fn_inputs.items()},
                 0,
             )
             for d in (one, two)
-        ],
+        ),
         loss_fn="cross_entropy",
         loss_fn_config=config,
         model_id="run:train:0",
         seq_id=7,
     )
     parse = schema.ForwardBackwardRequest.FromString
-    assert parse(ours) == parse(official(one, two, config=config))
+    assert parse(b"".join(ours)) == parse(official(one, two, config=config))
 
 
 def test_the_official_request_is_understood() -> None:
@@ -134,16 +134,16 @@ def test_the_official_request_is_understood() -> None:
 
 def test_forward_is_the_same_message_with_a_flag() -> None:
     body = protobuf.encode_request(
-        "forward", [], loss_fn="cross_entropy", loss_fn_config=None, model_id="m", seq_id=1
+        "forward", b"", loss_fn="cross_entropy", loss_fn_config=None, model_id="m", seq_id=1
     )
-    assert protobuf.decode_request(body).kind == "forward"
+    assert protobuf.decode_request(b"".join(body)).kind == "forward"
 
 
 @pytest.mark.parametrize("value", [[1], None, {"a": 1}])
 def test_a_config_value_that_the_dialect_has_no_place_for(value: object) -> None:
     with pytest.raises(InvalidArgument, match=r"loss_fn_config\['x'\]"):
         protobuf.encode_request(
-            "forward", [], loss_fn="ppo", loss_fn_config={"x": value}, model_id="m", seq_id=1
+            "forward", b"", loss_fn="ppo", loss_fn_config={"x": value}, model_id="m", seq_id=1
         )
 
 
@@ -151,6 +151,43 @@ def test_a_config_value_that_the_dialect_has_no_place_for(value: object) -> None
 def test_token_ids_that_are_no_int32(tokens: list[Any]) -> None:
     with pytest.raises(InvalidDatum, match="datum 3: token ids"):
         protobuf.encode_datum(tokens, {}, 3)
+
+
+_SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
+_ARRAYS = _SHAPES.flatmap(
+    lambda shape: st.sampled_from(["<f4", "<i8", ">i4", "<f8", "<u2"]).map(
+        lambda dtype: np.arange(np.prod(shape), dtype=np.int64).reshape(shape).astype(dtype)
+    )
+)
+
+
+@given(
+    st.lists(st.integers(-(2**31), 2**31 - 1), max_size=300),
+    st.dictionaries(st.text(max_size=200), _ARRAYS, max_size=4),
+)
+def test_the_frame_around_arrays_is_what_the_generated_classes_write(
+    tokens: list[int], inputs: dict[str, Any]
+) -> None:
+    request = schema.ForwardBackwardRequest()
+    theirs = request.data.add()
+    theirs.model_input.add().encoded_text.tokens = np.array(tokens, "<i4").tobytes()
+    for name, array in inputs.items():
+        integral = array.dtype.kind in "iu"
+        tensor = theirs.loss_fn_inputs[name]
+        tensor.dense = array.astype("<i8" if integral else "<f4").tobytes()
+        tensor.dtype = protobuf.INT64 if integral else protobuf.FLOAT32  # type: ignore[assignment]
+        tensor.shape.extend(array.shape)
+    ours = protobuf.encode_datum(tokens, inputs, 0)
+    body = protobuf.join([ours])
+    assert len(body) == ours.size
+    assert schema.ForwardBackwardRequest.FromString(body) == request
+
+
+def test_an_array_that_is_no_one_piece_of_memory_goes_in_its_own_order() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    body = protobuf.join([protobuf.encode_datum([1, 2, 3, 4], {"weights": array}, 0)])
+    (only,) = protobuf.decode_request(body).data
+    np.testing.assert_array_equal(only.inputs["weights"], array)
 
 
 @given(st.binary(max_size=200))

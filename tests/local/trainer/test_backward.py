@@ -125,13 +125,15 @@ async def test_it_goes_in_protobuf_too(start: Starter) -> None:
     ]
     body = protobuf.encode_request(
         "forward_backward",
-        data,
+        protobuf.join(data),
         loss_fn="backward",
         loss_fn_config={"forward_seq_id": place},
         model_id=trainer.model_id,
         seq_id=2,
     )
-    async with trainer.http.post("/api/v1/backward", data=body, headers=HEADERS) as response:
+    async with trainer.http.post(
+        "/api/v1/backward", data=b"".join(body), headers=HEADERS
+    ) as response:
         assert response.status == 200, await response.text()
         request_id = (await response.json())["request_id"]
     poll = {"request_id": request_id}

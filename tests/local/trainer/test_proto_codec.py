@@ -26,13 +26,16 @@ def arrays(entry: dict[str, Any]) -> tuple[list[int], dict[str, np.ndarray[Any, 
 def message(
     trainer: Trainer, data: list[dict[str, Any]], seq_id: int, *, backward: bool = True, **loss: Any
 ) -> bytes:
-    return protobuf.encode_request(
-        "forward_backward" if backward else "forward",
-        [protobuf.encode_datum(*arrays(entry), index) for index, entry in enumerate(data)],
-        loss_fn=loss.get("loss_fn", "cross_entropy"),
-        loss_fn_config=loss.get("loss_fn_config"),
-        model_id=trainer.model_id,
-        seq_id=seq_id,
+    datums = [protobuf.encode_datum(*arrays(entry), index) for index, entry in enumerate(data)]
+    return b"".join(
+        protobuf.encode_request(
+            "forward_backward" if backward else "forward",
+            protobuf.join(datums),
+            loss_fn=loss.get("loss_fn", "cross_entropy"),
+            loss_fn_config=loss.get("loss_fn_config"),
+            model_id=trainer.model_id,
+            seq_id=seq_id,
+        )
     )
 
 
