@@ -5,13 +5,15 @@ Knows requests, the prefix cache and the lanes; not the queue, the weights' name
 A request that is added takes a slot. If its prompt is in the cache, it gets its first token in the
 next step without any computation of its own; if the same prompt is just being read, it waits with
 the others for it; else its prompt is read, in pieces that leave room for the rows that decode. A
-row leaves as soon as it is done; new rows join between two steps.
+row leaves as soon as it is done; new rows join between two steps. Rows with the same prompt share a
+lane: the first one moves there when a second comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +110,8 @@ class RunningBatch:
         self._share = share
         self._lanes: dict[LaneKind, Lane] = {}
         self._readings: list[_Reading] = []
+        # Slots that decode a prompt by themselves, until another one comes with it.
+        self._alone: WeakKeyDictionary[Prompt, int] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -194,7 +198,8 @@ class RunningBatch:
         usable = len(tokens) - 1 if echo is None else min(first, len(tokens)) - 1
         if self._share:
             for reading in self._readings:
-                if reading.prompt.tokens == tokens and reading.prompt.done <= usable:
+                whole = echo is None and not reading.prompt.unread
+                if reading.prompt.tokens == tokens and (reading.prompt.done <= usable or whole):
                     reading.readers.append(_Reader(slot, len(tokens), echo))
                     return
             if echo is None and (known := self._store.find(tokens)) is not None:
@@ -278,13 +283,40 @@ class RunningBatch:
             most = self._slots.requests[slot].max_tokens
             alike.setdefault(LaneKind.of(prompt, most, shared=True), []).append(slot)
         for shared, rows in alike.items():
-            # Followers of a prompt that several rows decode already join them.
+            # Followers of a prompt that others decode join them.
+            first = self._lone_row(prompt, shared)
             lane = self._lanes.get(shared)
-            together = self._share and (len(rows) > 1 or (lane is not None and lane.holds(prompt)))
-            kind = shared if together else replace(shared, shared=False)
-            if kind not in self._lanes:
-                self._lanes[kind] = Lane(kind, self._decoder.geometry)
-            self._lanes[kind].join(prompt, rows)
+            followed = first is not None or (lane is not None and lane.holds(prompt))
+            if self._share and (len(rows) > 1 or followed):
+                if first is not None:
+                    self._move(first, prompt, shared)
+                self._lane(shared).join(prompt, rows)
+            else:
+                self._lane(replace(shared, shared=False)).join(prompt, rows)
+                if self._share:
+                    self._alone[prompt] = rows[0]
+
+    def _lone_row(self, prompt: Prompt, shared: LaneKind) -> int | None:
+        """The slot that decodes a prompt by itself and could do so in this lane."""
+        slot = self._alone.get(prompt)
+        if slot is None:
+            return None
+        most = self._slots.requests[slot].max_tokens
+        return slot if LaneKind.of(prompt, most, shared=True) == shared else None
+
+    def _move(self, slot: int, prompt: Prompt, shared: LaneKind) -> None:
+        """Takes a row that decoded by itself to the lane of those who share its prompt."""
+        kind = replace(shared, shared=False)
+        past = self._lanes[kind].take(slot, prompt)
+        if not len(self._lanes[kind]):
+            del self._lanes[kind]
+        self._lane(shared).join(prompt, [slot], past)
+        del self._alone[prompt]
+
+    def _lane(self, kind: LaneKind) -> Lane:
+        if kind not in self._lanes:
+            self._lanes[kind] = Lane(kind, self._decoder.geometry)
+        return self._lanes[kind]
 
     def _leave(self, slots: set[int]) -> None:
         for kind, lane in list(self._lanes.items()):
@@ -292,6 +324,8 @@ class RunningBatch:
             # Lanes that nobody needs give their memory back.
             if not len(lane):
                 del self._lanes[kind]
+        for prompt in [prompt for prompt, slot in self._alone.items() if slot in slots]:
+            del self._alone[prompt]
         for slot in slots:
             self._slots.release(slot)
 

@@ -2,7 +2,7 @@
 
 Knows tensors and rows; no requests, no model. Legend: L layers, G prompts held, M rows that one
 prompt has at most, n rows, H key/value heads, R query heads a key/value head, P prompt columns, S
-settled columns, T columns of the tail, D head size.
+settled columns, T columns of the tail, C tokens of one row, D head size.
 
 A lane holds rows whose prompts have about the same length, so that little of a call is padding.
 In a shared lane a prompt is held once for all its rows, which attend to it and to their own tokens:
@@ -37,6 +37,8 @@ _TAIL = 16
 """Columns of the tail: so many steps pass before own tokens are copied."""
 
 I64 = npt.NDArray[np.int64]
+Past = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one row, `[L, H, C, D]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,18 @@ class Lane:
 
     # -- rows come and go ------------------------------------------------------------------------
 
-    def join(self, prompt: Prompt, slots: list[int]) -> None:
-        """Adds a row without tokens of its own for each slot."""
-        first, added, length = self._rows, len(slots), len(prompt.tokens)
-        own = 0 if self.kind.shared else length
+    def join(self, prompt: Prompt, slots: list[int], past: Past | None = None) -> None:
+        """Adds a row for each slot.
+
+        Args:
+            prompt: wholly computed.
+            slots: whose rows they are.
+            past: of a shared lane, what a row that moves here has behind its prompt.
+        """
+        first, added = self._rows, len(slots)
+        if not self.kind.shared:
+            past = prompt.keys_LHPD, prompt.values_LHPD
+        own = 0 if past is None else past[0].shape[2]
         self._reserve(first + added, own)
         rows = slice(first, first + added)
         self._slots[rows] = slots
@@ -124,15 +134,44 @@ class Lane:
         if self.kind.shared:
             for row in range(first, first + added):
                 self._group[row] = self._group_for(prompt, row)
-            return
-        # Like everybody, the row ends where the tail does.
-        settled = max(0, length - self._tail_width)
+        if past is not None:
+            self._put(rows, *past)
+
+    def _put(self, rows: slice, keys_LHCD: torch.Tensor, values_LHCD: torch.Tensor) -> None:
+        """Fills new rows; like everybody's, their tokens end where the tail does."""
+        own = keys_LHCD.shape[2]
+        settled = max(0, own - self._tail_width)
         at = slice(self._keys_LnHSD.shape[3] - settled, None)
-        self._keys_LnHSD[:, rows, :, at] = prompt.keys_LHPD[:, None, :, :settled]
-        self._values_LnHSD[:, rows, :, at] = prompt.values_LHPD[:, None, :, :settled]
-        at = slice(self._tail_width - (length - settled), self._tail_width)
-        self._tail_keys_LnHTD[:, rows, :, at] = prompt.keys_LHPD[:, None, :, settled:]
-        self._tail_values_LnHTD[:, rows, :, at] = prompt.values_LHPD[:, None, :, settled:]
+        self._keys_LnHSD[:, rows, :, at] = keys_LHCD[:, None, :, :settled]
+        self._values_LnHSD[:, rows, :, at] = values_LHCD[:, None, :, :settled]
+        at = slice(self._tail_width - (own - settled), self._tail_width)
+        self._tail_keys_LnHTD[:, rows, :, at] = keys_LHCD[:, None, :, settled:]
+        self._tail_values_LnHTD[:, rows, :, at] = values_LHCD[:, None, :, settled:]
+
+    def take(self, slot: int, prompt: Prompt) -> Past:
+        """Removes a row of this lane, which is not shared, to go on in a shared one.
+
+        Args:
+            slot: whose row it is.
+            prompt: the row's.
+
+        Returns:
+            Keys and values of what it has behind its prompt.
+        """
+        row = int(np.flatnonzero(self.slots == slot)[0])
+        count = int(self._own[row]) - len(prompt.tokens)
+        newest = min(self._tail_width, count)
+        settled_width = self._keys_LnHSD.shape[3]
+        at = slice(settled_width - (count - newest), None)
+        tail = slice(self._tail_width - newest, self._tail_width)
+        past = (
+            torch.cat((self._keys_LnHSD[:, row, :, at], self._tail_keys_LnHTD[:, row, :, tail]), 2),
+            torch.cat(
+                (self._values_LnHSD[:, row, :, at], self._tail_values_LnHTD[:, row, :, tail]), 2
+            ),
+        )
+        self._leave(row)
+        return past
 
     def leave(self, slots: set[int]) -> None:
         """Frees the rows of some slots; unknown ones are ignored."""

@@ -359,3 +359,51 @@ def test_many_samples_of_a_few_prompts(model: Qwen3ForCausalLM) -> None:
     recorder.finish_all()
     check(model, recorder, requests)
     assert [len(recorder.tokens[r.stream]) for r in requests] == [r.max_tokens for r in requests]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 15, 16, 17, 40])
+def test_a_row_that_was_first_shares_its_prompt_with_those_who_come(
+    model: Qwen3ForCausalLM, steps: int
+) -> None:
+    """Whatever the first one has in settled columns and in the tail moves with it."""
+    prompt = prompt_of(20, 3)
+    first, other = request(0, prompt, max_tokens=50), request(1, prompt_of(9, 1), max_tokens=60)
+    followers = [request(2 + i, prompt, max_tokens=30) for i in range(3)]
+    recorder = Recorder(model)
+    recorder.admit(other)
+    recorder.admit(first)
+    for _ in range(steps - 1):
+        recorder.step()
+    recorder.admit(*followers)
+    assert [len(lane) for kind, lane in recorder.batch._lanes.items() if kind.shared] == [4]
+    assert [len(lane) for kind, lane in recorder.batch._lanes.items() if not kind.shared] == [1]
+    recorder.finish_all()
+    check(model, recorder, [first, other, *followers])
+    assert [recorder.cached[follower.stream] for follower in followers] == [20] * 3
+
+
+def test_requests_one_by_one_for_a_known_prompt_share_a_lane(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(20, 3)
+    requests = [request(i, prompt, max_tokens=12 + i) for i in range(5)]
+    recorder = Recorder(model)
+    for made in requests:
+        recorder.admit(made)
+    assert [(kind.shared, len(lane)) for kind, lane in recorder.batch._lanes.items()] == [(True, 5)]
+    recorder.finish_all()
+    check(model, recorder, requests)
+
+
+def test_a_first_row_that_left_has_no_followers(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(20, 3)
+    requests = [request(i, prompt, max_tokens=6) for i in range(2)]
+    recorder = Recorder(model)
+    for made in requests:
+        recorder.admit(made)
+        recorder.finish_all()
+    check(model, recorder, requests)
+    recorder.admit(request(2, prompt))
+    recorder.batch.drop([2])
+    recorder.admit(again := request(3, prompt))
+    assert [kind.shared for kind in recorder.batch._lanes] == [False]
+    recorder.finish_all()
+    check(model, recorder, [again])
