@@ -29,7 +29,7 @@ MAX_PAYLOAD = 64 * 1024 * 1024
 _HEADER = struct.Struct("<IB")
 _STEP = struct.Struct("<IIIII")
 _BEGUN = struct.Struct("<II")
-_PROMPT = struct.Struct("<III")
+_PROMPT = struct.Struct("<IIII")
 
 U32: TypeAlias = npt.NDArray[np.uint32]
 I32: TypeAlias = npt.NDArray[np.int32]
@@ -113,12 +113,20 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Raw logprobs of the last `len(logprobs)` prompt tokens of one stream; top arrays `[n, k]`."""
+    """Raw logprobs of the last n prompt tokens of one stream.
+
+    Attributes:
+        logprobs: `[n]`.
+        top_ids, top_logprobs: `[n, k]`, the most likely tokens in their places.
+        probed_ids, probed_logprobs: `[n, m]`, those that the request named or had drawn.
+    """
 
     stream: int
     logprobs: F32
     top_ids: I32
     top_logprobs: F32
+    probed_ids: I32
+    probed_logprobs: F32
 
 
 Frame: TypeAlias = Control | Step | Begun | PromptLogprobs
@@ -165,8 +173,10 @@ def encode_prompt_logprobs(rows: PromptLogprobs) -> bytes:
         rows.logprobs.astype("<f4"),
         rows.top_ids.astype("<i4"),
         rows.top_logprobs.astype("<f4"),
+        rows.probed_ids.astype("<i4"),
+        rows.probed_logprobs.astype("<f4"),
     )
-    head = _PROMPT.pack(rows.stream, count, k)
+    head = _PROMPT.pack(rows.stream, count, k, rows.probed_ids.shape[1])
     return _frame(b"P", head, *(array.tobytes() for array in arrays))
 
 
@@ -294,12 +304,14 @@ def _decode_begun(payload: bytes) -> Begun:
 
 def _decode_prompt_logprobs(payload: bytes) -> PromptLogprobs:
     reader = _Reader(payload)
-    stream, count, k = reader.head(_PROMPT)
+    stream, count, k, m = reader.head(_PROMPT)
     logprobs = reader.array("<f4", count).astype(np.float32, copy=False)
     top_ids = reader.array("<i4", count, k).astype(np.int32, copy=False)
     top_logprobs = reader.array("<f4", count, k).astype(np.float32, copy=False)
+    probed_ids = reader.array("<i4", count, m).astype(np.int32, copy=False)
+    probed_logprobs = reader.array("<f4", count, m).astype(np.float32, copy=False)
     reader.end()
-    return PromptLogprobs(stream, logprobs, top_ids, top_logprobs)
+    return PromptLogprobs(stream, logprobs, top_ids, top_logprobs, probed_ids, probed_logprobs)
 
 
 _DECODERS: dict[int, Callable[[bytes], Frame]] = {

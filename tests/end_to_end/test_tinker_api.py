@@ -103,6 +103,58 @@ async def test_a_request_is_known_by_its_place(client: Client) -> None:
     assert (await client.post("retrieve_future", {"request_id": f"{request_id}9"}))[0] == 410
 
 
+def tensor_of(message: Any) -> Any:
+    return protobuf.decode_tensor(message, "it")
+
+
+async def test_chosen_and_drawn_tokens_of_a_prompt(client: Client) -> None:
+    rows = len(PROMPT) - 1
+    chosen = [-1, -1, *(value for token in PROMPT[2:] for value in (token, -1))]
+    target = {"data": chosen, "dtype": "int64", "shape": [rows, 2]}
+    params = {"max_tokens": 1, "seed": 3}
+    both = await client.sample(
+        0,
+        params=params,
+        prompt_logprobs=True,
+        prompt_logprobs_last_n=2,
+        target_prompt_logprobs=target,
+        prompt_alt_tokens_k=4,
+    )
+    whole = await client.sample(1, params=params, prompt_logprobs=True)
+    scores = np.frombuffer(whole.prompt_logprobs, "<f4")
+    last = np.frombuffer(both.prompt_logprobs, "<f4")
+    assert np.isnan(last[:-2]).all()
+    np.testing.assert_allclose(last[-2:], scores[-2:], atol=1e-5)
+    expected = np.stack([scores[1:], np.zeros(rows)], axis=1)
+    expected[0] = 0.0
+    np.testing.assert_allclose(tensor_of(both.target_prompt_logprobs), expected, atol=1e-5)
+    drawn, logprobs = both.prompt_alt_tokens.tokens, both.prompt_alt_tokens.logprobs
+    assert tensor_of(drawn).shape == tensor_of(logprobs).shape == (rows, 4)
+    assert (tensor_of(logprobs) < 0).all()
+    # What was drawn can be asked for by name, dense or sparse.
+    named = {"data": tensor_of(drawn).ravel().tolist(), "dtype": "int64", "shape": [rows, 4]}
+    again = await client.sample(2, params=params, target_prompt_logprobs=named)
+    assert not again.HasField("prompt_alt_tokens")
+    assert not again.HasField("prompt_logprobs")
+    np.testing.assert_allclose(
+        tensor_of(again.target_prompt_logprobs), tensor_of(logprobs), atol=1e-5
+    )
+    sparse = {
+        "data": PROMPT[3:5],
+        "dtype": "int64",
+        "shape": [rows, 1000],
+        "sparse_crow_indices": [0, 0, 0, 1, 2, 2],
+        "sparse_col_indices": [7, 999],
+    }
+    listed = (
+        await client.sample(3, params=params, target_prompt_logprobs=sparse)
+    ).target_prompt_logprobs
+    assert list(listed.shape) == [rows, 1000]
+    values = np.frombuffer(listed.sparse_csr.values, "<f4")
+    np.testing.assert_allclose(values, scores[3:5], atol=1e-5)
+    assert np.frombuffer(listed.sparse_csr.col_indices, "<i8").tolist() == [7, 999]
+
+
 async def test_one_poll_tells_of_a_whole_session(client: Client) -> None:
     async def poll(cursor: int, **fields: Any) -> tuple[int, Any]:
         target = {"type": "sampling_session", "sampling_session_id": client.sampler}
@@ -148,7 +200,25 @@ async def test_one_poll_tells_of_a_whole_session(client: Client) -> None:
         ({"prompt": {"chunks": [{"type": "encoded_text", "tokens": []}]}}, "prompt"),
         ({"prompt": {"chunks": [{"type": "image", "tokens": []}]}}, "text only"),
         ({"num_samples": 0}, "num_samples"),
-        ({"prompt_alt_tokens_k": 2}, "not supported here"),
+        ({"prompt_alt_tokens_k": 21}, "prompt_alt_tokens_k"),
+        ({"record_stability_info": True}, "stable_reinforce"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "shape"),
+        (
+            {"target_prompt_logprobs": {"data": [-1] * 5, "dtype": "int64", "shape": [5, 1]}},
+            "names no token",
+        ),
+        (
+            {"target_prompt_logprobs": {"data": [1 << 30] * 5, "dtype": "int64", "shape": [5, 1]}},
+            "token ids",
+        ),
+        (
+            {"target_prompt_logprobs": {"data": [1] * 105, "dtype": "int64", "shape": [5, 21]}},
+            "at most 20",
+        ),
+        (
+            {"target_prompt_logprobs": {"data": [1.5] * 5, "dtype": "float32", "shape": [5, 1]}},
+            "target_prompt_logprobs",
+        ),
         ({"prompt_logprobs_last_n": 2}, "prompt_logprobs"),
         ({"more": 1}, "more"),
     ],

@@ -92,6 +92,9 @@ async def check_the_tinker_client(platform: RunningPlatform, seen: dict[str, Any
     assert scored < seen["losses"][-1]
     assert seen["scored_named"] == seen["scored"]
     assert not np.allclose(seen["scored_base"][1:], [-value for value in first])
+    assert seen["chosen"] == pytest.approx(seen["scored"][1:], **CLOSE)
+    assert [len(row) for row in seen["drawn"]] == [2] * len(seen["chosen"])
+    assert all(b >= c - 1e-6 for b, c in zip(seen["best"][1:], seen["chosen"], strict=True))
     assert seen["greedy"][0] == seen["greedy"][1]
     assert len(seen["greedy"][0]) == 5
     assert seen["listed"] == sorted([seen["path"], seen["named"]])
@@ -121,7 +124,7 @@ async def test_the_tinker_client_with_all_that_is_offered(
     # Samples are asked for when they are there; nothing else is polled for in batches.
     polled = [e for e in exchanges if e.request.path == "/api/v1/retrieve_futures"]
     told = {row["request_id"] for e in polled for row in json.loads(e.answer)["completions"]}
-    assert len(told) == 4
+    assert len(told) == 5
     fetches = [json.loads(e.body) for e in exchanges if e.request.path == "/api/v1/retrieve_future"]
     samples = [f["request_id"] for f in fetches if ":sampler:" in f["request_id"]]
     assert sorted(samples) == sorted(told)

@@ -70,12 +70,14 @@ def begun(draw: st.DrawFn) -> Begun:
 
 @st.composite
 def prompt_logprobs(draw: st.DrawFn) -> PromptLogprobs:
-    n, k = draw(st.integers(0, 5)), draw(st.integers(0, 3))
+    n, k, m = draw(st.integers(0, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 3))
     return PromptLogprobs(
         stream=draw(U32),
         logprobs=draw(column(F32, n, np.float32)),
         top_ids=draw(table(st.integers(-1, 99), n, k, np.int32)),
         top_logprobs=draw(table(F32, n, k, np.float32)),
+        probed_ids=draw(table(st.integers(-1, 99), n, m, np.int32)),
+        probed_logprobs=draw(table(F32, n, m, np.float32)),
     )
 
 

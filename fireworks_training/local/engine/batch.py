@@ -22,6 +22,7 @@ import torch
 from fireworks_training.local.engine.attention import Pass, Piece
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.lanes import Lane, LaneKind
+from fireworks_training.local.engine.probes import probe, width
 from fireworks_training.local.engine.prompts import Prompt, PromptStore
 from fireworks_training.local.engine.requests import SamplingRequest
 from fireworks_training.local.engine.sampling import Sampled, sample, top
@@ -67,6 +68,8 @@ class _Echo:
     logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
     top_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
     top_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    probed_ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    probed_logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -192,7 +195,7 @@ class RunningBatch:
     def _read(self, slot: int, request: SamplingRequest) -> None:
         """Finds the request's prompt, or the reading that it can wait for, or begins one."""
         tokens = request.prompt
-        first = max(1, len(tokens) - request.echo)
+        first = request.first_echo
         # The logprob of a prompt token needs the hidden state before it, which no cache holds.
         echo = _Echo(first) if request.echo else None
         usable = len(tokens) - 1 if echo is None else min(first, len(tokens)) - 1
@@ -242,7 +245,7 @@ class RunningBatch:
             for reader in readings[id(piece.prompt)].readers:
                 if reader.echo is not None:
                     request = self._slots.requests[reader.slot]
-                    self._echo(reader.echo, request.top_logprobs, piece, hidden_cE)
+                    self._echo(reader.echo, request, piece, hidden_cE)
             piece.prompt.done = piece.end
             if not piece.prompt.unread:
                 piece.prompt.last_E = hidden_cE[-1].clone()
@@ -331,7 +334,9 @@ class RunningBatch:
 
     # -- echoes ----------------------------------------------------------------------------------
 
-    def _echo(self, echo: _Echo, k: int, piece: Piece, hidden_cE: torch.Tensor) -> None:
+    def _echo(
+        self, echo: _Echo, request: SamplingRequest, piece: Piece, hidden_cE: torch.Tensor
+    ) -> None:
         """Raw logprobs of the prompt tokens whose predecessors were just computed."""
         tokens = piece.prompt.tokens
         # The logits at a position are about the token after it.
@@ -343,18 +348,23 @@ class RunningBatch:
         logits_nV = self._decoder.logits(hidden_cE[at])
         lse_n = torch.logsumexp(logits_nV, dim=-1)
         logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
-        ids, values = top(logits_nV, lse_n, np.full(len(targets_n), k))
+        ids, values = top(logits_nV, lse_n, np.full(len(targets_n), request.top_logprobs))
         echo.logprobs.append(logprobs_n.numpy())
         echo.top_ids.append(ids)
         echo.top_logprobs.append(values)
+        ids, values = probe(request, low, logits_nV, lse_n)
+        echo.probed_ids.append(ids)
+        echo.probed_logprobs.append(values)
 
     def _echoed(self, reader: _Reader) -> PromptLogprobs:
         request, echo = self._slots.requests[reader.slot], reader.echo
         assert echo is not None
-        k = request.top_logprobs
+        k, m = request.top_logprobs, width(request)
         return PromptLogprobs(
             request.stream,
             np.concatenate([*echo.logprobs, np.empty(0, np.float32)]),
             np.concatenate([*echo.top_ids, np.empty((0, k), np.int32)]),
             np.concatenate([*echo.top_logprobs, np.empty((0, k), np.float32)]),
+            np.concatenate([*echo.probed_ids, np.empty((0, m), np.int32)]),
+            np.concatenate([*echo.probed_logprobs, np.empty((0, m), np.float32)]),
         )

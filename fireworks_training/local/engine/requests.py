@@ -40,6 +40,9 @@ class SamplingRequest:
         top_logprobs: how many most likely tokens to report, 0 to 20.
         echo: how many prompt tokens, from the end, to report logprobs of. The first token of a
             prompt has none.
+        targets: for each of those tokens, others whose logprobs at its place are wanted too, the
+            same number for each; -1 is none. Empty = none at all.
+        draws: how many tokens to draw from the model's distribution at each of those places.
         arrived: when the gateway sent it, seconds of the machine's monotonic clock. (What arrives
             during a decode step is read after it, and that wait counts too.)
     """
@@ -55,7 +58,14 @@ class SamplingRequest:
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     top_logprobs: int = 0
     echo: int = 0
+    targets: tuple[tuple[int, ...], ...] = ()
+    draws: int = 0
     arrived: float = 0.0
+
+    @property
+    def first_echo(self) -> int:
+        """Place of the first prompt token whose logprob is reported."""
+        return max(1, len(self.prompt) - self.echo)
 
     @property
     def total(self) -> int:
@@ -139,6 +149,7 @@ def parse_add(
     seed = message.get("seed")
     if seed is not None and not isinstance(seed, int):
         raise RequestRefused("seed: an integer")
+    echo = _integer(message, "echo", 0, 0, len(prompt))
     return SamplingRequest(
         stream=_integer(message, "stream", None, 0, 2**32 - 1),
         prompt=prompt,
@@ -150,7 +161,9 @@ def parse_add(
         min_tokens=min_tokens,
         stop_ids=stops,
         top_logprobs=_integer(message, "top_logprobs", 0, 0, min(MAX_TOP_LOGPROBS, vocab_size)),
-        echo=_integer(message, "echo", 0, 0, len(prompt)),
+        echo=echo,
+        targets=_targets(message, len(prompt) - max(1, len(prompt) - echo), vocab_size),
+        draws=_integer(message, "draws", 0, 0, MAX_TOP_LOGPROBS),
         arrived=min(now, _number(message, "sent", now, 0.0, math.inf)),
     )
 
@@ -171,6 +184,21 @@ def _number(
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise RequestRefused(f"{name}: a number from {low} to {high}")
     return float(value)
+
+
+def _targets(
+    message: Mapping[str, object], rows: int, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    value = message.get("targets") or []
+    if not isinstance(value, list) or (value and len(value) != rows):
+        raise RequestRefused(f"targets: a list for each of the {rows} echoed tokens")
+    for row in value:
+        if not isinstance(row, list) or not len(row) == len(value[0]) <= MAX_TOP_LOGPROBS:
+            raise RequestRefused(f"targets: lists of one length, at most {MAX_TOP_LOGPROBS}")
+        for token in row:
+            if not isinstance(token, int) or not -1 <= token < vocab_size:
+                raise RequestRefused(f"targets: token ids from -1 to {vocab_size - 1}")
+    return tuple(map(tuple, value))
 
 
 def _ids(message: Mapping[str, object], name: str, vocab_size: int) -> tuple[int, ...]:

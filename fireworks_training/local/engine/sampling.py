@@ -71,7 +71,8 @@ def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
     if bool(greedy_n.all()):
         tokens_n = policy_nV.argmax(dim=-1)
     else:
-        tokens_n = _inverse_cdf(policy_nV, policy_lse_n, torch.from_numpy(rows.uniform))
+        uniform_n1 = torch.from_numpy(rows.uniform)[:, None]
+        tokens_n = _inverse_cdf(policy_nV, policy_lse_n, uniform_n1)[:, 0]
         if bool(greedy_n.any()):
             tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
 
@@ -105,6 +106,22 @@ def top(
     ids = ids_nk.to(torch.int32).numpy()
     ids[np.arange(k) >= wanted_n[:, None]] = -1
     return ids, (values_nk - lse_n[:, None]).numpy()
+
+
+def draw(
+    logits_nV: torch.Tensor, temperature: float, uniform_nk: npt.NDArray[np.float64]
+) -> torch.Tensor:
+    """Tokens int64 `[n, k]`, drawn independently, at a temperature, from each row's distribution.
+
+    Temperature 0 gives the most likely one. Logits that are not finite give any token.
+    """
+    if temperature == 0:
+        return logits_nV.argmax(dim=-1)[:, None].expand(-1, uniform_nk.shape[1])
+    scaled_nV = logits_nV / temperature
+    drawn_nk = _inverse_cdf(
+        scaled_nV, torch.logsumexp(scaled_nV, dim=-1), torch.from_numpy(uniform_nk)
+    )
+    return drawn_nk.clamp(max=logits_nV.shape[-1] - 1)
 
 
 def _policy_logits(
@@ -151,12 +168,13 @@ def _filter(logits_nV: torch.Tensor, top_k_n: torch.Tensor, top_p_n: torch.Tenso
 
 
 def _inverse_cdf(
-    policy_nV: torch.Tensor, lse_n: torch.Tensor, uniform_n: torch.Tensor
+    policy_nV: torch.Tensor, lse_n: torch.Tensor, uniform_nk: torch.Tensor
 ) -> torch.Tensor:
-    """The first token whose cumulated probability exceeds the row's uniform number."""
+    """The first token whose cumulated probability exceeds each of a row's k uniform numbers."""
     cdf_nV = (policy_nV - lse_n[:, None]).exp().to(torch.float64).cumsum(dim=-1)
-    total_n = cdf_nV[:, -1]
+    total_n1 = cdf_nV[:, -1:]
     # The number is below 1 by 2^-52 at least, so the target stays below the total, and a token
     # without mass (equal to its predecessor) is never the first to exceed it.
-    target_n = torch.minimum(uniform_n * total_n, torch.nextafter(total_n, total_n.new_zeros(())))
-    return torch.searchsorted(cdf_nV, target_n[:, None], right=True)[:, 0]
+    below_n1 = torch.nextafter(total_n1, total_n1.new_zeros(()))
+    target_nk = torch.minimum(uniform_nk * total_n1, below_n1)
+    return torch.searchsorted(cdf_nV, target_nk, right=True)

@@ -384,6 +384,8 @@ class EngineClient(asyncio.Protocol):
             stream = self._streams[prompt.stream]
             stream.prompt_logprobs = prompt.logprobs.tolist()
             stream.prompt_top = _top_rows(prompt)
+            stream.probed_ids = prompt.probed_ids
+            stream.probed_logprobs = prompt.probed_logprobs
 
     def _take_control(self, message: dict[str, object]) -> None:
         match message:

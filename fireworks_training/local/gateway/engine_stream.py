@@ -13,7 +13,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fireworks_training.local.frames import NO_TOKEN, Finish
+import numpy as np
+
+from fireworks_training.local.frames import F32, I32, NO_TOKEN, Finish
 
 TopLogprobs = list[tuple[int, float]]
 
@@ -45,6 +47,8 @@ class Generation:
     min_tokens: int = 0
     top_logprobs: int = 0
     echo: int = 0
+    targets: list[list[int]] = field(default_factory=list)
+    draws: int = 0
 
 
 @dataclass(slots=True)
@@ -90,6 +94,7 @@ class EngineStream:
         concurrent: requests in the engine when it began, itself included.
         prompt_logprobs: raw, of the last prompt tokens, when `echo` was asked for.
         prompt_top: the same for the most likely tokens.
+        probed_ids, probed_logprobs: the same for `targets` and `draws`, a column each.
         identity_first, identity: snapshot of the first and of the last token; None = the model's
             own weights.
         switch_index: completion token from which on `identity` sampled, when it changed.
@@ -103,6 +108,8 @@ class EngineStream:
         self.concurrent = 0
         self.prompt_logprobs: list[float] = []
         self.prompt_top: list[TopLogprobs] = []
+        self.probed_ids: I32 = np.empty((0, 0), np.int32)
+        self.probed_logprobs: F32 = np.empty((0, 0), np.float32)
         self.identity_first: str | None = None
         self.identity: str | None = None
         self.switch_index: int | None = None

@@ -81,6 +81,15 @@ def main(model: str) -> None:
     sampled = sampler.sample(prompt, 2, params).result()
     whole = types.ModelInput.from_ints(TOKENS[0])
     scored = sampler.compute_logprobs(whole).result()
+    chosen = torch.tensor(TOKENS[0][1:], dtype=torch.int64)[:, None]
+    asked = sampler.sample(
+        whole,
+        1,
+        types.SamplingParams(max_tokens=1),
+        target_prompt_logprobs=types.TensorData.from_torch_sparse(chosen, pad_value=-1),
+        prompt_alt_tokens_k=2,
+        topk_prompt_logprobs=1,
+    ).result()
     named = training.save_weights_for_sampler("final").result().path
     other = service.create_sampling_client(model_path=named).result()
     base = service.create_sampling_client(base_model=model).result()
@@ -91,6 +100,9 @@ def main(model: str) -> None:
         "named": named,
         "greedy": [sequence.tokens for sequence in sampled.sequences],
         "scored": scored,
+        "chosen": asked.target_prompt_logprobs.to_torch().flatten().tolist(),
+        "drawn": asked.prompt_alt_tokens.tokens.to_torch().tolist(),
+        "best": [row and row[0][1] for row in asked.topk_prompt_logprobs],
         "scored_named": other.compute_logprobs(whole).result(),
         "scored_base": base.compute_logprobs(whole).result(),
         "forward": training.forward(data, "cross_entropy").result().metrics["loss:sum"],

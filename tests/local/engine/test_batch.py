@@ -246,6 +246,55 @@ def test_echo_gives_the_prompts_own_logprobs(model: Qwen3ForCausalLM) -> None:
     assert recorder.tokens[2] == []
 
 
+def test_named_and_drawn_tokens_are_scored_at_their_places(model: Qwen3ForCausalLM) -> None:
+    prompt = prompt_of(40, 7)
+    named = [(3, -1), (4, 9)] * 5
+    asked = {"echo": 10, "targets": tuple(named), "draws": 3}
+    plain, whole, pieces = Recorder(model), Recorder(model), Recorder(model)
+    plain.admit(request(0, prompt))
+    whole.admit(request(0, prompt, **asked), request(1, prompt, **asked), request(2, prompt))
+    pieces.batch.add(request(0, prompt, **asked))
+    while 0 not in pieces.cached:
+        pieces.step(7)
+    for recorder in (plain, whole, pieces):
+        recorder.finish_all()
+    assert whole.tokens[0] == plain.tokens[0], "draws take nothing from the completion's numbers"
+    logprobs = plain_logprobs(model, prompt[:30], prompt[30:])
+    echo, other = whole.echoes[0], whole.echoes[1]
+    assert echo.probed_ids[:, :2].tolist() == [list(row) for row in named]
+    expected = np.take_along_axis(logprobs, np.maximum(echo.probed_ids, 0), axis=1)
+    expected[echo.probed_ids == NO_TOKEN] = 0.0
+    np.testing.assert_allclose(echo.probed_logprobs, expected, atol=1e-4)
+    # Drawn by the request's own key, wherever the prompt was cut into pieces.
+    np.testing.assert_array_equal(echo.probed_ids, pieces.echoes[0].probed_ids)
+    assert echo.probed_ids[:, 2:].tolist() != other.probed_ids[:, 2:].tolist()
+    assert len(set(echo.probed_ids[:, 2:].ravel().tolist())) > 3
+    assert 2 not in whole.echoes
+
+
+def test_draws_follow_the_distribution(model: Qwen3ForCausalLM) -> None:
+    prompt, places = prompt_of(3, 7), 2
+    counts = np.zeros((places, VOCABULARY))
+    recorder = Recorder(model, slots=200)
+    asked = {"echo": 2, "draws": 20, "max_tokens": 0, "temperature": 0.5}
+    recorder.admit(*(request(stream, prompt, **asked) for stream in range(200)))
+    for echo in recorder.echoes.values():
+        for place in range(places):
+            np.add.at(counts[place], echo.probed_ids[place], 1)
+    policy = plain_logprobs(model, prompt[:1], prompt[1:]) / 0.5
+    policy = np.exp(policy) / np.exp(policy).sum(-1, keepdims=True)
+    expected = 200 * 20 * policy
+    likely = expected > 20
+    assert likely.any(axis=-1).all()
+    assert (np.abs(counts - expected)[likely] < 5 * np.sqrt(expected[likely])).all()
+    # Negative control: the same draws are not those of the temperature 1.
+    plain = np.exp(plain_logprobs(model, prompt[:1], prompt[1:])) * 200 * 20
+    assert (np.abs(counts - plain)[likely] > 5 * np.sqrt(plain[likely])).any()
+    recorder.admit(request(900, prompt, echo=2, draws=2, temperature=0.0))
+    best = plain_logprobs(model, prompt[:1], prompt[1:]).argmax(-1)
+    assert recorder.echoes[900].probed_ids.tolist() == [[b, b] for b in best.tolist()]
+
+
 def test_top_logprobs_are_the_raw_models_best(model: Qwen3ForCausalLM) -> None:
     recorder = Recorder(model)
     made = request(0, prompt_of(5, 3), top_logprobs=4, temperature=0.3)
@@ -268,6 +317,8 @@ def test_weights_that_diverged_end_the_stream_without_a_token() -> None:
     recorder.step()
     assert recorder.finish[0] is Finish.NOT_FINITE
     assert len(recorder.tokens[0]) == 1
+    recorder.admit(request(1, prompt_of(5, 2), echo=4, draws=2, targets=((1,),) * 4))
+    assert recorder.finish[1] is Finish.NOT_FINITE
 
 
 def test_pieces_of_a_prompt_give_the_same_as_the_whole(model: Qwen3ForCausalLM) -> None:

@@ -18,8 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from fireworks_training._wire import schema
 from fireworks_training.local.gateway.detokenize import StopMatcher, TextCodec
 from fireworks_training.local.gateway.engine_client import EngineLimits
-from fireworks_training.local.gateway.engine_stream import Delta, Generation, TopLogprobs
+from fireworks_training.local.gateway.engine_stream import (
+    Delta,
+    EngineStream,
+    Generation,
+    TopLogprobs,
+)
 from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.tinker.prompt_asks import (
+    MAX_A_PLACE,
+    PromptAsks,
+    Targets,
+    read_asks,
+)
 
 MAX_SAMPLES = 1024
 MAX_TOP = 20
@@ -68,16 +79,9 @@ class SampleBody(BaseModel):
     topk_prompt_logprobs: StrictInt = Field(default=0, ge=0, le=MAX_TOP)
     topk_sample_logprobs: StrictInt = Field(default=0, ge=0, le=MAX_TOP)
     prompt_logprobs_last_n: StrictInt | None = Field(default=None, ge=1)
-    target_prompt_logprobs: None = None
-    prompt_alt_tokens_k: StrictInt = Field(default=0, ge=0, le=0)
+    target_prompt_logprobs: Targets | None = None
+    prompt_alt_tokens_k: StrictInt = Field(default=0, ge=0, le=MAX_A_PLACE)
     record_stability_info: StrictBool | None = None
-
-
-_NOT_HERE = {
-    "target_prompt_logprobs": "logprobs of chosen prompt tokens are not supported here; a training"
-    " client's forward with targets [N, K] gives them",
-    "prompt_alt_tokens_k": "alternative prompt tokens are not supported here",
-}
 
 
 def parse_sample(raw: bytes) -> SampleBody:
@@ -91,9 +95,13 @@ def parse_sample(raw: bytes) -> SampleBody:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
-        raise Problem(400, f"{_NOT_HERE.get(name, fault['msg'])}, field: '{name}'") from None
+        raise Problem(400, f"{fault['msg']}, field: '{name}'") from None
     if body.record_stability_info:
-        raise Problem(400, "record_stability_info is not supported here")
+        text = (
+            "record_stability_info is not supported here: the formula of the loss that it serves,"
+            " stable_reinforce, is not public; use importance_sampling, ppo, cispo or gspo"
+        )
+        raise Problem(400, text, code="UNIMPLEMENTED")
     if any(chunk.type != "encoded_text" for chunk in body.prompt.chunks):
         raise Problem(400, "this platform takes text only: every chunk must be encoded_text")
     return body
@@ -108,6 +116,7 @@ class SamplePlan:
         stop_texts: strings that end a sample.
         prompt_tokens: length of the prompt.
         echo: prompt tokens, from the end, whose logprobs are wanted; 0 for none.
+        asks: what else is asked of the prompt.
         top_prompt, top_sample: most likely tokens to report.
     """
 
@@ -115,6 +124,7 @@ class SamplePlan:
     stop_texts: list[str]
     prompt_tokens: int
     echo: int
+    asks: PromptAsks
     top_prompt: int
     top_sample: int
 
@@ -153,6 +163,10 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         )
     wanted = bool(body.prompt_logprobs) or body.topk_prompt_logprobs > 0
     echo = (last or len(prompt)) if wanted else 0
+    asks = read_asks(
+        body.target_prompt_logprobs, body.prompt_alt_tokens_k, len(prompt), limits.vocab_size
+    )
+    places = max(echo, asks.echo)
     top = max(body.topk_prompt_logprobs, body.topk_sample_logprobs)
     seeds = (_seed(params.seed, index) for index in range(body.num_samples))
     generations = [
@@ -166,7 +180,9 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
             stop_ids=stop_ids,
             ignore_eos=params.stop is not None and not stops,
             top_logprobs=min(top, limits.vocab_size),
-            echo=echo if index == 0 else 0,
+            echo=places if index == 0 else 0,
+            targets=asks.targets(places) if index == 0 else [],
+            draws=asks.draws if index == 0 else 0,
         )
         for index, seed in enumerate(seeds)
     ]
@@ -175,6 +191,7 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         stop_texts,
         len(prompt),
         echo,
+        asks,
         body.topk_prompt_logprobs,
         body.topk_sample_logprobs,
     )
@@ -218,19 +235,13 @@ class StopText:
         return self._matcher.push(self._text.push([token]))[1]
 
 
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """Raw logprobs of the last prompt tokens, and the most likely tokens there."""
+def encode_samples(plan: SamplePlan, samples: Sequence[Sample], first: EngineStream) -> bytes:
+    """A SampleResponse.
 
-    logprobs: Sequence[float]
-    top: Sequence[TopLogprobs]
-
-
-def encode_samples(
-    plan: SamplePlan, samples: Sequence[Sample], prompt: PromptScores | None, cached: int
-) -> bytes:
-    """A SampleResponse."""
-    message = schema.SampleResponse(prompt_cache_hit_tokens=cached)
+    Args:
+        first: the stream of the first sample, which read the prompt for all.
+    """
+    message = schema.SampleResponse(prompt_cache_hit_tokens=first.cached_tokens)
     for sample in samples:
         sequence = message.sequences.add(
             stop_reason="STOP_REASON_STOP" if sample.stopped else "STOP_REASON_LENGTH",
@@ -239,14 +250,18 @@ def encode_samples(
         )
         if plan.top_sample:
             _set_top(sequence.topk_sampled_logprobs, sample.top, plan.top_sample)
-    if prompt is not None:
-        missing = plan.prompt_tokens - len(prompt.logprobs)
+    if plan.echo:
+        # More places may have been read for what else was asked.
+        logprobs = first.prompt_logprobs[-plan.echo :]
+        missing = plan.prompt_tokens - len(logprobs)
         scores = np.full(plan.prompt_tokens, np.nan, "<f4")
-        scores[missing:] = prompt.logprobs
+        scores[missing:] = logprobs
         message.prompt_logprobs = scores.tobytes()
         if plan.top_prompt:
-            rows: list[TopLogprobs] = [[] for _ in range(missing)] + list(prompt.top)
+            rows: list[TopLogprobs] = [[] for _ in range(missing)]
+            rows += first.prompt_top[-plan.echo :]
             _set_top(message.topk_prompt_logprobs, rows, plan.top_prompt)
+    plan.asks.fill(message, first.probed_ids, first.probed_logprobs)
     return message.SerializeToString()
 
 

@@ -47,7 +47,6 @@ from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.sample_request import (
-    PromptScores,
     Sample,
     SamplePlan,
     StopText,
@@ -320,10 +319,8 @@ class TinkerSampling:
             finally:
                 for stream in streams:
                     stream.cancel()
-        first = streams[0]
-        prompt = PromptScores(first.prompt_logprobs, first.prompt_top) if plan.echo else None
         samples = [read.result() for read in reads]
-        return encode_samples(plan, samples, prompt, first.cached_tokens), "application/x-protobuf"
+        return encode_samples(plan, samples, streams[0]), "application/x-protobuf"
 
     async def _codec(self, entry: ModelEntry) -> TextCodec:
         if entry.path not in self._codecs:

@@ -1,0 +1,63 @@
+"""What is asked of a prompt's places beside its own tokens: chosen ones, and drawn ones.
+
+Knows requests and logits; no streams, no model. Shapes: n places of a prompt, V vocabulary, K
+chosen tokens a place, d drawn ones, m = K + d. Logprobs are raw, of `log_softmax(logits)`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fireworks_training.local.engine.requests import (
+    MAX_TOP_LOGPROBS,
+    SamplingRequest,
+    mix64,
+    uniforms,
+)
+from fireworks_training.local.engine.sampling import draw
+from fireworks_training.local.frames import NO_TOKEN
+
+
+def probe(
+    request: SamplingRequest, low: int, logits_nV: torch.Tensor, lse_n: torch.Tensor
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Tokens `[n, m]` and their logprobs: those of `targets` first, then the drawn ones.
+
+    Args:
+        request: has both.
+        low: place in the prompt of the first row; the others follow.
+        logits_nV: about the tokens at those places.
+        lse_n: their log-sum-exp.
+
+    Returns:
+        NO_TOKEN and 0 where a place names fewer targets than others.
+    """
+    n, asked = len(lse_n), width(request)
+    if not asked:
+        return np.empty((n, 0), np.int32), np.empty((n, 0), np.float32)
+    parts: list[torch.Tensor] = []
+    if request.targets:
+        first = low - request.first_echo
+        parts.append(torch.tensor(request.targets[first : first + n], dtype=torch.int64))
+    if request.draws:
+        parts.append(draw(logits_nV, request.temperature, _uniforms(request, low, n)))
+    ids_nm = torch.cat(parts, dim=1)
+    none_nm = ids_nm == NO_TOKEN
+    logprobs_nm = logits_nV.gather(1, ids_nm.clamp(min=0)) - lse_n[:, None]
+    logprobs_nm = torch.where(none_nm, 0.0, logprobs_nm)
+    return ids_nm.to(torch.int32).numpy(), logprobs_nm.numpy()
+
+
+def width(request: SamplingRequest) -> int:
+    """m of a request."""
+    return (len(request.targets[0]) if request.targets else 0) + request.draws
+
+
+def _uniforms(request: SamplingRequest, low: int, n: int) -> npt.NDArray[np.float64]:
+    """Numbers of their own for each place and draw: those of the completion stay as they are."""
+    columns = np.arange(request.draws, dtype=np.int64)
+    counters = np.arange(low, low + n, dtype=np.int64)[:, None] * MAX_TOP_LOGPROBS + columns
+    keys = np.full(counters.size, mix64(request.key ^ (1 << 63)), np.uint64)
+    return uniforms(keys, counters.ravel().astype(np.uint64)).reshape(counters.shape)
