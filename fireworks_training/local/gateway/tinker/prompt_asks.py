@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, StrictInt
 
 from fireworks_training._wire import schema
-from fireworks_training._wire.protobuf import FLOAT32, encode_tensor
+from fireworks_training._wire.framing import FLOAT32, INT64
 from fireworks_training.local.gateway.problems import Problem
 
 MAX_A_PLACE = 20
@@ -79,12 +79,12 @@ class PromptAsks:
             values[len(self.rows) - len(ids_nm) :] = logprobs_nm[:, :columns]
             message.target_prompt_logprobs.CopyFrom(self._laid_out(self.layout, values))
         if self.draws:
-            message.prompt_alt_tokens.tokens.CopyFrom(encode_tensor(ids_nm[:, columns:]))
-            message.prompt_alt_tokens.logprobs.CopyFrom(encode_tensor(logprobs_nm[:, columns:]))
+            message.prompt_alt_tokens.tokens.CopyFrom(_dense(ids_nm[:, columns:]))
+            message.prompt_alt_tokens.logprobs.CopyFrom(_dense(logprobs_nm[:, columns:]))
 
     def _laid_out(self, layout: Targets, values: npt.NDArray[np.float32]) -> schema.Tensor:
         if layout.sparse_crow_indices is None:
-            return encode_tensor(values)
+            return _dense(values)
         lengths = np.array([len(row) for row in self.rows])
         listed = values[np.arange(values.shape[1]) < lengths[:, None]]
         tensor = schema.Tensor(dtype=cast("Any", FLOAT32), shape=layout.shape or ())
@@ -142,6 +142,13 @@ def _rows(targets: Targets, places: int) -> list[list[int]]:
     if not fits:
         raise Problem(400, "target_prompt_logprobs: its sparse indices do not fit its shape")
     return [data[low:high] for low, high in bounds]
+
+
+def _dense(values: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> schema.Tensor:
+    wanted, dtype = ("<i8", INT64) if values.dtype.kind == "i" else ("<f4", FLOAT32)
+    return schema.Tensor(
+        dense=values.astype(wanted).tobytes(), dtype=cast("Any", dtype), shape=values.shape
+    )
 
 
 def _named(row: Sequence[int]) -> bool:
