@@ -143,16 +143,7 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
     for name, ids in (("prompt", prompt), ("stop", stop_ids)):
         if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
             raise Problem(400, f"{name}: token ids must be from 0 to {limits.vocab_size - 1}")
-    room = limits.max_context - len(prompt)
-    if not prompt or room < 1:
-        raise Problem(400, f"the prompt must have 1 to {limits.max_context - 1} tokens")
-    max_tokens = room if params.max_tokens is None else params.max_tokens
-    if max_tokens > room:
-        raise Problem(
-            400,
-            f"prompt ({len(prompt)} tokens) and max_tokens ({max_tokens}) are"
-            f" {len(prompt) + max_tokens} tokens, over the context of {limits.max_context}",
-        )
+    max_tokens = _max_tokens(params.max_tokens, len(prompt), limits.max_context)
     if "" in stop_texts:
         raise Problem(400, "stop: a stop string must not be empty")
     last = body.prompt_logprobs_last_n
@@ -195,6 +186,21 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         body.topk_prompt_logprobs,
         body.topk_sample_logprobs,
     )
+
+
+def _max_tokens(asked: int | None, prompt: int, context: int) -> int:
+    """Tokens to sample; without a wish as many as there is room for."""
+    room = context - prompt
+    if not prompt or room < 1:
+        raise Problem(400, f"the prompt must have 1 to {context - 1} tokens")
+    max_tokens = room if asked is None else asked
+    if max_tokens > room:
+        raise Problem(
+            400,
+            f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) are {prompt + max_tokens}"
+            f" tokens, over the context of {context}",
+        )
+    return max_tokens
 
 
 def _seed(seed: int | None, index: int) -> int | None:
