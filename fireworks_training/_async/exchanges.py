@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fireworks_training._async.data_plane import Answer, DataPlane, is_conflict, was_refused
 from fireworks_training._async.transport import Body
 from fireworks_training._core.events import AckEvent, FinishEvent, SubmitEvent
-from fireworks_training._core.notices import FIRST_NOTICE, Watch
+from fireworks_training._core.notices import Watch
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -31,9 +31,6 @@ UPLOADS = 32
 
 POLLS = 64
 """Polls under way at a time, for one client; the oldest operations come first."""
-
-LOOK_EVERY = 1.0
-"""Seconds between looks at what waits, while something does."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -97,7 +94,7 @@ class Exchanges:
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(UPLOADS)
         self._polls = asyncio.Semaphore(POLLS)
-        self._watch = Watch(first=FIRST_NOTICE)
+        self._watch = Watch()
         self._look: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -128,7 +125,7 @@ class Exchanges:
         loop = asyncio.get_running_loop()
         wait = self._watch.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
         if self._look is None:
-            self._look = loop.call_later(FIRST_NOTICE, self._say_what_waits)
+            self._look = loop.call_at(self._watch.next_look(loop.time()), self._say_what_waits)
 
         def note(doing: str) -> None:
             wait.doing = doing
@@ -227,7 +224,7 @@ class Exchanges:
         line = self._watch.look(loop.time())
         if line is not None:
             logger.warning("%s", line)
-        self._look = loop.call_later(LOOK_EVERY, self._say_what_waits)
+        self._look = loop.call_at(self._watch.next_look(loop.time()), self._say_what_waits)
 
     def cancel(self) -> None:
         """Cancel everything that runs."""

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 FIRST_NOTICE = 30.0
 """Seconds of silence before the first word."""
 
+HEAD_START = 0.5
+"""Seconds by which a `Watch` speaks early, so that a word that is due is out on a busy loop too."""
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at what waits, at most, while something does."""
+
 
 class Notices:
     """Decides when a wait is worth a line.
@@ -27,6 +33,11 @@ class Notices:
     def age(self, now: float) -> float:
         """Seconds waited so far."""
         return now - self._started
+
+    @property
+    def next(self) -> float:
+        """The time of the next notice."""
+        return self._due
 
     def due(self, now: float) -> bool:
         """Whether to speak now; speaking moves the next notice on."""
@@ -56,9 +67,12 @@ class Watch:
     """Many waits of one client, of which the oldest is worth a line now and then.
 
     A thousand operations behind one that hangs are one line, not a thousand.
+
+    Args:
+        first: seconds until the first word about a wait, and at least between any two lines.
     """
 
-    def __init__(self, *, first: float = FIRST_NOTICE) -> None:
+    def __init__(self, *, first: float = FIRST_NOTICE - HEAD_START) -> None:
         self._first = first
         self._waits: dict[int, Wait] = {}
         self._spoken = float("-inf")
@@ -74,6 +88,12 @@ class Watch:
     def end(self, key: int) -> None:
         """It is over, in whatever way."""
         self._waits.pop(key, None)
+
+    def next_look(self, now: float) -> float:
+        """When to look again: when a line is due, and every second, since waits come and go."""
+        oldest = next(iter(self._waits.values()), None)
+        due = now if oldest is None else max(oldest.notices.next, self._spoken + self._first)
+        return min(max(due, now), now + LOOK_EVERY)
 
     def look(self, now: float) -> str | None:
         """A line about the oldest wait, if one is due: at most one in `first` seconds."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fireworks_training import (
 )
 from fireworks_training._async import data_plane, exchanges, transport
 from fireworks_training._async.data_plane import patient
+from fireworks_training._core.notices import Watch
 from tests.async_.test_trainer import ADAM, datum, good_loss
 from tests.stub_trainer import StubTrainer
 
@@ -245,8 +247,7 @@ async def test_a_request_that_hangs_is_said_cut_and_sent_again(
         if len(asked) == 1:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(exchanges, "FIRST_NOTICE", 0.01)
-    monkeypatch.setattr(exchanges, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(exchanges, "Watch", partial(Watch, first=0.01))
     stub = StubTrainer()
     async with connect(stub) as client:
         await client.optim_step(ADAM)
@@ -262,7 +263,6 @@ async def test_a_request_that_hangs_is_said_cut_and_sent_again(
 
 def test_time_limits_leave_a_hung_request_recovered_within_50_s() -> None:
     assert max(data_plane.SUBMIT_TIMEOUT, data_plane.POLL_TIMEOUT) + data_plane.RETRY_BASE < 50
-    assert exchanges.FIRST_NOTICE == 30.0
     assert data_plane.POLL_TIMEOUT >= 45.0  # servers answer before
 
 

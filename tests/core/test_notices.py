@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fireworks_training._core.notices import Watch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fireworks_training._core.notices import FIRST_NOTICE, LOOK_EVERY, Watch
+from fireworks_training.testing import ManualClock
 
 
 def spoken(watch: Watch, until: int, start: int = 0) -> dict[int, str]:
@@ -15,7 +19,7 @@ def test_a_request_that_hangs_is_said_at_30_s_and_at_growing_intervals() -> None
     watch = Watch()
     watch.begin(1, "optim_step (1)", "no answer to its submit yet", 0.0)
     lines = spoken(watch, 300)
-    assert list(lines) == [30, 90, 210]
+    assert list(lines) == [30, 89, 207]  # in the first second that is over when it is due
     assert lines[30] == "optim_step (1): waiting for 30 s: no answer to its submit yet"
 
 
@@ -41,8 +45,50 @@ def test_short_waits_and_none_are_not_said() -> None:
     watch = Watch()
     for second in range(100):
         watch.begin(second, "quick", "", float(second))
-        assert watch.look(second + 29.9) is None
+        assert watch.look(second + 29.4) is None
         watch.end(second)
         watch.end(second)
     assert len(watch) == 0
     assert watch.look(1000.0) is None
+
+
+def watched(watch: Watch, clock: ManualClock, until: float) -> list[tuple[float, str]]:
+    """What is said, and when, by one who looks exactly when he is told to."""
+    said: list[tuple[float, str]] = []
+    while (when := watch.next_look(clock())) <= until:
+        assert when - clock() <= LOOK_EVERY
+        clock.advance(when - clock())
+        line = watch.look(clock())
+        if line is not None:
+            said.append((clock(), line))
+        elif when == clock() and not len(watch):
+            break
+    clock.advance(until - clock())
+    return said
+
+
+@given(st.floats(0.0, 40.0), st.floats(0.0, 1.0))
+def test_a_hung_request_is_said_within_30_s_whatever_went_before(
+    before: float, answered_after: float
+) -> None:
+    clock, watch = ManualClock(), Watch()
+    clock.advance(before)
+    watch.begin(1, "quick", "", clock())
+    clock.advance(answered_after)
+    watch.begin(2, "hangs", "no answer to its submit yet", clock())
+    begun = clock()
+    watch.end(1)
+    (said, line), *_ = watched(watch, clock, begun + 60.0)
+    assert FIRST_NOTICE - 1.0 < said - begun <= FIRST_NOTICE
+    assert line.startswith("hangs: waiting for 30 s: no answer to its submit yet")
+
+
+def test_one_that_hung_behind_another_is_said_when_it_is_the_oldest() -> None:
+    clock, watch = ManualClock(), Watch()
+    watch.begin(1, "first", "", clock())
+    watch.begin(2, "second", "", clock())
+    assert len(watched(watch, clock, 40.0)) == 1
+    watch.end(1)
+    (said, line), *_ = watched(watch, clock, 100.0)
+    assert said <= 60.0
+    assert line.startswith("second")
