@@ -28,11 +28,16 @@ class Served:
     state_dir: Path
     process: subprocess.Popen[bytes]
 
+    @property
+    def resource(self) -> str:
+        """The deployment's name for requests."""
+        return f"accounts/local/deployments/{self.deployment}"
+
     def sampler(self, controller: object = None) -> DeploymentSampler:
         """A sampler of its own for the deployment; 512 requests in flight unless told otherwise."""
         return DeploymentSampler(
             self.base_url,
-            f"accounts/local/deployments/{self.deployment}",
+            self.resource,
             self.api_key,
             concurrency_controller=controller or FixedConcurrencyController(512),
             integer_stops=True,

@@ -37,6 +37,11 @@ from fireworks_training.local.gateway.registry import Transition
 
 FLUSH_TOKENS = 8
 FLUSH_SECONDS = 0.05
+"""What a token waits for others at most."""
+
+_FLUSH_SLICES = 4
+"""Parts of the streams that are flushed in turn: all at once would hold up the loop."""
+
 _RETRY_SECONDS = 0.02
 _VERSIONS_KEPT = 64
 
@@ -107,6 +112,7 @@ class EngineClient(asyncio.Protocol):
         self._greeted = asyncio.Event()
         self._closed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._slice = 0
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -290,12 +296,14 @@ class EngineClient(asyncio.Protocol):
     def _start_timer(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(FLUSH_SECONDS, self._flush_all)
+            self._timer = loop.call_later(FLUSH_SECONDS / _FLUSH_SLICES, self._flush_slice)
 
-    def _flush_all(self) -> None:
+    def _flush_slice(self) -> None:
         self._timer = None
-        for stream in self._streams.values():
-            stream.flush()
+        self._slice = (self._slice + 1) % _FLUSH_SLICES
+        for number, stream in self._streams.items():
+            if number % _FLUSH_SLICES == self._slice:
+                stream.flush()
         if self._streams:
             self._start_timer()
 

@@ -1,9 +1,9 @@
 """One request in an engine, as its reader sees it: tokens in batches, then an end.
 
 Knows how tokens are collected and when their reader is woken: at the first token, then every few
-tokens or when the owner flushes, and at the end. With hundreds of streams, waking for each token
-would cost more than sampling it. What is collected is bounded by the request's `max_tokens`. Knows
-no socket and no HTTP; `EngineClient` feeds it.
+tokens or when the owner flushes, not all streams at once, and at the end. With hundreds of streams,
+waking for each token would cost more than sampling it. What is collected is bounded by the
+request's `max_tokens`. Knows no socket and no HTTP; `EngineClient` feeds it.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class EngineStream:
         self._engine = engine
         self._number = number
         self._flush_tokens = flush_tokens
+        self._wake_at = 1
         self._pending = Delta()
         self._taken = 0
         self._version: int | None = None
@@ -141,6 +142,10 @@ class EngineStream:
         delta = self._pending
         self._pending = Delta()
         self._taken += len(delta.tokens)
+        # Streams that began together are woken at different steps: each wakes at token counts that
+        # its number gives, so that a step's wakings hold up the loop for a fraction of all streams.
+        self._wake_at = self._taken + self._flush_tokens
+        self._wake_at -= (self._taken + self._number) % self._flush_tokens
         self._ready = False
         return delta
 
@@ -158,7 +163,7 @@ class EngineStream:
             pending.sampling_logprobs.append(sampling)
         if finish:
             pending.finish = Finish(finish)
-        if finish or self._taken == 0 or len(pending.tokens) >= self._flush_tokens:
+        if finish or self._taken + len(pending.tokens) >= self._wake_at:
             self._wake()
         return pending
 
