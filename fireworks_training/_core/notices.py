@@ -10,7 +10,7 @@ from dataclasses import dataclass
 FIRST_NOTICE = 30.0
 """Seconds of silence before the first word."""
 
-HEAD_START = 0.5
+HEAD_START = 0.4
 """Seconds by which a `Watch` speaks early, so that a word that is due is out on a busy loop too."""
 
 LOOK_EVERY = 1.0

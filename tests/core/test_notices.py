@@ -19,7 +19,7 @@ def test_a_request_that_hangs_is_said_at_30_s_and_at_growing_intervals() -> None
     watch = Watch()
     watch.begin(1, "optim_step (1)", "no answer to its submit yet", 0.0)
     lines = spoken(watch, 300)
-    assert list(lines) == [30, 89, 207]  # in the first second that is over when it is due
+    assert list(lines) == [30, 90, 209]  # the first second that is over when it is due
     assert lines[30] == "optim_step (1): waiting for 30 s: no answer to its submit yet"
 
 
