@@ -22,6 +22,7 @@ Kind = Literal["weights", "sampler_weights"]
 
 SCHEME = "tinker://"
 _RUN = re.compile(r"(ts-[0-9a-f]{32}):train:([0-9]{1,9})")
+_SESSION = re.compile(r"ts-[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SAMPLER = re.compile(r"(ts-[0-9a-f]{32}):sampler:([0-9]{1,9})")
 NAME_RULE = "1 to 128 letters, digits, '.', '_' and '-', starting with a letter or a digit"
@@ -139,6 +140,26 @@ class SamplerNote:
     model_path: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SessionNote:
+    """What is remembered of a client's session.
+
+    Attributes:
+        session: its id.
+        display_name, user_metadata: the client's own words.
+        finished: how it ended by its client's account: "success", "errored" or "interrupted"; None
+            until it says so.
+        detail: what the client said of that.
+    """
+
+    session: str
+    display_name: str | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: now().isoformat())
+    finished: str | None = None
+    detail: str | None = None
+
+
 def now() -> datetime:
     """The time, in UTC."""
     return datetime.now(UTC)
@@ -160,7 +181,8 @@ class TinkerStore:
         self._runs = folder / "runs"
         self._checkpoints = folder / "checkpoints"
         self._samplers = folder / "samplers"
-        for part in (self._runs, self._checkpoints, self._samplers):
+        self._sessions = folder / "sessions"
+        for part in (self._runs, self._checkpoints, self._samplers, self._sessions):
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def write_run(self, note: RunNote) -> None:
@@ -178,6 +200,23 @@ class TinkerStore:
         """All runs, oldest first."""
         notes = (_read(path) for path in self._runs.glob("*.json"))
         return sorted((RunNote(**raw) for raw in notes if raw), key=lambda note: note.created)
+
+    def write_session(self, note: SessionNote) -> None:
+        """Remembers a session, in the place of an older note of it."""
+        _write(self._sessions / f"{note.session}.json", asdict(note))
+
+    def session(self, session: str) -> SessionNote | None:
+        """A session by its id."""
+        if _SESSION.fullmatch(session) is None:
+            return None
+        raw = _read(self._sessions / f"{session}.json")
+        return None if raw is None else SessionNote(**raw)
+
+    def sessions(self) -> list[SessionNote]:
+        """All sessions, oldest first."""
+        notes = (_read(path) for path in self._sessions.glob("*.json"))
+        made = [SessionNote(**raw) for raw in notes if raw]
+        return sorted(made, key=lambda note: (note.created, note.session))
 
     def write_sampler(self, note: SamplerNote) -> None:
         """Remembers a sampling session."""

@@ -99,6 +99,10 @@ async def check_the_tinker_client(platform: RunningPlatform, seen: dict[str, Any
     assert len(seen["greedy"][0]) == 5
     assert seen["listed"] == sorted([seen["path"], seen["named"]])
     assert seen["left"] == [seen["path"]]
+    assert seen["expires"] == [True]
+    assert seen["session_listed"]
+    assert len(seen["runs"]) == 2
+    assert "use the checkpoint by its path" in seen["refused"]
 
 
 async def test_the_tinker_client(platform: RunningPlatform, peer: Peer) -> None:

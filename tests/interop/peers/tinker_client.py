@@ -114,6 +114,16 @@ def main(model: str) -> None:
     rest.delete_checkpoint_from_tinker_path(named).result()
     listed = rest.list_checkpoints(run.training_run_id).result().checkpoints
     seen["left"] = [checkpoint.tinker_path for checkpoint in listed]
+    rest.set_checkpoint_ttl_from_tinker_path(path, 7200).result()
+    listed = rest.list_checkpoints(run.training_run_id).result().checkpoints
+    seen["expires"] = [checkpoint.expires_at is not None for checkpoint in listed]
+    session = run.training_run_id.partition(":")[0]
+    seen["session_listed"] = session in rest.list_sessions().result().sessions
+    seen["runs"] = rest.get_session(session).result().training_run_ids
+    try:
+        rest.copy_weights(path, "project").result()
+    except tinker.TinkerError as error:
+        seen["refused"] = str(error)
     print(json.dumps(seen), flush=True)
 
 

@@ -2,7 +2,7 @@
 
 Everything that trains goes to a trainer job of the model's own (`training`), everything that
 samples to a deployment of it (`sampling`); both are made when first needed. `records` lists and
-removes what was saved.
+removes what was saved, `sessions` lists clients' sessions, `refusals` says what is not there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
 from fireworks_training.local.gateway.registry import REGISTRY
-from fireworks_training.local.gateway.tinker import records, sampling, training
+from fireworks_training.local.gateway.tinker import records, refusals, sampling, sessions, training
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.sampling import SAMPLING, TinkerSampling
 from fireworks_training.local.gateway.tinker.training import TRAINING, TinkerTraining
@@ -38,3 +38,5 @@ def install(app: web.Application, state_dir: Path, offers: Sequence[str]) -> Non
     training.add_routes(app)
     sampling.add_routes(app)
     records.add_routes(app)
+    sessions.add_routes(app)
+    refusals.add_routes(app)

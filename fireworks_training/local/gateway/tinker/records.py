@@ -53,7 +53,6 @@ def add_routes(app: web.Application) -> None:
             web.get(f"{checkpoint}/archive", _archive),
             web.get(f"{checkpoint}/download", _download),
             web.post("/api/v1/weights_info", _weights_info),
-            web.get("/api/v1/sessions/{session}", _get_session),
         ]
     )
 
@@ -112,7 +111,7 @@ async def _capabilities(request: web.Request) -> web.Response:
     return web.json_response({"supported_models": models})
 
 
-def _page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str, int]]:
+def page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str, int]]:
     try:
         limit = min(int(request.query.get("limit", "100")), MAX_PAGE)
         offset = int(request.query.get("offset", "0"))
@@ -124,7 +123,7 @@ def _page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str
     return rows[offset : offset + limit], cursor
 
 
-async def _kept(request: web.Request, run: str | None = None) -> list[CheckpointNote]:
+async def kept(request: web.Request, run: str | None = None) -> list[CheckpointNote]:
     """The checkpoints that are there, oldest first, after removing those whose time is over."""
     store = _store(request)
     notes = await asyncio.to_thread(store.checkpoints, run)
@@ -135,12 +134,12 @@ async def _kept(request: web.Request, run: str | None = None) -> list[Checkpoint
 
 
 async def _list_runs(request: web.Request) -> web.Response:
-    checkpoints = await _kept(request)
+    checkpoints = await kept(request)
     runs = [
         _shown_run(run, [c for c in checkpoints if c.checkpoint.run == run.run])
         for run in await asyncio.to_thread(_store(request).runs)
     ]
-    rows, cursor = _page(request, runs[::-1])
+    rows, cursor = page(request, runs[::-1])
     return web.json_response({"training_runs": rows, "cursor": cursor})
 
 
@@ -153,17 +152,17 @@ def _run(request: web.Request, run: str) -> RunNote:
 
 async def _get_run(request: web.Request) -> web.Response:
     note = _run(request, request.match_info["run"])
-    return web.json_response(_shown_run(note, await _kept(request, note.run)))
+    return web.json_response(_shown_run(note, await kept(request, note.run)))
 
 
 async def _list_of_run(request: web.Request) -> web.Response:
     note = _run(request, request.match_info["run"])
-    rows, cursor = _page(request, [_shown(c) for c in await _kept(request, note.run)])
+    rows, cursor = page(request, [_shown(c) for c in await kept(request, note.run)])
     return web.json_response({"checkpoints": rows, "cursor": cursor})
 
 
 async def _list_all(request: web.Request) -> web.Response:
-    rows, cursor = _page(request, [_shown(c) for c in (await _kept(request))[::-1]])
+    rows, cursor = page(request, [_shown(c) for c in (await kept(request))[::-1]])
     return web.json_response({"checkpoints": rows, "cursor": cursor})
 
 
@@ -181,15 +180,6 @@ async def _weights_info(request: web.Request) -> web.Response:
         names = ("train_unembed", "train_mlp", "train_attn")
         answer |= {"lora_rank": run.lora["rank"], **{name: run.lora[name] for name in names}}
     return web.json_response(answer)
-
-
-async def _get_session(request: web.Request) -> web.Response:
-    session = request.match_info["session"]
-    store = _store(request)
-    runs = [run.run for run in await asyncio.to_thread(store.runs)]
-    of_session = [run for run in runs if run.startswith(f"{session}:")]
-    samplers = await asyncio.to_thread(store.samplers_of, session)
-    return web.json_response({"training_run_ids": of_session, "sampler_ids": samplers})
 
 
 # -- one checkpoint ------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ gateway that was started anew has no memory of that and asks the trainers who ho
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import orjson
@@ -27,12 +28,16 @@ from fireworks_training.local.gateway.registry import ModelEntry, Registry, Unkn
 from fireworks_training.local.gateway.trainer_proxy import after_failure, answer_of, passed_headers
 from fireworks_training.local.gateway.trainers import FAILED, PAUSED, RUNNING, Trainer
 from fireworks_training.local.settings import OFFERS
-from fireworks_training.local.tinker_store import TinkerStore, session_of
+from fireworks_training.local.tinker_store import SessionNote, TinkerStore, session_of
 
 JOB_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 MAX_SESSIONS = 4096
+SILENT_S = 300.0
+"""A session without a heartbeat for so long is not known to be running."""
+FINISHES = ("success", "errored", "interrupted")
+MAX_TEXT = 4096
 _ZSTD = "zstd"
 
 
@@ -43,10 +48,12 @@ class Session:
     Attributes:
         jobs: those whose trainers have taken it up.
         finished: a finished one is gone for heartbeats.
+        seen: when it last showed life, on the monotonic clock.
     """
 
     jobs: set[str] = field(default_factory=set)
     finished: bool = False
+    seen: float = field(default_factory=time.monotonic)
 
 
 class TinkerTraining:
@@ -122,13 +129,19 @@ class TinkerTraining:
 
     # -- sessions --------------------------------------------------------------------------------
 
-    def create_session(self) -> str:
+    def create_session(self, display_name: str | None, metadata: Mapping[str, str]) -> str:
         """A new session's id."""
         while len(self._sessions) >= MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         session_id = f"ts-{uuid.uuid4().hex}"
         self._sessions[session_id] = Session()
+        self.store.write_session(SessionNote(session_id, display_name, metadata))
         return session_id
+
+    def active(self, session_id: str) -> bool:
+        """Whether a session is known to be running."""
+        known = self._sessions.get(session_id)
+        return known is not None and not known.finished and time.monotonic() - known.seen < SILENT_S
 
     def session(self, session_id: str) -> Session:
         """A session; one that an earlier gateway made is found again by its form.
@@ -147,13 +160,18 @@ class TinkerTraining:
 
     async def heartbeat(self, session_id: str) -> None:
         """Passes a sign of life on. Raises Problem as `session` does."""
-        for id_ in self.session(session_id).jobs:
+        session = self.session(session_id)
+        session.seen = time.monotonic()
+        for id_ in session.jobs:
             trainer = self._plane.jobs.trainer(id_)
             if trainer is not None:
                 await _post(trainer, "api/v1/session_heartbeat", {"session_id": session_id})
 
-    async def finish(self, session_id: str) -> None:
-        """Ends a session and its models. Idempotent."""
+    async def finish(self, session_id: str, reason: str, detail: str | None) -> None:
+        """Ends a session and its models. Idempotent; the first reason stands."""
+        note = self.store.session(session_id)
+        if note is not None and note.finished is None:
+            self.store.write_session(replace(note, finished=reason, detail=detail))
         session = self._sessions.setdefault(session_id, Session())
         session.finished = True
         for id_ in session.jobs:
@@ -273,8 +291,14 @@ async def _telemetry(request: web.Request) -> web.Response:
 
 
 async def _create_session(request: web.Request) -> web.Response:
-    await read_json(request)
-    session_id = request.app[TRAINING].create_session()
+    body = await read_json(request)
+    name, metadata = body.get("display_name"), body.get("user_metadata") or {}
+    if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
+        raise Problem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
+    if not isinstance(metadata, dict) or len(orjson.dumps(metadata)) > MAX_TEXT:
+        raise Problem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
+    shown = {str(key): str(value) for key, value in metadata.items()}
+    session_id = request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
 
@@ -284,7 +308,16 @@ async def _heartbeat(request: web.Request) -> web.Response:
 
 
 async def _finish(request: web.Request) -> web.Response:
-    await request.app[TRAINING].finish(request.match_info["session_id"])
+    body = await read_json(request)
+    reason, detail = body.get("reason"), body.get("detail")
+    given = reason.get("type") if isinstance(reason, dict) else None
+    if given not in (None, *FINISHES):
+        raise Problem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
+    if not (detail is None or isinstance(detail, str)):
+        raise Problem(400, "detail must be a string")
+    await request.app[TRAINING].finish(
+        request.match_info["session_id"], given or "success", detail and detail[:MAX_TEXT]
+    )
     return web.json_response({})
 
 
