@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         check_normalization,
         completion_datum,
         rl_datum,
+        rollout_datum,
         supervised_datum,
     )
     from fireworks_training.errors import (
@@ -120,6 +121,10 @@ if TYPE_CHECKING:
         TrainingProfile,
         WeightSyncResult,
     )
+    from fireworks_training.tito.chat_template import ChatTemplateRenderer
+    from fireworks_training.tito.errors import TITOError
+    from fireworks_training.tito.records import TITOTrajectoryArtifact
+    from fireworks_training.tito.sidecar import TITOSidecar
 
 _HEAVY = {
     "AdaptiveConcurrencyController": "_async.gate",
@@ -127,6 +132,7 @@ _HEAVY = {
     "AsyncFiretitanServiceClient": "_async.service",
     "AsyncFiretitanTrainingClient": "_async.trainer",
     "AsyncResourceLedger": "_async.reaper",
+    "ChatTemplateRenderer": "tito",
     "ControlPlane": "_sync.control_plane.client",
     "DeploymentSampler": "_async.sampler",
     "FiretitanSamplingClient": "_async.sampling_client",
@@ -135,6 +141,9 @@ _HEAVY = {
     "FixedConcurrencyController": "_async.gate",
     "ResourceLedger": "_sync.reaper",
     "SamplingConcurrencyController": "_async.gate",
+    "TITOError": "tito",
+    "TITOSidecar": "tito",
+    "TITOTrajectoryArtifact": "tito",
     "RunUsage": "_async.usage",
     "Usage": "_async.usage",
     "read_usage_records": "_async.usage_records",
@@ -170,6 +179,7 @@ __all__ = [
     "AsyncFiretitanTrainingClient",
     "AsyncResourceLedger",
     "AuthenticationFailed",
+    "ChatTemplateRenderer",
     "CheckpointInfo",
     "ClientClosed",
     "Conflict",
@@ -237,6 +247,9 @@ __all__ = [
     "SubmitEvent",
     "SwapEvent",
     "SyncEvent",
+    "TITOError",
+    "TITOSidecar",
+    "TITOTrajectoryArtifact",
     "TokenDelta",
     "TokenStream",
     "TrainerJobInfo",
@@ -258,6 +271,7 @@ __all__ = [
     "read_evaluation",
     "read_usage_records",
     "rl_datum",
+    "rollout_datum",
     "supervised_datum",
     "write_evaluation",
 ]

@@ -101,16 +101,61 @@ def rl_datum(
         array[-count:] = values
         return _finite(name, array)
 
-    sampled = on_completion("logprobs", logprobs)
-    if sampled.max() > 1e-3:
-        raise InvalidDatum(
-            f"'logprobs' has an entry of {sampled.max():.3g}: a logprob is at most 0. Pass natural "
-            "logprobs, not probabilities or their negatives"
-        )
+    sampled = _sampled_logprobs(on_completion("logprobs", logprobs))
     arrays = {"logprobs": sampled, "advantages": on_completion("advantages", advantages)}
     if mask:
         arrays["weights"] = on_completion("weights", 1.0)
     return _datum([*prompt_tokens, *completion_tokens], **arrays)
+
+
+def rollout_datum(
+    tokens: Sequence[int],
+    *,
+    logprobs: Sequence[float],
+    loss_mask: Sequence[bool],
+    advantages: float | Sequence[float],
+    mask: bool = False,
+) -> tinker.Datum:
+    """A datum for importance_sampling, ppo and their like, of a row with several completions.
+
+    Such as the segments of a `TITOTrajectoryArtifact`: what the policy sampled stands between
+    prompts, tool results and other things that it did not.
+
+    Args:
+        tokens: N token ids; N >= 2.
+        logprobs: N natural logprobs as they were sampled, at most 0; those outside the mask are
+            without effect.
+        loss_mask: N entries: whether the policy sampled the token. Not the first one's.
+        advantages: one for all sampled tokens, or N of them.
+        mask: add `weights`, 1 for sampled tokens and 0 for the others (custom losses want it).
+
+    Returns:
+        A datum of N-1 positions with `target_tokens`, `logprobs` and `advantages`; both arrays are
+        0 outside the mask.
+
+    Raises:
+        InvalidDatum: lengths that differ, nothing or the first token in the mask, a value that is
+            not finite, or a logprob above 0.
+    """
+    import numpy as np
+
+    for name, values in (("logprobs", logprobs), ("loss_mask", loss_mask)):
+        _check_length(name, values, len(tokens))
+    if not isinstance(advantages, (int, float)):
+        _check_length("advantages", advantages, len(tokens))
+        advantages = list(advantages)[1:]
+    sampled = np.asarray(loss_mask, bool)
+    if not sampled[1:].any() or sampled[0]:
+        raise InvalidDatum(
+            "'loss_mask' must be true for a token that was sampled, and not for the first, which "
+            "nothing predicts"
+        )
+    shares = sampled[1:].astype(np.float32)
+    arrays = {
+        "logprobs": _sampled_logprobs(np.where(sampled, logprobs, 0.0).astype(np.float32)[1:]),
+        "advantages": _finite("advantages", shares * np.asarray(advantages, np.float32)),
+    }
+    return _datum(tokens, **arrays, **({"weights": shares} if mask else {}))
 
 
 def completion_datum(
@@ -344,6 +389,16 @@ def _finite(name: str, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32
             f"{name!r} has {bad.size} entries that are NaN or infinite, the first at position "
             f"{int(bad[0])} of {len(array)}: mend what computed them; they would make every weight "
             "NaN"
+        )
+    return array
+
+
+def _sampled_logprobs(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    _finite("logprobs", array)
+    if array.max() > 1e-3:
+        raise InvalidDatum(
+            f"'logprobs' has an entry of {array.max():.3g}: a logprob is at most 0. Pass natural "
+            "logprobs, not probabilities or their negatives"
         )
     return array
 

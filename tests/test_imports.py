@@ -29,6 +29,7 @@ UNITS = {
     "compat",
     "rollouts",
     "losses",
+    "tito",
 }
 UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_tinker_types", "root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
@@ -51,6 +52,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
+    # A server for agents over the public sampler: it samples like any user, and knows the names of
+    # sampling options.
+    "tito": {"_wire", "models", "errors"},
     "cli": {"root", "compat", "config", "models", "errors"},
     "local": {"_wire", "_core", "models", "errors"},
     "root": UNITS,

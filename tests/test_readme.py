@@ -37,7 +37,7 @@ def test_a_whole_program_runs(
 
 
 def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6  # that of the endpoint for agents runs in tests/tito
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,
@@ -53,7 +53,7 @@ async def test_the_hook_prints_what_happens(
     platform: RunningPlatform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {"model": platform.model}
-    exec(on(platform, SNIPPETS[4]), names)
+    exec(on(platform, SNIPPETS[5]), names)
     await names["service"].close()
     options: dict[str, Any] = {"create_deployment": True, "on_event": names["hook"]}
     async with service_on(platform, **options) as service:

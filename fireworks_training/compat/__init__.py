@@ -96,6 +96,32 @@ if TYPE_CHECKING:
     from fireworks_training.errors import FireworksTrainingError as TrainingError
     from fireworks_training.errors import RequestFailed as RequestFailedError
     from fireworks_training.errors import RequestTimedOut as APITimeoutError
+    from fireworks_training.tito import (
+        TITOCallRecord,
+        TITOCallResult,
+        TITOChatRequest,
+        TITODistribution,
+        TITOError,
+        TITOFailureTraceConfig,
+        TITOIncrementalPrompt,
+        TITOIncrementalRenderer,
+        TITOLocalDebugConfig,
+        TITOLocalDebugSink,
+        TITOMetricSummary,
+        TITOParsedAssistant,
+        TITOParseError,
+        TITOPromptMode,
+        TITORenderer,
+        TITOResponseAttempt,
+        TITOSegmentResult,
+        TITOSidecar,
+        TITOTrajectoryArtifact,
+        TITOTrajectoryEndpoint,
+        TITOTurn,
+        TrajectoryDriftPolicy,
+        dump_tito_failure_trace,
+        normalize_openai_tool_arguments,
+    )
 
     SamplingClient = FiretitanSamplingClient
     ServiceClient = FiretitanServiceClient
@@ -186,6 +212,34 @@ _TINKER = (
 )
 """Data types that come from `tinker`."""
 
+_TITO = (
+    "TITOCallRecord",
+    "TITOCallResult",
+    "TITOChatRequest",
+    "TITODistribution",
+    "TITOError",
+    "TITOFailureTraceConfig",
+    "TITOIncrementalPrompt",
+    "TITOIncrementalRenderer",
+    "TITOLocalDebugConfig",
+    "TITOLocalDebugSink",
+    "TITOMetricSummary",
+    "TITOParseError",
+    "TITOParsedAssistant",
+    "TITOPromptMode",
+    "TITORenderer",
+    "TITOResponseAttempt",
+    "TITOSegmentResult",
+    "TITOSidecar",
+    "TITOTrajectoryArtifact",
+    "TITOTrajectoryEndpoint",
+    "TITOTurn",
+    "TrajectoryDriftPolicy",
+    "dump_tito_failure_trace",
+    "normalize_openai_tool_arguments",
+)
+"""Names of the endpoint for agents."""
+
 __all__ = [
     "CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE",
     "CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO",
@@ -242,6 +296,27 @@ __all__ = [
     "ServerMetrics",
     "ServiceClient",
     "StopReason",
+    "TITOCallRecord",
+    "TITOCallResult",
+    "TITOChatRequest",
+    "TITODistribution",
+    "TITOError",
+    "TITOFailureTraceConfig",
+    "TITOIncrementalPrompt",
+    "TITOIncrementalRenderer",
+    "TITOLocalDebugConfig",
+    "TITOLocalDebugSink",
+    "TITOMetricSummary",
+    "TITOParseError",
+    "TITOParsedAssistant",
+    "TITOPromptMode",
+    "TITORenderer",
+    "TITOResponseAttempt",
+    "TITOSegmentResult",
+    "TITOSidecar",
+    "TITOTrajectoryArtifact",
+    "TITOTrajectoryEndpoint",
+    "TITOTurn",
     "TensorData",
     "TrainerJobConfig",
     "TrainerJobManager",
@@ -250,12 +325,15 @@ __all__ = [
     "TrainingClient",
     "TrainingError",
     "TrainingShapeProfile",
+    "TrajectoryDriftPolicy",
     "WSDSchedule",
     "WeightSyncer",
     "compute_lr",
     "default_constant_schedule",
+    "dump_tito_failure_trace",
     "has_v1_scheduler_fields",
     "normalize_lr_scheduler_spec",
+    "normalize_openai_tool_arguments",
     "parse_lr_scheduler_spec",
     "types",
     "validate_output_model_id",
@@ -279,6 +357,8 @@ def _find(name: str) -> Any:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     if name in _ROOT:
         return getattr(importlib.import_module("fireworks_training"), _ROOT[name])
+    if name in _TITO:
+        return getattr(importlib.import_module("fireworks_training.tito"), name)
     types_: ModuleType = importlib.import_module("tinker.types")
     return types_ if name == "types" else getattr(types_, name)
 

@@ -35,6 +35,7 @@ BEHAVES = {
     "FiretitanServiceClient.create_training_client": (
         "other arguments than the service's are refused, not ignored"
     ),
+    "TITOSidecar": "keeps traces of failures only where `failure_trace_config` is given",
     "DeploymentManager.wait_for_hotload": "waits for every replica, not only the first",
 }
 """Names that take the same parameters and behave differently, and how."""
@@ -256,18 +257,6 @@ def with_all_members(package: str) -> dict[str, Any]:
 # -- the table ----------------------------------------------------------------------------------
 
 
-def is_sidecar(row: Row) -> bool:
-    """Whether it belongs to the official SDK's sidecar for agents, a program of its own."""
-    return row.name.startswith("TITO") or row.name in _SIDECAR
-
-
-_SIDECAR = {
-    "TrajectoryDriftPolicy",
-    "dump_tito_failure_trace",
-    "normalize_openai_tool_arguments",
-}
-
-
 def counts(rows: list[Row]) -> dict[str, int]:
     """How many rows have each verdict."""
     return {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
@@ -276,13 +265,7 @@ def counts(rows: list[Row]) -> dict[str, int]:
 def table(rows: list[Row]) -> str:
     """Markdown: a summary, the names that are the same or absent as a whole, and a row for each of
     the others."""
-    core = [row for row in rows if not is_sidecar(row)]
-    head = (
-        f"{len(rows)} names and methods: {_summary(counts(rows), len(rows))}. Without the sidecar"
-        f" for agents (`TITO...`), which is not here yet, {len(core)}:"
-        f" {_summary(counts(core), len(core))}."
-    )
-    lines = [head, ""]
+    lines = [f"{len(rows)} names and methods: {_summary(counts(rows), len(rows))}.", ""]
     owners: dict[str, list[Row]] = {}
     for row in rows:
         owners.setdefault(row.name.partition(".")[0], []).append(row)

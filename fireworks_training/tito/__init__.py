@@ -1,0 +1,113 @@
+"""Agents behind an OpenAI-compatible endpoint whose tokens are kept as they were sampled.
+
+An agent that talks to a model in text loses the tokens: text tokenizes otherwise than it was
+sampled, and a loss on that is one on what nobody sampled. `TITOSidecar` (token in, token out)
+stands between: agents send chat messages, the deployment gets token ids, and each trajectory leaves
+an artifact with tokens, logprobs and loss masks.
+
+Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fireworks_training.tito.chat_template import ChatTemplateRenderer
+    from fireworks_training.tito.debug_log import TITOLocalDebugConfig, TITOLocalDebugSink
+    from fireworks_training.tito.errors import TITOError, TITOParseError
+    from fireworks_training.tito.failure_traces import (
+        TITOFailureTraceConfig,
+        dump_tito_failure_trace,
+    )
+    from fireworks_training.tito.journal import TITOEventObserver
+    from fireworks_training.tito.messages import normalize_openai_tool_arguments
+    from fireworks_training.tito.metrics import TITODistribution, TITOMetricSummary
+    from fireworks_training.tito.records import (
+        TITOCallRecord,
+        TITOCallResult,
+        TITOPromptMode,
+        TITOResponseAttempt,
+        TITOSegmentResult,
+        TITOTrajectoryArtifact,
+        TITOTrajectoryEndpoint,
+        TITOTurn,
+        TrajectoryDriftPolicy,
+    )
+    from fireworks_training.tito.renderers import (
+        TITOIncrementalPrompt,
+        TITOIncrementalRenderer,
+        TITORenderer,
+    )
+    from fireworks_training.tito.requests import TITOChatRequest, TITOParsedAssistant
+    from fireworks_training.tito.sidecar import TITOSidecar
+
+_HOMES = {
+    "chat_template": ("ChatTemplateRenderer",),
+    "debug_log": ("TITOLocalDebugConfig", "TITOLocalDebugSink"),
+    "errors": ("TITOError", "TITOParseError"),
+    "failure_traces": ("TITOFailureTraceConfig", "dump_tito_failure_trace"),
+    "journal": ("TITOEventObserver",),
+    "messages": ("normalize_openai_tool_arguments",),
+    "metrics": ("TITODistribution", "TITOMetricSummary"),
+    "records": (
+        "TITOCallRecord",
+        "TITOCallResult",
+        "TITOPromptMode",
+        "TITOResponseAttempt",
+        "TITOSegmentResult",
+        "TITOTrajectoryArtifact",
+        "TITOTrajectoryEndpoint",
+        "TITOTurn",
+        "TrajectoryDriftPolicy",
+    ),
+    "renderers": ("TITOIncrementalPrompt", "TITOIncrementalRenderer", "TITORenderer"),
+    "requests": ("TITOChatRequest", "TITOParsedAssistant"),
+    "sidecar": ("TITOSidecar",),
+}
+"""Names by the module that has them."""
+
+__all__ = [
+    "ChatTemplateRenderer",
+    "TITOCallRecord",
+    "TITOCallResult",
+    "TITOChatRequest",
+    "TITODistribution",
+    "TITOError",
+    "TITOEventObserver",
+    "TITOFailureTraceConfig",
+    "TITOIncrementalPrompt",
+    "TITOIncrementalRenderer",
+    "TITOLocalDebugConfig",
+    "TITOLocalDebugSink",
+    "TITOMetricSummary",
+    "TITOParseError",
+    "TITOParsedAssistant",
+    "TITOPromptMode",
+    "TITORenderer",
+    "TITOResponseAttempt",
+    "TITOSegmentResult",
+    "TITOSidecar",
+    "TITOTrajectoryArtifact",
+    "TITOTrajectoryEndpoint",
+    "TITOTurn",
+    "TrajectoryDriftPolicy",
+    "dump_tito_failure_trace",
+    "normalize_openai_tool_arguments",
+]
+
+
+if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
+                value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,240 @@
+"""The HTTP side: OpenAI's chat route for each trajectory, behind that trajectory's key.
+
+It knows HTTP, server-sent events and clients that leave. What a call does is `trajectory`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from aiohttp import web
+
+from fireworks_training.tito.errors import TITOError, invalid
+from fireworks_training.tito.records import TITOCallResult
+from fireworks_training.tito.requests import TITOChatRequest
+from fireworks_training.tito.trajectory import Trajectory
+
+MAX_BODY_BYTES = 64 * 1024 * 1024
+"""A long history is more than a server's usual limit; tokens are bounded by the context."""
+
+_PATH = re.compile(r"^/trajectories/([A-Za-z0-9_.-]+)/")
+
+
+class Registry(Protocol):
+    """Finds trajectories and their keys."""
+
+    def key_of(self, trajectory_id: str) -> str | None:
+        """The key of a trajectory, open or ended not long ago."""
+        ...
+
+    def trajectory_of(self, trajectory_id: str) -> Trajectory:
+        """The trajectory."""
+        ...
+
+
+def application(registry: Registry, keepalive_seconds: Callable[[], float]) -> web.Application:
+    """The app. Every path, also one that is none, needs the key of its trajectory."""
+
+    @web.middleware
+    async def authenticated(request: web.Request, handler: Any) -> web.StreamResponse:
+        found = _PATH.match(request.path)
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        wanted = registry.key_of(found[1]) if found else None
+        if (
+            found is None
+            or wanted is None
+            or not hmac.compare_digest(given.encode(), wanted.encode())
+        ):
+            return error_answer(
+                TITOError("invalid_api_key", 401, "no trajectory of that id has this key")
+            )
+        try:
+            answer: web.StreamResponse = await handler(request)
+        except web.HTTPException as error:
+            return error_answer(TITOError("tito_not_found", error.status, error.reason))
+        return answer
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        trajectory = registry.trajectory_of(request.match_info["id"])
+        return await _chat(request, trajectory, keepalive_seconds())
+
+    async def models(request: web.Request) -> web.Response:
+        return _models(registry.trajectory_of(request.match_info["id"]))
+
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[authenticated])
+    app.router.add_post("/trajectories/{id}/v1/chat/completions", chat)
+    app.router.add_get("/trajectories/{id}/v1/models", models)
+    return app
+
+
+def error_answer(error: TITOError) -> web.Response:
+    """OpenAI's error body, with what a client needs to decide about a retry."""
+    return web.json_response(
+        error.openai_body(),
+        status=error.status,
+        headers={
+            "x-should-retry": "true" if error.should_retry else "false",
+            "x-fireworks-error-origin": error.origin,
+            "x-fireworks-error-code": error.code,
+        },
+    )
+
+
+def _models(trajectory: Trajectory) -> web.Response:
+    try:
+        trajectory.require_active()
+    except TITOError as error:
+        return error_answer(error)
+    names = dict.fromkeys(("policy", trajectory.model))
+    rows = [{"id": n, "object": "model", "created": 0, "owned_by": "fireworks"} for n in names]
+    return web.json_response({"object": "list", "data": rows})
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A chat request and how its answer is to come."""
+
+    request: TITOChatRequest
+    stream: bool
+    usage: bool
+
+
+async def _chat(
+    request: web.Request, trajectory: Trajectory, keepalive: float
+) -> web.StreamResponse:
+    started = time.time()
+    prepared = asyncio.Event()
+    try:
+        trajectory.require_active()
+        wanted = await _read(request)
+        key = request.headers.get("Idempotency-Key")
+        call = trajectory.start(wanted.request, idempotency_key=key, prepared=prepared)
+    except TITOError as error:
+        await trajectory.refused(error, started)
+        return error_answer(error)
+    trajectory.answer_under_way()
+    try:
+        if wanted.stream:
+            return await _streamed(request, trajectory, call, prepared, wanted, keepalive)
+        return await _whole(request, trajectory, call)
+    except TITOError as error:
+        return error_answer(error)
+    except BaseException:
+        # The agent has left, or the server stops: what it asked for is of no use to anyone.
+        await _drop(trajectory, call)
+        raise
+
+
+async def _read(request: web.Request) -> _Wanted:
+    try:
+        body = (await request.read()).decode()
+        payload: Any = await asyncio.to_thread(json.loads, body)
+    except web.HTTPRequestEntityTooLarge:
+        raise TITOError(
+            "tito_request_too_large", 413, f"the body has more than {MAX_BODY_BYTES} bytes"
+        ) from None
+    except ValueError:
+        raise invalid("the body is no JSON") from None
+    if not isinstance(payload, dict):
+        raise invalid("the body must be a JSON object")
+    fields = cast(dict[str, Any], payload)
+    options: Any = fields.get("stream_options") or {}
+    usage = isinstance(options, Mapping) and bool(cast(Any, options).get("include_usage"))
+    wanted = TITOChatRequest.from_openai(fields, wire_request_body=body)
+    return _Wanted(wanted, bool(fields.get("stream")), usage)
+
+
+async def _result(call: asyncio.Task[TITOCallResult]) -> TITOCallResult:
+    """The call's result; one that the end of its trajectory cancelled is an error of its own."""
+    await asyncio.wait([call])
+    if call.cancelled():
+        raise TITOError("tito_trajectory_closed", 410, "the trajectory ended under this call")
+    return call.result()
+
+
+async def _drop(trajectory: Trajectory, call: asyncio.Task[TITOCallResult]) -> None:
+    """Cancel a call whose agent has left; a turn that it made before counts as ambiguous."""
+    call.cancel()
+    (outcome,) = await asyncio.gather(call, return_exceptions=True)
+    if isinstance(outcome, TITOCallResult):
+        await trajectory.emitted(outcome.turn_id, "ambiguous")
+
+
+async def _whole(
+    request: web.Request, trajectory: Trajectory, call: asyncio.Task[TITOCallResult]
+) -> web.StreamResponse:
+    result = await _result(call)
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    await response.write(_json(result.response))
+    await response.write_eof()
+    await trajectory.emitted(result.turn_id, "completed")
+    return response
+
+
+async def _streamed(
+    request: web.Request,
+    trajectory: Trajectory,
+    call: asyncio.Task[TITOCallResult],
+    prepared: asyncio.Event,
+    wanted: _Wanted,
+    keepalive: float,
+) -> web.StreamResponse:
+    """Events: comments while it is sampled, then the answer.
+
+    The message is known when it is parsed as a whole, so it comes in one piece; until then comments
+    keep proxies and clients from giving up.
+    """
+    ready = asyncio.create_task(prepared.wait())
+    try:
+        await asyncio.wait([call, ready], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ready.cancel()
+    if call.done() and not prepared.is_set():
+        await _result(call)  # refused: still a plain answer with its own status
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+    )
+    await response.prepare(request)
+    while not (await asyncio.wait([call], timeout=keepalive))[0]:
+        await response.write(b": keepalive\n\n")
+        trajectory.measured.count("transport/keepalives_sent")
+    try:
+        result = await _result(call)
+    except TITOError as error:
+        await response.write(b"event: error\ndata: " + _json(error.openai_body()) + b"\n\n")
+        await response.write_eof()
+        return response
+    for chunk in _chunks(result.response, usage=wanted.usage):
+        await response.write(b"data: " + _json(chunk) + b"\n\n")
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    await trajectory.emitted(result.turn_id, "completed")
+    return response
+
+
+def _chunks(answer: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+    (choice,) = answer["choices"]
+    message = dict(choice["message"])
+    if message.get("tool_calls"):
+        calls = enumerate(message["tool_calls"])
+        message["tool_calls"] = [{**call, "index": index} for index, call in calls]
+    common = {name: answer[name] for name in ("id", "created", "model")}
+    common["object"] = "chat.completion.chunk"
+    deltas: list[tuple[Any, Any]] = [(message, None), ({}, choice["finish_reason"])]
+    chunks = [
+        {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        for delta, reason in deltas
+    ]
+    return [*chunks, {**common, "choices": [], "usage": answer["usage"]}] if usage else chunks
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(value), separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,423 @@
+"""`TITOSidecar`: agents talk to it as to OpenAI's API, and leave exact tokens behind.
+
+It makes trajectories and ends them, and owns the server. One event loop runs all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import re
+import secrets
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from fireworks_training.errors import ClientClosed, InvalidArgument
+from fireworks_training.tito.backend import Backend, Classifier, ExactTokenSampler
+from fireworks_training.tito.errors import TITOError
+from fireworks_training.tito.failure_traces import FailureTraces, TITOFailureTraceConfig
+from fireworks_training.tito.journal import Journal, TITOEventObserver
+from fireworks_training.tito.records import (
+    TITOPromptMode,
+    TITOStatus,
+    TITOTrajectoryArtifact,
+    TITOTrajectoryEndpoint,
+    TrajectoryDriftPolicy,
+)
+from fireworks_training.tito.renderers import TITORenderer
+from fireworks_training.tito.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from fireworks_training._async.sampler import DeploymentSampler
+
+MAX_OPEN = 8192
+"""Trajectories that may be open at a time."""
+
+REMEMBERED = 4096
+"""Ended trajectories whose late calls are told so (410); older ones are unknown (401)."""
+
+_OWN_HEADERS = frozenset(
+    {"authorization", "x-api-key", "x-request-id", "x-fireworks-session-id"}
+    | {"x-multi-turn-session-id", "x-session-affinity"}
+)
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+logger = logging.getLogger("fireworks_training.tito")
+
+
+class TITOSidecar:
+    """Serves agents an OpenAI-compatible endpoint, and keeps the exact tokens of what they did.
+
+        async with TITOSidecar.from_deployment_sampler(
+            sampler,
+            renderer=ChatTemplateRenderer(tokenizer),
+            max_context_tokens=2048,
+            max_output_tokens=256,
+        ) as sidecar:
+            endpoint = await sidecar.create_trajectory_async()
+            ...  # the agent uses endpoint.openai_base_url and endpoint.api_key
+            artifact = await sidecar.finish_trajectory(endpoint.trajectory_id)
+
+    Each trajectory has a key of its own, which opens nothing else. Prompts are sent as token ids,
+    and what was sampled stays as it was sampled: no text is tokenized to be trained on as a
+    completion. Each turn either continues the tokens so far, or realigns (what the agent's history
+    renders otherwise is masked), or starts a new segment. `artifact.segments` have `tokens`,
+    `logprobs` and `loss_mask`, for `rollout_datum`.
+
+    Args:
+        sampler: samples token ids; see `from_deployment_sampler`.
+        renderer: turns conversations into tokens and back: `ChatTemplateRenderer`, or your own.
+        max_context_tokens: tokens of a prompt and its completion together.
+        max_output_tokens: tokens of a completion, whatever the agent asks for.
+        call_classifier: given a request, says "policy", or "auxiliary" for calls that are answered
+            and no part of the trajectory (titles, summaries).
+        sampling_defaults: options of every call, which the agent can't change.
+        backend_headers_snapshot: HTTP headers of every sampling.
+        observer: is told of events, such as a `TITOLocalDebugSink`; closed with the sidecar.
+        failure_trace_config: keep what failed on disk; None keeps nothing.
+        default_drift_policy: for trajectories without one of their own.
+        prompt_mode: "full_history" renders all messages each time and compares the tokens;
+            "incremental" renders what is new and puts it behind the exact tokens.
+        keepalive_seconds: between comments on a stream that waits for its answer.
+        bind_address: an address of this host; the loopback one unless containers must reach it.
+
+    Raises:
+        InvalidArgument: limits, renderer, mode, address or options that can't be.
+    """
+
+    def __init__(
+        self,
+        sampler: ExactTokenSampler,
+        *,
+        renderer: TITORenderer,
+        max_context_tokens: int,
+        max_output_tokens: int,
+        call_classifier: Classifier | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        backend_headers_snapshot: Mapping[str, str] | None = None,
+        observer: TITOEventObserver | None = None,
+        failure_trace_config: TITOFailureTraceConfig | None = None,
+        default_drift_policy: TrajectoryDriftPolicy | None = None,
+        prompt_mode: TITOPromptMode = "full_history",
+        keepalive_seconds: float = 5.0,
+        bind_address: str = "127.0.0.1",
+    ) -> None:
+        self._address = _specific(bind_address)
+        if not keepalive_seconds > 0:
+            raise InvalidArgument(f"keepalive_seconds must be over 0, got {keepalive_seconds}")
+        self._journal = Journal(observer)
+        self._backend = Backend(
+            sampler,
+            renderer,
+            max_context_tokens=max_context_tokens,
+            max_output_tokens=max_output_tokens,
+            call_classifier=call_classifier,
+            sampling_defaults=sampling_defaults or {},
+            headers=backend_headers_snapshot or {},
+            prompt_mode=prompt_mode,
+            journal=self._journal,
+        )
+        self._traces = FailureTraces(failure_trace_config) if failure_trace_config else None
+        self._policy = default_drift_policy
+        self.keepalive_seconds = keepalive_seconds
+        self._open: dict[str, Trajectory] = {}
+        self._ended: OrderedDict[str, Trajectory] = OrderedDict()
+        self._keys: dict[str, str] = {}
+        self._runner: web.AppRunner | None = None
+        self._port = 0
+        self._closed = False
+
+    @classmethod
+    def from_deployment_sampler(
+        cls,
+        sampler: DeploymentSampler,
+        *,
+        renderer: TITORenderer,
+        max_context_tokens: int,
+        max_output_tokens: int,
+        call_classifier: Classifier | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        observer: TITOEventObserver | None = None,
+        failure_trace_config: TITOFailureTraceConfig | None = None,
+        keepalive_seconds: float = 5.0,
+        default_drift_policy: TrajectoryDriftPolicy | None = None,
+        prompt_mode: TITOPromptMode = "full_history",
+        bind_address: str = "127.0.0.1",
+    ) -> Self:
+        """A sidecar that samples through a deployment's sampler, which stays the caller's.
+
+        Its headers are taken as they are now. The arguments are those of the class.
+
+        Raises:
+            InvalidArgument: as the class; or the sampler has a header that says which calls belong
+                together or who calls, which is each trajectory's to say.
+        """
+        headers = {name.lower(): value for name, value in sampler.additional_headers.items()}
+        if taken := sorted(_OWN_HEADERS & headers.keys()):
+            raise InvalidArgument(
+                f"the sampler's additional_headers set {', '.join(taken)} for all trajectories: "
+                "make it without them"
+            )
+        return cls(
+            sampler,
+            renderer=renderer,
+            max_context_tokens=max_context_tokens,
+            max_output_tokens=max_output_tokens,
+            call_classifier=call_classifier,
+            sampling_defaults=sampling_defaults,
+            backend_headers_snapshot=headers,
+            observer=observer,
+            failure_trace_config=failure_trace_config,
+            keepalive_seconds=keepalive_seconds,
+            default_drift_policy=default_drift_policy,
+            prompt_mode=prompt_mode,
+            bind_address=bind_address,
+        )
+
+    # -- the server --------------------------------------------------------------------------------
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; 0 while it does not."""
+        return self._port
+
+    async def start(self, port: int = 0) -> None:
+        """Listen. Started already, it goes on as it is.
+
+        Args:
+            port: 0 takes a free one.
+
+        Raises:
+            ClientClosed: it was closed.
+            OSError: the address or port can't be had.
+        """
+        if self._closed:
+            raise ClientClosed("the sidecar was closed: make a new one")
+        if self._runner is not None:
+            return
+        from aiohttp import web
+
+        from fireworks_training.tito.server import application
+
+        app = application(self, lambda: self.keepalive_seconds)
+        # An agent that leaves cancels its call, so that the deployment stops generating.
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        self._runner = runner
+        try:
+            await runner.setup()
+            await web.TCPSite(runner, self._address, port).start()
+        except BaseException:
+            self._runner = None
+            await runner.cleanup()
+            raise
+        self._port = int(runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """End what is open as "abandoned", cancel its calls, and stop listening. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        failures: list[BaseException] = []
+        if self._open:
+            logger.warning("%d trajectories were open: abandoned", len(self._open))
+        for trajectory_id in list(self._open):
+            try:
+                await self._end(trajectory_id, "abandoned", "sidecar_shutdown", cancel=True)
+            except TITOError as error:
+                failures.append(error)
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._port = 0
+        self._backend.close()
+        await self._journal.close()
+        if failures:
+            raise failures[0]
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # -- trajectories ------------------------------------------------------------------------------
+
+    def create_trajectory(
+        self,
+        *,
+        trajectory_id: str | None = None,
+        serving_affinity_key: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        drift_policy: TrajectoryDriftPolicy | None = None,
+    ) -> TITOTrajectoryEndpoint:
+        """A new trajectory. With an observer this blocks until it is told; see the async form.
+
+        Args:
+            trajectory_id: letters, digits, `_`, `.` and `-`, 128 at most; random unless given.
+            serving_affinity_key: keeps the calls on one replica, for its prompt cache; share it
+                among trajectories of one prompt, if you like.
+            metadata: JSON for the artifact.
+            drift_policy: instead of the sidecar's.
+
+        Raises:
+            ClientClosed: the sidecar is not started, or closed.
+            InvalidArgument: the id is taken, or no id.
+            TITOError: too many are open (429); or the observer failed (507).
+        """
+        made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
+        self._journal.record_now("trajectory_open", made.trajectory_id, made.opening())
+        return self._endpoint(made)
+
+    async def create_trajectory_async(
+        self,
+        *,
+        trajectory_id: str | None = None,
+        serving_affinity_key: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        drift_policy: TrajectoryDriftPolicy | None = None,
+    ) -> TITOTrajectoryEndpoint:
+        """`create_trajectory` without blocking the loop."""
+        made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
+        await self._journal.record("trajectory_open", made.trajectory_id, made.opening())
+        return self._endpoint(made)
+
+    async def finish_trajectory(self, trajectory_id: str) -> TITOTrajectoryArtifact:
+        """End a trajectory whose agent is done.
+
+        Raises:
+            TITOError: unknown (404), ended before (410), or a call is under way (409).
+        """
+        return await self._end(trajectory_id, "completed", None, cancel=False)
+
+    async def abandon_trajectory(
+        self, trajectory_id: str, reason: str = "caller_abandoned"
+    ) -> TITOTrajectoryArtifact:
+        """End a trajectory in its middle; calls under way are cancelled.
+
+        Raises:
+            TITOError: unknown (404), or ended before (410).
+        """
+        return await self._end(trajectory_id, "abandoned", reason, cancel=True)
+
+    async def fail_trajectory(self, trajectory_id: str, reason: str) -> TITOTrajectoryArtifact:
+        """The same for one that went wrong, such as an agent that crashed."""
+        return await self._end(trajectory_id, "failed", reason, cancel=True)
+
+    def dump_failure_trace(
+        self,
+        artifact: TITOTrajectoryArtifact | None,
+        error: BaseException,
+        *,
+        code: str,
+        source_trace: Path | None = None,
+        source_trace_root: Path | None = None,
+    ) -> str | None:
+        """Keep an artifact that the rollout rejected, within the bounds of `failure_trace_config`.
+
+        Blocks on files: in a coroutine call it by `asyncio.to_thread`. See
+        `dump_tito_failure_trace` for the arguments.
+
+        Returns:
+            The file; None where no configuration was given, or no room is left.
+        """
+        if self._traces is None:
+            return None
+        return self._traces.dump(artifact, error, code, source_trace, source_trace_root)
+
+    # -- for the server ----------------------------------------------------------------------------
+
+    def key_of(self, trajectory_id: str) -> str | None:
+        """The key of a trajectory; None for one that is not known (any more)."""
+        return self._keys.get(trajectory_id)
+
+    def trajectory_of(self, trajectory_id: str) -> Trajectory:
+        """The trajectory of an id.
+
+        Raises:
+            TITOError: there is none (404).
+        """
+        found = self._open.get(trajectory_id) or self._ended.get(trajectory_id)
+        if found is None:
+            raise TITOError("tito_trajectory_not_found", 404, "no trajectory has that id")
+        return found
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _make(
+        self,
+        trajectory_id: str | None,
+        affinity: str | None,
+        metadata: Mapping[str, Any] | None,
+        policy: TrajectoryDriftPolicy | None,
+    ) -> Trajectory:
+        if not self._port:
+            raise ClientClosed("start the sidecar before creating a trajectory, or `async with` it")
+        trajectory_id = uuid.uuid4().hex if trajectory_id is None else trajectory_id
+        if not _ID.fullmatch(trajectory_id):
+            raise InvalidArgument(
+                "trajectory_id takes letters, digits, '_', '.' and '-', 1 to 128 of them"
+            )
+        if trajectory_id in self._keys:
+            raise InvalidArgument(f"there is a trajectory {trajectory_id!r} already")
+        if len(self._open) >= MAX_OPEN:
+            raise TITOError(
+                "tito_too_many_trajectories", 429, f"{MAX_OPEN} trajectories are open: end some"
+            )
+        return Trajectory(
+            self._backend,
+            trajectory_id,
+            serving_affinity_key=affinity,
+            metadata=metadata,
+            drift_policy=policy or self._policy,
+        )
+
+    def _endpoint(self, made: Trajectory) -> TITOTrajectoryEndpoint:
+        trajectory_id = made.trajectory_id
+        if trajectory_id in self._keys:  # another was quicker while the observer was told
+            raise InvalidArgument(f"there is a trajectory {trajectory_id!r} already")
+        self._open[trajectory_id] = made
+        self._keys[trajectory_id] = key = f"tito_{secrets.token_urlsafe(32)}"
+        host = f"[{self._address}]" if ":" in self._address else self._address
+        base = f"http://{host}:{self._port}/trajectories/{trajectory_id}/v1"
+        return TITOTrajectoryEndpoint(trajectory_id, base, key)
+
+    async def _end(
+        self, trajectory_id: str, status: TITOStatus, reason: str | None, *, cancel: bool
+    ) -> TITOTrajectoryArtifact:
+        trajectory = self.trajectory_of(trajectory_id)
+        artifact = await trajectory.end(status, reason, cancel=cancel)
+        del self._open[trajectory_id]
+        self._ended[trajectory_id] = trajectory
+        while len(self._ended) > REMEMBERED:
+            oldest, _ = self._ended.popitem(last=False)
+            self._keys.pop(oldest, None)
+        if self._traces is not None and artifact.status == "failed":
+            code = artifact.terminal_reason or "trajectory_failed"
+            error = TITOError(code, 500, f"the trajectory failed: {code}")
+            await asyncio.to_thread(self._traces.dump, artifact, error, code)
+        return artifact
+
+
+def _specific(address: str) -> str:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        raise InvalidArgument(f"bind_address must be an IP address, got {address!r}") from None
+    if found.is_unspecified or found.is_multicast:
+        raise InvalidArgument(
+            f"bind_address must be one address of this host, got {address!r}: an endpoint with "
+            "prompts is not offered on every interface"
+        )
+    return str(found)
