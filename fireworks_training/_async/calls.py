@@ -6,6 +6,7 @@ by whoever submits it. Passes over datums are in `pass_calls`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+logger = logging.getLogger("fireworks_training.trainer")
 
 CheckpointType = Literal["base", "delta", "merged_base"]
 CHECKPOINT_TYPES = (None, "base", "delta", "merged_base")
@@ -98,6 +101,8 @@ def save_state(
         path = payload.get("path")
         if not isinstance(path, str):
             raise ProtocolError("the trainer saved a state but named no path")
+        if payload.get("replaced") is True:
+            logger.warning("save_state(%r) replaced an earlier state of this name", name)
         runner.last_saved_state = path
         return SaveWeightsResponse(path=path)
 

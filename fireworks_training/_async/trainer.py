@@ -257,6 +257,10 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
+        A second save under a name takes the place of the first in one step, and a warning says so:
+        states are the job's, so that a run that begins again, or another model of the job, may
+        come to a name that is taken. A save that fails leaves the earlier state as it was.
+
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
             ttl_seconds, overwrite: of Tinker servers; refused.

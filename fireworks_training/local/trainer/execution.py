@@ -264,7 +264,8 @@ class TrainedModel:
             projection_head_dim=None if self._head is None else self._head.out_features,
         )
         states = self._stores.states
-        if not operation.overwrite and operation.name in states.names():
+        taken = states.has(operation.name)
+        if taken and not operation.overwrite:
             raise OperationFailed(
                 f"there is a state {operation.name!r} already; pass overwrite=True to replace it",
                 error_class="StateExists",
@@ -274,7 +275,8 @@ class TrainedModel:
         if operation.tinker is not None:
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             path = self._note(operation.tinker, size) or path
-        return Answer({"path": path, "type": "save_weights"})
+        answer = {"path": path, "type": "save_weights"}
+        return Answer({**answer, "replaced": True} if taken else answer)
 
     def _note(self, saved: TinkerSave, size: int) -> str | None:
         """Remembers a checkpoint of the Tinker API; returns its path."""

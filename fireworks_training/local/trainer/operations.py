@@ -142,7 +142,7 @@ class TinkerSave:
 
 @dataclass(frozen=True, slots=True)
 class SaveState:
-    """`overwrite` False refuses a name that is taken."""
+    """A state of that name is replaced, and the answer says so; `overwrite` False refuses that."""
 
     name: str
     overwrite: bool = True

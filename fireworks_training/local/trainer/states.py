@@ -81,6 +81,10 @@ class StateStore:
         """Names of the states that are whole, sorted."""
         return sorted(path.parent.name for path in self.folder.glob("*/state.json"))
 
+    def has(self, name: str) -> bool:
+        """Whether there is a whole state of that name."""
+        return (self.folder / check_name(name, "state") / "state.json").exists()
+
     def clean(self) -> None:
         """Removes what a save that died left behind."""
         for folder in self.folder.iterdir():
@@ -158,7 +162,7 @@ class StateStore:
             OperationFailed: as `load`.
         """
         place = self.folder / check_name(name, "state")
-        if not (place / "state.json").exists():
+        if not self.has(name):
             raise OperationFailed(
                 self._missing(name, None, self.folder), error_class="StateNotFound"
             )

@@ -111,7 +111,8 @@ async def test_checkpoints_have_paths_and_notes(start: Starter, tmp_path: Path) 
     assert state["path"] == f"tinker://{SESSION}:train:0/weights/step-1"
     again = await run.run("save_weights", path="step-1")
     assert again["error_class"] == "StateExists"
-    await run.ok("save_weights", path="step-1", overwrite=True)
+    assert "replaced" not in state
+    assert (await run.ok("save_weights", path="step-1", overwrite=True))["replaced"] is True
     sampler = await run.ok("save_weights_for_sampler", path="step-1")
     assert sampler["path"] == f"tinker://{SESSION}:train:0/sampler_weights/step-1"
     ephemeral = await run.ok("save_weights_for_sampler", sampling_session_seq_id=3)

@@ -160,6 +160,23 @@ async def test_states_over_http(start: Starter, tmp_path: Path) -> None:
         assert "cross_job://<job>/<name>" in answer["error"]
 
 
+async def test_a_second_save_of_a_name_takes_the_place_of_the_first(start: Starter) -> None:
+    trainer = await start()
+    before = await trainer.ok("forward", **cross_entropy(*some_data(), backward=False))
+    first = await trainer.submit("save_weights", path="one")
+    assert "replaced" not in await trainer.result(first)
+    # The same request once more is the same save.
+    assert await trainer.submit("save_weights", trainer.seq_id, path="one") == first
+    assert "replaced" not in await trainer.result(first)
+    await trainer.ok("forward_backward", **cross_entropy(*some_data()))
+    await trainer.ok("optim_step", adam_params=ADAM)
+    after = await trainer.ok("forward", **cross_entropy(*some_data(), backward=False))
+    assert (await trainer.ok("save_weights", path="one"))["replaced"] is True
+    await trainer.ok("load_weights", path="one", optimizer=True)
+    loaded = await trainer.ok("forward", **cross_entropy(*some_data(), backward=False))
+    assert loaded == after != before
+
+
 async def test_a_state_of_another_kind_of_training(start: Starter) -> None:
     full = await start()
     await full.ok("save_weights", path="full")
