@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 import torch
@@ -130,6 +131,48 @@ async def test_greedy_is_generate_and_a_seed_is_a_seed(platform: RunningPlatform
         for (one,), (many,) in zip(alone, crowd[:20], strict=True)
     )
     assert different <= 1, "a seed gives its tokens whatever the batch"
+
+
+# -- someone leaves -------------------------------------------------------------------------------
+
+
+async def test_cancelling_32_of_64_streams_frees_their_slots(platform: RunningPlatform) -> None:
+    """Counted by the engine; who stays is not disturbed, and who comes finds the slots free."""
+    async with (
+        plane_of(platform) as plane,
+        deployed(platform, plane, "cancelled") as sampler,
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {platform.api_key}"}) as http,
+    ):
+        url = f"{platform.base_url}/hot_load/v1/models/hot_load"
+        name = {"fireworks-deployment": "accounts/local/deployments/cancelled"}
+
+        async def load() -> dict[str, int]:
+            async with http.get(url, headers=name) as response:
+                found: dict[str, int] = (await response.json())["replicas"][0]["load"]
+            return found
+
+        async def active(count: int) -> bool:
+            return await load() == {"slots": slots, "active": count, "waiting": 0}
+
+        slots = (await load())["slots"]
+        asked = prompts(64, 5)
+        running = [
+            asyncio.ensure_future(
+                sampler.sample_with_prompt_tokens([prompt], max_tokens=tokens, ignore_eos=True)
+            )
+            # Those who leave would not have ended by themselves in this test's time.
+            for prompt, tokens in zip(asked, [1900, 400] * 32, strict=True)
+        ]
+        await eventually(lambda: active(64))
+        for task in running[::2]:
+            task.cancel()
+        await eventually(lambda: active(32))
+        late = await sampler.sample_with_prompt_tokens([asked[0]], max_tokens=1, ignore_eos=True)
+        assert (late[0].metrics.num_concurrent_requests or 64) <= 33
+        stayed = await asyncio.gather(*running[1::2])
+        assert [found[0].completion_len for found in stayed] == [400] * 32
+        assert await active(0)
+        assert all(task.cancelled() for task in running[::2])
 
 
 # -- someone dies ---------------------------------------------------------------------------------

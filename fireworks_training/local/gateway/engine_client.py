@@ -187,7 +187,7 @@ class EngineClient(asyncio.Protocol):
         return self._identities.get(version)
 
     def status(self) -> dict[str, object]:
-        """The engine's row in the hot load route's `replicas`."""
+        """The engine's row in the hot load route's `replicas`; `load` is as of its last step."""
         state = self.state
         loading: dict[str, object] = {
             "stage": state.stage,
@@ -200,9 +200,11 @@ class EngineClient(asyncio.Protocol):
         adapters: list[dict[str, object]] = []
         if state.kind == "lora":
             adapters.append({"identity": state.identity, "status": "loaded"})
+        slots = 0 if self._limits is None else self._limits.max_slots
         return {
             "current_snapshot_identity": state.identity,
             "readiness": self._limits is not None and not self.is_closed,
+            "load": {"slots": slots, "active": self.active, "waiting": self.waiting},
             "loading_state": loading,
             "tensors_sha256": state.tensors_sha256,
             "loaded_adapters": adapters,

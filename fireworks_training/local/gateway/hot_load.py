@@ -174,6 +174,7 @@ def _absent_row(live: LiveDeployment) -> dict[str, object]:
     return {
         "current_snapshot_identity": None,
         "readiness": False,
+        "load": {"slots": 0, "active": 0, "waiting": 0},
         "loading_state": {
             "stage": "pending",
             "target_snapshot_identity": live.loaded_identity,

@@ -78,6 +78,8 @@ async def test_a_base_snapshot_is_loaded_reported_and_named_by_completions(
         assert answer == {"identity": "step-1", "replicas": 1, "long_poll": True}
         row = await settled(served, "step-1")
         assert row["loading_state"].pop("timings").keys() == {"prepare", "swap"}
+        assert (load := row.pop("load"))["slots"] > 0
+        assert (load["active"], load["waiting"]) == (0, 0)
         assert row == {
             "current_snapshot_identity": "step-1",
             "readiness": True,
