@@ -6,7 +6,9 @@ It knows no mathematics: a gradient is a count. What it applied, in which order,
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from fireworks_training._wire import json_passes, protobuf
+from fireworks_training._wire.compression import decompress
 
 Hook = Callable[[str, dict[str, Any]], Awaitable[web.StreamResponse | None]]
 
@@ -34,6 +37,13 @@ class StubTrainer:
         backward: whether it offers a backward by an earlier forward; `forgets` the forwards whose
             references it refuses.
         bodies: what was executed, by seq_id, as JSON has it.
+        config: what it answers to client/config; None: it has no such route.
+        batch: whether it offers batch polls.
+        inline: bytes of a result that comes in a batch poll; None: it refuses them after all.
+        forgotten: requests whose end no batch poll tells.
+        retrieved: requests whose results it was told are there.
+        counts: requests by route.
+        encodings: content encodings of passes.
     """
 
     step_protocol: bool = True
@@ -49,6 +59,14 @@ class StubTrainer:
     forgets: set[int] = field(default_factory=set)
     bodies: dict[int, dict[str, Any]] = field(default_factory=dict)
     lost: bool = False
+    config: dict[str, Any] | None = None
+    fails_config: bool = False
+    batch: bool = False
+    inline: int | None = 1 << 20
+    counts: Counter[str] = field(default_factory=Counter)
+    encodings: list[str | None] = field(default_factory=list)
+    forgotten: set[str] = field(default_factory=set)
+    retrieved: list[str] = field(default_factory=list)
     _waiting: dict[int, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     _results: dict[str, dict[str, Any]] = field(default_factory=dict)
     _next: int = 1
@@ -57,7 +75,9 @@ class StubTrainer:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def app(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[self._counting])
+        app.router.add_post("/api/v1/client/config", self._config)
+        app.router.add_post("/api/v1/retrieve_futures", self._retrieve_many)
         app.router.add_post("/api/v1/create_session", self._session)
         app.router.add_post("/api/v1/session_heartbeat", self._beat)
         app.router.add_post("/api/v1/retrieve_future", self._retrieve)
@@ -79,8 +99,21 @@ class StubTrainer:
 
     async def start(self) -> TestServer:
         server = TestServer(self.app())
-        await server.start_server()
+        await server.start_server(auto_decompress=False)
         return server
+
+    @web.middleware
+    async def _counting(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.counts[request.path.removeprefix("/api/v1/")] += 1
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def _config(self, request: web.Request) -> web.Response:
+        if self.fails_config:
+            return web.Response(status=500)
+        if self.config is None:
+            return web.json_response({"error": "no such route"}, status=404)
+        return web.json_response(self.config)
 
     async def _session(self, request: web.Request) -> web.Response:
         return web.json_response({"session_id": "session-1"})
@@ -93,13 +126,19 @@ class StubTrainer:
         if self.step_protocol:
             result["step_protocol"] = 1
         result |= {"wire": self.wire, "supports_backward": self.backward}
+        if self.batch:
+            result["retrieve_futures"] = 1
         self._results["create"] = result
         return web.json_response({"request_id": "create"})
 
     async def _submit(self, request: web.Request) -> web.StreamResponse:
         path = request.path.rsplit("/", 1)[-1]
         if request.content_type == protobuf.CONTENT_TYPE:
-            path, body = _from_protobuf(path, await request.read())
+            raw, encoding = await request.read(), request.headers.get("Content-Encoding")
+            self.encodings.append(encoding)
+            if encoding is not None:
+                raw = decompress(raw, limit=1 << 30)
+            path, body = _from_protobuf(path, raw)
         else:
             body = await request.json(loads=json.loads)
         seq_id = body["seq_id"]
@@ -107,9 +146,7 @@ class StubTrainer:
         async with self._changed:
             self._changed.notify_all()
         if self.lost:
-            return web.json_response(
-                {"error": "worker died", "error_class": "ModelLost"}, status=410
-            )
+            return _died()
         if self.before is not None:
             answer = await self.before(path, body)
             if answer is not None:
@@ -191,14 +228,42 @@ class StubTrainer:
             while request_id not in self._results and not self.lost:
                 await self._changed.wait()
         if self.lost:
-            return web.json_response(
-                {"error": "worker died", "error_class": "ModelLost"}, status=410
-            )
+            return _died()
+        content, content_type = self._encoded(request_id)
+        return web.Response(body=content, content_type=content_type)
+
+    def _encoded(self, request_id: str) -> tuple[bytes, str]:
         result = self._results[request_id]
         if "loss_fn_outputs" in result and self.bodies[int(request_id[1:])].get("protobuf"):
             content = protobuf.encode_result(json_passes.decode_result(result))
-            return web.Response(body=content, content_type=protobuf.CONTENT_TYPE)
-        return web.json_response(result)
+            return content, protobuf.CONTENT_TYPE
+        return json.dumps(result).encode(), "application/json"
+
+    async def _retrieve_many(self, request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        if self.before_poll is not None:
+            answer = await self.before_poll("batch")
+            if answer is not None:
+                return answer
+        if self.inline is None:
+            return web.json_response({"error": "not here"}, status=404)
+        self.retrieved += asked["retrieved_request_ids"]
+        cursor = asked["prev_cursor"]
+        async with self._changed:
+            while len(self._results) <= cursor and not self.lost:
+                await self._changed.wait()
+        if self.lost:
+            return _died()
+        completions = []
+        for request_id in list(self._results)[cursor:]:
+            content, content_type = self._encoded(request_id)
+            state = "failed" if "error" in self._results[request_id] else "finished"
+            one: dict[str, Any] = {"state": state, "request_id": request_id}
+            if len(content) <= min(self.inline, asked["inline_bytes"]):
+                one |= {"payload": base64.b64encode(content).decode(), "content_type": content_type}
+            if request_id not in self.forgotten:
+                completions.append(one)
+        return web.json_response({"completions": completions, "cursor": len(self._results)})
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that a submit brings about."""
@@ -210,6 +275,10 @@ class StubTrainer:
         async with self._changed:
             self.lost = True
             self._changed.notify_all()
+
+
+def _died() -> web.Response:
+    return web.json_response({"error": "worker died", "error_class": "ModelLost"}, status=410)
 
 
 def _from_protobuf(path: str, raw: bytes) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -24,6 +24,7 @@ from fireworks_training._async.transport import (
     with_retries,
 )
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._wire.batch_polls import Ended, decode_poll, encode_poll
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -33,6 +34,7 @@ from fireworks_training.errors import (
     RequestFailed,
     TrainerLost,
 )
+from fireworks_training.models import __version__
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -62,7 +64,7 @@ PARSE_INLINE = 1 << 16
 """Bytes of JSON that are parsed on the loop; more go to a thread."""
 
 BEAT_TIMEOUT = 10.0
-"""Seconds for one heartbeat."""
+"""Seconds for one heartbeat, or for what can be done without."""
 
 BILLING_PAUSE = 5.0
 """Seconds between polls while the server says 402 (billing pause)."""
@@ -102,6 +104,17 @@ class DataPlane:
             return await self._transport.call("POST", self.url(path), json=payload, what=what)
         except ApiStatusError as error:
             raise _lost(error) or error from error.cause
+
+    async def client_config(self) -> dict[str, Any]:
+        """What the trainer asks of its clients; tried twice, since it can be done without."""
+        return await self._transport.call(
+            "POST",
+            self.url("client/config"),
+            json={"sdk_version": __version__},
+            what="client/config",
+            timeout=BEAT_TIMEOUT,
+            backoff=Backoff(attempts=2),
+        )
 
     async def get(self, path: str, *, what: str) -> dict[str, Any]:
         """A GET that answers at once; retried."""
@@ -221,6 +234,26 @@ class DataPlane:
                 delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
             await asyncio.sleep(delay)
 
+    async def ended(
+        self, model_id: str, cursor: int, retrieved: Sequence[str]
+    ) -> tuple[list[Ended], int]:
+        """One batch poll, no retry: what has ended of a model since a cursor, and the next one.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiError: no such answer.
+        """
+        response = await self._transport.exchange(
+            "POST",
+            self.url("retrieve_futures"),
+            body=encode_poll(model_id, cursor, retrieved),
+            timeout=POLL_TIMEOUT,
+        )
+        if not response.ok:
+            error = response.error("batch poll")
+            raise _lost(error) or error
+        return decode_poll(await _parsed(response))
+
 
 def patient(undecided: frozenset[int]) -> Backoff:
     """A budget of `PATIENCE` seconds, however many attempts; for what must not be given up."""
@@ -280,15 +313,18 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
         raise response.error(what)
     if PROTOBUF_TYPE in response.headers.get("Content-Type", ""):
         return response.body
-    if len(response.body) <= PARSE_INLINE:
-        payload = response.object()
-    else:
-        payload = await in_worker(response.object)
+    payload = await _parsed(response)
     if payload.get("type") == "try_again":
         return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
     if "error" in payload:
         raise _failure(payload, request_id, what)
     return payload
+
+
+async def _parsed(response: Response) -> dict[str, Any]:
+    if len(response.body) <= PARSE_INLINE:
+        return response.object()
+    return await in_worker(response.object)
 
 
 def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> OperationError:

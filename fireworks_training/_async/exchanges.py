@@ -11,9 +11,19 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from fireworks_training._async.data_plane import Answer, DataPlane, is_conflict, was_refused
+from fireworks_training._async.ahead import off_loop
+from fireworks_training._async.batch_polls import BatchPolls
+from fireworks_training._async.data_plane import (
+    Answer,
+    DataPlane,
+    NotReady,
+    is_conflict,
+    read_outcome,
+    was_refused,
+)
 from fireworks_training._async.transport import Body
 from fireworks_training._core.events import AckEvent, FinishEvent, SubmitEvent
 from fireworks_training._core.notices import Watch
@@ -53,11 +63,13 @@ class Request:
         accept: content types that its result may have; None: JSON.
         instead: what to send under the same id if the server refuses it; made in a thread. For
             requests whose refusal leaves their place free.
+        tokens: about how many `make` takes as long as to encode; many are made in a thread.
     """
 
     make: Callable[[int], Sent]
     accept: Mapping[str, str] | None = None
     instead: Callable[[int], Sent] | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,8 @@ class Exchanges:
         filler: makes a request that changes nothing, for a place that must not stay empty.
         name: of the client, for messages.
         saved_state: the newest state that the client saved, for messages.
+        uploads: submits under way at a time.
+        batch_polls: whether the trainer tells of all results of the model in one poll.
     """
 
     def __init__(
@@ -86,17 +100,20 @@ class Exchanges:
         filler: Callable[[int], Sent],
         name: str,
         saved_state: Callable[[], str | None],
+        uploads: int = UPLOADS,
+        batch_polls: bool = False,
     ) -> None:
         self._plane = plane
         self._filler = filler
         self._name = name
         self._saved_state = saved_state
         self._next_seq = 1
-        self._uploads = asyncio.Semaphore(UPLOADS)
+        self._uploads = asyncio.Semaphore(uploads)
         self._polls = asyncio.Semaphore(POLLS)
         self._watch = Watch()
         self._look: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
+        self._batch = BatchPolls(plane, name, self.keep) if batch_polls else None
 
     def keep(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run a coroutine that ends with the client."""
@@ -139,12 +156,7 @@ class Exchanges:
             self._tell_ack(seq_id, label, request_id, loop.time() - submitted)
             if not taken.done():
                 taken.set_result(None)
-            note("for the results before it")
-            async with self._polls:
-                note("no answer to a poll for its result yet")
-                answer = await self._plane.result(
-                    request_id, what=label, headers=request.accept, note=note
-                )
+            answer = await self._result(request_id, request, label, note)
             self._tell_finish(seq_id, label, loop.time() - submitted)
             return answer
         except ApiStatusError as error:
@@ -184,8 +196,29 @@ class Exchanges:
                 )
             )
 
+    async def _result(
+        self, request_id: str, request: Request, label: str, note: Callable[[str], None]
+    ) -> Answer:
+        if self._batch is not None:
+            note("the trainer's batch polls have not told of its result yet")
+            told = await self._batch.wait(request_id)
+            if told is not None:
+                answer = await read_outcome(told, request_id, label)
+                if not isinstance(answer, NotReady):
+                    self._batch.retrieved(request_id)
+                    return answer
+        note("for the results before it")
+        async with self._polls:
+            note("no answer to a poll for its result yet")
+            answer = await self._plane.result(
+                request_id, what=label, headers=request.accept, note=note
+            )
+        if self._batch is not None:
+            self._batch.retrieved(request_id)
+        return answer
+
     async def _submit(self, request: Request, seq_id: int, label: str) -> str:
-        sent = request.make(seq_id)
+        sent = await off_loop(request.tokens, partial(request.make, seq_id))
         try:
             return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
         except ApiStatusError as error:

@@ -23,7 +23,7 @@ import orjson
 
 from fireworks_training._async.ahead import Ahead, Piece
 from fireworks_training._async.data_plane import RESULT_GONE, Answer, DataPlane
-from fireworks_training._async.exchanges import Exchange, Exchanges, Request, Sent
+from fireworks_training._async.exchanges import UPLOADS, Exchange, Exchanges, Request, Sent
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
 from fireworks_training._core.events import FailureEvent
@@ -158,6 +158,8 @@ class LineRunner:
         line: the rules' state.
         filler: makes a request that changes nothing, for a place that must not stay empty.
         forward_only: the model's weights stay as they are.
+        batch_polls: whether the trainer tells of all results of the model in one poll.
+        parallel: whether requests go out side by side.
     """
 
     def __init__(
@@ -169,6 +171,8 @@ class LineRunner:
         line: Line,
         filler: Callable[[int], Sent],
         forward_only: bool = False,
+        batch_polls: bool = False,
+        parallel: bool = True,
     ) -> None:
         self.line = line
         self._forward_only = forward_only
@@ -176,7 +180,12 @@ class LineRunner:
         self._model_id = model_id
         self._events = plane.events
         self._exchanges = Exchanges(
-            plane, filler=filler, name=model_id, saved_state=lambda: self.last_saved_state
+            plane,
+            filler=filler,
+            name=model_id,
+            saved_state=lambda: self.last_saved_state,
+            uploads=UPLOADS if parallel else 1,
+            batch_polls=batch_polls,
         )
         self._ahead = Ahead()
         self._lock = threading.Lock()

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fireworks_training._async.ahead import Piece, off_loop
+from fireworks_training._async.client_config import ClientConfig
 from fireworks_training._async.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.data_plane import Answer
 from fireworks_training._async.exchanges import Request, Sent
 from fireworks_training._async.operations import Turn
 from fireworks_training._async.patience import speaking
 from fireworks_training._async.usage import UsageMeter
-from fireworks_training._core.chunking import MAX_BYTES, MAX_DATUMS, combine_metrics, split
+from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.datums import Captured, Encoding, PassResult, check_inputs
 from fireworks_training._wire.dialects import ACCEPT, Dialect, Encoded, decode_result, encode_filler
 from fireworks_training._wire.training import PassKind
@@ -84,12 +85,14 @@ class Passes:
         dialect: how requests are written.
         backward: whether the trainer takes a backward by an earlier forward.
         usage: counts what came back.
+        limits: what one request may hold.
     """
 
     model_id: str
     dialect: Dialect
     backward: bool = False
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
+    limits: ClientConfig = field(default_factory=ClientConfig)
 
     def filler(self, seq_id: int) -> Sent:
         """A request that changes nothing."""
@@ -112,13 +115,14 @@ class Passes:
         arrays = [inputs(datum, index) for index, datum in enumerate(data)]
         datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
         sizes = [datum.size for datum in datums]
-        chunks = split(sizes)
+        limits = self.limits
+        chunks = split(sizes, max_datums=limits.max_datums, max_bytes=limits.max_bytes)
         if whole and len(chunks) > 1:
             size = sum(sizes)
             raise InvalidDatum(
                 f"{len(datums)} datums of {size} bytes do not fit in one request, which they must: "
-                f"their outputs depend on each other. Take fewer than {MAX_DATUMS} datums and "
-                f"{MAX_BYTES} bytes."
+                f"their outputs depend on each other. Take at most {limits.max_datums} datums and "
+                f"{limits.max_bytes} bytes."
             )
         bodies = [self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]
         return EncodedData(bodies, chunks, arrays)
@@ -226,11 +230,18 @@ class Passes:
         def instead(seq_id: int) -> Sent:
             return self._chunk("forward_backward", linear(), Losses(), seq_id)
 
-        return Request(make, _ACCEPT, instead)
+        return Request(make, _ACCEPT, instead, self._effort(body))
 
     def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: Losses) -> list[Request]:
         """One request for each body."""
-        return [Request(partial(self._chunk, kind, body, loss), _ACCEPT) for body in bodies]
+        return [
+            Request(partial(self._chunk, kind, body, loss), _ACCEPT, tokens=self._effort(body))
+            for body in bodies
+        ]
+
+    def _effort(self, body: bytes) -> int:
+        """In tokens, what it takes to make a request of a body: nothing, or to compress it."""
+        return len(body) // 16 if self.dialect.compresses else 0
 
     def _chunk(self, kind: PassKind, body: bytes, loss: Losses, seq_id: int) -> Sent:
         return _sent(

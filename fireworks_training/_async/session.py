@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import orjson
 
+from fireworks_training._async.client_config import ClientConfig, read_client_config
 from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.heartbeat import Heartbeat
 from fireworks_training._async.loops import OwnerLoop
@@ -35,6 +36,7 @@ class Capabilities:
         step_protocol: whether it enforces atomic steps.
         snapshot_protocol: whether its saves say what they wrote.
         backward: whether it takes a backward that refers to an earlier forward.
+        batch_polls: whether it tells of all results of a model in one poll.
     """
 
     model_id: str
@@ -43,6 +45,7 @@ class Capabilities:
     step_protocol: bool = False
     snapshot_protocol: bool = False
     backward: bool = False
+    batch_polls: bool = False
 
     @classmethod
     def read(cls, payload: Mapping[str, Any]) -> Capabilities:
@@ -58,6 +61,7 @@ class Capabilities:
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
             backward=payload.get("supports_backward") is True,
+            batch_polls=payload.get("retrieve_futures") == 1,
         )
 
 
@@ -78,6 +82,7 @@ class TrainerSession:
     ) -> None:
         self.plane = DataPlane(transport, trainer_url)
         self.session_id = ""
+        self.client_config = ClientConfig()
         self._make_transport = make_transport
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
@@ -85,6 +90,7 @@ class TrainerSession:
 
     async def open(self, user_metadata: Mapping[str, str] | None) -> None:
         """Open the session and start its heartbeat."""
+        self.client_config = await read_client_config(self.plane)
         answer = await self.plane.call(
             "create_session",
             {

@@ -69,9 +69,15 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
         self._publishing = publishing
         self._passes = Passes(
             capabilities.model_id,
-            choose(config.dialect, wire=capabilities.wire, comms=capabilities.comms),
+            choose(
+                config.dialect,
+                wire=capabilities.wire,
+                comms=capabilities.comms,
+                zstd=session.client_config.compress,
+            ),
             backward=capabilities.backward,
             usage=session.plane.usage,
+            limits=session.client_config,
         )
         self._pass_calls = PassCalls(self._passes)
         self._runner = LineRunner(
@@ -81,6 +87,8 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
             line=Line(step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps),
             filler=self._passes.filler,
             forward_only=forward_only,
+            batch_polls=capabilities.batch_polls,
+            parallel=session.client_config.parallel_chunks,
         )
         self._submit = self._runner.submit
         if not forward_only:

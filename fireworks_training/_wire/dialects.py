@@ -38,6 +38,11 @@ class Dialect(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def compresses(self) -> bool:
+        """Whether `encode_pass` and `encode_backward` compress, which takes time."""
+        ...
+
     def encode_datum(
         self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
     ) -> Encoding:
@@ -78,6 +83,7 @@ class JsonDialect:
 
     comms: str = "v1"
     name: str = "json"
+    compresses: bool = False
 
     def encode_datum(
         self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
@@ -122,9 +128,9 @@ class JsonDialect:
 
 @dataclass(frozen=True, slots=True)
 class ProtobufDialect:
-    """Tinker protobuf; `zstd` compresses the requests, for servers that ask for it."""
+    """Tinker protobuf; `compresses` the requests in zstd for servers that ask for it."""
 
-    zstd: bool = False
+    compresses: bool = False
     name: str = "protobuf"
 
     def encode_datum(
@@ -167,19 +173,20 @@ class ProtobufDialect:
         return self._encoded("backward", body)
 
     def _encoded(self, path: str, body: tuple[bytes, ...]) -> Encoded:
-        if not self.zstd:
+        if not self.compresses:
             return Encoded(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
         headers = {"Content-Type": protobuf.CONTENT_TYPE, "Content-Encoding": ENCODING}
         return Encoded(path, (compress(b"".join(body)),), headers)
 
 
-def choose(asked: str | None, *, wire: Sequence[str], comms: str) -> Dialect:
+def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = False) -> Dialect:
     """The dialect for a trainer that the control plane provisioned.
 
     Args:
         asked: what the caller wants: "json", "protobuf", or None.
         wire: the dialects that the trainer says it takes; empty where it does not say.
         comms: the version of JSON that it asks for.
+        zstd: whether it asks for compressed requests in protobuf.
 
     Raises:
         NotSupported: the trainer says what it takes, and that is not among it.
@@ -187,7 +194,7 @@ def choose(asked: str | None, *, wire: Sequence[str], comms: str) -> Dialect:
     if asked is not None and wire and asked not in wire:
         raise NotSupported(f"dialect={asked!r}: this trainer takes {', '.join(wire)}")
     if asked == "protobuf" or (asked is None and "protobuf" in wire):
-        return ProtobufDialect()
+        return ProtobufDialect(zstd)
     return JsonDialect(comms)
 
 

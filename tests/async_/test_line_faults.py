@@ -29,8 +29,8 @@ def thirty(client: Any) -> list[Any]:
     return futures
 
 
-async def run(spoil: dict[int, str]) -> tuple[StubTrainer, FaultProxy]:
-    stub, proxy = StubTrainer(), FaultProxy("", spoil)
+async def run(spoil: dict[int, str], *, batch: bool = False) -> tuple[StubTrainer, FaultProxy]:
+    stub, proxy = StubTrainer(config={}, batch=batch), FaultProxy("", spoil)
     async with connected(stub, through=proxy) as client:
         for future in thirty(client):
             await future
@@ -51,6 +51,18 @@ async def test_a_fault_at_every_message_one_at_a_time() -> None:
     for message in range(messages):
         fault = FAULTS[message % len(FAULTS)]
         stub, proxy = await run({message: fault})
+        assert proxy.struck == [fault]
+        assert (stub.applied, stub.steps) == (wanted, [1, 2, 3, 1, 2, 3, 1, 2]), (message, fault)
+
+
+async def test_a_fault_at_every_message_with_batch_polls() -> None:
+    stub, proxy = await run({}, batch=True)
+    wanted, messages = stub.applied, proxy.seen - stub.counts["retrieve_futures"]
+    assert [seq_id for _, seq_id in wanted] == list(range(1, 31))
+    assert stub.counts["retrieve_future"] <= 1  # of the model's making
+    for message in range(messages):  # how many more there are differs
+        fault = FAULTS[message % len(FAULTS)]
+        stub, proxy = await run({message: fault}, batch=True)
         assert proxy.struck == [fault]
         assert (stub.applied, stub.steps) == (wanted, [1, 2, 3, 1, 2, 3, 1, 2]), (message, fault)
 

@@ -25,7 +25,6 @@ from fireworks_training import (
     TrainerLost,
     WrongLoop,
 )
-from fireworks_training._core import chunking
 from tests.stub_trainer import StubTrainer
 
 ADAM = tinker.AdamParams(learning_rate=0.1)
@@ -179,11 +178,8 @@ async def test_a_filler_that_is_refused_ends_the_session(connect: Any) -> None:
             client.forward([datum()])
 
 
-async def test_the_second_of_three_chunks_fails(
-    connect: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunking.split, "__kwdefaults__", {"max_datums": 1, "max_bytes": 10**6})
-    stub = StubTrainer(fail={2})
+async def test_the_second_of_three_chunks_fails(connect: Any) -> None:
+    stub = StubTrainer(fail={2}, config={"fwdbwd_max_chunk_len": 1})
     async with connect(stub) as client:
         broken = client.forward_backward([datum()] * 3, "cross_entropy")
         step = client.optim_step(ADAM)

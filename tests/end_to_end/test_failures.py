@@ -18,7 +18,7 @@ from fireworks_training import (
     PrecedingOperationFailed,
     RequestFailed,
 )
-from fireworks_training._core import chunking
+from fireworks_training._async import client_config
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, datums, part, relative, saved_state, service_on
 
@@ -107,8 +107,7 @@ async def test_a_failed_step_leaves_no_trace(
 ) -> None:
     if break_it is refused_in_the_second_of_three_chunks:
         # Three long datums make three requests; the short ones of the other steps still make one.
-        bounds = {"max_datums": 100, "max_bytes": 3000}
-        monkeypatch.setattr(chunking.split, "__kwdefaults__", bounds)
+        monkeypatch.setattr(client_config, "MAX_BYTES", 3000)
     async with service_on(platform) as service:
         client = await service.create_training_client()
         before = client.save_state("before")
