@@ -7,7 +7,6 @@ call order is execution order, whatever is awaited first. What an operation send
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -454,9 +453,6 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
         """`load_adapter`, awaited for its future."""
         return self.load_adapter(adapter_path)
-
-    def _forward(self, data: Sequence[tinker.Datum], /) -> PassFuture:
-        return self.forward(data)
 
     async def _close(self, *, drain: bool) -> None:
         await self._runner.close(drain=drain)

@@ -15,7 +15,7 @@ from fireworks_training.models import SaveSamplerResult, WeightSyncResult
 if TYPE_CHECKING:
     import tinker
 
-    from fireworks_training._async.pass_calls import PassFuture
+    from fireworks_training._async.pass_calls import PassCalls, PassFuture
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 
@@ -23,12 +23,14 @@ class TrainerWeights:
     """Snapshots of a model in training."""
 
     _runner: LineRunner
+    _pass_calls: PassCalls
     _publishing: Publishing
     _model: str
     _suffix: str
 
     def _forward(self, data: Sequence[tinker.Datum], /) -> PassFuture:
-        raise NotImplementedError
+        call = self._pass_calls.built_in("forward", data, "cross_entropy", None)
+        return self._runner.submit(call)
 
     def save_weights_for_sampler(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -40,27 +41,38 @@ def copied(tmp_path: Path) -> Path:
     )
 
 
+def pythons() -> list[str]:
+    """This interpreter, and those of other supported versions that can be found and start."""
+    found = [sys.executable]
+    installed = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for version in ("3.11", "3.12", "3.13", "3.14"):
+        named = [shutil.which(f"python{version}") or ""]
+        named += map(str, sorted(installed.glob(f"{version}.*/bin/python")))
+        found += [python for python in named if python and _starts(python)][:1]
+    return found
+
+
+def _starts(python: str) -> bool:
+    return not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode
+
+
 class TestWhatIsWritten:
     def test_it_is_what_is_committed(self) -> None:
         for name, text in generate(SHOP).items():
             assert (SHOP / "_sync" / name).read_text("utf-8") == text
 
-    @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
-    def test_it_is_the_same_under_every_python(self, version: str) -> None:
-        python = shutil.which(f"python{version}")
-        probe = [python or "", "-c", ""]
-        if python is None or subprocess.run(probe, capture_output=True, check=False).returncode:
-            pytest.skip(f"no Python {version} here")
+    def test_it_is_the_same_under_every_python_that_is_here(self) -> None:
         command = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         command += "from _generate_sync import main; sys.exit(main(['--check'], Path(sys.argv[2])))"
         folder = str(Path(_generate_sync.__file__).parent)
-        done = subprocess.run(
-            [python, "-I", "-B", "-c", command, folder, str(SHOP)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        for python in pythons():
+            done = subprocess.run(
+                [python, "-I", "-B", "-c", command, folder, str(SHOP)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), python
 
     def test_each_public_method_has_its_twin_with_the_same_parameters(
         self, till: ModuleType
