@@ -10,6 +10,8 @@ last segment of the model string, as `name-value` pairs joined by `_`:
     faults           1: of 100 new requests 5 are cut short, 5 get 503 and 2 are reset
     slots, service   an engine of so many slots, each busy for `service` seconds a request; others
                      queue, and the queue time is reported
+    jitter           service times are uniform within this share of `service`, both ways; without
+                     it an engine that starts all slots at once serves in waves for ever
 
 `GET /stats` tells what it counted since the last one. It is a bare `asyncio.Protocol` that sends
 prepared bytes, so that the client is what is measured.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import random
 import ssl
 import subprocess
 import sys
@@ -91,6 +94,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.random = random.Random(0)
         self.queue: deque[tuple[Stream, float, float]] = deque()
         self.busy = 0
         self.slots = 1
@@ -224,7 +228,8 @@ class Stream(asyncio.Protocol):
             plan = how["slots"]
             stage = min(len(plan) - 1, int(counts.requests * len(plan) / how.get("of", [1e9])[0]))
             self.transport.write(HEAD)
-            self.engine.ask(self, int(plan[stage]), how["service"][0])
+            spread = how.get("jitter", [0.0])[0] * self.engine.random.uniform(-1.0, 1.0)
+            self.engine.ask(self, int(plan[stage]), how["service"][0] * (1.0 + spread))
         elif how.get("seconds", [0.0])[0]:
             self.pace(how.get("first", [0.0])[0], how["seconds"][0])
         else:
