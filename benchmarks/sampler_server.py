@@ -10,6 +10,7 @@ last segment of the model string, as `name-value` pairs joined by `_`:
     faults           1: of 100 new requests 5 are cut short, 5 get 503 and 2 are reset
     slots, service   an engine of so many slots, each busy for `service` seconds a request; others
                      queue, and the queue time is reported
+    stage            `slots` may be a list; so many seconds each of them holds
     jitter           service times are uniform within this share of `service`, both ways; without
                      it an engine that starts all slots at once serves in waves for ever
 
@@ -90,28 +91,47 @@ def behaviour(model: str) -> dict[str, list[float]]:
 
 
 class Engine:
-    """Slots and a queue before them; integrates how busy they are."""
+    """Slots and a queue before them; integrates how busy they are.
+
+    What comes after the last request that had to wait for work counts for none: at the end of a run
+    there is nothing to fill the slots with.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.random = random.Random(0)
         self.queue: deque[tuple[Stream, float, float]] = deque()
         self.busy = 0
+        self.reset()
+
+    def reset(self) -> None:
         self.slots = 1
         self.busy_time = self.slot_time = 0.0
-        self.since: float | None = None
+        self.told = (0.0, 0.0)
+        self.begun: float | None = None
+        self.since = 0.0
         self.waits: list[float] = []
 
     def advance(self) -> None:
         now = self.loop.time()
-        if self.since is not None:
-            self.busy_time += min(self.busy, self.slots) * (now - self.since)
-            self.slot_time += self.slots * (now - self.since)
+        self.busy_time += min(self.busy, self.slots) * (now - self.since)
+        self.slot_time += self.slots * (now - self.since)
         self.since = now
 
-    def ask(self, stream: Stream, slots: int, service: float) -> None:
+    def change(self, slots: float) -> None:
+        """The next stage of its plan."""
         self.advance()
-        self.slots = slots
+        self.slots = int(slots)
+        self.start()
+
+    def ask(self, stream: Stream, plan: list[float], stage: float, service: float) -> None:
+        if self.begun is None:
+            self.begun = self.since = self.loop.time()
+            self.slots = int(plan[0])
+            for index, slots in enumerate(plan[1:], start=1):
+                self.loop.call_later(stage * index, self.change, slots)
+        self.advance()
+        self.told = (self.busy_time, self.slot_time)
         self.queue.append((stream, service, self.loop.time()))
         self.start()
 
@@ -133,15 +153,13 @@ class Engine:
         self.start()
 
     def report(self) -> dict[str, float]:
-        self.advance()
         waits = sorted(self.waits[len(self.waits) // 4 :]) or [0.0]
+        busy, offered = self.told
         figures = {
-            "busy": self.busy_time / self.slot_time if self.slot_time else 0.0,
+            "busy": busy / offered if offered else 0.0,
             "p95_wait": waits[len(waits) * 95 // 100],
         }
-        self.busy_time = self.slot_time = 0.0
-        self.since = None
-        self.waits.clear()
+        self.reset()
         return figures
 
 
@@ -226,10 +244,10 @@ class Stream(asyncio.Protocol):
             return
         if "slots" in how:
             plan = how["slots"]
-            stage = min(len(plan) - 1, int(counts.requests * len(plan) / how.get("of", [1e9])[0]))
             self.transport.write(HEAD)
             spread = how.get("jitter", [0.0])[0] * self.engine.random.uniform(-1.0, 1.0)
-            self.engine.ask(self, int(plan[stage]), how["service"][0] * (1.0 + spread))
+            seconds = how["service"][0] * (1.0 + spread)
+            self.engine.ask(self, plan, how.get("stage", [1e9])[0], seconds)
         elif how.get("seconds", [0.0])[0]:
             self.pace(how.get("first", [0.0])[0], how["seconds"][0])
         else:

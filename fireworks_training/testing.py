@@ -79,6 +79,7 @@ class _Simulation:
         queue_limit: int | None,
         reports_queue: bool,
         network: float,
+        lag: float,
     ) -> None:
         self.window = window
         self.slots = slots
@@ -86,6 +87,7 @@ class _Simulation:
         self.queue_limit = queue_limit
         self.reports_queue = reports_queue
         self.network = network
+        self.lag = lag
         self.run = EngineRun(windows=[(0.0, window.size)])
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -103,7 +105,7 @@ class _Simulation:
             self.window.admit()
             attempt = self.retries.popleft() if self.retries else 1
             self.left -= 1
-            sent = self.now
+            sent = self.now + self.window.delay(self.now) + self.lag
             self.at(sent + self.network, partial(self.arrive, sent, attempt))
 
     def arrive(self, sent: float, attempt: int) -> None:
@@ -179,6 +181,7 @@ def simulate_engine(
     queue_limit: int | None = None,
     reports_queue: bool = True,
     network: float = 0.005,
+    lag: float = 0.002,
 ) -> EngineRun:
     """Run a window against an engine in virtual time; there is always more work than it admits.
 
@@ -192,6 +195,7 @@ def simulate_engine(
         queue_limit: requests that may queue before the engine answers 429; None: any number.
         reports_queue: whether the engine reports queue times, as dedicated deployments do.
         network: seconds each way.
+        lag: seconds from an admission until the request is sent: a program's loop is busy.
     """
     random_source = random.Random(seed)  # noqa: S311 - a simulation, no secret
 
@@ -201,5 +205,5 @@ def simulate_engine(
     def capacity(now: float) -> int:
         return slots if isinstance(slots, int) else slots(now)
 
-    simulation = _Simulation(window, capacity, seconds, queue_limit, reports_queue, network)
+    simulation = _Simulation(window, capacity, seconds, queue_limit, reports_queue, network, lag)
     return simulation.play(requests)

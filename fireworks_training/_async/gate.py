@@ -6,8 +6,9 @@ keeps what it has learned. Its state is under a lock, and each waiter is woken o
 
 A slot is handed over, not announced: the release that frees it admits the first waiter in line
 before it wakes it, so nobody overtakes, and a waiter that is cancelled after it was admitted gives
-the slot to the next one. A request that was tried before stands before all new ones: what is
-nearly paid for is finished first.
+the slot to the next one. Where the window says so, a waiter has its slot at once and goes on a
+little later, so that a burst of answers does not become a burst of requests (`_core/pacing.py`). A
+request that was tried before stands before all new ones: what is nearly paid for is finished first.
 """
 
 from __future__ import annotations
@@ -51,27 +52,34 @@ class SamplingConcurrencyController(Protocol):
 class _Waiter:
     """One `acquire` that has to wait."""
 
-    __slots__ = ("admitted", "future", "line", "loop")
+    __slots__ = ("admitted", "delay", "future", "line", "loop")
 
     def __init__(self, line: OrderedDict[_Waiter, None]) -> None:
         self.line = line
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.admitted = False
+        self.delay = 0.0  # seconds from its admission until it goes on
 
     def wake(self) -> bool:
         """Let it go on; False if its loop is closed. Not under the controller's lock."""
         try:
             if asyncio.get_running_loop() is self.loop:
-                self._set()
+                self._start()
                 return True
         except RuntimeError:
             pass  # called from a thread without a loop: woken as from any other thread
         try:
-            self.loop.call_soon_threadsafe(self._set)
+            self.loop.call_soon_threadsafe(self._start)
         except RuntimeError:
             return False
         return True
+
+    def _start(self) -> None:
+        if self.delay > 0:
+            self.loop.call_later(self.delay, self._set)
+        else:
+            self._set()
 
     def _set(self) -> None:
         if not self.future.done():
@@ -138,11 +146,13 @@ class Gate:
 
     def _admit_waiters(self) -> list[_Waiter]:
         """Give the free slots to the first in line. Under the lock."""
+        now = self._clock()
         admitted: list[_Waiter] = []
         while (line := self._retries or self._waiters) and self._window.has_room:
             waiter, _ = line.popitem(last=False)
             self._window.admit()
             waiter.admitted = True
+            waiter.delay = self._window.delay(now)
             admitted.append(waiter)
         return admitted
 
@@ -201,8 +211,10 @@ class AdaptiveConcurrencyController(Gate):
     """A window that follows what the server says about its load (AIMD).
 
     With reported prefill queue times (dedicated deployments) it keeps all but one in twenty below
-    the target; without (serverless) it steers by 429, 503 and transport errors. It doubles in a
-    round trip until the first congestion. See `_core/aimd.py` for the law.
+    the target; without (serverless) it steers by 429, 503 and transport errors. It triples in a
+    round trip until the server is found full. From then on, where queue times are reported, a
+    request that takes a freed slot over may be held back, by `prefill_queue_target` at most: those
+    that ended together don't begin together. See `_core/aimd.py` for the law.
 
     Args:
         initial_window: requests in flight at the start.
@@ -210,7 +222,8 @@ class AdaptiveConcurrencyController(Gate):
         max_window: the window never grows beyond.
         prefill_queue_target: seconds that a prompt may queue on the server.
         additive_increase: growth of an adjustment; windows over 64 grow by as great a share.
-        multiplicative_decrease: factor of the deepest shrink, in (0, 1).
+        multiplicative_decrease: factor of the deepest shrink, in (0, 1); but the first one after a
+            fast start falls to what is seen to be in service, however deep that is.
         ema_alpha: weight of the newest mean in the moving average of queue times, in (0, 1]; the
             window grows while both are below half the target.
         adjustment_interval: completed requests between adjustments at most; a smaller window

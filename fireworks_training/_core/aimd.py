@@ -10,22 +10,22 @@ is admitted again; growth cancels it.
 
 The adaptive law is additive increase, multiplicative decrease, with what TCP learned since:
 
-- Evidence has an age. A request that was sent before the last decrease met the queue of the old
-  window, and says nothing about the new one: each congestion costs one decrease.
-- Slow start: until the first congestion each completion adds a slot, so that the window doubles in
-  a round trip. It starts again when a window that was congested once shows an empty queue.
+- Evidence has an age. A request that was admitted before the last decrease met the queue of the old
+  window, and says nothing about the new one: each congestion costs one decrease. Requests that were
+  sent before the first admission after it are such; while there is a debt, nobody is admitted.
+- Slow start: until the server is found full each answer adds two slots, so that the window triples
+  in a round trip. It starts again when a window that was congested once shows an empty queue.
 - A window that was never full is not the bottleneck, and does not grow.
+- Bursts are spread out once the server has been found full (`pacing.py`).
 
 What congestion is depends on what the server reports:
 
-- how long prompts queued (`prefill_queue_duration`, dedicated deployments). A round is as many
-  completions as the window has slots. If more than one in twenty of them queued for longer than the
-  target, the window falls to what the round shows to have been in service (by Little's law,
-  `window * (latency - queue) / latency`), but to no less than `multiplicative_decrease` of itself.
-  If they queued for less than half the target, the set-point, it grows. Statuses say nothing then;
+- how long prompts queued (`prefill_queue_duration`, dedicated deployments): the law of
+  `queue_law.py`. Statuses say nothing then;
 - nothing of the kind (serverless): a 429, a 503 or a transport error is congestion, and shrinks the
   window at once, but only once a cooldown; from the third attempt of a request on, twice as hard.
-  An interval of answers without congestion grows it by `additive_increase`.
+  An interval of answers without congestion grows it by `additive_increase`. Nothing is spread out:
+  full is only found by being refused.
 
 Where both were seen within a round, the queue decides.
 """
@@ -36,31 +36,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fireworks_training._core.pacing import Pacer
+from fireworks_training._core.queue_law import SPARE, QueueLaw
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 
 CONGESTION_STATUS = frozenset({429, 503})
 DEEP_RETRY = 3
 
-TAIL = 0.05
-"""Share of a round's requests that may queue for longer than the target."""
-
-SET_POINT = 0.5
-"""Share of the target up to which the window grows."""
-
-EMPTY = 0.05
-"""Share of the target below which a queue counts as empty."""
-
-IDLE_ROUNDS = 2
-"""Rounds with an empty queue after which growth is an eighth of the window; three times as many
-start slow start again."""
+OPENING = 2.0
+"""Slots that each answer adds in slow start."""
 
 RECOVERY = 0.75
 """Share of the window that was refused last up to which a window without queue times recovers fast.
 """
-
-GROWTH_SCALE = 64
-"""From this window on growth is a share of the window, not `additive_increase` itself."""
 
 Signal = Literal["prefill_queue", "status"]
 
@@ -98,6 +87,10 @@ class FixedWindow:
         if not self.has_room:
             raise AssertionError("admitted beyond the window")
         self._in_flight += 1
+
+    def delay(self, now: float) -> float:  # noqa: ARG002
+        """Seconds for which a request that takes a freed slot over is held back."""
+        return 0.0
 
     def withdraw(self) -> None:
         """Take back an admission that was never used; no evidence of anything."""
@@ -141,111 +134,6 @@ class AimdSettings:
         for holds, message in problems:
             if not holds:
                 raise InvalidArgument(f"{message}; got {self}")
-
-
-class _QueueLaw:
-    """The law on queue times."""
-
-    def __init__(self, settings: AimdSettings) -> None:
-        self._settings = settings
-        self._target = settings.prefill_queue_target
-        self._queued_at = math.inf  # the least window that showed a queue
-        self._idle = 0  # rounds with an empty queue since then, one after another
-        self._first = True  # no decrease yet
-        self._step_sum = 0.0
-        self._step_count = 0
-        self.slow_start = True
-        self.ema: float | None = None
-        self.start_round()
-
-    def start_round(self) -> None:
-        """Forget what the round has seen."""
-        self._queues: list[float] = []
-        self._over = 0
-        self._latency = 0.0
-
-    @property
-    def observed(self) -> bool:
-        """Whether the round has evidence."""
-        return bool(self._queues)
-
-    def note(self, seconds: float) -> None:
-        """A queue time, fresh or stale: for the summary of the step."""
-        self._step_sum += seconds
-        self._step_count += 1
-
-    def observe(self, seconds: float, latency: float | None) -> None:
-        """The queue time of a request that was sent since the last decrease."""
-        self._queues.append(seconds)
-        self._over += seconds > self._target
-        self._latency += max(seconds, seconds if latency is None else latency)
-        if seconds > EMPTY * self._target:
-            self.slow_start = False
-
-    def over(self, round_size: int) -> bool:
-        """Whether the round is over: it is complete, or its verdict is clear before.
-
-        Engines serve in waves, so that a part of a round may be all the ones that queued: a
-        decrease by measure waits for more of it than the first one, by `multiplicative_decrease`.
-        """
-        clear = TAIL if self._first else 0.5
-        return len(self._queues) >= round_size or self._over > clear * round_size
-
-    def adjusted(self, window: float, *, bound: bool) -> float:
-        """The next window; ends the round.
-
-        Args:
-            bound: whether the window was full at some time of the round.
-        """
-        settings, queues = self._settings, sorted(self._queues)
-        tail = queues[-1 - int(TAIL * len(queues))]
-        mean = sum(queues) / len(queues)
-        old = mean if self.ema is None else self.ema
-        self.ema = settings.ema_alpha * mean + (1.0 - settings.ema_alpha) * old
-        if self._over > TAIL * len(queues):
-            window = self._decreased(window, mean * len(queues))
-        else:
-            empty = queues[-1] <= EMPTY * self._target
-            self._idle = self._idle + 1 if empty and bound else 0
-            if not empty:
-                self._queued_at = min(self._queued_at, window)
-            if bound and max(tail, self.ema) <= SET_POINT * self._target:
-                window += self._growth(window, empty=empty)
-        self.start_round()
-        return window
-
-    def _growth(self, window: float, *, empty: bool) -> float:
-        settings = self._settings
-        if self.slow_start:  # each completion added a slot, unless steps alone adjust
-            return window if settings.adjustment_interval == 0 else 0.0
-        growth = settings.additive_increase * max(1.0, window / GROWTH_SCALE)
-        if not empty:
-            return growth
-        if window >= self._queued_at or self._idle > 3 * IDLE_ROUNDS:
-            # There was a queue at this window, and there is none: the engine has grown.
-            self.slow_start, self._queued_at = True, math.inf
-            return window
-        return max(growth, window / 8) if self._idle > IDLE_ROUNDS else growth
-
-    def _decreased(self, window: float, queued: float) -> float:
-        served = 0.0 if self._first else 1.0 - queued / max(self._latency, queued)
-        share = max(self._settings.multiplicative_decrease, served)
-        self._queued_at, self._idle = min(self._queued_at, window), 0
-        self.slow_start = self._first = False
-        self.ema = None  # of the old window
-        return min(window - 1.0, window * share)
-
-    def summary(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        if self._step_count:
-            figures["avg_pq"] = self._step_sum / self._step_count
-        if self.ema is not None:
-            figures["ema_pq"] = self.ema
-        return figures
-
-    def start_step(self) -> None:
-        self._step_sum = 0.0
-        self._step_count = 0
 
 
 class _StatusLaw:
@@ -347,10 +235,11 @@ class AdaptiveWindow(FixedWindow):
         super().__init__(settings.max_window)
         self._settings = settings
         self._window = self._bounded(settings.initial_window)
-        self._queue = _QueueLaw(settings)
+        self._queue = QueueLaw(settings)
         self._statuses = _StatusLaw(settings)
         self._step = _Step()
-        self._decreased_at = -math.inf
+        self._pacer = Pacer(settings.prefill_queue_target)
+        self._fresh_from = -math.inf  # requests sent before were admitted before the last decrease
         self._full = False  # whether the window was full since the last adjustment
         self.signal: Signal | None = None
 
@@ -379,6 +268,15 @@ class AdaptiveWindow(FixedWindow):
         if self._in_flight >= self.size:
             self._full = True
 
+    def delay(self, now: float) -> float:
+        """Seconds for which a request that takes a freed slot over is held back.
+
+        None while the window opens fast: it is then smaller than what the server could take.
+        """
+        if self.signal != "prefill_queue" or self._queue.slow_start:
+            return 0.0
+        return self._pacer.delay(self._window, now)
+
     def release(self, metrics: ServerMetrics | None, now: float) -> None:
         """One attempt is over.
 
@@ -394,7 +292,11 @@ class AdaptiveWindow(FixedWindow):
             self._observe(metrics, now)
         interval = self._settings.adjustment_interval
         if interval > 0 and self._law.over(min(interval, self.size)):
-            self._adjust(now)
+            self._adjust()
+        if self._fresh_from == math.inf and self.has_room:
+            # Here the first one since the decrease is admitted: until now there was a debt. One
+            # that was handed its slot before may still be held back.
+            self._fresh_from = max(now, self._pacer.due)
 
     def note_retry_exhausted(self, metrics: ServerMetrics | None) -> None:
         """A request gave up; counted where congestion was the cause and statuses are the signal."""
@@ -404,40 +306,43 @@ class AdaptiveWindow(FixedWindow):
             self._statuses.exhaustions += 1
 
     @property
-    def _law(self) -> _QueueLaw | _StatusLaw:
+    def _law(self) -> QueueLaw | _StatusLaw:
         return self._queue if self.signal == "prefill_queue" else self._statuses
 
     def _observe(self, metrics: ServerMetrics, now: float) -> None:
         self._step.metrics += 1
         self._step.cached_tokens += metrics.cached_prompt_tokens or 0
         self._step.prompt_tokens += metrics.prompt_tokens or 0
-        sent = now - (metrics.client_latency or 0.0)
+        latency = metrics.client_latency
+        sent = now - (latency or 0.0)
         queued = metrics.prefill_queue_duration
         if queued is not None:
             self.signal = "prefill_queue"
             self._queue.note(queued)
-            if sent > self._decreased_at:
-                self._queue.observe(queued, metrics.client_latency)
+            if latency is not None:  # as it would be at the window that is aimed at
+                spare = SPARE * self._settings.prefill_queue_target
+                self._pacer.note(latency - max(0.0, queued - spare))
+            if sent > self._fresh_from:
+                self._queue.observe(queued, latency, window=self._window, now=now)
         elif self.signal != "prefill_queue":
             self.signal = "status"
             factor = self._statuses.observe(metrics, window=self._window, sent=sent, now=now)
             if factor is not None:
                 self._window = self._bounded(self._window * factor)
-                self._decreased_at = now
                 return
         starting = self._law.slow_start and self._full and self._settings.adjustment_interval > 0
         if starting and not is_congestion(metrics):
-            self._window = self._bounded(self._window + 1.0)
+            self._window = self._bounded(self._window + OPENING)
 
-    def _adjust(self, now: float | None) -> bool:
+    def _adjust(self) -> bool:
         """End the round; whether there was anything to go by."""
         law = self._law
         if not law.observed:
             return False
         before = self._window
         self._window = self._bounded(law.adjusted(before, bound=self._full))
-        if self._window < before and now is not None:
-            self._decreased_at = now
+        if self._window < before:
+            self._fresh_from = math.inf
         self._full = self._in_flight >= self.size
         return True
 
@@ -458,7 +363,7 @@ class AdaptiveWindow(FixedWindow):
         if step.releases:
             summary["avg_window"] = step.window_sum / step.releases
         summary["max_in_flight"] = float(step.max_in_flight)
-        if self._adjust(None):
+        if self._adjust():
             summary["window_after"] = float(self.size)
         summary |= self._queue.summary() if by_queue else self._statuses.summary()
         if step.prompt_tokens:

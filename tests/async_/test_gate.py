@@ -11,8 +11,10 @@ import pytest
 from fireworks_training._async.gate import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
+    Gate,
     SamplingConcurrencyController,
 )
+from fireworks_training._core.aimd import FixedWindow
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 from fireworks_training.testing import ManualClock
@@ -163,6 +165,47 @@ async def test_a_waiter_cancelled_after_it_was_admitted_passes_the_slot_on() -> 
     await settled()
     gate.release()  # the slot is first's from here on
     first.cancel()  # before it ran
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await asyncio.wait_for(second, 5)
+    assert (gate.in_flight, gate.waiting) == (1, 0)
+
+
+class Held(FixedWindow):
+    """A window that holds back whoever takes a freed slot over."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        super().__init__(size)
+        self.seconds = seconds
+
+    def delay(self, now: float) -> float:
+        assert now == 5.0
+        return self.seconds
+
+
+async def test_a_waiter_that_is_held_back_has_its_slot_and_goes_on_later() -> None:
+    gate = Gate(Held(1, 0.01), ManualClock(5.0))
+    await gate.acquire()
+    waiting = asyncio.create_task(gate.acquire())
+    await settled()
+    gate.release()
+    await settled()
+    assert not waiting.done()
+    assert (gate.in_flight, gate.waiting) == (1, 0)
+    await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_waiter_cancelled_while_it_is_held_back_passes_the_slot_on() -> None:
+    window = Held(1, 3600.0)
+    gate = Gate(window, ManualClock(5.0))
+    await gate.acquire()
+    first = asyncio.create_task(gate.acquire())
+    second = asyncio.create_task(gate.acquire())
+    await settled()
+    gate.release()
+    await settled()
+    window.seconds = 0.0
+    first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     await asyncio.wait_for(second, 5)
