@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 __version__ = "0.1.0"
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 SnapshotKind = Literal["base", "delta", "lora"]
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +404,22 @@ class OperationInfo:
     message: str = ""
     failed: bool = False
     response: Mapping[str, object] = field(default_factory=dict[str, object], repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Look(Generic[RowT]):
+    """A resource as it was at one look.
+
+    Attributes:
+        row: the resource; None if it is not there.
+        tag: names what was seen, where the platform gives it a name.
+        held_s: seconds for which the platform held its answer back until something changed; None
+            where it does not do so: then the next look is for the caller to put off.
+    """
+
+    row: RowT | None
+    tag: str | None = None
+    held_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ NAMES = [
     "InvalidArgument",
     "InvalidDatum",
     "LocalPlatformError",
+    "Look",
     "LoopBlockedEvent",
     "LossFailed",
     "MissingExtra",

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -188,7 +189,7 @@ async def until_running(
         await plane.resume_job(job_id)
 
     return await until_ready(
-        watch, lambda: plane.get_job(job_id), first=first, resume=resume, answers=healthy
+        watch, partial(plane.look_at_job, job_id), first=first, resume=resume, answers=healthy
     )
 
 
@@ -275,7 +276,9 @@ async def wait_for_deployment(
     async def answers(row: DeploymentInfo) -> bool:
         return settled(row)
 
-    return await until_ready(watch, lambda: plane.get_deployment(deployment_id), answers=answers)
+    return await until_ready(
+        watch, partial(plane.look_at_deployment, deployment_id), answers=answers
+    )
 
 
 async def _reattach(

@@ -16,16 +16,19 @@ from fireworks_training._async.progress import shown
 from fireworks_training._core.backoff import is_retryable
 from fireworks_training._core.lifecycle import Again, GiveUp, Go, Resume, Seen, Watch
 from fireworks_training.errors import ApiError
-from fireworks_training.models import DeploymentInfo, TrainerJobInfo
+from fireworks_training.models import DeploymentInfo, Look, TrainerJobInfo
 
 Row = TypeVar("Row", TrainerJobInfo, DeploymentInfo)
+
+LookAgain = Callable[[Look[Row], int], Awaitable[Look[Row]]]
+"""Looks at a resource again: the look before, and the seconds to wait for a change since then."""
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
 
 async def until_ready(
     watch: Watch,
-    look: Callable[[], Awaitable[Row | None]],
+    look: LookAgain[Row],
     *,
     first: Row | None = None,
     resume: Callable[[], Awaitable[None]] | None = None,
@@ -34,8 +37,8 @@ async def until_ready(
     """Look at a resource until it is ready.
 
     Args:
-        look: fetches it; None where it is not there.
-        first: a look that was just made.
+        look: fetches it.
+        first: it, as it was just seen.
         resume: asks for it to be started again, where the watch allows that.
         answers: what must hold beyond the state; asked where that is ready.
 
@@ -51,15 +54,19 @@ async def until_ready(
 
 async def _until_ready(
     watch: Watch,
-    look: Callable[[], Awaitable[Row | None]],
-    row: Row | None,
+    look_again: LookAgain[Row],
+    first: Row | None,
     resume: Callable[[], Awaitable[None]] | None,
     answers: Callable[[Row], Awaitable[bool]] | None,
 ) -> Row:
     loop = asyncio.get_running_loop()
+    look, hold, known = Look(first), 0, first is not None
+    row = first
     while True:
         try:
-            row = row if row is not None else await look()
+            if not known:
+                look = await look_again(look, hold)
+            known, row = False, look.row
             ready = row is not None and watch.is_ready(row.state)
             answer = not ready or answers is None or await answers(row)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         except ApiError as error:
@@ -69,7 +76,7 @@ async def _until_ready(
             verdict = watch.unseen(loop.time())
         else:
             seen = None if row is None else Seen(row.name, row.state, row.message)
-            verdict = watch.see(seen, loop.time(), answers=answer)
+            verdict = watch.see(seen, loop.time(), answers=answer, held=look.held_s)
             if watch.changed:
                 logger.info("%s", watch.describe(loop.time()))
         if isinstance(verdict, Go):
@@ -81,6 +88,7 @@ async def _until_ready(
             logger.warning("waiting: %s", watch.describe(loop.time()))
         if isinstance(verdict, Resume) and resume is not None:
             await resume()
+        hold = 0
         if isinstance(verdict, Again):
+            hold = verdict.hold
             await asyncio.sleep(verdict.delay)
-        row = None

@@ -7,6 +7,8 @@ do: go on, look again in so many seconds, or give up with the error to raise. It
 2. A state that only an old life explains (stopped, right after a resume) is borne for a while.
 3. The pace of polling is a small share of the time for which nothing has changed: a change is seen
    late by that share at most, and a wait of hours asks rarely.
+4. Where the platform holds an answer back until something changes, it is asked again at once, and
+   told to hold no longer than the budget lasts; never more often than the quickest pace.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ QUICKEST, SLOWEST = 0.04, 5.0
 
 SHARE = 0.01
 """Seconds between two looks for each second without a change."""
+
+LONGEST_HOLD = 10
+"""Seconds for which the platform is asked to hold an answer back: short enough to say in time what
+is waited for."""
 
 SETTLE = 30.0
 """Seconds for which a resumed job may still show its old state."""
@@ -99,9 +105,10 @@ class Go:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Look again in `delay` seconds."""
+    """Look again in `delay` seconds, and ask for an answer held back for `hold` seconds at most."""
 
     delay: float
+    hold: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +162,9 @@ class Watch:
         self.changed = False
         """Whether the last look differed from the one before in state or message."""
 
-    def see(self, row: Seen | None, now: float, *, answers: bool = True) -> Verdict:
+    def see(
+        self, row: Seen | None, now: float, *, answers: bool = True, held: float | None = None
+    ) -> Verdict:
         """Take one look into account.
 
         Args:
@@ -163,6 +172,7 @@ class Watch:
             now: the time of the look.
             answers: whether it also answers requests, or settled as asked; counts where it is
                 ready.
+            held: seconds for which the platform held this look back; None if it can't do that.
         """
         self._note(row, now)
         readiness = Readiness.GONE if row is None else self._read(row.state)
@@ -182,13 +192,22 @@ class Watch:
             self._placed_at = None  # also after CREATING: the place it had was not enough
         elif self._placed_at is None:
             self._placed_at = now
-        return self._patience(now, STOPPING_BUDGET if stopping else None)
+        # Whether something answers is no part of the row: that is polled for.
+        hold = readiness is not Readiness.READY
+        return self._patience(now, STOPPING_BUDGET if stopping else None, hold=hold, held=held)
 
     def unseen(self, now: float) -> Verdict:
         """Take into account that a look was not possible: the wait goes on within its budget."""
         return self._patience(now)
 
-    def _patience(self, now: float, stopping: float | None = None) -> Again | GiveUp:
+    def _patience(
+        self,
+        now: float,
+        stopping: float | None = None,
+        *,
+        hold: bool = False,
+        held: float | None = None,
+    ) -> Again | GiveUp:
         placed = self._placed_at
         since, limit = (
             (self._started, self._queue_budget) if placed is None else (placed, self._budget)
@@ -199,7 +218,10 @@ class Watch:
             waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
             reason = f"{self._reason(self._last)}, {waited}"
             return GiveUp(self._error(ProvisioningTimeout, reason))
-        return Again(pause(now - self._since))
+        longest = min(LONGEST_HOLD, int(limit - (now - since))) if hold else 0
+        if held is not None and longest > 0:
+            return Again(max(QUICKEST - held, 0.0), longest)
+        return Again(pause(now - self._since), longest)
 
     def is_ready(self, state: str) -> bool:
         """Whether a state is the one waited for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -106,7 +106,11 @@ class AlreadyExists(LookupError):
 
 
 class Database:
-    """The tables of one state folder. Not thread-safe: one thread owns it."""
+    """The tables of one state folder. Not thread-safe: one thread owns it.
+
+    Attributes:
+        on_change: told the kind and id of each resource that was created, updated or forgotten.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the file.
@@ -114,6 +118,7 @@ class Database:
         Raises:
             LocalPlatformError: it is not a database, or one of another version.
         """
+        self.on_change: Callable[[ResourceKind, str], None] = lambda _kind, _id: None
         self._connection = sqlite3.connect(path, isolation_level=None)
         try:
             self._connection.row_factory = sqlite3.Row
@@ -175,6 +180,7 @@ class Database:
             )
         except sqlite3.IntegrityError:
             raise AlreadyExists(f"{row.kind} {row.id!r} exists already") from None
+        self.on_change(row.kind, row.id)
 
     def get(self, kind: ResourceKind, id_: str) -> ResourceRow | None:
         """A resource, or None."""
@@ -206,11 +212,13 @@ class Database:
                 row.id,
             ),
         )
+        self.on_change(row.kind, row.id)
         return row
 
     def forget(self, kind: ResourceKind, id_: str) -> None:
         """Remove a resource without a tombstone."""
         self._connection.execute("DELETE FROM resources WHERE kind = ? AND id = ?", (kind, id_))
+        self.on_change(kind, id_)
 
     # -- workers ---------------------------------------------------------------------------------
 

@@ -180,3 +180,40 @@ def test_the_blocking_twin_on_the_platform(platform: RunningPlatform) -> None:
         assert isinstance(plane.list_jobs(), list)
         assert isinstance(plane.list_deployments(), list)
     assert "key" not in repr(plane)
+
+
+# -- looks that wait -----------------------------------------------------------------------------
+
+
+async def test_a_platform_that_can_not_wait_answers_at_once() -> None:
+    stub = StubPlane()
+    stub.answer(
+        "GET /v1/accounts/me/rlorTrainerJobs/j",
+        {"name": "accounts/me/rlorTrainerJobs/j", "state": "JOB_STATE_PENDING"},
+        (404, {}),
+    )
+    async with serving(stub) as plane:
+        first = await plane.look_at_job("j")
+        assert first.row is not None
+        assert (first.row.state, first.tag, first.held_s) == ("JOB_STATE_PENDING", None, None)
+        gone = await plane.look_at_job("j", first, 10)
+        assert (gone.row, gone.held_s) == (None, None)
+
+
+async def test_a_look_waits_for_a_change_where_the_platform_can(
+    platform: RunningPlatform,
+) -> None:
+    async with AsyncControlPlane.connect(
+        base_url=platform.base_url, api_key=platform.api_key
+    ) as plane:
+        await plane.create_deployment("seen", {"baseModel": platform.model})
+        try:
+            look = await plane.look_at_deployment("seen")
+            while look.row is not None and look.row.state != "READY":
+                look = await plane.look_at_deployment("seen", look, 10)
+            same = await plane.look_at_deployment("seen", look, 1)
+            assert same.row is look.row
+            assert same.held_s is not None
+        finally:
+            await plane.delete_deployment("seen")
+        assert (await plane.look_at_deployment("seen", look, 10)).row is None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fireworks_training import ProvisioningTimeout
 from fireworks_training._core.lifecycle import (
+    LONGEST_HOLD,
     QUICKEST,
     SETTLE,
     SLOWEST,
@@ -119,3 +120,31 @@ def test_no_wait_outlasts_its_budgets_whatever_it_sees(states: list[str]) -> Non
 def test_unknown_states_count_as_starting() -> None:
     assert job_readiness("JOB_STATE_WARMING") is Readiness.STARTING
     assert deployment_readiness("PROVISIONING") is Readiness.STARTING
+
+
+def again(waiting: Watch, row: Seen, at: float, **options: Any) -> Again:
+    verdict = waiting.see(row, at, **options)
+    assert isinstance(verdict, Again)
+    return verdict
+
+
+def test_a_platform_that_holds_answers_back_is_asked_again_at_once() -> None:
+    waiting = watch()
+    assert again(waiting, job("CREATING"), 0.0) == Again(QUICKEST, LONGEST_HOLD)
+    assert again(waiting, job("CREATING"), 20.0, held=9.9) == Again(0.0, LONGEST_HOLD)
+    # One that can't wait is polled at the pace of the age.
+    assert again(waiting, job("CREATING"), 20.0) == Again(pytest.approx(0.2), LONGEST_HOLD)
+    # One that says that it waits, and does not, is not asked in a busy loop.
+    assert again(waiting, job("CREATING"), 20.0, held=0.0) == Again(QUICKEST, LONGEST_HOLD)
+
+
+def test_an_answer_is_not_held_back_beyond_the_budget() -> None:
+    waiting = watch()
+    waiting.see(job("CREATING"), 0.0)
+    assert again(waiting, job("CREATING"), 96.5, held=9.0).hold == 3
+    last = again(waiting, job("CREATING"), 99.5, held=3.0)
+    assert (last.hold, last.delay > 0) == (0, True)
+
+
+def test_what_does_not_answer_yet_is_polled() -> None:
+    assert again(watch(), job("RUNNING"), 30.0, answers=False, held=5.0).hold == 0

@@ -7,16 +7,24 @@ transport's owner loop, from whatever loop it is asked for.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.rows import Row
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.transport import Response, Transport, with_retries
+from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import ApiStatusError, InvalidArgument, NotFound, ProtocolError
+from fireworks_training.models import Look
+
+T = TypeVar("T")
 
 PAGE_SIZE = 200
 MOST_PAGES = 500
 """Pages of a list that are followed; a server that never ends one is cut off there."""
+
+LOOK_TIMEOUT = 10.0
+"""Seconds for the answer to a look, beyond those for which it may be held back."""
 
 WRITE_TIMEOUT = 60.0
 """Seconds for an exchange that changes something."""
@@ -76,6 +84,49 @@ class Account:
             return await self.call("GET", path, what=f"look up {path}")
         except NotFound:
             return None
+
+    async def look(
+        self, path: str, read: Callable[[Row], T], since: Look[T] | None, hold_s: int
+    ) -> Look[T]:
+        """A row, once it is no longer as it was at an earlier look, or after `hold_s` seconds.
+
+        A server that does not know how to wait answers at once.
+        """
+        return await self.transport.owner.run(
+            lambda: self._look(path, read, since, hold_s), label=f"look up {path}"
+        )
+
+    async def _look(
+        self, path: str, read: Callable[[Row], T], since: Look[T] | None, hold_s: int
+    ) -> Look[T]:
+        headers: dict[str, str] = {}
+        if since is not None and since.tag is not None:
+            headers["If-None-Match"] = since.tag
+            if hold_s > 0:
+                headers["Prefer"] = f"wait={hold_s}"
+        what, clock = f"look up {path}", asyncio.get_running_loop().time
+        asked = clock()
+
+        async def once() -> Response:
+            nonlocal asked
+            asked = clock()
+            response = await self.transport.exchange(
+                "GET", path, headers=headers, timeout=hold_s + LOOK_TIMEOUT
+            )
+            if not response.ok and response.status not in (304, 404):
+                raise response.error(what)
+            return response
+
+        response = await with_retries(
+            once, what=what, backoff=Backoff(), events=self.transport.events
+        )
+        waited = "wait" in response.headers.get("Preference-Applied", "").lower()
+        held_s = clock() - asked if waited else None
+        if response.status == 304 and since is not None:
+            return Look(since.row, since.tag, held_s)
+        if response.status == 404:
+            return Look(None)
+        return Look(read(response.object()), response.headers.get("ETag"), held_s)
 
     async def rows(self, collection: str, *keys: str, page_size: int = PAGE_SIZE) -> list[Row]:
         """All rows of a collection, page by page.

@@ -39,6 +39,7 @@ from fireworks_training.errors import (
 from fireworks_training.models import (
     CheckpointInfo,
     DeploymentInfo,
+    Look,
     ModelInfo,
     OperationInfo,
     TrainerJobInfo,
@@ -191,6 +192,19 @@ class AsyncControlPlane:
         row = await self._account.get(await self._account.path("rlorTrainerJobs", job_id))
         return None if row is None else read_job(row)
 
+    async def look_at_job(
+        self, job_id: str, since: Look[TrainerJobInfo] | None = None, hold_s: int = 0
+    ) -> Look[TrainerJobInfo]:
+        """A trainer job, once it is no longer as it was at an earlier look.
+
+        Args:
+            since: the earlier look; None answers at once.
+            hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
+                at once (`Look.held_s` is None).
+        """
+        path = await self._account.path("rlorTrainerJobs", job_id)
+        return await self._account.look(path, read_job, since, hold_s)
+
     async def list_jobs(self) -> list[TrainerJobInfo]:
         """The trainer jobs of the account."""
         return [
@@ -250,6 +264,13 @@ class AsyncControlPlane:
         """A deployment; None if there is none of that id."""
         row = await self._account.get(await self._account.path("deployments", deployment_id))
         return None if row is None else read_deployment(row)
+
+    async def look_at_deployment(
+        self, deployment_id: str, since: Look[DeploymentInfo] | None = None, hold_s: int = 0
+    ) -> Look[DeploymentInfo]:
+        """A deployment, once it is no longer as it was; see `look_at_job`."""
+        path = await self._account.path("deployments", deployment_id)
+        return await self._account.look(path, read_deployment, since, hold_s)
 
     async def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""

@@ -15,6 +15,7 @@ from fireworks_training._portal import Blocking
 from fireworks_training.models import (
     CheckpointInfo,
     DeploymentInfo,
+    Look,
     ModelInfo,
     OperationInfo,
     TrainerJobInfo,
@@ -107,6 +108,18 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         """A trainer job; None if there is none of that id."""
         return self._run(self._async.get_job, job_id)
 
+    def look_at_job(
+        self, job_id: str, since: Look[TrainerJobInfo] | None = None, hold_s: int = 0
+    ) -> Look[TrainerJobInfo]:
+        """A trainer job, once it is no longer as it was at an earlier look.
+
+        Args:
+            since: the earlier look; None answers at once.
+            hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
+                at once (`Look.held_s` is None).
+        """
+        return self._run(self._async.look_at_job, job_id, since, hold_s)
+
     def list_jobs(self) -> list[TrainerJobInfo]:
         """The trainer jobs of the account."""
         return self._run(self._async.list_jobs)
@@ -140,6 +153,12 @@ class ControlPlane(Blocking[AsyncControlPlane]):
     def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
         """A deployment; None if there is none of that id."""
         return self._run(self._async.get_deployment, deployment_id)
+
+    def look_at_deployment(
+        self, deployment_id: str, since: Look[DeploymentInfo] | None = None, hold_s: int = 0
+    ) -> Look[DeploymentInfo]:
+        """A deployment, once it is no longer as it was; see `look_at_job`."""
+        return self._run(self._async.look_at_deployment, deployment_id, since, hold_s)
 
     def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""

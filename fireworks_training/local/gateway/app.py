@@ -101,7 +101,9 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     app[REGISTRY] = registry
     app[CONDITIONS] = conditions
     promotions = Promotions(database, registry, state_dir, parts.make_model)
-    app[CONTROL_PLANE] = ControlPlane(jobs, deployments, promotions, state_dir / "snapshots")
+    plane = ControlPlane(jobs, deployments, promotions, state_dir / "snapshots")
+    app[CONTROL_PLANE] = plane
+    database.on_change = plane.waiters.changed
 
     async def lifespan(_: web.Application) -> AsyncIterator[None]:
         workers.forget_foreign()

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from aiohttp import web
 
+from fireworks_training.local.database import Body
 from fireworks_training.local.gateway import resources
 from fireworks_training.local.gateway.bodies import page, read_object
 from fireworks_training.local.gateway.checkpoints import list_checkpoints
 from fireworks_training.local.gateway.deployments import Deployments
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.holding import Waiters, answer
 from fireworks_training.local.gateway.promotions import Promotions
 from fireworks_training.local.gateway.registry import REGISTRY
 from fireworks_training.local.gateway.trainers import TrainerJobs
-from fireworks_training.local.settings import is_resource_id
 
 
 @dataclass(slots=True, eq=False)
@@ -35,12 +35,14 @@ class ControlPlane:
         deployments: the deployments.
         promotions: the models that were made of snapshots.
         snapshots_dir: folder of the sampler snapshots.
+        waiters: requests that wait for a job or a deployment to change.
     """
 
     jobs: TrainerJobs
     deployments: Deployments
     promotions: Promotions
     snapshots_dir: Path
+    waiters: Waiters = field(default_factory=Waiters)
     _detached: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def finish(self, work: Coroutine[None, None, None]) -> None:
@@ -100,8 +102,14 @@ async def create_job(request: web.Request) -> web.Response:
 
 
 async def get_job(request: web.Request) -> web.Response:
-    """GET a job; a deleted one shows JOB_STATE_DELETED."""
-    return web.json_response(resources.show_job(_plane(request).jobs.get(_ids(request, "job"))))
+    """GET a job, at once or once it has changed (`holding`); a deleted one shows
+    JOB_STATE_DELETED."""
+    plane, id_ = _plane(request), _ids(request, "job")
+
+    def show() -> Body:
+        return resources.show_job(plane.jobs.get(id_))
+
+    return await answer(request, plane.waiters, ("job", id_), show)
 
 
 async def list_jobs(request: web.Request) -> web.Response:
@@ -136,9 +144,9 @@ async def list_job_checkpoints(request: web.Request) -> web.Response:
 # -- deployments ---------------------------------------------------------------------------------
 
 
-def _shown(plane: ControlPlane, id_: str) -> web.Response:
+def _shown(plane: ControlPlane, id_: str) -> Body:
     row = plane.deployments.get(id_)
-    return web.json_response(resources.show_deployment(row, plane.deployments.replicas(id_)))
+    return resources.show_deployment(row, plane.deployments.replicas(id_))
 
 
 async def create_deployment(request: web.Request) -> web.Response:
@@ -149,15 +157,13 @@ async def create_deployment(request: web.Request) -> web.Response:
     stored, notice = resources.deployment_body(await read_object(request), request.app[REGISTRY])
     plane = _plane(request)
     plane.deployments.create(id_, stored, notice)
-    return _shown(plane, id_)
+    return web.json_response(_shown(plane, id_))
 
 
 async def get_deployment(request: web.Request) -> web.Response:
-    """GET a deployment."""
-    id_ = _ids(request, "deployment")
-    if not is_resource_id(id_):
-        raise Problem(404, "no such deployment")
-    return _shown(_plane(request), id_)
+    """GET a deployment, at once or once it has changed (`holding`)."""
+    plane, id_ = _plane(request), _ids(request, "deployment")
+    return await answer(request, plane.waiters, ("deployment", id_), lambda: _shown(plane, id_))
 
 
 async def list_deployments(request: web.Request) -> web.Response:
@@ -177,7 +183,7 @@ async def patch_deployment(request: web.Request) -> web.Response:
     mask = request.query.get("updateMask", "")
     changed = resources.deployment_patch(plane.deployments.get(id_).body, body, mask)
     plane.deployments.patch(id_, changed)
-    return _shown(plane, id_)
+    return web.json_response(_shown(plane, id_))
 
 
 async def delete_deployment(request: web.Request) -> web.Response:
