@@ -12,7 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from fireworks_training._core.events import Event, OnEvent, WindowEvent
+from fireworks_training._core.events import Event, LoopBlockedEvent, OnEvent, WindowEvent
 from fireworks_training.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -80,3 +80,7 @@ class EventHook:
             del self._windows[next(iter(self._windows))]
         if size != before:
             self.emit(WindowEvent(at=self.now(), before=before, after=size))
+
+    def blocked(self, seconds: float, where: str) -> None:
+        """Tell that the loop stood still."""
+        self.emit(LoopBlockedEvent(at=self.now(), seconds=seconds, where=where))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from fireworks_training._async.loop_watch import OnBlocked, watch
 from fireworks_training._portal import Lease, spawn_on
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
 from fireworks_training.futures import Outcome
@@ -33,15 +34,24 @@ class OwnerLoop:
     Args:
         portal: bind to the portal's loop instead of the running one.
         stopped_limit: seconds that a loop may stand still under queued work.
+        on_blocked: told when something has held the loop up; a warning is logged anyway.
     """
 
-    def __init__(self, *, portal: bool = False, stopped_limit: float = STOPPED_LIMIT) -> None:
+    def __init__(
+        self,
+        *,
+        portal: bool = False,
+        stopped_limit: float = STOPPED_LIMIT,
+        on_blocked: OnBlocked | None = None,
+    ) -> None:
         self._portal = portal
         self._stopped_limit = stopped_limit
         self._lease: Lease | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._on_blocked = on_blocked
+        self._unwatch: Callable[[], None] | None = None
 
     def use_portal(self) -> None:
         """Bind to the portal's loop; only before the first use."""
@@ -75,6 +85,7 @@ class OwnerLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = self._bind()
+                self._unwatch = watch(self._loop, self._on_blocked)
             if self._loop.is_closed():
                 raise OwnerLoopGone(f"the event loop that owns this service is closed. {_ADVICE}")
             return self._loop
@@ -143,6 +154,9 @@ class OwnerLoop:
             raise
 
     def release(self) -> None:
-        """Give the portal's loop back. Idempotent."""
+        """Give the portal's loop back, and watch it no more. Idempotent."""
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         if self._lease is not None:
             self._lease.release()

@@ -75,13 +75,14 @@ class SamplerBase:
             raise InvalidArgument(f"inference_url must begin with http(s)://, got {inference_url}")
         if not api_key:
             raise InvalidArgument("api_key is empty: pass the key of the inference API")
+        events = EventHook.of(on_event)
         transport = Transport(
-            owner=OwnerLoop(portal=True),
+            owner=OwnerLoop(portal=True, on_blocked=None if events is None else events.blocked),
             base_url=inference_url,
             api_key=api_key,
             additional_headers=additional_headers,
             verify_ssl=verify_ssl,
-            events=EventHook.of(on_event),
+            events=events,
         )
         self._set_up(
             transport,

@@ -42,8 +42,8 @@ class ServiceCore:
         on_event: OnEvent | None = None,
     ) -> None:
         self._config = config
-        self._owner = OwnerLoop()
         events = EventHook.of(on_event)
+        self._owner = OwnerLoop(on_blocked=None if events is None else events.blocked)
         self._connection = Connection(
             endpoint,
             owner=self._owner,
