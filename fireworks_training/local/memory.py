@@ -1,15 +1,17 @@
-"""Whether a model fits into this machine's memory, asked before it is loaded.
+"""The memory of a worker: whether a model fits, asked before it loads, and giving freed pages back.
 
-Knows the headers of safetensors files and what the system says is free; loads nothing. A model that
-does not fit would be ended by the kernel in the middle of loading, together with whatever else runs
-here.
+Knows the headers of safetensors files, what the system says is free, and the C library's allocator;
+loads nothing. A model that does not fit would be ended by the kernel in the middle of loading,
+together with whatever else runs here.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -83,3 +85,50 @@ def check_memory(
             f"{extra / 2**30:.1f} GiB), and {free / 2**30:.1f} GiB are free, of which "
             f"{_SPARE:.0%} may be used. Serve a smaller model, or free memory"
         )
+
+
+def c_library_trim() -> Callable[[], object] | None:
+    """What makes the C library give the free pages between its blocks back to the system; None
+    where it can't (glibc can)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return None if trim is None else lambda: trim(0)
+
+
+class PageReturn:
+    """Gives freed pages back now and then, so that a worker's memory stays near what it uses.
+
+    Buffers of ever other sizes leave holes in the allocator's heap: an engine under mixed load took
+    three times what it used, and more each minute. One call takes a millisecond where little was
+    freed, and 20 for hundreds of MB.
+
+    Args:
+        trim: see `c_library_trim`; None does nothing.
+        busy: seconds between two calls while work goes on.
+        idle: the same where work pauses: a call then delays nobody, unless pauses are many.
+    """
+
+    def __init__(
+        self, trim: Callable[[], object] | None, *, busy: float = 10.0, idle: float = 2.0
+    ) -> None:
+        self._trim = trim
+        self._busy = busy
+        self._idle = idle
+        self._last = 0.0
+        self._worked = False
+
+    def worked(self, now: float) -> None:
+        """A piece of work was done, at `now` seconds of a steady clock."""
+        self._worked = True
+        self._give_back(now, self._busy)
+
+    def paused(self, now: float) -> None:
+        """There is nothing to do just now."""
+        if self._worked:
+            self._give_back(now, self._idle)
+
+    def _give_back(self, now: float, pause: float) -> None:
+        if now - self._last < pause:
+            return
+        self._last, self._worked = now, False
+        if self._trim is not None:
+            self._trim()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from fireworks_training.local.engine import worker
 from fireworks_training.local.memory import (
     NotEnoughMemory,
+    PageReturn,
+    c_library_trim,
     check_memory,
     free_bytes,
     parameter_count,
@@ -49,3 +54,44 @@ def test_the_system_says_what_is_free() -> None:
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="safetensors"):
         parameter_count(tmp_path)
+
+
+def test_freed_pages_go_back_now_and_then() -> None:
+    calls = list[float]()
+    now = 100.0
+    pages = PageReturn(lambda: calls.append(now), busy=10.0, idle=2.0)
+    for now in (100.0, 101.0, 109.0, 111.0):
+        pages.worked(now)
+    assert calls == [100.0, 111.0]
+    for now in (112.0, 114.0, 115.0, 300.0):  # a pause: once, and not again without work
+        pages.paused(now)
+    assert calls == [100.0, 111.0]  # nothing was done since
+    pages.worked(301.0 - 190.0)
+    for now in (302.0, 303.0, 305.0):
+        pages.paused(now)
+    assert calls == [100.0, 111.0, 302.0]
+    PageReturn(None).worked(1e9)
+
+
+@pytest.mark.skipif(c_library_trim() is None, reason="this C library has no malloc_trim")
+def test_what_is_given_back_is_the_holes_between_blocks() -> None:
+    code = """
+import gc, json
+from pathlib import Path
+import torch
+from fireworks_training.local.memory import PageReturn, c_library_trim
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+size = 25_000  # 100 kB: below the size that the C library maps by itself
+blocks = [torch.zeros(size) for _ in range(2000)]
+full = resident()
+blocks[::2] = [None] * 1000
+gc.collect()
+holes = resident()
+PageReturn(c_library_trim()).worked(1e9)
+print(json.dumps([full, holes, resident()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    full, holes, after = json.loads(done.stdout)
+    assert full - holes < 10e6  # half of it is free, and none of that came back
+    assert full - after > 80e6

@@ -11,6 +11,7 @@ import contextlib
 import os
 import selectors
 import socket
+import time
 from pathlib import Path
 from typing import Self, cast
 
@@ -18,7 +19,12 @@ from fireworks_training.local.engine.core import Engine, EngineLimits
 from fireworks_training.local.engine.loads import in_a_thread
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.frames import Control, FrameDecoder, FrameError
-from fireworks_training.local.memory import check_memory, free_bytes
+from fireworks_training.local.memory import (
+    PageReturn,
+    c_library_trim,
+    check_memory,
+    free_bytes,
+)
 from fireworks_training.local.model import SnapshotDtype, configure_torch
 from fireworks_training.local.snapshots import SnapshotStore
 
@@ -93,12 +99,13 @@ def listen(path: Path) -> socket.socket:
 
 def serve(engine: Engine, listener: socket.socket) -> None:
     """Drive the engine for one gateway after the other until one says `stop`."""
+    pages = PageReturn(c_library_trim())
     with listener, _Waker() as waker:
         engine.loads.wake = waker.wake
         while True:
             connection, _ = listener.accept()
             with connection, selectors.DefaultSelector() as selector:
-                stopped = _Connection(connection, selector, engine, waker).run()
+                stopped = _Connection(connection, selector, engine, waker, pages).run()
             engine.reset()
             if stopped:
                 return
@@ -139,11 +146,13 @@ class _Connection:
         selector: selectors.BaseSelector,
         engine: Engine,
         waker: _Waker,
+        pages: PageReturn,
     ) -> None:
         self._socket = connection
         self._selector = selector
         self._engine = engine
         self._waker = waker
+        self._pages = pages
         self._decoder = FrameDecoder()
         self._unsent = bytearray(engine.hello())
         self._stopped = False
@@ -157,6 +166,7 @@ class _Connection:
             if self._engine.busy and len(self._unsent) < MAX_UNSENT:
                 for frame in self._engine.tick():
                     self._unsent += frame
+                self._pages.worked(time.monotonic())
         return self._stopped
 
     def _exchange(self) -> bool:
@@ -164,6 +174,8 @@ class _Connection:
         try:
             self._send()
             idle = not self._engine.busy or len(self._unsent) >= MAX_UNSENT
+            if idle:
+                self._pages.paused(time.monotonic())
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
             self._selector.modify(self._socket, wanted)
             for key, events in self._selector.select(None if idle else 0):

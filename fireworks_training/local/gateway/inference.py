@@ -112,6 +112,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     )
     try:
         return await (answer.stream() if body.stream else answer.whole())
+    except ConnectionResetError:
+        return web.Response()  # the client has left: nobody reads it
     finally:
         stream.cancel()
 
