@@ -69,7 +69,7 @@ class SampleBody(BaseModel):
 
     type: StrictStr = "sample"
     sampling_session_id: StrictStr | None = None
-    seq_id: StrictInt | None = None
+    seq_id: StrictInt | None = Field(default=None, ge=0, lt=1 << 63)
     base_model: StrictStr | None = None
     model_path: StrictStr | None = None
     num_samples: StrictInt = Field(default=1, ge=1, le=MAX_SAMPLES)

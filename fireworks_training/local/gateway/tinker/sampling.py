@@ -1,35 +1,23 @@
-"""Sampling through the Tinker API: sampling sessions, asample, and the results that are polled for.
+"""Sampling through the Tinker API: sampling sessions, asample, and the polls for all results.
 
-Knows which snapshot a sampling session samples, how a request becomes engine streams, and how long
-a result is kept. What a request means is `sample_request`'s, which engine serves it `engines`'.
-
-A request is known by (sampling session, seq_id): a repeated one finds its first answer. Results are
-in this process alone; one that is gone is answered with 410, on which clients sample anew. So is a
-batch poll that waits for requests of which this process knows nothing: its client must not wait for
-ever for what an earlier process took with it.
+Knows which snapshot a sampling session samples and how a request becomes engine streams. What a
+request means is `sample_request`'s, which engine serves it `engines`', and what becomes of it is
+kept by `results`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import orjson
 from aiohttp import web
 
 from fireworks_training.local.ended import (
     MAX_BODY_BYTES,
     BadPoll,
-    Ended,
-    EndedLog,
     ModelTarget,
     Poll,
-    SamplingTarget,
     answer,
     parse_poll,
 )
@@ -46,6 +34,7 @@ from fireworks_training.local.gateway.engine_stream import (
 from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
+from fireworks_training.local.gateway.tinker.results import Result, SampleResults
 from fireworks_training.local.gateway.tinker.sample_request import (
     Sample,
     SamplePlan,
@@ -67,37 +56,10 @@ from fireworks_training.local.tinker_store import (
     sampling_session_id,
 )
 
-log = logging.getLogger(__name__)
-
 HOLD_S = 30.0
-MAX_PENDING = 4096
-"""Samples that run or wait, all requests together."""
-MAX_RESULTS = 4096
-MAX_LOGS = 4096
-"""Sampling sessions and clones whose endings are remembered for batch polls."""
-CLONE = 10**9
-"""A clone's `seq_id`s begin at its own number times this."""
 FULL_WAIT_S = 0.05
 FLUSH_TOKENS = 1 << 30
 """A reader here wants the end alone; one that looks for stop strings wants every token."""
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A request that was taken; `task` gives its body and content type."""
-
-    digest: bytes
-    samples: int
-    task: asyncio.Task[tuple[bytes, str]]
-    delivered: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Log:
-    """Endings of one clone's requests; `open` are those that have not ended."""
-
-    ended: EndedLog = field(default_factory=EndedLog)
-    open: int = 0
 
 
 class TinkerSampling:
@@ -111,8 +73,7 @@ class TinkerSampling:
     def __init__(self, training: TinkerTraining, engines: TinkerEngines) -> None:
         self._training = training
         self._engines = engines
-        self._pending: OrderedDict[str, _Pending] = OrderedDict()
-        self._logs: OrderedDict[tuple[str, int], _Log] = OrderedDict()
+        self.results = SampleResults()
         self._codecs: dict[Path, TextCodec] = {}
 
     # -- sampling sessions -----------------------------------------------------------------------
@@ -176,133 +137,29 @@ class TinkerSampling:
         if body.sampling_session_id is None or body.seq_id is None:
             raise Problem(400, "sampling_session_id and seq_id must be given")
         note = self.session(body.sampling_session_id)
-        request_id = f"{note.session}:sample-{body.seq_id}"
         digest = hashlib.blake2b(raw, digest_size=16).digest()
-        known = self._pending.get(request_id)
-        if known is not None:
-            if known.digest != digest:
-                raise Problem(409, f"seq_id {body.seq_id} was used for another request")
-            return request_id, known.samples
-        entry = self._training.model(note.base_model)
-        engine = await self._engines.engine(entry, base=note.identity is None)
-        plan = plan_samples(body, engine.limits)
-        waiting = sum(p.samples for p in self._pending.values() if not p.task.done())
-        if waiting and waiting + body.num_samples > MAX_PENDING:
-            text_ = f"{waiting} samples run or wait already"
-            raise Problem(429, text_, headers={"Retry-After": "1"})
-        task = asyncio.create_task(self._run(entry, note, plan), name=request_id)
-        self._pending[request_id] = _Pending(digest, body.num_samples, task)
-        self._log(note.session, body.seq_id // CLONE, request_id, task)
-        self._drop_old()
-        return request_id, body.num_samples
-
-    def _log(
-        self, session: str, clone: int, request_id: str, task: asyncio.Task[tuple[bytes, str]]
-    ) -> None:
-        log_ = self._logs.setdefault((session, clone), _Log())
-        self._logs.move_to_end((session, clone))
-        log_.open += 1
-
-        def end(_: object) -> None:
-            log_.open -= 1
-            log_.ended.add(request_id)
-
-        task.add_done_callback(end)
-        idle = [key for key, other in self._logs.items() if not other.open]
-        for key in idle[: max(len(self._logs) - MAX_LOGS, 0)]:
-            del self._logs[key]
-
-    def _drop_old(self) -> None:
-        excess = len(self._pending) - MAX_RESULTS
-        finished = [key for key, pending in self._pending.items() if pending.task.done()]
-        finished.sort(key=lambda key: not self._pending[key].delivered)
-        for key in finished[: max(excess, 0)]:
-            del self._pending[key]
-
-    async def result(self, request_id: str, hold_s: float) -> tuple[bytes, str] | None:
-        """A result and its content type; None when it is not there within `hold_s`.
-
-        Raises:
-            Problem: 410 when the request is not known (any more), or has to be sent again.
-        """
-        pending = self._pending.get(request_id)
-        if pending is None:
-            raise Problem(410, f"no result of {request_id[:150]!r} is here; sample again")
-        await asyncio.wait([pending.task], timeout=hold_s)
-        if not pending.task.done():
-            return None
-        if pending.task.cancelled():
-            raise Problem(410, f"{request_id!r} was cancelled")
-        error = pending.task.exception()
-        if isinstance(error, EngineGone):
-            self._pending.pop(request_id, None)
-            raise Problem(410, f"{error}; sample again")
-        pending.delivered = True
-        if error is None:
-            return pending.task.result()
-        server = not isinstance(error, Problem) or error.status >= 500
-        if server:
-            log.error("sampling failed", exc_info=error)
-        told = {"error": str(error), "category": "server" if server else "user"}
-        return orjson.dumps(told), "application/json"
-
-    async def ended(
-        self, target: SamplingTarget, cursor: int, hold_s: float
-    ) -> tuple[list[Ended], int]:
-        """What has ended of a clone's requests after a cursor, waited for up to `hold_s` seconds.
-
-        Raises:
-            Problem: 404 without such a session; 410 for a cursor that this process never gave, or
-                when none of its requests is under way that could end.
-        """
-        self.session(target.sampling_session_id)
-        key = target.sampling_session_id, target.cloned_sampler_id
-        log_ = self._logs.get(key, _Log())
-        behind = cursor < log_.ended.cursor
-        if cursor > log_.ended.cursor or (hold_s > 0 and not behind and not log_.open):
-            raise Problem(
-                410,
-                f"nothing of {target.sampling_session_id!r} is under way here: the process that had"
-                " its requests is gone. Make another sampling client",
+        request_id, known = self.results.taken(note.session, body.seq_id, digest)
+        if not known:
+            entry = self._training.model(note.base_model)
+            engine = await self._engines.engine(entry, base=note.identity is None)
+            plan = plan_samples(body, engine.limits)
+            self.results.take(
+                note.session,
+                body.seq_id,
+                digest,
+                body.num_samples,
+                lambda: self._run(entry, note, plan),
             )
-        await log_.ended.wait(cursor, hold_s)
-        request_ids, cursor = log_.ended.after(cursor)
-        return [self._ended(request_id) for request_id in request_ids], cursor
-
-    def _ended(self, request_id: str) -> Ended:
-        pending = self._pending.get(request_id)
-        if pending is None:
-            return Ended(request_id, failed=False)  # asked for by name, it is answered with 410
-        if pending.task.cancelled() or pending.task.exception() is not None:
-            return Ended(request_id, failed=True)
-        return Ended(request_id, False, *pending.task.result())
-
-    def retrieved(self, session: str, request_ids: Iterable[str]) -> None:
-        """Results that their client has: among the first to be dropped. Others are ignored."""
-        for request_id in request_ids:
-            pending = self._pending.get(request_id)
-            if pending is not None and request_id.startswith(f"{session}:"):
-                pending.delivered = True
-
-    def cancel(self, request_id: str) -> None:
-        """Frees what a request takes. Idempotent."""
-        pending = self._pending.get(request_id)
-        if pending is not None:
-            pending.task.cancel()
+        return request_id, body.num_samples
 
     async def close(self) -> None:
         """Ends everything that runs."""
-        tasks = [pending.task for pending in self._pending.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.results.close()
         await self._engines.close()
 
     # -- running ---------------------------------------------------------------------------------
 
-    async def _run(
-        self, entry: ModelEntry, note: SamplerNote, plan: SamplePlan
-    ) -> tuple[bytes, str]:
+    async def _run(self, entry: ModelEntry, note: SamplerNote, plan: SamplePlan) -> Result:
         codec = await self._codec(entry) if plan.stop_texts else None
         async with self._engines.serving(entry, note.identity) as engine:
             streams: list[EngineStream] = []
@@ -406,7 +263,7 @@ async def _asample(request: web.Request) -> web.Response:
 
 
 async def _cancel_future(request: web.Request) -> web.Response:
-    request.app[SAMPLING].cancel(text(await read_json(request), "request_id"))
+    request.app[SAMPLING].results.cancel(text(await read_json(request), "request_id"))
     return web.json_response({})
 
 
@@ -416,7 +273,7 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
     owner = request_id.rpartition(":")[0]
     if ":sampler:" not in owner:
         return await pass_to_trainer(request, raw, owner)
-    found = await request.app[SAMPLING].result(request_id, HOLD_S)
+    found = await request.app[SAMPLING].results.result(request_id, HOLD_S)
     if found is None:
         waits = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
         return web.json_response(waits)
@@ -435,7 +292,8 @@ async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
         raise Problem(400, str(error)) from None
     if isinstance(poll.target, ModelTarget):
         return await pass_to_trainer(request, raw, poll.target.model_id)
-    sampling = request.app[SAMPLING]
-    sampling.retrieved(poll.target.sampling_session_id, poll.retrieved_request_ids)
-    completions, cursor = await sampling.ended(poll.target, poll.prev_cursor, poll.hold_s(HOLD_S))
+    results = request.app[SAMPLING].results
+    request.app[SAMPLING].session(poll.target.sampling_session_id)
+    results.retrieved(poll.target.sampling_session_id, poll.retrieved_request_ids)
+    completions, cursor = await results.ended(poll.target, poll.prev_cursor, poll.hold_s(HOLD_S))
     return web.json_response(answer(completions, cursor, poll.inline_bytes))

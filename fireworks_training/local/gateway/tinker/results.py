@@ -1,0 +1,206 @@
+"""Requests for samples that were taken, and what became of them, until their clients have it.
+
+Knows who asked for what, when it ended and for how long it is kept. Does not know what sampling is:
+a request is a coroutine that gives the body of an answer and its content type.
+
+A request is known by its id, and a repeated one finds the first. What an earlier process knew is
+gone: asked for by name, it is answered with 410, on which clients sample anew; and so is a batch
+poll that waits for what nobody here is at, since its client would wait for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+
+import orjson
+
+from fireworks_training.local.ended import Ended, EndedLog, SamplingTarget
+from fireworks_training.local.gateway.engine_stream import EngineGone
+from fireworks_training.local.gateway.problems import Problem
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 4096
+"""Samples that run or wait, all requests together."""
+MAX_RESULTS = 4096
+MAX_LOGS = 4096
+"""Sampling sessions and clones whose endings are remembered for batch polls."""
+CLONE = 10**9
+"""A clone's `seq_id`s begin at its own number times this."""
+
+Result = tuple[bytes, str]
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    digest: bytes
+    samples: int
+    task: asyncio.Task[Result]
+    delivered: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Log:
+    """Endings of one clone's requests; `open` are those that have not ended."""
+
+    ended: EndedLog = field(default_factory=EndedLog)
+    open: int = 0
+
+
+class SampleResults:
+    """See the module.
+
+    Args:
+        most: results that are kept; of those that have ended, delivered ones go first.
+    """
+
+    def __init__(self, most: int = MAX_RESULTS) -> None:
+        self._most = most
+        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._logs: OrderedDict[tuple[str, int], _Log] = OrderedDict()
+        self._waiting = 0
+
+    def taken(self, session: str, seq_id: int, digest: bytes) -> tuple[str, bool]:
+        """The id of a request, and whether it was taken already.
+
+        Raises:
+            Problem: 409 when another request has this place.
+        """
+        request_id = f"{session}:sample-{seq_id}"
+        known = self._pending.get(request_id)
+        if known is not None and known.digest != digest:
+            raise Problem(409, f"seq_id {seq_id} was used for another request")
+        return request_id, known is not None
+
+    def take(
+        self,
+        session: str,
+        seq_id: int,
+        digest: bytes,
+        samples: int,
+        run: Callable[[], Coroutine[None, None, Result]],
+    ) -> str:
+        """Starts a request, if it was not taken meanwhile; its id.
+
+        Raises:
+            Problem: 409 as `taken`, 429 when too much waits.
+        """
+        request_id, known = self.taken(session, seq_id, digest)
+        if known:
+            return request_id
+        if self._waiting and self._waiting + samples > MAX_PENDING:
+            text = f"{self._waiting} samples run or wait already"
+            raise Problem(429, text, headers={"Retry-After": "1"})
+        task = asyncio.create_task(run(), name=request_id)
+        self._pending[request_id] = _Pending(digest, samples, task)
+        log_ = self._log(session, seq_id // CLONE)
+        log_.open += 1
+        self._waiting += samples
+
+        def end(_: object) -> None:
+            self._waiting -= samples
+            log_.open -= 1
+            log_.ended.add(request_id)
+
+        task.add_done_callback(end)
+        self._make_room()
+        return request_id
+
+    def _log(self, session: str, clone: int) -> _Log:
+        found = self._logs.setdefault((session, clone), _Log())
+        self._logs.move_to_end((session, clone))
+        if len(self._logs) > MAX_LOGS:
+            idle = (key for key, other in self._logs.items() if not other.open)
+            oldest = next(idle)
+            if oldest != (session, clone):
+                del self._logs[oldest]
+        return found
+
+    def _make_room(self) -> None:
+        if len(self._pending) <= self._most:
+            return
+        finished = [key for key, pending in self._pending.items() if pending.task.done()]
+        finished.sort(key=lambda key: not self._pending[key].delivered)
+        for key in finished[: len(self._pending) - self._most]:
+            del self._pending[key]
+
+    async def result(self, request_id: str, hold_s: float) -> Result | None:
+        """A result and its content type; None when it is not there within `hold_s`.
+
+        Raises:
+            Problem: 410 when the request is not known (any more), or has to be sent again.
+        """
+        pending = self._pending.get(request_id)
+        if pending is None:
+            raise Problem(410, f"no result of {request_id[:150]!r} is here; sample again")
+        await asyncio.wait([pending.task], timeout=hold_s)
+        if not pending.task.done():
+            return None
+        if pending.task.cancelled():
+            raise Problem(410, f"{request_id!r} was cancelled")
+        error = pending.task.exception()
+        if isinstance(error, EngineGone):
+            self._pending.pop(request_id, None)
+            raise Problem(410, f"{error}; sample again")
+        pending.delivered = True
+        if error is None:
+            return pending.task.result()
+        server = not isinstance(error, Problem) or error.status >= 500
+        if server:
+            log.error("sampling failed", exc_info=error)
+        told = {"error": str(error), "category": "server" if server else "user"}
+        return orjson.dumps(told), "application/json"
+
+    async def ended(
+        self, target: SamplingTarget, cursor: int, hold_s: float
+    ) -> tuple[list[Ended], int]:
+        """What has ended of a clone's requests after a cursor, waited for up to `hold_s` seconds.
+
+        Raises:
+            Problem: 410 for a cursor that this process never gave, or when none of its requests is
+                under way that could end.
+        """
+        key = target.sampling_session_id, target.cloned_sampler_id
+        log_ = self._logs.get(key, _Log())
+        behind = cursor < log_.ended.cursor
+        if cursor > log_.ended.cursor or (hold_s > 0 and not behind and not log_.open):
+            raise Problem(
+                410,
+                f"nothing of {target.sampling_session_id!r} is under way here: the process that had"
+                " its requests is gone. Make another sampling client",
+            )
+        await log_.ended.wait(cursor, hold_s)
+        request_ids, cursor = log_.ended.after(cursor)
+        return [self._ended(request_id) for request_id in request_ids], cursor
+
+    def _ended(self, request_id: str) -> Ended:
+        pending = self._pending.get(request_id)
+        if pending is None:
+            return Ended(request_id, failed=False)  # asked for by name, it is answered with 410
+        if pending.task.cancelled() or pending.task.exception() is not None:
+            return Ended(request_id, failed=True)
+        return Ended(request_id, False, *pending.task.result())
+
+    def retrieved(self, session: str, request_ids: Iterable[str]) -> None:
+        """Results that their client has: among the first to be dropped. Others are ignored."""
+        for request_id in request_ids:
+            pending = self._pending.get(request_id)
+            if pending is not None and request_id.startswith(f"{session}:"):
+                pending.delivered = True
+
+    def cancel(self, request_id: str) -> None:
+        """Frees what a request takes. Idempotent."""
+        pending = self._pending.get(request_id)
+        if pending is not None:
+            pending.task.cancel()
+
+    async def close(self) -> None:
+        """Ends everything that runs."""
+        tasks = [pending.task for pending in self._pending.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
