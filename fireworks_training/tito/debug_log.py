@@ -97,8 +97,10 @@ class TITOLocalDebugSink:
         self._closed = False
         self._written = 0
         self._sequences: dict[str, int] = {}
-        self.writer_dir.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _private(config.root_dir)
+        _private(self.writer_dir.parent)
         self.writer_dir.mkdir(mode=0o700)
+        _private(self.writer_dir / "trajectories")
         manifest = {
             "format": "fireworks-tito-debug-jsonl",
             "schema_version": 1,
@@ -130,7 +132,7 @@ class TITOLocalDebugSink:
             if arrays:
                 row["arrays"] = {name: list(values) for name, values in arrays.items()}
             folder = self.writer_dir / "trajectories" / _folder_name(trajectory_id)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _private(folder)
             written = self._append(folder / "events.jsonl", row)
             self._sequences[trajectory_id] = number + 1
             return written
@@ -208,6 +210,12 @@ class TITOLocalDebugSink:
             file.write(line)
         self._written += len(line)
         return len(line)
+
+
+def _private(folder: Path) -> None:
+    """Make a folder that is this user's alone; `mode` holds for the last of new ones only."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _folder_name(trajectory_id: str) -> str:

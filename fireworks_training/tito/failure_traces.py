@@ -235,7 +235,9 @@ def _trace(
 def _opened(source: Path, root: Path | None) -> Generator[Any, None, None]:
     """A regular file below a folder, reached without following any link on the way."""
     base = (source.parent if root is None else root).resolve(strict=True)
-    inner = source.absolute().relative_to((source.parent if root is None else root).absolute())
+    outer = (source.parent if root is None else root).absolute()
+    inside = source.absolute().is_relative_to(outer)
+    inner = source.absolute().relative_to(outer) if inside else Path()
     if not inner.parts or ".." in inner.parts:
         raise OSError("source_trace is not in source_trace_root")
     folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY)

@@ -120,15 +120,16 @@ async def _chat(
         await trajectory.refused(error, started)
         return error_answer(error)
     trajectory.answer_under_way()
+    answer = _Answer(request, trajectory, call)
     try:
         if wanted.stream:
-            return await _streamed(request, trajectory, call, prepared, wanted, keepalive)
-        return await _whole(request, trajectory, call)
+            return await answer.streamed(prepared, keepalive, usage=wanted.usage)
+        return await answer.whole()
     except TITOError as error:
         return error_answer(error)
     except BaseException:
         # The agent has left, or the server stops: what it asked for is of no use to anyone.
-        await _drop(trajectory, call)
+        await answer.drop()
         raise
 
 
@@ -151,73 +152,80 @@ async def _read(request: web.Request) -> _Wanted:
     return _Wanted(wanted, bool(fields.get("stream")), usage)
 
 
-async def _result(call: asyncio.Task[TITOCallResult]) -> TITOCallResult:
-    """The call's result; one that the end of its trajectory cancelled is an error of its own."""
-    await asyncio.wait([call])
-    if call.cancelled():
-        raise TITOError("tito_trajectory_closed", 410, "the trajectory ended under this call")
-    return call.result()
+class _Answer:
+    """One call's way back to its agent, and the note of whether it got there."""
 
+    def __init__(
+        self, request: web.Request, trajectory: Trajectory, call: asyncio.Task[TITOCallResult]
+    ) -> None:
+        self._request = request
+        self._trajectory = trajectory
+        self._call = call
+        self._written = False
 
-async def _drop(trajectory: Trajectory, call: asyncio.Task[TITOCallResult]) -> None:
-    """Cancel a call whose agent has left; a turn that it made before counts as ambiguous."""
-    call.cancel()
-    (outcome,) = await asyncio.gather(call, return_exceptions=True)
-    if isinstance(outcome, TITOCallResult):
-        await trajectory.emitted(outcome.turn_id, "ambiguous")
-
-
-async def _whole(
-    request: web.Request, trajectory: Trajectory, call: asyncio.Task[TITOCallResult]
-) -> web.StreamResponse:
-    result = await _result(call)
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    await response.prepare(request)
-    await response.write(_json(result.response))
-    await response.write_eof()
-    await trajectory.emitted(result.turn_id, "completed")
-    return response
-
-
-async def _streamed(
-    request: web.Request,
-    trajectory: Trajectory,
-    call: asyncio.Task[TITOCallResult],
-    prepared: asyncio.Event,
-    wanted: _Wanted,
-    keepalive: float,
-) -> web.StreamResponse:
-    """Events: comments while it is sampled, then the answer.
-
-    The message is known when it is parsed as a whole, so it comes in one piece; until then comments
-    keep proxies and clients from giving up.
-    """
-    ready = asyncio.create_task(prepared.wait())
-    try:
-        await asyncio.wait([call, ready], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        ready.cancel()
-    if call.done() and not prepared.is_set():
-        await _result(call)  # refused: still a plain answer with its own status
-    response = web.StreamResponse(
-        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-    )
-    await response.prepare(request)
-    while not (await asyncio.wait([call], timeout=keepalive))[0]:
-        await response.write(b": keepalive\n\n")
-        trajectory.measured.count("transport/keepalives_sent")
-    try:
-        result = await _result(call)
-    except TITOError as error:
-        await response.write(b"event: error\ndata: " + _json(error.openai_body()) + b"\n\n")
-        await response.write_eof()
+    async def whole(self) -> web.StreamResponse:
+        """One JSON body."""
+        result = await self._result()
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(self._request)
+        await response.write(_json(result.response))
+        await self._end(response, result)
         return response
-    for chunk in _chunks(result.response, usage=wanted.usage):
-        await response.write(b"data: " + _json(chunk) + b"\n\n")
-    await response.write(b"data: [DONE]\n\n")
-    await response.write_eof()
-    await trajectory.emitted(result.turn_id, "completed")
-    return response
+
+    async def streamed(
+        self, prepared: asyncio.Event, keepalive: float, *, usage: bool
+    ) -> web.StreamResponse:
+        """Events: comments while it is sampled, then the answer.
+
+        The message is known when it is parsed as a whole, so it comes in one piece; until then
+        comments keep proxies and clients from giving up.
+        """
+        call = self._call
+        ready = asyncio.create_task(prepared.wait())
+        try:
+            await asyncio.wait([call, ready], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if call.done() and not prepared.is_set():
+            await self._result()  # refused: still a plain answer with its own status
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
+        await response.prepare(self._request)
+        while not (await asyncio.wait([call], timeout=keepalive))[0]:
+            await response.write(b": keepalive\n\n")
+            self._trajectory.measured.count("transport/keepalives_sent")
+        try:
+            result = await self._result()
+        except TITOError as error:
+            await response.write(b"event: error\ndata: " + _json(error.openai_body()) + b"\n\n")
+            await response.write_eof()
+            return response
+        for chunk in _chunks(result.response, usage=usage):
+            await response.write(b"data: " + _json(chunk) + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await self._end(response, result)
+        return response
+
+    async def drop(self) -> None:
+        """Cancel the call of an agent that has left; a turn that it made counts as ambiguous."""
+        self._call.cancel()
+        (outcome,) = await asyncio.gather(self._call, return_exceptions=True)
+        # One that has read its answer may leave before that is noted.
+        if isinstance(outcome, TITOCallResult) and not self._written:
+            await self._trajectory.emitted(outcome.turn_id, "ambiguous")
+
+    async def _result(self) -> TITOCallResult:
+        """The call's result, or its error; that of the trajectory's end if that cancelled it."""
+        await asyncio.wait([self._call])
+        if self._call.cancelled():
+            raise TITOError("tito_trajectory_closed", 410, "the trajectory ended under this call")
+        return self._call.result()
+
+    async def _end(self, response: web.StreamResponse, result: TITOCallResult) -> None:
+        await response.write_eof()
+        self._written = True
+        await self._trajectory.emitted(result.turn_id, "completed")
 
 
 def _chunks(answer: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:

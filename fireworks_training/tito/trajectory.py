@@ -241,10 +241,7 @@ class Trajectory:
         options = self._backend.options(plan.request)
         stop = await self._backend.stop(plan.request)
         call.request_id = uuid.uuid4().hex
-        if prepared is not None:
-            prepared.set()
-        call.phase = "sampling"
-        call.sampled = await self._backend.sampler.sample_with_prompt_tokens_result(
+        sampling = self._backend.sampler.sample_with_prompt_tokens_result(
             list(plan.prompt_ids),
             max_tokens=plan.budget.effective,
             stop=stop,
@@ -252,6 +249,10 @@ class Trajectory:
             logical_request_id=call.request_id,
             **options,
         )
+        if prepared is not None:
+            prepared.set()
+        call.phase = "sampling"
+        call.sampled = await sampling
         call.phase = "reading"
         return call.sampled, checked(plan, call.sampled)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fireworks_training import (
+    AdaptiveConcurrencyController,
     AsyncFiretitanServiceClient,
     ChatTemplateRenderer,
     TITOSidecar,
@@ -17,6 +19,7 @@ from fireworks_training import (
     rollout_datum,
 )
 from fireworks_training.tito import TITOTrajectoryEndpoint
+from tests.async_.sampling.support import until
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on
 
@@ -67,8 +70,8 @@ async def test_two_turns_leave_the_engines_own_tokens_and_train(
         async with await sidecar_on(service, prompt_mode=mode) as sidecar:
             endpoint = await sidecar.create_trajectory_async(metadata={"task": "pens"})
             messages = [QUESTION]
-            for turn, extra in enumerate([{}, {"stream": True}]):
-                body = {"model": "policy", "messages": messages, "seed": turn, **extra}
+            for number, extra in enumerate([{}, {"stream": True}]):
+                body = {"model": "policy", "messages": messages, "seed": number, **extra}
                 messages = [*messages, await asked(endpoint, body), SECOND]
             artifact = await sidecar.finish_trajectory(endpoint.trajectory_id)
 
@@ -102,3 +105,34 @@ async def test_two_turns_leave_the_engines_own_tokens_and_train(
         assert masked == sum(sum(segment.loss_mask) for segment in artifact.segments)
         if mode == "incremental":
             assert masked == sum(len(t.exact_completion_ids) for t in (first, second))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_agent_that_leaves_gives_its_slot_of_the_engine_back(
+    platform: RunningPlatform, stream: bool
+) -> None:
+    async with service_on(platform, create_deployment=True) as service:
+        tokenizer = await service.get_tokenizer()
+        sampler = await service.create_deployment_sampler(tokenizer=tokenizer)
+        sidecar = TITOSidecar.from_deployment_sampler(
+            sampler,
+            renderer=ChatTemplateRenderer(tokenizer),
+            max_context_tokens=2048,
+            max_output_tokens=2000,
+            sampling_defaults={"min_tokens": 2000},
+        )
+        async with sidecar:
+            endpoint = await sidecar.create_trajectory_async()
+            body = {"messages": [QUESTION], "stream": stream}
+            asking = asyncio.create_task(asked(endpoint, body))
+            gate = sampler.concurrency_controller
+            assert isinstance(gate, AdaptiveConcurrencyController)
+            await until(lambda: gate.in_flight == 1)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await until(lambda: gate.in_flight == 0)
+            artifact = await sidecar.finish_trajectory(endpoint.trajectory_id)
+            assert [call.outcome for call in artifact.calls] == ["cancelled"]
+            # The engine is free: what it tells of its load with the next completion is itself.
+            (one,) = await sampler.sample_with_prompt_tokens([5, 6, 7], max_tokens=2)
+            assert one.metrics.num_concurrent_requests in (None, 0, 1)
