@@ -46,8 +46,31 @@ def _numbers_in(file: Path) -> int:
     return sum(math.prod(cast("list[int]", shape)) for shape in shapes)
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
 def free_bytes() -> int | None:
-    """Memory that a new process could take; None where the system does not say."""
+    """Memory that a new process could take, of the machine's and of the container's, whichever is
+    less; None where the system does not say."""
+    known = [free for free in (_machine_bytes(), container_bytes(_CGROUP)) if free is not None]
+    return min(known, default=None)
+
+
+def container_bytes(cgroup: Path) -> int | None:
+    """What a control group (version 2) leaves of its limit; None where it has none."""
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        # Pages of files are given up when memory is short.
+        for line in (cgroup / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                used -= int(line.split()[1])
+        return None if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return None
+
+
+def _machine_bytes() -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
@@ -60,7 +83,13 @@ def free_bytes() -> int | None:
 
 
 def check_memory(
-    model_path: Path, bytes_per_parameter: float, extra: int, free: int | None, what: str
+    model_path: Path,
+    bytes_per_parameter: float,
+    extra: int,
+    free: int | None,
+    what: str,
+    *,
+    parameters: int | None = None,
 ) -> None:
     """Refuses a model that would not fit.
 
@@ -70,13 +99,14 @@ def check_memory(
         extra: bytes that it takes besides.
         free: what there is, from `free_bytes`; None checks nothing.
         what: the process, for the message.
+        parameters: of the model; None counts them in its files.
 
     Raises:
         NotEnoughMemory: the message says by how much.
     """
     if free is None:
         return
-    count = parameter_count(model_path)
+    count = parameter_count(model_path) if parameters is None else parameters
     needed = int(count * bytes_per_parameter) + extra
     if needed > free * _SPARE:
         raise NotEnoughMemory(

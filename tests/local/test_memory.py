@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fireworks_training.local.memory import (
     PageReturn,
     c_library_trim,
     check_memory,
+    container_bytes,
     free_bytes,
     parameter_count,
 )
@@ -51,25 +53,39 @@ def test_the_system_says_what_is_free() -> None:
     assert found is None or found > 1 << 20
 
 
+def test_a_container_may_have_less_than_its_machine(tmp_path: Path) -> None:
+    assert container_bytes(tmp_path) is None  # no control group here
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\nactive_file 0\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_bytes(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("100\n")
+    assert container_bytes(tmp_path) == 0
+
+
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="safetensors"):
         parameter_count(tmp_path)
 
 
 def test_freed_pages_go_back_now_and_then() -> None:
-    calls = list[float]()
-    now = 100.0
-    pages = PageReturn(lambda: calls.append(now), busy=10.0, idle=2.0)
-    for now in (100.0, 101.0, 109.0, 111.0):
-        pages.worked(now)
-    assert calls == [100.0, 111.0]
-    for now in (112.0, 114.0, 115.0, 300.0):  # a pause: once, and not again without work
-        pages.paused(now)
-    assert calls == [100.0, 111.0]  # nothing was done since
-    pages.worked(301.0 - 190.0)
-    for now in (302.0, 303.0, 305.0):
-        pages.paused(now)
-    assert calls == [100.0, 111.0, 302.0]
+    calls = list[int]()
+    pages = PageReturn(lambda: calls.append(1), busy=10.0, idle=2.0)
+
+    def counted(look: Callable[[float], None], *times: float) -> list[int]:
+        counts = list[int]()
+        for now in times:
+            look(now)
+            counts.append(len(calls))
+        return counts
+
+    assert counted(pages.worked, 100.0, 101.0, 109.0, 111.0) == [1, 1, 1, 2]
+    assert counted(pages.paused, 112.0, 114.0, 300.0) == [2, 2, 2]  # nothing was done since
+    assert counted(pages.worked, 301.0) == [3]
+    assert counted(pages.worked, 301.5) == [3]
+    assert counted(pages.paused, 302.0, 303.5, 306.0) == [3, 4, 4]
     PageReturn(None).worked(1e9)
 
 

@@ -290,6 +290,7 @@ class TrainerJobs:
         settings |= {
             "job": row.id,
             "model_path": str(model.path),
+            "forward_only": cast(Body, row.body["resource"]).get("forwardOnly") is True,
             "states_dir": str(states),
             "snapshots_dir": str(snapshots),
             "session_timeout_s": self._conditions.limits.session_timeout_s,

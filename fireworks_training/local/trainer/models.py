@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import orjson
 from transformers import PreTrainedModel
 
+from fireworks_training.local import memory
 from fireworks_training.local.model import LoraNotPossible, LoraSettings, load_model, vocab_size
 from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
 from fireworks_training.local.tinker_store import RunNote, TinkerStore
@@ -60,6 +61,16 @@ _LORA_KEYS = ("rank", "alpha", "seed", "train_mlp", "train_attn", "train_unembed
 _DEFAULT_ALPHA = 32.0
 MAX_HEAD_DIM = 4096
 
+BASE_BYTES = 4
+"""Of memory for each parameter of the base, in fp32, which every model of the job is a copy of."""
+
+MODEL_BYTES = {"full": 20, "adapter": 4, "reference": 8}
+"""The same for each model: its fp32 values; where all are trained, also masters, gradients and both
+moments, and of a reference the masters. What an adapter has of these is small."""
+
+WORKING_BYTES = 256 << 20
+"""For activations and adapters: the least that work goes on with."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
@@ -75,11 +86,17 @@ class ModelFactory:
     """Makes models from the job's base. Loads it, so make it on the torch thread.
 
     Args:
-        free_bytes: how to measure free space (a fake in tests).
+        free_bytes: how to measure free space on disk (a fake in tests).
+
+    Raises:
+        NotEnoughMemory: the base and one model would not fit; nothing was loaded.
     """
 
     def __init__(self, settings: TrainerSettings, free_bytes: FreeBytes) -> None:
         self.settings = settings
+        self._parameters = memory.parameter_count(settings.model_path)
+        kind = "adapter" if settings.lora_rank else "full"
+        self._check_memory("reference" if settings.forward_only else kind, BASE_BYTES)
         self._base = load_model(settings.model_path)
         self.vocab_size = vocab_size(self._base)
         self.architecture = str(self._base.config.model_type)
@@ -196,7 +213,26 @@ class ModelFactory:
                 f" model asks for rank {rank}; use another job"
             )
 
+    def _check_memory(self, kind: str, base_bytes: int = 0) -> None:
+        memory.check_memory(
+            self.settings.model_path,
+            MODEL_BYTES[kind] + base_bytes,
+            WORKING_BYTES,
+            memory.free_bytes(),
+            {
+                "full": "a trainer of all parameters",
+                "adapter": "a trainer of an adapter",
+                "reference": "a reference",
+            }[kind],
+            parameters=self._parameters,
+        )
+
     def _make(self, blueprint: Blueprint) -> TrainedModel:
+        kind = "reference" if blueprint.reference or self.settings.forward_only else "full"
+        try:
+            self._check_memory("adapter" if blueprint.lora is not None else kind)
+        except memory.NotEnoughMemory as error:
+            raise OperationFailed(str(error)) from error
         module: PreTrainedModel = copy.deepcopy(self._base)
         try:
             model = TrainedModel(

@@ -22,6 +22,7 @@ class TrainerSettings(BaseModel):
             runs. None for every other job.
         lora_rank: 0 trains every parameter; else the models of this job are adapters of rank 1 to
             this.
+        forward_only: the job's models are not trained: less memory will do.
         snapshot_dtype: precision of the values that trainer and engine compute with.
         max_context_length: tokens that a sequence may have.
         delta_compression: "fast", or "small" for fewer bytes at many times the time.
@@ -39,6 +40,7 @@ class TrainerSettings(BaseModel):
     snapshots_dir: Path
     tinker_dir: Path | None = None
     lora_rank: int = Field(default=0, ge=0)
+    forward_only: bool = False
     snapshot_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     delta_compression: Literal["fast", "small"] = "fast"
     max_context_length: int = Field(ge=1)
