@@ -12,7 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
@@ -42,23 +42,40 @@ async def off_loop(tokens: int, work: Callable[[], T]) -> T:
     return work() if tokens <= INLINE_TOKENS else await in_worker(work)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Piece(Generic[T]):
     """Work for one operation.
 
     Attributes:
-        work: what to do; its error, too, comes out of `result()`.
+        work: what to do, until it is done; its error, too, comes out of `result()`.
         tokens: its size.
         done: holds the result, if it is done ahead.
+        ready: the result or the error, if it was done at once.
     """
 
-    work: Callable[[], T]
+    work: Callable[[], T] | None
     tokens: int
     done: asyncio.Future[T] | None = field(default=None, init=False)
+    ready: T | Exception | None = field(default=None, init=False)
+
+    def do(self) -> None:
+        """Do it now, and let go of what it took."""
+        assert self.work is not None
+        try:
+            self.ready = self.work()
+        except Exception as error:
+            self.ready = error
+        self.work = None
 
     async def result(self) -> T:
         """What the work gives; done now if it was too small to be done ahead."""
-        return self.work() if self.done is None else await self.done
+        if self.done is not None:
+            return await self.done
+        if self.work is not None:
+            self.do()
+        if isinstance(self.ready, Exception):
+            raise self.ready
+        return cast(T, self.ready)
 
 
 class Ahead:
@@ -77,7 +94,7 @@ class Ahead:
 
     def add(self, piece: Piece[Any]) -> None:
         """Start on a piece when those before it are done and the bound allows."""
-        if piece.tokens <= INLINE_TOKENS:
+        if piece.tokens <= INLINE_TOKENS or piece.work is None:
             return
         piece.done = asyncio.get_running_loop().create_future()
         piece.done.add_done_callback(_consume)
@@ -105,8 +122,10 @@ class Ahead:
             piece = self._waiting.popleft()
             self._held += piece.tokens
             assert piece.done is not None
+            assert piece.work is not None
+            work, piece.work = piece.work, None
             try:
-                result = await in_worker(piece.work)
+                result = await in_worker(work)
             except Exception as error:
                 piece.done.set_exception(error)
             else:

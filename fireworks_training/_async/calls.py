@@ -41,11 +41,16 @@ NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
 GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
 
 
-async def one(turn: Turn, model_id: str, path: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _encoded(model_id: str, path: str, fields: Mapping[str, Any]) -> bytes:
+    """A request of one operation, but for its id."""
+    return orjson.dumps({**fields, "type": path, "model_id": model_id})
+
+
+async def _one(turn: Turn, path: str, encoded: bytes) -> Mapping[str, Any]:
     """Send one JSON request and wait for its result."""
 
     def make(seq_id: int) -> Sent:
-        return Sent(path, orjson.dumps({**fields, "model_id": model_id, "seq_id": seq_id}))
+        return Sent(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
 
     (answer,) = await turn.send([Request(make)])
     if isinstance(answer, bytes):
@@ -73,17 +78,18 @@ def optim_step(
     adam: dict[str, Any] = adam_params.model_dump()
     if emit_grad_norm_metrics is not None:
         adam["emit_grad_norm_metrics"] = emit_grad_norm_metrics
-    fields: dict[str, Any] = {"adam_params": adam, "type": "optim_step"}
+    fields: dict[str, Any] = {"adam_params": adam}
     if normalization is not None:
         fields["grad_accumulation_normalization"] = normalization
+    encoded = _encoded(model_id, "optim_step", fields)
+    return Call(Role.OPTIM, "optim_step", _optim_step, (encoded,), accept_partial=accept_partial)
 
-    async def run(turn: Turn) -> OptimStepResponse:
-        from tinker.types import OptimStepResponse
 
-        payload = await one(turn, model_id, "optim_step", fields)
-        return OptimStepResponse(metrics=payload.get("metrics"))
+async def _optim_step(turn: Turn, encoded: bytes) -> OptimStepResponse:
+    from tinker.types import OptimStepResponse
 
-    return Call(Role.OPTIM, "optim_step", run, accept_partial=accept_partial)
+    payload = await _one(turn, "optim_step", encoded)
+    return OptimStepResponse(metrics=payload.get("metrics"))
 
 
 def save_state(
@@ -96,8 +102,8 @@ def save_state(
     async def run(turn: Turn) -> SaveWeightsResponse:
         from tinker.types import SaveWeightsResponse
 
-        fields = {"path": name, "type": "save_weights"}
-        payload = await one(turn, model_id, "save_weights", fields)
+        encoded = _encoded(model_id, "save_weights", {"path": name})
+        payload = await _one(turn, "save_weights", encoded)
         path = payload.get("path")
         if not isinstance(path, str):
             raise ProtocolError("the trainer saved a state but named no path")
@@ -115,14 +121,15 @@ def load_state(
     """Load a saved state; with the optimizer, a line that has saved none is told its name."""
     check_state("path", path)
     with_optimizer = optimizer is not None
-    fields: dict[str, Any] = {"path": path, "optimizer": with_optimizer, "type": "load_weights"}
+    fields: dict[str, Any] = {"path": path, "optimizer": with_optimizer}
     if weights_access_token is not None:
         fields["weights_access_token"] = weights_access_token
 
     async def run(turn: Turn) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        payload = await one(turn, model_id, "load_weights", fields)
+        encoded = _encoded(model_id, "load_weights", fields)
+        payload = await _one(turn, "load_weights", encoded)
         if optimizer is not None and optimizer.last_saved_state is None:
             optimizer.last_saved_state = path
         return LoadWeightsResponse(path=payload.get("path", path))
@@ -137,12 +144,12 @@ def load_adapter(model_id: str, adapter_path: str) -> Call[LoadWeightsResponse]:
             f"adapter_path={adapter_path!r}: pass a model resource, a gs:// folder, or what the "
             "platform lets you load"
         )
-    fields = {"adapter_path": adapter_path, "type": "load_adapter"}
+    encoded = _encoded(model_id, "load_adapter", {"adapter_path": adapter_path})
 
     async def run(turn: Turn) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        payload = await one(turn, model_id, "load_adapter", fields)
+        payload = await _one(turn, "load_adapter", encoded)
         return LoadWeightsResponse(path=payload.get("adapter_path", adapter_path))
 
     return Call(Role.LOAD, "load_adapter", run)
@@ -166,7 +173,7 @@ def save_weights_for_sampler(
     check_name("name", name)
     _one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
     _refuse(**refused)
-    fields = {"path": f"{name}-{suffix}", "type": "save_weights_for_sampler"}
+    fields = {"path": f"{name}-{suffix}"}
     if export_precision is not None:
         if checkpoint_type != "merged_base":
             raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
@@ -177,7 +184,8 @@ def save_weights_for_sampler(
 
         async def save(kind: CheckpointType) -> Snapshot:
             sent = {**fields, "checkpoint_type": kind}
-            return decode_snapshot(await one(turn, model_id, "save_weights_for_sampler", sent))
+            encoded = _encoded(model_id, "save_weights_for_sampler", sent)
+            return decode_snapshot(await _one(turn, "save_weights_for_sampler", encoded))
 
         if checkpoint_type == "merged_base":
             snapshot = await save(checkpoint_type)  # stands alone, and is no link of the chain
@@ -194,7 +202,7 @@ def unload_model(model_id: str) -> Call[None]:
     """Free the trainer's memory."""
 
     async def run(turn: Turn) -> None:
-        await one(turn, model_id, "unload_model", {"type": "unload_model"})
+        await _one(turn, "unload_model", _encoded(model_id, "unload_model", {}))
 
     return Call(Role.OTHER, "unload_model", run)
 

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -41,7 +41,7 @@ from fireworks_training.errors import (
     TrainerLost,
     WrongLoop,
 )
-from fireworks_training.futures import APIFuture, Outcome, was_retrieved
+from fireworks_training.futures import APIFuture, Outcome, done_here, was_retrieved
 
 T = TypeVar("T")
 
@@ -64,11 +64,13 @@ _HOLDER: contextvars.ContextVar[tuple[LineRunner, int] | None] = contextvars.Con
 class Turn:
     """An operation's time at the head of the line."""
 
+    __slots__ = ("_label", "_runner", "over", "sent", "ticket")
+
     def __init__(self, runner: LineRunner, ticket: Ticket, label: str) -> None:
         self._runner = runner
         self._label = label
         self.ticket = ticket
-        self.over = asyncio.Event()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sent: list[int] = []
 
     async def send(self, requests: Sequence[Request], *, last: bool = True) -> list[Answer]:
@@ -89,7 +91,7 @@ class Turn:
         if last:
             if not self._runner.line.step_protocol:
                 await asyncio.wait([exchange.taken for exchange in exchanges])
-            self.over.set()
+            self.leave()
         results = await asyncio.gather(*(e.task for e in exchanges), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if not failures:
@@ -105,9 +107,10 @@ class Turn:
         """Note in a context that what runs there holds up the line from this operation on."""
         context.run(_HOLDER.set, (self._runner, self.ticket.place))
 
-    def leave(self, _: object = None) -> None:
+    def leave(self) -> None:
         """Let the next operation come to the head of the line."""
-        self.over.set()
+        if not self.over.done():
+            self.over.set_result(None)
 
 
 def _nothing_added(failure: BaseException) -> bool:
@@ -121,31 +124,58 @@ def _nothing_added(failure: BaseException) -> bool:
 class Call(Generic[T]):
     """An operation that is ready to take its place.
 
+    Thousands may wait in a line, and the garbage collector walks all that they hold: so what a call
+    of the common kinds holds is bytes, in a tuple, for a function that all of them share.
+
     Attributes:
         role: what it does to the model.
         label: its name in messages.
-        run: carries it out, when its turn has come.
+        run: carries it out, when its turn has come; takes the turn and `args`.
+        args: what else `run` takes.
         ahead: work that is done before.
         accept_partial: see `optim_step`.
     """
 
     role: Role
     label: str
-    run: Callable[[Turn], Awaitable[T]]
+    run: Callable[..., Awaitable[T]]
+    args: tuple[Any, ...] = ()
     ahead: Piece[Any] | None = None
     accept_partial: bool = False
 
 
-@dataclass(eq=False)
 class Entry(Generic[T]):
-    """An operation in the line."""
+    """An operation in the line. Its call goes when it is done: futures live longer."""
 
-    ticket: Ticket
-    call: Call[T]
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    started: bool = False
-    cancelled: bool = False
-    outcome: Outcome[T] = field(init=False)
+    __slots__ = ("call", "cancelled", "outcome", "runner", "started", "ticket")
+
+    def __init__(
+        self,
+        runner: LineRunner,
+        ticket: Ticket,
+        call: Call[T],
+        loop: Callable[[], asyncio.AbstractEventLoop | None],
+    ) -> None:
+        self.runner = runner
+        self.ticket = ticket
+        self.call: Call[T] | None = call
+        self.started = False
+        self.cancelled = False
+        self.outcome: Outcome[T] = Outcome(
+            loop=loop, cancel=self._cancel, label=call.label, guard=self._refuse_own_wait
+        )
+
+    def _cancel(self) -> bool:
+        return self.runner.cancel(self)
+
+    def _refuse_own_wait(self) -> None:
+        holder = _HOLDER.get()
+        if holder is not None and holder[0] is self.runner and self.ticket.place >= holder[1]:
+            raise WrongLoop(
+                f"{self.outcome.label} was waited for inside a loss function that it has to wait "
+                "for: an operation behind forward_backward_custom is sent when the loss is there. "
+                "Wait for it after the loss has returned."
+            )
 
 
 class LineRunner:
@@ -190,6 +220,8 @@ class LineRunner:
         self._ahead = Ahead()
         self._lock = threading.Lock()
         self._queue: deque[Entry[Any]] = deque()
+        self._new: list[Entry[Any]] = []
+        self._loop = lambda: owner.bound
         self._by_ticket: dict[Ticket, Entry[Any]] = {}
         self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
@@ -212,43 +244,36 @@ class LineRunner:
                 f"{call.label}: this is a reference client, whose weights stay as they are; it "
                 "offers forward"
             )
-        loop = self._owner.get()
+        self._owner.get()
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            entry = Entry(self.line.issue(call.role), call)
-            entry.outcome = Outcome(
-                loop=lambda: loop,
-                cancel=lambda: self._cancel(entry),
-                label=call.label,
-                guard=lambda: self._refuse_own_wait(entry),
-            )
+            entry = Entry(self, self.line.issue(call.role), call, self._loop)
             self._queue.append(entry)
             self._by_ticket[entry.ticket] = entry
-            self._owner.post(lambda: self._begin(entry))
+            first = not self._new
+            self._new.append(entry)
+        if first:  # whoever comes before it runs is looked after by the same call
+            self._owner.post(self._begin)
         return APIFuture(entry.outcome)
 
-    def _cancel(self, entry: Entry[Any]) -> bool:
+    def cancel(self, entry: Entry[Any]) -> bool:
+        """Cancel an operation unless it has begun; whether that was so."""
         with self._lock:
             if entry.started:
                 return False
             entry.cancelled = True
             return True
 
-    def _refuse_own_wait(self, entry: Entry[Any]) -> None:
-        holder = _HOLDER.get()
-        if holder is not None and holder[0] is self and entry.ticket.place >= holder[1]:
-            raise WrongLoop(
-                f"{entry.call.label} was waited for inside a loss function that it has to wait "
-                "for: an operation behind forward_backward_custom is sent when the loss is there. "
-                "Wait for it after the loss has returned."
-            )
-
     # -- on the owner loop -------------------------------------------------------------------------
 
-    def _begin(self, entry: Entry[Any]) -> None:
-        if entry.call.ahead is not None and not entry.settled.is_set():
-            self._ahead.add(entry.call.ahead)
+    def _begin(self) -> None:
+        with self._lock:
+            new, self._new = self._new, []
+        for entry in new:
+            call = entry.call
+            if call is not None and call.ahead is not None:
+                self._ahead.add(call.ahead)
         if self._pump is None or self._pump.done():
             self._pump = self._exchanges.keep(self._work(), "line")
 
@@ -260,50 +285,53 @@ class LineRunner:
                     return
                 entry = self._queue.popleft()
                 entry.started = True
-            turn = Turn(self, entry.ticket, entry.call.label)
-            task = self._exchanges.keep(self._carry_out(entry, turn), entry.call.label)
-            task.add_done_callback(turn.leave)
-            task.add_done_callback(lambda _: self._places.release())
-            task.add_done_callback(partial(self._settle_unstarted, entry))
-            await turn.over.wait()
+            assert entry.call is not None
+            label = entry.call.label
+            turn = Turn(self, entry.ticket, label)
+            task = self._exchanges.keep(self._carry_out(entry, entry.call, turn), label)
+            task.add_done_callback(partial(self._carried_out, entry, turn))
+            await turn.over
 
-    def _settle_unstarted(self, entry: Entry[Any], _: object) -> None:
-        """A task that is cancelled before its first step never runs, so never settles."""
-        if not entry.settled.is_set():
+    def _carried_out(self, entry: Entry[Any], turn: Turn, _: object) -> None:
+        turn.leave()
+        self._places.release()
+        if not entry.outcome.done():
+            # A task that is cancelled before its first step never runs, so never settles.
             self._settle(entry, self._explain(asyncio.CancelledError()), [])
 
-    async def _carry_out(self, entry: Entry[T], turn: Turn) -> None:
-        previous = self._by_ticket.get(entry.ticket.previous) if entry.ticket.previous else None
+    async def _carry_out(self, entry: Entry[T], call: Call[T], turn: Turn) -> None:
+        ticket = entry.ticket
+        previous = self._by_ticket.get(ticket.previous) if ticket.previous else None
         error: BaseException | None = None
         result: list[T] = []
         try:
-            await self._admit(entry)
-            result.append(await entry.call.run(turn))
+            await self._admit(entry, call)
+            result.append(await call.run(turn, *call.args))
         except BaseException as caught:
             error = self._explain(caught)
-            self.line.failing(entry.ticket, error)
+            self.line.failing(ticket, error)
         turn.leave()
-        if entry.call.ahead is not None:
-            self._ahead.release(entry.call.ahead)
-        if previous is not None:
+        if call.ahead is not None:
+            self._ahead.release(call.ahead)
+        if previous is not None and not previous.outcome.done():
             # Outcomes come in line order, so that a failure before this one is known by now. When
             # the session ends meanwhile, what is known stands.
             with contextlib.suppress(asyncio.CancelledError):
-                await previous.settled.wait()
-        voided = self.line.failure_before(entry.ticket) if entry.ticket.role.weighty else None
+                await done_here(previous.outcome)
+        voided = self.line.failure_before(ticket) if ticket.role.weighty else None
         if voided is not None and (error is None or isinstance(error, PrecedingOperationFailed)):
-            entry.ticket.maybe_added |= error is None
+            ticket.maybe_added |= error is None
             error = Line.preceding_failed(voided)
         self._settle(entry, error, result)
 
-    async def _admit(self, entry: Entry[Any]) -> None:
+    async def _admit(self, entry: Entry[Any], call: Call[Any]) -> None:
         """Return when the operation may be sent; raise if it must not be."""
         if entry.cancelled:
-            raise OperationCancelled(f"{entry.call.label} was cancelled before it was sent")
+            raise OperationCancelled(f"{call.label} was cancelled before it was sent")
         while True:
-            verdict = self.line.verdict(entry.ticket, accept_partial=entry.call.accept_partial)
+            verdict = self.line.verdict(entry.ticket, accept_partial=call.accept_partial)
             if isinstance(verdict, Hold):
-                await self._by_ticket[verdict.until].settled.wait()
+                await done_here(self._by_ticket[verdict.until].outcome)
             elif isinstance(verdict, Void):
                 if verdict.discard:
                     await self._discard()
@@ -358,6 +386,7 @@ class LineRunner:
 
     def _settle(self, entry: Entry[T], error: BaseException | None, result: list[T]) -> None:
         del self._by_ticket[entry.ticket]
+        entry.call = None
         if error is None:
             self.line.succeeded(entry.ticket)
             entry.outcome.settle(result[0])
@@ -370,12 +399,11 @@ class LineRunner:
                     FailureEvent(
                         at=events.now(),
                         kind="training",
-                        what=entry.call.label,
+                        what=entry.outcome.label,
                         id=self._model_id,
                         error=error,
                     )
                 )
-        entry.settled.set()
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -408,7 +436,7 @@ class LineRunner:
     async def drain(self, timeout: float) -> bool:
         """Wait until every accepted operation has its outcome; whether that was in time."""
         open_entries = list(self._by_ticket.values())
-        waits = [asyncio.ensure_future(entry.settled.wait()) for entry in open_entries]
+        waits = [done_here(entry.outcome) for entry in open_entries]
         if not waits:
             return True
         _, late = await asyncio.wait(waits, timeout=timeout)

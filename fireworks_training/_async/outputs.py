@@ -73,7 +73,8 @@ async def run_custom_output(
         return {GRADIENTS_OF[output]: loss.gradients[index]}
 
     backward = passes.piece(captured, inputs, whole=len(encoded.chunks) == 1)
-    again = await off_loop(piece.tokens, backward.work)
+    await off_loop(piece.tokens, backward.do)
+    again = await backward.result()
     requests = passes.requests("forward_backward", again.bodies, losses)
     answers = await turn.send(requests)
     passes.usage.passed(piece.tokens, trained=True)

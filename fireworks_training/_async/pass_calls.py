@@ -10,13 +10,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from fireworks_training._async.ahead import INLINE_TOKENS, Piece
 from fireworks_training._async.arguments import check_datums
 from fireworks_training._async.custom_loss import require_torch
 from fireworks_training._async.operations import Call
 from fireworks_training._async.outputs import GRADIENTS_OF, run_custom_output
-from fireworks_training._async.passes import Losses, Passes, given_inputs, target_inputs
+from fireworks_training._async.passes import (
+    EncodedData,
+    Inputs,
+    Losses,
+    Passes,
+    given_inputs,
+    target_inputs,
+)
 from fireworks_training._core.operations import Role
-from fireworks_training._wire.datums import capture
+from fireworks_training._wire.datums import capture, count_tokens
 from fireworks_training._wire.training import PassKind
 from fireworks_training.errors import InvalidArgument
 
@@ -45,6 +53,7 @@ class PassCalls:
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
+        self._run = passes.run
 
     def built_in(
         self,
@@ -64,11 +73,17 @@ class PassCalls:
         # Of a datum made for another loss, a plain forward needs only what it is about.
         output = (config or {}).get("output", "logprobs")
         plain = kind == "forward" and loss_fn == "cross_entropy" and output == "logprobs"
-        captured = [capture(datum) for datum in data]
-        piece = self._passes.piece(captured, target_inputs if plain else given_inputs)
+        piece = self._piece(data, target_inputs if plain else given_inputs)
         role = Role.FORWARD if kind == "forward" else Role.GRADIENT
-        loss = Losses(loss_fn, config)
-        return Call(role, kind, lambda turn: self._passes.run(turn, kind, piece, loss), piece)
+        return Call(role, kind, self._run, (kind, piece, Losses.of(loss_fn, config)), piece)
+
+    def _piece(
+        self, data: Sequence[tinker.Datum], inputs: Inputs, *, whole: bool = False
+    ) -> Piece[EncodedData]:
+        """Datums that nothing but their encoding is wanted of: a few are encoded at once."""
+        at_once = count_tokens(data) <= INLINE_TOKENS
+        captured = [capture(datum, copy=not at_once) for datum in data]
+        return self._passes.piece(captured, inputs, whole=whole, at_once=at_once)
 
     def projection(self, data: Sequence[tinker.Datum]) -> Call[tinker.ForwardBackwardOutput]:
         """A forward whose output is the projection head's."""
@@ -107,15 +122,9 @@ class PassCalls:
             "pooling": pooling,
             "num_extra_negatives": num_extra_negatives,
         }
-        captured = [capture(datum) for datum in data]
-        piece = self._passes.piece(captured, given_inputs, whole=True)
-        loss = Losses("cross_entropy", config)
-        return Call(
-            Role.GRADIENT,
-            "forward_backward_contrastive",
-            lambda turn: self._passes.run(turn, "forward_backward", piece, loss),
-            piece,
-        )
+        piece = self._piece(data, given_inputs, whole=True)
+        args = ("forward_backward", piece, Losses.of("cross_entropy", config))
+        return Call(Role.GRADIENT, "forward_backward_contrastive", self._run, args, piece)
 
     def custom(
         self,
@@ -142,7 +151,7 @@ class PassCalls:
         datums, context = list(data), contextvars.copy_context()
         captured = [capture(datum) for datum in datums]
         if output == "logprobs":
-            piece = self._passes.piece(captured, target_inputs)
+            piece = self._passes.piece(captured, target_inputs, keep=True)
             run = partial(
                 self._passes.run_custom,
                 data=datums,
@@ -165,7 +174,7 @@ class PassCalls:
                 context=context,
                 config={"output": output, "pooling": pooling},
             )
-        return Call(Role.GRADIENT, "forward_backward_custom", run, piece)
+        return Call(Role.GRADIENT, "forward_backward_custom", run, ahead=piece)
 
 
 def _brought(forward: tinker.ForwardBackwardOutput | None) -> list[Any] | None:

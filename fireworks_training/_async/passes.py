@@ -11,7 +11,7 @@ import contextvars
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,19 +43,21 @@ Inputs = Callable[[Captured, int], Mapping[str, Array]]
 _ACCEPT = {"Accept": ACCEPT}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedData:
     """The datums of a pass, encoded and cut into requests.
 
     Attributes:
         bodies: the datums of each request, encoded.
         chunks: ranges of datums, one a request.
-        inputs: the loss inputs that were encoded.
+        responses: targets with a weight.
+        inputs: the loss inputs that were encoded; of a pass that needs them again.
     """
 
-    bodies: list[bytes]
-    chunks: list[range]
-    inputs: list[Mapping[str, Array]]
+    bodies: tuple[bytes, ...]
+    chunks: tuple[range, ...]
+    responses: float
+    inputs: Sequence[Mapping[str, Array]] = ()
 
 
 def given_inputs(datum: Captured, _: int) -> Mapping[str, Array]:
@@ -74,6 +76,11 @@ class Losses:
 
     name: str = "cross_entropy"
     config: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, name: str, config: Mapping[str, Any] | None) -> Losses:
+        """The loss; one object for all operations that take it without options."""
+        return _plain_loss(name) if config is None else cls(name, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +106,31 @@ class Passes:
         return _sent(encode_filler(self.dialect, self.model_id, seq_id))
 
     def piece(
-        self, data: Sequence[Captured], inputs: Inputs, *, whole: bool = False
+        self,
+        data: Sequence[Captured],
+        inputs: Inputs,
+        *,
+        whole: bool = False,
+        keep: bool = False,
+        at_once: bool = False,
     ) -> Piece[EncodedData]:
         """The encoding of a pass, to be done ahead of its turn.
 
         Args:
             inputs: which loss inputs of a datum are sent.
             whole: the datums depend on each other, and must go in one request.
+            keep: the pass needs the inputs again.
+            at_once: encode now.
         """
-        return Piece(partial(self._encode, data, inputs, whole), sum(map(_length, data)))
+        tokens = sum(map(_length, data))
+        piece = Piece(partial(self._encode, data, inputs, whole, keep), tokens)
+        if at_once:
+            piece.do()
+        return piece
 
-    def _encode(self, data: Sequence[Captured], inputs: Inputs, whole: bool) -> EncodedData:
+    def _encode(
+        self, data: Sequence[Captured], inputs: Inputs, whole: bool, keep: bool
+    ) -> EncodedData:
         if not data:
             raise InvalidDatum("no datums: a pass needs at least one")
         arrays = [inputs(datum, index) for index, datum in enumerate(data)]
@@ -124,8 +145,12 @@ class Passes:
                 f"their outputs depend on each other. Take at most {limits.max_datums} datums and "
                 f"{limits.max_bytes} bytes."
             )
-        bodies = [self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]
-        return EncodedData(bodies, chunks, arrays)
+        return EncodedData(
+            tuple([self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]),
+            tuple(chunks),
+            _response_tokens(arrays),
+            arrays if keep else (),
+        )
 
     def _datum(self, datum: Captured, arrays: Mapping[str, Array], index: int) -> Encoding:
         tokens = datum.tokens(index)
@@ -144,7 +169,7 @@ class Passes:
             result = combine(answers, encoded.chunks)
             answers.clear()  # here, not on the loop: JSON's numbers take long to free
             if loss.name == "cross_entropy" and kind == "forward_backward":
-                result.metrics.setdefault("response_tokens", _response_tokens(encoded.inputs))
+                result.metrics.setdefault("response_tokens", encoded.responses)
             return output_of(result)
 
         return await off_loop(piece.tokens, finish)
@@ -271,6 +296,11 @@ async def run_in_thread(
         ),
         lambda: "your loss function, which holds up the operations behind it",
     )
+
+
+@lru_cache(maxsize=64)
+def _plain_loss(name: str) -> Losses:
+    return Losses(name)
 
 
 def _sent(encoded: Encoded) -> Sent:

@@ -127,14 +127,25 @@ class Captured:
         return {"target_tokens": targets, "weights": weights}
 
 
-def capture(datum: DatumLike) -> Captured:
-    """A datum as it is now. Costs a copy of its arrays, and never raises on their content."""
-    return Captured(
-        tuple(datum.model_input.chunks),
-        {
-            name: tensor.to_numpy().copy() if tensor.sparse_crow_indices is None else tensor
-            for name, tensor in datum.loss_fn_inputs.items()
-        },
+def capture(datum: DatumLike, *, copy: bool = True) -> Captured:
+    """A datum as it is now. Costs a copy of its arrays, and never raises on their content.
+
+    Args:
+        copy: False for a datum that is encoded before its caller can change it.
+    """
+    tensors: dict[str, Array | TensorLike] = {}
+    for name, tensor in datum.loss_fn_inputs.items():
+        if tensor.sparse_crow_indices is None:
+            tensors[name] = tensor.to_numpy().copy() if copy else tensor.to_numpy()
+        else:
+            tensors[name] = tensor
+    return Captured(tuple(datum.model_input.chunks), tensors)
+
+
+def count_tokens(data: Sequence[DatumLike]) -> int:
+    """Tokens of the model inputs; chunks that are not text have none."""
+    return sum(
+        len(getattr(chunk, "tokens", ())) for datum in data for chunk in datum.model_input.chunks
     )
 
 
