@@ -101,6 +101,12 @@ class Replay:
         samples = [schema.SampleResponse.FromString(raw) for raw in (recorded, answer)]
         scores = [np.frombuffer(s.prompt_logprobs, "<f4") for s in samples]
         np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3, atol=1e-3)
+        chosen = [s.target_prompt_logprobs for s in samples]
+        values = [np.frombuffer(c.dense or c.sparse_csr.values, "<f4") for c in chosen]
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-3, atol=1e-3)
+        assert [list(s.prompt_alt_tokens.tokens.shape) for s in samples[1:]] == [
+            list(samples[0].prompt_alt_tokens.tokens.shape)
+        ]
         lengths = [[len(sequence.logprobs) for sequence in s.sequences] for s in samples]
         assert lengths[0] == lengths[1]
 

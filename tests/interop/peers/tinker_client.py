@@ -85,7 +85,7 @@ def main(model: str) -> None:
     asked = sampler.sample(
         whole,
         1,
-        types.SamplingParams(max_tokens=1),
+        types.SamplingParams(max_tokens=1, seed=5),
         target_prompt_logprobs=types.TensorData.from_torch_sparse(chosen, pad_value=-1),
         prompt_alt_tokens_k=2,
         topk_prompt_logprobs=1,
