@@ -26,6 +26,7 @@ from fireworks_training._async.provisioning import (
     separate_reference,
     until_running,
 )
+from fireworks_training._async.usage_records import Run, UsageRecorder
 from fireworks_training._portal import at_exit
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import ClientClosed
@@ -43,6 +44,10 @@ class Provisioner:
         self.resources = Resources()
         self.holdings = Holdings(
             connection.address, embedded=connection.embedded, run=config.display_name
+        )
+        self.recorder = UsageRecorder(
+            Run(self.holdings.run, self.holdings.nonce, connection.address, config.base_model),
+            lambda: connection.usage,
         )
         self._connection = connection
         self._config = config
@@ -123,6 +128,7 @@ class Provisioner:
             raise
         finally:
             self._attempts.discard(attempt)
+        self.recorder.start()
 
     def _is_closing(self) -> bool:
         return self._closing
@@ -185,6 +191,7 @@ class Provisioner:
     async def _clean_up_at_exit(self) -> None:
         """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
         await self._end_attempts()
+        await self.recorder.finish(self._connection.release_usage())
         if self._connection.temporary or not self.holdings.open:
             return
         async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:

@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
-from fireworks_training._async import usage_records
 from fireworks_training._async.service_clients import ServiceClients
 from fireworks_training._async.service_facts import ServiceFacts
 from fireworks_training._async.service_samplers import ServiceSamplers
-from fireworks_training._async.usage import Usage
 from fireworks_training.config import (
     FiretitanProvisioningConfig,
     ProvisioningOptions,
@@ -153,21 +151,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
 
     async def _record_usage(self) -> None:
         """Keep what was used, for `fireworks-training usage`."""
-        used = self._connection.release_usage()
-        holdings = self._provisioner.holdings
-        if used == Usage():
-            return
-        try:
-            await asyncio.to_thread(
-                usage_records.write,
-                holdings.run,
-                holdings.nonce,
-                self._connection.address,
-                self._config.base_model,
-                used,
-            )
-        except OSError as error:
-            logger.warning("the usage of this run was not recorded: %s", error)
+        await self._provisioner.recorder.finish(self._connection.release_usage())
 
     async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
         """Close in order, whatever fails on the way; the error worth raising."""

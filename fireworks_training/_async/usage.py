@@ -14,6 +14,7 @@ from typing import Literal, cast
 from fireworks_training.errors import InvalidArgument
 
 Held = Literal["trainer", "replica"]
+RunState = Literal["closed", "running", "lost"]
 
 
 PRICES = ("trained", "forward", "prefilled", "cached", "sampled", "trainer_hour", "replica_hour")
@@ -74,15 +75,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RunUsage:
-    """What a run that has ended had used.
+    """What a run has used.
 
     Attributes:
         run: its name, that of the program.
         run_id: its id, also the mark on what it made.
-        ended: RFC 3339.
+        ended: RFC 3339: when its service was closed, or when it last said what it had used.
         base_url: its platform.
         base_model: its model.
         usage: the counts.
+        state: "closed", "running", or "lost": its process ended without closing the service, and
+            the counts are those of at most a few seconds before.
     """
 
     run: str
@@ -91,6 +94,7 @@ class RunUsage:
     base_url: str
     base_model: str
     usage: Usage
+    state: RunState = "closed"
 
 
 class UsageMeter:

@@ -40,7 +40,8 @@ def parse_prices(
 def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> None:
     """Show what runs have used: all of them, or those of the name or id RUN.
 
-    A run is noted when its service is closed, in the user's state folder.
+    What a run has used is noted every few seconds, in the user's state folder; one that was killed
+    stands there as lost, with what it had used by then.
     """
     from fireworks_training import FireworksTrainingError, read_usage_records
 
@@ -62,7 +63,8 @@ def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> No
     columns = {
         "RUN": "run",
         "ID": "run_id",
-        "ENDED": "ended",
+        "STATE": "state",
+        "UNTIL": "ended",
         "TRAINED": "trained_tokens",
         "FORWARD": "forward_tokens",
         "PREFILLED": "prefilled_tokens",

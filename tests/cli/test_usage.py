@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tinker
 from click.testing import CliRunner
 
-from fireworks_training import FiretitanServiceClient, Usage, read_usage_records, supervised_datum
+from fireworks_training import (
+    ControlPlane,
+    FiretitanServiceClient,
+    Usage,
+    read_usage_records,
+    supervised_datum,
+)
 from fireworks_training._async import usage_records
+from fireworks_training._async.usage_records import Run
 from fireworks_training.cli import main
 from tests.conftest import RunningPlatform
 
@@ -75,10 +84,69 @@ def test_a_torn_line_is_skipped(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert read_usage_records() == []
-    usage_records.write("run", "id", "local", "m", Usage(trained_tokens=3))
+    usage_records.write(Run("run", "id", "local", "m"), Usage(trained_tokens=3))
     (path,) = tmp_path.rglob("usage.jsonl")
     path.write_text('{"run": "torn\n' + path.read_text() + '{"usage": {"gold": 1}}\n3\n')
     with caplog.at_level(logging.WARNING):
         (record,) = read_usage_records()
     assert record.usage.trained_tokens == 3
     assert "usage.jsonl:1 can't be read" in caplog.text
+
+
+KILLED = """
+import sys
+import fireworks_training as ft
+service = ft.FiretitanServiceClient.from_firetitan_config(
+    base_url=sys.argv[1], api_key=sys.argv[2], base_model=sys.argv[3],
+    create_deployment=False, trainer_job_id="killed-run",
+)
+client = service.create_training_client()
+client.forward([ft.supervised_datum([5, 6, 7, 8, 9], [1.0] * 5)], "cross_entropy").result()
+print("used", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_killed_run_says_what_it_had_used(
+    platform: RunningPlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    arguments = [platform.base_url, platform.api_key, platform.model]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"used\n"
+        # Noted within seconds, while it goes on.
+        while not (found := [r for r in read_usage_records() if r.usage.forward_tokens]):
+            assert process.poll() is None
+        assert [(r.state, r.usage.forward_tokens) for r in found] == [("running", 4)]
+    finally:
+        process.kill()
+        process.communicate()
+        with ControlPlane.connect(base_url=platform.base_url, api_key=platform.api_key) as plane:
+            plane.delete_job("killed-run")
+    (record,) = read_usage_records()
+    assert (record.state, record.usage.forward_tokens) == ("lost", 4)
+    result = CliRunner().invoke(main, ["usage", record.run_id, "--json"])
+    (row,) = json.loads(result.output)
+    assert (row["state"], row["forward_tokens"]) == ("lost", 4)
+
+
+def test_a_note_is_whole_and_gives_way_to_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    run = Run("run", "id", "local", "m")
+    usage_records.note(run, Usage(trained_tokens=1))
+    (path,) = tmp_path.rglob("id.json")
+    # A kill in the middle of a note leaves the one before.
+    path.with_suffix(".new").write_text('{"run": "to')
+    assert [r.usage.trained_tokens for r in read_usage_records()] == [1]
+    noted = path.read_text()
+    usage_records.write(run, Usage(trained_tokens=2))
+    assert not path.exists()
+    # A kill between record and removal leaves both: the record counts.
+    path.write_text(noted)
+    assert [(r.usage.trained_tokens, r.state) for r in read_usage_records()] == [(2, "closed")]
