@@ -165,7 +165,7 @@ class Decoder:
         shapes = set(probe.shapes.values())
         if set(probe.shapes) != set(range(len(probe.shapes))) or len(shapes) != 1:
             raise UnsupportedModelError(f"attention layers of unlike shapes: {probe.shapes}")
-        return Geometry(len(probe.shapes), *shapes.pop())
+        return Geometry(len(probe.shapes), *shapes.pop(), device=ids_N.device)
 
     def _check(self, ids_N: torch.Tensor, expected_NV: torch.Tensor, name: str) -> None:
         """A prompt in two pieces, then a token at a time, has to give the model's own logits."""

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fireworks_training.local.engine.buffers import zeros
 from fireworks_training.local.engine.prompts import Geometry, Prompt
 
 SHARED_ROWS = 16
@@ -85,14 +86,13 @@ class Lane:
         # Columns that the next step attends to.
         self._settled_width = 0
         self._tail_width = 0
-        layers, heads = geometry.layers, geometry.heads
         # Keys of prompts are held transposed: a row's scores are then sums of whole columns.
-        self._prompt_keys_LGHDP = torch.empty(layers, 0, heads, geometry.key_size, 0)
-        self._prompt_values_LGHPD = torch.empty(layers, 0, heads, 0, geometry.value_size)
-        self._keys_LnHSD = torch.empty(layers, 0, heads, 0, geometry.key_size)
-        self._values_LnHSD = torch.empty(layers, 0, heads, 0, geometry.value_size)
-        self._tail_keys_LnHTD = torch.empty(layers, 0, heads, _TAIL, geometry.key_size)
-        self._tail_values_LnHTD = torch.empty(layers, 0, heads, _TAIL, geometry.value_size)
+        self._prompt_keys_LGHDP = self._zeros(0, geometry.key_size, 0)
+        self._prompt_values_LGHPD = self._zeros(0, 0, geometry.value_size)
+        self._keys_LnHSD = self._zeros(0, 0, geometry.key_size)
+        self._values_LnHSD = self._zeros(0, 0, geometry.value_size)
+        self._tail_keys_LnHTD = self._zeros(0, _TAIL, geometry.key_size)
+        self._tail_values_LnHTD = self._zeros(0, _TAIL, geometry.value_size)
         self._prompt_columns = 0
         # Over prompt columns and own columns; None when nothing has to be hidden.
         self._mask_n11C: torch.Tensor | None = None
@@ -219,6 +219,11 @@ class Lane:
         self._prompts.append(prompt)
         return group
 
+    def _zeros(self, rows: int, *shape: int) -> torch.Tensor:
+        """`[L, rows, H, ...]`"""
+        geometry = self._geometry
+        return zeros(geometry.layers, rows, geometry.heads, *shape, device=geometry.device)
+
     def _reserve_prompts(self, groups: int, length: int) -> None:
         old_keys, old_values = self._prompt_keys_LGHDP, self._prompt_values_LGHPD
         held, columns = old_keys.shape[1], old_keys.shape[4]
@@ -227,8 +232,8 @@ class Lane:
         new = held if groups <= held else max(groups, held + held // 2)
         wide = max(columns, length)
         geometry = self._geometry
-        keys = torch.zeros(geometry.layers, new, geometry.heads, geometry.key_size, wide)
-        values = torch.zeros(geometry.layers, new, geometry.heads, wide, geometry.value_size)
+        keys = self._zeros(new, geometry.key_size, wide)
+        values = self._zeros(new, wide, geometry.value_size)
         keys[:, :held, :, :, :columns] = old_keys
         values[:, :held, :, :columns] = old_values
         self._prompt_keys_LGHDP, self._prompt_values_LGHPD = keys, values
@@ -252,9 +257,8 @@ class Lane:
         kept = int(self._own[:n].max(initial=0))
         longest = max(kept, own)
         # Zeros: a masked column is multiplied by probability 0, and 0 * NaN is NaN.
-        shape = (geometry.layers, rows, geometry.heads)
-        keys = torch.zeros(*shape, longest, geometry.key_size)
-        values = torch.zeros(*shape, longest, geometry.value_size)
+        keys = self._zeros(rows, longest, geometry.key_size)
+        values = self._zeros(rows, longest, geometry.value_size)
         # Rows are aligned at their ends; what is before the longest one's tokens is dropped.
         settled = max(0, kept - tail)
         at = slice(longest - tail - settled, longest - tail)
@@ -269,8 +273,8 @@ class Lane:
             values[:, :n, :, longest - newest :] = self._tail_values_LnHTD[:, :n, :, source]
         self._keys_LnHSD, self._values_LnHSD = keys, values
         if rows != self._tail_keys_LnHTD.shape[1]:
-            self._tail_keys_LnHTD = torch.zeros(*shape, _TAIL, geometry.key_size)
-            self._tail_values_LnHTD = torch.zeros(*shape, _TAIL, geometry.value_size)
+            self._tail_keys_LnHTD = self._zeros(rows, _TAIL, geometry.key_size)
+            self._tail_values_LnHTD = self._zeros(rows, _TAIL, geometry.value_size)
         self._tail_width = 0
 
     # -- one step --------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fireworks_training.local.engine.buffers import zeros
+
 BLOCK = 16
 """Tokens that two prompts must share, from the first on, for the second to profit."""
 
@@ -29,12 +31,14 @@ class Geometry:
         layers: attention layers.
         heads: key/value heads.
         key_size, value_size: numbers of one head.
+        device: where they lie.
     """
 
     layers: int
     heads: int
     key_size: int
     value_size: int
+    device: torch.device
 
     @property
     def bytes_per_token(self) -> int:
@@ -56,8 +60,8 @@ class Prompt:
     def __init__(self, tokens: tuple[int, ...], geometry: Geometry) -> None:
         self.tokens = tokens
         layers, heads, length = geometry.layers, geometry.heads, len(tokens)
-        self.keys_LHPD = torch.empty(layers, heads, length, geometry.key_size)
-        self.values_LHPD = torch.empty(layers, heads, length, geometry.value_size)
+        self.keys_LHPD = zeros(layers, heads, length, geometry.key_size, device=geometry.device)
+        self.values_LHPD = zeros(layers, heads, length, geometry.value_size, device=geometry.device)
         self.done = 0
         self.reused = 0
         self.last_E: torch.Tensor | None = None
