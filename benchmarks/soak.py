@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
