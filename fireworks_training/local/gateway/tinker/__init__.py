@@ -14,7 +14,13 @@ from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
 from fireworks_training.local.gateway.registry import REGISTRY
-from fireworks_training.local.gateway.tinker import records, refusals, sampling, sessions, training
+from fireworks_training.local.gateway.tinker import (
+    records,
+    refusals,
+    sampling,
+    sessions,
+    training_routes,
+)
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.sampling import SAMPLING, TinkerSampling
 from fireworks_training.local.gateway.tinker.training import TRAINING, TinkerTraining
@@ -35,7 +41,7 @@ def install(app: web.Application, state_dir: Path, offers: Sequence[str]) -> Non
         await app[SAMPLING].close()
 
     app.on_shutdown.append(close)
-    training.add_routes(app)
+    training_routes.add_routes(app)
     sampling.add_routes(app)
     records.add_routes(app)
     sessions.add_routes(app)

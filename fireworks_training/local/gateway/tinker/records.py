@@ -23,7 +23,8 @@ from aiohttp import web
 from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
 from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import REGISTRY
-from fireworks_training.local.gateway.tinker.training import TRAINING, read_json, text
+from fireworks_training.local.gateway.tinker.bodies import read_json, text
+from fireworks_training.local.gateway.tinker.training import TRAINING
 from fireworks_training.local.tinker_store import (
     BadTinkerPath,
     Checkpoint,

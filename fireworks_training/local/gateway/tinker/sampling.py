@@ -33,6 +33,7 @@ from fireworks_training.local.gateway.engine_stream import (
 )
 from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import ModelEntry
+from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.results import Result, SampleResults
 from fireworks_training.local.gateway.tinker.sample_request import (
@@ -43,12 +44,8 @@ from fireworks_training.local.gateway.tinker.sample_request import (
     parse_sample,
     plan_samples,
 )
-from fireworks_training.local.gateway.tinker.training import (
-    TinkerTraining,
-    pass_to_trainer,
-    read_json,
-    text,
-)
+from fireworks_training.local.gateway.tinker.training import TinkerTraining
+from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
 from fireworks_training.local.tinker_store import (
     BadTinkerPath,
     SamplerNote,

@@ -1,7 +1,7 @@
 """Training through the Tinker API: sessions, runs, and the way to the trainer that holds them.
 
-Knows which job trains which model, and which session and run went to which job. Bodies pass through
-unread but for the name of the run they are about; the trainer itself speaks both dialects.
+Knows which job trains which model, and which session and run went to which job. Knows no bodies:
+`training_routes` passes them on.
 
 A client's session is made here, and taken up by a trainer when its first model goes there. A
 gateway that was started anew has no memory of that and asks the trainers who holds a run.
@@ -16,16 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import aiohttp
-import orjson
-import zstandard
-from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from aiohttp import web
 
 from fireworks_training.local.gateway import resources
 from fireworks_training.local.gateway.control_plane import ControlPlane
-from fireworks_training.local.gateway.problems import Problem, model_lost
+from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.registry import ModelEntry, Registry, UnknownModel
-from fireworks_training.local.gateway.trainer_proxy import after_failure, answer_of, passed_headers
 from fireworks_training.local.gateway.trainers import FAILED, PAUSED, RUNNING, Trainer
 from fireworks_training.local.settings import OFFERS
 from fireworks_training.local.tinker_store import SessionNote, TinkerStore, session_of
@@ -36,9 +32,6 @@ LOOK_S = 0.02
 MAX_SESSIONS = 4096
 SILENT_S = 300.0
 """A session without a heartbeat for so long is not known to be running."""
-FINISHES = ("success", "errored", "interrupted")
-MAX_TEXT = 4096
-_ZSTD = "zstd"
 
 
 @dataclass(slots=True)
@@ -214,202 +207,3 @@ async def _post(trainer: Trainer, tail: str, body: dict[str, str]) -> int:
             return response.status
     except aiohttp.ClientError:
         return 503  # its job says so, and the next request finds another
-
-
-# -- routes --------------------------------------------------------------------------------------
-
-
-def add_routes(app: web.Application) -> None:
-    """Registers sessions and training; the app holds `TRAINING`."""
-    router = app.router
-    router.add_get("/api/v1/healthz", _ok)
-    for name, handler in {
-        "client/config": _client_config,
-        "telemetry": _telemetry,
-        "create_session": _create_session,
-        "session_heartbeat": _heartbeat,
-        "sessions/{session_id}/finish": _finish,
-        "create_model": _create_model,
-        "load_weights": _load_weights,
-    }.items():
-        router.add_post(f"/api/v1/{name}", handler)
-    for kind in _OF_A_RUN:
-        router.add_post(f"/api/v1/{kind}", _pass_to_run)
-
-
-_OF_A_RUN = (
-    "get_info",
-    "unload_model",
-    "forward",
-    "forward_backward",
-    "backward",
-    "optim_step",
-    "save_weights",
-    "save_weights_for_sampler",
-    "discard_gradients",
-)
-
-
-async def read_json(request: web.Request) -> dict[str, object]:
-    """The JSON object of a small request.
-
-    Raises:
-        Problem: 400, 413.
-    """
-    raw = await request.read()
-    try:
-        body: object = orjson.loads(raw or b"{}")
-    except orjson.JSONDecodeError:
-        raise Problem(400, "the body is not JSON") from None
-    if not isinstance(body, dict):
-        raise Problem(400, "the body must be a JSON object")
-    return body
-
-
-def text(body: dict[str, object], key: str) -> str:
-    """A string of a body, or Problem 400."""
-    value = body.get(key)
-    if not isinstance(value, str) or not value:
-        raise Problem(400, f"{key} must be a non-empty string")
-    return value
-
-
-async def _ok(_: web.Request) -> web.Response:
-    return web.json_response({"status": "ok"})
-
-
-async def _client_config(request: web.Request) -> web.Response:
-    """What differs from the clients' defaults."""
-    await request.read()
-    return web.json_response(request.app[TRAINING].offered)
-
-
-async def _telemetry(request: web.Request) -> web.Response:
-    """Taken so that official clients work, and dropped."""
-    await request.read()
-    return web.json_response({"status": "accepted"})
-
-
-async def _create_session(request: web.Request) -> web.Response:
-    body = await read_json(request)
-    name, metadata = body.get("display_name"), body.get("user_metadata") or {}
-    if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
-        raise Problem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
-    if not isinstance(metadata, dict) or len(orjson.dumps(metadata)) > MAX_TEXT:
-        raise Problem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
-    shown = {str(key): str(value) for key, value in metadata.items()}
-    session_id = request.app[TRAINING].create_session(name, shown)
-    return web.json_response({"session_id": session_id, "type": "create_session"})
-
-
-async def _heartbeat(request: web.Request) -> web.Response:
-    await request.app[TRAINING].heartbeat(text(await read_json(request), "session_id"))
-    return web.json_response({"type": "session_heartbeat"})
-
-
-async def _finish(request: web.Request) -> web.Response:
-    body = await read_json(request)
-    reason, detail = body.get("reason"), body.get("detail")
-    given = reason.get("type") if isinstance(reason, dict) else None
-    if given not in (None, *FINISHES):
-        raise Problem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
-    if not (detail is None or isinstance(detail, str)):
-        raise Problem(400, "detail must be a string")
-    await request.app[TRAINING].finish(
-        request.match_info["session_id"], given or "success", detail and detail[:MAX_TEXT]
-    )
-    return web.json_response({})
-
-
-async def _create_model(request: web.Request) -> web.StreamResponse:
-    raw, body = await request.read(), await read_json(request)
-    training = request.app[TRAINING]
-    return await _begin_run(request, raw, body, training.model(text(body, "base_model")))
-
-
-async def _load_weights(request: web.Request) -> web.StreamResponse:
-    """Into a run that is there, or as the beginning of a new one."""
-    raw, body = await request.read(), await read_json(request)
-    if body.get("session_id") is None:
-        return await _pass_to_run(request)
-    training = request.app[TRAINING]
-    named = body.get("base_model")
-    if not isinstance(named, str):
-        note = training.store.run(text(body, "path").removeprefix("tinker://").partition("/")[0])
-        if note is None:
-            raise Problem(404, f"no checkpoint {text(body, 'path')[:200]!r}")
-        named = note.base_model
-        body["base_model"] = named
-        raw = orjson.dumps(body)
-    return await _begin_run(request, raw, body, training.model(named))
-
-
-async def _begin_run(
-    request: web.Request, raw: bytes, body: dict[str, object], entry: ModelEntry
-) -> web.StreamResponse:
-    training = request.app[TRAINING]
-    session_id = text(body, "session_id")
-    training.session(session_id)
-    id_, trainer = await training.trainer_of_model(entry)
-    await training.adopt(session_id, id_, trainer)
-    training.note_run(f"{session_id}:train:{body.get('model_seq_id')}", id_)
-    return await forward(request, id_, trainer, raw)
-
-
-async def _pass_to_run(request: web.Request) -> web.StreamResponse:
-    raw = await request.read()
-    return await pass_to_trainer(request, raw, _run_of(request, raw))
-
-
-async def pass_to_trainer(request: web.Request, raw: bytes, run: str) -> web.StreamResponse:
-    """One request to the trainer of a run, and its answer."""
-    found = await request.app[TRAINING].trainer_of_run(run)
-    if found is None:
-        return model_lost(
-            f"no trainer holds {run[:100]!r}: the process that held it is gone. Make a new training"
-            " client from a saved state"
-        )
-    return await forward(request, *found, raw)
-
-
-async def forward(
-    request: web.Request, id_: str, trainer: Trainer, raw: bytes
-) -> web.StreamResponse:
-    """The request under its own path, with `raw` for a body."""
-    headers: CIMultiDict[str] = passed_headers(request)
-    headers.pop(hdrs.CONTENT_LENGTH, None)
-    try:
-        with trainer.used():
-            async with trainer.session.request(
-                request.method,
-                f"http://trainer{request.path}",
-                headers=headers,
-                data=raw,
-                allow_redirects=False,
-            ) as upstream:
-                return await answer_of(request, upstream)
-    except aiohttp.ClientError as error:
-        return await after_failure(request, trainer, id_, error)
-    except TimeoutError:
-        raise Problem(504, f"the trainer of job {id_!r} did not answer in time") from None
-
-
-def _run_of(request: web.Request, raw: bytes) -> str:
-    """The run that a body is about: `model_id` in JSON, the first field of a protobuf message."""
-    if request.content_type != "application/x-protobuf":
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            raise Problem(400, "the body is not JSON") from None
-        return text(body if isinstance(body, dict) else {}, "model_id")
-    head = raw[:512]
-    if request.headers.get(hdrs.CONTENT_ENCODING) == _ZSTD:
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-                head = reader.read(512)
-        except zstandard.ZstdError:
-            raise Problem(400, "the body is no zstd, as its Content-Encoding says") from None
-    # Field 1, length-delimited; a run's name is shorter than 128 bytes.
-    if len(head) < 2 or head[0] != 0x0A or head[1] > 0x7F:
-        raise Problem(400, "the message does not begin with the model_id")
-    return head[2 : 2 + head[1]].decode("ascii", "replace")
