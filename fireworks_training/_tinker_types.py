@@ -6,7 +6,10 @@ imported inside functions, and through the lazy root.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import tinker.types as tinker_types
+from tinker.types import AdamParams as _AdamParams
 from tinker.types import SaveWeightsForSamplerResponse as _SaveWeightsForSamplerResponse
 
 from fireworks_training.models import Snapshot
@@ -23,4 +26,15 @@ class SaveWeightsForSamplerResponse(_SaveWeightsForSamplerResponse):
     snapshot: Snapshot
 
 
-__all__ = ["SaveWeightsForSamplerResponse", "tinker_types"]
+class AdamParams(_AdamParams):
+    """Parameters of a step, with which gradient norms it reports.
+
+    Attributes:
+        emit_grad_norm_metrics: "off", "basic" or "detailed"; False is "off" and True "basic". None
+            leaves it to the trainer. The argument of `optim_step` goes before it.
+    """
+
+    emit_grad_norm_metrics: Literal["off", "basic", "detailed"] | bool | None = None
+
+
+__all__ = ["AdamParams", "SaveWeightsForSamplerResponse", "tinker_types"]

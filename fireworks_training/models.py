@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+from fireworks_training.server_metrics import ServerMetrics as ServerMetrics
+
 __version__ = "0.1.0"
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -85,37 +87,6 @@ class WeightSyncResult:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerMetrics:
-    """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
-
-    Server values are None where the server does not report them; `retry_attempt` is 1 for the first
-    attempt of a completion. `snapshot_distance` counts the optimizer steps that the service's
-    training client had asked for, when the completion ended, since the snapshot that sampled its
-    first token was saved.
-    """
-
-    num_concurrent_requests: int | None = None
-    prefill_queue_duration: float | None = None
-    generation_queue_duration: float | None = None
-    server_ttft: float | None = None
-    cached_prompt_tokens: int | None = None
-    prompt_tokens: int | None = None
-    server_processing_time: float | None = None
-    tokenizer_queue_duration: float | None = None
-    prefill_duration: float | None = None
-    generation_duration: float | None = None
-    client_ttft: float | None = None
-    client_latency: float | None = None
-    completion_tokens: int | None = None
-    http_status_code: int | None = None
-    transport_error: str | None = None
-    retry_attempt: int = 1
-    request_id: str | None = None
-    snapshot_identity: str | None = None
-    snapshot_distance: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SampledCompletion:
     """One completion.
 
@@ -166,6 +137,17 @@ class SampledCompletion:
     def completion_tokens(self) -> Sequence[int]:
         """Token ids of the completion."""
         return self.full_tokens[self.prompt_len :]
+
+    @property
+    def inference_topk_token_ids(self) -> list[list[int]] | None:
+        """The token ids of `top_logprobs`, a row a completion token."""
+        return None if self.top_logprobs is None else [list(row) for row in self.top_logprobs]
+
+    @property
+    def inference_topk_logprobs(self) -> list[list[float]] | None:
+        """The logprobs of `top_logprobs`, a row a completion token."""
+        rows = self.top_logprobs
+        return None if rows is None else [list(row.values()) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)

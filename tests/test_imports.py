@@ -30,6 +30,7 @@ UNITS = {
     "rollouts",
     "losses",
     "tito",
+    "server_metrics",
 }
 UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_tinker_types", "root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
@@ -37,16 +38,17 @@ PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors", "models"},
-    "models": {"errors"},
+    "server_metrics": set(),
+    "models": {"errors", "server_metrics"},
     "futures": {"errors", "models"},
     "data": {"errors", "models"},
     "evaluation": {"errors", "models"},
     "_core": {"errors", "models"},
-    "_wire": {"errors", "models"},
+    "_wire": {"errors", "models", "server_metrics"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures"},
     "_async": {"_core", "_wire", "config", "models", "futures", "data", "errors", "_portal"}
-    | {"_tinker_types"},
+    | {"_tinker_types", "server_metrics"},
     "_sync": {"_async", "_portal", "models", "futures", "config", "errors"},
     "testing": {"_async", "_core", "models", "errors"},
     "compat": UNITS - PEERS,

@@ -74,10 +74,15 @@ def optim_step(
             f"adam_params must be tinker.AdamParams, not {type(adam_params).__name__}"
         )
     _one_of("grad_accumulation_normalization", normalization, NORMALIZATIONS)
-    _one_of("emit_grad_norm_metrics", emit_grad_norm_metrics, GRAD_NORM_METRICS)
-    adam: dict[str, Any] = adam_params.model_dump()
-    if emit_grad_norm_metrics is not None:
-        adam["emit_grad_norm_metrics"] = emit_grad_norm_metrics
+    mode: Any = emit_grad_norm_metrics
+    if mode is None:
+        mode = getattr(adam_params, "emit_grad_norm_metrics", None)
+    if isinstance(mode, bool):
+        mode = "basic" if mode else "off"
+    _one_of("emit_grad_norm_metrics", mode, GRAD_NORM_METRICS)
+    adam: dict[str, Any] = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
+    if mode is not None:
+        adam["emit_grad_norm_metrics"] = mode
     fields: dict[str, Any] = {"adam_params": adam}
     if normalization is not None:
         fields["grad_accumulation_normalization"] = normalization

@@ -22,7 +22,6 @@ from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
 from fireworks_training._wire.completion_chunks import (
     CompletionAssembler,
-    request_id_of,
     server_metrics,
     status_error,
 )
@@ -35,6 +34,7 @@ from fireworks_training.errors import (
     RequestTimedOut,
 )
 from fireworks_training.models import SampledCompletion, ServerMetrics, TokenDelta
+from fireworks_training.server_metrics import request_id_of
 
 ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "upstream_stream"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, Unpack, cast
 
 from fireworks_training._async.prompts import (
@@ -23,8 +23,9 @@ from fireworks_training._async.prompts import (
 from fireworks_training._async.sampler_base import SamplerBase
 from fireworks_training._async.sampling_run import Logged, Prompt, SamplingRun
 from fireworks_training._async.token_stream import DeltaBuffer, TokenStream
+from fireworks_training._wire.completion_body import completion_body
 from fireworks_training._wire.completions import SamplingOptions, SamplingRequest, integer
-from fireworks_training.errors import InvalidArgument, UsageError
+from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
 from fireworks_training.futures import Outcome, SampleCall
 from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
 
@@ -54,6 +55,8 @@ class DeploymentSampler(SamplerBase):
             Others get their text, from the tokenizer; ids without a text of their own are refused.
         verify_ssl: False accepts any certificate.
         retries: retry budgets, for tests.
+        request_context: labels for error messages and logs of all calls; `sampling_context` of a
+            call adds to them. Never sent.
         on_event: told of requests, retries, windows and failures; see `from_firetitan_config`.
 
     Raises:
@@ -168,6 +171,58 @@ class DeploymentSampler(SamplerBase):
             )
 
         return self._started_by(work, "sampling a completion")
+
+    async def async_completions_stream(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        hotload_retry_interval: float | None = None,
+        hotload_max_retries: int | None = None,
+        logical_request_id: str | None = None,
+        prompt_cache_key: str | None = None,
+        additional_headers_snapshot: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> tuple[dict[str, Any], ServerMetrics]:
+        """One completion as the route's own JSON, with what it cost.
+
+        For scripts that read that JSON; `sample_with_prompt_tokens_result` has the same as values.
+
+        Args:
+            prompt: token ids.
+            hotload_retry_interval, hotload_max_retries: refused: a request waits for a hot load as
+                long as that takes, and is woken by its end.
+            logical_request_id: sent as `X-Request-Id`; a random one unless given.
+
+        Returns:
+            `{"choices": [{"text", "finish_reason", "raw_output", "logprobs"}], "usage", "id"}`, and
+            the metrics of the attempt that made it.
+
+        The other arguments and the errors are those of `sample_with_prompt_tokens`.
+        """
+        for name, value in (
+            ("hotload_retry_interval", hotload_retry_interval),
+            ("hotload_max_retries", hotload_max_retries),
+        ):
+            if value is not None:
+                raise NotSupported(
+                    f"{name}: a request waits for a hot load as long as that takes, and is woken "
+                    "by its end; leave it out"
+                )
+        given: dict[str, Any] = {
+            **options,
+            "prompt_cache_key": prompt_cache_key,
+            "additional_headers_snapshot": additional_headers_snapshot,
+        }
+        result = await self.sample_with_prompt_tokens_result(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            logical_request_id=logical_request_id,
+            **cast(SamplingOptions, {k: v for k, v in given.items() if v is not None}),
+        )
+        (one,) = result.completions
+        return completion_body(one, result.upstream_response_id), one.metrics
 
     def stream(
         self,

@@ -6,6 +6,7 @@ What it can be asked for stands in `sampler.py`; its tasks in `sampler_tasks.py`
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from fireworks_training._wire.completions import (
     PATH,
     SamplingOptions,
     SamplingRequest,
+    check_context,
     sampling_request,
 )
 from fireworks_training.errors import InvalidArgument
@@ -59,6 +61,7 @@ class SamplerBase:
         integer_stops: bool = False,
         verify_ssl: bool = True,
         retries: RetryPolicy | None = None,
+        request_context: Mapping[str, object] | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
         if max_concurrency is not None:
@@ -95,6 +98,8 @@ class SamplerBase:
             LoadNews(),
             owns_transport=True,
         )
+        check_context(request_context or {})
+        self._context: Mapping[str, object] = dict(request_context or {})
 
     @classmethod
     def _shared(
@@ -156,6 +161,7 @@ class SamplerBase:
         self._tokenizer = None if tokenizer is None else LockedTokenizer(tokenizer)
         self._integer_stops = integer_stops
         self._current_snapshot: str | None = None
+        self._context = {}
         self._metrics: deque[ServerMetrics] = deque(maxlen=METRICS_KEPT)
         self._source = Source(
             transport=transport,
@@ -182,6 +188,12 @@ class SamplerBase:
     def model(self) -> str:
         """Model string of the deployment."""
         return self._model
+
+    @property
+    def account_id(self) -> str | None:
+        """Account of the deployment; None where the model string names none."""
+        found = re.match(r"accounts/([^/]+)/", self._model)
+        return found[1] if found else None
 
     @property
     def inference_url(self) -> str:
@@ -241,6 +253,9 @@ class SamplerBase:
         known = all(kind in _IMMUTABLE for _, kind, _ in key)
         if known and self._last_request is not None and self._last_request[0] == key:
             return self._last_request[1]
+        if self._context:
+            own = options.get("sampling_context") or {}
+            options = {**options, "sampling_context": {**self._context, **own}}
         request = sampling_request(
             self._model,
             max_tokens=max_tokens,

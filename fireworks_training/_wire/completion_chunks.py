@@ -18,6 +18,7 @@ import orjson
 from fireworks_training._wire.completions import SamplingRequest
 from fireworks_training.errors import ApiError, ProtocolError, for_status
 from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
+from fireworks_training.server_metrics import measured, request_id_of
 
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -28,47 +29,6 @@ KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
 _SNAPSHOT_FIELDS = frozenset(
     {"snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"}
 )
-REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
-
-
-def request_id_of(headers: Mapping[str, str]) -> str | None:
-    """The server's id of a request, from the headers of its answer."""
-    for name in REQUEST_ID_HEADERS:
-        if value := headers.get(name):
-            return value[:256]
-    return None
-
-
-_SECONDS = {
-    "prefill-queue-duration": "prefill_queue_duration",
-    "generation-queue-duration": "generation_queue_duration",
-    "server-time-to-first-token": "server_ttft",
-    "server-processing-time": "server_processing_time",
-    "tokenizer-queue-duration": "tokenizer_queue_duration",
-    "prefill-duration": "prefill_duration",
-    "generation-duration": "generation_duration",
-}
-_COUNTS = {
-    "num-concurrent-requests": "num_concurrent_requests",
-    "cached-prompt-tokens": "cached_prompt_tokens",
-    "prompt-tokens": "prompt_tokens",
-}
-
-
-def _measured(source: Mapping[str, Any], figures: dict[str, Any]) -> None:
-    """Add the figures that a source has, by name, with or without prefix."""
-    for key, value in source.items():
-        name = key.lower().removeprefix("fireworks-")
-        field_name = _SECONDS.get(name) or _COUNTS.get(name)
-        if field_name is None or value is None:
-            continue
-        try:
-            figure = float(value)
-        except (TypeError, ValueError):
-            continue
-        # A NaN or a negative time would poison the moving average of the window.
-        if math.isfinite(figure) and figure >= 0:
-            figures[field_name] = int(figure) if name in _COUNTS else figure
 
 
 def server_metrics(
@@ -80,8 +40,8 @@ def server_metrics(
         client: the fields that the client measured.
     """
     figures: dict[str, Any] = {}
-    _measured(headers, figures)
-    _measured(perf_metrics, figures)
+    measured(headers, figures)
+    measured(perf_metrics, figures)
     return ServerMetrics(**figures, request_id=request_id_of(headers), **client)
 
 

@@ -336,6 +336,15 @@ def sampling_request(
     )
 
 
+def check_context(labels: Mapping[str, object]) -> None:
+    """Refuse labels for messages that nobody would see.
+
+    Raises:
+        InvalidArgument: names the ones that there are.
+    """
+    _context({"sampling_context": labels})
+
+
 def _context(given: Mapping[str, object]) -> str:
     labels: dict[str, object] = {}
     for option in ("sampling_context", "timeout_diagnostic_context"):

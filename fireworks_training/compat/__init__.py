@@ -19,7 +19,6 @@ from fireworks_training.config import CleanUp as DeploymentCleanupOnClose
 if TYPE_CHECKING:
     from tinker import types
     from tinker.types import (
-        AdamParams,
         Datum,
         EncodedTextChunk,
         ForwardBackwardOutput,
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
         SaveSamplerResult,
         ServerMetrics,
     )
+    from fireworks_training._tinker_types import AdamParams
     from fireworks_training.compat.client import (
         FireworksClient,
         ModelDetailsUnavailableError,
@@ -198,7 +198,6 @@ _ROOT = {
 """Names of the other SDK, and the public names of this package that stand for them."""
 
 _TINKER = (
-    "AdamParams",
     "Datum",
     "EncodedTextChunk",
     "ForwardBackwardOutput",
@@ -357,6 +356,8 @@ def _find(name: str) -> Any:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     if name in _ROOT:
         return getattr(importlib.import_module("fireworks_training"), _ROOT[name])
+    if name == "AdamParams":
+        return getattr(importlib.import_module("fireworks_training._tinker_types"), name)
     if name in _TITO:
         return getattr(importlib.import_module("fireworks_training.tito"), name)
     types_: ModuleType = importlib.import_module("tinker.types")

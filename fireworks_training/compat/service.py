@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fireworks_training._async.gate import SamplingConcurrencyController
+from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._sync import service as blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
@@ -222,6 +223,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         model_path: str | None = None,
         base_model: str | None = None,
         retry_config: object = None,
+        deployment_sampler: DeploymentSampler | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         training_client: AnyTrainingClient | None = None,
@@ -231,8 +233,23 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
 
         Args:
             retry_config: refused: retries are the sampler's.
+            deployment_sampler: does the sampling, with what it was made with, instead of one of
+                the service's own; `close()` of the client closes it.
+
+        Raises:
+            InvalidArgument: a sampler, and what another one would be made from.
         """
         refuse_retry_config(retry_config)
+        if deployment_sampler is not None:
+            others = (base_model, tokenizer, training_client, concurrency_controller)
+            if any(other is not None for other in others):
+                raise InvalidArgument(
+                    "pass deployment_sampler, or base_model, tokenizer, training_client and "
+                    "concurrency_controller, from which one is made; not both"
+                )
+            if model_path is not None:
+                self.hotload_sampler_snapshot(model_path)
+            return FiretitanSamplingClient(deployment_sampler)
         return super().create_sampling_client(
             model_path,
             base_model,
@@ -246,6 +263,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         model_path: str | None = None,
         base_model: str | None = None,
         retry_config: object = None,
+        deployment_sampler: DeploymentSampler | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         training_client: AnyTrainingClient | None = None,
@@ -257,6 +275,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
                 model_path,
                 base_model,
                 retry_config,
+                deployment_sampler,
                 tokenizer=tokenizer,
                 training_client=training_client,
                 concurrency_controller=concurrency_controller,

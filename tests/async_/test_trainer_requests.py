@@ -226,11 +226,32 @@ async def test_wrong_options_raise_at_the_call(connect: Any) -> None:
             client.save_state("name", ttl_seconds=60)
         with pytest.raises(InvalidArgument, match="emit_grad_norm_metrics"):
             client.optim_step(ADAM, None, "much")
+        from fireworks_training.compat import AdamParams
+
+        with pytest.raises(ValueError, match="emit_grad_norm_metrics"):
+            AdamParams(emit_grad_norm_metrics="much")
         with pytest.raises(InvalidArgument, match="job id"):
             client.resolve_checkpoint_path("state", "Not a job")
         assert client.resolve_checkpoint_path("state", "job-1") == "cross_job://job-1/state"
         assert client.resolve_checkpoint_path("state") == "state"
     assert stub.applied == []
+
+
+@pytest.mark.parametrize(
+    ("of_params", "of_call", "sent"),
+    [(None, None, None), (True, None, "basic"), (False, None, "off"), ("basic", "off", "off")],
+)
+async def test_gradient_norms_are_asked_for_in_the_parameters_or_the_call(
+    connect: Any, of_params: Any, of_call: Any, sent: str | None
+) -> None:
+    from fireworks_training.compat import AdamParams
+
+    stub = StubTrainer()
+    async with connect(stub) as client:
+        await client.optim_step(AdamParams(emit_grad_norm_metrics=of_params), None, of_call)
+    asked = stub.bodies[1]["adam_params"]
+    assert asked.get("emit_grad_norm_metrics") == sent
+    assert ("emit_grad_norm_metrics" in asked) is (sent is not None)
 
 
 # -- requests that go wrong ------------------------------------------------------------------------

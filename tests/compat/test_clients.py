@@ -173,6 +173,12 @@ def test_weights_are_saved_loaded_sampled_and_promoted(
     tinkers.close()
     own = asyncio.run(client.create_sampling_client_async(second or ""))
     assert own.sample(prompt, 1, params).result().sequences[0].tokens
+    mine = service.create_deployment_sampler()
+    wrapped = asyncio.run(service.create_sampling_client_async(second, None, None, mine))
+    assert wrapped.deployment_sampler is mine
+    assert wrapped.sample(prompt, 1, params).result().sequences[0].tokens
+    with pytest.raises(InvalidArgument, match="not both"):
+        service.create_sampling_client(second, "base", deployment_sampler=mine)
     with pytest.raises(NotSupported, match="retry_config"):
         asyncio.run(service.create_sampling_client_async(second, retry_config=object()))
     deployments.close()

@@ -133,6 +133,11 @@ async def test_an_agent_that_leaves_gives_its_slot_of_the_engine_back(
             await until(lambda: gate.in_flight == 0)
             artifact = await sidecar.finish_trajectory(endpoint.trajectory_id)
             assert [call.outcome for call in artifact.calls] == ["cancelled"]
-            # The engine is free: what it tells of its load with the next completion is itself.
-            (one,) = await sampler.sample_with_prompt_tokens([5, 6, 7], max_tokens=2)
-            assert one.metrics.num_concurrent_requests in (None, 0, 1)
+
+            async def alone() -> bool:
+                """Whether a completion finds the engine free: it counts itself."""
+                (one,) = await sampler.sample_with_prompt_tokens([5, 6, 7], max_tokens=1)
+                return one.metrics.num_concurrent_requests == 1
+
+            # What was cancelled would go on for 2,000 tokens.
+            assert any([await alone() for _ in range(5)])

@@ -35,6 +35,9 @@ BEHAVES = {
     "FiretitanServiceClient.create_training_client": (
         "other arguments than the service's are refused, not ignored"
     ),
+    "DeploymentSampler.async_completions_stream": (
+        "`hotload_*` refused: a request waits as long as a load takes"
+    ),
     "TITOSidecar": "keeps traces of failures only where `failure_trace_config` is given",
     "DeploymentManager.wait_for_hotload": "waits for every replica, not only the first",
 }

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fireworks_training._wire.completion_chunks import (
     CompletionAssembler,
-    request_id_of,
     server_metrics,
     status_error,
     stream_error,
@@ -32,6 +31,7 @@ from fireworks_training.errors import (
     ServerFailed,
 )
 from fireworks_training.models import SampledCompletion, ServerMetrics
+from fireworks_training.server_metrics import request_id_of
 
 MODEL = "accounts/a/deployments/d"
 
@@ -350,3 +350,33 @@ def test_an_unknown_model_is_told_from_one_that_loads() -> None:
     assert ours.error_class == "NOT_FOUND"
     cloud = {"object": "error", "code": "NOT_FOUND", "message": "not found or not deployed"}
     assert error_of(404, {"error": cloud}).error_class is None
+
+
+def test_headers_make_metrics_by_themselves() -> None:
+    found = ServerMetrics.from_headers(
+        {
+            "Fireworks-Tokenizer-Duration": "0.5",
+            "fireworks-prompt-tokens": 7,
+            "num-concurrent-requests": "many",
+            "prefill-duration": "nan",
+            "Backend-Host": "pod-1",
+            "fireworks-deployment": "accounts/a/deployments/d",
+            "X-Request-Id": "r-1",
+        },
+        client_ttft=0.25,
+        http_status_code=503,
+        retry_attempt=2,
+    )
+    assert found == ServerMetrics(
+        tokenizer_duration=0.5,
+        prompt_tokens=7,
+        backend_host="pod-1",
+        deployment="accounts/a/deployments/d",
+        request_id="r-1",
+        client_ttft=0.25,
+        http_status_code=503,
+        retry_attempt=2,
+    )
+    assert (found.error, found.response_request_id) == ("HTTP 503", "r-1")
+    assert ServerMetrics(transport_error="ConnectionFailed").error == "ConnectionFailed"
+    assert ServerMetrics.from_headers({}, http_status_code=200).error is None
