@@ -1,8 +1,10 @@
-"""The ledger's file: appended to under a lock, read whole, never rewritten.
+"""The ledger's file: appended to under a lock, read whole, and replaced once most of it is past.
 
 One line an entry (`_core.ledger`), in the user's state folder, so that what a killed run has made
 can be found again. A line that a crash tore is skipped, and the next one starts on a line of its
-own. Everything here blocks on the disk: call it in a thread.
+own. When closed claims dominate, a file without them takes the place of this one, under its lock:
+who had waited for the lock finds that its file is no longer the ledger, and opens the new one.
+Everything here blocks on the disk: call it in a thread.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from fireworks_training._core.ledger import Entry, decode, encode
+from fireworks_training._core.ledger import Entry, compact, decode, encode
 from fireworks_training.config import state_dir
+
+_FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 logger = logging.getLogger("fireworks_training.ledger")
 
 NAME = "ledger.jsonl"
+
+COMPACT_EVERY = 64 << 10
+"""Bytes by which the file grows between two looks whether most of it is past."""
 
 
 class LedgerFile:
@@ -43,22 +50,22 @@ class LedgerFile:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             data = (b"\n" if torn else b"") + b"".join(map(encode, entries))
+            end = size + len(data)
             while data:
                 data = data[os.write(file, data) :]
             os.fsync(file)
+            if size // COMPACT_EVERY != end // COMPACT_EVERY:
+                self._compact(file)
 
     def read(self) -> list[Entry]:
         """All entries, in order; none where there is no file."""
         try:
             with self._locked(os.O_RDONLY, fcntl.LOCK_SH) as file:
-                size = os.fstat(file).st_size
-                data = bytearray()
-                while len(data) < size and (part := os.pread(file, size - len(data), len(data))):
-                    data += part
+                data = _whole(file)
         except FileNotFoundError:
             return []
         entries = list[Entry]()
-        for number, line in enumerate(bytes(data).splitlines(), 1):
+        for number, line in enumerate(data.splitlines(), 1):
             entry = decode(line)
             if entry is not None:
                 entries.append(entry)
@@ -66,11 +73,46 @@ class LedgerFile:
                 logger.warning("%s:%d can't be read; it is skipped", self.path, number)
         return entries
 
+    def _compact(self, file: int) -> None:
+        """Replace the file, which is locked, if more than half of its lines are past."""
+        lines = [line for line in _whole(file).splitlines() if line.strip()]
+        kept = compact(lines)
+        if 2 * len(kept) > len(lines):
+            return
+        fresh = self.path.with_suffix(".new")
+        try:
+            with os.fdopen(os.open(fresh, _FRESH, 0o600), "wb") as new:
+                new.writelines(line + b"\n" for line in kept)
+                new.flush()
+                os.fsync(new.fileno())
+            fresh.replace(self.path)
+        except OSError as error:
+            # What had to be written stands in the old file.
+            logger.warning("the ledger %s could not be compacted: %s", self.path, error)
+
     @contextlib.contextmanager
     def _locked(self, flags: int, lock: int) -> Generator[int]:
-        file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+        while True:
+            file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(file, lock)
+                if self._is_ledger(file):
+                    yield file
+                    return
+            finally:
+                os.close(file)  # gives the lock back
+
+    def _is_ledger(self, file: int) -> bool:
+        """Whether an open file is still the one under the ledger's name."""
         try:
-            fcntl.flock(file, lock)
-            yield file
-        finally:
-            os.close(file)  # gives the lock back
+            named = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(file), named)
+
+
+def _whole(file: int) -> bytes:
+    size, data = os.fstat(file).st_size, bytearray()
+    while len(data) < size and (part := os.pread(file, size - len(data), len(data))):
+        data += part
+    return bytes(data)

@@ -149,13 +149,48 @@ def fold(entries: Iterable[Entry]) -> list[Claim]:
     """The claims that are open, oldest first."""
     claims: dict[tuple[object, ...], Claim] = {}
     for entry in entries:
-        key = (entry.base_url, entry.account, entry.kind, entry.resource_id, entry.nonce)
+        key = _key(entry)
         known = claims.get(key)
         if entry.event == "gone":
             claims.pop(key, None)
         else:
             claims[key] = Claim(entry, entry.at if known is None else known.since)
     return sorted(claims.values(), key=lambda claim: claim.since)
+
+
+def compact(lines: Sequence[bytes]) -> list[bytes]:
+    """The lines that still matter: of each open claim the first and the last entry.
+
+    `fold` finds the same in them. A JSON object that is no entry of this version is kept; what is
+    torn is not.
+    """
+    ends: dict[tuple[object, ...], tuple[int, int]] = {}
+    unknown = set[int]()
+    for number, line in enumerate(lines):
+        entry = decode(line)
+        if entry is None:
+            if _is_object(line):
+                unknown.add(number)
+            continue
+        key = _key(entry)
+        if entry.event == "gone":
+            ends.pop(key, None)
+        else:
+            ends[key] = (ends.get(key, (number, number))[0], number)
+    kept = unknown.union(*ends.values())
+    return [lines[number] for number in sorted(kept)]
+
+
+def _key(entry: Entry) -> tuple[object, ...]:
+    """Which claim an entry is of."""
+    return entry.base_url, entry.account, entry.kind, entry.resource_id, entry.nonce
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

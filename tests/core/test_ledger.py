@@ -23,6 +23,7 @@ from fireworks_training._core.ledger import (
     Remove,
     annotations_carry,
     close,
+    compact,
     decode,
     encode,
     fold,
@@ -164,3 +165,24 @@ def test_an_intent_may_still_take_effect_for_a_while() -> None:
 def test_closing_ends_the_claim() -> None:
     mine = claim()
     assert fold([mine.last, close(mine, at=2000.0, owner=OTHER, note="reaped")]) == []
+
+
+EVENTS = st.sampled_from(["intent", "created", "adopted", "kept", "gone"])
+
+
+@given(st.lists(st.tuples(EVENTS, st.sampled_from("abc"), st.sampled_from([NONCE, "b" * 12]))))
+def test_what_is_left_of_a_ledger_says_the_same(rows: list[tuple[Any, str, str]]) -> None:
+    entries = [
+        entry(event, at=float(at), resource_id=name, nonce=nonce)
+        for at, (event, name, nonce) in enumerate(rows)
+    ]
+    lines = [encode(one).rstrip() for one in entries]
+    left = compact(lines)
+    assert fold(filter(None, map(decode, left))) == fold(entries)
+    assert len(left) <= 2 * len(fold(entries))
+    assert compact(left) == left
+
+
+def test_a_line_of_another_version_is_kept_and_a_torn_one_is_not() -> None:
+    newer = b'{"event":"lent","nonce":"1"}'
+    assert compact([b'{"event":', newer, b"3"]) == [newer]
