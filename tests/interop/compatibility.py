@@ -4,7 +4,8 @@
 
 PYTHON is an interpreter that has the official package; this script describes what is installed
 there and what `fireworks_training.compat` has, and compares: a name or method is *same* when it is
-there and takes the parameters of the official one, in its places (it may take more). A class that
+there and takes the parameters of the official one, in its places (it may take more), and none of
+them only to refuse it (`REFUSES`). A class that
 the SDK makes and its users read (`READ`) is the same when it has the official one's fields. What is
 as asked and yet behaves differently is in `BEHAVES`; what will not be there is in `REFUSED`.
 `--write` puts the table into the README.
@@ -43,6 +44,28 @@ BEHAVES = {
 }
 """Names that take the same parameters and behave differently, and how."""
 
+_HEAD = ("projection_head_dim", "init_method")
+_MADE = "FiretitanServiceClient.create_"
+REFUSES: dict[str, tuple[str, ...]] = {
+    f"{_MADE}lora_training_client": _HEAD,
+    f"{_MADE}lora_training_client_async": _HEAD,
+    **{
+        f"{_MADE}training_client_from_state{kind}": ("projection_head_dim",)
+        for kind in ("", "_async", "_with_optimizer", "_with_optimizer_async")
+    },
+    f"{_MADE}sampling_client_async": ("retry_config",),
+    "FiretitanServiceClient.from_firetitan_config": ("project_id",),
+    "FiretitanSamplingClient.sample": ("topk_prompt_logprobs", "images"),
+    "FiretitanSamplingClient.sample_async": ("topk_prompt_logprobs", "images"),
+    "FiretitanTrainingClient.create_sampling_client": ("retry_config",),
+    "FiretitanTrainingClient.create_sampling_client_async": ("retry_config",),
+    "FiretitanTrainingClient.save_state": ("ttl_seconds", "overwrite", "timeout"),
+    "FiretitanTrainingClient.save_state_async": ("ttl_seconds", "overwrite"),
+    "FiretitanTrainingClient.save_weights_for_sampler_async": ("ttl_seconds",),
+    "FiretitanTrainingClient.save_weights_for_sampler_ext": ("ttl_seconds",),
+}
+"""Parameters that are there to be refused in words, whatever is passed but the default."""
+
 READ = {
     "APIFuture",
     "CreatedTrainerJob",
@@ -75,6 +98,9 @@ REFUSED = {
     "training_session_name": "serverless sessions",
 }
 """Names of the table, or their last parts, that are refused, and why."""
+
+ALWAYS_RAISES = {"FiretitanServiceClient.delete_training_session"}
+"""Names of the table that are there, and raise whatever is passed."""
 
 
 # -- describing: runs in both interpreters, so with the standard library alone ------------------
@@ -187,14 +213,15 @@ def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Row]:
 
 
 def _row(name: str, there: bool, theirs: Any, ours: Any) -> Row:
-    if not there:
+    if not there or name in ALWAYS_RAISES:
         why = _refusal(name)
         return Row(name, "refused", why) if why else Row(name, "not yet")
     return _verdict(name, _difference(theirs, ours))
 
 
 def _verdict(name: str, difference: str) -> Row:
-    how = BEHAVES.get(name) or difference
+    refused = REFUSES.get(name)
+    how = BEHAVES.get(name) or difference or (f"refuses {_listed([*refused])}" if refused else "")
     return Row(name, "differs", how) if how else Row(name, "same")
 
 
