@@ -38,6 +38,7 @@ class StubTrainer:
             references it refuses.
         bodies: what was executed, by seq_id, as JSON has it.
         config: what it answers to client/config; None: it has no such route.
+        says: what else its create-model answer holds.
         batch: whether it offers batch polls.
         inline: bytes of a result that comes in a batch poll; None: it refuses them after all.
         forgotten: requests whose end no batch poll tells.
@@ -61,6 +62,7 @@ class StubTrainer:
     lost: bool = False
     config: dict[str, Any] | None = None
     fails_config: bool = False
+    says: dict[str, Any] = field(default_factory=dict)
     batch: bool = False
     inline: int | None = 1 << 20
     counts: Counter[str] = field(default_factory=Counter)
@@ -125,7 +127,7 @@ class StubTrainer:
         result: dict[str, Any] = {"model_id": "model-1", "comms": "v2"}
         if self.step_protocol:
             result["step_protocol"] = 1
-        result |= {"wire": self.wire, "supports_backward": self.backward}
+        result |= {"wire": self.wire, "supports_backward": self.backward, **self.says}
         if self.batch:
             result["retrieve_futures"] = 1
         self._results["create"] = result

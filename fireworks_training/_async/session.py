@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import orjson
@@ -37,6 +37,7 @@ class Capabilities:
         snapshot_protocol: whether its saves say what they wrote.
         backward: whether it takes a backward that refers to an earlier forward.
         batch_polls: whether it tells of all results of a model in one poll.
+        features: what else it said that it supports, or does not, by name.
     """
 
     model_id: str
@@ -46,6 +47,11 @@ class Capabilities:
     snapshot_protocol: bool = False
     backward: bool = False
     batch_polls: bool = False
+    features: Mapping[str, bool] = field(default_factory=dict[str, bool])
+
+    def supports(self, feature: str) -> bool | None:
+        """What the trainer said of a feature; None: nothing, or nothing that makes sense."""
+        return self.features.get(f"supports_{feature}")
 
     @classmethod
     def read(cls, payload: Mapping[str, Any]) -> Capabilities:
@@ -62,6 +68,11 @@ class Capabilities:
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
             backward=payload.get("supports_backward") is True,
             batch_polls=payload.get("retrieve_futures") == 1,
+            features={
+                name: value
+                for name, value in payload.items()
+                if name.startswith("supports_") and isinstance(value, bool)
+            },
         )
 
 

@@ -17,10 +17,11 @@ from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.operations import LineRunner
 from fireworks_training._async.publishing import Publishing
 from fireworks_training._async.session import Capabilities, TrainerSession
+from fireworks_training._async.trainer_facts import TrainerFacts
 from fireworks_training._async.trainer_weights import TrainerWeights
 from fireworks_training._core.operations import Line
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import FireworksTrainingError
+from fireworks_training.errors import FireworksTrainingError, WrongLoop
 from fireworks_training.futures import APIFuture
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from fireworks_training._async.pass_calls import Datums, Output, PassFuture, Pooling
 
 
-class AsyncFiretitanTrainingClient(TrainerWeights):
+class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
     """Trains one model. Made by `create_training_client` of a service.
 
     Operations may be called from any thread and any loop, and return at once. `await` an operation,
@@ -260,7 +261,12 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
     # -- saving and loading ------------------------------------------------------------------------
 
     def save_state(
-        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
@@ -271,13 +277,26 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
             ttl_seconds, overwrite: of Tinker servers; refused.
+            timeout: seconds; wait in this thread until the state is saved, and raise `TimeoutError`
+                if it is not by then (the save goes on). None does not wait.
 
         Returns:
             `path`: the name to load; the trainer may have changed it.
+
+        Raises:
+            WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
         """
-        return self._submit(
+        if timeout is not None and self._owner.is_current():
+            raise WrongLoop(
+                "save_state(timeout=...) waits in its thread, and this is the event loop that has "
+                "to do the work: `await client.save_state(name).result_async(timeout)` there."
+            )
+        future = self._submit(
             calls.save_state(self.model_id, name, self._runner, ttl_seconds, overwrite)
         )
+        if timeout is not None:
+            future.result(timeout)
+        return future
 
     def load_state(
         self, path: str, weights_access_token: str | None = None
@@ -354,32 +373,6 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
         return f"cross_job://{source_job_id}/{name}"
 
     @property
-    def model_id(self) -> str:
-        """The trainer's name for the model."""
-        return self._capabilities.model_id
-
-    @property
-    def session_id(self) -> str:
-        """The trainer's name for the session."""
-        return self._session.session_id
-
-    @property
-    def run_id(self) -> str | None:
-        """The training run that the model belongs to, where its id names one (`run-...`)."""
-        run, _, rest = self.model_id.partition(":train:")
-        return run if rest and run.startswith("run-") else None
-
-    @property
-    def dialect(self) -> str:
-        """ "json" or "protobuf": how passes are written."""
-        return self._passes.dialect.name
-
-    @property
-    def comms(self) -> str:
-        """ "v1" or "v2" of the JSON dialect."""
-        return self._capabilities.comms
-
-    @property
     def lora_rank(self) -> int:
         """Rank of the adapter that is trained; 0 for all parameters."""
         return self._config.lora_rank
@@ -413,13 +406,37 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
         data: Datums,
         loss_fn: LossFunction,
         *,
+        loss_type_input: str = "logprobs",
         output: Output = "logprobs",
         pooling: Pooling = "mean",
         precomputed_forward: tinker.ForwardBackwardOutput | None = None,
     ) -> PassFuture:
         """`forward_backward_custom`, awaited for its future."""
         return self.forward_backward_custom(
-            data, loss_fn, output=output, pooling=pooling, precomputed_forward=precomputed_forward
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
+
+    async def forward_backward_contrastive_async(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """`forward_backward_contrastive`, awaited for its future."""
+        return self.forward_backward_contrastive(
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
         )
 
     async def optim_step_async(
@@ -438,17 +455,31 @@ class AsyncFiretitanTrainingClient(TrainerWeights):
             accept_partial=accept_partial,
         )
 
-    async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """`save_state`, awaited for its future."""
-        return self.save_state(name)
+    async def save_state_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        future = self.save_state(name, ttl_seconds, overwrite)
+        if timeout is not None:
+            await future.result_async(timeout)
+        return future
 
-    async def load_state_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """`load_state`, awaited for its future."""
-        return self.load_state(path)
+        return self.load_state(path, weights_access_token)
 
-    async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """`load_state_with_optimizer`, awaited for its future."""
-        return self.load_state_with_optimizer(path)
+        return self.load_state_with_optimizer(path, weights_access_token)
 
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
         """`load_adapter`, awaited for its future."""

@@ -37,6 +37,66 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         SessionLost, TrainerLost: the session has ended before.
     """
 
+    @property
+    def model_id(self) -> str:
+        """The trainer's name for the model."""
+        return self._async.model_id
+
+    @property
+    def session_id(self) -> str:
+        """The trainer's name for the session."""
+        return self._async.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        return self._async.run_id
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._async.dialect
+
+    @property
+    def comms(self) -> str:
+        """ "v1" or "v2" of the JSON dialect."""
+        return self._async.comms
+
+    @property
+    def supports_router_replay(self) -> bool | None:
+        """Whether the trainer can replay the routing of a mixture of experts; this client can't."""
+        return self._async.supports_router_replay
+
+    @property
+    def supports_target_logprob_support(self) -> bool | None:
+        """Whether the trainer takes the support of target logprobs."""
+        return self._async.supports_target_logprob_support
+
+    @property
+    def supports_reinforce(self) -> bool | None:
+        """Whether the trainer has the loss `reinforce`."""
+        return self._async.supports_reinforce
+
+    @property
+    def supports_score_centering(self) -> bool | None:
+        """Whether the trainer can center scores."""
+        return self._async.supports_score_centering
+
+    @property
+    def supports_policy_importance_sampling(self) -> bool | None:
+        """Whether the trainer can weight by the policy's importance."""
+        return self._async.supports_policy_importance_sampling
+
+    @property
+    def supports_policy_diagnostics(self) -> bool | None:
+        """Whether the trainer reports diagnostics of the policy."""
+        return self._async.supports_policy_diagnostics
+
+    @property
+    def supports_rdma_weight_sync(self) -> bool:
+        """False: this client brings weights live through the deployment's hot load."""
+        return self._async.supports_rdma_weight_sync
+
     def save_weights_for_sampler(
         self,
         name: str,
@@ -291,7 +351,12 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         )
 
     def save_state(
-        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
@@ -302,11 +367,16 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
             ttl_seconds, overwrite: of Tinker servers; refused.
+            timeout: seconds; wait in this thread until the state is saved, and raise `TimeoutError`
+                if it is not by then (the save goes on). None does not wait.
 
         Returns:
             `path`: the name to load; the trainer may have changed it.
+
+        Raises:
+            WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
         """
-        return self._async.save_state(name, ttl_seconds, overwrite)
+        return self._async.save_state(name, ttl_seconds, overwrite, timeout=timeout)
 
     def load_state(
         self, path: str, weights_access_token: str | None = None
@@ -365,31 +435,6 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.resolve_checkpoint_path(name, source_job_id)
 
     @property
-    def model_id(self) -> str:
-        """The trainer's name for the model."""
-        return self._async.model_id
-
-    @property
-    def session_id(self) -> str:
-        """The trainer's name for the session."""
-        return self._async.session_id
-
-    @property
-    def run_id(self) -> str | None:
-        """The training run that the model belongs to, where its id names one (`run-...`)."""
-        return self._async.run_id
-
-    @property
-    def dialect(self) -> str:
-        """ "json" or "protobuf": how passes are written."""
-        return self._async.dialect
-
-    @property
-    def comms(self) -> str:
-        """ "v1" or "v2" of the JSON dialect."""
-        return self._async.comms
-
-    @property
     def lora_rank(self) -> int:
         """Rank of the adapter that is trained; 0 for all parameters."""
         return self._async.lora_rank
@@ -421,6 +466,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         data: Datums,
         loss_fn: LossFunction,
         *,
+        loss_type_input: str = "logprobs",
         output: Output = "logprobs",
         pooling: Pooling = "mean",
         precomputed_forward: tinker.ForwardBackwardOutput | None = None,
@@ -430,9 +476,29 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             self._async.forward_backward_custom_async,
             data,
             loss_fn,
+            loss_type_input=loss_type_input,
             output=output,
             pooling=pooling,
             precomputed_forward=precomputed_forward,
+        )
+
+    async def forward_backward_contrastive_async(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """`forward_backward_contrastive`, awaited for its future."""
+        return await self._hop(
+            self._async.forward_backward_contrastive_async,
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
         )
 
     async def optim_step_async(
@@ -451,17 +517,28 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             accept_partial=accept_partial,
         )
 
-    async def save_state_async(self, name: str) -> APIFuture[SaveWeightsResponse]:
-        """`save_state`, awaited for its future."""
-        return await self._async.save_state_async(name)
+    async def save_state_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        return await self._async.save_state_async(name, ttl_seconds, overwrite, timeout=timeout)
 
-    async def load_state_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """`load_state`, awaited for its future."""
-        return await self._async.load_state_async(path)
+        return await self._async.load_state_async(path, weights_access_token)
 
-    async def load_state_with_optimizer_async(self, path: str) -> APIFuture[LoadWeightsResponse]:
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """`load_state_with_optimizer`, awaited for its future."""
-        return await self._async.load_state_with_optimizer_async(path)
+        return await self._async.load_state_with_optimizer_async(path, weights_access_token)
 
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
         """`load_adapter`, awaited for its future."""

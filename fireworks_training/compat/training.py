@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._sync import trainer as blocking
-from fireworks_training.errors import InvalidArgument, NotSupported
+from fireworks_training.errors import NotSupported
 from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
-    import tinker
     from transformers import PreTrainedTokenizerBase
 
     from fireworks_training._async.sampling_client import FiretitanSamplingClient
@@ -66,79 +65,7 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         twin._service = service
         return twin
 
-    # -- passes ------------------------------------------------------------------------------------
-
-    async def forward_backward_custom_async(
-        self,
-        data: Any,
-        loss_fn: Any,
-        *,
-        loss_type_input: str = "logprobs",
-        output: Any = "logprobs",
-        pooling: Any = "mean",
-        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
-    ) -> Any:
-        """`forward_backward_custom`, once it has its place in the line."""
-        if loss_type_input != "logprobs":
-            raise InvalidArgument(f"loss_type_input={loss_type_input!r}: use output= for others")
-        return await super().forward_backward_custom_async(
-            data, loss_fn, output=output, pooling=pooling, precomputed_forward=precomputed_forward
-        )
-
-    async def forward_backward_contrastive_async(
-        self,
-        data: Any,
-        *,
-        num_queries: int,
-        temperature: float,
-        pooling: Any = "last",
-        num_extra_negatives: int = 0,
-    ) -> Any:
-        """`forward_backward_contrastive`, once it has its place in the line."""
-        return self.forward_backward_contrastive(
-            data,
-            num_queries=num_queries,
-            temperature=temperature,
-            pooling=pooling,
-            num_extra_negatives=num_extra_negatives,
-        )
-
-    # -- states and snapshots ----------------------------------------------------------------------
-
-    def save_state(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-        *,
-        timeout: float | None = None,
-    ) -> APIFuture[Any]:
-        """`save_state` of the core.
-
-        Args:
-            timeout: refused: the future takes one, `save_state(name).result(timeout)`.
-        """
-        if timeout is not None:
-            raise NotSupported("timeout: wait with save_state(name).result(timeout)")
-        return super().save_state(name, ttl_seconds, overwrite)
-
-    async def save_state_async(
-        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
-    ) -> APIFuture[Any]:
-        """`save_state`, once it has its place in the line."""
-        return self.save_state(name, ttl_seconds, overwrite)
-
-    async def load_state_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[Any]:
-        """`load_state`, once it has its place in the line."""
-        return self.load_state(path, weights_access_token)
-
-    async def load_state_with_optimizer_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[Any]:
-        """`load_state_with_optimizer`, once it has its place in the line."""
-        return self.load_state_with_optimizer(path, weights_access_token)
+    # -- snapshots ---------------------------------------------------------------------------------
 
     async def save_weights_for_sampler_async(
         self,

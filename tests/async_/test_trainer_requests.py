@@ -254,6 +254,38 @@ async def test_gradient_norms_are_asked_for_in_the_parameters_or_the_call(
     assert ("emit_grad_norm_metrics" in asked) is (sent is not None)
 
 
+async def test_a_save_with_a_timeout_waits_but_never_on_its_own_loop(connect: Any) -> None:
+    held = asyncio.Event()
+
+    async def hold(_: str) -> None:
+        await held.wait()
+
+    stub = StubTrainer()
+    async with connect(stub) as client:
+        with pytest.raises(WrongLoop, match="result_async"):
+            client.save_state("on-the-loop", timeout=5.0)
+        assert (await client.save_state_async("first", timeout=5.0)).done()
+        assert (await asyncio.to_thread(client.save_state, "second", timeout=5.0)).done()
+        stub.before_poll = hold
+        with pytest.raises(TimeoutError):
+            await client.save_state_async("late", timeout=0.01)
+        held.set()
+        assert (await client.save_state("last")).path == "last"
+    assert stub.applied == [("save_weights", n) for n in (1, 2, 3, 4)]
+
+
+async def test_what_the_trainer_says_it_supports(connect: Any) -> None:
+    stub = StubTrainer(says={"supports_reinforce": True, "supports_score_centering": "perhaps"})
+    async with connect(stub) as client:
+        assert client.supports_reinforce is True
+        assert client.supports_score_centering is None
+        assert client.supports_router_replay is None
+        assert client.supports_target_logprob_support is None
+        assert client.supports_policy_importance_sampling is None
+        assert client.supports_policy_diagnostics is None
+        assert client.supports_rdma_weight_sync is False
+
+
 # -- requests that go wrong ------------------------------------------------------------------------
 
 

@@ -113,10 +113,13 @@ def test_what_is_not_supported_is_refused(
         service.create_training_client(projection_head_dim=8)
     with pytest.raises(NotSupported, match="kaiming"):
         service.create_lora_training_client(init_method="nora")
-    with pytest.raises(NotSupported, match=r"result\(timeout\)"):
-        client.save_state("x", timeout=1.0)
-    with pytest.raises(InvalidArgument, match="output="):
+    with pytest.raises(InvalidArgument, match="loss_type_input='x'"):
         asyncio.run(client.forward_backward_custom_async([], len, loss_type_input="x"))
+
+
+def test_a_save_with_a_timeout_is_done_when_it_returns(client: FiretitanTrainingClient) -> None:
+    assert client.save_state("waited-for", timeout=60.0).done()
+    assert asyncio.run(client.save_state_async("waited-for-too", timeout=60.0)).done()
 
 
 def test_a_client_from_a_state(platform: RunningPlatform) -> None:
