@@ -224,16 +224,25 @@ class ServiceClients(ServiceCore):
 
         await self._on_owner(release, "release_references")
 
-    async def recover_training_client(self) -> AsyncFiretitanTrainingClient:
+    async def recover_training_client(
+        self, lost: AsyncFiretitanTrainingClient | None = None
+    ) -> AsyncFiretitanTrainingClient:
         """After `TrainerLost`: start the job again, and go on from the newest saved state.
 
         The job gets a new process; a new model in it loads, with its optimizer, the newest state
         that the lost client saved. What was done after that save is to be done again.
 
+        Args:
+            lost: the client that ended with `TrainerLost`; required with `max_lora_rank`, where
+                each lost client is recovered by a call of its own, and the first of them starts
+                the job again.
+
         Raises:
             TrainerLost: the lost client had saved no state; there is nothing to go on from.
-            NotSupported: with `max_lora_rank`, where each model has a state of its own.
-            InvalidArgument: the trainer is not lost.
+            InvalidArgument: the trainer is not lost, or this client was recovered already.
             ProvisioningError: the job could not be started again.
         """
-        return await self._on_owner(self._trainers.recovered, "recover_training_client")
+        self._check_client("lost", lost)
+        return await self._on_owner(
+            lambda: self._trainers.recovered(lost), "recover_training_client"
+        )

@@ -26,7 +26,6 @@ from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     FireworksTrainingError,
     InvalidArgument,
-    NotSupported,
     TrainerLost,
 )
 
@@ -125,6 +124,7 @@ class Trainers:
         self._policy: Client | None = None
         self._base: Client | None = None
         self._clients: list[Client] = []
+        self._recovered: set[Client] = set()
 
     async def policy(
         self, options: ModelOptions, user_metadata: Mapping[str, str] | None = None
@@ -195,28 +195,59 @@ class Trainers:
                 await base.unload_model()
                 await base._close(drain=True)  # pyright: ignore[reportPrivateUsage]
 
-    async def recovered(self) -> Client:
-        """A client that goes on where the lost one last saved, in the job started again."""
-        if self._config.max_lora_rank is not None:
-            raise NotSupported(
-                "with max_lora_rank each model has a state of its own: make a new service with "
-                "trainer_job_id=, and load the saved state of each model"
-            )
+    async def recovered(self, lost: Client | None = None) -> Client:
+        """A client that goes on where the lost one last saved, in the job started again.
+
+        Args:
+            lost: which one; default the one there is.
+        """
+        several = self._config.max_lora_rank is not None
+        if lost is None and several:
+            raise InvalidArgument("lost= is needed: this service trains several models")
         async with self._making:
-            lost, ended = self._policy, _lost(self._policy)
+            lost = self._policy if lost is None else lost
+            ended = _lost(lost)
             if lost is None or ended is None:
                 raise InvalidArgument(
-                    "the trainer is not lost: recover_training_client() is for a service whose "
-                    "training client ended with TrainerLost"
+                    "the trainer is not lost: recover_training_client() is for a training client "
+                    "that ended with TrainerLost"
                 )
+            if lost in self._recovered or not (several or lost is self._policy):
+                raise InvalidArgument("this client was recovered already: use its successor")
             state = lost.last_saved_state
             if state is None:
                 raise ended.with_traceback(None)
-            await self._restart()
-            client = await self._make(self._config, None)
-            await client.load_state_with_optimizer(state)
-            self._policy, self._base = client, None
+            # Another lost client may have had the job started again already.
+            if self._session is None or lost._session is self._session:  # pyright: ignore[reportPrivateUsage]
+                await self._restart()
+            client = await self._successor(lost, state)
+            self._recovered.add(lost)
+            self._base = None
+            if not several:
+                self._policy = client
             return client
+
+    async def _successor(self, lost: Client, state: str) -> Client:
+        """A new model with a lost one's saved state; nothing is left if that fails."""
+        config = lost._config  # pyright: ignore[reportPrivateUsage]
+        made: Client | None = None
+        try:
+            made = await self._make(config, None)
+            await made.load_state_with_optimizer(state)
+        except BaseException:
+            if made is not None:
+                await finish_in_spite_of_cancellation(self._forget(made))
+            # A process that died again must be started again, not asked again.
+            if self._session is not None and not any(map(self._lives, self._clients)):
+                session, self._session = self._session, None
+                await finish_in_spite_of_cancellation(session.close())
+            raise
+        return made
+
+    def _lives(self, client: Client) -> bool:
+        """Whether a client is of the open session, and has not ended."""
+        mine = client._session is self._session  # pyright: ignore[reportPrivateUsage]
+        return mine and client.ended is None
 
     async def _restart(self) -> None:
         """Start the job again; the models and the session of its last process are gone."""

@@ -233,19 +233,25 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         """
         self._run(self._async.release_references)
 
-    def recover_training_client(self) -> FiretitanTrainingClient:
+    def recover_training_client(
+        self, lost: FiretitanTrainingClient | None = None
+    ) -> FiretitanTrainingClient:
         """After `TrainerLost`: start the job again, and go on from the newest saved state.
 
         The job gets a new process; a new model in it loads, with its optimizer, the newest state
         that the lost client saved. What was done after that save is to be done again.
 
+        Args:
+            lost: the client that ended with `TrainerLost`; required with `max_lora_rank`, where
+                each lost client is recovered by a call of its own, and the first of them starts
+                the job again.
+
         Raises:
             TrainerLost: the lost client had saved no state; there is nothing to go on from.
-            NotSupported: with `max_lora_rank`, where each model has a state of its own.
-            InvalidArgument: the trainer is not lost.
+            InvalidArgument: the trainer is not lost, or this client was recovered already.
             ProvisioningError: the job could not be started again.
         """
-        instance = self._run(self._async.recover_training_client)
+        instance = self._run(self._async.recover_training_client, lost._async if lost else None)
         return FiretitanTrainingClient._wrap(instance)
 
     def create_deployment_sampler(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_who_waited_for_the_lock_writes_to_the_new_file(
 ) -> None:
     file = LedgerFile(tmp_path / "ledger.jsonl")
     file.append([entry("created", "a")])
-    really, replaced = module.fcntl.flock, list[bool]()
+    really, replaced = fcntl.flock, list[bool]()
 
     def flock(descriptor: int, lock: int) -> None:
         if not replaced:  # somebody else compacts while this one waits
@@ -107,6 +108,6 @@ def test_who_waited_for_the_lock_writes_to_the_new_file(
             fresh.replace(file.path)
         really(descriptor, lock)
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     file.append([entry("created", "b")])
     assert held(file.path) == {"a", "b"}

@@ -103,8 +103,10 @@ async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> Non
         await train(first)
         assert np.abs(await logprobs(second) - before).max() < 1e-6
         assert np.abs(await logprobs(first) - before).max() > 1e-4
-        with pytest.raises(NotSupported, match="max_lora_rank"):
+        with pytest.raises(InvalidArgument, match="lost= is needed"):
             await service.recover_training_client()
+        with pytest.raises(InvalidArgument, match="not lost"):
+            await service.recover_training_client(first)
         with pytest.raises(InvalidArgument, match="policy_client"):
             await service.create_reference_client()
         reference = await service.create_reference_client(policy_client=first)
@@ -137,6 +139,30 @@ async def test_a_lost_trainer_is_recovered_under_the_same_service(
         assert saved_state(platform, job, "after")
         names = [row.checkpoint_id for row in await service.list_checkpoints()]
         assert {"half", "after"} <= set(names)
+
+
+async def test_several_lost_models_are_recovered_one_by_one(platform: RunningPlatform) -> None:
+    async with service_on(platform, max_lora_rank=8) as service:
+        first = await service.create_training_client(lora_rank=2, seed=1)
+        second = await service.create_training_client(lora_rank=4, seed=2)
+        unsaved = await service.create_training_client(lora_rank=2, seed=3)
+        await train(first)
+        await first.save_state("first")
+        await second.save_state("second")
+        before = [await logprobs(first), await logprobs(second)]
+        os.kill(worker_pid(platform, service.trainer_job_id or ""), signal.SIGKILL)
+        for client in (first, second, unsaved):
+            with pytest.raises(TrainerLost):
+                await client.forward(DATA)
+        again = [await service.recover_training_client(lost) for lost in (second, first)][::-1]
+        assert [client.lora_rank for client in again] == [2, 4]
+        for client, was in zip(again, before, strict=True):
+            assert np.abs(await logprobs(client) - was).max() < 1e-6
+        with pytest.raises(InvalidArgument, match="recovered already"):
+            await service.recover_training_client(first)
+        with pytest.raises(TrainerLost, match="No state was saved"):
+            await service.recover_training_client(unsaved)
+        await train(again[0], steps=1)
 
 
 async def test_without_a_saved_state_there_is_nothing_to_go_on_from(
