@@ -21,16 +21,19 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
-from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
+from functools import partial
+from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
+from fireworks_training._outcome import Outcome
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
-from fireworks_training.futures import APIFuture, Outcome, mark_retrieved
+from fireworks_training.futures import APIFuture, mark_retrieved
 
 T = TypeVar("T")
 A = TypeVar("A")
 P = ParamSpec("P")
+Args = TypeVarTuple("Args")
 
 EXIT_BUDGET = 1.5
 """Seconds that all clean-ups at interpreter exit may take together."""
@@ -156,7 +159,7 @@ def _run_clean_ups() -> None:
             task.cancel()
 
     outcome = spawn_on(lease.loop, all_of_them, label="clean-up at exit")
-    concurrent.futures.wait([outcome], timeout=EXIT_BUDGET + 0.25)
+    concurrent.futures.wait([outcome.plain()], timeout=EXIT_BUDGET + 0.25)
     for what, _ in pending.values():
         logger.warning(
             "at exit, %s was not cleaned up within %.1f s: call close()", what, EXIT_BUDGET
@@ -164,13 +167,77 @@ def _run_clean_ups() -> None:
     state.exiting = True
 
 
+class _Spawned(Outcome[T]):
+    """A coroutine that runs as a task of a loop, and what becomes of it."""
+
+    __slots__ = ("_args", "_asked", "_factory", "_owner", "_task")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        factory: Callable[..., Coroutine[Any, Any, T]],
+        args: tuple[Any, ...],
+        label: str,
+    ) -> None:
+        super().__init__(label=label)
+        self._owner = loop
+        self._factory: Callable[..., Coroutine[Any, Any, T]] | None = factory
+        self._args = args
+        self._task: asyncio.Task[T] | None = None
+        self._asked = False
+
+    def start(self) -> None:
+        """Make the task; on its loop."""
+        factory, args = self._factory, self._args
+        assert factory is not None
+        self._factory, self._args = None, ()
+        if self._asked:
+            self.fail(OperationCancelled(f"{self.label} was cancelled before it started"))
+            return
+        name = f"fireworks_training: {self.label}"
+        # One context for the task and for its end: each would copy one, for as long as it runs.
+        context = contextvars.copy_context()
+        if self._owner.get_task_factory() is None:
+            task = self._owner.create_task(factory(*args), name=name, context=context)
+        else:  # a factory need not know of contexts
+            task = self._owner.create_task(factory(*args), name=name)
+        self._task = task
+        _tasks.add(task)
+        task.add_done_callback(self._finish, context=context)
+
+    def _finish(self, task: asyncio.Task[T]) -> None:
+        _tasks.discard(task)
+        self._task = None
+        if task.cancelled():
+            self.fail(OperationCancelled(f"{self.label} was cancelled"))
+        elif (error := task.exception()) is not None:
+            self.fail(error)
+        else:
+            self.settle(task.result())
+
+    def _loop_of_work(self) -> asyncio.AbstractEventLoop:
+        return self._owner
+
+    def _cancel_work(self) -> bool:
+        self._asked = True
+        try:
+            self._owner.call_soon_threadsafe(self._cancel_task)
+        except RuntimeError:
+            return False
+        return True
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
 _tasks: set[asyncio.Task[Any]] = set()  # a loop itself holds its tasks weakly
 
 
 def spawn_on(
     loop: asyncio.AbstractEventLoop,
-    factory: Callable[[], Coroutine[Any, Any, T]],
-    *,
+    factory: Callable[[*Args], Coroutine[Any, Any, T]],
+    *args: *Args,
     label: str,
 ) -> Outcome[T]:
     """Run a coroutine as a task of a loop, from any thread, in the caller's context.
@@ -180,47 +247,12 @@ def spawn_on(
     Raises:
         OwnerLoopGone: the loop is closed.
     """
-    task: asyncio.Task[T] | None = None
-    cancelled = False
-
-    def cancel_task() -> None:
-        if task is not None:
-            task.cancel()
-
-    def cancel() -> bool:
-        nonlocal cancelled
-        cancelled = True
-        try:
-            loop.call_soon_threadsafe(cancel_task)
-        except RuntimeError:
-            return False
-        return True
-
-    outcome: Outcome[T] = Outcome(loop=lambda: loop, cancel=cancel, label=label)
-
-    def finish(task: asyncio.Task[T]) -> None:
-        _tasks.discard(task)
-        if task.cancelled():
-            outcome.fail(OperationCancelled(f"{label} was cancelled"))
-        elif (error := task.exception()) is not None:
-            outcome.fail(error)
-        else:
-            outcome.settle(task.result())
-
-    def start() -> None:
-        nonlocal task
-        if cancelled:
-            outcome.fail(OperationCancelled(f"{label} was cancelled before it started"))
-            return
-        task = loop.create_task(factory(), name=f"fireworks_training: {label}")
-        _tasks.add(task)
-        task.add_done_callback(finish)
-
+    spawned = _Spawned(loop, factory, args, label)
     if _running_loop() is loop:
-        start()
-        return outcome
+        spawned.start()
+        return spawned
     try:
-        loop.call_soon_threadsafe(start, context=contextvars.copy_context())
+        loop.call_soon_threadsafe(spawned.start, context=contextvars.copy_context())
     except RuntimeError as error:
         raise OwnerLoopGone(
             f"{label}: the event loop that owns this service is closed. Use it inside one "
@@ -228,7 +260,7 @@ def spawn_on(
             "synchronous class (without `Async`), whose loop lives as long as the service.",
             cause=error,
         ) from error
-    return outcome
+    return spawned
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -286,14 +318,14 @@ class Blocking(Generic[A]):
                     "a blocking call was made on the SDK's own loop (in a callback?); it would "
                     "wait for itself. Use the `Async` class there."
                 )
-            return wait_for(spawn_on(loop, lambda: call(*args, **kwargs), label=call.__name__))
+            return wait_for(spawn_on(loop, partial(call, *args, **kwargs), label=call.__name__))
 
     async def _hop(
         self, call: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run a coroutine on the background loop and await it on this one."""
         with _leased() as loop:
-            outcome = spawn_on(loop, lambda: call(*args, **kwargs), label=call.__name__)
+            outcome = spawn_on(loop, partial(call, *args, **kwargs), label=call.__name__)
             try:
                 return await APIFuture(outcome)
             except asyncio.CancelledError:

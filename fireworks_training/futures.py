@@ -11,87 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import logging
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 
+from fireworks_training._outcome import Outcome, changing, done_here
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
     OperationCancelled,
-    WrongLoop,
 )
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+Args = TypeVarTuple("Args")
 
 logger = logging.getLogger("fireworks_training.futures")
-
-
-class Outcome(concurrent.futures.Future[T]):
-    """A future that counts as running from the start, so that no waiter can cancel it.
-
-    Args:
-        loop: tells the loop that does the work, once known; a blocking wait on it would dead-lock.
-        cancel: asks the owner to cancel the work; True if it agreed. None: never.
-        label: what the work is, for messages.
-        guard: raises if waiting here can never end, for a reason that the owner knows.
-    """
-
-    def __init__(
-        self,
-        *,
-        loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
-        cancel: Callable[[], bool] | None = None,
-        label: str = "operation",
-        guard: Callable[[], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self._guard = guard
-        self._loop_of_work = loop
-        self._cancel_work = cancel
-        self.label = label
-        self.set_running_or_notify_cancel()
-
-    def refuse_dead_lock(self) -> None:
-        """Raise `WrongLoop` if waiting here would stop the loop that has to do the work."""
-        self.refuse_endless_wait()
-        if self.done() or self._loop_of_work is None:
-            return
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        if running is self._loop_of_work():
-            raise WrongLoop(
-                f".result() of {self.label} was called on the event loop that has to run it, and "
-                "would wait for ever. Write `await future` there, or use the synchronous class "
-                "(without the `Async` prefix) from a plain function."
-            )
-
-    def refuse_endless_wait(self) -> None:
-        """Raise if the owner knows that the work waits for whoever waits here."""
-        if self._guard is not None and not self.done():
-            self._guard()
-
-    def request_cancel(self) -> bool:
-        """Ask the owner to cancel the work. True if it did."""
-        return not self.done() and self._cancel_work is not None and self._cancel_work()
-
-    def settle(self, result: T) -> None:
-        """Give the result, unless there is an outcome already."""
-        if not self.done():
-            self.set_result(result)
-
-    def fail(self, error: BaseException) -> None:
-        """Give the error, unless there is an outcome already."""
-        if not self.done():
-            self.set_exception(error)
 
 
 def mark_retrieved(error: BaseException | None) -> None:
@@ -154,8 +93,8 @@ class APIFuture(Generic[T_co]):
 
     def future(self) -> concurrent.futures.Future[T_co]:
         """The plain `concurrent.futures.Future` behind this; `cancel()` on it has no effect."""
-        self._outcome.add_done_callback(_consume_concurrent)
-        return self._outcome
+        self._outcome.add_done_callback(_mark_outcome)
+        return self._outcome.plain()
 
     def cancel(self) -> bool:
         """Cancel the operation if it has not been sent yet; True if that was so.
@@ -172,15 +111,17 @@ class APIFuture(Generic[T_co]):
         return f"<APIFuture of {self._outcome.label}: {'done' if self.done() else 'pending'}>"
 
     def __del__(self) -> None:
-        outcome = getattr(self, "_outcome", None)
-        if outcome is None or not outcome.done() or sys.is_finalizing():
-            return
-        error = outcome.exception()
-        given_up = isinstance(
-            error, (ClientClosed, OperationCancelled)
-        )  # by the caller's own doing
-        if error is not None and not given_up and not was_retrieved(error):
-            logger.error("%s failed, and nobody asked for its result: %s", outcome.label, error)
+        _say_unretrieved(getattr(self, "_outcome", None))
+
+
+def _say_unretrieved(outcome: Outcome[Any] | None) -> None:
+    """Log a failure that nobody has seen and now nobody can; for finalizers."""
+    if outcome is None or not outcome.done() or sys.is_finalizing():
+        return
+    error = outcome.exception()
+    given_up = isinstance(error, (ClientClosed, OperationCancelled))  # by the caller's own doing
+    if error is not None and not given_up and not was_retrieved(error):
+        logger.error("%s failed, and nobody asked for its result: %s", outcome.label, error)
 
 
 def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
@@ -199,35 +140,8 @@ def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
     return outcome.result(0)
 
 
-def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
-    """A future of the running loop that is done when the outcome is, and may be cancelled alone.
-
-    Where the work ends on the same loop, it is woken without the write to the loop's own socket
-    that `asyncio.wrap_future` costs.
-    """
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    def ended(_: concurrent.futures.Future[Any]) -> None:
-        try:
-            if asyncio.get_running_loop() is loop:
-                wake()
-                return
-        except RuntimeError:
-            pass  # it ended in a thread without a loop
-        with contextlib.suppress(RuntimeError):  # the waiter's loop is closed: nobody waits
-            loop.call_soon_threadsafe(wake)
-
-    outcome.add_done_callback(ended)
-    return waiter
-
-
-def _consume_concurrent(future: concurrent.futures.Future[Any]) -> None:
-    mark_retrieved(future.exception())
+def _mark_outcome(outcome: Outcome[Any]) -> None:
+    mark_retrieved(outcome.exception())
 
 
 class SampleCall(Coroutine[Any, Any, T]):
@@ -240,37 +154,68 @@ class SampleCall(Coroutine[Any, Any, T]):
 
     Args:
         start: starts the request on the loop that owns it, and returns its outcome.
+        args: what `start` is called with.
         label: what is sampled, for messages.
     """
 
-    def __init__(self, start: Callable[[], Outcome[T]], *, label: str = "sample") -> None:
-        self._start = start
+    __slots__ = (
+        "__weakref__",
+        "_abandoned",
+        "_driver",
+        "_label",
+        "_outcome",
+        "_start",
+        "_starting",
+        "_waiters",
+    )
+
+    def __init__(
+        self, start: Callable[[*Args], Outcome[T]], *args: *Args, label: str = "sample"
+    ) -> None:
+        self._start: tuple[Callable[..., Outcome[T]], tuple[object, ...]] | None = (start, args)
+        self._starting: threading.Lock | None = threading.Lock()  # until it has started
         self._label = label
-        self._lock = threading.Lock()
         self._outcome: Outcome[T] | None = None
         self._waiters = 0
         self._driver: Coroutine[Any, Any, T] | None = None
         self._abandoned = False
 
     def _begin(self) -> Outcome[T]:
-        with self._lock:
-            if self._outcome is None:
-                self._abandoned = True  # a start that raises has said enough
-                self._outcome = self._start()
+        with changing:
             self._waiters += 1
-            return self._outcome
+        # Starting may wait for the background loop, which needs the lock of the outcomes.
+        lock = self._starting
+        if lock is not None:
+            with lock:
+                if self._start is not None:
+                    self._abandoned = True  # a start that raises has said enough
+                    start, args = self._start
+                    try:
+                        self._outcome = start(*args)
+                    except BaseException:
+                        self._count_out()
+                        raise
+                    self._start = self._starting = None
+        assert self._outcome is not None
+        return self._outcome
+
+    def _count_out(self) -> bool:
+        """One waiter less; whether it was the last."""
+        with changing:
+            self._waiters -= 1
+            return self._waiters == 0
 
     def _leave(self, *, cancelled: bool) -> None:
-        with self._lock:
-            self._waiters -= 1
-            last = self._waiters == 0
-        if cancelled and last and self._outcome is not None:
+        if self._count_out() and cancelled and self._outcome is not None:
             self._outcome.request_cancel()
 
     async def _wait(self) -> T:
         outcome = self._begin()
         try:
-            result = await APIFuture(outcome)
+            if not outcome.done():
+                outcome.refuse_endless_wait()
+                await done_here(outcome)
+            result = _retrieve(outcome, 0)
         except BaseException:
             self._leave(cancelled=not outcome.done())
             raise
@@ -350,7 +295,10 @@ class SampleCall(Coroutine[Any, Any, T]):
         return f"<SampleCall of {self._label}: {state}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_outcome", self) is None and not self._abandoned:
+        outcome: Outcome[T] | SampleCall[T] | None = getattr(self, "_outcome", self)
+        if isinstance(outcome, Outcome):
+            _say_unretrieved(outcome)
+        elif outcome is None and not self._abandoned:
             warnings.warn(
                 f"{self._label} was never started: await it, or call .result()",
                 RuntimeWarning,

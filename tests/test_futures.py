@@ -18,8 +18,8 @@ from fireworks_training import (
     SampleCall,
 )
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._outcome import Outcome
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
-from fireworks_training.futures import Outcome
 
 
 def call_on(outcome: Outcome[int], started: list[int]) -> SampleCall[int]:

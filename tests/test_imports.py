@@ -32,7 +32,7 @@ UNITS = {
     "tito",
     "server_metrics",
 }
-UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_tinker_types", "root"}
+UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_outcome", "_tinker_types", "root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -40,15 +40,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "models"},
     "server_metrics": set(),
     "models": {"errors", "server_metrics"},
-    "futures": {"errors", "models"},
+    "_outcome": {"errors"},
+    "futures": {"errors", "models", "_outcome"},
     "data": {"errors", "models"},
     "evaluation": {"errors", "models"},
     "_core": {"errors", "models"},
     "_wire": {"errors", "models", "server_metrics"},
     "_tinker_types": {"errors", "models"},
-    "_portal": {"errors", "futures"},
+    "_portal": {"errors", "futures", "_outcome"},
     "_async": {"_core", "_wire", "config", "models", "futures", "data", "errors", "_portal"}
-    | {"_tinker_types", "server_metrics"},
+    | {"_outcome", "_tinker_types", "server_metrics"},
     "_sync": {"_async", "_portal", "models", "futures", "config", "errors"},
     "testing": {"_async", "_core", "models", "errors"},
     "compat": UNITS - PEERS,

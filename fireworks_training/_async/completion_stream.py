@@ -11,8 +11,7 @@ import asyncio
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import aiohttp
 
@@ -77,9 +76,9 @@ class Attempt:
 
 
 class CompletionStream:
-    """`async with` sends the request and checks that a stream comes back; then iterate over it.
+    """`open()` sends the request and checks that a stream comes back; `read()` takes it.
 
-    Each item is what one piece of the network added. `completion` is there after the last.
+    Whoever opened it closes it, however that went.
 
     Args:
         transport: the connection pool.
@@ -87,6 +86,17 @@ class CompletionStream:
         without_echo: takes the text of echoed prompt tokens off a text.
         keep_tokens: whether the deltas tell token ids.
     """
+
+    __slots__ = (
+        "_assembler",
+        "_attempt",
+        "_decoder",
+        "_first_token_at",
+        "_loop",
+        "_response",
+        "_sent_at",
+        "_transport",
+    )
 
     def __init__(
         self,
@@ -103,10 +113,9 @@ class CompletionStream:
             attempt.request, attempt.prompt_ids, without_echo, keep_tokens=keep_tokens
         )
         self._response: aiohttp.ClientResponse | None = None
-        self._clock = asyncio.get_running_loop().time
-        self._sent_at = self._clock()
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
         self._first_token_at: float | None = None
-        self.completion: SampledCompletion | None = None
 
     @property
     def sampling_substituted(self) -> bool:
@@ -118,32 +127,22 @@ class CompletionStream:
         """The id in the stream's chunks; None if there is none."""
         return self._assembler.response_id
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self._open()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        # After the end of the answer the pool has the connection again, and this does nothing.
+    def close(self) -> None:
+        """Close the connection, unless the answer has ended and the pool has it again."""
         if self._response is not None:
+            self._transport.stalls.discard(self._response, self._attempt.request.http_timeout)
             self._response.close()
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
+        """Send the request, and see that a stream comes back.
+
+        Raises:
+            AttemptFailed: it does not.
+        """
         attempt = self._attempt
         session = await self._transport.session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
-        self._sent_at = self._clock()
+        self._sent_at = self._loop.time()
         try:
             response = await self._post(session, body)
         except (aiohttp.ClientError, OSError) as error:
@@ -158,6 +157,7 @@ class CompletionStream:
                 request_id=request_id_of(response.headers),
             )
             raise self._failed("upstream_stream", wrong)
+        self._transport.stalls.add(response, attempt.request.http_timeout)
 
     async def _post(
         self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
@@ -190,51 +190,52 @@ class CompletionStream:
             request_id=request_id_of(headers),
         )
 
-    def __aiter__(self) -> Self:
-        return self
+    async def read(self, tell: Callable[[TokenDelta], None] | None = None) -> SampledCompletion:
+        """Read to the end.
 
-    async def __anext__(self) -> TokenDelta:
-        mark = self._assembler.mark()
-        while await self._receive():
-            if self._assembler.mark() != mark:
-                return self._assembler.since(mark)
-        if self.completion is None:
-            await self._finish()
-        raise StopAsyncIteration
+        Args:
+            tell: is called with what each piece of the network added.
 
-    async def read(self) -> SampledCompletion:
-        """Read to the end, for callers that want no deltas."""
-        while await self._receive():
-            pass
+        Raises:
+            AttemptFailed: the stream broke, or what came is no completion.
+        """
+        response, assembler = self._response, self._assembler
+        assert response is not None
+        content = response.content
+        while not assembler.done:
+            try:
+                piece = await content.readany()
+            except (aiohttp.ClientError, OSError) as error:
+                raise self._broken(error) from error
+            if not piece:
+                break
+            if tell is None:
+                self._take(response, piece)
+                continue
+            mark = assembler.mark()
+            self._take(response, piece)
+            if assembler.mark() != mark:
+                tell(assembler.since(mark))
         return await self._finish()
 
-    async def _receive(self) -> bool:
-        """Take one piece of the network; False if the stream is over."""
-        response = self._response
-        if response is None or self._assembler.done:
-            return False
-        try:
-            piece = await response.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._broken(error) from error
-        if not piece:
-            return False
+    def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
+        """One piece of the network."""
+        feed = self._assembler.feed
         try:
             for data, event in self._decoder.feed(piece):
-                self._assembler.feed(data, event)
+                feed(data, event)
         except ApiError as error:
             error.request_id = error.request_id or request_id_of(response.headers)
             raise self._failed("upstream_stream", error) from error
         if self._first_token_at is None and self._assembler.started:
-            self._first_token_at = self._clock()
-        return True
+            self._first_token_at = self._loop.time()
 
     async def _finish(self) -> SampledCompletion:
         if self._assembler.truncated:
             error = ConnectionFailed("the stream ended before the completion did")
             raise self._failed("sse_truncation", error)
         try:
-            self.completion = self._assembler.completion(
+            completion = self._assembler.completion(
                 prompt_index=self._attempt.prompt_index,
                 sample_index=self._attempt.sample_index,
                 metrics=self._metrics(),
@@ -242,7 +243,7 @@ class CompletionStream:
         except ProtocolError as error:
             raise self._failed("upstream_stream", error) from error
         await self._reach_the_end()
-        return self.completion
+        return completion
 
     async def _reach_the_end(self) -> None:
         """Read what follows `[DONE]`, normally nothing, so that the connection can be used again.
@@ -289,7 +290,7 @@ class CompletionStream:
             headers,
             assembler.perf_metrics,
             client_ttft=None if first is None else first - self._sent_at,
-            client_latency=self._clock() - self._sent_at,
+            client_latency=self._loop.time() - self._sent_at,
             completion_tokens=assembler.completion_tokens,
             http_status_code=status,
             transport_error=transport_error,

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from fireworks_training._async.data_plane import DataPlane
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
+from fireworks_training._outcome import Outcome
 from fireworks_training.errors import FireworksTrainingError
-from fireworks_training.futures import APIFuture, Outcome
+from fireworks_training.futures import APIFuture
 
 PERIOD = 10.0
 """Seconds between heartbeats."""

@@ -10,14 +10,15 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from fireworks_training._async.loop_watch import OnBlocked, watch
+from fireworks_training._outcome import Outcome, done_here
 from fireworks_training._portal import Lease, spawn_on
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
-from fireworks_training.futures import Outcome
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 STOPPED_LIMIT = 5.0
 """Seconds after which work queued on a loop that does not run fails with `OwnerLoopGone`."""
@@ -108,14 +109,16 @@ class OwnerLoop:
         except RuntimeError:
             return False
 
-    def spawn(self, factory: Callable[[], Coroutine[Any, Any, T]], *, label: str) -> Outcome[T]:
+    def spawn(
+        self, factory: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args, label: str
+    ) -> Outcome[T]:
         """Run a coroutine as a task of the owner loop, from any thread.
 
         Cancelling the outcome cancels the task. If the loop stands still for `stopped_limit`
         seconds, the outcome fails with `OwnerLoopGone`.
         """
         loop = self.get()
-        outcome = spawn_on(loop, factory, label=label)
+        outcome = spawn_on(loop, factory, *args, label=label)
         if not loop.is_running():
             self._watch(loop, outcome)
         return outcome
@@ -142,16 +145,19 @@ class OwnerLoop:
         timer.daemon = True
         timer.start()
 
-    async def run(self, factory: Callable[[], Coroutine[Any, Any, T]], *, label: str) -> T:
+    async def run(
+        self, factory: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args, label: str
+    ) -> T:
         """Await a coroutine that must run on the owner loop, from any loop."""
         if self.get() is asyncio.get_running_loop():
-            return await factory()
-        outcome = self.spawn(factory, label=label)
+            return await factory(*args)
+        outcome = self.spawn(factory, *args, label=label)
         try:
-            return await asyncio.wrap_future(outcome)
+            await done_here(outcome)
         except asyncio.CancelledError:
             outcome.request_cancel()
             raise
+        return outcome.result()
 
     def release(self) -> None:
         """Give the portal's loop back, and watch it no more. Idempotent."""

@@ -28,6 +28,7 @@ from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
 from fireworks_training._core.events import FailureEvent
 from fireworks_training._core.operations import Hold, Line, Role, Ticket, Void
+from fireworks_training._outcome import Outcome, done_here
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
@@ -41,7 +42,7 @@ from fireworks_training.errors import (
     TrainerLost,
     WrongLoop,
 )
-from fireworks_training.futures import APIFuture, Outcome, done_here, was_retrieved
+from fireworks_training.futures import APIFuture, was_retrieved
 
 T = TypeVar("T")
 

@@ -17,6 +17,10 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages: `[{"role": "user", "content": "..."}, ...]`."""
 
 
+Ids: TypeAlias = tuple[int, ...]
+"""A prompt. Tuples of integers cost the garbage collector nothing; it walks lists of them."""
+
+
 class Tokenizer(Protocol):
     """What the sampler needs of a tokenizer; those of `transformers` have it."""
 
@@ -42,12 +46,12 @@ class LockedTokenizer:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
 
-    def apply_template(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+    def apply_template(self, conversations: Sequence[Conversation]) -> list[Ids]:
         """Token ids of conversations, each with a generation prompt. Slow: not on an event loop."""
         with self._lock:
             return [self._template_ids(conversation) for conversation in conversations]
 
-    def _template_ids(self, conversation: Conversation) -> list[int]:
+    def _template_ids(self, conversation: Conversation) -> Ids:
         ids = self.tokenizer.apply_chat_template(
             [dict(message) for message in conversation],
             tokenize=True,
@@ -118,7 +122,7 @@ def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Co
     return conversations
 
 
-def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Ids]:
     """One prompt or several, as a list of prompts."""
     if isinstance(prompt_token_ids, (str, bytes)):
         raise InvalidArgument(
@@ -126,7 +130,7 @@ def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> lis
             'messages=[{"role": "user", "content": "..."}]'
         )
     try:
-        return [token_ids("prompt_token_ids", cast(list[int], prompt_token_ids))]
+        return [token_ids("prompt_token_ids", cast(Sequence[int], prompt_token_ids))]
     except InvalidArgument as error:
         if not isinstance(error.__cause__, TypeError):
             raise  # integers, and wrong ones
@@ -139,10 +143,10 @@ def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> lis
         ]
     if any(nested):
         raise InvalidArgument("prompt_token_ids mixes token ids with lists of token ids")
-    return [token_ids("prompt_token_ids", cast(list[int], items))]
+    return [token_ids("prompt_token_ids", cast(Sequence[int], items))]
 
 
-def one_prompt(prompt_token_ids: Sequence[Any]) -> list[list[int]]:
+def one_prompt(prompt_token_ids: Sequence[Any]) -> list[Ids]:
     """A list of one prompt, for calls that take no more."""
     prompts = prompts_of(prompt_token_ids)
     if len(prompts) != 1 or hasattr(prompt_token_ids[0], "__len__"):

@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar, Unpack, cast
+from typing import Any, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 
 from fireworks_training._async.prompts import (
     Conversation,
+    Ids,
     conversations_of,
     is_conversation,
     one_prompt,
@@ -23,13 +24,18 @@ from fireworks_training._async.prompts import (
 from fireworks_training._async.sampler_base import SamplerBase
 from fireworks_training._async.sampling_run import Logged, Prompt, SamplingRun
 from fireworks_training._async.token_stream import DeltaBuffer, TokenStream
+from fireworks_training._outcome import Outcome
 from fireworks_training._wire.completion_body import completion_body
 from fireworks_training._wire.completions import SamplingOptions, SamplingRequest, integer
 from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
-from fireworks_training.futures import Outcome, SampleCall
+from fireworks_training.futures import SampleCall
 from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+Prompts: TypeAlias = list[Ids] | Callable[[], Coroutine[Any, Any, list[Ids]]]
+"""Prompts as token ids, or what finds these on the owner loop."""
 
 logger = logging.getLogger("fireworks_training.sampling")
 
@@ -122,11 +128,7 @@ class DeploymentSampler(SamplerBase):
         """
         request = self._request(max_tokens, temperature, options)
         prompts = prompts_of(prompt_token_ids)
-
-        async def as_they_are() -> list[list[int]]:
-            return prompts
-
-        return self._call(as_they_are, len(prompts), n, request, max_seq_len)
+        return self._call(prompts, len(prompts), n, request, max_seq_len)
 
     def sample_with_prompt_tokens_result(
         self,
@@ -155,22 +157,31 @@ class DeploymentSampler(SamplerBase):
                 "could be sampled"
             )
 
-        async def work() -> SampledRequestResult:
-            logged = Logged() if logical_request_id is None else Logged(logical_request_id)
-            run = SamplingRun(self._source, self._controller, request)
-            started = time.monotonic()
-            one = await run.single(Prompt(ids, request.encode(ids), 0), logged)
-            return SampledRequestResult(
-                completions=self._within([one], max_seq_len),
-                server_metrics=one.metrics,
-                logical_request_id=logged.request_id,
-                attempts=len(logged.attempts),
-                wall_seconds=time.monotonic() - started,
-                upstream_response_id=logged.attempts[-1].upstream_response_id,
-                server_attempts=tuple(logged.attempts),
-            )
+        logged = Logged() if logical_request_id is None else Logged(logical_request_id)
+        label = "sampling a completion"
+        return SampleCall(
+            self._begin,
+            self._sample_logged,
+            (ids, request, max_seq_len, logged),
+            label,
+            label=label,
+        )
 
-        return self._started_by(work, "sampling a completion")
+    async def _sample_logged(
+        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: Logged
+    ) -> SampledRequestResult:
+        run = SamplingRun(self._source, self._controller, request)
+        started = time.monotonic()
+        one = await run.single(Prompt(ids, request.encode(ids), 0), logged)
+        return SampledRequestResult(
+            completions=self._within([one], max_seq_len),
+            server_metrics=one.metrics,
+            logical_request_id=logged.request_id,
+            attempts=len(logged.attempts),
+            wall_seconds=time.monotonic() - started,
+            upstream_response_id=logged.attempts[-1].upstream_response_id,
+            server_attempts=tuple(logged.attempts),
+        )
 
     async def async_completions_stream(
         self,
@@ -252,28 +263,23 @@ class DeploymentSampler(SamplerBase):
         """
         request = self._request(max_tokens, temperature, options)
         find = self._finder(prompt)
-
-        async def work(buffer: DeltaBuffer) -> SampledCompletion:
-            (ids,) = await find()
-            run = SamplingRun(self._source, self._controller, request)
-            return await run.single(Prompt(ids, request.encode(ids), 0), None, buffer)
-
         label = "streaming a completion"
         return TokenStream(
-            lambda buffer: self._tasks.spawn(lambda: work(buffer), label), label=label
+            lambda buffer: self._tasks.spawn(self._stream, find, request, buffer, label=label),
+            label=label,
         )
 
-    def _finder(
-        self, prompt: Sequence[int] | Conversation
-    ) -> Callable[[], Coroutine[Any, Any, list[list[int]]]]:
-        """What finds the ids of one prompt, checked as far as it can be at once."""
+    async def _stream(
+        self, find: Prompts, request: SamplingRequest, buffer: DeltaBuffer
+    ) -> SampledCompletion:
+        (ids,) = await find() if callable(find) else find
+        run = SamplingRun(self._source, self._controller, request)
+        return await run.single(Prompt(ids, request.encode(ids), 0), None, buffer)
+
+    def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
+        """The ids of one prompt, or what finds them, checked as far as it can be at once."""
         if not is_conversation(prompt):
-            ids = one_prompt(prompt)
-
-            async def as_it_is() -> list[list[int]]:
-                return ids
-
-            return as_it_is
+            return one_prompt(prompt)
         conversations = conversations_of(cast(Conversation, prompt))
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
@@ -289,7 +295,7 @@ class DeploymentSampler(SamplerBase):
 
     def _call(
         self,
-        find_prompts: Callable[[], Coroutine[Any, Any, list[list[int]]]],
+        find: Prompts,
         prompts: int,
         n: int,
         request: SamplingRequest,
@@ -298,48 +304,34 @@ class DeploymentSampler(SamplerBase):
         integer("n", n, 1)
         if max_seq_len is not None:
             integer("max_seq_len", max_seq_len, 1)
-
-        async def work() -> list[SampledCompletion]:
-            return await self._sample(await find_prompts(), n, request, max_seq_len)
-
         total = prompts * n
         label = "sampling a completion" if total == 1 else f"sampling {total} completions"
-        return self._started_by(work, label)
+        args = (find, n, request, max_seq_len)
+        return SampleCall(self._begin, self._sample, args, label, label=label)
 
-    def _started_by(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> SampleCall[T]:
-        def start() -> Outcome[T]:
-            try:
-                return self._tasks.spawn(work, label)
-            except UsageError as error:
-                # The call has started, and this is its result: also for later awaits.
-                outcome = Outcome[T](label=label)
-                outcome.fail(error)
-                return outcome
-
-        return SampleCall(start, label=label)
+    def _begin(
+        self,
+        work: Callable[[*Args], Coroutine[Any, Any, T]],
+        args: tuple[*Args],
+        label: str,
+    ) -> Outcome[T]:
+        try:
+            return self._tasks.spawn(work, *args, label=label)
+        except UsageError as error:
+            # The call has started, and this is its result: also for later awaits.
+            outcome = Outcome[T](label=label)
+            outcome.fail(error)
+            return outcome
 
     async def _sample(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        request: SamplingRequest,
-        max_seq_len: int | None,
+        self, find: Prompts, n: int, request: SamplingRequest, max_seq_len: int | None
     ) -> list[SampledCompletion]:
-        fitting = [
-            Prompt(ids, request.encode(ids, earlier=index * n), index)
-            for index, ids in enumerate(prompts)
-            if max_seq_len is None or len(ids) < max_seq_len
-        ]
-        if len(fitting) < len(prompts):
-            logger.warning(
-                "%d of %d prompts have max_seq_len (%s) tokens or more: not sampled",
-                len(prompts) - len(fitting),
-                len(prompts),
-                max_seq_len,
-            )
+        fitting = _fitting(await find() if callable(find) else find, n, request, max_seq_len)
         if not fitting:
             return []
         run = SamplingRun(self._source, self._controller, request)
+        if len(fitting) == n == 1:
+            return self._within([await run.single(fitting[0])], max_seq_len)
         return self._within(await run.complete(fitting, n), max_seq_len)
 
     @staticmethod
@@ -358,3 +350,22 @@ class DeploymentSampler(SamplerBase):
                 max_seq_len,
             )
         return kept
+
+
+def _fitting(
+    prompts: list[Ids], n: int, request: SamplingRequest, max_seq_len: int | None
+) -> list[Prompt]:
+    """Those that leave room for a token, encoded."""
+    fitting = [
+        Prompt(ids, request.encode(ids, earlier=index * n), index)
+        for index, ids in enumerate(prompts)
+        if max_seq_len is None or len(ids) < max_seq_len
+    ]
+    if len(fitting) < len(prompts):
+        logger.warning(
+            "%d of %d prompts have max_seq_len (%s) tokens or more: not sampled",
+            len(prompts) - len(fitting),
+            len(prompts),
+            max_seq_len,
+        )
+    return fitting

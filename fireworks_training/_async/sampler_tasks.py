@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from fireworks_training._async.transport import Transport
+from fireworks_training._outcome import Outcome
 from fireworks_training._portal import at_exit
 from fireworks_training.errors import ClientClosed, SamplingClientClosedError
-from fireworks_training.futures import Outcome
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 logger = logging.getLogger("fireworks_training.sampling")
 
@@ -50,14 +51,18 @@ class SamplerTasks:
         if self.closed:
             raise ClientClosed("the sampler was closed; make a new one")
 
-    def spawn(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> Outcome[T]:
+    def spawn(
+        self, work: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args, label: str
+    ) -> Outcome[T]:
         """Run work on the owner loop, from any thread."""
         self.check_open()
         if self._owns_transport and self._forget_exit is None:
             self._forget_exit = at_exit(self._label, self._transport.close)
-        return self._transport.owner.spawn(lambda: self._until_closed(work), label=label)
+        return self._transport.owner.spawn(self._until_closed, work, *args, label=label)
 
-    async def _until_closed(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _until_closed(
+        self, work: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args
+    ) -> T:
         """Run work that `close()` may end."""
         task = asyncio.current_task()
         assert task is not None
@@ -65,7 +70,7 @@ class SamplerTasks:
         try:
             if self._cancelling:
                 raise asyncio.CancelledError
-            return await work()
+            return await work(*args)
         except asyncio.CancelledError:
             if not self._cancelling:
                 raise
@@ -79,13 +84,13 @@ class SamplerTasks:
     async def aclose(self, drain: float = 0.0) -> None:
         """Refuse new work, wait `drain` seconds for what is under way, cancel the rest."""
         if self._start_closing():
-            await self._transport.owner.run(lambda: self._end(drain), label="closing a sampler")
+            await self._transport.owner.run(self._end, drain, label="closing a sampler")
             self._release()
 
     def close(self) -> None:
         """`aclose()` for plain functions; not for the loop that runs the sampler."""
         if self._start_closing():
-            outcome = self._transport.owner.spawn(lambda: self._end(0.0), label="closing a sampler")
+            outcome = self._transport.owner.spawn(self._end, 0.0, label="closing a sampler")
             outcome.refuse_dead_lock()
             outcome.result()
             self._release()
@@ -93,9 +98,7 @@ class SamplerTasks:
     def close_later(self, drain: float) -> None:
         """Refuse new work and return; the rest of `aclose(drain)` happens in the background."""
         if self._start_closing():
-            outcome = self._transport.owner.spawn(
-                lambda: self._end(drain), label="draining a sampler"
-            )
+            outcome = self._transport.owner.spawn(self._end, drain, label="draining a sampler")
             outcome.add_done_callback(lambda _: self._release())
 
     def _start_closing(self) -> bool:

@@ -191,7 +191,7 @@ class FiretitanSamplingClient:
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> APIFuture[T]:
         tasks = self.deployment_sampler._tasks  # pyright: ignore[reportPrivateUsage]
-        return APIFuture(tasks.spawn(work, label))
+        return APIFuture(tasks.spawn(work, label=label))
 
     # -- what it is --------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import aiohttp
@@ -22,7 +23,7 @@ from fireworks_training._async import sampling_events
 from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
 from fireworks_training._async.gate import Gate, SamplingConcurrencyController
 from fireworks_training._async.load_news import LoadNews
-from fireworks_training._async.sampling_progress import Progress
+from fireworks_training._async.sampling_progress import Call, Progress
 from fireworks_training._async.token_stream import DeltaBuffer
 from fireworks_training._async.transport import CONNECT_TIMEOUT, Transport
 from fireworks_training._core.aimd import is_congestion
@@ -154,6 +155,12 @@ class Logged:
         )
 
 
+@lru_cache(maxsize=64)
+def _timeout(read: float) -> aiohttp.ClientTimeout:
+    """The time limits of an attempt: made once, not for each."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=read)
+
+
 class SamplingRun:
     """One call: `n` completions of each of its prompts.
 
@@ -163,18 +170,17 @@ class SamplingRun:
         request: what to sample.
     """
 
+    __slots__ = ("_context", "_controller", "_given_up", "_loop", "_request", "_source")
+
     def __init__(
         self, source: Source, controller: SamplingConcurrencyController, request: SamplingRequest
     ) -> None:
         self._source = source
         self._controller = controller
         self._request = request
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
         self._given_up = False
         self._context = f" [{request.context}]" if request.context else ""
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_TIMEOUT, sock_read=request.http_timeout
-        )
 
     async def complete(self, prompts: Sequence[Prompt], n: int) -> list[SampledCompletion]:
         """All completions, prompt-major.
@@ -183,19 +189,12 @@ class SamplingRun:
             SamplingRequestError: one could not be had; the others were given up.
         """
         progress = self._source.progress
-        call = progress.begin(len(prompts) * n, self._context, self._clock())
-
-        async def one(prompt: Prompt, sample: int) -> SampledCompletion:
-            completion = await self._one(prompt, sample, None, None)
-            call.done += 1
-            return completion
+        call = progress.begin(len(prompts) * n, self._context, self._loop.time())
 
         try:
-            if len(prompts) * n == 1:
-                return [await one(prompts[0], 0)]
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(one(prompt, sample))
+                    group.create_task(self._one(call, prompt, sample))
                     for prompt in prompts
                     for sample in range(n)
                 ]
@@ -208,18 +207,23 @@ class SamplingRun:
         raise failed
 
     async def single(
-        self, prompt: Prompt, logged: Logged | None, deltas: DeltaBuffer | None = None
+        self, prompt: Prompt, logged: Logged | None = None, deltas: DeltaBuffer | None = None
     ) -> SampledCompletion:
-        """One completion, with a log of its attempts, or delta by delta."""
+        """One completion, if need be with a log of its attempts, or delta by delta."""
         progress = self._source.progress
-        call = progress.begin(1, self._context, self._clock())
+        call = progress.begin(1, self._context, self._loop.time())
         try:
-            return await self._one(prompt, 0, logged, deltas)
+            return await self._one(call, prompt, 0, logged, deltas)
         finally:
             progress.end(call)
 
     async def _one(
-        self, prompt: Prompt, sample: int, logged: Logged | None, deltas: DeltaBuffer | None
+        self,
+        call: Call,
+        prompt: Prompt,
+        sample: int,
+        logged: Logged | None = None,
+        deltas: DeltaBuffer | None = None,
     ) -> SampledCompletion:
         """One completion, however many attempts it takes."""
         source = self._source
@@ -240,17 +244,19 @@ class SamplingRun:
                 number=number,
                 prompt_index=prompt.index,
                 sample_index=sample,
-                timeout=self._timeout,
+                timeout=_timeout(self._request.http_timeout),
             )
             try:
-                return await self._attempt(attempt, logged, deltas)
+                completion = await self._attempt(attempt, logged, deltas)
+                call.done += 1
+                return completion
             except AttemptFailed as failure:
                 loading = is_hot_load(failure.error)
                 if loading:
                     budget = hot_load = hot_load or source.retries.hot_load()
                 else:
                     budget = transient = transient or source.retries.transient()
-                delay = budget.next_delay(failure.error, now=self._clock())
+                delay = budget.next_delay(failure.error, now=self._loop.time())
                 if loading and delay is None and source.news.loading:
                     delay = HOT_LOAD_POLL
                 if deltas is not None and not deltas.restart():
@@ -295,26 +301,22 @@ class SamplingRun:
         events = source.transport.events
         await self._acquire(attempt.number)
         told: ServerMetrics | None = None
-        source.progress.attempt(attempt, self._clock())
+        stream: CompletionStream | None = None
+        source.progress.attempt(attempt, self._loop.time())
         try:
             if self._given_up:
                 # The slot is that of a sibling that failed: the call is over, send nothing.
                 raise asyncio.CancelledError
             if events is not None:
                 sampling_events.submitted(events, attempt, self._controller)
-            async with CompletionStream(
+            stream = CompletionStream(
                 source.transport,
                 attempt,
                 without_echo=source.without_echo,
                 keep_tokens=deltas is not None,
-            ) as stream:
-                if deltas is None:
-                    completion = await stream.read()
-                else:
-                    async for delta in stream:
-                        deltas.put(delta)
-                    assert stream.completion is not None
-                    completion = stream.completion
+            )
+            await stream.open()
+            completion = await stream.read(None if deltas is None else deltas.put)
             completion = self._with_distance(completion)
             told = completion.metrics
             source.record.append(told)
@@ -334,6 +336,8 @@ class SamplingRun:
             told = failure.metrics if is_congestion(failure.metrics) else None
             raise
         finally:
+            if stream is not None:
+                stream.close()
             source.progress.attempt_over(attempt)
             self._controller.release(told)
             if events is not None:

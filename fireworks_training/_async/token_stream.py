@@ -14,8 +14,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from fireworks_training._outcome import Outcome, done_here
 from fireworks_training.errors import ClientClosed, InvalidArgument
-from fireworks_training.futures import Outcome, done_here, mark_retrieved
+from fireworks_training.futures import mark_retrieved
 from fireworks_training.models import SampledCompletion, TokenDelta
 
 

@@ -21,6 +21,7 @@ import orjson
 
 from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.stalls import Stalls
 from fireworks_training._async.usage import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training._core.events import EventKind, RetryEvent
@@ -152,6 +153,7 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
         self.usage = UsageMeter(time.monotonic)
+        self.stalls = Stalls()
 
     @property
     def additional_headers(self) -> Mapping[str, str]:

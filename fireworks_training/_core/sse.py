@@ -46,10 +46,12 @@ class SseDecoder:
             that a server can't fill the memory.
     """
 
+    __slots__ = ("_at_start", "_data", "_drop_newline", "_event", "_limit", "_line", "_size")
+
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._limit = max_event_bytes
-        self._line: list[bytes] = []  # pieces of the unfinished line
-        self._data: list[bytes] = []  # of the unfinished event
+        self._line: list[bytes] | None = None  # pieces of the unfinished line
+        self._data: list[bytes] | None = None  # of the unfinished event
         self._event = b""
         self._size = 0  # of the unfinished event and line
         self._drop_newline = False  # the last byte was CR: an LF right after it belongs to it
@@ -64,18 +66,16 @@ class SseDecoder:
         data = self._with_plain_newlines(data)
         if b"\n" not in data:
             if data:
-                self._line.append(data)
-                self._grow(len(data))
+                self._hold(data)
             return []
         if self._line:
-            self._line.append(data)
-            self._size -= sum(map(len, self._line)) - len(data)
-            data = b"".join(self._line)
-            self._line.clear()
+            self._size -= sum(map(len, self._line))
+            data = b"".join((*self._line, data))
+            self._line = None
         # By single newlines: a search for one byte is four times as fast as one for two.
         *lines, rest = data.split(b"\n")
         events: list[ServerSentEvent] = []
-        held, size, limit = self._data, self._size, self._limit
+        held, size, limit = self._data or [], self._size, self._limit
         if self._at_start:
             # Only the very first line may begin with a mark, and an empty one is a line too.
             self._at_start = False
@@ -87,7 +87,7 @@ class SseDecoder:
                 if line.startswith(b"data: "):
                     held.append(line[6:])
                 else:
-                    self._field(line)
+                    self._field(line, held)
                 continue
             if size > limit:
                 raise self._too_large()
@@ -100,17 +100,19 @@ class SseDecoder:
             self._event = b""
             size = 0
         self._size = size
+        self._data = held or None
         if rest:
-            self._line.append(rest)
-        self._grow(len(rest))
+            self._hold(rest)
+        elif size > limit:
+            raise self._too_large()
         return events
 
-    def _field(self, line: bytes) -> None:
+    def _field(self, line: bytes, held: list[bytes]) -> None:
         """A line that is not `data: `."""
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
-            self._data.append(value)
+            held.append(value)
         elif name == b"event":
             self._event = value
 
@@ -124,14 +126,17 @@ class SseDecoder:
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return data
 
-    def _grow(self, size: int) -> None:
-        self._size += size
+    def _hold(self, piece: bytes) -> None:
+        """Keep a piece of a line that is not finished."""
+        if self._line is None:
+            self._line = []
+        self._line.append(piece)
+        self._size += len(piece)
         if self._size > self._limit:
             raise self._too_large()
 
     def _too_large(self) -> ProtocolError:
-        self._line.clear()
-        self._data.clear()
+        self._line = self._data = None
         return ProtocolError(
             f"the server sent an event of more than {self._limit:,} bytes; it was refused so that "
             "it can't fill the memory"

@@ -63,6 +63,27 @@ class CompletionAssembler:
         completion_tokens: the server's own count; None if it gave none.
     """
 
+    __slots__ = (
+        "_logprobs",
+        "_logprobs_wanted",
+        "_prompt_ids",
+        "_raw_nulls",
+        "_raw_output",
+        "_request",
+        "_sampling",
+        "_sampling_nulls",
+        "_snapshot",
+        "_text",
+        "_tokens",
+        "_top",
+        "_without_echo",
+        "completion_tokens",
+        "done",
+        "finish_reason",
+        "perf_metrics",
+        "response_id",
+    )
+
     def __init__(
         self,
         request: SamplingRequest,
@@ -81,7 +102,7 @@ class CompletionAssembler:
         self._sampling = array("d")
         self._raw_nulls = 0
         self._sampling_nulls = 0
-        self._top: list[dict[int, float]] = []
+        self._top: list[dict[int, float]] | None = [] if request.top_logprobs else None
         self._raw_output: Mapping[str, Any] | None = None
         self._snapshot: dict[str, Any] = {}
         self.done = False
@@ -187,7 +208,7 @@ class CompletionAssembler:
             self._raw_nulls += raw.count(None)
         if self._tokens is not None:
             self._tokens.extend([entry["token_id"] for entry in content])
-        if self._request.top_logprobs:
+        if self._top is not None:
             self._top.extend(
                 {int(top["token_id"]): float(top["logprob"]) for top in entry["top_logprobs"] or ()}
                 for entry in content

@@ -192,14 +192,14 @@ def normalise_stop(stop: object) -> list[str] | list[int] | None:
     raise InvalidArgument("stop must hold strings or token ids, not a mixture")
 
 
-def token_ids(what: str, prompt: Sequence[int]) -> list[int]:
-    """A prompt as a list of plain integers; numpy arrays and their integers count.
+def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
+    """A prompt as plain integers; numpy arrays and their integers count.
 
     Raises:
         InvalidArgument: it is empty, or holds something other than integers from 0 on.
     """
     try:
-        ids = list(map(operator.index, prompt))
+        ids = tuple(map(operator.index, prompt))
     except TypeError as error:
         raise InvalidArgument(f"{what} must be a list of token ids (integers)") from error
     if not ids:

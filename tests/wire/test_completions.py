@@ -185,7 +185,7 @@ def test_unknown_options_name_the_near_ones() -> None:
 
 
 def test_token_ids_take_what_reads_as_integers() -> None:
-    assert token_ids("p", np.array([1, 2], dtype=np.int32)) == [1, 2]  # type: ignore[arg-type]
+    assert token_ids("p", np.array([1, 2], dtype=np.int32)) == (1, 2)  # type: ignore[arg-type]
     assert all(type(token) is int for token in token_ids("p", [np.int64(3)]))  # type: ignore[list-item]
 
 

@@ -82,7 +82,6 @@ async def test_a_passing_fault_costs_one_attempt(
             "upstream_stream",
             "not JSON",
         ),
-        (stub.stream(b"data: " + b"x" * 17_000_000), "upstream_stream", "16,777,216 bytes"),
         (stub.status(200, {"text": "hello"}), "upstream_stream", "event stream"),
     ],
 )

@@ -10,7 +10,10 @@ import aiohttp
 import pytest
 
 from fireworks_training._async.completion_stream import Attempt, CompletionStream
+from fireworks_training._core.sse import MAX_EVENT_BYTES, ServerSentEvent, SseDecoder
 from fireworks_training._wire.completions import sampling_request
+from fireworks_training.errors import SamplingRequestError
+from fireworks_training.models import TokenDelta
 from tests import stub_completions as stub
 from tests.async_.sampling.support import MODEL, Make
 from tests.stub_completions import CompletionServer
@@ -36,16 +39,21 @@ async def test_deltas_arrive_while_the_server_generates(
         timeout=aiohttp.ClientTimeout(total=None),
     )
     text, logprobs = "", array("d")
-    async with CompletionStream(sampler._transport, attempt) as deltas:
-        async for delta in deltas:
-            if not text:
-                assert (delta.text, list(delta.logprobs)) == ("<2>", [-2 / 8])
-                assert deltas.completion is None
-                server.go_on.set()
-            text += delta.text
-            logprobs.extend(delta.logprobs)
-    completion = deltas.completion
-    assert completion is not None
+
+    def tell(delta: TokenDelta) -> None:
+        nonlocal text
+        if not text:
+            assert (delta.text, list(delta.logprobs)) == ("<2>", [-2 / 8])
+            server.go_on.set()
+        text += delta.text
+        logprobs.extend(delta.logprobs)
+
+    stream = CompletionStream(sampler._transport, attempt)
+    try:
+        await stream.open()
+        completion = await stream.read(tell)
+    finally:
+        stream.close()
     assert (completion.text, completion.inference_logprobs) == (text, logprobs)
     assert completion.metrics.client_ttft is not None
     assert completion.metrics.client_latency is not None
@@ -69,10 +77,48 @@ async def test_leaving_a_stream_early_stops_the_server(
         sample_index=0,
         timeout=aiohttp.ClientTimeout(total=None),
     )
-    async with CompletionStream(sampler._transport, attempt) as deltas:
-        assert (await anext(deltas)).text == "<5>"
+    stream = CompletionStream(sampler._transport, attempt)
+    await stream.open()
+    first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    reading = asyncio.create_task(stream.read(lambda delta: first.set_result(delta.text)))
+    assert await first == "<5>"
+    reading.cancel()
+    await asyncio.wait([reading])
+    stream.close()
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 1
+
+
+async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
+    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, sent, size = 0, 0, 100 * 2**20
+
+    class Counting(SseDecoder):
+        def feed(self, data: bytes) -> list[ServerSentEvent]:
+            nonlocal held
+            held = max(held, len(data) + sum(map(len, self._line or ())))
+            return super().feed(data)
+
+    async def floods(*args: Any) -> Any:
+        nonlocal sent
+        response = await stub.open_stream(args[1])
+        await response.write(b"data: ")
+        piece = b"x" * 2**18
+        while sent < size:
+            await response.write(piece)
+            sent += len(piece)
+        return response
+
+    monkeypatch.setattr("fireworks_training._async.completion_stream.SseDecoder", Counting)
+    server.otherwise = floods
+    with pytest.raises(SamplingRequestError, match="16,777,216 bytes") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=2)
+    assert caught.value.attempts == 1
+    await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 1  # the client closed the connection under it
+    assert MAX_EVENT_BYTES <= held < MAX_EVENT_BYTES + 2**20
+    assert sent < size / 3
 
 
 async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
