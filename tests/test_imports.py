@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Parts of the package that each part may import, itself apart."""
 
 TENSOR_ROOMS = {"local.model", "local.losses", "local.optimizer", "local.trainer", "local.engine"}
-TENSOR_ROOMS |= {"local.deltas"}
+TENSOR_ROOMS |= {"local.deltas", "local.devices"}
 TENSOR_ROOMS |= {"local.pretrain", "local.pretraining"}
 DEMO = {"cli.demo", "cli.demo_loop"}
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {

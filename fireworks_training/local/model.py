@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from fireworks_training.local import devices
 from fireworks_training.local.snapshots import LoraBlock, Manifest, SnapshotMismatch
 
 SnapshotDtype = Literal["bfloat16", "float32"]
@@ -57,12 +58,13 @@ class LoraSettings:
 def configure_torch() -> None:
     """One thread, deterministic kernels, no progress bars: for every worker's torch thread."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # Some kernels of CUDA have no deterministic twin: there it is a warning.
+    torch.use_deterministic_algorithms(True, warn_only=devices.chosen().type != "cpu")
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """The model of a Hugging Face directory, in fp32 and eval mode.
+    """The model of a Hugging Face directory, in fp32 and eval mode, on the device of all models.
 
     Nothing is downloaded, and no code of the directory is executed.
 
@@ -72,7 +74,7 @@ def load_model(path: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         path, local_files_only=True, trust_remote_code=False, dtype=torch.float32
     )
-    return cast(PreTrainedModel, nn.Module.eval(model))
+    return cast(PreTrainedModel, nn.Module.to(nn.Module.eval(model), devices.chosen()))
 
 
 def vocab_size(model: PreTrainedModel) -> int:

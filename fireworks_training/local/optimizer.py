@@ -175,9 +175,9 @@ class MasterAdamW:
                 master.copy_(masters[name])
                 if moments is not None and steps > 0:
                     self._adam.state[master] = {
-                        "step": torch.tensor(float(steps)),
-                        "exp_avg": moments[0][name].clone(),
-                        "exp_avg_sq": moments[1][name].clone(),
+                        "step": torch.tensor(float(steps), device="cpu"),
+                        "exp_avg": moments[0][name].to(master.device, copy=True),
+                        "exp_avg_sq": moments[1][name].to(master.device, copy=True),
                     }
         self._publish()
 

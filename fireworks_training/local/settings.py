@@ -70,6 +70,8 @@ WORKER_ENVIRONMENT = {
     # usual 1024 of each came to 490 MB of an engine, and were no faster.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
+    # CUDA's matrix products are deterministic with a workspace of their own.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 
 

@@ -183,7 +183,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     """sha256 (hex) of a tensor's little-endian bytes in row-major order."""
     import torch
 
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(raw.data).hexdigest()
 
 

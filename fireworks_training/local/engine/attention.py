@@ -27,8 +27,9 @@ class Piece:
         # The usual causal mask holds for a prompt's beginning; later pieces see all before them.
         self._mask: torch.Tensor | None = None
         if self.start:
-            queries = torch.arange(self.start, end)[:, None]
-            self._mask = torch.arange(end) <= queries
+            device = prompt.keys_LHPD.device
+            queries = torch.arange(self.start, end, device=device)[:, None]
+            self._mask = torch.arange(end, device=device) <= queries
 
     def __len__(self) -> int:
         return self.end - self.start

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fireworks_training.local.devices import array_of, on
 from fireworks_training.local.engine.attention import Pass, Piece
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.lanes import Lane, LaneKind
@@ -231,10 +232,10 @@ class RunningBatch:
         for piece in pieces:
             ids.append(np.array(piece.tokens, np.int64))
             positions.append(np.arange(piece.start, piece.end))
-        ids_N = torch.from_numpy(np.concatenate(ids))
+        ids_N = on(self._decoder.device, np.concatenate(ids))
         if not len(ids_N):
             return None
-        positions_N = torch.from_numpy(np.concatenate(positions))
+        positions_N = on(self._decoder.device, np.concatenate(positions))
         return self._decoder.hidden(ids_N, positions_N, Pass(lanes, pieces))
 
     def _finish_pieces(self, pieces: Sequence[Piece], hidden_NE: torch.Tensor) -> None:
@@ -343,13 +344,13 @@ class RunningBatch:
         low, high = max(echo.first, piece.start + 1), min(len(tokens), piece.end + 1)
         if low >= high:
             return
-        targets_n = torch.tensor(tokens[low:high])
+        targets_n = torch.tensor(tokens[low:high], device=self._decoder.device)
         at = slice(low - 1 - piece.start, high - 1 - piece.start)
         logits_nV = self._decoder.logits(hidden_cE[at])
         lse_n = torch.logsumexp(logits_nV, dim=-1)
         logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
         ids, values = top(logits_nV, lse_n, np.full(len(targets_n), request.top_logprobs))
-        echo.logprobs.append(logprobs_n.numpy())
+        echo.logprobs.append(array_of(logprobs_n))
         echo.top_ids.append(ids)
         echo.top_logprobs.append(values)
         ids, values = probe(request, low, logits_nV, lse_n)

@@ -87,6 +87,7 @@ class Decoder:
     Attributes:
         vocab_size: token ids that can be fed and sampled.
         geometry: of its keys and values.
+        device: where it computes.
 
     Args:
         model: in eval mode; its attention implementation is replaced.
@@ -109,9 +110,10 @@ class Decoder:
             raise UnsupportedModelError(f"{type(model).__name__} has no separate body and head")
         self._body: torch.nn.Module = body
         self._head: torch.nn.Module = head
+        self.device: torch.device = head.weight.device
         self.vocab_size = min(int(head.weight.shape[0]), vocab_size(model))
         self._fused: FusedBody | None = None
-        ids = torch.arange(_PROBE_TOKENS) % self.vocab_size
+        ids = torch.arange(_PROBE_TOKENS, device=self.device) % self.vocab_size
         with torch.inference_mode():
             expected_NV = model(input_ids=ids[None], use_cache=False).logits[0].float()
             model.set_attn_implementation(_ATTENTION)
@@ -161,7 +163,7 @@ class Decoder:
     def _measure(self, ids_N: torch.Tensor) -> Geometry:
         """The shapes of keys and values, as the layers hand them over."""
         probe = _ShapeProbe()
-        self.hidden(ids_N, torch.arange(len(ids_N)), probe)
+        self.hidden(ids_N, torch.arange(len(ids_N), device=self.device), probe)
         shapes = set(probe.shapes.values())
         if set(probe.shapes) != set(range(len(probe.shapes))) or len(shapes) != 1:
             raise UnsupportedModelError(f"attention layers of unlike shapes: {probe.shapes}")
@@ -172,7 +174,7 @@ class Decoder:
         length = len(ids_N)
         prompt = Prompt(tuple(ids_N[:-2].tolist()), self.geometry)
         rows: list[torch.Tensor] = []
-        positions_N = torch.arange(length)
+        positions_N = torch.arange(length, device=self.device)
         for end in (2, len(prompt.tokens)):
             piece = Piece(prompt, end)
             at = slice(piece.start, end)

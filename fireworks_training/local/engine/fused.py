@@ -33,7 +33,7 @@ class Product:
     """`x @ W^T + b` for a weight that seldom changes.
 
     Args:
-        weight_OI: values; a copy is packed where oneDNN is there.
+        weight_OI: values; a copy is packed where oneDNN is there, which is for CPUs.
         bias_O: may be missing.
     """
 
@@ -41,7 +41,7 @@ class Product:
         self._weight_OI = weight_OI
         self._bias_O = bias_O
         self._packed: Tensor | None = None
-        if _has_onednn():
+        if weight_OI.device.type == "cpu" and _has_onednn():
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self._packed = cast(Tensor, reorder(weight_OI, 64))
 
@@ -131,8 +131,8 @@ class FusedBody:
         self._size: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._eps: float = config.rms_norm_eps
         self._scale = self._size**-0.5
-        positions = torch.arange(max_context)[None]
-        cosine, sine = self._body.rotary_emb(torch.zeros(1), positions)
+        positions = torch.arange(max_context, device=self._head.weight.device)[None]
+        cosine, sine = self._body.rotary_emb(torch.zeros(1, device=positions.device), positions)
         self._cosine_PD: Tensor = cosine[0].contiguous()
         # The second half is rotated against the first: the sign is put into the sine.
         half = self._size // 2

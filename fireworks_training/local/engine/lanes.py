@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fireworks_training.local.devices import on
 from fireworks_training.local.engine.buffers import zeros
 from fireworks_training.local.engine.prompts import Geometry, Prompt
 
@@ -299,7 +300,7 @@ class Lane:
         self._mask_n11C = None
         if hidden_nC.any():
             mask_nC = np.where(hidden_nC, np.float32(-np.inf), np.float32(0))
-            self._mask_n11C = torch.from_numpy(mask_nC)[:, None, None, :]
+            self._mask_n11C = on(self._geometry.device, mask_nC)[:, None, None, :]
 
     def _arrange(self) -> None:
         """Where each row stands among the rows of its group."""
@@ -313,8 +314,8 @@ class Lane:
         back_n = group_n * widest + place_n
         spread_GM = np.zeros(len(self._prompts) * widest, np.int64)
         spread_GM[back_n] = np.arange(self._rows)
-        self._spread_GM = torch.from_numpy(spread_GM).view(len(self._prompts), widest)
-        self._back_n = torch.from_numpy(back_n)
+        self._spread_GM = on(self._geometry.device, spread_GM.reshape(len(self._prompts), widest))
+        self._back_n = on(self._geometry.device, back_n)
 
     def attend(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fireworks_training.local.devices import array_of
 from fireworks_training.local.engine.requests import (
     MAX_TOP_LOGPROBS,
     SamplingRequest,
@@ -40,14 +41,18 @@ def probe(
     parts: list[torch.Tensor] = []
     if request.targets:
         first = low - request.first_echo
-        parts.append(torch.tensor(request.targets[first : first + n], dtype=torch.int64))
+        parts.append(
+            torch.tensor(
+                request.targets[first : first + n], dtype=torch.int64, device=logits_nV.device
+            )
+        )
     if request.draws:
         parts.append(draw(logits_nV, request.temperature, _uniforms(request, low, n)))
     ids_nm = torch.cat(parts, dim=1)
     none_nm = ids_nm == NO_TOKEN
     logprobs_nm = logits_nV.gather(1, ids_nm.clamp(min=0)) - lse_n[:, None]
     logprobs_nm = torch.where(none_nm, 0.0, logprobs_nm)
-    return ids_nm.to(torch.int32).numpy(), logprobs_nm.numpy()
+    return array_of(ids_nm.to(torch.int32)), array_of(logprobs_nm)
 
 
 def width(request: SamplingRequest) -> int:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fireworks_training.local.devices import array_of, on
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
@@ -64,14 +66,14 @@ def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
         logits_nV = torch.where(finite_n[:, None], logits_nV, 0.0)
         raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
 
-    temperature_n = torch.from_numpy(rows.temperature)
+    temperature_n = on(logits_nV.device, rows.temperature)
     greedy_n = temperature_n == 0
     policy_nV = _policy_logits(logits_nV, temperature_n, greedy_n, rows)
     policy_lse_n = raw_lse_n if policy_nV is logits_nV else torch.logsumexp(policy_nV, dim=-1)
     if bool(greedy_n.all()):
         tokens_n = policy_nV.argmax(dim=-1)
     else:
-        uniform_n1 = torch.from_numpy(rows.uniform)[:, None]
+        uniform_n1 = on(logits_nV.device, rows.uniform)[:, None]
         tokens_n = _inverse_cdf(policy_nV, policy_lse_n, uniform_n1)[:, 0]
         if bool(greedy_n.any()):
             tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
@@ -82,10 +84,10 @@ def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
     sampling_n = torch.where(greedy_n, 0.0, sampling_n)
     top_ids, top_logprobs = top(logits_nV, raw_lse_n, rows.top_logprobs)
     return Sampled(
-        tokens=tokens_n.to(torch.int32).numpy(),
-        logprobs=logprobs_n.numpy(),
-        sampling_logprobs=sampling_n.numpy(),
-        finite=finite_n.numpy(),
+        tokens=array_of(tokens_n.to(torch.int32)),
+        logprobs=array_of(logprobs_n),
+        sampling_logprobs=array_of(sampling_n),
+        finite=array_of(finite_n),
         top_ids=top_ids,
         top_logprobs=top_logprobs,
     )
@@ -103,9 +105,9 @@ def top(
     if k == 0:
         return np.empty((n, 0), np.int32), np.empty((n, 0), np.float32)
     values_nk, ids_nk = logits_nV.topk(k, dim=-1)
-    ids = ids_nk.to(torch.int32).numpy()
+    ids = array_of(ids_nk.to(torch.int32))
     ids[np.arange(k) >= wanted_n[:, None]] = -1
-    return ids, (values_nk - lse_n[:, None]).numpy()
+    return ids, array_of(values_nk - lse_n[:, None])
 
 
 def draw(
@@ -119,7 +121,7 @@ def draw(
         return logits_nV.argmax(dim=-1)[:, None].expand(-1, uniform_nk.shape[1])
     scaled_nV = logits_nV / temperature
     drawn_nk = _inverse_cdf(
-        scaled_nV, torch.logsumexp(scaled_nV, dim=-1), torch.from_numpy(uniform_nk)
+        scaled_nV, torch.logsumexp(scaled_nV, dim=-1), on(logits_nV.device, uniform_nk)
     )
     return drawn_nk.clamp(max=logits_nV.shape[-1] - 1)
 
@@ -142,11 +144,12 @@ def _policy_logits(
     if len(filtered):
         if policy_nV is logits_nV:
             policy_nV = policy_nV.clone()
-        at = torch.from_numpy(filtered)
+        device = logits_nV.device
+        at = on(device, filtered)
         policy_nV[at] = _filter(
             policy_nV[at],
-            torch.from_numpy(rows.top_k[filtered]),
-            torch.from_numpy(rows.top_p[filtered]),
+            on(device, rows.top_k[filtered]),
+            on(device, rows.top_p[filtered]),
         )
     return policy_nV
 
@@ -156,7 +159,7 @@ def _filter(logits_nV: torch.Tensor, top_k_n: torch.Tensor, top_p_n: torch.Tenso
     vocabulary = logits_nV.shape[-1]
     sorted_nV, order_nV = logits_nV.sort(dim=-1, descending=True, stable=True)
     limit_n = torch.where(top_k_n > 0, top_k_n, vocabulary)
-    rank_V = torch.arange(vocabulary)
+    rank_V = torch.arange(vocabulary, device=logits_nV.device)
     sorted_nV = sorted_nV.masked_fill(rank_V >= limit_n[:, None], -torch.inf)
     probs_nV = sorted_nV.softmax(dim=-1, dtype=torch.float64)
     # A token stays while the mass before it is below top-p, so the first one always does.

@@ -98,7 +98,7 @@ class WeightSet:
         self._base_model = base_model
         self._dtype = dtype
         # Rounded values fit bf16 without loss, at half the memory.
-        self._base = {name: self._stored(tensor).clone() for name, tensor in tensors.items()}
+        self._base = {name: self._stored(tensor).cpu().clone() for name, tensor in tensors.items()}
 
     def prepare(self, identity: str, *, restore: bool = False) -> Prepared:
         """Read and verify a snapshot; what is served stays as it is. For any thread.
@@ -172,7 +172,7 @@ class WeightSet:
         return held.version
 
     def _applied(self, manifest: Manifest) -> dict[str, Tensor]:
-        served = {name: self._stored(tensor) for name, tensor in self._tensors.items()}
+        served = {name: self._stored(tensor).cpu() for name, tensor in self._tensors.items()}
         tensors = apply_delta(manifest, self._store.tensors(manifest), served)
         check_hashes(manifest, tensors)
         return tensors

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from fireworks_training.local.devices import array_of, on
 from fireworks_training.local.trainer.network import Network, datums_of
 from fireworks_training.local.trainer.operations import (
     GRADIENT_INPUTS,
@@ -45,7 +46,7 @@ def new_head(hidden_size: int, outputs: int, seed: int) -> nn.Linear:
     """A linear projection head with a bias; its values depend on `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(hidden_size, outputs)
+        return nn.Linear(hidden_size, outputs, device="cpu")
 
 
 def run_embedding_pass(
@@ -67,7 +68,7 @@ def run_embedding_pass(
     taken = None
     try:
         if request.output in _OF_ONE_DATUM and request.backward:
-            gradients = _given(request)
+            gradients = _given(request, network.device)
             values = run.backward(parameters, gradients)
             _check_finite(values)
             pairs = zip(values, gradients, strict=True)
@@ -110,7 +111,7 @@ class _Run:
 
     def forward(self) -> list[Tensor]:
         """Pooled or projected hidden states of each datum, without gradient."""
-        results: list[Tensor] = [torch.empty(0)] * len(self._request.data)
+        results = self._empty()
         with torch.no_grad():
             for batch in self._batches:
                 for index, value in zip(datums_of(batch), self._values(batch), strict=True):
@@ -121,7 +122,7 @@ class _Run:
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
     ) -> list[Tensor]:
         """Adds the gradient of sum(value * gradient) to the parameters' `.grad`; the values."""
-        results: list[Tensor] = [torch.empty(0)] * len(self._request.data)
+        results = self._empty()
         for batch in self._batches:
             indices = datums_of(batch)
             with torch.enable_grad():
@@ -132,10 +133,14 @@ class _Run:
                 results[index] = value.detach()
         return results
 
+    def _empty(self) -> list[Tensor]:
+        nothing = torch.empty(0, device=self._network.device)
+        return [nothing] * len(self._request.data)
+
     def _values(self, batch: MicroBatch) -> list[Tensor]:
         computed = self._network.compute(batch)
         return [
-            self._reduced(computed.hidden.index_select(0, torch.from_numpy(rows)))
+            self._reduced(computed.hidden.index_select(0, on(computed.hidden.device, rows)))
             for rows in computed.rows
         ]
 
@@ -164,7 +169,7 @@ def _outer(
             outputs = [_output(request.output, row) for row in cosines_BB]
             if not request.backward:
                 return outputs, 0.0, []
-            loss = (cosines_BB * torch.stack(_given(request))).sum()
+            loss = (cosines_BB * torch.stack(_given(request, leaf_BH.device))).sum()
     (gradient_BH,) = torch.autograd.grad(loss, leaf_BH)
     return outputs, float(loss.detach()), list(gradient_BH)
 
@@ -177,17 +182,17 @@ def info_nce(unit_BH: Tensor, queries: int, temperature: float) -> Tensor:
     arXiv:1807.03748; both directions as Radford et al. 2021, arXiv:2103.00020).
     """
     similarity_QD = unit_BH[:queries] @ unit_BH[queries:].T / temperature
-    paired_Q = torch.arange(queries)
+    paired_Q = torch.arange(queries, device=unit_BH.device)
     to_documents = cross_entropy(similarity_QD, paired_Q)
     to_queries = cross_entropy(similarity_QD[:, :queries].T, paired_Q)
     return (to_documents + to_queries) / 2
 
 
-def _given(request: EmbeddingPass) -> list[Tensor]:
+def _given(request: EmbeddingPass, device: torch.device) -> list[Tensor]:
     """The gradient of each datum's output, flat, as the caller sent it."""
     name = GRADIENT_INPUTS[request.output]
     arrays = [cast("NDArray[np.float32]", datum.inputs[name]) for datum in request.data]
-    return [torch.from_numpy(array) for array in arrays]
+    return [on(device, array) for array in arrays]
 
 
 def _check_finite(values: Sequence[Tensor]) -> None:
@@ -201,4 +206,4 @@ def _check_finite(values: Sequence[Tensor]) -> None:
 
 def _output(name: str, value: Tensor) -> dict[str, NDArray[np.generic]]:
     kind = "projection" if name == "projection" else "embedding"
-    return {kind: value.detach().numpy()}
+    return {kind: array_of(value)}

@@ -122,7 +122,9 @@ class TrainedModel:
         parameters = dict(module.named_parameters()) if lora is None else adapter_parameters(module)
         self._head = None
         if projection_head_dim is not None:
-            self._head = new_head(int(module.config.hidden_size), projection_head_dim, seed)
+            self._head = new_head(int(module.config.hidden_size), projection_head_dim, seed).to(
+                module.device
+            )
             parameters |= {f"{HEAD}.{name}": p for name, p in self._head.named_parameters()}
         self._trainable = trainable
         self._graphs = Graphs()

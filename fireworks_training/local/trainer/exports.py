@@ -81,8 +81,8 @@ class SnapshotExports:
         except SnapshotError as error:
             raise OperationFailed(str(error), error_class=type(error).__name__) from error
         if self._dtype == "bfloat16":
-            return {key: tensor.detach().bfloat16() for key, tensor in weights.items()}
-        return {key: tensor.detach().clone() for key, tensor in weights.items()}
+            return {key: tensor.detach().bfloat16().cpu() for key, tensor in weights.items()}
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in weights.items()}
 
     def write(
         self,

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fireworks_training.local.devices import on
 from fireworks_training.local.losses import target_logprobs
 from fireworks_training.local.trainer.packing import Group, MicroBatch
 
@@ -58,12 +59,14 @@ class Network:
         sharing: False computes every datum by itself, for comparison.
 
     Attributes:
+        device: where the module computes.
         vocab_size: columns of the logits.
         has_hidden_states: whether what is computed are the states before the head. (A model whose
             logits are more than its head's is taken in one piece.)
     """
 
     def __init__(self, module: PreTrainedModel, *, sharing: bool = True) -> None:
+        self.device: torch.device = module.device
         self._body, self._head = _parts(module)
         self.vocab_size = int(module.config.get_text_config().vocab_size)
         self.has_hidden_states = not isinstance(self._body, _Whole)
@@ -96,14 +99,17 @@ class Network:
             ]
         logprobs_UK = torch.cat([values for values, _ in found])
         ids_UK = torch.cat([ids for _, ids in found])
-        return [(logprobs_UK[rows], ids_UK[rows]) for rows in map(torch.from_numpy, computed.rows)]
+        places = [on(self.device, rows) for rows in computed.rows]
+        return [(logprobs_UK[rows], ids_UK[rows]) for rows in places]
 
     def compute(self, batch: MicroBatch) -> Computed:
         """Hidden states of a micro-batch, with their graph where gradients are enabled."""
         groups = batch.groups
         keep = {self._cache_name: DynamicCache()} if batch.buckets else {}
         prefixes = [group.prefix for group in groups]
-        hidden = self._body(input_ids=_padded(prefixes), use_cache=bool(keep), **keep)[0]
+        hidden = self._body(
+            input_ids=on(self.device, _padded(prefixes)), use_cache=bool(keep), **keep
+        )[0]
         parts = [_unpadded(hidden, [len(prefix) for prefix in prefixes])]
         begins = np.cumsum([0, *(len(prefix) for prefix in prefixes)])
         rows = [
@@ -133,22 +139,23 @@ class Network:
         prefixes: DynamicCache,
     ) -> Tensor:
         """Hidden states of a bucket's sequences after their prefixes, padding left out."""
-        chosen_N = torch.tensor([g for g, _ in bucket])
+        rows = np.array([g for g, _ in bucket])
+        chosen_N = on(self.device, rows)
         cache = DynamicCache()
         for index, layer in enumerate(prefixes.layers):
             plain = cast(DynamicLayer, layer)
             keys, values = cast(Tensor, plain.keys), cast(Tensor, plain.values)
             cache.update(keys.index_select(0, chosen_N), values.index_select(0, chosen_N), index)
-        lengths_G = torch.tensor([len(group.prefix) for group in groups])
-        width, longest = int(lengths_G.max()), max(sizes)
-        begins_N = lengths_G[chosen_N]
-        columns = torch.arange(width + longest)
+        lengths = np.array([len(group.prefix) for group in groups])
+        width, longest = int(lengths.max()), max(sizes)
+        begins_N1 = lengths[rows][:, None]
+        columns = np.arange(width + longest)
         # Padding of a prefix lies before the tokens that follow it, so it has to be masked.
-        mask = (columns < begins_N[:, None]) | (columns >= width)
+        mask = (columns < begins_N1) | (columns >= width)
         hidden = self._body(
-            input_ids=_padded([groups[g].members[m].tokens for g, m in bucket]),
-            position_ids=begins_N[:, None] + torch.arange(longest),
-            attention_mask=None if bool(mask.all()) else mask.long(),
+            input_ids=on(self.device, _padded([groups[g].members[m].tokens for g, m in bucket])),
+            position_ids=on(self.device, begins_N1 + np.arange(longest)),
+            attention_mask=None if mask.all() else on(self.device, mask.astype(np.int64)),
             use_cache=True,
             **{self._cache_name: cache},
         )[0]
@@ -164,7 +171,7 @@ class Network:
 
         turn = max(LOGITS_BYTES // (4 * self.vocab_size), 1)
         if len(hidden_UE) <= turn:
-            return some(hidden_UE, torch.from_numpy(rows_M), torch.from_numpy(targets_M))
+            return some(hidden_UE, on(self.device, rows_M), on(self.device, targets_M))
         order = np.argsort(rows_M, kind="stable")
         bounds = np.arange(0, len(hidden_UE) + turn, turn)
         cuts = np.searchsorted(rows_M[order], bounds)
@@ -174,15 +181,15 @@ class Network:
             piece = checkpoint(
                 some,
                 hidden_UE[begin : begin + turn],
-                torch.from_numpy(rows_M[chosen] - begin),
-                torch.from_numpy(targets_M[chosen]),
+                on(self.device, rows_M[chosen] - begin),
+                on(self.device, targets_M[chosen]),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
             pieces.append(cast(Tensor, piece))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return torch.cat(pieces).index_select(0, torch.from_numpy(back))
+        return torch.cat(pieces).index_select(0, on(self.device, back))
 
 
 def datums_of(batch: MicroBatch) -> list[int]:
@@ -190,12 +197,12 @@ def datums_of(batch: MicroBatch) -> list[int]:
     return [place for group in batch.groups for member in group.members for place in member.data]
 
 
-def _padded(sequences: Sequence[NDArray[np.int64]]) -> Tensor:
+def _padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Rows padded on the right: attention is causal, so no real position looks at padding."""
     ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, tokens in zip(ids, sequences, strict=True):
         row[: len(tokens)] = tokens
-    return torch.from_numpy(ids)
+    return ids
 
 
 def _unpadded(hidden_BTE: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -204,7 +211,7 @@ def _unpadded(hidden_BTE: Tensor, lengths: Sequence[int]) -> Tensor:
     if sum(lengths) == len(flat):
         return flat
     real = np.concatenate([np.arange(r * width, r * width + n) for r, n in enumerate(lengths)])
-    return flat.index_select(0, torch.from_numpy(real))
+    return flat.index_select(0, on(flat.device, real))
 
 
 class _Whole(nn.Module):
@@ -223,7 +230,7 @@ def _parts(module: PreTrainedModel) -> tuple[nn.Module, Callable[[Tensor], Tenso
     body = module.get_decoder()  # type: ignore[no-untyped-call]
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if body is not None and head is not None and body is not module:
-        probe = torch.tensor([[0, 0]])
+        probe = torch.tensor([[0, 0]], device=module.device)
         with torch.no_grad():
             whole = module(input_ids=probe, use_cache=False).logits
             if torch.equal(head(body(input_ids=probe, use_cache=False)[0]), whole):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fireworks_training.local.devices import array_of, on
 from fireworks_training.local.losses import LOSSES
 from fireworks_training.local.trainer.graphs import Graphs
 from fireworks_training.local.trainer.network import Network, datums_of
@@ -42,15 +43,15 @@ class Passed:
     gradients: list[Tensor] | None
 
 
-def _concatenated(data: Sequence[Datum]) -> dict[str, Tensor]:
+def _concatenated(data: Sequence[Datum], device: torch.device) -> dict[str, Tensor]:
     """Every input of the loss but the targets, end to end, and the datum that each belongs to."""
     counts = [len(datum.tokens) * max(datum.width, 1) for datum in data]
     inputs = {
-        name: torch.from_numpy(np.concatenate([datum.inputs[name] for datum in data]))
+        name: on(device, np.concatenate([datum.inputs[name] for datum in data]))
         for name in data[0].inputs
         if name != "target_tokens"
     }
-    return {**inputs, "sequence": torch.from_numpy(np.repeat(np.arange(len(data)), counts))}
+    return {**inputs, "sequence": on(device, np.repeat(np.arange(len(data)), counts))}
 
 
 def run_pass(
@@ -75,7 +76,7 @@ def run_pass(
         for place, batch in enumerate(batches):
             indices = datums_of(batch)
             data = [request.data[index] for index in indices]
-            inputs = _concatenated(data)
+            inputs = _concatenated(data, network.device)
             kept = graphs if graphs is not None and graphs.has_room(request) else None
             recording = kept.measured() if kept else torch.set_grad_enabled(request.backward)
             with recording:
@@ -118,7 +119,7 @@ def run_backward(
         batches = plan([d.tokens for d in data], network.token_budget, sharing=network.sharing)
         for place, batch in enumerate(batches):
             indices = datums_of(batch)
-            gradient_M = torch.from_numpy(np.concatenate([request.gradients[i] for i in indices]))
+            gradient_M = on(network.device, np.concatenate([request.gradients[i] for i in indices]))
             logprobs_M = graphs.take(request.forward, place)
             if logprobs_M is None:
                 with torch.enable_grad():
@@ -148,13 +149,13 @@ def _outputs(
 ) -> list[dict[str, NDArray[np.generic]]]:
     """What each datum of a micro-batch gets back."""
     ends = np.cumsum([len(datum.tokens) * max(datum.width, 1) for datum in data])[:-1]
-    flat: NDArray[np.float32] = logprobs_M.detach().numpy()
+    flat: NDArray[np.float32] = array_of(logprobs_M)
     pieces: list[dict[str, NDArray[np.generic]]] = [
         {"logprobs": piece.reshape(datum.target_shape)}
         for datum, piece in zip(data, np.split(flat, ends), strict=True)
     ]
     for piece, (logprobs_TK, ids_TK) in zip(pieces, top or (), strict=False):
-        piece["top_k_logprobs"], piece["top_k_indices"] = logprobs_TK.numpy(), ids_TK.numpy()
+        piece["top_k_logprobs"], piece["top_k_indices"] = array_of(logprobs_TK), array_of(ids_TK)
     return pieces
 
 
