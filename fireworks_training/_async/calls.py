@@ -114,6 +114,13 @@ def save_state(
             raise ProtocolError("the trainer saved a state but named no path")
         if payload.get("replaced") is True:
             logger.warning("save_state(%r) replaced an earlier state of this name", name)
+        elif name in runner.saved_names:
+            logger.warning(
+                "save_state(%r): this client saved a state of this name before, and the trainer "
+                "does not say what became of it",
+                name,
+            )
+        runner.saved_names.add(name)
         runner.last_saved_state = path
         return SaveWeightsResponse(path=path)
 

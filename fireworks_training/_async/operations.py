@@ -229,6 +229,7 @@ class LineRunner:
         self._failures: list[BaseException] = []
         self.ended: FireworksTrainingError | None = None
         self.last_saved_state: str | None = None
+        self.saved_names: set[str] = set()
 
     # -- from any thread ---------------------------------------------------------------------------
 

@@ -94,6 +94,17 @@ async def test_operations_from_many_threads_keep_each_threads_order(connect: Any
     assert [seq_id for _, seq_id in stub.applied] == list(range(1, 32))
 
 
+async def test_a_name_that_is_used_again_is_said(
+    connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connect(StubTrainer()) as client:
+        await client.save_state("one")
+        await client.save_state("two")
+        assert "save_state" not in caplog.text
+        await client.save_state("one")
+    assert "saved a state of this name before" in caplog.text
+
+
 async def test_a_lost_answer_is_asked_for_again_and_nothing_runs_twice(connect: Any) -> None:
     stub = StubTrainer(drop_answers={1, 2})
     async with connect(stub) as client:
