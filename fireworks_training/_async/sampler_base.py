@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -242,6 +243,10 @@ class SamplerBase:
     def _set_snapshot(self, identity: str | None) -> None:
         """For the service: what the deployment serves now."""
         self._current_snapshot = identity
+
+    def _set_retries(self, retries: RetryPolicy) -> None:
+        """For the sampling client whose sampler it is: the retry budgets from now on."""
+        self._source = replace(self._source, retries=retries)
 
     def _request(
         self, max_tokens: int, temperature: float, options: SamplingOptions

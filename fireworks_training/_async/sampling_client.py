@@ -20,6 +20,13 @@ from fireworks_training._async.gate import (
     SamplingConcurrencyController,
 )
 from fireworks_training._async.prompts import Tokenizer
+from fireworks_training._async.retry_config import (
+    Patience,
+    Retries,
+    RetryConfig,
+    retries_of,
+    window_of,
+)
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._core.events import OnEvent
 from fireworks_training._wire.completions import SamplingOptions
@@ -49,7 +56,7 @@ class FiretitanSamplingClient:
     `await` in coroutines, from any thread and loop.
 
     Pickling keeps where to sample, and no credentials: the process that unpickles it uses its own
-    `FIREWORKS_API_KEY`, connections and concurrency window.
+    `FIREWORKS_API_KEY`, connections, concurrency window and retries.
 
     Args:
         deployment_sampler: does the work; `close()` closes it.
@@ -57,6 +64,16 @@ class FiretitanSamplingClient:
 
     def __init__(self, deployment_sampler: DeploymentSampler) -> None:
         self.deployment_sampler = deployment_sampler
+        self._patience: Patience | None = None
+
+    @classmethod
+    def _with_retries(cls, sampler: DeploymentSampler, retries: Retries | None) -> Self:
+        """A client of a sampler that is its own, with retries of its own."""
+        client = cls(sampler)
+        if retries is not None:
+            sampler._set_retries(retries.policy)  # pyright: ignore[reportPrivateUsage]
+            client._patience = Patience(retries.progress_timeout, sampler.model)
+        return client
 
     @classmethod
     def create(
@@ -70,20 +87,26 @@ class FiretitanSamplingClient:
         max_concurrency: int | None = None,
         additional_headers: Mapping[str, str] | None = None,
         on_event: OnEvent | None = None,
+        retry_config: RetryConfig | None = None,
     ) -> Self:
-        """A client with connections of its own; the arguments are those of `DeploymentSampler`."""
-        return cls(
-            DeploymentSampler(
-                inference_url,
-                model,
-                api_key,
-                tokenizer,
-                concurrency_controller,
-                max_concurrency,
-                additional_headers,
-                on_event=on_event,
-            )
+        """A client with connections of its own; the arguments are those of `DeploymentSampler`.
+
+        Args:
+            retry_config: tinker's; see `create_sampling_client` of a service.
+        """
+        retries = retries_of(retry_config)
+        window = window_of(retries, concurrency_controller or max_concurrency)
+        sampler = DeploymentSampler(
+            inference_url,
+            model,
+            api_key,
+            tokenizer,
+            window or concurrency_controller,
+            max_concurrency,
+            additional_headers,
+            on_event=on_event,
         )
+        return cls._with_retries(sampler, retries)
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -191,7 +214,9 @@ class FiretitanSamplingClient:
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> APIFuture[T]:
         tasks = self.deployment_sampler._tasks  # pyright: ignore[reportPrivateUsage]
-        return APIFuture(tasks.spawn(work, label=label))
+        patience = self._patience
+        patient = work if patience is None else lambda: patience.run(work)
+        return APIFuture(tasks.spawn(patient, label=label))
 
     # -- what it is --------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
+from fireworks_training._async.retry_config import RetryConfig, retries_of, window_of
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service_core import ServiceCore
@@ -111,6 +112,7 @@ class ServiceSamplers(ServiceCore):
         self,
         model_path: str | None = None,
         base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         training_client: AsyncFiretitanTrainingClient | None = None,
@@ -122,29 +124,40 @@ class ServiceSamplers(ServiceCore):
             model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
                 the deployment serves.
             base_model: a model string to sample instead of the deployment.
+            retry_config: tinker's. `enable_retry_logic=False` makes one attempt. Delays double
+                from `retry_delay_base` to `retry_delay_max`, each shortened by up to
+                `jitter_factor`; a server's Retry-After is a floor. A request is tried again for
+                `progress_timeout` seconds; when no call has ended for so long, all fail. A
+                `max_connections` that is not tinker's default bounds the requests in flight. What
+                is retried stays the sampler's: 408, 429, 500, 502, 503, 504, and the network.
             tokenizer: default `get_tokenizer()`.
             training_client: whose snapshot it is; must be of this service.
             concurrency_controller: bounds the requests in flight; default the service's.
 
         Raises:
-            InvalidArgument: both a snapshot and a model are named.
+            InvalidArgument: both a snapshot and a model are named; both `max_connections` and a
+                controller; `retry_config` is something else.
+            NotSupported: `retry_config` has other `retryable_exceptions`, or
+                `enable_stuck_detection=False`.
             HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
         """
         if base_model is not None and model_path is not None:
             raise InvalidArgument("pass model_path or base_model, not both")
+        retries = retries_of(retry_config)
+        controller = window_of(retries, concurrency_controller) or concurrency_controller
         if base_model is not None:
-            return FiretitanSamplingClient(
-                await self.create_deployment_sampler_for_model(
-                    base_model, tokenizer=tokenizer, concurrency_controller=concurrency_controller
-                )
+            sampler = await self.create_deployment_sampler_for_model(
+                base_model, tokenizer=tokenizer, concurrency_controller=controller
             )
-        return FiretitanSamplingClient(
-            await self.create_deployment_sampler(
+        else:
+            sampler = await self.create_deployment_sampler(
                 model_path,
                 tokenizer=tokenizer,
                 training_client=training_client,
-                concurrency_controller=concurrency_controller,
+                concurrency_controller=controller,
             )
+        return FiretitanSamplingClient._with_retries(  # pyright: ignore[reportPrivateUsage]
+            sampler, retries
         )
 
     async def hotload_sampler_snapshot(self, path: str) -> None:

@@ -13,6 +13,7 @@ from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.publishing import OnDrift
+from fireworks_training._async.retry_config import RetryConfig
 from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service import AsyncFiretitanServiceClient
@@ -347,6 +348,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         self,
         model_path: str | None = None,
         base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         training_client: FiretitanTrainingClient | None = None,
@@ -358,18 +360,28 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
                 the deployment serves.
             base_model: a model string to sample instead of the deployment.
+            retry_config: tinker's. `enable_retry_logic=False` makes one attempt. Delays double
+                from `retry_delay_base` to `retry_delay_max`, each shortened by up to
+                `jitter_factor`; a server's Retry-After is a floor. A request is tried again for
+                `progress_timeout` seconds; when no call has ended for so long, all fail. A
+                `max_connections` that is not tinker's default bounds the requests in flight. What
+                is retried stays the sampler's: 408, 429, 500, 502, 503, 504, and the network.
             tokenizer: default `get_tokenizer()`.
             training_client: whose snapshot it is; must be of this service.
             concurrency_controller: bounds the requests in flight; default the service's.
 
         Raises:
-            InvalidArgument: both a snapshot and a model are named.
+            InvalidArgument: both a snapshot and a model are named; both `max_connections` and a
+                controller; `retry_config` is something else.
+            NotSupported: `retry_config` has other `retryable_exceptions`, or
+                `enable_stuck_detection=False`.
             HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
         """
         return self._run(
             self._async.create_sampling_client,
             model_path,
             base_model,
+            retry_config,
             tokenizer=tokenizer,
             training_client=training_client._async if training_client else None,
             concurrency_controller=concurrency_controller,

@@ -15,7 +15,7 @@ from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training._sync import service as blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
-from fireworks_training.compat.training import FiretitanTrainingClient, refuse_retry_config
+from fireworks_training.compat.training import FiretitanTrainingClient
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
+
+    from fireworks_training._async.retry_config import RetryConfig
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -222,7 +224,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         self,
         model_path: str | None = None,
         base_model: str | None = None,
-        retry_config: object = None,
+        retry_config: RetryConfig | None = None,
         deployment_sampler: DeploymentSampler | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -232,20 +234,25 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
 
         Args:
-            retry_config: refused: retries are the sampler's.
+            retry_config: tinker's; see `AsyncFiretitanServiceClient.create_sampling_client`.
             deployment_sampler: does the sampling, with what it was made with, instead of one of
                 the service's own; `close()` of the client closes it.
 
         Raises:
             InvalidArgument: a sampler, and what another one would be made from.
         """
-        refuse_retry_config(retry_config)
         if deployment_sampler is not None:
-            others = (base_model, tokenizer, training_client, concurrency_controller)
+            others = (
+                base_model,
+                retry_config,
+                tokenizer,
+                training_client,
+                concurrency_controller,
+            )
             if any(other is not None for other in others):
                 raise InvalidArgument(
-                    "pass deployment_sampler, or base_model, tokenizer, training_client and "
-                    "concurrency_controller, from which one is made; not both"
+                    "pass deployment_sampler, or base_model, retry_config, tokenizer, "
+                    "training_client and concurrency_controller, from which one is made; not both"
                 )
             if model_path is not None:
                 self.hotload_sampler_snapshot(model_path)
@@ -256,13 +263,14 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
             tokenizer=tokenizer,
             training_client=training_client,
             concurrency_controller=concurrency_controller,
+            retry_config=retry_config,
         )
 
     async def create_sampling_client_async(
         self,
         model_path: str | None = None,
         base_model: str | None = None,
-        retry_config: object = None,
+        retry_config: RetryConfig | None = None,
         deployment_sampler: DeploymentSampler | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
 from fireworks_training._sync import trainer as blocking
-from fireworks_training.errors import NotSupported
 from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fireworks_training._async.retry_config import RetryConfig
     from fireworks_training._async.sampling_client import FiretitanSamplingClient
     from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.futures import APIFuture
@@ -42,16 +42,6 @@ class GradNormMetricsMode(StrEnum):
     OFF = "off"
     BASIC = "basic"
     DETAILED = "detailed"
-
-
-def refuse_retry_config(retry_config: object) -> None:
-    """Retries belong to the sampler.
-
-    Raises:
-        NotSupported: something else was asked for.
-    """
-    if retry_config is not None:
-        raise NotSupported("retry_config is not supported; the sampler retries by itself")
 
 
 class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
@@ -126,19 +116,18 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         return self._service.get_tokenizer()
 
     def create_sampling_client(
-        self, model_path: str, retry_config: object = None
+        self, model_path: str, retry_config: RetryConfig | None = None
     ) -> FiretitanSamplingClient:
         """A Tinker-shaped client of the service's deployment, with a snapshot of this client live.
 
         Args:
             model_path: what `save_weights_for_sampler(...)` returned as `path`.
-            retry_config: refused: retries are the sampler's.
+            retry_config: tinker's; see `AsyncFiretitanServiceClient.create_sampling_client`.
         """
-        refuse_retry_config(retry_config)
-        return self._service.create_sampling_client(model_path)
+        return self._service.create_sampling_client(model_path, retry_config=retry_config)
 
     async def create_sampling_client_async(
-        self, model_path: str, retry_config: object = None
+        self, model_path: str, retry_config: RetryConfig | None = None
     ) -> FiretitanSamplingClient:
         """`create_sampling_client`, awaited."""
         return await asyncio.to_thread(self.create_sampling_client, model_path, retry_config)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tinker.lib.retry_handler import RetryConfig
 
 from fireworks_training.compat import (
     AdamParams,
@@ -174,7 +175,8 @@ def test_weights_are_saved_loaded_sampled_and_promoted(
     tinkers = syncer.get_sampling_client(service.get_tokenizer())
     assert len(tinkers.sample(prompt, 2, params).result().sequences) == 2
     tinkers.close()
-    own = asyncio.run(client.create_sampling_client_async(second or ""))
+    patient = RetryConfig(retry_delay_base=0.1)
+    own = asyncio.run(client.create_sampling_client_async(second or "", patient))
     assert own.sample(prompt, 1, params).result().sequences[0].tokens
     mine = service.create_deployment_sampler()
     wrapped = asyncio.run(service.create_sampling_client_async(second, None, None, mine))
@@ -182,8 +184,10 @@ def test_weights_are_saved_loaded_sampled_and_promoted(
     assert wrapped.sample(prompt, 1, params).result().sequences[0].tokens
     with pytest.raises(InvalidArgument, match="not both"):
         service.create_sampling_client(second, "base", deployment_sampler=mine)
-    with pytest.raises(NotSupported, match="retry_config"):
-        asyncio.run(service.create_sampling_client_async(second, retry_config=object()))
+    with pytest.raises(NotSupported, match="stuck"):
+        service.create_sampling_client(
+            second, retry_config=RetryConfig(enable_stuck_detection=False)
+        )
     deployments.close()
 
     (row,) = [row for row in service.list_checkpoints() if row["name"].endswith(f"/{second}")]

@@ -8,16 +8,21 @@ import pickle
 
 import pytest
 from tinker import ModelInput, SamplingParams
+from tinker.lib.retry_handler import RetryConfig
 
 from fireworks_training import (
     ClientClosed,
+    DeploymentSamplerTimeoutError,
     FiretitanSamplingClient,
     InvalidArgument,
     NotSupported,
     SamplingClientClosedError,
     SamplingError,
+    SamplingRequestError,
 )
 from fireworks_training._async.gate import FixedConcurrencyController
+from fireworks_training._async.retry_config import retries_of, window_of
+from fireworks_training.errors import for_status
 from tests import stub_completions as stub
 from tests.async_.sampling.support import KEY, MODEL, CharacterTokenizer, Make, until
 from tests.stub_completions import CompletionServer
@@ -154,3 +159,91 @@ async def test_cancelling_the_awaited_form_cancels_the_request(
         await task
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 2
+
+
+def configured(server: CompletionServer, config: RetryConfig) -> FiretitanSamplingClient:
+    return FiretitanSamplingClient.create(
+        inference_url=server.url, model=MODEL, api_key=KEY, retry_config=config
+    )
+
+
+async def test_tinker_s_retries_go_on_for_as_long_as_it_says(server: CompletionServer) -> None:
+    server.script.extend([stub.status(503)] * 12)
+    config = RetryConfig(retry_delay_base=0.001, retry_delay_max=0.002)
+    client = configured(server, config)
+    assert (await client.sample(PROMPT, 1, PARAMS)).sequences[0].tokens == [3, 4, 5]
+    assert len(server.bodies) == 13  # the sampler's own budget has seven
+    await client.aclose()
+
+
+async def test_without_retries_there_is_one_attempt(server: CompletionServer) -> None:
+    server.otherwise = stub.status(503)
+    client = configured(server, RetryConfig(enable_retry_logic=False))
+    with pytest.raises(SamplingRequestError, match="after 1 attempt") as raised:
+        await client.sample(PROMPT, 1, PARAMS)
+    assert raised.value.final_status == 503
+    assert len(server.bodies) == 1
+    await client.aclose()
+
+
+async def test_calls_that_make_no_progress_are_given_up(server: CompletionServer) -> None:
+    server.otherwise = stub.hang_mid_stream
+    client = configured(server, RetryConfig(progress_timeout=0.05))
+    calls = [client.sample(PROMPT, 1, PARAMS) for _ in range(3)]
+    for call in calls:
+        with pytest.raises(DeploymentSamplerTimeoutError, match="no call of this client"):
+            await call
+    await asyncio.wait_for(server.idle.wait(), 5)
+    await client.aclose()
+
+
+async def test_a_call_of_a_patient_client_can_be_cancelled(server: CompletionServer) -> None:
+    server.otherwise = stub.hang_mid_stream
+    client = configured(server, RetryConfig())
+    task = asyncio.create_task(client.sample_async(PROMPT, 1, PARAMS))
+    await server.reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.idle.wait(), 5)
+    await client.aclose()
+
+
+def test_tinker_s_connections_bound_the_window() -> None:
+    window = window_of(retries_of(RetryConfig(max_connections=5)), None)
+    assert window is not None
+    assert window.window_size == 5
+    for config in (RetryConfig(), RetryConfig(max_connections=None)):
+        assert window_of(retries_of(config), None) is None
+    with pytest.raises(InvalidArgument, match="pass one of them"):
+        window_of(retries_of(RetryConfig(max_connections=5)), FixedConcurrencyController(2))
+
+
+def test_tinker_s_delays() -> None:
+    config = RetryConfig(retry_delay_base=2.0, retry_delay_max=9.0, jitter_factor=0.5)
+    retries = retries_of(config)
+    assert retries is not None
+    budget = retries.policy.transient()
+    busy = for_status(503, "busy")
+    for ceiling in (2.0, 4.0, 8.0, 9.0, 9.0):
+        delay = budget.next_delay(busy, now=0.0)
+        assert delay is not None
+        assert ceiling / 2 <= delay <= ceiling
+    assert budget.next_delay(busy, now=config.progress_timeout) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "names"),
+    [
+        (RetryConfig(enable_stuck_detection=False), NotSupported, "progress_timeout"),
+        (RetryConfig(retryable_exceptions=(OSError,)), NotSupported, "retryable_exceptions"),
+        (RetryConfig(progress_timeout=0.0), InvalidArgument, "progress_timeout"),
+        (RetryConfig(jitter_factor=2.0), InvalidArgument, "spread"),
+        (object(), InvalidArgument, "RetryConfig"),
+    ],
+)
+def test_what_a_retry_config_can_t_have_is_refused(
+    config: RetryConfig, error: type[Exception], names: str
+) -> None:
+    with pytest.raises(error, match=names):
+        retries_of(config)
