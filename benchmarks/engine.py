@@ -1,6 +1,6 @@
 """The local engine against `transformers`: tokens a second, over HTTP and in process.
 
-    python benchmarks/engine.py [--only NAME ...] [--rounds 5]
+    python benchmarks/engine.py [--only NAME ...] [--rounds 5] [--write]
 
 Sections: `decided` (what `transformers` offers, in process, one thread each), `streams` (1 to 256
 streams over HTTP with logprobs, and `generate` on one static batch of 64 in this process), `mixed`
@@ -9,13 +9,14 @@ streams over HTTP with logprobs, and `generate` on one static batch of 64 in thi
 adaptive controller against fixed windows), `large` (a random model of 100 M parameters). The sides
 of a section take turns. Only tokens that were asked for count. `generate` samples
 (`do_sample=True, output_logits=True`) with as many torch threads as it likes best here, both cores;
-the engine has one.
+the engine has one. `--write` puts each section's table into README.md, with its number of rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
@@ -403,18 +404,39 @@ async def large(rounds: int) -> list[str]:
 SECTIONS = (decided, streams, mixed, sharing, queue, window, large)
 
 
+def write(section: str, rounds: int, lines: list[str]) -> None:
+    """Puts a section's lines into README.md, between its marks."""
+    path = Path(__file__).with_name("README.md")
+    text = path.read_text()
+    begin, end = f"<!-- engine {section} -->\n", f"<!-- /engine {section} -->\n"
+    head, mark, rest = text.partition(begin)
+    _, closing, tail = rest.partition(end)
+    if not mark or not closing:
+        raise ValueError(f"README.md has no marks of section {section}")
+    table = "\n".join([f"*{section}*, {rounds} rounds.", "", *lines])
+    path.write_text(f"{head}{begin}{table}\n{end}{tail}")
+
+
 def main() -> None:
     """Runs the sections and prints them as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", choices=[part.__name__ for part in SECTIONS])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="the tables into README.md")
     options = parser.parse_args()
     cores = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"On {cores}; {versions}; {MODEL.rpartition('/')[2]}; medians of {options.rounds}.\n")
+    # This process has imported torch and transformers for the sake of one side. What collections of
+    # their objects cost (0.1 s each) is no part of what a client of the engine has.
+    gc.collect()
+    gc.freeze()
     for part in SECTIONS:
         if options.only is None or part.__name__ in options.only:
-            print("\n".join(asyncio.run(part(options.rounds))) + "\n", flush=True)
+            lines = asyncio.run(part(options.rounds))
+            print("\n".join(lines) + "\n", flush=True)
+            if options.write:
+                write(part.__name__, options.rounds, lines)
 
 
 if __name__ == "__main__":
