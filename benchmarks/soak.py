@@ -1,6 +1,6 @@
 """The local engine under mixed load for a long time: does its memory grow, do descriptors leak?
 
-    python benchmarks/soak.py [--minutes 20]
+    python benchmarks/soak.py [--minutes 20] [--write]      # and the table in README.md
 
 96 streams at a time on two replicas: prompts of 3 to 300 tokens, one in four of them known,
 completions of 1 to 200 tokens, one in ten cancelled on its way. Every ten seconds the resident
@@ -14,8 +14,10 @@ import argparse
 import asyncio
 import contextlib
 import os
+import platform
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +45,15 @@ def descendants(root: int) -> dict[int, str]:
         while above in parents and above != root:
             above = parents[above]
         if above == root:
-            found[pid] = f"{names[pid]} {pid}"
+            found[pid] = f"{role(pid, names[pid])} {pid}"
     return found
+
+
+def role(pid: int, name: str) -> str:
+    """What a process of the platform is: the module that it runs, or the name that it took."""
+    words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
+    modules = [word.decode() for word in words if word.startswith(b"fireworks_training.")]
+    return name if name.startswith("fwt-") or not modules else modules[0].split(".", 1)[1]
 
 
 def resident(pid: int) -> float:
@@ -58,8 +67,8 @@ def open_descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
-async def soak(minutes: float) -> None:
-    """Runs and prints one line a process."""
+async def soak(minutes: float) -> list[str]:
+    """Runs; one line a process."""
     random = np.random.default_rng(0)
     known = [random.integers(4, 328, int(n)).tolist() for n in random.integers(20, 300, 40)]
     until = time.monotonic() + 60 * minutes
@@ -104,25 +113,46 @@ async def soak(minutes: float) -> None:
             group.create_task(watch())
             for _ in range(STREAMS):
                 group.create_task(one_after_the_other())
-    print(
-        f"{minutes:g} minutes, {counts['completed']} completions, {counts['cancelled']} cancelled"
-    )
-    print("\n| process | MB, second tenth | MB, last tenth | grown | descriptors |")
-    print("|---|---|---|---|---|")
+    counted = f"{counts['completed']:,} completions, {counts['cancelled']:,} cancelled"
+    machine = f"{platform.platform()}, Python {platform.python_version()}"
+    lines = [
+        f"{minutes:g} minutes, {counted}; {machine}, torch {version('torch')}",
+        "",
+        "| process | MB, second tenth | MB, last tenth | grown | descriptors |",
+        "|---|---|---|---|---|",
+    ]
     for name, rows in seen.items():
         tenth = max(1, len(rows) // 10)
         early = statistics.mean(memory for memory, _ in rows[tenth : 2 * tenth])
         late = statistics.mean(memory for memory, _ in rows[-tenth:])
         grown = late / early - 1
         descriptors = f"{rows[tenth][1]} to {rows[-1][1]}"
-        print(f"| {name} | {early:.0f} | {late:.0f} | {grown:+.1%} | {descriptors} |")
+        lines.append(f"| {name} | {early:.0f} | {late:.0f} | {grown:+.1%} | {descriptors} |")
+    return lines
+
+
+def write(lines: list[str]) -> None:
+    """The section of README.md."""
+    readme = Path(__file__).parent / "README.md"
+    text, begin, end = readme.read_text(), "<!-- soak -->", "<!-- /soak -->"
+    what = "Mixed load on two engines for a long time; regenerate with"
+    section = [begin, "## A long run of the local engine", "", what, ""]
+    section += ["    python benchmarks/soak.py --write", "", *lines, end]
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2] or "\n"
+    readme.write_text(before.rstrip() + "\n\n" + "\n".join(section) + after)
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0)
-    asyncio.run(soak(parser.parse_args().minutes))
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    lines = asyncio.run(soak(arguments.minutes))
+    print("\n".join(lines))
+    if arguments.write:
+        write(lines)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Regi
 from fireworks_training.local.gateway.trainers import TrainerJobs
 from fireworks_training.local.gateway.workers import Spawner, Workers
 from fireworks_training.local.limits import Limits
+from fireworks_training.local.memory import PageReturn, c_library_trim
 from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 << 20
 # Long polls are cut when the platform ends; nothing else takes long.
 SHUTDOWN_S = 0.5
+PAGES_EVERY = 10.0  # seconds
 DEFAULT_CONTEXT_LENGTH = 2048
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -72,6 +74,21 @@ class Parts:
     connect_engine: ConnectEngine
     add_serving_routes: Callable[[web.Application], None]
     make_model: MakeModel = run_promotion
+
+
+async def _pages(_: web.Application) -> AsyncIterator[None]:
+    """Gives freed memory back while the gateway runs: the buffers of a busy hour are large."""
+    returned = PageReturn(c_library_trim())
+
+    async def now_and_then() -> None:
+        while True:
+            await asyncio.sleep(PAGES_EVERY)
+            returned.worked(asyncio.get_running_loop().time())
+
+    task = asyncio.create_task(now_and_then(), name="free pages")
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
@@ -120,6 +137,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
         database.close()
 
     app.cleanup_ctx.append(lifespan)
+    app.cleanup_ctx.append(_pages)
     app.on_response_prepare.append(_mark_response)
     app.router.add_get("/healthz", healthz)
     catalog.add_routes(app)
