@@ -144,8 +144,23 @@ class Outcome(Generic[T]):
             TimeoutError: neither was there within `timeout` seconds.
         """
         if not self._done:
-            return self.plain().exception(timeout)
+            # A lock that is released when it is done: a future of the standard library would be
+            # ten objects for a moment's wait.
+            done = threading.Lock()
+            done.acquire()
+            wake = _Releases(done)
+            self.add_done_callback(wake)
+            if not done.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+                self._forget(wake)
+                raise TimeoutError
         return self._error
+
+    def _forget(self, callback: _Callback) -> None:
+        with changing:
+            if self._callback is callback:
+                self._callback = None
+            elif self._callbacks is not None and callback in self._callbacks:
+                self._callbacks.remove(callback)
 
     def result(self, timeout: float | None = None) -> T:
         """Wait in this thread for the result; raises the error."""
@@ -203,6 +218,18 @@ def _hand_over(plain: concurrent.futures.Future[Any], outcome: Outcome[Any]) -> 
         plain.set_result(outcome.result())
     else:
         plain.set_exception(error)
+
+
+class _Releases:
+    """Lets a thread go on that waits for a lock."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __call__(self, _: Outcome[Any]) -> None:
+        self._lock.release()
 
 
 class _Waker:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
@@ -46,13 +47,13 @@ def _encoded(model_id: str, path: str, fields: Mapping[str, Any]) -> bytes:
     return orjson.dumps({**fields, "type": path, "model_id": model_id})
 
 
+def _with_id(path: str, encoded: bytes, seq_id: int) -> Sent:
+    return Sent(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
+
+
 async def _one(turn: Turn, path: str, encoded: bytes) -> Mapping[str, Any]:
     """Send one JSON request and wait for its result."""
-
-    def make(seq_id: int) -> Sent:
-        return Sent(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
-
-    (answer,) = await turn.send([Request(make)])
+    (answer,) = await turn.send([Request(partial(_with_id, path, encoded))])
     if isinstance(answer, bytes):
         raise ProtocolError(f"{path}: the trainer answered protobuf where JSON is due")
     return answer

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -154,24 +155,28 @@ class DataPlane:
             ApiStatusError: refused for good, or its place in the line holds another request.
             ApiError: not taken within `PATIENCE`; whether it was is not known.
         """
-
-        async def once() -> Response:
-            response = await self._transport.exchange(
-                "POST", self.url(path), body=body, headers=headers, timeout=SUBMIT_TIMEOUT
-            )
-            if not response.ok:
-                error = response.error(what)
-                raise _lost(error) or error
-            return response
-
-        backoff = patient(undecided)
         response = await with_retries(
-            once, what=what, backoff=backoff, events=self.events, kind="training"
+            partial(self._submit_once, path, body, headers, what),
+            what=what,
+            backoff=patient(undecided),
+            events=self.events,
+            kind="training",
         )
         request_id = response.object().get("request_id")
         if not isinstance(request_id, str) or not request_id:
             raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
         return request_id
+
+    async def _submit_once(
+        self, path: str, body: Body, headers: Mapping[str, str] | None, what: str
+    ) -> Response:
+        response = await self._transport.exchange(
+            "POST", self.url(path), body=body, headers=headers, timeout=SUBMIT_TIMEOUT
+        )
+        if not response.ok:
+            error = response.error(what)
+            raise _lost(error) or error
+        return response
 
     async def fill(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> None:
         """Send a filler; that its place is taken already (409) is as good as an answer.

@@ -36,10 +36,10 @@ from fireworks_training.errors import (
 
 T = TypeVar("T")
 
-UPLOADS = 32
+UPLOADS = 16
 """Submits under way at a time, for one client."""
 
-POLLS = 64
+POLLS = 16
 """Polls under way at a time, for one client; the oldest operations come first."""
 
 logger = logging.getLogger("fireworks_training.trainer")
@@ -128,12 +128,7 @@ class Exchanges:
         self._next_seq += 1
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = self.keep(self._watched(request, seq_id, label, taken), label)
-
-        def release(_: object) -> None:
-            if not taken.done():
-                taken.set_result(None)
-
-        task.add_done_callback(release)
+        task.add_done_callback(partial(_release, taken))
         return Exchange(seq_id, taken, task)
 
     async def _watched(
@@ -143,10 +138,7 @@ class Exchanges:
         wait = self._watch.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
         if self._look is None:
             self._look = loop.call_at(self._watch.next_look(loop.time()), self._say_what_waits)
-
-        def note(doing: str) -> None:
-            wait.doing = doing
-
+        note = wait.note
         try:
             async with self._uploads:
                 note("no answer to its submit yet")
@@ -272,6 +264,11 @@ class Exchanges:
         tasks = [task for task in self.tasks if task is not asyncio.current_task()]
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _release(taken: asyncio.Future[None], _: object) -> None:
+    if not taken.done():
+        taken.set_result(None)
 
 
 def _refusal(error: ApiStatusError, label: str) -> RequestFailed:

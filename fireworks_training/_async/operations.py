@@ -46,10 +46,11 @@ from fireworks_training.futures import APIFuture, was_retrieved
 
 T = TypeVar("T")
 
-UNDER_WAY = 256
+UNDER_WAY = 32
 """Operations of one client that are sent and not done; more wait as they are, which costs little.
-Deep enough for any server's pipeline, and shallow enough that thousands called at once neither fill
-its queue nor hold thousands of tasks here."""
+Deep enough for the pipeline of a server that is 200 ms away, and shallow enough that thousands
+called at once neither fill its queue nor hold thousands of tasks here, which the garbage collector
+would keep moving."""
 
 DRAIN_TIMEOUT = 60.0
 """Seconds that `close()` gives accepted operations to finish."""
@@ -93,6 +94,8 @@ class Turn:
             if not self._runner.line.step_protocol:
                 await asyncio.wait([exchange.taken for exchange in exchanges])
             self.leave()
+        if len(exchanges) == 1:  # as most do
+            return [await self._only(exchanges[0])]
         results = await asyncio.gather(*(e.task for e in exchanges), return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if not failures:
@@ -103,6 +106,14 @@ class Turn:
         )
         own = [failure for failure in failures if not isinstance(failure, PrecedingOperationFailed)]
         raise (own or failures)[0]
+
+    async def _only(self, exchange: Exchange) -> Answer:
+        try:
+            return await exchange.task
+        except BaseException as error:
+            added = not _nothing_added(error)
+            self.ticket.maybe_added = self.ticket.role is Role.GRADIENT and added
+            raise
 
     def hold(self, context: contextvars.Context) -> None:
         """Note in a context that what runs there holds up the line from this operation on."""
@@ -145,35 +156,36 @@ class Call(Generic[T]):
     accept_partial: bool = False
 
 
-class Entry(Generic[T]):
-    """An operation in the line. Its call goes when it is done: futures live longer."""
+class Entry(Outcome[T]):
+    """An operation in the line, and its outcome.
 
-    __slots__ = ("call", "cancelled", "outcome", "runner", "started", "ticket")
+    The call goes when it is done, since futures live longer.
+    """
 
-    def __init__(
-        self,
-        runner: LineRunner,
-        ticket: Ticket,
-        call: Call[T],
-        loop: Callable[[], asyncio.AbstractEventLoop | None],
-    ) -> None:
+    __slots__ = ("call", "cancelled", "runner", "started", "ticket")
+
+    def __init__(self, runner: LineRunner, ticket: Ticket, call: Call[T]) -> None:
+        super().__init__(label=call.label)
         self.runner = runner
         self.ticket = ticket
         self.call: Call[T] | None = call
         self.started = False
         self.cancelled = False
-        self.outcome: Outcome[T] = Outcome(
-            loop=loop, cancel=self._cancel, label=call.label, guard=self._refuse_own_wait
-        )
 
-    def _cancel(self) -> bool:
+    def _loop_of_work(self) -> asyncio.AbstractEventLoop | None:
+        return self.runner.loop
+
+    def _cancel_work(self) -> bool:
         return self.runner.cancel(self)
 
-    def _refuse_own_wait(self) -> None:
+    def refuse_endless_wait(self) -> None:
+        """Raise `WrongLoop` inside a custom loss that holds up this operation."""
         holder = _HOLDER.get()
-        if holder is not None and holder[0] is self.runner and self.ticket.place >= holder[1]:
+        if holder is None or self.done():
+            return
+        if holder[0] is self.runner and self.ticket.place >= holder[1]:
             raise WrongLoop(
-                f"{self.outcome.label} was waited for inside a loss function that it has to wait "
+                f"{self.label} was waited for inside a loss function that it has to wait "
                 "for: an operation behind forward_backward_custom is sent when the loss is there. "
                 "Wait for it after the loss has returned."
             )
@@ -222,7 +234,6 @@ class LineRunner:
         self._lock = threading.Lock()
         self._queue: deque[Entry[Any]] = deque()
         self._new: list[Entry[Any]] = []
-        self._loop = lambda: owner.bound
         self._by_ticket: dict[Ticket, Entry[Any]] = {}
         self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
@@ -250,14 +261,14 @@ class LineRunner:
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            entry = Entry(self, self.line.issue(call.role), call, self._loop)
+            entry = Entry(self, self.line.issue(call.role), call)
             self._queue.append(entry)
             self._by_ticket[entry.ticket] = entry
             first = not self._new
             self._new.append(entry)
         if first:  # whoever comes before it runs is looked after by the same call
             self._owner.post(self._begin)
-        return APIFuture(entry.outcome)
+        return APIFuture(entry)
 
     def cancel(self, entry: Entry[Any]) -> bool:
         """Cancel an operation unless it has begun; whether that was so."""
@@ -266,6 +277,11 @@ class LineRunner:
                 return False
             entry.cancelled = True
             return True
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that does the work."""
+        return self._owner.bound
 
     # -- on the owner loop -------------------------------------------------------------------------
 
@@ -297,7 +313,7 @@ class LineRunner:
     def _carried_out(self, entry: Entry[Any], turn: Turn, _: object) -> None:
         turn.leave()
         self._places.release()
-        if not entry.outcome.done():
+        if not entry.done():
             # A task that is cancelled before its first step never runs, so never settles.
             self._settle(entry, self._explain(asyncio.CancelledError()), [])
 
@@ -315,11 +331,11 @@ class LineRunner:
         turn.leave()
         if call.ahead is not None:
             self._ahead.release(call.ahead)
-        if previous is not None and not previous.outcome.done():
+        if previous is not None and not previous.done():
             # Outcomes come in line order, so that a failure before this one is known by now. When
             # the session ends meanwhile, what is known stands.
             with contextlib.suppress(asyncio.CancelledError):
-                await done_here(previous.outcome)
+                await done_here(previous)
         voided = self.line.failure_before(ticket) if ticket.role.weighty else None
         if voided is not None and (error is None or isinstance(error, PrecedingOperationFailed)):
             ticket.maybe_added |= error is None
@@ -333,7 +349,7 @@ class LineRunner:
         while True:
             verdict = self.line.verdict(entry.ticket, accept_partial=call.accept_partial)
             if isinstance(verdict, Hold):
-                await done_here(self._by_ticket[verdict.until].outcome)
+                await done_here(self._by_ticket[verdict.until])
             elif isinstance(verdict, Void):
                 if verdict.discard:
                     await self._discard()
@@ -391,17 +407,17 @@ class LineRunner:
         entry.call = None
         if error is None:
             self.line.succeeded(entry.ticket)
-            entry.outcome.settle(result[0])
+            entry.settle(result[0])
         else:
             self.line.failed(entry.ticket, error)
             self._failures = [e for e in self._failures if not was_retrieved(e)] + [error]
-            entry.outcome.fail(error)
+            entry.fail(error)
             if (events := self._events) is not None:
                 events.emit(
                     FailureEvent(
                         at=events.now(),
                         kind="training",
-                        what=entry.outcome.label,
+                        what=entry.label,
                         id=self._model_id,
                         error=error,
                     )
@@ -438,7 +454,7 @@ class LineRunner:
     async def drain(self, timeout: float) -> bool:
         """Wait until every accepted operation has its outcome; whether that was in time."""
         open_entries = list(self._by_ticket.values())
-        waits = [done_here(entry.outcome) for entry in open_entries]
+        waits = [done_here(entry) for entry in open_entries]
         if not waits:
             return True
         _, late = await asyncio.wait(waits, timeout=timeout)

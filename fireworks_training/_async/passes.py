@@ -164,15 +164,8 @@ class Passes:
         encoded = await piece.result()
         answers = await turn.send(self.requests(kind, encoded.bodies, loss))
         self.usage.passed(piece.tokens, trained=kind == "forward_backward")
-
-        def finish() -> tinker.ForwardBackwardOutput:
-            result = combine(answers, encoded.chunks)
-            answers.clear()  # here, not on the loop: JSON's numbers take long to free
-            if loss.name == "cross_entropy" and kind == "forward_backward":
-                result.metrics.setdefault("response_tokens", encoded.responses)
-            return output_of(result)
-
-        return await off_loop(piece.tokens, finish)
+        counted = loss.name == "cross_entropy" and kind == "forward_backward"
+        return await off_loop(piece.tokens, partial(_finish, answers, encoded, counted))
 
     async def run_custom(
         self,
@@ -373,6 +366,17 @@ def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
         [output for part in parts for output in part.outputs],
         combine_metrics([part.metrics for part in parts], [len(chunk) for chunk in chunks]),
     )
+
+
+def _finish(
+    answers: list[Answer], encoded: EncodedData, counted: bool
+) -> tinker.ForwardBackwardOutput:
+    """The result of a pass; `counted`: with its response tokens."""
+    result = combine(answers, encoded.chunks)
+    answers.clear()  # here, not on the loop: JSON's numbers take long to free
+    if counted:
+        result.metrics.setdefault("response_tokens", encoded.responses)
+    return output_of(result)
 
 
 def with_loss(result: PassResult, loss: LossResult) -> PassResult:

@@ -62,6 +62,10 @@ class Wait:
     doing: str
     notices: Notices
 
+    def note(self, doing: str) -> None:
+        """It waits for something else now."""
+        self.doing = doing
+
 
 class Watch:
     """Many waits of one client, of which the oldest is worth a line now and then.
