@@ -41,6 +41,15 @@ BEHAVES = {
     ),
     "TITOSidecar": "keeps traces of failures only where `failure_trace_config` is given",
     "DeploymentManager.wait_for_hotload": "waits for every replica, not only the first",
+    **dict.fromkeys(
+        (
+            "FiretitanServiceClient.create_sampling_client",
+            "FiretitanServiceClient.create_sampling_client_async",
+            "FiretitanTrainingClient.create_sampling_client",
+            "FiretitanTrainingClient.create_sampling_client_async",
+        ),
+        "of a `retry_config`, refuses other `retryable_exceptions` and no `enable_stuck_detection`",
+    ),
 }
 """Names that take the same parameters and behave differently, and how."""
 
@@ -53,13 +62,10 @@ REFUSES: dict[str, tuple[str, ...]] = {
         f"{_MADE}training_client_from_state{kind}": ("projection_head_dim",)
         for kind in ("", "_async", "_with_optimizer", "_with_optimizer_async")
     },
-    f"{_MADE}sampling_client_async": ("retry_config",),
     "FiretitanServiceClient.from_firetitan_config": ("project_id",),
     "FiretitanSamplingClient.sample": ("topk_prompt_logprobs", "images"),
     "FiretitanSamplingClient.sample_async": ("topk_prompt_logprobs", "images"),
-    "FiretitanTrainingClient.create_sampling_client": ("retry_config",),
-    "FiretitanTrainingClient.create_sampling_client_async": ("retry_config",),
-    "FiretitanTrainingClient.save_state": ("ttl_seconds", "overwrite", "timeout"),
+    "FiretitanTrainingClient.save_state": ("ttl_seconds", "overwrite"),
     "FiretitanTrainingClient.save_state_async": ("ttl_seconds", "overwrite"),
     "FiretitanTrainingClient.save_weights_for_sampler_async": ("ttl_seconds",),
     "FiretitanTrainingClient.save_weights_for_sampler_ext": ("ttl_seconds",),
