@@ -51,6 +51,22 @@ async def test_both_dialects_train_the_same_model(platform: RunningPlatform) -> 
         assert relative(part(json_state, kind), part(protobuf_state, kind)) < 1e-6
 
 
+async def test_results_come_in_batch_polls(
+    platform: RunningPlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with service_on(platform) as service:
+        client = await service.create_training_client()
+        futures = [client.forward(datums(1, seed=n)) for n in range(20)]
+        outputs = [(await future).loss_fn_outputs for future in futures]
+        large = await client.forward(datums(64, seed=1))  # more than comes with a completion
+        batch = client._runner._exchanges._batch
+        assert batch is not None
+        assert batch._cursor >= 20
+    assert len(large.loss_fn_outputs) == 64
+    assert all(np.isfinite(one[0]["logprobs"].to_numpy()).all() for one in outputs)
+    assert not [record for record in caplog.records if "one by one" in record.getMessage()]
+
+
 async def test_losses_over_embeddings_have_the_gradients_of_the_trainers_own(
     platform: RunningPlatform,
 ) -> None:
