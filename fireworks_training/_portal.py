@@ -86,6 +86,9 @@ class _State:
         """The loop that a portal runs; asked once, since it can't be asked on the loop itself."""
         if portal not in self._loops:
             self._loops[portal] = portal.call(asyncio.get_running_loop)
+            # The thread keeps the provider. A program may end with claims out; were the provider
+            # collected then, its end would wait for ever for a thread that no longer runs.
+            cast(Any, portal)._kept_by_its_thread = self.provider
         return self._loops[portal]
 
     def prepare(self) -> None:

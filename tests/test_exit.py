@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fireworks_training import FiretitanServiceClient
+from fireworks_training import FiretitanServiceClient, _portal
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on
 
@@ -185,3 +187,21 @@ def test_two_closes_are_one(platform: RunningPlatform) -> None:
     service.create_training_client()
     service.close()
     service.close()
+
+
+def test_the_thread_keeps_what_would_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Collected with the interpreter, the provider would wait for a thread that is frozen then."""
+    with monkeypatch.context() as patched:
+        patched.setattr(_portal, "_state", _portal._State())
+        lease = _portal.Lease()
+        provider = weakref.ref(lease._provider)
+    del lease
+    gc.collect()
+    kept = provider()
+    assert kept is not None
+    kept.__exit__(None, None, None)
+    del kept
+    gc.collect()
+    assert provider() is None  # the end of the thread lets it go
