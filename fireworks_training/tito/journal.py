@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from fireworks_training.tito.errors import TITOError
+from fireworks_training.tito.errors import TITOError, told
+
+logger = logging.getLogger("fireworks_training.tito")
 
 
 class TITOEventObserver(Protocol):
@@ -96,10 +99,20 @@ class Journal:
         return self._worker
 
     async def _tell(self, tell: Callable[[], object]) -> None:
+        telling = asyncio.wrap_future(self._in_worker().submit(tell))
         try:
-            await asyncio.get_running_loop().run_in_executor(self._in_worker(), tell)
+            # Whoever is cancelled here has done what is told of: it must not be lost.
+            await asyncio.shield(telling)
+        except asyncio.CancelledError:
+            telling.add_done_callback(_say_unwritten)
+            raise
         except Exception as error:
             raise _unwritten(error) from error
+
+
+def _say_unwritten(telling: asyncio.Future[object]) -> None:
+    if not telling.cancelled() and (error := telling.exception()) is not None:
+        logger.warning("an event of a call that was cancelled could not be told: %s", told(error))
 
 
 def _unwritten(error: Exception) -> TITOError:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Self
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.tito.backend import Backend, Classifier, ExactTokenSampler
 from fireworks_training.tito.errors import TITOError
-from fireworks_training.tito.failure_traces import FailureTraces, TITOFailureTraceConfig
 from fireworks_training.tito.journal import Journal, TITOEventObserver
 from fireworks_training.tito.records import (
     TITOPromptMode,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from fireworks_training._async.sampler import DeploymentSampler
+    from fireworks_training.tito.failure_traces import FailureTraces, TITOFailureTraceConfig
 
 MAX_OPEN = 8192
 """Trajectories that may be open at a time."""
@@ -124,7 +124,7 @@ class TITOSidecar:
             prompt_mode=prompt_mode,
             journal=self._journal,
         )
-        self._traces = FailureTraces(failure_trace_config) if failure_trace_config else None
+        self._traces = _traces(failure_trace_config)
         self._policy = default_drift_policy
         self.keepalive_seconds = keepalive_seconds
         self._open: dict[str, Trajectory] = {}
@@ -408,6 +408,14 @@ class TITOSidecar:
             error = TITOError(code, 500, f"the trajectory failed: {code}")
             await asyncio.to_thread(self._traces.dump, artifact, error, code)
         return artifact
+
+
+def _traces(config: TITOFailureTraceConfig | None) -> FailureTraces | None:
+    if config is None:
+        return None
+    from fireworks_training.tito.failure_traces import FailureTraces
+
+    return FailureTraces(config)
 
 
 def _specific(address: str) -> str:

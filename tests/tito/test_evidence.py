@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from fireworks_training.tito import (
     failure_traces,
     normalize_openai_tool_arguments,
 )
+from fireworks_training.tito.journal import Journal
 from tests.async_.sampling.support import until
 from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars
@@ -100,6 +103,40 @@ async def test_the_log_holds_a_trajectory_in_order(
     assert log.record_tombstone_event("x", "y", {}) == 0
     with pytest.raises(FileExistsError):
         sink(tmp_path, run_id="r", writer_id="w")
+
+
+async def test_an_event_is_told_though_its_teller_is_cancelled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also one that waits for the observer to be done with an earlier one."""
+    go_on = threading.Event()
+    seen: list[str] = []
+
+    class Slow(TITOLocalDebugSink):
+        def __init__(self) -> None:
+            pass
+
+        def record(self, event: str, *arguments: Any) -> int:
+            go_on.wait(10)
+            seen.append(event)
+            if event == "second":
+                raise OSError("full")
+            return 0
+
+        def close(self) -> None:
+            pass
+
+    journal = Journal(Slow())
+    tellers = [asyncio.create_task(journal.record(e, "t", {})) for e in ("first", "second")]
+    await asyncio.sleep(0)
+    for teller in tellers:
+        teller.cancel()
+    await asyncio.gather(*tellers, return_exceptions=True)
+    assert [teller.cancelled() for teller in tellers] == [True, True]
+    go_on.set()
+    await until(lambda: "could not be told: OSError" in caplog.text)
+    assert seen == ["first", "second"]
+    await journal.close()
 
 
 async def test_evidence_that_does_not_fit_fails_the_call_and_not_in_silence(
