@@ -22,11 +22,16 @@ from fireworks_training._async.prompts import (
     prompts_of,
 )
 from fireworks_training._async.sampler_base import SamplerBase
-from fireworks_training._async.sampling_run import Logged, Prompt, SamplingRun
+from fireworks_training._async.sampling_run import Logged, SamplingRun
 from fireworks_training._async.token_stream import DeltaBuffer, TokenStream
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.completion_body import completion_body
-from fireworks_training._wire.completions import SamplingOptions, SamplingRequest, integer
+from fireworks_training._wire.completions import (
+    EncodedRequest,
+    SamplingOptions,
+    SamplingRequest,
+    integer,
+)
 from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
 from fireworks_training.futures import SampleCall
 from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
@@ -172,7 +177,7 @@ class DeploymentSampler(SamplerBase):
     ) -> SampledRequestResult:
         run = SamplingRun(self._source, self._controller, request)
         started = time.monotonic()
-        one = await run.single(Prompt(ids, request.encode(ids), 0), logged)
+        one = await run.single(request.encode(ids), logged)
         return SampledRequestResult(
             completions=self._within([one], max_seq_len),
             server_metrics=one.metrics,
@@ -274,7 +279,7 @@ class DeploymentSampler(SamplerBase):
     ) -> SampledCompletion:
         (ids,) = await find() if callable(find) else find
         run = SamplingRun(self._source, self._controller, request)
-        return await run.single(Prompt(ids, request.encode(ids), 0), None, buffer)
+        return await run.single(request.encode(ids), None, buffer)
 
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
         """The ids of one prompt, or what finds them, checked as far as it can be at once."""
@@ -327,11 +332,12 @@ class DeploymentSampler(SamplerBase):
         self, find: Prompts, n: int, request: SamplingRequest, max_seq_len: int | None
     ) -> list[SampledCompletion]:
         fitting = _fitting(await find() if callable(find) else find, n, request, max_seq_len)
+        del find  # for as long as the request runs the collector would visit it
         if not fitting:
             return []
         run = SamplingRun(self._source, self._controller, request)
         if len(fitting) == n == 1:
-            return self._within([await run.single(fitting[0])], max_seq_len)
+            return self._within([await run.single(fitting.pop())], max_seq_len)
         return self._within(await run.complete(fitting, n), max_seq_len)
 
     @staticmethod
@@ -354,10 +360,10 @@ class DeploymentSampler(SamplerBase):
 
 def _fitting(
     prompts: list[Ids], n: int, request: SamplingRequest, max_seq_len: int | None
-) -> list[Prompt]:
+) -> list[EncodedRequest]:
     """Those that leave room for a token, encoded."""
     fitting = [
-        Prompt(ids, request.encode(ids, earlier=index * n), index)
+        request.encode(ids, index=index, earlier=index * n)
         for index, ids in enumerate(prompts)
         if max_seq_len is None or len(ids) < max_seq_len
     ]

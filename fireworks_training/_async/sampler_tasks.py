@@ -70,7 +70,9 @@ class SamplerTasks:
         try:
             if self._cancelling:
                 raise asyncio.CancelledError
-            return await work(*args)
+            running = work(*args)
+            del work, args  # for as long as it runs the collector would visit them
+            return await running
         except asyncio.CancelledError:
             if not self._cancelling:
                 raise

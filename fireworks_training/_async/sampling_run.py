@@ -77,15 +77,6 @@ class RetryPolicy:
     hot_load: Callable[[], Backoff] = _hot_load_budget
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a call, encoded."""
-
-    ids: Sequence[int]
-    encoded: EncodedRequest
-    index: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """What the calls of one sampler share.
@@ -182,7 +173,7 @@ class SamplingRun:
         self._given_up = False
         self._context = f" [{request.context}]" if request.context else ""
 
-    async def complete(self, prompts: Sequence[Prompt], n: int) -> list[SampledCompletion]:
+    async def complete(self, prompts: Sequence[EncodedRequest], n: int) -> list[SampledCompletion]:
         """All completions, prompt-major.
 
         Raises:
@@ -207,7 +198,10 @@ class SamplingRun:
         raise failed
 
     async def single(
-        self, prompt: Prompt, logged: Logged | None = None, deltas: DeltaBuffer | None = None
+        self,
+        prompt: EncodedRequest,
+        logged: Logged | None = None,
+        deltas: DeltaBuffer | None = None,
     ) -> SampledCompletion:
         """One completion, if need be with a log of its attempts, or delta by delta."""
         progress = self._source.progress
@@ -220,7 +214,7 @@ class SamplingRun:
     async def _one(
         self,
         call: Call,
-        prompt: Prompt,
+        prompt: EncodedRequest,
         sample: int,
         logged: Logged | None = None,
         deltas: DeltaBuffer | None = None,
@@ -229,7 +223,7 @@ class SamplingRun:
         source = self._source
         request_id = os.urandom(16).hex() if logged is None else logged.request_id
         headers = self._headers(request_id)
-        body = prompt.encoded.body(sample)
+        body = prompt.body(sample)
         transient: Backoff | None = None
         hot_load: Backoff | None = None
         number = 0

@@ -240,14 +240,18 @@ class SamplingRequest:
         # Encoded once, for however many prompts.
         object.__setattr__(self, "_head", orjson.dumps(self.fields)[:-1])
 
-    def encode(self, prompt_ids: Sequence[int], *, earlier: int = 0) -> EncodedRequest:
+    def encode(
+        self, prompt_ids: Sequence[int], *, index: int = 0, earlier: int = 0
+    ) -> EncodedRequest:
         """The bodies for one prompt.
 
         Args:
+            index: place of the prompt in its call.
             earlier: completions of the call that come before this prompt's.
         """
         body = b'%b,"prompt":%b}' % (self._head, orjson.dumps(prompt_ids))
-        return EncodedRequest(body, None if self.seed is None else self.seed + earlier)
+        seed = None if self.seed is None else self.seed + earlier
+        return EncodedRequest(prompt_ids, index, body, seed)
 
     def echoed(self, prompt_len: int) -> int:
         """How many prompt tokens the answer repeats."""
@@ -258,8 +262,10 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """The request bodies of one prompt."""
+    """The request bodies of one prompt, and which it is."""
 
+    ids: Sequence[int]
+    index: int
     unseeded: bytes
     seed: int | None
 
@@ -314,12 +320,7 @@ def sampling_request(
         "perf_metrics_in_response": True,
         **{name: value for name, value in passed.items() if value is not False},
     }
-    stop = normalise_stop(given.get("stop"))
-    if stop == []:
-        fields["ignore_eos"] = True
-    elif stop is not None:
-        integers = [item for item in stop if isinstance(item, int)]
-        fields["stop"] = decode_stop(integers) if integers and decode_stop else stop
+    fields |= _stop_fields(normalise_stop(given.get("stop")), decode_stop)
     return SamplingRequest(
         fields=fields,
         seed=seed,
@@ -334,6 +335,17 @@ def sampling_request(
         context=_context(given),
         headers=_headers(given.get("additional_headers_snapshot")),
     )
+
+
+def _stop_fields(
+    stop: list[str] | list[int] | None, decode: Callable[[list[int]], list[str]] | None
+) -> dict[str, Any]:
+    if stop is None:
+        return {}
+    if not stop:
+        return {"ignore_eos": True}
+    integers = [item for item in stop if isinstance(item, int)]
+    return {"stop": decode(integers) if integers and decode else stop}
 
 
 def check_context(labels: Mapping[str, object]) -> None:
