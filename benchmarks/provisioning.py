@@ -56,13 +56,14 @@ service.close()
 def platform(trainer_delay: float, deployment_delay: float) -> Iterator[dict[str, Any]]:
     """The local platform, as its ready line describes it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
+        command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json", "--until-eof"]
         command += ["--state-dir", folder, "--trainer-delay", str(trainer_delay)]
         command += ["--deployment-delay", str(deployment_delay)]
         # The peer takes only keys that look like the cloud's.
         environment = {**os.environ, "FIREWORKS_API_KEY": f"fw_{secrets.token_hex(16)}"}
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,  # closed with this process, whatever ends it
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

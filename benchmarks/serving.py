@@ -58,10 +58,11 @@ async def served(
         extra: more fields of its body.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
+        command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json", "--until-eof"]
         # Starting it may block: nothing else runs yet.
         process = subprocess.Popen(  # noqa: ASYNC220
             [*command, "--state-dir", folder, *options],
+            stdin=subprocess.PIPE,  # closed with this process, whatever ends it
             stdout=subprocess.PIPE,
             start_new_session=True,
         )

@@ -219,9 +219,10 @@ def sizes(path: Path, label: str) -> None:
 
 def start_platform(folder: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """The local platform, as its ready line describes it."""
-    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
+    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json", "--until-eof"]
     process = subprocess.Popen(
         [*command, "--state-dir", folder],
+        stdin=subprocess.PIPE,  # closed with this process, whatever ends it
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

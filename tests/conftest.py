@@ -47,11 +47,12 @@ class RunningPlatform:
 
 @contextmanager
 def running_platform(state_dir: Path, *options: str) -> Iterator[RunningPlatform]:
-    """`fireworks-training serve --json`, ended by SIGTERM."""
-    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json"]
+    """`fireworks-training serve --json`, ended by SIGTERM, or with this process."""
+    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json", "--until-eof"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FIREWORKS_")}
     process = subprocess.Popen(
         [*command, "--state-dir", str(state_dir), *options],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
         env=environment,
@@ -68,6 +69,8 @@ def running_platform(state_dir: Path, *options: str) -> Iterator[RunningPlatform
         finally:
             process.kill()
             process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
         assert process.stdout is not None
         process.stdout.close()
 

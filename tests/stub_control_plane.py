@@ -34,6 +34,7 @@ class StubControlPlane:
         lose_answers: methods whose next answer is lost after the request took effect.
         slow: methods that are not answered before their event is set.
         resumed: paths of the jobs that were asked to resume.
+        serving: whether completions are answered, with no text.
         deny: statuses for the next requests of a method and a path's beginning.
     """
 
@@ -46,6 +47,7 @@ class StubControlPlane:
     deny: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     slow: dict[str, threading.Event] = field(default_factory=dict)
     resumed: list[str] = field(default_factory=list)
+    serving: bool = False
 
     def left(self) -> list[str]:
         """The resources that are there."""
@@ -89,6 +91,8 @@ class StubControlPlane:
     def answer(self, request: web.Request, method: str, path: str, body: Any) -> web.Response:
         if path == "/v1/accounts":
             return web.json_response({"accounts": [{"name": ACCOUNT}]})
+        if path == "/inference/v1/completions":
+            return web.json_response({"choices": []}, status=200 if self.serving else 503)
         if "/api/v1/" in path:
             return self.trainer(path.rsplit("/", 1)[-1])
         if path.endswith(":resume"):

@@ -79,7 +79,9 @@ class Connection:
                     self._base_url, self._api_key = platform.base_url, platform.api_key
                 self._transport = self.make_transport(self._owner, self._events)
                 self._plane = AsyncControlPlane(
-                    self._transport, trainer_gateway_url=self._endpoint.trainer_gateway_url
+                    self._transport,
+                    trainer_gateway_url=self._endpoint.trainer_gateway_url,
+                    inference_url=self.inference_url,
                 )
             return self._plane
 

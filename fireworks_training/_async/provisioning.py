@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from fireworks_training._async.cancellation import first_to_end
 from fireworks_training._async.control_plane.bodies import (
     deployment_body,
     deployment_query,
@@ -38,11 +39,14 @@ from fireworks_training.errors import (
     NotSupported,
     ProvisioningError,
 )
-from fireworks_training.models import DeploymentInfo, TrainerJobInfo, TrainingProfile
+from fireworks_training.models import DeploymentInfo, Look, TrainerJobInfo, TrainingProfile
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
 SERVING = ("READY", "UPDATING")
+
+PROBE_EVERY = 5.0
+"""Seconds between two attempts to have a completion from a deployment that is CREATING."""
 
 
 @dataclass(slots=True)
@@ -262,9 +266,15 @@ async def wait_for_deployment(
     deployment_id: str,
     *,
     budget: float,
-    settled: Callable[[DeploymentInfo], bool] = lambda _: True,
+    settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
-    """Wait until a deployment is ready, and as it should be."""
+    """Wait until a deployment is ready, and as it should be.
+
+    One that is CREATING and answers a completion counts as ready: its state may lag behind.
+
+    Args:
+        settled: what it should be; then only its state counts.
+    """
     watch = Watch(
         f"deployment {deployment_id}",
         deployment_readiness,
@@ -273,12 +283,30 @@ async def wait_for_deployment(
         queue_budget=budget,
     )
 
-    async def answers(row: DeploymentInfo) -> bool:
-        return settled(row)
+    last: Look[DeploymentInfo] = Look(None)
 
-    return await until_ready(
-        watch, partial(plane.look_at_deployment, deployment_id), answers=answers
-    )
+    async def look(since: Look[DeploymentInfo], hold_s: int) -> Look[DeploymentInfo]:
+        nonlocal last
+        last = await plane.look_at_deployment(deployment_id, since, hold_s)
+        return last
+
+    async def is_settled(row: DeploymentInfo) -> bool:
+        return settled is None or settled(row)
+
+    async def until_it_answers() -> DeploymentInfo:
+        while True:
+            await asyncio.sleep(PROBE_EVERY)
+            row = last.row
+            if row is None or row.state != "CREATING":
+                continue
+            if await plane.deployment_answers(deployment_id):
+                logger.info("deployment %s answers, though it is CREATING", deployment_id)
+                return row
+
+    waiting = until_ready(watch, look, answers=is_settled)
+    if settled is not None:
+        return await waiting
+    return await first_to_end(waiting, until_it_answers())
 
 
 async def _reattach(

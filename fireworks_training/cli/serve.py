@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,12 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     help="Tell clients of the Tinker API to use it: one poll for all samples of a session, or"
     " compressed bodies. Repeatable.  [default: neither]",
 )
+@click.option(
+    "--until-eof",
+    is_flag=True,
+    help="End when standard input, a pipe, is closed: so it ends with the program that started it,"
+    " whatever ends that.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when it is ready.")
 def serve(
     host: str,
@@ -148,6 +155,7 @@ def serve(
     api_key_file: Path | None,
     models: dict[str, str],
     offers: tuple[str, ...],
+    until_eof: bool,
     as_json: bool,
     **limits: float | None,
 ) -> None:
@@ -161,6 +169,8 @@ def serve(
         api_key = lines[0].strip() if lines else ""
         if not api_key:
             raise click.BadParameter(f"{api_key_file} is empty", param_hint="--api-key-file")
+    if until_eof and not stat.S_ISFIFO(os.fstat(0).st_mode):
+        raise click.BadParameter("standard input is no pipe", param_hint="--until-eof")
     become_platform(
         {
             "host": host,
@@ -169,6 +179,7 @@ def serve(
             "api_key": api_key or None,
             "models": models,
             "output": "json" if as_json else "text",
+            "until_eof": until_eof,
             "limits": {LIMITS[name]: value for name, value in limits.items() if value is not None},
             "offers": list(offers),
         }

@@ -100,6 +100,7 @@ class PlatformSettings:
         state_dir: folder of snapshots, states and the database; None = temporary.
         models: Hugging Face directories by model id, beside the shipped model.
         embedded: end on EOF of the settings pipe, and log to a file.
+        until_eof: end on EOF of standard input, which is a pipe.
         output: form of the ready message.
         worker_start: "fork" from the template, or "exec" new processes.
         entry_points: `module:function` of each worker kind; tests put small ones here.
@@ -114,6 +115,7 @@ class PlatformSettings:
     state_dir: str | None = None
     models: dict[str, str] = field(default_factory=dict)
     embedded: bool = False
+    until_eof: bool = False
     output: Output = "json"
     worker_start: WorkerStart = field(default_factory=default_worker_start)
     entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))

@@ -382,7 +382,8 @@ def log(text: str) -> None:
 
 
 async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
-    """Run a platform until a signal, or until EOF of the settings pipe when it is embedded.
+    """Run a platform until a signal, or until EOF of the settings pipe when it is embedded, or of
+    standard input where the settings say so.
 
     Raises:
         LocalPlatformError: it did not start or could not be kept running; an embedded one says so
@@ -401,6 +402,8 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
         os.dup2(fd, sys.stderr.fileno())
         os.close(fd)
         _stop_on_eof(loop, settings_fd, stop.set)
+    if settings.until_eof:
+        _stop_on_eof(loop, 0, stop.set)
 
     def ready() -> None:
         facts = supervisor.ready_facts()

@@ -24,7 +24,7 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
-from fireworks_training._async import ownership
+from fireworks_training._async import ownership, provisioning
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ledger import LedgerFile
@@ -196,6 +196,24 @@ async def test_a_control_plane_that_is_away_for_a_while_does_not_end_a_wait(
     stub.deny[("GET", f"{JOBS}/")] = [403]
     async with service_on(stub, create_deployment=False) as service:
         with pytest.raises(ApiStatusError, match="403"):
+            await service.create_training_client()
+    assert stub.left() == []
+
+
+async def test_a_deployment_that_answers_is_ready_though_it_is_creating(
+    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provisioning, "PROBE_EVERY", 0.001)
+    stub.states, stub.serving = {DEPLOYMENTS: ["CREATING"]}, True
+    async with service_on(stub) as service:
+        await service.create_training_client()
+        assert service.deployment_id is not None
+        (probe, *_) = stub.sent("POST", "/inference/v1/completions")
+        assert probe["model"] == f"accounts/me/deployments/{service.deployment_id}"
+    # The negative control: without an answer it is not.
+    stub.serving = False
+    async with service_on(stub, deployment_timeout_s=0.2) as service:
+        with pytest.raises(ProvisioningTimeout, match="CREATING"):
             await service.create_training_client()
     assert stub.left() == []
 

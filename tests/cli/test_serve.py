@@ -50,6 +50,7 @@ def test_the_defaults(serve: Any) -> None:
         "output": "text",
         "limits": {},
         "offers": [],
+        "until_eof": False,
     }
 
 
@@ -79,6 +80,7 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
             "sessionTimeoutS": 60.0,
         },
         "offers": ["zstd", "batch-polling"],
+        "until_eof": False,
     }
 
 
@@ -106,6 +108,7 @@ def test_where_the_key_may_come_from(serve: Any, tmp_path: Path) -> None:
         (["--offer", "pickle"], "pickle"),
         (["--api-key-file", "/no/such/file"], "does not exist"),
         (["--api-key-file", os.devnull], "is empty"),
+        (["--until-eof"], "is no pipe"),
         (["--nonsense"], "No such option"),
     ],
 )
@@ -114,6 +117,20 @@ def test_a_wrong_option_is_refused(serve: Any, options: list[str], says: str) ->
     assert result.exit_code == 2
     assert says in result.output
     assert settings == {}
+
+
+@pytest.mark.slow
+def test_it_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fireworks_training.cli", "serve", "--json", "--until-eof"]
+    process = subprocess.Popen(
+        [*command, "--state-dir", str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert "base_url" in json.loads(process.stdout.readline())
+    process.stdin.close()
+    assert process.wait(30) == 0
+    process.stdout.close()
 
 
 def test_help_and_version_import_no_command() -> None:

@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 from urllib.parse import urlencode
 
+import orjson
+
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
 from fireworks_training._async.control_plane.rows import (
     Row,
@@ -29,6 +31,7 @@ from fireworks_training._async.patience import speaking
 from fireworks_training._async.transport import Transport
 from fireworks_training.config import RESOURCE_ID, resolve_endpoint
 from fireworks_training.errors import (
+    ApiError,
     ApiStatusError,
     Conflict,
     InvalidArgument,
@@ -47,6 +50,7 @@ from fireworks_training.models import (
 )
 
 PROMOTE_TIMEOUT = 300.0
+PROBE_TIMEOUT = 10.0
 FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
 """Seconds between looks at an operation: the first, and what they grow to."""
 
@@ -60,9 +64,16 @@ class AsyncControlPlane:
     while that may help, and raises a typed `ApiError` when it does not.
     """
 
-    def __init__(self, transport: Transport, *, trainer_gateway_url: str | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        trainer_gateway_url: str | None = None,
+        inference_url: str | None = None,
+    ) -> None:
         self._account = Account(transport)
         self._gateway = (trainer_gateway_url or transport.base_url).rstrip("/")
+        self._inference = (inference_url or transport.base_url).rstrip("/")
 
     @classmethod
     def connect(
@@ -98,7 +109,11 @@ class AsyncControlPlane:
             additional_headers=additional_headers,
             verify_ssl=verify_ssl,
         )
-        return cls(transport, trainer_gateway_url=endpoint.trainer_gateway_url)
+        return cls(
+            transport,
+            trainer_gateway_url=endpoint.trainer_gateway_url,
+            inference_url=endpoint.inference_url,
+        )
 
     @property
     def base_url(self) -> str:
@@ -271,6 +286,29 @@ class AsyncControlPlane:
         """A deployment, once it is no longer as it was; see `look_at_job`."""
         path = await self._account.path("deployments", deployment_id)
         return await self._account.look(path, read_deployment, since, hold_s)
+
+    async def deployment_answers(
+        self, deployment_id: str, *, timeout_s: float = PROBE_TIMEOUT
+    ) -> bool:
+        """Whether a deployment answers a completion of four tokens, whatever its state says."""
+        asked = {
+            "model": await self.resource_name("deployments", deployment_id),
+            "prompt": [1, 2],
+            "max_tokens": 4,
+            "temperature": 0.0,
+        }
+        url, transport = f"{self._inference}/inference/v1/completions", self._account.transport
+
+        async def ask() -> bool:
+            try:
+                answer = await transport.exchange(
+                    "POST", url, body=orjson.dumps(asked), timeout=timeout_s
+                )
+            except ApiError:
+                return False
+            return answer.status == 200
+
+        return await transport.owner.run(ask, label="probe")
 
     async def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
-from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.client import PROBE_TIMEOUT, AsyncControlPlane
 from fireworks_training._portal import Blocking
 from fireworks_training.models import (
     CheckpointInfo,
@@ -159,6 +159,10 @@ class ControlPlane(Blocking[AsyncControlPlane]):
     ) -> Look[DeploymentInfo]:
         """A deployment, once it is no longer as it was; see `look_at_job`."""
         return self._run(self._async.look_at_deployment, deployment_id, since, hold_s)
+
+    def deployment_answers(self, deployment_id: str, *, timeout_s: float = PROBE_TIMEOUT) -> bool:
+        """Whether a deployment answers a completion of four tokens, whatever its state says."""
+        return self._run(self._async.deployment_answers, deployment_id, timeout_s=timeout_s)
 
     def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""
