@@ -17,7 +17,7 @@ from fireworks_training._async.control_plane.client import (
     PROMOTE_TIMEOUT,
     AsyncControlPlane,
 )
-from fireworks_training._async.control_plane.client import (
+from fireworks_training._async.control_plane.names import (
     validate_output_model_id as check_output_model_id,
 )
 from fireworks_training._async.loops import OwnerLoop

@@ -11,10 +11,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 from urllib.parse import urlencode
 
+import orjson
+
 from fireworks_training._async.control_plane.rows import Row
 from fireworks_training._async.transport import Response, Transport, with_retries
 from fireworks_training._core.backoff import Backoff
-from fireworks_training.errors import ApiStatusError, InvalidArgument, NotFound, ProtocolError
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    InvalidArgument,
+    NotFound,
+    ProtocolError,
+)
 from fireworks_training.models import Look
 
 T = TypeVar("T")
@@ -127,6 +135,20 @@ class Account:
         if response.status == 404:
             return Look(None)
         return Look(read(response.object()), response.headers.get("ETag"), held_s)
+
+    async def answers(self, url: str, asked: object, *, timeout_s: float) -> bool:
+        """Whether a request for something outside the control plane succeeds now."""
+
+        async def ask() -> bool:
+            try:
+                answer = await self.transport.exchange(
+                    "POST", url, body=orjson.dumps(asked), timeout=timeout_s
+                )
+            except ApiError:
+                return False
+            return answer.status == 200
+
+        return await self.transport.owner.run(ask, label="probe")
 
     async def rows(self, collection: str, *keys: str, page_size: int = PAGE_SIZE) -> list[Row]:
         """All rows of a collection, page by page.

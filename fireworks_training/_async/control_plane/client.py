@@ -14,9 +14,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 from urllib.parse import urlencode
 
-import orjson
-
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
+from fireworks_training._async.control_plane.names import id_after, validate_output_model_id
 from fireworks_training._async.control_plane.rows import (
     Row,
     read_checkpoint,
@@ -29,9 +28,8 @@ from fireworks_training._async.control_plane.rows import (
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
 from fireworks_training._async.transport import Transport
-from fireworks_training.config import RESOURCE_ID, resolve_endpoint
+from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
-    ApiError,
     ApiStatusError,
     Conflict,
     InvalidArgument,
@@ -297,18 +295,9 @@ class AsyncControlPlane:
             "max_tokens": 4,
             "temperature": 0.0,
         }
-        url, transport = f"{self._inference}/inference/v1/completions", self._account.transport
-
-        async def ask() -> bool:
-            try:
-                answer = await transport.exchange(
-                    "POST", url, body=orjson.dumps(asked), timeout=timeout_s
-                )
-            except ApiError:
-                return False
-            return answer.status == 200
-
-        return await transport.owner.run(ask, label="probe")
+        return await self._account.answers(
+            f"{self._inference}/inference/v1/completions", asked, timeout_s=timeout_s
+        )
 
     async def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""
@@ -391,7 +380,7 @@ class AsyncControlPlane:
             ProvisioningTimeout: it was not done in time; it may still be.
         """
         validate_output_model_id(output_model_id)
-        job = trainer_job_id or _between(name, "rlorTrainerJobs")
+        job = trainer_job_id or id_after(name, "rlorTrainerJobs")
         body: dict[str, Any] = {
             "output_model": await self.resource_name("models", output_model_id),
             "base_model": base_model,
@@ -506,22 +495,3 @@ class AsyncControlPlane:
 
     def _bind_to_portal(self) -> None:
         self._account.transport.owner.use_portal()
-
-
-def validate_output_model_id(output_model_id: str) -> None:
-    """Refuse what can't be the id of a promoted model, before a checkpoint is staged for it.
-
-    Raises:
-        InvalidArgument: with the rule.
-    """
-    if not RESOURCE_ID.fullmatch(output_model_id):
-        raise InvalidArgument(
-            f"output_model_id={output_model_id!r}: an id has 1 to 63 characters of a-z, 0-9 and "
-            "'-', and neither starts nor ends with '-'"
-        )
-
-
-def _between(name: str, kind: str) -> str | None:
-    """The id after `kind` in a resource name."""
-    parts = name.split("/")
-    return parts[parts.index(kind) + 1] if kind in parts[:-1] else None
