@@ -156,6 +156,7 @@ class World:
     foreign: str | None = None
     loaded: str | None = None
     disk_full: bool = False
+    events: None = None
     posts: list[tuple[str, str | None]] = field(default_factory=list[tuple[str, str | None]])
 
     def __post_init__(self) -> None:

@@ -19,6 +19,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 Row = Mapping[str, object]
 
+FOLDED = 8
+"""Characters of a name that stay together in a table that is too wide."""
+
 
 @contextmanager
 def control_plane(base_url: str | None) -> Generator[ControlPlane]:
@@ -48,14 +51,27 @@ def show(
         click.echo(empty)
         return
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for head in columns:
-        table.add_column(head, overflow="fold")
+    for head, name in columns.items():
+        values = [row.get(name) for row in rows]
+        longest = max(len(_cell(value)) for value in values)
+        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        # A number that is broken reads as two: on a narrow terminal the names give way.
+        table.add_column(
+            head,
+            overflow="fold",
+            justify="right" if numbers else "left",
+            min_width=max(longest, *map(len, head.split())) if numbers else min(longest, FOLDED),
+        )
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns.values()))
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    # No column is cut off: what is too narrow for all of them gets lines that are too long.
+    least = Measurement.get(console, console.options.update(width=1000), table).minimum
+    console.print(table, width=max(console.width, least), crop=False, overflow="ignore")
 
 
 def _cell(value: object) -> str:

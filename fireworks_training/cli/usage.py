@@ -52,7 +52,7 @@ def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> No
         costs = [None if prices is None else row.usage.cost(prices) for row in found]
     except FireworksTrainingError as error:
         raise click.ClickException(str(error)) from error
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             **{name: value for name, value in asdict(row).items() if name != "usage"},
             **asdict(row.usage),
@@ -74,6 +74,9 @@ def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> No
         "REPLICA S": "replica_seconds",
         **({} if prices is None else {"COST": "cost"}),
     }
+    if not as_json:
+        for row in rows:
+            row["ended"] = f"{str(row['ended']):.16}".replace("T", " ")
     show(rows, columns, as_json=as_json, empty="no run is noted")
     if rows and prices is not None and not as_json:
         click.echo(f"in all: {sum(cost or 0.0 for cost in costs):.2f}")

@@ -195,6 +195,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, temporary: Path, impatient
         | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         text=True,
+        # A shell that starts the tests in the background makes SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None
