@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,11 @@ import transformers
 from serving import MODEL, Served, served
 
 import fireworks_training
-from fireworks_training import AdaptiveConcurrencyController, FixedConcurrencyController
+from fireworks_training import (
+    AdaptiveConcurrencyController,
+    DeploymentSampler,
+    FixedConcurrencyController,
+)
 from fireworks_training.local.engine.batch import RunningBatch
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.requests import SamplingRequest
@@ -236,20 +241,39 @@ async def sharing(rounds: int) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a probe saw, in seconds.
+
+    Attributes:
+        queued: the queue as reported.
+        other: from sending to the first event, without the prefill as reported.
+        way: a request that the gateway answers by itself.
+    """
+
+    queued: float
+    other: float
+    way: float
+
+
 class Prober:
     """`engine_probe.py` in a process of its own."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def __call__(self, seed: int) -> tuple[float, float, float]:
-        """Seconds: queue as reported, prefill as reported, and from sending to the first event."""
+    async def __call__(self, seed: int) -> Probe:
+        """One probe."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(prompts(1, PROMPT, seed)[0]).encode() + b"\n")
         answer = json.loads(await self._process.stdout.readline())
         metrics = answer["metrics"]
-        return metrics["prefill-queue-duration"], metrics["prefill-duration"], answer["seen"]
+        return Probe(
+            metrics["prefill-queue-duration"],
+            answer["seen"] - metrics["prefill-duration"],
+            answer["way"],
+        )
 
 
 @asynccontextmanager
@@ -277,10 +301,9 @@ PROBES = 12
 
 async def queue(rounds: int) -> list[str]:
     """Probes beside 256 streams: what the server reports, and what is seen from outside. The truth
-    is the time to the first token, less the prefill and what both ways take when nothing runs."""
-    errors: list[float] = []
-    beyond: list[float] = []
-    waits: list[float] = []
+    is the time to the first token, less the prefill and what the ways take: those of an idle
+    request, and as much more as a request to the gateway alone takes beside the streams."""
+    seen: list[Probe] = []
     async with (
         served() as deployment,
         deployment.sampler() as sampler,
@@ -288,10 +311,8 @@ async def queue(rounds: int) -> list[str]:
     ):
         idle = []
         for index in range(20):
-            queued, prefill, seen = await probe(500 + index)
-            idle.append(seen - queued - prefill)
+            idle.append(await probe(500 + index))
             await asyncio.sleep(0.02)
-        way = statistics.median(idle[1:])
         for number in range(rounds):
             load = [
                 asyncio.ensure_future(
@@ -303,31 +324,37 @@ async def queue(rounds: int) -> list[str]:
             ]
             await asyncio.sleep(0.7)
             for index in range(PROBES):
-                queued, prefill, seen = await probe(10_000 * (number + 1) + index)
-                waits.append(seen - prefill - way)
-                errors.append(queued - waits[-1])
-                beyond.append(max(0.0, abs(errors[-1]) - max(0.1 * waits[-1], 0.005)))
+                seen.append(await probe(10_000 * (number + 1) + index))
                 await asyncio.sleep(0.01 * (index % 4))
             await asyncio.gather(*load)
+    alone = statistics.median(p.other - p.queued for p in idle[1:])
+    later = statistics.median(p.way for p in seen) - statistics.median(p.way for p in idle[1:])
+    waits = [probe.other - alone - later for probe in seen]
+    errors = [probe.queued - wait for probe, wait in zip(seen, waits, strict=True)]
+    beyond = [
+        max(0.0, abs(error) - max(0.1 * wait, 0.005))
+        for error, wait in zip(errors, waits, strict=True)
+    ]
     low, middle, high = (1000 * f(waits) for f in (min, statistics.median, max))
     worst = 1000 * max(errors, key=abs)
     held, error = sum(b == 0 for b in beyond), 1000 * statistics.median(errors)
     return [
         f"- {len(waits)} probes beside 256 streams queued {low:.0f} to {high:.0f} ms (median",
-        f"  {middle:.0f}), as a blocking client in a process of its own sees it; an idle request",
-        f"  takes {1000 * way:.1f} ms on its ways.",
+        f"  {middle:.0f}), as a blocking client in a process of its own sees it. An idle request",
+        f"  takes {1000 * alone:.1f} ms on its ways; beside the streams a request that needs no",
+        f"  engine takes {1000 * later:.1f} ms more than an idle one, which is no queue either.",
         f"- {held} reported queue times were within 10 % or 5 ms of that; the median error was",
         f"  {error:.1f} ms, at most {worst:.1f} ms, {1000 * max(beyond):.1f} ms over its bound.",
     ]
 
 
-STEP_REQUESTS = 1536
+STEP_REQUESTS, STEPS = 1536, 4
 
 
 async def window(rounds: int) -> list[str]:
-    """The adaptive controller from its first window on, and in the step after, which a loop runs
-    most of the time, against fixed windows. Completions differ in length, as in a rollout step:
-    with equal ones a fixed window runs in lockstep, which is less work for the engine."""
+    """The adaptive controller in the first four steps of a loop, its ramp from the first window
+    on included, against fixed windows. Completions differ in length, as in a rollout step: with
+    equal ones a fixed window runs in lockstep, which is less work for the engine."""
     found: dict[str, list[float]] = {}
     makers: dict[str, Callable[[], object]] = {
         f"fixed {n}": (lambda n=n: FixedConcurrencyController(n)) for n in (64, 128, 256)
@@ -335,24 +362,35 @@ async def window(rounds: int) -> list[str]:
     makers["adaptive"] = AdaptiveConcurrencyController
     seeds = itertools.count()  # no prompt twice: the engine would know it
     random = np.random.default_rng(0)
+
+    async def step(sampler: DeploymentSampler, lengths: list[int]) -> float:
+        """Seconds of a rollout step."""
+        asked = prompts(STEP_REQUESTS, PROMPT, next(seeds))
+        began = time.perf_counter()
+        calls = [
+            sampler.sample_with_prompt_tokens([prompt], max_tokens=length, ignore_eos=True)
+            for prompt, length in zip(asked, lengths, strict=True)
+        ]
+        await asyncio.gather(*calls)
+        return time.perf_counter() - began
+
     async with served() as deployment:
         for number in range(rounds):
             lengths = random.integers(8, 57, STEP_REQUESTS).tolist()
+            tokens = sum(lengths)
             for name in sorted(makers, reverse=bool(number % 2)):
-                steps = (name,) if name.startswith("fixed") else (name, f"{name}, next step")
                 async with deployment.sampler(makers[name]()) as sampler:
-                    for step in steps:
-                        asked = prompts(STEP_REQUESTS, PROMPT, next(seeds))
-                        began = time.perf_counter()
-                        calls = [
-                            sampler.sample_with_prompt_tokens(
-                                [prompt], max_tokens=length, ignore_eos=True
-                            )
-                            for prompt, length in zip(asked, lengths, strict=True)
-                        ]
-                        done = await asyncio.gather(*calls)
-                        tokens = sum(completion.completion_len for (completion,) in done)
-                        found.setdefault(step, []).append(tokens / (time.perf_counter() - began))
+                    if name.startswith("fixed"):
+                        found.setdefault(name, []).append(tokens / await step(sampler, lengths))
+                        continue
+                    first, *later = [await step(sampler, lengths) for _ in range(STEPS)]
+                    per_second = {
+                        "step 1 of 4, from a window of 8": tokens / first,
+                        "steps 2 to 4": tokens * len(later) / sum(later),
+                        "steps 1 to 4": tokens * STEPS / (first + sum(later)),
+                    }
+                    for what, rate in per_second.items():
+                        found.setdefault(f"adaptive, {what}", []).append(rate)
     best = max((v for k, v in found.items() if k.startswith("fixed")), key=statistics.median)
     lines = [f"{STEP_REQUESTS} requests of 48 + 8 to 56 tokens; ratios to the best fixed window:"]
     lines += ["", "| window | tokens/s | min to max | over the best |", "|---|---|---|---|"]

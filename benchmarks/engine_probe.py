@@ -4,7 +4,8 @@ Used by `engine.py`: a client with hundreds of streams sees a first token when i
 this one when the kernel has it. Each line of standard input is a prompt (JSON list of token ids);
 each line of output says what was seen:
 
-    {"seen": seconds from sending the request to the first event, "metrics": perf_metrics}
+    {"seen": seconds from sending the request to the first event, "metrics": perf_metrics,
+     "way": seconds of a request that the gateway answers by itself, made right after it}
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def probe(
     if response.status != 200:
         raise RuntimeError(f"HTTP {response.status}")
     last = json.loads(events[-3].removeprefix(b"data: "))
-    return {"seen": seen, "metrics": last["perf_metrics"]}
+    began = time.monotonic()
+    connection.request("GET", "/healthz", headers=headers)
+    connection.getresponse().read()
+    way = time.monotonic() - began
+    return {"seen": seen, "metrics": last["perf_metrics"], "way": way}
 
 
 def main() -> None:
