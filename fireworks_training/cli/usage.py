@@ -76,7 +76,7 @@ def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> No
     }
     if not as_json:
         for row in rows:
-            row["ended"] = f"{str(row['ended']):.16}".replace("T", " ")
+            row["ended"] = f"{row['ended']!s:.16}".replace("T", " ")
     show(rows, columns, as_json=as_json, empty="no run is noted")
     if rows and prices is not None and not as_json:
         click.echo(f"in all: {sum(cost or 0.0 for cost in costs):.2f}")
