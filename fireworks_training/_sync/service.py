@@ -634,9 +634,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
-            on_event: a plain function that is told what happens: requests, retries, windows, syncs,
-                failures (see `Event` and its kin). It runs on the service's loop, so it must be
-                quick; an exception in it is logged once. None: no events are made.
+            on_event: a plain, quick function that is told what happens (see `Event`), on the
+                service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
 
         Raises:

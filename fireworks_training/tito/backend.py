@@ -6,6 +6,7 @@ It turns requests into prompts and options, and samples. Which prompt follows wh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fireworks_training.tito.renderers import (
     TITORenderer,
 )
 from fireworks_training.tito.requests import TITOChatRequest, TITOParsedAssistant
+
+logger = logging.getLogger("fireworks_training.tito")
 
 T = TypeVar("T")
 
@@ -117,20 +120,23 @@ class Backend:
         """Whether a call is "policy" or "auxiliary", and who says so.
 
         A classifier that fails makes it a call of the policy: rather a turn too many than one whose
-        tokens are lost.
+        tokens are lost. That is said in the log, without what it was asked.
         """
         if self._classifier is None:
             return "policy", "default"
         try:
             said = self._classifier(request)
-        except Exception:
-            return "policy", "classifier_failed"
+        except Exception as error:
+            return self._unclassified(f"raised {type(error).__name__}")
         answer = cast(tuple[object, ...], said) if isinstance(said, tuple) else (said, "adapter")
-        if len(answer) != 2:
-            return "policy", "classifier_failed"
-        kind, source = answer
-        known = kind in ("policy", "auxiliary") and bool(source)
-        return (str(kind), str(source)) if known else ("policy", "classifier_failed")
+        if len(answer) == 2 and answer[0] in ("policy", "auxiliary") and answer[1]:
+            return str(answer[0]), str(answer[1])
+        return self._unclassified("gave neither 'policy' nor 'auxiliary'")
+
+    @staticmethod
+    def _unclassified(why: str) -> tuple[str, str]:
+        logger.warning("call_classifier %s; the call counts as one of the policy", why)
+        return "policy", "classifier_failed"
 
     async def contract(self, request: TITOChatRequest) -> str:
         """The renderer's name for how it renders this request."""

@@ -253,7 +253,7 @@ async def test_tool_calls_come_back_as_calls_and_their_tokens_stay(
 
 
 async def test_auxiliary_calls_are_answered_and_leave_no_tokens(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionServer, sidecars: Sidecars, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(
@@ -268,6 +268,8 @@ async def test_auxiliary_calls_are_answered_and_leave_no_tokens(
     assert len(turns(artifact)) == 2
     assert [call.kind for call in artifact.calls] == ["policy", "auxiliary", "policy"]
     assert artifact.calls[2].classification_source == "classifier_failed"
+    (said,) = [line for line in caplog.messages if "call_classifier" in line]
+    assert "gave neither" in said
 
 
 async def test_the_readmes_snippet_runs(
