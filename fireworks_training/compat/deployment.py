@@ -6,7 +6,6 @@ Hot loads are in `hot_loads`.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -280,13 +279,8 @@ class DeploymentManager(HotLoads):
 
     async def _answers(self, model: str, timeout_s: float) -> bool:
         asked = {"model": model, "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0}
-        body = json.dumps(asked).encode()
         url = f"{self.inference_url}/inference/v1/completions"
-        try:
-            answer = await self._transport.exchange("POST", url, body=body, timeout=timeout_s)
-        except ApiError:
-            return False
-        return answer.status == 200
+        return await self._account.answers(url, asked, timeout_s=timeout_s)
 
 
 def _refuse_ended(row: DeploymentInfo) -> None:
