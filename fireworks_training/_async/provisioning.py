@@ -10,11 +10,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from fireworks_training._async.cancellation import first_to_end
 from fireworks_training._async.control_plane.bodies import (
     deployment_body,
     deployment_query,
@@ -24,7 +22,7 @@ from fireworks_training._async.control_plane.bodies import (
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ownership import Claim, Holdings, Role
-from fireworks_training._async.readiness import until_ready
+from fireworks_training._async.readiness import deployment_ready, trainer_ready
 from fireworks_training._async.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._core.lifecycle import (
     Readiness,
@@ -34,19 +32,15 @@ from fireworks_training._core.lifecycle import (
 )
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
-    ApiError,
     InvalidArgument,
     NotSupported,
     ProvisioningError,
 )
-from fireworks_training.models import DeploymentInfo, Look, TrainerJobInfo, TrainingProfile
+from fireworks_training.models import DeploymentInfo, TrainerJobInfo, TrainingProfile
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
 SERVING = ("READY", "UPDATING")
-
-PROBE_EVERY = 5.0
-"""Seconds between two attempts to have a completion from a deployment that is CREATING."""
 
 
 @dataclass(slots=True)
@@ -181,20 +175,7 @@ async def until_running(
         queue_budget=config.trainer_pending_timeout_s,
         resumable=resumable,
     )
-
-    async def healthy(_: TrainerJobInfo) -> bool:
-        try:
-            return await plane.trainer_healthy(job_id)
-        except ApiError:
-            return False  # not reachable yet: the wait goes on, within its budget
-
-    async def resume() -> None:
-        logger.info("trainer %s stands: resuming it", job_id)
-        await plane.resume_job(job_id)
-
-    return await until_ready(
-        watch, partial(plane.look_at_job, job_id), first=first, resume=resume, answers=healthy
-    )
+    return await trainer_ready(plane, job_id, watch, first=first)
 
 
 # -- deployments ---------------------------------------------------------------------------------
@@ -268,13 +249,7 @@ async def wait_for_deployment(
     budget: float,
     settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
-    """Wait until a deployment is ready, and as it should be.
-
-    One that is CREATING and answers a completion counts as ready: its state may lag behind.
-
-    Args:
-        settled: what it should be; then only its state counts.
-    """
+    """See `deployment_ready`."""
     watch = Watch(
         f"deployment {deployment_id}",
         deployment_readiness,
@@ -282,31 +257,7 @@ async def wait_for_deployment(
         budget=budget,
         queue_budget=budget,
     )
-
-    last: Look[DeploymentInfo] = Look(None)
-
-    async def look(since: Look[DeploymentInfo], hold_s: int) -> Look[DeploymentInfo]:
-        nonlocal last
-        last = await plane.look_at_deployment(deployment_id, since, hold_s)
-        return last
-
-    async def is_settled(row: DeploymentInfo) -> bool:
-        return settled is None or settled(row)
-
-    async def until_it_answers() -> DeploymentInfo:
-        while True:
-            await asyncio.sleep(PROBE_EVERY)
-            row = last.row
-            if row is None or row.state != "CREATING":
-                continue
-            if await plane.deployment_answers(deployment_id):
-                logger.info("deployment %s answers, though it is CREATING", deployment_id)
-                return row
-
-    waiting = until_ready(watch, look, answers=is_settled)
-    if settled is not None:
-        return await waiting
-    return await first_to_end(waiting, until_it_answers())
+    return await deployment_ready(plane, deployment_id, watch, settled=settled)
 
 
 async def _reattach(

@@ -1,4 +1,4 @@
-"""Waits for one resource: looks, and does what `_core.lifecycle.Watch` decides.
+"""Waits for one thing: looks, and does what `_core.lifecycle.Watch` decides.
 
 A change of state is logged as INFO, a long silence as WARNING, both with state, age and message; a
 terminal shows the same as it changes. A look that fails for a passing reason is no look: a control
@@ -10,15 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
+from fireworks_training._async.cancellation import first_to_end
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.progress import shown
 from fireworks_training._core.backoff import is_retryable
 from fireworks_training._core.lifecycle import Again, GiveUp, Go, Resume, Seen, Watch
 from fireworks_training.errors import ApiError
 from fireworks_training.models import DeploymentInfo, Look, TrainerJobInfo
 
-Row = TypeVar("Row", TrainerJobInfo, DeploymentInfo)
+PROBE_EVERY = 5.0
+"""Seconds between two attempts to have a completion from a deployment that is CREATING."""
+
+
+class Waited(Protocol):
+    """What can be waited for: a resource, or a `Seen` of anything else."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Waited)
 
 LookAgain = Callable[[Look[Row], int], Awaitable[Look[Row]]]
 """Looks at a resource again: the look before, and the seconds to wait for a change since then."""
@@ -92,3 +110,67 @@ async def _until_ready(
         if isinstance(verdict, Again):
             hold = verdict.hold
             await asyncio.sleep(verdict.delay)
+
+
+async def trainer_ready(
+    plane: AsyncControlPlane, job_id: str, watch: Watch, *, first: TrainerJobInfo | None = None
+) -> TrainerJobInfo:
+    """Wait until a trainer job runs and answers.
+
+    Args:
+        first: a look at it that was just made.
+    """
+
+    async def healthy(_: TrainerJobInfo) -> bool:
+        try:
+            return await plane.trainer_healthy(job_id)
+        except ApiError:
+            return False  # not reachable yet: the wait goes on, within its budget
+
+    async def resume() -> None:
+        logger.info("trainer %s stands: resuming it", job_id)
+        await plane.resume_job(job_id)
+
+    return await until_ready(
+        watch, partial(plane.look_at_job, job_id), first=first, resume=resume, answers=healthy
+    )
+
+
+async def deployment_ready(
+    plane: AsyncControlPlane,
+    deployment_id: str,
+    watch: Watch,
+    *,
+    settled: Callable[[DeploymentInfo], bool] | None = None,
+) -> DeploymentInfo:
+    """Wait until a deployment is ready, and as it should be.
+
+    One that is CREATING and answers a completion counts as ready: its state may lag behind.
+
+    Args:
+        settled: what it should be; then only its state counts.
+    """
+    last: Look[DeploymentInfo] = Look(None)
+
+    async def look(since: Look[DeploymentInfo], hold_s: int) -> Look[DeploymentInfo]:
+        nonlocal last
+        last = await plane.look_at_deployment(deployment_id, since, hold_s)
+        return last
+
+    async def is_settled(row: DeploymentInfo) -> bool:
+        return settled is None or settled(row)
+
+    async def until_it_answers() -> DeploymentInfo:
+        while True:
+            await asyncio.sleep(PROBE_EVERY)
+            row = last.row
+            if row is None or row.state != "CREATING":
+                continue
+            if await plane.deployment_answers(deployment_id):
+                logger.info("deployment %s answers, though it is CREATING", deployment_id)
+                return row
+
+    waiting = until_ready(watch, look, answers=is_settled)
+    if settled is not None:
+        return await waiting
+    return await first_to_end(waiting, until_it_answers())

@@ -13,9 +13,10 @@ do: go on, look again in so many seconds, or give up with the error to raise. It
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 from fireworks_training._core.notices import FIRST_NOTICE, Notices
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
@@ -136,6 +137,10 @@ class Watch:
         budget: seconds from placement to ready.
         queue_budget: seconds to wait for capacity.
         resumable: whether it may be started again, where it stands: it was found, not made.
+        resumed: whether it may just have been started again by somebody else, and show its old
+            state for a while.
+        slowest: the longest time between two looks, in seconds.
+        advice: what to do about a state that ends the wait, by what it means; for the error.
     """
 
     def __init__(
@@ -147,6 +152,9 @@ class Watch:
         budget: float,
         queue_budget: float,
         resumable: bool = False,
+        resumed: bool = False,
+        slowest: float = SLOWEST,
+        advice: Mapping[Readiness, str] = MappingProxyType({}),
     ) -> None:
         self._what = what
         self._read = read
@@ -154,7 +162,9 @@ class Watch:
         self._budget = budget
         self._queue_budget = queue_budget
         self._resumable = resumable
-        self._resumed_at: float | None = None
+        self._resumed_at = started if resumed else None
+        self._slowest = slowest
+        self._advice = advice
         self._placed_at: float | None = None
         self._last: Seen | None = None
         self._since = started
@@ -187,7 +197,7 @@ class Watch:
         if readiness in (Readiness.GONE, Readiness.FAILED, Readiness.RESUMABLE) or (
             readiness is Readiness.STOPPING and not stopping
         ):
-            return GiveUp(self._error(ProvisioningError, self._reason(row)))
+            return self._give_up(ProvisioningError, self._reason(row), readiness)
         if readiness is Readiness.QUEUED:
             self._placed_at = None  # also after CREATING: the place it had was not enough
         elif self._placed_at is None:
@@ -217,11 +227,12 @@ class Watch:
         if now - since > limit:
             waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
             reason = f"{self._reason(self._last)}, {waited}"
-            return GiveUp(self._error(ProvisioningTimeout, reason))
+            state = "" if self._last is None else self._last.state
+            return self._give_up(ProvisioningTimeout, reason, self._read(state))
         longest = min(LONGEST_HOLD, int(limit - (now - since))) if hold else 0
         if held is not None and longest > 0:
             return Again(max(QUICKEST - held, 0.0), longest)
-        return Again(pause(now - self._since), longest)
+        return Again(pause(now - self._since, self._slowest), longest)
 
     def is_ready(self, state: str) -> bool:
         """Whether a state is the one waited for."""
@@ -234,7 +245,7 @@ class Watch:
         self._last = row
 
     def _still_old(self, readiness: Readiness, now: float) -> bool:
-        stands = readiness in (Readiness.RESUMABLE, Readiness.STOPPING, Readiness.FAILED)
+        stands = readiness in (Readiness.RESUMABLE, Readiness.STOPPING)
         return stands and self._resumed_at is not None and now - self._resumed_at < SETTLE
 
     def _reason(self, row: Seen | None) -> str:
@@ -242,12 +253,14 @@ class Watch:
             return f"{self._what} is not there"
         return f"{self._what} is {row.state}" + (f": {row.message}" if row.message else "")
 
-    def _error(self, kind: type[ProvisioningError], message: str) -> ProvisioningError:
-        last = self._last
-        return kind(
-            message,
-            resource=None if last is None else last.name,
-            state=None if last is None else last.state,
+    def _give_up(self, kind: type[ProvisioningError], reason: str, readiness: Readiness) -> GiveUp:
+        advice, last = self._advice.get(readiness), self._last
+        return GiveUp(
+            kind(
+                reason if advice is None else f"{reason}; {advice}",
+                resource=None if last is None else last.name,
+                state=None if last is None else last.state,
+            )
         )
 
     def due(self, now: float) -> bool:

@@ -6,35 +6,33 @@ Hot loads are in `hot_loads`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import (
     DeploymentConfig as DeploymentConfig,
 )
 from fireworks_training._async.control_plane.deployment_config import transition
 from fireworks_training._async.control_plane.rows import read_deployment
-from fireworks_training._core.lifecycle import Readiness, deployment_readiness
+from fireworks_training._async.patience import speaking
+from fireworks_training._async.readiness import deployment_ready, until_ready
+from fireworks_training._core.lifecycle import Readiness, Seen, Watch, deployment_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     refuse_account_id,
 )
 from fireworks_training.compat.hot_loads import HOT_LOAD_POLL_S, HotLoads
-from fireworks_training.compat.waiting import Wait
-from fireworks_training.errors import (
-    ApiError,
-    ProvisioningError,
-    ProvisioningTimeout,
-)
-from fireworks_training.models import DeploymentInfo
+from fireworks_training.errors import ApiError
+from fireworks_training.models import DeploymentInfo, Look
 
 logger = logging.getLogger("fireworks_training.compat")
 
 READY_TIMEOUT_S = 600.0
 READY_POLL_S = 15.0
 DELETION_TIMEOUT_S = 60.0
-PROBE_TIMEOUT_S = 10.0
 WARMUP_TIMEOUT_S = 30.0
 
 
@@ -62,6 +60,7 @@ class DeploymentManager(HotLoads):
         refuse_account_id(kwargs)
         super().__init__(api_key, base_url, hotload_api_url, additional_headers, verify_ssl)
         self.inference_url = (inference_url or base_url).rstrip("/")
+        self._plane = AsyncControlPlane(self._transport, inference_url=self.inference_url)
         self.boot_time_s: float | None = None
 
     # -- making, finding, changing -----------------------------------------------------------------
@@ -95,20 +94,13 @@ class DeploymentManager(HotLoads):
         return self._run(work, f"create the deployment {config.deployment_id}")
 
     async def _until_gone(self, deployment_id: str) -> None:
-        wait = Wait(f"deletion of {deployment_id}", 2.0)
+        watch = _watch(f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0)
 
-        async def look() -> bool | None:
+        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
             row = await self._plane.get_deployment(deployment_id)
-            gone = row is None or row.state == "DELETED"
-            if not gone and wait.waited_s > DELETION_TIMEOUT_S:
-                raise ProvisioningTimeout(
-                    f"the deployment {deployment_id} is still there {wait.waited_s:.0f} s after it"
-                    " was deleted",
-                    resource=row.name if row is not None else None,
-                )
-            return True if gone else None
+            return Look(Seen(deployment_id, "DELETED" if row is None else row.state))
 
-        await wait.until(look)
+        await until_ready(watch, look)
 
     def get(self, deployment_id: str) -> DeploymentInfo | None:
         """A deployment; None if there is none."""
@@ -177,21 +169,11 @@ class DeploymentManager(HotLoads):
         what = f"deployment {deployment_id}"
 
         async def work() -> DeploymentInfo:
-            wait = Wait(what, poll_interval_s)
-
-            async def look() -> DeploymentInfo | None:
-                row = await self._found(deployment_id)
-                wait.state = f"{row.state} {row.message}".strip()
-                _refuse_ended(row)
-                if row.state == "READY":
-                    return row
-                if row.state == "CREATING" and await self._answers(row.name, PROBE_TIMEOUT_S):
-                    return row
-                _check_budget(row, wait, timeout_s, "is not ready")
-                return None
-
-            found = await wait.until(look)
-            self.boot_time_s = wait.waited_s
+            watch = _watch(what, _ready, timeout_s, poll_interval_s)
+            started = asyncio.get_running_loop().time()
+            await self._found(deployment_id)
+            found = await deployment_ready(self._plane, deployment_id, watch)
+            self.boot_time_s = asyncio.get_running_loop().time() - started
             return found
 
         return self._run(work, f"wait for {what}")
@@ -226,22 +208,13 @@ class DeploymentManager(HotLoads):
                 fields["hotLoadTransitionType"] = wanted
             return fields
 
-        async def ready(settled: bool) -> DeploymentInfo:
-            wait = Wait(f"re-attachment of {id_}", poll_interval_s)
-
-            async def look() -> DeploymentInfo | None:
-                row = await self._found(id_)
-                wait.state = row.state
-                _refuse_ended(row)
-                if row.state == "READY" and not (settled and changes(row)):
-                    return row
-                _check_budget(row, wait, timeout_s, "has not settled")
-                return None
-
-            return await wait.until(look)
+        async def ready(settled: Callable[[DeploymentInfo], bool]) -> DeploymentInfo:
+            watch = _watch(f"deployment {id_}", _ready, timeout_s, poll_interval_s)
+            return await deployment_ready(self._plane, id_, watch, settled=settled)
 
         async def work() -> DeploymentInfo:
-            row = await ready(settled=False)
+            await self._found(id_)
+            row = await ready(lambda _: True)
             fields = changes(row)
             if not fields:
                 return row
@@ -251,7 +224,7 @@ class DeploymentManager(HotLoads):
             }
             mask = ",".join(masks[name] for name in fields)
             await self._plane.update_deployment(id_, fields, mask)
-            return await ready(settled=True)
+            return await ready(lambda row: not changes(row))
 
         return self._run(work, f"re-attach {id_}")
 
@@ -263,41 +236,36 @@ class DeploymentManager(HotLoads):
         """
 
         async def work() -> bool:
-            wait = Wait(f"warm-up of {model}", retry_interval_s)
-            left = [max_retries]
-
-            async def look() -> bool | None:
-                left[0] -= 1
-                if await self._answers(model, WARMUP_TIMEOUT_S):
+            for attempt in range(max_retries):
+                if attempt:
+                    await asyncio.sleep(retry_interval_s)
+                if await self._account.answers(
+                    self.inference_url, model, timeout_s=WARMUP_TIMEOUT_S
+                ):
                     return True
-                wait.state = f"{left[0]} attempts left"
-                return None if left[0] > 0 else False
+            return False
 
-            return max_retries > 0 and await wait.until(look)
-
-        return self._run(work, f"warm up {model}")
-
-    async def _answers(self, model: str, timeout_s: float) -> bool:
-        asked = {"model": model, "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0}
-        url = f"{self.inference_url}/inference/v1/completions"
-        return await self._account.answers(url, asked, timeout_s=timeout_s)
+        return self._run(lambda: speaking(work(), lambda: f"{model} to answer"), f"warm up {model}")
 
 
-def _refuse_ended(row: DeploymentInfo) -> None:
-    if deployment_readiness(row.state) in (Readiness.FAILED, Readiness.GONE):
-        message = f": {row.message}" if row.message else ""
-        raise ProvisioningError(
-            f"the deployment {row.deployment_id} is {row.state}{message}; create it anew",
-            resource=row.name,
-            state=row.state,
-        )
+def _watch(
+    what: str, read: Callable[[str], Readiness], timeout_s: float, poll_interval_s: float
+) -> Watch:
+    return Watch(
+        what,
+        read,
+        started=asyncio.get_running_loop().time(),
+        budget=timeout_s,
+        queue_budget=timeout_s,
+        slowest=poll_interval_s,
+        advice=dict.fromkeys((Readiness.FAILED, Readiness.GONE), "create it anew"),
+    )
 
 
-def _check_budget(row: DeploymentInfo, wait: Wait, timeout_s: float, what: str) -> None:
-    if wait.waited_s > timeout_s:
-        raise ProvisioningTimeout(
-            f"the deployment {row.deployment_id} {what} after {wait.waited_s:.0f} s"
-            f" (budget {timeout_s:g} s): {wait.state}",
-            resource=row.name,
-            state=row.state,
-        )
+def _ready(state: str) -> Readiness:
+    """One that is UPDATING serves too, but is not what is waited for here."""
+    return Readiness.STARTING if state == "UPDATING" else deployment_readiness(state)
+
+
+def _gone(state: str) -> Readiness:
+    return Readiness.READY if state == "DELETED" else Readiness.STARTING

@@ -6,14 +6,30 @@ first one.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
+from fireworks_training._async.readiness import LookAgain, until_ready
 from fireworks_training._async.weight_sync import PATH as HOT_LOAD_PATH
-from fireworks_training._core.snapshots import Failed, Live, judge, read_replicas
+from fireworks_training._core.lifecycle import Readiness, Seen, Watch
+from fireworks_training._core.snapshots import (
+    Failed,
+    Live,
+    Pending,
+    Progress,
+    judge,
+    read_replicas,
+)
 from fireworks_training.compat.client import DEFAULT_BASE_URL, FireworksClient, Row
-from fireworks_training.compat.waiting import Wait
-from fireworks_training.errors import ApiStatusError, HotLoadTimeout
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    HotLoadTimeout,
+    ProvisioningError,
+    ProvisioningTimeout,
+)
+from fireworks_training.models import Look
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -117,36 +133,49 @@ class HotLoads(FireworksClient):
         self._last_hotload_error = None
         what = f"hot load of {expected_identity}"
 
-        async def work() -> bool:
-            wait = Wait(what, float(poll_interval))
-
-            async def look() -> bool | None:
-                status = await self._hot_load("GET", deployment_id, base_model, 30.0)
-                progress = judge(read_replicas(status), expected_identity)
-                if isinstance(progress, Live):
-                    return True
-                if isinstance(progress, Failed):
-                    self._last_hotload_error = f"{what}: {progress.reason}"
-                    return False
-                wait.state = "; ".join(f"{n}: {t}" for n, t in progress.waiting_for.items())
-                if wait.waited_s > timeout_seconds:
-                    raise HotLoadTimeout(
-                        f"{what} has taken {wait.waited_s:.0f} s: {wait.state}",
-                        identity=expected_identity,
-                        replicas=dict(progress.waiting_for),
-                    )
-                return None
-
-            return await wait.until(look)
+        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
+            status = await self._hot_load("GET", deployment_id, base_model, 30.0)
+            return Look(_seen(judge(read_replicas(status), expected_identity), expected_identity))
 
         try:
-            loaded = self._run(work, what)
-        except HotLoadTimeout as error:
+            self._wait(what, look, timeout_seconds, poll_interval)
+        except ProvisioningError as error:
             self._last_hotload_error = error.message
-            loaded = False
-        if not loaded:
-            logger.warning("%s", self._last_hotload_error)
-        return loaded
+            logger.warning("%s", error.message)
+            return False
+        return True
+
+    def _wait_for_manager(
+        self, deployment_id: str, base_model: str, timeout_s: int, poll_interval_s: int
+    ) -> None:
+        """Wait until a deployment lists its replicas: before that it takes no hot load."""
+
+        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
+            try:
+                status = await self._hot_load("GET", deployment_id, base_model, 30.0)
+            except ApiError as error:
+                return Look(Seen(deployment_id, "NOT_THERE", error.message))
+            return Look(Seen(deployment_id, "LIVE" if status.get("replicas") else "EMPTY"))
+
+        what = f"hot load manager of {deployment_id}"
+        try:
+            self._wait(what, look, timeout_s, poll_interval_s)
+        except ProvisioningTimeout as error:
+            raise HotLoadTimeout(error.message, identity="", replicas={}) from error
+
+    def _wait(self, what: str, look: LookAgain[Seen], timeout_s: int, poll_interval_s: int) -> None:
+        async def work() -> None:
+            watch = Watch(
+                what,
+                _readiness,
+                started=asyncio.get_running_loop().time(),
+                budget=timeout_s,
+                queue_budget=timeout_s,
+                slowest=poll_interval_s,
+            )
+            await until_ready(watch, look)
+
+        self._run(work, what)
 
     def hotload_and_wait(
         self,
@@ -193,3 +222,19 @@ class HotLoads(FireworksClient):
             },
             timeout=timeout,
         )
+
+
+def _seen(progress: Progress, identity: str) -> Seen:
+    match progress:
+        case Live():
+            return Seen(identity, "LIVE")
+        case Failed():
+            return Seen(identity, "FAILED", progress.reason)
+        case Pending():
+            late = "; ".join(f"{name}: {told}" for name, told in progress.waiting_for.items())
+            return Seen(identity, "LOADING", late)
+
+
+def _readiness(state: str) -> Readiness:
+    known = {"LIVE": Readiness.READY, "FAILED": Readiness.FAILED}
+    return known.get(state, Readiness.STARTING)

@@ -1,36 +1,37 @@
 """`TrainerJobManager` and its configuration: trainer jobs made, waited for, resumed and deleted.
 
-The states mean what `_core.lifecycle` says they do; waiting is `waiting`. Capacity (PENDING) and
-readiness have budgets of their own.
+Waits are `_core.lifecycle`'s, as the service's are: capacity (PENDING) and readiness have budgets
+of their own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.rows import read_job
-from fireworks_training._core.lifecycle import Readiness, job_readiness
+from fireworks_training._async.readiness import trainer_ready, until_ready
+from fireworks_training._core.lifecycle import Readiness, Watch, job_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     FireworksClient,
     Row,
     refuse_account_id,
 )
-from fireworks_training.compat.waiting import Wait
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
     ApiError,
-    ApiStatusError,
     InvalidArgument,
     NotFound,
     ProvisioningError,
-    ProvisioningTimeout,
 )
-from fireworks_training.models import TrainerJobInfo
+from fireworks_training.models import Look, TrainerJobInfo
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -39,17 +40,17 @@ READY_TIMEOUT_S = 900.0
 PENDING_TIMEOUT_S = 48 * 3600.0
 RECONNECT_TIMEOUT_S = 600.0
 RESUMABLE_TIMEOUT_S = 120.0
-STOPPED_SETTLE_S = 30.0
-"""A job that was just resumed may show its old state for so long."""
-
 MAX_INACTIVITY_S = 3 * 3600.0
 MAX_DISPLAY_NAME = 63
 _SHAPE_OWNED = ("accelerator_type", "accelerator_count", "node_count")
-_STOPPED = frozenset(
-    f"JOB_STATE_{state}"
-    for state in ("CANCELLING", "CANCELLED", "COMPLETED", "EARLY_STOPPED", "PAUSED", "DELETING")
-)
 _TOMBSTONES = frozenset({"JOB_STATE_DELETED", "JOB_STATE_ARCHIVED"})
+_ADVICE = {
+    Readiness.GONE: "its id can't be used again; create another",
+    Readiness.FAILED: "reconnect_and_wait starts a job again that failed",
+    Readiness.RESUMABLE: "resume_and_wait starts it again",
+    Readiness.STOPPING: "resume_and_wait starts it again, once it has stopped",
+}
+"""What to do about a job that is no use to wait for."""
 
 
 @dataclass
@@ -265,7 +266,7 @@ class TrainerJobManager(FireworksClient):
         endpoint = resolve_endpoint(base_url=self.base_url, api_key=api_key)
         gateway = trainer_gateway_url or endpoint.trainer_gateway_url or self.base_url
         self.trainer_gateway_url = gateway.rstrip("/")
-        self._plane = type(self._plane)(
+        self._plane = AsyncControlPlane(
             self._transport, trainer_gateway_url=self.trainer_gateway_url
         )
         self.boot_time_s: float | None = None
@@ -289,7 +290,11 @@ class TrainerJobManager(FireworksClient):
 
         job = self._run(work, f"create {job_id}")
         if job.state in _TOMBSTONES:
-            raise _ended(job, "its id can't be used again; choose another")
+            raise ProvisioningError(
+                f"trainer {job.job_id} is {job.state}; {_ADVICE[Readiness.GONE]}",
+                resource=job.name,
+                state=job.state,
+            )
         if job.message.startswith("Warning:"):
             logger.warning("trainer %s: %s", job.job_id, job.message)
         return CreatedTrainerJob(job_name=job.name, job_id=job.job_id)
@@ -351,34 +356,11 @@ class TrainerJobManager(FireworksClient):
             NotFound: there is no such job.
         """
 
-        async def work() -> TrainerServiceEndpoint:
-            wait = Wait(f"trainer {job_id}", poll_interval_s)
-            placed: list[float] = []
-
-            async def look() -> TrainerJobInfo | None:
-                job = await self._job(job_id)
-                wait.state = f"{job.state} {job.message}".strip()
-                if await self._is_ready(job, wait.waited_s):
-                    return job
-                pending = job_readiness(job.state) is Readiness.QUEUED
-                if not pending and not placed:
-                    placed.append(wait.waited_s)
-                budget = timeout_s if placed else pending_timeout_s
-                if wait.waited_s - (placed[0] if placed else 0.0) > budget:
-                    raise ProvisioningTimeout(
-                        f"trainer {job_id} is {wait.state} after {wait.waited_s:.0f} s"
-                        f" (budget {budget:g} s)",
-                        resource=job.name,
-                        state=job.state,
-                    )
-                return None
-
-            job = await wait.until(look)
-            self.boot_time_s = wait.waited_s
-            url = await self._plane.trainer_url(job_id)
-            return TrainerServiceEndpoint(job_name or job.name, job_id, url, job.max_context_length)
-
-        return self._run(work, f"wait for trainer {job_id}")
+        # One that failed is not waited for, also not for as long as an old state is borne: nobody
+        # asked here for it to be started again.
+        return self._wait(
+            job_id, job_name, _failed_for_good, poll_interval_s, timeout_s, pending_timeout_s
+        )
 
     def wait_for_existing(
         self,
@@ -403,7 +385,9 @@ class TrainerJobManager(FireworksClient):
             Conflict: it is in a state that can't be resumed.
         """
         self._run(lambda: self._plane.resume_job(job_id), f"resume {job_id}")
-        return self.wait_for_existing(job_id, poll_interval_s, timeout_s, pending_timeout_s)
+        return self._wait(
+            job_id, None, job_readiness, poll_interval_s, timeout_s, pending_timeout_s
+        )
 
     def reconnect_and_wait(
         self,
@@ -422,36 +406,63 @@ class TrainerJobManager(FireworksClient):
             ProvisioningTimeout: it stayed on its way for longer.
         """
 
-        async def settled() -> TrainerJobInfo:
-            wait = Wait(f"trainer {job_id}", poll_interval_s)
-
-            async def look() -> TrainerJobInfo | None:
-                late = wait.waited_s > max_wait_for_resumable_s
-                try:
-                    job = await self._job(job_id)
-                except ApiError as error:
-                    if late or (isinstance(error, ApiStatusError) and not error.retryable):
-                        raise
-                    wait.state = f"it can't be looked up: {error.message}"
-                    return None
-                wait.state = job.state
-                if job_readiness(job.state) in (Readiness.READY, Readiness.RESUMABLE):
-                    return job
-                if late:
-                    raise ProvisioningTimeout(
-                        f"trainer {job_id} has been {job.state} for {wait.waited_s:.0f} s, and can"
-                        " neither be used nor resumed",
-                        resource=job.name,
-                        state=job.state,
-                    )
-                return None
-
-            return await wait.until(look)
-
-        job = self._run(settled, f"reconnect {job_id}")
+        job = self._run(
+            lambda: self._settled(job_id, poll_interval_s, max_wait_for_resumable_s),
+            f"reconnect {job_id}",
+        )
         again = job_readiness(job.state) is Readiness.RESUMABLE
         go_on = self.resume_and_wait if again else self.wait_for_existing
         return go_on(job_id, poll_interval_s, timeout_s, pending_timeout_s)
+
+    def _wait(
+        self,
+        job_id: str,
+        job_name: str | None,
+        read: Callable[[str], Readiness],
+        poll_interval_s: float,
+        timeout_s: float,
+        pending_timeout_s: float,
+    ) -> TrainerServiceEndpoint:
+        async def work() -> TrainerServiceEndpoint:
+            started = asyncio.get_running_loop().time()
+            watch = Watch(
+                f"trainer {job_id}",
+                read,
+                started=started,
+                budget=timeout_s,
+                queue_budget=pending_timeout_s,
+                resumed=True,
+                slowest=poll_interval_s,
+                advice=_ADVICE,
+            )
+            job = await self._job(job_id)
+            job = await trainer_ready(self._plane, job_id, watch, first=job)
+            self.boot_time_s = asyncio.get_running_loop().time() - started
+            url = await self._plane.trainer_url(job_id)
+            return TrainerServiceEndpoint(job_name or job.name, job_id, url, job.max_context_length)
+
+        return self._run(work, f"wait for trainer {job_id}")
+
+    async def _settled(self, job_id: str, poll_interval_s: float, budget: float) -> TrainerJobInfo:
+        """The job, once it can be used or resumed."""
+        watch = Watch(
+            f"trainer {job_id}",
+            _usable_or_resumable,
+            started=asyncio.get_running_loop().time(),
+            budget=budget,
+            queue_budget=budget,
+            slowest=poll_interval_s,
+            advice=_ADVICE
+            | dict.fromkeys(
+                (Readiness.STARTING, Readiness.QUEUED), "it can neither be used nor resumed"
+            ),
+        )
+
+        async def look(since: Look[TrainerJobInfo], hold_s: int) -> Look[TrainerJobInfo]:
+            found = await self._plane.look_at_job(job_id, since, hold_s)
+            return found if found.row is not None else Look(await self._job(job_id))
+
+        return await until_ready(watch, look)
 
     async def _job(self, job_id: str) -> TrainerJobInfo:
         path = await self._account.path("rlorTrainerJobs", job_id)
@@ -465,28 +476,12 @@ class TrainerJobManager(FireworksClient):
                 request_id=error.request_id,
             ) from error
 
-    async def _is_ready(self, job: TrainerJobInfo, waited_s: float) -> bool:
-        """Whether a trainer answers; raises when it is no use to wait for it."""
-        if job.state in _TOMBSTONES:
-            raise _ended(job, "its id can't be used again; create another")
-        if job.state == "JOB_STATE_FAILED":
-            raise _ended(job, "reconnect_and_wait starts it again")
-        if job.state in _STOPPED:
-            if waited_s >= STOPPED_SETTLE_S:
-                raise _ended(job, "resume_and_wait starts it again")
-            return False
-        if job_readiness(job.state) is not Readiness.READY:
-            return False
-        try:
-            return await self._plane.trainer_healthy(job.job_id)
-        except ApiError:
-            return False  # not reachable yet: the wait goes on, within its budget
+
+def _failed_for_good(state: str) -> Readiness:
+    return Readiness.FAILED if state == "JOB_STATE_FAILED" else job_readiness(state)
 
 
-def _ended(job: TrainerJobInfo, advice: str) -> ProvisioningError:
-    message = f": {job.message}" if job.message else ""
-    return ProvisioningError(
-        f"trainer {job.job_id} is {job.state}{message}; {advice}",
-        resource=job.name,
-        state=job.state,
-    )
+def _usable_or_resumable(state: str) -> Readiness:
+    found = job_readiness(state)
+    settled = {Readiness.RESUMABLE: Readiness.READY, Readiness.STOPPING: Readiness.STARTING}
+    return settled.get(found, found)

@@ -17,12 +17,10 @@ from fireworks_training._async.sampler import DeploymentSampler
 from fireworks_training._async.sampling_client import FiretitanSamplingClient
 from fireworks_training.compat.deployment import DeploymentManager
 from fireworks_training.compat.hot_loads import DEFAULT_CHECKSUM_FORMAT, DEFAULT_DELTA_COMPRESSION
-from fireworks_training.compat.waiting import Wait
 from fireworks_training.errors import (
     ApiError,
     FireworksTrainingError,
     HotLoadFailed,
-    HotLoadTimeout,
     InvalidArgument,
 )
 
@@ -116,30 +114,7 @@ class WeightSyncer:
         if target is None:
             return
         manager, deployment_id = target
-
-        async def work() -> None:
-            wait = Wait(f"hot load manager of {deployment_id}", float(poll_interval_s))
-
-            async def look() -> bool | None:
-                try:
-                    status = await manager._hot_load("GET", deployment_id, self.base_model, 30.0)
-                except ApiError as error:
-                    wait.state = error.message
-                else:
-                    if status.get("replicas"):
-                        return True
-                    wait.state = "no replica yet"
-                if wait.waited_s > timeout_s:
-                    raise HotLoadTimeout(
-                        f"{wait.what} is not there after {wait.waited_s:.0f} s: {wait.state}",
-                        identity="",
-                        replicas={},
-                    )
-                return None
-
-            await wait.until(look)
-
-        manager._run(work, "wait for the hot load manager")
+        manager._wait_for_manager(deployment_id, self.base_model, timeout_s, poll_interval_s)
 
     # -- saving and loading ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
-from fireworks_training._async import ownership, provisioning
+from fireworks_training._async import ownership, readiness
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.ledger import LedgerFile
@@ -203,7 +203,7 @@ async def test_a_control_plane_that_is_away_for_a_while_does_not_end_a_wait(
 async def test_a_deployment_that_answers_is_ready_though_it_is_creating(
     stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provisioning, "PROBE_EVERY", 0.001)
+    monkeypatch.setattr(readiness, "PROBE_EVERY", 0.001)
     stub.states, stub.serving = {DEPLOYMENTS: ["CREATING"]}, True
     async with service_on(stub) as service:
         await service.create_training_client()

@@ -23,6 +23,7 @@ from fireworks_training.compat import (
 )
 from fireworks_training.errors import (
     ClientClosed,
+    HotLoadTimeout,
     InvalidArgument,
     ProvisioningError,
     ProvisioningTimeout,
@@ -277,6 +278,27 @@ def test_without_a_deployment_it_only_saves() -> None:
 
 def saved_snapshot(name: str) -> Any:
     return type("Saved", (), {"snapshot_name": name})()
+
+
+async def test_waits_for_hot_loads_end_and_say_why(
+    platform: RunningPlatform, deployments: DeploymentManager
+) -> None:
+    await set_fault(platform, resource="accounts/local/deployments/compat-d3", delayS=3600)
+    deployments.create_or_get(DeploymentConfig("compat-d3", platform.model))
+    assert not deployments.wait_for_hotload("compat-d3", platform.model, "s1", timeout_seconds=0)
+    assert deployments.last_hotload_error_message is not None
+    assert "LOADING: 0: no snapshot" in deployments.last_hotload_error_message
+    syncer = WeightSyncer(nothing_to_save(), deployments, "compat-d3", platform.model)
+    syncer.wait_for_hotload_ready(timeout_s=0)
+    deployments.delete("compat-d3")
+    with pytest.raises(HotLoadTimeout, match="NOT_THERE"):
+        syncer.wait_for_hotload_ready(timeout_s=0)
+    with pytest.raises(RuntimeError, match="404"):
+        deployments.wait_for_hotload("compat-d3", platform.model, "s1")
+
+
+def nothing_to_save() -> Any:
+    return object()
 
 
 # -- names ---------------------------------------------------------------------------------------

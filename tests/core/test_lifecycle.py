@@ -148,3 +148,29 @@ def test_an_answer_is_not_held_back_beyond_the_budget() -> None:
 
 def test_what_does_not_answer_yet_is_polled() -> None:
     assert again(watch(), job("RUNNING"), 30.0, answers=False, held=5.0).hold == 0
+
+
+def test_what_stood_before_somebody_else_resumed_it_is_borne_for_a_while() -> None:
+    waiting = watch(resumed=True)
+    for state in ("CANCELLED", "CANCELLING", "FAILED"):
+        assert isinstance(waiting.see(job(state), SETTLE - 0.1), Again)
+    assert isinstance(waiting.see(job("EARLY_STOPPED"), 1.0), GiveUp)
+    assert isinstance(waiting.see(job("CANCELLED"), SETTLE), GiveUp)
+
+
+def test_the_error_says_what_to_do_about_the_state_that_ended_the_wait() -> None:
+    waiting = watch(advice={Readiness.GONE: "make another", Readiness.STARTING: "be patient"})
+    for state, at, said in (("DELETED", 1.0, "DELETED; make another"), ("X", 102.0, "be patient")):
+        waiting.see(job("CREATING"), 0.0)
+        verdict = waiting.see(job(state), at)
+        assert isinstance(verdict, GiveUp)
+        assert str(verdict.error).endswith(said)
+    verdict = watch().see(job("DELETED"), 1.0)
+    assert isinstance(verdict, GiveUp)
+    assert str(verdict.error) == "trainer j is JOB_STATE_DELETED"
+
+
+def test_the_slowest_pace_is_the_callers() -> None:
+    waiting = watch(queue_budget=1e9, slowest=60.0)
+    assert delay_at(waiting, "PENDING", 0.0) == QUICKEST
+    assert delay_at(waiting, "PENDING", 1e5) == 60.0

@@ -136,13 +136,15 @@ class Account:
             return Look(None)
         return Look(read(response.object()), response.headers.get("ETag"), held_s)
 
-    async def answers(self, url: str, asked: object, *, timeout_s: float) -> bool:
-        """Whether a request for something outside the control plane succeeds now."""
+    async def answers(self, inference_url: str, model: str, *, timeout_s: float) -> bool:
+        """Whether a model answers a completion of four tokens now."""
+        body = {"model": model, "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0}
+        url = f"{inference_url}/inference/v1/completions"
 
         async def ask() -> bool:
             try:
                 answer = await self.transport.exchange(
-                    "POST", url, body=orjson.dumps(asked), timeout=timeout_s
+                    "POST", url, body=orjson.dumps(body), timeout=timeout_s
                 )
             except ApiError:
                 return False

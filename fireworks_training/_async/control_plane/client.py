@@ -289,15 +289,8 @@ class AsyncControlPlane:
         self, deployment_id: str, *, timeout_s: float = PROBE_TIMEOUT
     ) -> bool:
         """Whether a deployment answers a completion of four tokens, whatever its state says."""
-        asked = {
-            "model": await self.resource_name("deployments", deployment_id),
-            "prompt": [1, 2],
-            "max_tokens": 4,
-            "temperature": 0.0,
-        }
-        return await self._account.answers(
-            f"{self._inference}/inference/v1/completions", asked, timeout_s=timeout_s
-        )
+        model = await self.resource_name("deployments", deployment_id)
+        return await self._account.answers(self._inference, model, timeout_s=timeout_s)
 
     async def list_deployments(self) -> list[DeploymentInfo]:
         """The deployments of the account."""
