@@ -14,6 +14,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from fireworks_training import tito
 from fireworks_training.config import CleanUp as DeploymentCleanupOnClose
 
 if TYPE_CHECKING:
@@ -96,32 +97,7 @@ if TYPE_CHECKING:
     from fireworks_training.errors import FireworksTrainingError as TrainingError
     from fireworks_training.errors import RequestFailed as RequestFailedError
     from fireworks_training.errors import RequestTimedOut as APITimeoutError
-    from fireworks_training.tito import (
-        TITOCallRecord,
-        TITOCallResult,
-        TITOChatRequest,
-        TITODistribution,
-        TITOError,
-        TITOFailureTraceConfig,
-        TITOIncrementalPrompt,
-        TITOIncrementalRenderer,
-        TITOLocalDebugConfig,
-        TITOLocalDebugSink,
-        TITOMetricSummary,
-        TITOParsedAssistant,
-        TITOParseError,
-        TITOPromptMode,
-        TITORenderer,
-        TITOResponseAttempt,
-        TITOSegmentResult,
-        TITOSidecar,
-        TITOTrajectoryArtifact,
-        TITOTrajectoryEndpoint,
-        TITOTurn,
-        TrajectoryDriftPolicy,
-        dump_tito_failure_trace,
-        normalize_openai_tool_arguments,
-    )
+    from fireworks_training.tito import *  # noqa: F403 - its names are listed there
 
     SamplingClient = FiretitanSamplingClient
     ServiceClient = FiretitanServiceClient
@@ -211,34 +187,6 @@ _TINKER = (
 )
 """Data types that come from `tinker`."""
 
-_TITO = (
-    "TITOCallRecord",
-    "TITOCallResult",
-    "TITOChatRequest",
-    "TITODistribution",
-    "TITOError",
-    "TITOFailureTraceConfig",
-    "TITOIncrementalPrompt",
-    "TITOIncrementalRenderer",
-    "TITOLocalDebugConfig",
-    "TITOLocalDebugSink",
-    "TITOMetricSummary",
-    "TITOParseError",
-    "TITOParsedAssistant",
-    "TITOPromptMode",
-    "TITORenderer",
-    "TITOResponseAttempt",
-    "TITOSegmentResult",
-    "TITOSidecar",
-    "TITOTrajectoryArtifact",
-    "TITOTrajectoryEndpoint",
-    "TITOTurn",
-    "TrajectoryDriftPolicy",
-    "dump_tito_failure_trace",
-    "normalize_openai_tool_arguments",
-)
-"""Names of the endpoint for agents."""
-
 __all__ = [
     "CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE",
     "CLEANUP_DEPLOYMENT_ON_CLOSE_SCALE_TO_ZERO",
@@ -295,27 +243,6 @@ __all__ = [
     "ServerMetrics",
     "ServiceClient",
     "StopReason",
-    "TITOCallRecord",
-    "TITOCallResult",
-    "TITOChatRequest",
-    "TITODistribution",
-    "TITOError",
-    "TITOFailureTraceConfig",
-    "TITOIncrementalPrompt",
-    "TITOIncrementalRenderer",
-    "TITOLocalDebugConfig",
-    "TITOLocalDebugSink",
-    "TITOMetricSummary",
-    "TITOParseError",
-    "TITOParsedAssistant",
-    "TITOPromptMode",
-    "TITORenderer",
-    "TITOResponseAttempt",
-    "TITOSegmentResult",
-    "TITOSidecar",
-    "TITOTrajectoryArtifact",
-    "TITOTrajectoryEndpoint",
-    "TITOTurn",
     "TensorData",
     "TrainerJobConfig",
     "TrainerJobManager",
@@ -324,19 +251,17 @@ __all__ = [
     "TrainingClient",
     "TrainingError",
     "TrainingShapeProfile",
-    "TrajectoryDriftPolicy",
     "WSDSchedule",
     "WeightSyncer",
     "compute_lr",
     "default_constant_schedule",
-    "dump_tito_failure_trace",
     "has_v1_scheduler_fields",
     "normalize_lr_scheduler_spec",
-    "normalize_openai_tool_arguments",
     "parse_lr_scheduler_spec",
     "types",
     "validate_output_model_id",
 ]
+__all__ += tito.__all__
 
 
 _ALIASES = {
@@ -358,8 +283,8 @@ def _find(name: str) -> Any:
         return getattr(importlib.import_module("fireworks_training"), _ROOT[name])
     if name == "AdamParams":
         return getattr(importlib.import_module("fireworks_training._tinker_types"), name)
-    if name in _TITO:
-        return getattr(importlib.import_module("fireworks_training.tito"), name)
+    if name in tito.__all__:
+        return getattr(tito, name)
     types_: ModuleType = importlib.import_module("tinker.types")
     return types_ if name == "types" else getattr(types_, name)
 

@@ -43,30 +43,11 @@ if TYPE_CHECKING:
     from fireworks_training.tito.requests import TITOChatRequest, TITOParsedAssistant
     from fireworks_training.tito.sidecar import TITOSidecar
 
-_HOMES = {
-    "chat_template": ("ChatTemplateRenderer",),
-    "debug_log": ("TITOLocalDebugConfig", "TITOLocalDebugSink"),
-    "errors": ("TITOError", "TITOParseError"),
-    "failure_traces": ("TITOFailureTraceConfig", "dump_tito_failure_trace"),
-    "journal": ("TITOEventObserver",),
-    "messages": ("normalize_openai_tool_arguments",),
-    "metrics": ("TITODistribution", "TITOMetricSummary"),
-    "records": (
-        "TITOCallRecord",
-        "TITOCallResult",
-        "TITOPromptMode",
-        "TITOResponseAttempt",
-        "TITOSegmentResult",
-        "TITOTrajectoryArtifact",
-        "TITOTrajectoryEndpoint",
-        "TITOTurn",
-        "TrajectoryDriftPolicy",
-    ),
-    "renderers": ("TITOIncrementalPrompt", "TITOIncrementalRenderer", "TITORenderer"),
-    "requests": ("TITOChatRequest", "TITOParsedAssistant"),
-    "sidecar": ("TITOSidecar",),
-}
-"""Names by the module that has them."""
+_HOMES = (
+    *("chat_template", "debug_log", "errors", "failure_traces", "journal", "messages", "metrics"),
+    *("records", "renderers", "requests", "sidecar"),
+)
+"""The modules that have them."""
 
 __all__ = [
     "ChatTemplateRenderer",
@@ -101,10 +82,10 @@ __all__ = [
 if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name for Any
 
     def __getattr__(name: str) -> Any:
-        for home, names in _HOMES.items():
-            if name in names:
-                value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-                globals()[name] = value
+        for home in _HOMES if name in __all__ else ():
+            module = importlib.import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                globals()[name] = value = getattr(module, name)
                 return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
