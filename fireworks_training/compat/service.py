@@ -1,14 +1,15 @@
 """`FiretitanServiceClient` with the spellings of the official SDK beside this package's own.
 
-The same service; what is added are twins (`..._async`), the `managed_*` names, creation from a
-saved state, and results in the other SDK's shape: rows are dictionaries.
+The same service; what is added are twins (`..._async`), parameters that other servers take and this
+package refuses with a reason, and results in the other SDK's shape: rows are dictionaries.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from fireworks_training._async.gate import SamplingConcurrencyController
 from fireworks_training._async.sampler import DeploymentSampler
@@ -17,17 +18,40 @@ from fireworks_training._sync import service as blocking
 from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
 from fireworks_training.compat.training import FiretitanTrainingClient
 from fireworks_training.errors import InvalidArgument, NotSupported
-from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
+from fireworks_training.models import CheckpointInfo, ModelInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedTokenizerBase
 
     from fireworks_training._async.retry_config import RetryConfig
 
+P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
 Row = dict[str, Any]
+
+
+async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Not on the caller's loop: it may be the one that users' coroutines need."""
+    return await asyncio.to_thread(work, *args, **kwargs)
+
+
+def _awaited(
+    method: Callable[Concatenate[S, P], T],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """The `..._async` twin of a method: the same parameters, awaited.
+
+    For twins that the core lacks: type checkers take no assignment for the override of a method.
+    """
+
+    async def awaited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        bound: Callable[P, T] = getattr(self, method.__name__)  # a subclass may have its own
+        return await _in_thread(bound, *args, **kwargs)
+
+    twin = update_wrapper(awaited, method)
+    twin.__name__, twin.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
+    twin.__doc__ = f"`{method.__name__}`, awaited."
+    return twin
 
 
 class FiretitanServiceClient(blocking.FiretitanServiceClient):
@@ -108,18 +132,17 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     ) -> FiretitanTrainingClient:
         """`create_lora_training_client`, awaited."""
         return await _in_thread(
-            lambda: self.create_lora_training_client(
-                base_model,
-                rank,
-                seed,
-                train_mlp,
-                train_attn,
-                train_unembed,
-                alpha,
-                user_metadata,
-                projection_head_dim,
-                init_method,
-            )
+            self.create_lora_training_client,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+            projection_head_dim,
+            init_method,
         )
 
     def create_base_training_client(
@@ -189,31 +212,10 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         client.load_state_with_optimizer(path, weights_access_token).result()
         return client
 
-    async def create_training_client_from_state_async(
-        self,
-        path: str,
-        user_metadata: Mapping[str, str] | None = None,
-        weights_access_token: str | None = None,
-        projection_head_dim: int | None = None,
-    ) -> FiretitanTrainingClient:
-        """`create_training_client_from_state`, awaited."""
-        make = self.create_training_client_from_state
-        return await _in_thread(
-            lambda: make(path, user_metadata, weights_access_token, projection_head_dim)
-        )
-
-    async def create_training_client_from_state_with_optimizer_async(
-        self,
-        path: str,
-        user_metadata: Mapping[str, str] | None = None,
-        weights_access_token: str | None = None,
-        projection_head_dim: int | None = None,
-    ) -> FiretitanTrainingClient:
-        """`create_training_client_from_state_with_optimizer`, awaited."""
-        make = self.create_training_client_from_state_with_optimizer
-        return await _in_thread(
-            lambda: make(path, user_metadata, weights_access_token, projection_head_dim)
-        )
+    create_training_client_from_state_async = _awaited(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = _awaited(
+        create_training_client_from_state_with_optimizer
+    )
 
     def _mine(self, client: AnyTrainingClient) -> FiretitanTrainingClient:
         return FiretitanTrainingClient._of(client._async, self)
@@ -266,29 +268,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
             retry_config=retry_config,
         )
 
-    async def create_sampling_client_async(
-        self,
-        model_path: str | None = None,
-        base_model: str | None = None,
-        retry_config: RetryConfig | None = None,
-        deployment_sampler: DeploymentSampler | None = None,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        training_client: AnyTrainingClient | None = None,
-        concurrency_controller: SamplingConcurrencyController | None = None,
-    ) -> FiretitanSamplingClient:
-        """`create_sampling_client`, awaited."""
-        return await _in_thread(
-            lambda: self.create_sampling_client(
-                model_path,
-                base_model,
-                retry_config,
-                deployment_sampler,
-                tokenizer=tokenizer,
-                training_client=training_client,
-                concurrency_controller=concurrency_controller,
-            )
-        )
+    create_sampling_client_async = _awaited(create_sampling_client)
 
     # -- snapshots and checkpoints -----------------------------------------------------------------
 
@@ -347,46 +327,6 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     async def get_server_capabilities_async(self) -> Any:
         """`get_server_capabilities`, awaited."""
         return await _in_thread(self.get_server_capabilities)
-
-    @property
-    def managed_trainer_job_id(self) -> str | None:
-        """Id of the trainer job; None before it is known."""
-        return self.trainer_job_id
-
-    @property
-    def managed_deployment_id(self) -> str | None:
-        """Id of the deployment; None before it is known."""
-        return self.deployment_id
-
-    @property
-    def managed_training_profile(self) -> TrainingProfile | None:
-        """The resolved training shape; None before it is known, or without one."""
-        return self.training_profile
-
-    @property
-    def managed_accelerator_type(self) -> str | None:
-        """The shape's accelerator; None before it is known."""
-        return self.accelerator_type
-
-    @property
-    def managed_accelerator_count(self) -> int | None:
-        """How many of them; None before it is known."""
-        return self.accelerator_count
-
-    @property
-    def managed_deployment_shape(self) -> str | None:
-        """The deployment's shape; None before it is known."""
-        return self.deployment_shape
-
-    @property
-    def managed_max_context_length(self) -> int | None:
-        """Tokens; None before it is known."""
-        return self.max_context_length
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Not on the caller's loop: it may be the one that users' coroutines need."""
-    return await asyncio.to_thread(work)
 
 
 def _check_model(projection_head_dim: int | None, init_method: str | None) -> None:

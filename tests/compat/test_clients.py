@@ -134,7 +134,7 @@ def test_a_client_from_a_state(platform: RunningPlatform) -> None:
         untrained = base.forward([datum()], "cross_entropy").result().metrics["loss:sum"]
         assert untrained > trained
         make = service.create_training_client_from_state_with_optimizer_async
-        again = asyncio.run(make("compat-from"))
+        again = asyncio.run(make("compat-from", lora_rank=4))
         assert isinstance(again, FiretitanTrainingClient)
         assert again.forward([datum()], "cross_entropy").result().metrics["loss:sum"] == trained
         with pytest.raises(RequestFailed, match="compat-nothing"):
