@@ -18,9 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
@@ -162,10 +164,42 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
+_AT_ONCE = 1 << 18
+"""Logits that are worked on at a time: they stay in the processor's cache from one operation to the
+next."""
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """Logprobs whose gradient is written once: that of row u is the sum over its targets of
+    g (onehot(t) - softmax(logits_u)). Autograd fills three arrays of the logits' size for it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits_UV: Tensor, targets_M: Tensor, rows_M: Tensor) -> Tensor:
+        size = max(_AT_ONCE // logits_UV.shape[-1], 1)
+        sums_U = torch.cat(
+            [torch.logsumexp(piece, dim=-1) for piece in torch.split(logits_UV, size)]
+        )
+        places_M = rows_M * logits_UV.shape[-1] + targets_M
+        ctx.save_for_backward(logits_UV, sums_U, places_M, rows_M)
+        return torch.take(logits_UV, places_M) - sums_U.index_select(0, rows_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+        logits_UV, sums_U, places_M, rows_M = ctx.saved_tensors
+        scale_U = torch.zeros_like(sums_U).index_add_(0, rows_M, grad_M).neg_()
+        grad_UV = torch.empty_like(logits_UV, memory_format=torch.contiguous_format)
+        size = max(_AT_ONCE // logits_UV.shape[-1], 1)
+        columns = (sums_U[:, None], scale_U[:, None])
+        pieces = (torch.split(tensor, size) for tensor in (grad_UV, logits_UV, *columns))
+        for grad, logits, sums, scale in zip(*pieces, strict=True):
+            torch.sub(logits, sums, out=grad).exp_().mul_(scale)
+        grad_UV.view(-1).index_add_(0, places_M, grad_M)
+        return grad_UV, None, None
+
+
 def target_logprobs(logits_UV: Tensor, targets_M: Tensor, rows_M: Tensor | None = None) -> Tensor:
     """Logprob of each target under its row of logits; `rows_M` None means row after row."""
     if rows_M is None:
-        chosen_M = logits_UV.gather(-1, targets_M[:, None]).squeeze(-1)
-        return chosen_M - torch.logsumexp(logits_UV, dim=-1)
-    chosen_M = torch.take(logits_UV, rows_M * logits_UV.shape[-1] + targets_M)
-    return chosen_M - torch.logsumexp(logits_UV, dim=-1).index_select(0, rows_M)
+        rows_M = torch.arange(len(targets_M), device=targets_M.device)
+    apply: Callable[..., Any] = _TargetLogprobs.apply
+    return cast(Tensor, apply(logits_UV, targets_M, rows_M))

@@ -5,7 +5,8 @@ steps' failure rules or files.
 
 The module's parameters are the masters at the precision of the snapshot dtype; gradients are taken
 at that rounded point and applied to the masters by `torch.optim.AdamW` itself, after which the
-module gets the new rounded values.
+module gets the new rounded values. It is torch's fused AdamW: one pass over the memory where the
+plain one takes ten, and nothing that it needs is allocated between two weights.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fireworks_training.local.model import SnapshotDtype, rounded
+from fireworks_training.local.model import SnapshotDtype
 
 Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "num_loss_tokens", "num_sequences")
+
+_ROUNDED_AT_ONCE = 1 << 18
+"""Numbers that are rounded at a time: they stay in the processor's cache on their way."""
 
 
 class NonFinite(ArithmeticError):
@@ -64,7 +68,7 @@ class MasterAdamW:
         self._parameters = dict(parameters)
         self._dtype: SnapshotDtype = dtype
         self._masters = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._adam = torch.optim.AdamW(list(self._masters.values()))
+        self._adam = torch.optim.AdamW(list(self._masters.values()), fused=True)
         self._accumulated: _Accumulated | None = None
         self.steps = 0
         """Steps since the moments were zero."""
@@ -113,6 +117,7 @@ class MasterAdamW:
         Raises:
             NoGradients: nothing was accumulated.
             NonFinite: the sum overflowed; the weights are unchanged and the gradients dropped.
+            RuntimeError: torch found no memory; likewise.
         """
         accumulated, self._accumulated = self._accumulated, None
         if accumulated is None:
@@ -140,8 +145,14 @@ class MasterAdamW:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         )
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        try:
+            self._adam.step()
+        except BaseException:
+            if self.steps == 0:  # moments are allocated by the first step, all before it begins
+                self._adam.state.clear()
+            raise
+        finally:
+            self._adam.zero_grad(set_to_none=True)
         self.steps += 1
         self._publish()
         return {"grad_norm": norm.item(), "learning_rate": settings.learning_rate}
@@ -175,19 +186,29 @@ class MasterAdamW:
                 master.copy_(masters[name])
                 if moments is not None and steps > 0:
                     self._adam.state[master] = {
-                        "step": torch.tensor(float(steps), device="cpu"),
+                        "step": torch.tensor(float(steps), device=master.device),
                         "exp_avg": moments[0][name].to(master.device, copy=True),
                         "exp_avg_sq": moments[1][name].to(master.device, copy=True),
                     }
         self._publish()
 
+    @torch.no_grad()
     def _publish(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(rounded(self._masters[name], self._dtype))
+        for name, parameter in self._parameters.items():
+            master = self._masters[name]
+            if self._dtype == "float32":
+                parameter.copy_(master)
+                continue
+            flat = (tensor.detach().view(-1) for tensor in (parameter, master))
+            pieces = (torch.split(tensor, _ROUNDED_AT_ONCE) for tensor in flat)
+            for target, piece in zip(*pieces, strict=True):
+                target.copy_(piece.bfloat16())
 
 
 def _check_finite(names: Mapping[str, object], gradients: Sequence[Tensor]) -> None:
+    # The norm takes a twentieth of the time of a look at each number; it may overflow by itself.
+    if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        return
     for name, gradient in zip(names, gradients, strict=True):
         if not torch.isfinite(gradient).all():
             raise NonFinite(f"the gradient of {name} is not finite")

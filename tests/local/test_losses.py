@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from fireworks_training.local import losses
 from fireworks_training.local.losses import LOSSES, target_logprobs
 
 M = 24
@@ -261,3 +262,21 @@ def test_a_row_may_have_many_targets() -> None:
     targets, positions = torch.tensor([0, 6, 3, 3]), torch.tensor([0, 0, 1, 1])
     wanted = torch.log_softmax(logits, -1)[positions, targets]
     torch.testing.assert_close(target_logprobs(logits, targets, positions), wanted)
+
+
+@pytest.mark.parametrize("at_once", [1, 14, 1 << 18])
+def test_the_gradient_of_target_logprobs(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows with no target, one and several, one of them twice; in pieces or not."""
+    monkeypatch.setattr(losses, "_AT_ONCE", at_once)
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    targets, positions = torch.tensor([0, 6, 3, 3, 1]), torch.tensor([4, 0, 1, 1, 1])
+    weights = torch.tensor([0.3, -2.0, 1.0, 0.5, 0.0], dtype=torch.double)
+    gradients = []
+    for function in (
+        lambda leaf: target_logprobs(leaf, targets, positions),
+        lambda leaf: torch.log_softmax(leaf, -1)[positions, targets],
+    ):
+        leaf = logits.clone().requires_grad_()
+        gradients += torch.autograd.grad((weights * function(leaf)).sum(), leaf)
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][2:4].any()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fireworks_training.local import optimizer as optimizer_module
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
 
 SETTINGS = AdamSettings(learning_rate=0.03, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1)
@@ -28,10 +29,12 @@ def add(optimizer: MasterAdamW, seed: int, loss_tokens: int = 5, sequences: int 
     optimizer.accumulate(gradients(seed), loss_tokens=loss_tokens, sequences=sequences)
 
 
-def as_torch(rounds: list[tuple[list[torch.Tensor], AdamSettings]]) -> list[torch.Tensor]:
+def as_torch(
+    rounds: list[tuple[list[torch.Tensor], AdamSettings]], *, fused: bool = True
+) -> list[torch.Tensor]:
     """The weights after these steps by torch alone."""
     weights = list(parameters().values())
-    adam = torch.optim.AdamW(weights)
+    adam = torch.optim.AdamW(weights, fused=fused)
     for step_gradients, settings in rounds:
         for weight, gradient in zip(weights, step_gradients, strict=True):
             weight.grad = gradient
@@ -60,6 +63,42 @@ def test_steps_are_those_of_torch_bit_for_bit() -> None:
     rounds = [(gradients(1), SETTINGS), (gradients(2), clipped), (gradients(3), SETTINGS)]
     assert same(optimizer, as_torch(rounds))
     assert optimizer.steps == 3
+    for ours, plain in zip(optimizer.masters.values(), as_torch(rounds, fused=False), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_many_numbers_are_rounded_as_few_are() -> None:
+    size = optimizer_module._ROUNDED_AT_ONCE * 2 + 3
+    own = {"weight": nn.Parameter(torch.linspace(-1, 1, size))}
+    optimizer = MasterAdamW(own, "bfloat16")
+    assert torch.equal(own["weight"], optimizer.masters["weight"].bfloat16().float())
+
+
+def test_a_first_step_without_memory_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = parameters()
+    optimizer = MasterAdamW(own, "float32")
+    add(optimizer, 1)
+    allocations = iter(range(3))
+
+    def zeros_like(tensor: torch.Tensor, **_: object) -> torch.Tensor:
+        if next(allocations, None) is None:
+            raise RuntimeError("not enough memory")
+        return torch.zeros(tensor.shape)
+
+    monkeypatch.setattr(torch, "zeros_like", zeros_like)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        optimizer.step(SETTINGS, "none")
+    monkeypatch.undo()
+    assert optimizer.steps == 0
+    assert optimizer.moments() == ({}, {})
+    assert not optimizer.has_gradients
+    assert all(master.grad is None for master in optimizer.masters.values())
+    assert same(optimizer, [p.detach() for p in parameters().values()])
+    add(optimizer, 1)
+    optimizer.step(SETTINGS, "none")
+    assert same(optimizer, as_torch([(gradients(1), SETTINGS)]))
 
 
 def test_the_parameters_hold_the_rounded_masters() -> None:

@@ -21,6 +21,7 @@ from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.execution import Stores, TrainedModel
 from fireworks_training.local.trainer.json_fields import Body, allow, flag, number, text
 from fireworks_training.local.trainer.json_states import tinker_load
+from fireworks_training.local.trainer.network import activation_bytes
 from fireworks_training.local.trainer.operations import LoadState, OperationFailed
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.slots import CreateModel
@@ -66,10 +67,8 @@ BASE_BYTES = 4
 
 MODEL_BYTES = {"full": 20, "adapter": 4, "reference": 8}
 """The same for each model: its fp32 values; where all are trained, also masters, gradients and both
-moments, and of a reference the masters. What an adapter has of these is small."""
-
-WORKING_BYTES = 256 << 20
-"""For activations and adapters: the least that work goes on with."""
+moments, and of a reference the masters. What an adapter has of these is small. Activations, and
+adapters within them, come on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +216,7 @@ class ModelFactory:
         memory.check_memory(
             self.settings.model_path,
             MODEL_BYTES[kind] + base_bytes,
-            WORKING_BYTES,
+            activation_bytes(self._parameters),
             memory.free_bytes(),
             {
                 "full": "a trainer of all parameters",

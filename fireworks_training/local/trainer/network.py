@@ -35,7 +35,16 @@ LOGITS_BYTES = 64 << 20
 """Logits that are held at once, in fp32; more are computed in turns, and again for the gradient."""
 
 ACTIVATION_BYTES = 256 << 20
-"""Budget of what a micro-batch keeps for its gradient."""
+"""Budget of what a micro-batch of a small model keeps for its gradient."""
+
+_SMALL, _MOST_TIMES = 64 << 20, 4
+
+
+def activation_bytes(parameters: int) -> int:
+    """The same for a model of so many parameters: as many bytes as they take in fp32, within
+    bounds. However few its tokens are, a micro-batch reads every weight three times and adds up a
+    gradient of that size."""
+    return int(ACTIVATION_BYTES * min(max(parameters / _SMALL, 1), _MOST_TIMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,8 @@ class Network:
         self._cache_name = _cache_argument(self._body)
         widths = sum(m.out_features for m in self._body.modules() if isinstance(m, nn.Linear))
         # Linear outputs and about as much again between them.
-        self.token_budget = max(ACTIVATION_BYTES // (8 * max(widths, 1)), 1)
+        budget = activation_bytes(sum(p.numel() for p in module.parameters()))
+        self.token_budget = max(budget // (8 * max(widths, 1)), 1)
 
     def logprobs(self, computed: Computed, targets: Sequence[NDArray[np.int64]]) -> Tensor:
         """logprobs_M of the targets of all datums, end to end.

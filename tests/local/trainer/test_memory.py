@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def room_for(path: Path, bytes_per_parameter: float) -> int:
     """Free bytes that are just enough."""
-    needed = parameter_count(path) * bytes_per_parameter + models.WORKING_BYTES
+    needed = parameter_count(path) * bytes_per_parameter + (256 << 20)
     return int(needed / memory._SPARE) + 2
 
 

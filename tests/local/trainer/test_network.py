@@ -202,3 +202,10 @@ def test_less_is_computed(model_path: Path) -> None:
         run_pass(network, list(module.parameters()), Pass(data[:], "ppo", CLIP, backward=False))
         tokens[sharing] = sum(counted)
     assert tokens[True] * 3 < tokens[False]
+
+
+@pytest.mark.parametrize(
+    ("millions", "mebibytes"), [(1, 256), (64, 256), (128, 512), (256, 1024), (9000, 1024)]
+)
+def test_a_micro_batch_grows_with_the_weights_it_reads(millions: int, mebibytes: int) -> None:
+    assert network_module.activation_bytes(millions << 20) == mebibytes << 20
