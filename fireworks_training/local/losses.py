@@ -184,7 +184,8 @@ class _TargetLogprobs(torch.autograd.Function):
         return torch.take(logits_UV, places_M) - sums_U.index_select(0, rows_M)
 
     @staticmethod
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_M,) = grad_outputs
         logits_UV, sums_U, places_M, rows_M = ctx.saved_tensors
         scale_U = torch.zeros_like(sums_U).index_add_(0, rows_M, grad_M).neg_()
         grad_UV = torch.empty_like(logits_UV, memory_format=torch.contiguous_format)
