@@ -6,8 +6,9 @@ It knows names and units of figures. Who asks, and what the figures are for, it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
@@ -121,21 +122,43 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
+def _field_of(key: str) -> tuple[str, Callable[[Any], Any]] | None:
+    """The field that a server's name stands for, and what reads its value; None if for none.
+
+    Remembered, since a server sends the same names with every answer.
+    """
+    name = key.lower().removeprefix("fireworks-")
+    if name in _SECONDS:
+        return _SECONDS[name], _seconds
+    if name in _COUNTS:
+        return _COUNTS[name], _count
+    return (_NAMES[name], _label) if name in _NAMES else None
+
+
+def _seconds(value: Any) -> float | None:
+    try:
+        figure = float(value)
+    except (TypeError, ValueError):
+        return None
+    # A NaN or a negative time would poison the moving average of the window.
+    return figure if math.isfinite(figure) and figure >= 0 else None
+
+
+def _count(value: Any) -> int | None:
+    figure = _seconds(value)
+    return None if figure is None else int(figure)
+
+
+def _label(value: Any) -> str | None:
+    return str(value)[:256] or None
+
+
 def measured(source: Mapping[str, Any], figures: dict[str, Any]) -> None:
     """Add the figures that a source has, by name, with or without prefix."""
     for key, value in source.items():
-        name = key.lower().removeprefix("fireworks-")
-        field_name = _SECONDS.get(name) or _COUNTS.get(name)
-        if value is None:
+        if (known := _field_of(key)) is None or value is None:
             continue
-        if field_name is None:
-            if name in _NAMES and value:
-                figures[_NAMES[name]] = str(value)[:256]
-            continue
-        try:
-            figure = float(value)
-        except (TypeError, ValueError):
-            continue
-        # A NaN or a negative time would poison the moving average of the window.
-        if math.isfinite(figure) and figure >= 0:
-            figures[field_name] = int(figure) if name in _COUNTS else figure
+        name, read = known
+        if (figure := read(value)) is not None:
+            figures[name] = figure

@@ -11,7 +11,7 @@ import asyncio
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 
@@ -72,7 +72,6 @@ class Attempt:
     number: int
     prompt_index: int
     sample_index: int
-    timeout: aiohttp.ClientTimeout
 
 
 class CompletionStream:
@@ -93,8 +92,10 @@ class CompletionStream:
         "_decoder",
         "_first_token_at",
         "_loop",
+        "_opener",
         "_response",
         "_sent_at",
+        "_silence",
         "_transport",
     )
 
@@ -116,6 +117,8 @@ class CompletionStream:
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self._first_token_at: float | None = None
+        self._opener: asyncio.Task[Any] | None = None  # waits for the headers
+        self._silence: TimeoutError | None = None
 
     @property
     def sampling_substituted(self) -> bool:
@@ -127,10 +130,23 @@ class CompletionStream:
         """The id in the stream's chunks; None if there is none."""
         return self._assembler.response_id
 
+    @property
+    def received(self) -> int:
+        """Bytes of the answer, and one for its headers."""
+        return 0 if self._response is None else 1 + self._response.content.total_bytes
+
+    def fail(self, error: TimeoutError) -> None:
+        """End the wait for a server that has been silent for too long."""
+        if self._response is not None:
+            self._response.content.set_exception(error)
+        elif self._opener is not None:
+            self._silence = error
+            self._opener.cancel()
+
     def close(self) -> None:
         """Close the connection, unless the answer has ended and the pool has it again."""
+        self._transport.stalls.discard(self, self._attempt.request.http_timeout)
         if self._response is not None:
-            self._transport.stalls.discard(self._response, self._attempt.request.http_timeout)
             self._response.close()
 
     async def open(self) -> None:
@@ -143,6 +159,7 @@ class CompletionStream:
         session = await self._transport.session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._loop.time()
+        self._transport.stalls.add(self, attempt.request.http_timeout)
         try:
             response = await self._post(session, body)
         except (aiohttp.ClientError, OSError) as error:
@@ -157,25 +174,29 @@ class CompletionStream:
                 request_id=request_id_of(response.headers),
             )
             raise self._failed("upstream_stream", wrong)
-        self._transport.stalls.add(response, attempt.request.http_timeout)
 
     async def _post(
         self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
     ) -> aiohttp.ClientResponse:
-        attempt = self._attempt
+        attempt, task = self._attempt, asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
         while True:
             try:
+                self._opener = task
                 return await session.post(
-                    attempt.url,
-                    data=body,
-                    headers=attempt.headers,
-                    allow_redirects=False,
-                    timeout=attempt.timeout,
+                    attempt.url, data=body, headers=attempt.headers, allow_redirects=False
                 )
+            except asyncio.CancelledError as cancelled:
+                if self._silence is None or task.uncancel() > cancelled_before:
+                    raise
+                raise self._silence from cancelled
             except aiohttp.ClientConnectorError as error:
                 # Nothing was sent: with a higher limit the connection can be made after all.
                 if not (descriptors.exhausted(error.os_error) and descriptors.raise_limit()):
                     raise
+            finally:
+                self._opener = None
 
     async def _status_error(self, response: aiohttp.ClientResponse) -> ApiError:
         try:
@@ -220,10 +241,13 @@ class CompletionStream:
 
     def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
         """One piece of the network."""
-        feed = self._assembler.feed
+        assembler, decoder = self._assembler, self._decoder
         try:
-            for data, event in self._decoder.feed(piece):
-                feed(data, event)
+            if (messages := decoder.plain(piece)) is not None:
+                assembler.feed_messages(messages)
+            else:
+                for data, event in decoder.feed(piece):
+                    assembler.feed(data, event)
         except ApiError as error:
             error.request_id = error.request_id or request_id_of(response.headers)
             raise self._failed("upstream_stream", error) from error

@@ -14,10 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Literal
-
-import aiohttp
 
 from fireworks_training._async import sampling_events
 from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
@@ -25,7 +22,7 @@ from fireworks_training._async.gate import Gate, SamplingConcurrencyController
 from fireworks_training._async.load_news import LoadNews
 from fireworks_training._async.sampling_progress import Call, Progress
 from fireworks_training._async.token_stream import DeltaBuffer
-from fireworks_training._async.transport import CONNECT_TIMEOUT, Transport
+from fireworks_training._async.transport import Transport
 from fireworks_training._core.aimd import is_congestion
 from fireworks_training._core.backoff import Backoff, is_retryable
 from fireworks_training._wire.completions import EncodedRequest, SamplingRequest
@@ -146,12 +143,6 @@ class Logged:
         )
 
 
-@lru_cache(maxsize=64)
-def _timeout(read: float) -> aiohttp.ClientTimeout:
-    """The time limits of an attempt: made once, not for each."""
-    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=read)
-
-
 class SamplingRun:
     """One call: `n` completions of each of its prompts.
 
@@ -238,7 +229,6 @@ class SamplingRun:
                 number=number,
                 prompt_index=prompt.index,
                 sample_index=sample,
-                timeout=_timeout(self._request.http_timeout),
             )
             try:
                 completion = await self._attempt(attempt, logged, deltas)

@@ -287,6 +287,7 @@ class Transport:
     async def close(self) -> None:
         """Close the pool; idempotent."""
         self._closed = True
+        self.stalls.close()
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()

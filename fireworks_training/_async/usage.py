@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from fireworks_training.errors import InvalidArgument
@@ -107,29 +107,26 @@ class UsageMeter:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._counted = Usage()
+        self._trained = self._forward = 0
+        self._prefilled = self._cached = self._sampled = 0
+        self._seconds: dict[Held, float] = {"trainer": 0.0, "replica": 0.0}  # of what was released
         self._held: list[tuple[Held, int, float]] = []
 
     def passed(self, tokens: int, *, trained: bool) -> None:
         """A pass over so many tokens came back; `trained`: with gradients."""
         with self._lock:
-            so_far = self._counted
             if trained:
-                self._counted = replace(so_far, trained_tokens=so_far.trained_tokens + tokens)
+                self._trained += tokens
             else:
-                self._counted = replace(so_far, forward_tokens=so_far.forward_tokens + tokens)
+                self._forward += tokens
 
     def sampled(self, prompt: int | None, cached: int | None, completion: int | None) -> None:
         """A completion came back; what a server does not say counts as none."""
         known = min(cached or 0, prompt or 0)
         with self._lock:
-            so_far = self._counted
-            self._counted = replace(
-                so_far,
-                prefilled_tokens=so_far.prefilled_tokens + (prompt or 0) - known,
-                cached_tokens=so_far.cached_tokens + known,
-                sampled_tokens=so_far.sampled_tokens + (completion or 0),
-            )
+            self._prefilled += (prompt or 0) - known
+            self._cached += known
+            self._sampled += completion or 0
 
     def hold(self, kind: Held, count: int) -> None:
         """So many of a kind are held from now on."""
@@ -139,20 +136,25 @@ class UsageMeter:
     def release(self) -> None:
         """Nothing is held any more."""
         with self._lock:
-            self._counted = self._now()
+            self._seconds = self._held_seconds()
             self._held.clear()
 
     def read(self) -> Usage:
         """What was used so far, with what is held up to now."""
         with self._lock:
-            return self._now()
+            held = self._held_seconds()
+            return Usage(
+                trained_tokens=self._trained,
+                forward_tokens=self._forward,
+                prefilled_tokens=self._prefilled,
+                cached_tokens=self._cached,
+                sampled_tokens=self._sampled,
+                trainer_seconds=held["trainer"],
+                replica_seconds=held["replica"],
+            )
 
-    def _now(self) -> Usage:
-        now, seconds = self._clock(), {"trainer": 0.0, "replica": 0.0}
+    def _held_seconds(self) -> dict[Held, float]:
+        now, seconds = self._clock(), dict(self._seconds)
         for kind, count, since in self._held:
             seconds[kind] += count * (now - since)
-        return replace(
-            self._counted,
-            trainer_seconds=self._counted.trainer_seconds + seconds["trainer"],
-            replica_seconds=self._counted.replica_seconds + seconds["replica"],
-        )
+        return seconds

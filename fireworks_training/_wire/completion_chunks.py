@@ -26,9 +26,12 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "tool_calls": "tool_calls",
 }
 KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
+_DONE = b"[DONE]"
 _SNAPSHOT_FIELDS = frozenset(
     {"snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"}
 )
+_SELDOM = _SNAPSHOT_FIELDS | {"error", "usage", "perf_metrics"}
+_LAST = frozenset({"raw_output", "prompt_token_ids"})
 
 
 def server_metrics(
@@ -141,62 +144,75 @@ class CompletionAssembler:
         Raises:
             ApiError: the stream reports an error, or is not one that the contract allows.
         """
-        if data == b"[DONE]":
-            self.done = True
+        if event == "error":
+            raise stream_error(_error_in(data))
+        if event in KEEP_ALIVES and _decoded(data) is None:
             return
+        self.feed_messages((data,))
+
+    def feed_messages(self, messages: Sequence[bytes]) -> None:
+        """Take events of the usual type: the data of each.
+
+        This is where the client spends its time. So each chunk is decoded, taken and let go of
+        before the next, and what is seldom in one is looked for all at once.
+
+        Raises:
+            ApiError: the stream reports an error, or is not one that the contract allows.
+        """
+        decode, texts, wanted = orjson.loads, self._text, self._logprobs_wanted
+        data = b""
         try:
-            chunk = orjson.loads(data)
+            for data in messages:
+                if data == _DONE:
+                    self.done = True
+                    continue
+                chunk = decode(data)
+                if not _SELDOM.isdisjoint(chunk):
+                    self._take_seldom(chunk)
+                for choice in chunk.get("choices") or ():
+                    if text := choice.get("text"):
+                        texts.append(text)
+                    if wanted and (logprobs := choice.get("logprobs")):
+                        self._take_logprobs(logprobs.get("content") or ())
+                    if reason := choice.get("finish_reason"):
+                        self.finish_reason = str(reason)
+                    if not _LAST.isdisjoint(choice):
+                        self._take_ids(choice)
+                if self.response_id is None and "id" in chunk:
+                    self.response_id = str(chunk["id"])[:256]
         except orjson.JSONDecodeError as error:
-            if event in KEEP_ALIVES:
-                return
-            if event == "error":
-                raise ProtocolError("the server reported an error mid-stream") from error
             raise ProtocolError(
                 f"the server sent a chunk that is not JSON ({len(data)} bytes)"
             ) from error
-        if type(chunk) is not dict:
-            raise ProtocolError("the server sent a chunk that is not an object")
-        fields: dict[str, Any] = chunk  # pyright: ignore[reportUnknownVariableType]
-        if event == "error":
-            raise stream_error(fields.get("error") or fields)
-        if fields.get("error") is not None:
-            raise stream_error(fields["error"])
-        try:
-            self._take(fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ProtocolError(
                 f"the server sent a chunk of another form than the contract's "
                 f"({type(error).__name__})"
             ) from error
 
-    def _take(self, chunk: dict[str, Any]) -> None:
-        for choice in chunk.get("choices") or ():
-            if text := choice.get("text"):
-                self._text.append(text)
-            if self._logprobs_wanted and (logprobs := choice.get("logprobs")):
-                self._take_logprobs(logprobs.get("content") or ())
-            if reason := choice.get("finish_reason"):
-                self.finish_reason = str(reason)
-            if raw_output := choice.get("raw_output"):
-                self._raw_output = {**raw_output}
-            if (prompt := choice.get("prompt_token_ids")) is not None:
-                self._raw_output = {"prompt_token_ids": prompt, **(self._raw_output or {})}
-        if self.response_id is None and "id" in chunk:
-            self.response_id = str(chunk["id"])[:256]
+    def _take_seldom(self, chunk: dict[str, Any]) -> None:
+        """What few chunks hold beside choices."""
+        if (error := chunk.get("error")) is not None:
+            raise stream_error(error)
         if usage := chunk.get("usage"):
             self.completion_tokens = usage.get("completion_tokens", self.completion_tokens)
         if perf_metrics := chunk.get("perf_metrics"):
             self.perf_metrics.update(perf_metrics)
             self._take_snapshot(perf_metrics)
-        if not _SNAPSHOT_FIELDS.isdisjoint(chunk):
-            self._take_snapshot(chunk)
+        self._take_snapshot(chunk)
+
+    def _take_ids(self, choice: dict[str, Any]) -> None:
+        """The token ids of completion and prompt."""
+        if raw_output := choice.get("raw_output"):
+            self._raw_output = {**raw_output}
+        if (prompt := choice.get("prompt_token_ids")) is not None:
+            self._raw_output = {"prompt_token_ids": prompt, **(self._raw_output or {})}
 
     def _take_logprobs(self, content: Sequence[dict[str, Any]]) -> None:
         raw = [entry["logprob"] for entry in content]
         try:
             # The usual case; `fromlist` leaves the array as it was when a value does not fit.
-            sampling = [entry["sampling_logprob"] for entry in content]
-            self._sampling.fromlist(sampling)
+            self._sampling.fromlist([entry["sampling_logprob"] for entry in content])
         except (KeyError, TypeError):
             sampling = [entry.get("sampling_logprob") for entry in content]
             self._sampling_nulls += sampling.count(None)
@@ -343,6 +359,20 @@ def _is_ids(value: object) -> bool:
 
 def _object(value: object) -> dict[str, Any]:
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def _decoded(data: bytes) -> object:
+    """Data as JSON; None if it is none."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _error_in(data: bytes) -> object:
+    """What an event of type "error" reports."""
+    fields = _object(_decoded(data))
+    return fields.get("error") or fields
 
 
 def stream_error(error: object) -> ApiError:

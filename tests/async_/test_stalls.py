@@ -1,15 +1,13 @@
-"""Silent streams: which are failed and which are not, on a loop whose time the test moves."""
+"""Silent requests: which are failed and which are not, on a loop whose time the test moves."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 
-import aiohttp
 import pytest
-from aiohttp.base_protocol import BaseProtocol
 
-from fireworks_training._async.stalls import LOOKS, StallWatch
+from fireworks_training._async.stalls import LOOKS, Stalls, StallWatch
 
 
 class StillLoop(asyncio.SelectorEventLoop):
@@ -43,45 +41,79 @@ def loop() -> Iterator[StillLoop]:
     loop.close()
 
 
-def stream(loop: StillLoop) -> aiohttp.StreamReader:
-    return aiohttp.StreamReader(BaseProtocol(loop), limit=2**16, loop=loop)
+class Request:
+    """One that is watched."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.error: TimeoutError | None = None
+
+    def fail(self, error: TimeoutError) -> None:
+        assert self.error is None
+        self.error = error
 
 
-def test_a_stream_that_is_silent_fails_and_one_that_is_not_goes_on(loop: StillLoop) -> None:
-    watch = StallWatch(10.0, loop)
-    silent, alive = stream(loop), stream(loop)
+class Watch(StallWatch):
+    """A watch over a limit of 10 s that notes when it is idle."""
+
+    def __init__(self, loop: StillLoop) -> None:
+        self.idled = 0
+        super().__init__(10.0, loop, self._note)
+
+    def _note(self) -> None:
+        self.idled += 1
+
+
+def test_a_request_that_is_silent_fails_and_one_that_is_not_goes_on(loop: StillLoop) -> None:
+    watch = Watch(loop)
+    silent, alive = Request(), Request()
     watch.add(silent)
     watch.add(alive)
     for _ in range(9):
         loop.pass_time(1.0)
-        alive.feed_data(b"x")
-        assert silent.exception() is None
+        alive.received += 1
+        assert silent.error is None
     loop.pass_time(10.0 * (1 + 2 / LOOKS) - 9)
-    assert isinstance(silent.exception(), TimeoutError)
-    assert alive.exception() is None
+    assert isinstance(silent.error, TimeoutError)
+    assert alive.error is None
     assert len(watch) == 1
     loop.pass_time(10.0 * (1 + 2 / LOOKS))
-    assert isinstance(alive.exception(), TimeoutError)
-    assert loop.timers() == []
+    assert isinstance(alive.error, TimeoutError)
+    assert (watch.idled, loop.timers()) == (1, [])
 
 
 def test_a_blocked_loop_is_not_a_silent_server(loop: StillLoop) -> None:
-    watch = StallWatch(10.0, loop)
-    content = stream(loop)
-    watch.add(content)
+    watch = Watch(loop)
+    request = Request()
+    watch.add(request)
     loop.now += 60.0  # nothing ran; then the socket is read before the timers, as asyncio does
-    content.feed_data(b"x")
+    request.received += 1
     loop.pass_time(0.0)
-    assert content.exception() is None
+    assert request.error is None
 
 
-def test_without_streams_no_timer_runs(loop: StillLoop) -> None:
-    watch = StallWatch(10.0, loop)
-    content = stream(loop)
-    watch.add(content)
-    assert len(loop.timers()) == 1
-    watch.discard(content)
-    watch.discard(content)
-    assert loop.timers() == []
-    loop.pass_time(100.0)
-    assert content.exception() is None
+def test_the_timer_ends_soon_after_the_last_request(loop: StillLoop) -> None:
+    watch = Watch(loop)
+    for _ in range(3):  # one after another they share it
+        request = Request()
+        watch.add(request)
+        assert len(loop.timers()) == 1
+        watch.discard(request)
+        watch.discard(request)
+        assert request.error is None
+    loop.pass_time(10.0 / LOOKS)
+    assert (watch.idled, loop.timers()) == (1, [])
+
+
+async def test_each_limit_has_its_watch_for_as_long_as_it_is_needed() -> None:
+    stalls = Stalls()
+    soon, late = Request(), Request()
+    stalls.add(soon, 0.001)
+    stalls.add(late, 600.0)
+    while soon.error is None:
+        await asyncio.sleep(0)
+    assert list(stalls._watches) == [600.0]
+    stalls.discard(late, 600.0)
+    stalls.discard(soon, 0.001)
+    stalls.close()
+    assert stalls._watches == {}

@@ -13,8 +13,13 @@ from fireworks_training.errors import ProtocolError
 
 
 def decode(*pieces: bytes, limit: int = 1000) -> list[tuple[bytes, str]]:
+    """The events of a stream, read as a client does: by the short path where it goes."""
     decoder = SseDecoder(limit)
-    return [(data, kind) for piece in pieces for data, kind in decoder.feed(piece)]
+    events: list[tuple[bytes, str]] = []
+    for piece in pieces:
+        plain = decoder.plain(piece)
+        events += decoder.feed(piece) if plain is None else [(data, "message") for data in plain]
+    return events
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,29 @@ def test_a_frame_without_an_end_is_refused_before_it_fills_the_memory() -> None:
     with pytest.raises(ProtocolError):
         for _ in range(101):
             assert decoder.feed(b"x" * 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("piece", "events"),
+    [
+        (b"data: a\n\ndata: b\n\n", [b"a", b"b"]),
+        (b"data: \n\n", [b""]),
+        (b"data: a\n\ndata: b\n", None),
+        (b"data: a\ndata: b\n\n", None),
+        (b"data: a\n\n\n\n", None),
+        (b"data: a\n\nevent: error\ndata: b\n\n", None),
+        (b"data: a\r\n\n", None),
+        (b"", None),
+    ],
+)
+def test_the_short_path_takes_whole_messages_only(
+    piece: bytes, events: list[bytes] | None
+) -> None:
+    assert SseDecoder().plain(piece) == events
+    amid = SseDecoder()
+    amid.feed(b"event: error\n")
+    assert amid.plain(piece) is None
+    assert SseDecoder(max_event_bytes=5).plain(piece) is None
 
 
 def test_an_event_reads_as_its_fields() -> None:

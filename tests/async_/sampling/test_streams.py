@@ -6,7 +6,6 @@ import asyncio
 from array import array
 from typing import Any
 
-import aiohttp
 import pytest
 
 from fireworks_training._async.completion_stream import Attempt, CompletionStream
@@ -36,7 +35,6 @@ async def test_deltas_arrive_while_the_server_generates(
         number=1,
         prompt_index=0,
         sample_index=0,
-        timeout=aiohttp.ClientTimeout(total=None),
     )
     text, logprobs = "", array("d")
 
@@ -75,7 +73,6 @@ async def test_leaving_a_stream_early_stops_the_server(
         number=1,
         prompt_index=0,
         sample_index=0,
-        timeout=aiohttp.ClientTimeout(total=None),
     )
     stream = CompletionStream(sampler._transport, attempt)
     await stream.open()
