@@ -232,16 +232,13 @@ class _Releases:
         self._lock.release()
 
 
-class _Waker:
-    """Wakes a future of one loop, from wherever the outcome gets done."""
+class _Waiter(asyncio.Future[None]):
+    """A future of one loop that an outcome wakes, from wherever that gets done."""
 
-    __slots__ = ("_waiter",)
-
-    def __init__(self, waiter: asyncio.Future[None]) -> None:
-        self._waiter = waiter
+    __slots__ = ()
 
     def __call__(self, _: Outcome[Any]) -> None:
-        loop = self._waiter.get_loop()
+        loop = self.get_loop()
         try:
             if asyncio.get_running_loop() is loop:
                 self._wake()
@@ -252,8 +249,8 @@ class _Waker:
             loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        if not self._waiter.done():
-            self._waiter.set_result(None)
+        if not self.done():
+            self.set_result(None)
 
 
 def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
@@ -262,6 +259,6 @@ def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
     Where the work ends on the same loop, it is woken without the write to the loop's own socket
     that `asyncio.wrap_future` costs.
     """
-    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    outcome.add_done_callback(_Waker(waiter))
+    waiter = _Waiter(loop=asyncio.get_running_loop())
+    outcome.add_done_callback(waiter)
     return waiter

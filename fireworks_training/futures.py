@@ -177,7 +177,7 @@ class SampleCall(Coroutine[Any, Any, T]):
         self._label = label
         self._outcome: Outcome[T] | None = None
         self._waiters = 0
-        self._driver: Coroutine[Any, Any, T] | None = None
+        self._driver: Generator[Any, Any, T] | None = None
         self._abandoned = False
 
     def _begin(self) -> Outcome[T]:
@@ -209,12 +209,12 @@ class SampleCall(Coroutine[Any, Any, T]):
         if self._count_out() and cancelled and self._outcome is not None:
             self._outcome.request_cancel()
 
-    async def _wait(self) -> T:
+    def __await__(self) -> Generator[Any, Any, T]:
         outcome = self._begin()
         try:
             if not outcome.done():
                 outcome.refuse_endless_wait()
-                await done_here(outcome)
+                yield from done_here(outcome)
             result = _retrieve(outcome, 0)
         except BaseException:
             self._leave(cancelled=not outcome.done())
@@ -254,12 +254,9 @@ class SampleCall(Coroutine[Any, Any, T]):
 
     # -- the coroutine protocol: one driver at a time, made anew when the last one has ended ----
 
-    def __await__(self) -> Generator[Any, Any, T]:
-        return self._wait().__await__()
-
     def send(self, value: Any) -> Any:
         if self._driver is None:
-            self._driver = self._wait()
+            self._driver = self.__await__()
         try:
             return self._driver.send(value)
         except BaseException:
@@ -273,7 +270,7 @@ class SampleCall(Coroutine[Any, Any, T]):
         tb: TracebackType | None = None,
     ) -> Any:
         if self._driver is None:
-            self._driver = self._wait()
+            self._driver = self.__await__()
         error = typ if isinstance(typ, BaseException) else val
         if not isinstance(error, BaseException):
             error = cast(type[BaseException], typ)() if error is None else RuntimeError(error)

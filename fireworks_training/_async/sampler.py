@@ -175,9 +175,9 @@ class DeploymentSampler(SamplerBase):
     async def _sample_logged(
         self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: Logged
     ) -> SampledRequestResult:
-        run = SamplingRun(self._source, self._controller, request)
         started = time.monotonic()
-        one = await run.single(request.encode(ids), logged)
+        with SamplingRun(self._source, self._controller, request) as run:
+            one = await run.one(request.encode(ids), logged=logged)
         return SampledRequestResult(
             completions=self._within([one], max_seq_len),
             server_metrics=one.metrics,
@@ -278,8 +278,8 @@ class DeploymentSampler(SamplerBase):
         self, find: Prompts, request: SamplingRequest, buffer: DeltaBuffer
     ) -> SampledCompletion:
         (ids,) = await find() if callable(find) else find
-        run = SamplingRun(self._source, self._controller, request)
-        return await run.single(request.encode(ids), None, buffer)
+        with SamplingRun(self._source, self._controller, request) as run:
+            return await run.one(request.encode(ids), deltas=buffer)
 
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
         """The ids of one prompt, or what finds them, checked as far as it can be at once."""
@@ -335,10 +335,10 @@ class DeploymentSampler(SamplerBase):
         del find  # for as long as the request runs the collector would visit it
         if not fitting:
             return []
-        run = SamplingRun(self._source, self._controller, request)
-        if len(fitting) == n == 1:
-            return self._within([await run.single(fitting.pop())], max_seq_len)
-        return self._within(await run.complete(fitting, n), max_seq_len)
+        total = len(fitting) * n
+        with SamplingRun(self._source, self._controller, request, total) as run:
+            found = [await run.one(fitting.pop())] if total == 1 else await run.all(fitting, n)
+        return self._within(found, max_seq_len)
 
     @staticmethod
     def _within(

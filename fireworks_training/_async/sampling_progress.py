@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 FIRST_REPORT = 30.0
 """Seconds after which a call that is not done says what it waits for; then at growing intervals."""
@@ -18,16 +19,20 @@ LONGEST_REPORT_INTERVAL = 600.0
 logger = logging.getLogger("fireworks_training.sampling")
 
 
-class Call:
-    """One call that is under way."""
+class Call(Protocol):
+    """One call that is under way.
 
-    __slots__ = ("context", "done", "started", "total")
+    Attributes:
+        context: its labels, as messages end.
+        started: when it began, by the loop's clock.
+        total: completions that it asks for.
+        done: those that are there.
+    """
 
-    def __init__(self, total: int, context: str, started: float) -> None:
-        self.total = total
-        self.done = 0
-        self.context = context
-        self.started = started
+    context: str
+    started: float
+    total: int
+    done: int
 
 
 class Progress:
@@ -46,14 +51,12 @@ class Progress:
         self._interval = FIRST_REPORT
         self._said_of: Call | None = None
 
-    def begin(self, total: int, context: str, now: float) -> Call:
+    def begin(self, call: Call) -> None:
         """A call starts."""
-        call = Call(total, context, now)
         self._calls[call] = None
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(FIRST_REPORT, self._check, loop)
-        return call
 
     def end(self, call: Call) -> None:
         """A call is over, however it went."""

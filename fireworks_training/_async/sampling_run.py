@@ -14,13 +14,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 from fireworks_training._async import sampling_events
 from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
 from fireworks_training._async.gate import Gate, SamplingConcurrencyController
 from fireworks_training._async.load_news import LoadNews
-from fireworks_training._async.sampling_progress import Call, Progress
+from fireworks_training._async.sampling_progress import Progress
 from fireworks_training._async.token_stream import DeltaBuffer
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.aimd import is_congestion
@@ -144,39 +144,61 @@ class Logged:
 
 
 class SamplingRun:
-    """One call: `n` completions of each of its prompts.
+    """One call: completions of its prompts. It is under way within its `with` block.
 
     Args:
         source: what it shares with the sampler's other calls.
         controller: bounds the attempts in flight.
         request: what to sample.
+        total: completions that it asks for.
     """
 
-    __slots__ = ("_context", "_controller", "_given_up", "_loop", "_request", "_source")
+    __slots__ = (
+        "_controller",
+        "_given_up",
+        "_loop",
+        "_request",
+        "_source",
+        "context",
+        "done",
+        "started",
+        "total",
+    )
 
     def __init__(
-        self, source: Source, controller: SamplingConcurrencyController, request: SamplingRequest
+        self,
+        source: Source,
+        controller: SamplingConcurrencyController,
+        request: SamplingRequest,
+        total: int = 1,
     ) -> None:
         self._source = source
         self._controller = controller
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._given_up = False
-        self._context = f" [{request.context}]" if request.context else ""
+        self.context = f" [{request.context}]" if request.context else ""
+        self.started = self._loop.time()
+        self.total = total
+        self.done = 0
 
-    async def complete(self, prompts: Sequence[EncodedRequest], n: int) -> list[SampledCompletion]:
-        """All completions, prompt-major.
+    def __enter__(self) -> Self:
+        self._source.progress.begin(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.progress.end(self)
+
+    async def all(self, prompts: Sequence[EncodedRequest], n: int) -> list[SampledCompletion]:
+        """`n` completions of each prompt, prompt-major.
 
         Raises:
             SamplingRequestError: one could not be had; the others were given up.
         """
-        progress = self._source.progress
-        call = progress.begin(len(prompts) * n, self._context, self._loop.time())
-
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._one(call, prompt, sample))
+                    group.create_task(self.one(prompt, sample))
                     for prompt in prompts
                     for sample in range(n)
                 ]
@@ -184,33 +206,25 @@ class SamplingRun:
             failed = errors.exceptions[0]
         else:
             return [task.result() for task in tasks]
-        finally:
-            progress.end(call)
         raise failed
 
-    async def single(
+    async def one(
         self,
         prompt: EncodedRequest,
+        sample: int = 0,
         logged: Logged | None = None,
         deltas: DeltaBuffer | None = None,
     ) -> SampledCompletion:
-        """One completion, if need be with a log of its attempts, or delta by delta."""
-        progress = self._source.progress
-        call = progress.begin(1, self._context, self._loop.time())
-        try:
-            return await self._one(call, prompt, 0, logged, deltas)
-        finally:
-            progress.end(call)
+        """One completion, however many attempts it takes.
 
-    async def _one(
-        self,
-        call: Call,
-        prompt: EncodedRequest,
-        sample: int,
-        logged: Logged | None = None,
-        deltas: DeltaBuffer | None = None,
-    ) -> SampledCompletion:
-        """One completion, however many attempts it takes."""
+        Args:
+            sample: its place among those of the prompt.
+            logged: notes its attempts.
+            deltas: gets its deltas.
+
+        Raises:
+            SamplingRequestError: it could not be had.
+        """
         source = self._source
         request_id = os.urandom(16).hex() if logged is None else logged.request_id
         headers = self._headers(request_id)
@@ -232,7 +246,7 @@ class SamplingRun:
             )
             try:
                 completion = await self._attempt(attempt, logged, deltas)
-                call.done += 1
+                self.done += 1
                 return completion
             except AttemptFailed as failure:
                 loading = is_hot_load(failure.error)
@@ -353,7 +367,7 @@ class SamplingRun:
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
             self._source.model,
-            self._context,
+            self.context,
             number,
             failure.error.message,
             delay,
@@ -375,7 +389,7 @@ class SamplingRun:
         cls = DeploymentSamplerTimeoutError if timed_out else SamplingRequestError
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         return cls(
-            f"no completion from {self._source.model}{self._context} after {tries}: "
+            f"no completion from {self._source.model}{self.context} after {tries}: "
             f"{error.message}.{_advice(failure, hot_loading)}",
             logical_request_id=request_id,
             model=self._source.model,
