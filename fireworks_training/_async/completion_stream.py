@@ -40,6 +40,7 @@ ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "u
 END_TIMEOUT = 1.0
 """Seconds that a server may take after `[DONE]` to end its answer, to keep the connection."""
 
+_EVENT_STREAM = "text/event-stream"
 _LARGE_BODY = 2**20  # over this, aiohttp wants a file, which it sends in pieces
 _ERROR_BODY = 64 * 2**10
 
@@ -167,7 +168,8 @@ class CompletionStream:
         self._response = response
         if response.status != 200:
             raise self._failed("http_status", await self._status_error(response))
-        if response.content_type != "text/event-stream":
+        exact = response.headers.get("Content-Type") == _EVENT_STREAM
+        if not exact and response.content_type != _EVENT_STREAM:
             wrong = ProtocolError(
                 f"the server answered with {response.content_type} instead of an event stream; is "
                 "the inference URL right?",

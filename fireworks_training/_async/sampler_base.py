@@ -181,7 +181,7 @@ class SamplerBase:
         )
         self._substitution_said = False
         # A rollout loop makes the same call again and again: it is checked once.
-        self._last_request: tuple[tuple[object, ...], SamplingRequest] | None = None
+        self._last_request: tuple[dict[str, object], list[type], SamplingRequest] | None = None
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -254,10 +254,10 @@ class SamplerBase:
         self._tasks.check_open()
         call: dict[str, object] = {"max_tokens": max_tokens, "temperature": temperature, **options}
         # Types too: True equals 1, and only one of them is allowed.
-        key = tuple((name, type(value), value) for name, value in call.items())
-        known = all(kind in _IMMUTABLE for _, kind, _ in key)
-        if known and self._last_request is not None and self._last_request[0] == key:
-            return self._last_request[1]
+        kinds = [*map(type, call.values())]
+        last = self._last_request
+        if last is not None and last[1] == kinds and last[0] == call:
+            return last[2]
         if self._context:
             own = options.get("sampling_context") or {}
             options = {**options, "sampling_context": {**self._context, **own}}
@@ -268,8 +268,8 @@ class SamplerBase:
             options=options,
             decode_stop=None if self._integer_stops else self._stop_texts,
         )
-        if known:
-            self._last_request = (key, request)
+        if _IMMUTABLE.issuperset(kinds):
+            self._last_request = (call, kinds, request)
         return request
 
     def _stop_texts(self, ids: list[int]) -> list[str]:
