@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar, cast
 import aiohttp
 import orjson
 
+from fireworks_training._async.connector import Connector
 from fireworks_training._async.event_hook import EventHook
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.stalls import Stalls
@@ -188,9 +189,8 @@ class Transport:
                 verify: ssl.SSLContext | bool = True
             else:
                 verify = False
-            connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, ssl=verify)
             self._session = aiohttp.ClientSession(
-                connector=connector,
+                connector=Connector(verify),
                 auto_decompress=True,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),

@@ -47,10 +47,12 @@ class Request:
     def __init__(self) -> None:
         self.received = 0
         self.error: TimeoutError | None = None
+        self.failed = asyncio.Event()
 
     def fail(self, error: TimeoutError) -> None:
         assert self.error is None
         self.error = error
+        self.failed.set()
 
 
 class Watch(StallWatch):
@@ -110,8 +112,8 @@ async def test_each_limit_has_its_watch_for_as_long_as_it_is_needed() -> None:
     soon, late = Request(), Request()
     stalls.add(soon, 0.001)
     stalls.add(late, 600.0)
-    while soon.error is None:
-        await asyncio.sleep(0)
+    await soon.failed.wait()
+    await asyncio.sleep(0)  # the watch over none is idle after its look
     assert list(stalls._watches) == [600.0]
     stalls.discard(late, 600.0)
     stalls.discard(soon, 0.001)

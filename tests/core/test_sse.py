@@ -117,9 +117,7 @@ def test_a_frame_without_an_end_is_refused_before_it_fills_the_memory() -> None:
         (b"", None),
     ],
 )
-def test_the_short_path_takes_whole_messages_only(
-    piece: bytes, events: list[bytes] | None
-) -> None:
+def test_the_short_path_takes_whole_messages_only(piece: bytes, events: list[bytes] | None) -> None:
     assert SseDecoder().plain(piece) == events
     amid = SseDecoder()
     amid.feed(b"event: error\n")

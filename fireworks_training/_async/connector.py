@@ -1,0 +1,48 @@
+"""The connections of a pool: aiohttp's own, less a call at every piece that is read.
+
+It knows what of aiohttp's flow control has no effect, and nothing of what is sent.
+"""
+
+from __future__ import annotations
+
+import ssl
+from functools import partial
+from typing import cast
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+
+
+class Connection(ResponseHandler):
+    """A connection that is resumed only if it was paused.
+
+    aiohttp 3.14 resumes its connection for each HTTP chunk that a reader takes, and runs the
+    parser over no bytes to do so; a server of tokens sends a chunk for each few of them. Where
+    nothing was paused there is nothing to resume.
+    """
+
+    paused = False
+
+    def pause_reading(self) -> None:
+        """Stop reading: the reader is behind."""
+        self.paused = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Go on reading, if it was stopped."""
+        if self.paused:
+            self.paused = False  # before the parser goes on, which may stop it again
+            super().resume_reading(resume_parser)
+
+
+class Connector(aiohttp.TCPConnector):
+    """A pool of such connections, without a limit of its own.
+
+    Args:
+        verify: how certificates are checked; False accepts any.
+    """
+
+    def __init__(self, verify: ssl.SSLContext | bool = True) -> None:
+        super().__init__(limit=0, limit_per_host=0, ssl=verify)  # pyright: ignore[reportUnknownMemberType]
+        # aiohttp has no argument for it. A version that makes them elsewhere loses the saving only.
+        self._factory = cast("partial[ResponseHandler]", partial(Connection, loop=self._loop))
