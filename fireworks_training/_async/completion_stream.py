@@ -22,8 +22,8 @@ from fireworks_training._core.sse import SseDecoder
 from fireworks_training._wire.completion_chunks import (
     CompletionAssembler,
     server_metrics,
-    status_error,
 )
+from fireworks_training._wire.completion_errors import status_error
 from fireworks_training._wire.completions import SamplingRequest
 from fireworks_training.errors import (
     ApiError,

@@ -1,4 +1,4 @@
-"""Answers of the completions route: stream chunks, metrics, and the completion they make.
+"""A completion from the chunks of its stream, and what it cost.
 
 It knows what a chunk may hold and what a completion must have; it knows neither sockets nor
 retries. Logprobs go into arrays of doubles as they arrive: eight bytes a token, and they read as
@@ -8,15 +8,15 @@ sequences of floats.
 from __future__ import annotations
 
 import math
-import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import orjson
 
+from fireworks_training._wire.completion_errors import object_in, stream_error
 from fireworks_training._wire.completions import SamplingRequest
-from fireworks_training.errors import ApiError, ProtocolError, for_status
+from fireworks_training.errors import ProtocolError
 from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
 from fireworks_training.server_metrics import measured, request_id_of
 
@@ -357,10 +357,6 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and set(map(type, cast(list[object], value))) <= {int}
 
 
-def _object(value: object) -> dict[str, Any]:
-    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
-
-
 def _decoded(data: bytes) -> object:
     """Data as JSON; None if it is none."""
     try:
@@ -371,58 +367,5 @@ def _decoded(data: bytes) -> object:
 
 def _error_in(data: bytes) -> object:
     """What an event of type "error" reports."""
-    fields = _object(_decoded(data))
+    fields = object_in(_decoded(data))
     return fields.get("error") or fields
-
-
-def stream_error(error: object) -> ApiError:
-    """The typed form of an error that a stream reports; its text is not repeated."""
-    fields = _object(error)
-    status = fields.get("status_code", fields.get("status"))
-    code = fields.get("code", fields.get("type"))
-    label = f" ({str(code)[:60]})" if isinstance(code, (str, int)) else ""
-    if isinstance(status, int) and 400 <= status <= 599:
-        return for_status(
-            status,
-            f"the server reported error {status}{label} mid-stream",
-            error_class=str(code) if label else None,
-        )
-    return ProtocolError(f"the server reported an error{label} mid-stream")
-
-
-_LISTS = re.compile(r"\d+(\s*,\s*\d+){2,}")
-_SECRETS = re.compile(r"(?i)(bearer\s+\S+|\b(?:fw|sk|tml|key)[-_]\w{6,})")
-
-
-def status_error(
-    status: int, body: bytes, *, retry_after: float | None, request_id: str | None
-) -> ApiError:
-    """The typed error of an answer that is not a stream.
-
-    Of the body only a JSON error's own message is repeated, short, and without lists of numbers
-    (token ids of the prompt) and what looks like a key.
-    """
-    if status < 400:
-        return ProtocolError(
-            f"the server answered {status} instead of a stream; is the inference URL right?",
-            request_id=request_id,
-        )
-    try:
-        payload = _object(orjson.loads(body))
-    except orjson.JSONDecodeError:
-        payload = {}
-    error = payload.get("error", payload)
-    fields = _object(error)
-    message = error if isinstance(error, str) else fields.get("message")
-    text = _SECRETS.sub("***", _LISTS.sub("...", message))[:300] if isinstance(message, str) else ""
-    code = payload.get("error_class", fields.get("code"))
-    if code == "NOT_FOUND" and "object" in fields:
-        # The cloud's inference gateway says this also while a deployment loads a snapshot.
-        code = None
-    return for_status(
-        status,
-        f"the server answered {status}: {text}" if text else f"the server answered {status}",
-        error_class=None if code is None else str(code)[:60],
-        retry_after=retry_after,
-        request_id=request_id,
-    )

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from fireworks_training._wire.completion_chunks import (
     CompletionAssembler,
     server_metrics,
-    status_error,
-    stream_error,
 )
+from fireworks_training._wire.completion_errors import status_error, stream_error
 from fireworks_training._wire.completions import (
     SamplingRequest,
     sampling_request,
