@@ -37,6 +37,9 @@ LOGITS_BYTES = 64 << 20
 ACTIVATION_BYTES = 256 << 20
 """Budget of what a micro-batch of a small model keeps for its gradient."""
 
+SPARED_FROM = 0.9
+"""Positions without a gradient are computed apart where they are more than one in ten."""
+
 _SMALL, _MOST_TIMES = 64 << 20, 4
 
 
@@ -81,23 +84,59 @@ class Network:
         self.has_hidden_states = not isinstance(self._body, _Whole)
         self.sharing = sharing and _can_share(module)
         self._cache_name = _cache_argument(self._body)
-        widths = sum(m.out_features for m in self._body.modules() if isinstance(m, nn.Linear))
-        # Linear outputs and about as much again between them.
+        # Linear outputs and about as much again between them; those of an adapter are added up at
+        # once, and what it keeps is its inputs, which the layer that it is for would keep.
+        linear = ((n, m) for n, m in self._body.named_modules() if isinstance(m, nn.Linear))
+        widths = sum(module.out_features for name, module in linear if ".lora_" not in name)
         budget = activation_bytes(sum(p.numel() for p in module.parameters()))
         self.token_budget = max(budget // (8 * max(widths, 1)), 1)
 
-    def logprobs(self, computed: Computed, targets: Sequence[NDArray[np.int64]]) -> Tensor:
+    def logprobs(
+        self,
+        computed: Computed,
+        targets: Sequence[NDArray[np.int64]],
+        differentiated_M: NDArray[np.bool_] | None = None,
+    ) -> Tensor:
         """logprobs_M of the targets of all datums, end to end.
 
         Args:
             targets: the target ids of each datum, `[T]`, or `[T, K]` for K of them a position.
+            differentiated_M: targets whose logprob's gradient may be other than zero; None: all.
+                Positions without any (those of a prompt, mostly) are spared two thirds of the
+                head's work, and their logprobs have no gradient.
         """
         rows = [
             row if ids.ndim == 1 else np.repeat(row, ids.shape[1])
             for row, ids in zip(computed.rows, targets, strict=True)
         ]
         flat = [ids.reshape(-1) for ids in targets]
-        return self._logprobs(computed.hidden, np.concatenate(rows), np.concatenate(flat))
+        rows_M, targets_M = np.concatenate(rows), np.concatenate(flat)
+        if differentiated_M is not None and self.has_hidden_states and torch.is_grad_enabled():
+            needed_U = np.zeros(len(computed.hidden), np.bool_)
+            needed_U[rows_M[differentiated_M]] = True
+            if 0 < needed_U.sum() < SPARED_FROM * len(needed_U):
+                return self._logprobs_apart(computed.hidden, rows_M, targets_M, needed_U)
+        return self._logprobs(computed.hidden, rows_M, targets_M)
+
+    def _logprobs_apart(
+        self,
+        hidden_UE: Tensor,
+        rows_M: NDArray[np.int64],
+        targets_M: NDArray[np.int64],
+        needed_U: NDArray[np.bool_],
+    ) -> Tensor:
+        """The same in two parts, of which only that of the `needed_U` positions has a graph."""
+        needed_M = needed_U[rows_M]
+        place_U = np.where(needed_U, np.cumsum(needed_U), np.cumsum(~needed_U)) - 1
+        parts, order = [], []
+        for chosen_U, chosen_M in ((needed_U, needed_M), (~needed_U, ~needed_M)):
+            order.append(np.flatnonzero(chosen_M))
+            with torch.set_grad_enabled(chosen_U is needed_U):
+                some_UE = hidden_UE.index_select(0, on(self.device, np.flatnonzero(chosen_U)))
+                part = self._logprobs(some_UE, place_U[rows_M[chosen_M]], targets_M[chosen_M])
+            parts.append(part)
+        back = np.argsort(np.concatenate(order))
+        return torch.cat(parts).index_select(0, on(self.device, back))
 
     def top(self, computed: Computed, k: int) -> list[tuple[Tensor, Tensor]]:
         """Logprobs and ids, each `[T, k]` and best first, of each datum's most likely tokens."""

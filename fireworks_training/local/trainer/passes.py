@@ -81,7 +81,9 @@ def run_pass(
             recording = kept.measured() if kept else torch.set_grad_enabled(request.backward)
             with recording:
                 computed = network.compute(batch)
-                logprobs_M = network.logprobs(computed, [_targets(datum) for datum in data])
+                # A kept graph is for whatever gradients come; else a weight of 0 leaves none.
+                counted = None if kept else np.concatenate([d.inputs["weights"] for d in data]) != 0
+                logprobs_M = network.logprobs(computed, [_targets(d) for d in data], counted)
                 loss_M = LOSSES[request.loss].per_token(logprobs_M, inputs, request.config)
                 loss = loss_M.sum()
             _check_finite(logprobs_M, loss, indices)
@@ -119,12 +121,13 @@ def run_backward(
         batches = plan([d.tokens for d in data], network.token_budget, sharing=network.sharing)
         for place, batch in enumerate(batches):
             indices = datums_of(batch)
-            gradient_M = on(network.device, np.concatenate([request.gradients[i] for i in indices]))
+            given_M = np.concatenate([request.gradients[i] for i in indices])
+            gradient_M = on(network.device, given_M)
             logprobs_M = graphs.take(request.forward, place)
             if logprobs_M is None:
                 with torch.enable_grad():
                     targets = [_targets(data[i]) for i in indices]
-                    logprobs_M = network.logprobs(network.compute(batch), targets)
+                    logprobs_M = network.logprobs(network.compute(batch), targets, given_M != 0)
             else:
                 cached += sum(len(data[i].tokens) for i in indices)
             loss_M = logprobs_M.detach().double() * gradient_M

@@ -177,6 +177,58 @@ def test_logits_in_turns(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert_equal(passed(module, data, "importance_sampling", sharing=True), whole)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_position_without_a_gradient_costs_the_head_its_forward_only(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, lora: bool
+) -> None:
+    module = load_model(model_path)
+    if lora:
+        apply_lora(module, LoraSettings(rank=4, seed=1))
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    seen = {True: 0, False: 0}
+
+    def count(_: object, arguments: tuple[torch.Tensor]) -> None:
+        seen[torch.is_grad_enabled()] += len(arguments[0])
+
+    data = rollouts([9, 12], samples=3)
+    counted = sum(int(datum.inputs["weights"].sum()) for datum in data)
+    tokens = sum(len(datum.tokens) for datum in data)
+    results = []
+    for spared_from, expected in ((1.0, {True: counted, False: tokens - counted}), (0.0, None)):
+        monkeypatch.setattr(network_module, "SPARED_FROM", spared_from)
+        seen.update({True: 0, False: 0})
+        hook = head.register_forward_pre_hook(count)
+        results.append(passed(module, data, loss, sharing=False, lora=lora))
+        hook.remove()
+        seen[False] -= 2  # a Network looks at two tokens when it is made
+        assert seen == (expected or {True: tokens, False: 0})
+    assert_equal(*results)
+
+
+def test_a_backward_by_few_gradients(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several targets a position, one of them with a gradient; and a datum with none."""
+    module = load_model(model_path)
+    random = np.random.default_rng(0)
+    data = [
+        Datum(
+            random.integers(0, VOCAB, 6),
+            {"target_tokens": random.integers(0, VOCAB, 18), "weights": np.ones(18, np.float32)},
+            width=3,
+        )
+        for _ in range(3)
+    ]
+    gradients = [np.zeros(18, np.float32) for _ in data]
+    gradients[0][4], gradients[2][17] = 1.5, -0.5
+    results = []
+    for spared_from in (1.0, 0.0):
+        monkeypatch.setattr(network_module, "SPARED_FROM", spared_from)
+        request = Backward(Pass(data, "cross_entropy", {}, backward=False), gradients)
+        parameters = list(module.parameters())
+        results.append(run_backward(Network(module), parameters, request, Graphs())[0])
+    assert_equal(*results)
+
+
 def test_micro_batches_of_a_split_group(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load_model(model_path)
     data = rollouts([9, 9], samples=8)
@@ -209,3 +261,10 @@ def test_less_is_computed(model_path: Path) -> None:
 )
 def test_a_micro_batch_grows_with_the_weights_it_reads(millions: int, mebibytes: int) -> None:
     assert network_module.activation_bytes(millions << 20) == mebibytes << 20
+
+
+def test_an_adapter_leaves_a_micro_batch_as_large_as_it_was(model_path: Path) -> None:
+    module = load_model(model_path)
+    before = Network(module).token_budget
+    apply_lora(module, LoraSettings(rank=4))
+    assert Network(module).token_budget == before
