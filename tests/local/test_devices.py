@@ -122,16 +122,16 @@ def decode(model: Qwen3ForCausalLM, *, fuse: bool) -> None:
         for shared in (True, False):
             lane = Lane(LaneKind.of(prompts[1], 8, shared=shared), decoder.geometry)
             for slot, prompt in enumerate(prompts):
-                lane.join(prompt, [2 * slot, 2 * slot + 1])
+                lane.join(prompt, [2 * slot, 2 * slot + 1], [40, 40])
             lanes.append(lane)
-        for _ in range(engine_lanes._TAIL + 2):  # until the tail settles
+        for _ in range(2 * engine_lanes._AHEAD + 2):  # until columns are laid out anew
             ids = np.arange(12)
             hidden = decoder.hidden(
                 devices.on(ELSEWHERE, ids), devices.on(ELSEWHERE, ids), Pass(lanes, [])
             )
             assert decoder.logits(hidden).device == ELSEWHERE
             lanes[0].leave({3})
-            lanes[0].join(prompts[1], [3])
+            lanes[0].join(prompts[1], [3], [40])
 
 
 def on_the_cpu(device: torch.device, array: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ lane: the first one moves there when a second comes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
@@ -186,8 +187,10 @@ class RunningBatch:
         begun = [(self._slots.requests[r.slot].stream, r.cached) for r in readers]
         echoes = [self._echoed(reader) for reader in readers if reader.echo is not None]
         ended = set(slots[rows.finished != 0].tolist())
+        coming = self._coming([*ready, *self._readings]) if ready else Counter()
         for reading in ready:
-            self._join(reading.prompt, [r.slot for r in reading.readers if r.slot not in ended])
+            joining = [r.slot for r in reading.readers if r.slot not in ended]
+            self._join(reading.prompt, joining, coming)
         self._leave(ended)
         return Stepped(rows, begun, echoes)
 
@@ -280,33 +283,46 @@ class RunningBatch:
             sampled.top_logprobs,
         )
 
-    def _join(self, prompt: Prompt, slots: list[int]) -> None:
-        """Gives rows to the slots of a prompt that was read."""
+    def _join(self, prompt: Prompt, slots: list[int], coming: Counter[LaneKind]) -> None:
+        """Gives rows to the slots of a prompt that was read; `coming` rows are likely to follow."""
         alike: dict[LaneKind, list[int]] = {}
         for slot in slots:
-            most = self._slots.requests[slot].max_tokens
-            alike.setdefault(LaneKind.of(prompt, most, shared=True), []).append(slot)
+            alike.setdefault(self._kind(prompt, slot), []).append(slot)
         for shared, rows in alike.items():
             # Followers of a prompt that others decode join them.
             first = self._lone_row(prompt, shared)
             lane = self._lanes.get(shared)
             followed = first is not None or (lane is not None and lane.holds(prompt))
+            left = self._slots.left(rows)
+            coming[shared] -= len(rows)
             if self._share and (len(rows) > 1 or followed):
                 if first is not None:
                     self._move(first, prompt, shared)
-                self._lane(shared).join(prompt, rows)
+                self._lane(shared).join(prompt, rows, left, coming=coming[shared])
             else:
-                self._lane(replace(shared, shared=False)).join(prompt, rows)
+                alone = replace(shared, shared=False)
+                self._lane(alone).join(prompt, rows, left, coming=coming[shared])
                 if self._share:
                     self._alone[prompt] = rows[0]
+
+    def _kind(self, prompt: Prompt, slot: int) -> LaneKind:
+        """The shared lane for a slot."""
+        return LaneKind.of(prompt, self._slots.requests[slot].max_tokens, shared=True)
+
+    def _coming(self, readings: Sequence[_Reading]) -> Counter[LaneKind]:
+        """Slots that have no row yet, by their lanes."""
+        return Counter(
+            self._kind(reading.prompt, reader.slot)
+            for reading in readings
+            for reader in reading.readers
+        )
 
     def _lone_row(self, prompt: Prompt, shared: LaneKind) -> int | None:
         """The slot that decodes a prompt by itself and could do so in this lane."""
         slot = self._alone.get(prompt)
         if slot is None:
             return None
-        most = self._slots.requests[slot].max_tokens
-        return slot if LaneKind.of(prompt, most, shared=True) == shared else None
+        return slot if self._kind(prompt, slot) == shared else None
 
     def _move(self, slot: int, prompt: Prompt, shared: LaneKind) -> None:
         """Takes a row that decoded by itself to the lane of those who share its prompt."""
@@ -314,7 +330,7 @@ class RunningBatch:
         past = self._lanes[kind].take(slot, prompt)
         if not len(self._lanes[kind]):
             del self._lanes[kind]
-        self._lane(shared).join(prompt, [slot], past)
+        self._lane(shared).join(prompt, [slot], self._slots.left([slot]), past)
         del self._alone[prompt]
 
     def _lane(self, kind: LaneKind) -> Lane:

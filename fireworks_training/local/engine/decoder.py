@@ -181,7 +181,7 @@ class Decoder:
             rows.append(self.hidden(ids_N[at], positions_N[at], Pass([], [piece])))
             prompt.done = end
         lane = Lane(LaneKind.of(prompt, 2, shared=False), self.geometry)
-        lane.join(prompt, [0])
+        lane.join(prompt, [0], [2])
         rows += [
             self.hidden(ids_N[place, None], positions_N[place, None], Pass([lane], []))
             for place in range(len(prompt.tokens), length)

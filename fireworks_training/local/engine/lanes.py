@@ -1,19 +1,20 @@
 """Keys and values of running rows, in lanes: rows that attend in one call.
 
 Knows tensors and rows; no requests, no model. Legend: L layers, G prompts held, M rows that one
-prompt has at most, n rows, H key/value heads, R query heads a key/value head, P prompt columns, S
-settled columns, T columns of the tail, C tokens of one row, D head size.
+prompt has at most, n rows, H key/value heads, R query heads a key/value head, P prompt columns, T
+columns of own tokens, C tokens of one row, D head size.
 
 A lane holds rows whose prompts have about the same length, so that little of a call is padding.
 In a shared lane a prompt is held once for all its rows, which attend to it and to their own tokens:
 the samples of one prompt cost its memory traffic once a step. In any other lane a row's own tokens
 begin with its prompt.
 
-A row's own tokens lie in settled columns and, the newest, in a short tail. All rows end in the same
-column of the tail, so a step writes one column for all rows; when the tail is full, it settles. The
-settled columns are allocated without a gap: with one between its rows, a product over them took
-twice as long by itself (573 against 1169 us for 64 rows of 80 tokens with room for 96), and 1.29
-instead of 1.12 ms of a whole step.
+All rows end in the same column, so a step writes one column for all rows. A product reads all
+columns that are laid out, the few not yet written too, which a mask hides: memory is then read
+without gaps. With gaps of more than 300 bytes between rows a layer took twice as long as soon as
+all of them together left the processor's cache (461 against 190 us for 64 rows of 96 tokens). When
+the columns are full, they are laid out wider in place: layer by layer, each into the memory of the
+one before, for which there is one layer more than the model has.
 
 A row leaves by having the last row moved over it, and so does a prompt that no row needs. What lies
 before a row's tokens is finite garbage that the mask hides.
@@ -35,8 +36,12 @@ SHARED_ROWS = 16
 """Rows of a group: a prompt with more is held several times, so that groups stay alike."""
 
 _FEWEST_COLUMNS = 64
-_TAIL = 16
-"""Columns of the tail: so many steps pass before own tokens are copied."""
+_AHEAD = 16
+"""Columns laid out ahead: so many steps pass before own tokens are copied. (Products over fewer
+than 13 take a slow path of the library: 68 us instead of 16.)"""
+
+_SPARE = 64
+"""Columns for which memory may be taken ahead, however few are held."""
 
 I64 = npt.NDArray[np.int64]
 Past = tuple[torch.Tensor, torch.Tensor]
@@ -68,6 +73,86 @@ def _power_of_two(columns: int) -> int:
     return max(_FEWEST_COLUMNS, 1 << (columns - 1).bit_length())
 
 
+class _Columns:
+    """Memory for own keys or values, laid out for so many rows and columns.
+
+    Args:
+        geometry: of the model.
+        size: numbers of one head.
+
+    Attributes:
+        all_LnHTD: the layout.
+    """
+
+    def __init__(self, geometry: Geometry, size: int) -> None:
+        self._geometry = geometry
+        self._size = size
+        self._reserve(0)
+        self.all_LnHTD = self._laid_out(0, 0)
+
+    def lay_out(self, rows: int, columns: int, most: int, kept: tuple[slice, slice, slice]) -> None:
+        """Another layout.
+
+        Args:
+            rows, columns: of it.
+            most: columns that it may come to, which new memory has place for.
+            kept: rows to keep, their columns, and the columns in which these go on. All others of
+                these rows are zeros.
+        """
+        old, (n, source, at) = self.all_LnHTD, kept
+        number = rows * self._geometry.heads * self._size
+        if number * columns > self._memory_LX.shape[1]:
+            self._reserve(number * max(columns, most))
+            self.all_LnHTD = self._laid_out(rows, columns)
+            self.all_LnHTD[:, n, :, at] = old[:, n, :, source]
+            return
+        # Each layer goes to memory that belongs to none, or to one that has gone on already.
+        self._first = 1 - self._first
+        self.all_LnHTD = self._laid_out(rows, columns)
+        layers = range(self._geometry.layers)
+        for layer in layers if self._first == 0 else reversed(layers):
+            self._fill(self.all_LnHTD[layer, n], at, old[layer, n, :, source])
+
+    def put(self, rows: slice, at: slice, rows_LHCD: torch.Tensor) -> None:
+        """Fills the columns `at` of rows with the same; the others are zeros."""
+        self._fill(self.all_LnHTD[:, rows], at, rows_LHCD[:, None])
+
+    def _fill(self, rows_XHTD: torch.Tensor, at: slice, source_XHCD: torch.Tensor) -> None:
+        # Zeros: a masked column is multiplied by probability 0, and 0 * NaN is NaN.
+        rows_XHTD[..., : at.start, :] = 0
+        rows_XHTD[..., at, :] = source_XHCD
+        rows_XHTD[..., at.stop :, :] = 0
+
+    def _reserve(self, numbers: int) -> None:
+        geometry = self._geometry
+        self._memory_LX = zeros(geometry.layers + 1, numbers, device=geometry.device)
+        self._first = 0
+
+    def _laid_out(self, rows: int, columns: int) -> torch.Tensor:
+        geometry = self._geometry
+        layers_LX = self._memory_LX[self._first : self._first + geometry.layers]
+        used = rows * geometry.heads * columns * self._size
+        return layers_LX[:, :used].view(geometry.layers, rows, geometry.heads, columns, self._size)
+
+
+class _StepViews:
+    """Parts of a lane's columns that one step uses, by layer; m = n * H.
+
+    Attributes:
+        keys: `[m, D, T]`, transposed.
+        values: `[m, T, D]`.
+        new_keys, new_values: `[n, H, D]`, the newest column.
+    """
+
+    def __init__(
+        self, keys_LnHTD: torch.Tensor, values_LnHTD: torch.Tensor, n: int, newest: int
+    ) -> None:
+        self.keys = keys_LnHTD[:, :n].flatten(1, 2).transpose(-1, -2).unbind(0)
+        self.values = values_LnHTD[:, :n].flatten(1, 2).unbind(0)
+        self.new_keys = keys_LnHTD[:, :n, :, newest].unbind(0)
+        self.new_values = values_LnHTD[:, :n, :, newest].unbind(0)
+
+
 class Lane:
     """The rows of one kind.
 
@@ -81,25 +166,25 @@ class Lane:
         self._geometry = geometry
         self._slots: I64 = np.zeros(0, np.int64)
         self._own: I64 = np.zeros(0, np.int64)
+        self._left: I64 = np.zeros(0, np.int64)
         self._group: I64 = np.zeros(0, np.int64)
         self._prompts: list[Prompt] = []
         self._rows = 0
-        # Columns that the next step attends to.
-        self._settled_width = 0
-        self._tail_width = 0
+        # Own tokens of every row end before this column.
+        self._end = 0
         # Keys of prompts are held transposed: a row's scores are then sums of whole columns.
         self._prompt_keys_LGHDP = self._zeros(0, geometry.key_size, 0)
         self._prompt_values_LGHPD = self._zeros(0, 0, geometry.value_size)
-        self._keys_LnHSD = self._zeros(0, 0, geometry.key_size)
-        self._values_LnHSD = self._zeros(0, 0, geometry.value_size)
-        self._tail_keys_LnHTD = self._zeros(0, _TAIL, geometry.key_size)
-        self._tail_values_LnHTD = self._zeros(0, _TAIL, geometry.value_size)
-        self._prompt_columns = 0
-        # Over prompt columns and own columns; None when nothing has to be hidden.
-        self._mask_n11C: torch.Tensor | None = None
+        self._keys = _Columns(geometry, geometry.key_size)
+        self._values = _Columns(geometry, geometry.value_size)
+        self._arranged = False
+        # What is hidden of own columns, and of prompts (None: nothing).
+        self._mask_n11T = self._zeros(0, 0)
+        self._prompt_mask_n11P: torch.Tensor | None = None
         # Of a shared lane: rows in the order of their groups with padding, and the way back.
         self._spread_GM: torch.Tensor | None = None
         self._back_n: torch.Tensor | None = None
+        self._views: _StepViews | None = None
 
     def __len__(self) -> int:
         return self._rows
@@ -114,40 +199,42 @@ class Lane:
 
     # -- rows come and go ------------------------------------------------------------------------
 
-    def join(self, prompt: Prompt, slots: list[int], past: Past | None = None) -> None:
+    def join(
+        self,
+        prompt: Prompt,
+        slots: list[int],
+        left: list[int],
+        past: Past | None = None,
+        coming: int = 0,
+    ) -> None:
         """Adds a row for each slot.
 
         Args:
             prompt: wholly computed.
             slots: whose rows they are.
+            left: columns that each row may still come to fill.
             past: of a shared lane, what a row that moves here has behind its prompt.
+            coming: rows that are likely to join soon, so that their place is allocated now.
         """
         first, added = self._rows, len(slots)
         if not self.kind.shared:
             past = prompt.keys_LHPD, prompt.values_LHPD
         own = 0 if past is None else past[0].shape[2]
-        self._reserve(first + added, own)
+        self._reserve(first + added, coming, own, max(left))
         rows = slice(first, first + added)
         self._slots[rows] = slots
         self._own[rows] = own
+        self._left[rows] = left
         self._rows += added
-        self._spread_GM = None
+        self._arranged = False
         if self.kind.shared:
             for row in range(first, first + added):
                 self._group[row] = self._group_for(prompt, row)
         if past is not None:
-            self._put(rows, *past)
-
-    def _put(self, rows: slice, keys_LHCD: torch.Tensor, values_LHCD: torch.Tensor) -> None:
-        """Fills new rows; like everybody's, their tokens end where the tail does."""
-        own = keys_LHCD.shape[2]
-        settled = max(0, own - self._tail_width)
-        at = slice(self._keys_LnHSD.shape[3] - settled, None)
-        self._keys_LnHSD[:, rows, :, at] = keys_LHCD[:, None, :, :settled]
-        self._values_LnHSD[:, rows, :, at] = values_LHCD[:, None, :, :settled]
-        at = slice(self._tail_width - (own - settled), self._tail_width)
-        self._tail_keys_LnHTD[:, rows, :, at] = keys_LHCD[:, None, :, settled:]
-        self._tail_values_LnHTD[:, rows, :, at] = values_LHCD[:, None, :, settled:]
+            # Like everybody's, their tokens end where the next column will be.
+            at = slice(self._end - own, self._end)
+            self._keys.put(rows, at, past[0])
+            self._values.put(rows, at, past[1])
 
     def take(self, slot: int, prompt: Prompt) -> Past:
         """Removes a row of this lane, which is not shared, to go on in a shared one.
@@ -160,19 +247,11 @@ class Lane:
             Keys and values of what it has behind its prompt.
         """
         row = int(np.flatnonzero(self.slots == slot)[0])
-        count = int(self._own[row]) - len(prompt.tokens)
-        newest = min(self._tail_width, count)
-        settled_width = self._keys_LnHSD.shape[3]
-        at = slice(settled_width - (count - newest), None)
-        tail = slice(self._tail_width - newest, self._tail_width)
-        past = (
-            torch.cat((self._keys_LnHSD[:, row, :, at], self._tail_keys_LnHTD[:, row, :, tail]), 2),
-            torch.cat(
-                (self._values_LnHSD[:, row, :, at], self._tail_values_LnHTD[:, row, :, tail]), 2
-            ),
-        )
+        at = slice(self._end - int(self._own[row]) + len(prompt.tokens), self._end)
+        keys_LHCD = self._keys.all_LnHTD[:, row, :, at].clone()
+        values_LHCD = self._values.all_LnHTD[:, row, :, at].clone()
         self._leave(row)
-        return past
+        return keys_LHCD, values_LHCD
 
     def leave(self, slots: set[int]) -> None:
         """Frees the rows of some slots; unknown ones are ignored."""
@@ -183,17 +262,12 @@ class Lane:
     def _leave(self, row: int) -> None:
         group, last = int(self._group[row]), self._rows - 1
         if row != last:
-            for tensor in (
-                self._keys_LnHSD,
-                self._values_LnHSD,
-                self._tail_keys_LnHTD,
-                self._tail_values_LnHTD,
-            ):
-                tensor[:, row] = tensor[:, last]
-            for array in (self._slots, self._own, self._group):
+            for tensor in (self._keys.all_LnHTD, self._values.all_LnHTD):
+                tensor[:, row, :, : self._end] = tensor[:, last, :, : self._end]
+            for array in (self._slots, self._own, self._left, self._group):
                 array[row] = array[last]
         self._rows -= 1
-        self._spread_GM = None
+        self._arranged = False
         if self.kind.shared and not np.any(self._group[: self._rows] == group):
             self._drop_group(group)
 
@@ -239,70 +313,70 @@ class Lane:
         values[:, :held, :, :columns] = old_values
         self._prompt_keys_LGHDP, self._prompt_values_LGHPD = keys, values
 
-    def _reserve(self, rows: int, own: int) -> None:
-        """Sees to `rows` rows, and to columns for one of `own` tokens."""
-        held = self._keys_LnHSD.shape[1]
+    def _reserve(self, rows: int, coming: int, own: int, left: int) -> None:
+        """Sees to `rows` rows, and to columns for one that has `own` and may fill `left` more."""
+        held = len(self._slots)
         if rows > held:
-            held = max(rows, held + held // 2)
+            held = max(rows + coming, held + held // 2)
             more = np.zeros(held - len(self._slots), np.int64)
             self._slots = np.concatenate((self._slots, more))
             self._own = np.concatenate((self._own, more))
+            self._left = np.concatenate((self._left, more))
             self._group = np.concatenate((self._group, more))
-            self._settle(held, own)
-        elif own > self._keys_LnHSD.shape[3] + self._tail_width:
-            self._settle(held, own)
+            self._lay_out(held, own, left)
+        elif own > self._end:
+            self._lay_out(held, own, left)
 
-    def _settle(self, rows: int, own: int = 0) -> None:
-        """Copies all own tokens to settled columns for `rows` rows, one of them with `own`."""
-        geometry, n, tail = self._geometry, self._rows, self._tail_width
-        kept = int(self._own[:n].max(initial=0))
-        longest = max(kept, own)
-        # Zeros: a masked column is multiplied by probability 0, and 0 * NaN is NaN.
-        keys = self._zeros(rows, longest, geometry.key_size)
-        values = self._zeros(rows, longest, geometry.value_size)
+    def _lay_out(self, rows: int, own: int = 0, left: int = 0) -> None:
+        """Columns for `rows` rows, one of them with `own` tokens, and for some steps to come."""
+        n = self._rows
+        held = int(self._own[:n].max(initial=0))
+        longest = max(held, own)
+        columns = longest + _AHEAD
+        left = max(left, int(self._left[:n].max(initial=0)))
+        most = columns + min(left, max(_SPARE, longest // 2))
         # Rows are aligned at their ends; what is before the longest one's tokens is dropped.
-        settled = max(0, kept - tail)
-        at = slice(longest - tail - settled, longest - tail)
-        source = slice(self._keys_LnHSD.shape[3] - settled, None)
-        if settled:
-            keys[:, :n, :, at] = self._keys_LnHSD[:, :n, :, source]
-            values[:, :n, :, at] = self._values_LnHSD[:, :n, :, source]
-        newest = min(tail, kept)
-        if newest:
-            source = slice(tail - newest, tail)
-            keys[:, :n, :, longest - newest :] = self._tail_keys_LnHTD[:, :n, :, source]
-            values[:, :n, :, longest - newest :] = self._tail_values_LnHTD[:, :n, :, source]
-        self._keys_LnHSD, self._values_LnHSD = keys, values
-        if rows != self._tail_keys_LnHTD.shape[1]:
-            self._tail_keys_LnHTD = self._zeros(rows, _TAIL, geometry.key_size)
-            self._tail_values_LnHTD = self._zeros(rows, _TAIL, geometry.value_size)
-        self._tail_width = 0
+        kept = slice(n), slice(self._end - held, self._end), slice(longest - held, longest)
+        self._keys.lay_out(rows, columns, most, kept)
+        self._values.lay_out(rows, columns, most, kept)
+        self._end = longest
+        self._arranged = False
 
     # -- one step --------------------------------------------------------------------------------
 
     def open_column(self) -> None:
         """Makes place for one more token in every row; before the layers attend."""
         n = self._rows
-        if self._tail_width == _TAIL:
-            self._settle(self._keys_LnHSD.shape[1])
-        self._tail_width += 1
+        if self._end == self._keys.all_LnHTD.shape[3]:
+            self._lay_out(len(self._slots))
+        if not self._arranged:
+            self._arrange()
+        self._mask_n11T[..., self._end] = 0
+        self._views = _StepViews(self._keys.all_LnHTD, self._values.all_LnHTD, n, self._end)
+        self._end += 1
         self._own[:n] += 1
-        self._settled_width = max(0, int(self._own[:n].max()) - self._tail_width)
-        width = self._settled_width + self._tail_width
-        hidden_nC = np.arange(width) < width - self._own[:n][:, None]
-        if self.kind.shared:
-            lengths = np.array([len(prompt.tokens) for prompt in self._prompts], np.int64)
-            self._prompt_columns = int(lengths.max())
-            past_nP = np.arange(self._prompt_columns) >= lengths[self._group[:n]][:, None]
-            hidden_nC = np.concatenate((past_nP, hidden_nC), axis=1)
-            if self._spread_GM is None:
-                self._arrange()
-        self._mask_n11C = None
-        if hidden_nC.any():
-            mask_nC = np.where(hidden_nC, np.float32(-np.inf), np.float32(0))
-            self._mask_n11C = on(self._geometry.device, mask_nC)[:, None, None, :]
+        self._left[:n] -= 1
 
     def _arrange(self) -> None:
+        """What is hidden of each row, and where it stands: until rows come or go."""
+        n = self._rows
+        columns_T = np.arange(self._keys.all_LnHTD.shape[3])
+        # Where a row's tokens begin stays; columns to come are uncovered one by one.
+        before_nT = columns_T < self._end - self._own[:n][:, None]
+        self._mask_n11T = self._mask(before_nT | (columns_T >= self._end))
+        if self.kind.shared:
+            lengths = np.array([len(prompt.tokens) for prompt in self._prompts], np.int64)
+            columns_P = np.arange(int(lengths.max()))
+            hidden_nP = columns_P >= lengths[self._group[:n]][:, None]
+            self._prompt_mask_n11P = self._mask(hidden_nP) if hidden_nP.any() else None
+            self._order_groups()
+        self._arranged = True
+
+    def _mask(self, hidden_nC: npt.NDArray[np.bool_]) -> torch.Tensor:
+        mask_nC = np.where(hidden_nC, np.float32(-np.inf), np.float32(0))
+        return on(self._geometry.device, mask_nC)[:, None, None, :]
+
+    def _order_groups(self) -> None:
         """Where each row stands among the rows of its group."""
         group_n = self._group[: self._rows]
         order = np.argsort(group_n, kind="stable")
@@ -336,35 +410,41 @@ class Lane:
         Returns:
             `[n, Q, D]`.
         """
-        n, tail, heads = self._rows, self._tail_width, keys_nHD.shape[1]
-        queries_nHRD = (queries_nQD * scale).view(n, heads, queries_nQD.shape[1] // heads, -1)
-        self._tail_keys_LnHTD[layer, :n, :, tail - 1] = keys_nHD
-        self._tail_values_LnHTD[layer, :n, :, tail - 1] = values_nHD
-        tail_keys_nHTD = self._tail_keys_LnHTD[layer, :n, :, :tail]
-        scores = [torch.matmul(queries_nHRD, tail_keys_nHTD.transpose(-1, -2))]
-        values = [self._tail_values_LnHTD[layer, :n, :, :tail]]
-        if self._settled_width:
-            at = slice(self._keys_LnHSD.shape[3] - self._settled_width, None)
-            keys_nHSD = self._keys_LnHSD[layer, :n, :, at]
-            scores.insert(0, torch.matmul(queries_nHRD, keys_nHSD.transpose(-1, -2)))
-            values.insert(0, self._values_LnHSD[layer, :n, :, at])
-        if self.kind.shared:
-            groups, columns = len(self._prompts), self._prompt_columns
-            keys_GHDP = self._prompt_keys_LGHDP[layer, :groups, :, :, :columns]
-            spread = torch.matmul(self._spread(queries_nHRD), keys_GHDP)
-            scores.insert(0, self._gathered(spread))
-            values.insert(0, self._prompt_values_LGHPD[layer, :groups, :, :columns])
-        scores_nHRC = torch.cat(scores, -1)
-        if self._mask_n11C is not None:
-            scores_nHRC += self._mask_n11C
-        weights_nHRC = torch.softmax(scores_nHRC, -1)
-        parts = list(torch.split_with_sizes(weights_nHRC, [x.shape[-1] for x in scores], -1))
-        out_nHRD = torch.matmul(parts.pop(), values.pop())
-        if self._settled_width:
-            out_nHRD += torch.matmul(parts.pop(), values.pop())
-        if self.kind.shared:
-            out_nHRD += self._gathered(torch.matmul(self._spread(parts.pop()), values.pop()))
-        return out_nHRD.flatten(1, 2)
+        views = self._views
+        assert views is not None
+        n, heads, size = keys_nHD.shape
+        repeats = queries_nQD.shape[1] // heads
+        if scale != 1:
+            queries_nQD = queries_nQD * scale
+        queries_mRD = queries_nQD.reshape(n * heads, repeats, size)
+        views.new_keys[layer].copy_(keys_nHD)
+        views.new_values[layer].copy_(values_nHD)
+        scores_nHRT = torch.bmm(queries_mRD, views.keys[layer]).view(n, heads, repeats, -1)
+        scores_nHRT += self._mask_n11T
+        if not self.kind.shared:
+            weights_nHRT = torch.softmax(scores_nHRT, -1)
+            return self._weighted(layer, weights_nHRT)
+        groups, columns = len(self._prompts), max(len(p.tokens) for p in self._prompts)
+        keys_GHDP = self._prompt_keys_LGHDP[layer, :groups, :, :, :columns]
+        values_GHPD = self._prompt_values_LGHPD[layer, :groups, :, :columns]
+        queries_nHRD = queries_mRD.view(n, heads, repeats, size)
+        scores_nHRP = self._gathered(torch.matmul(self._spread(queries_nHRD), keys_GHDP))
+        if self._prompt_mask_n11P is not None:
+            scores_nHRP += self._prompt_mask_n11P
+        weights_nHRC = torch.softmax(torch.cat((scores_nHRP, scores_nHRT), -1), -1)
+        out_nQD = self._weighted(layer, weights_nHRC[..., columns:])
+        shared_nHRD = self._gathered(
+            torch.matmul(self._spread(weights_nHRC[..., :columns]), values_GHPD)
+        )
+        return out_nQD.add_(shared_nHRD.flatten(1, 2))
+
+    def _weighted(self, layer: int, weights_nHRT: torch.Tensor) -> torch.Tensor:
+        """Sums of own values, `[n, Q, D]`."""
+        assert self._views is not None
+        n, heads, repeats, columns = weights_nHRT.shape
+        weights_mRT = weights_nHRT.reshape(n * heads, repeats, columns)
+        out_mRD = torch.bmm(weights_mRT, self._views.values[layer])
+        return out_mRD.view(n, heads * repeats, -1)
 
     def _spread(self, rows_nHRX: torch.Tensor) -> torch.Tensor:
         """`[G, H, M * R, X]`: the rows of each prompt side by side."""

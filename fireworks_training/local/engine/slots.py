@@ -104,6 +104,10 @@ class SlotTable:
         positions: I64 = self._prompt_length[slots] + self.produced[slots] - 1
         return positions
 
+    def left(self, slots: list[int]) -> list[int]:
+        """Tokens that each stream may still sample."""
+        return [self.requests[slot].max_tokens - int(self.produced[slot]) for slot in slots]
+
     def streams(self, slots: I64) -> npt.NDArray[np.uint32]:
         """The stream of each slot."""
         return self._columns["stream"][slots].astype(np.uint32)
