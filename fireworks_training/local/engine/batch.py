@@ -90,6 +90,11 @@ class _Reading:
     prompt: Prompt
     readers: list[_Reader]
 
+    @property
+    def echoed(self) -> bool:
+        """Whether logprobs of the prompt's own tokens are asked for."""
+        return any(reader.echo is not None for reader in self.readers)
+
 
 class RunningBatch:
     """The streams that hold a slot.
@@ -222,14 +227,17 @@ class RunningBatch:
         for reading in self._readings:
             prompt = reading.prompt
             if prompt.unread and left > 0:
-                pieces.append(Piece(prompt, prompt.done + min(left, prompt.unread)))
+                end = prompt.done + min(left, prompt.unread)
+                wanted = None if reading.echoed else int(end == len(prompt.tokens))
+                pieces.append(Piece(prompt, end, wanted))
                 left -= len(pieces[-1])
-        return pieces
+        # Beginnings of like length are computed together.
+        return sorted(pieces, key=lambda piece: (piece.start > 0, len(piece)))
 
     def _forward(
         self, running: I64, lanes: Sequence[Lane], pieces: Sequence[Piece]
     ) -> torch.Tensor | None:
-        """Hidden states of the rows, then of the pieces; None when there are neither."""
+        """Hidden states of the rows, then those wanted of the pieces; None without tokens."""
         ids = [self._slots.last[running]]
         positions = [self._slots.positions(running)]
         for piece in pieces:
@@ -239,12 +247,13 @@ class RunningBatch:
         if not len(ids_N):
             return None
         positions_N = on(self._decoder.device, np.concatenate(positions))
-        return self._decoder.hidden(ids_N, positions_N, Pass(lanes, pieces))
+        packed = Pass(lanes, pieces)
+        return self._decoder.hidden(ids_N, positions_N, packed, packed.wanted(len(running)))
 
-    def _finish_pieces(self, pieces: Sequence[Piece], hidden_NE: torch.Tensor) -> None:
+    def _finish_pieces(self, pieces: Sequence[Piece], hidden_nE: torch.Tensor) -> None:
         """Takes echoes and last hidden states, and stores the prompts that are whole now."""
         readings = {id(reading.prompt): reading for reading in self._readings}
-        parts = torch.split_with_sizes(hidden_NE, [len(piece) for piece in pieces])
+        parts = torch.split_with_sizes(hidden_nE, [piece.wanted for piece in pieces])
         for piece, hidden_cE in zip(pieces, parts, strict=True):
             for reader in readings[id(piece.prompt)].readers:
                 if reader.echo is not None:

@@ -45,6 +45,10 @@ class Attention(Protocol):
         """See `Pass.attend`."""
         ...
 
+    def finish(self) -> None:
+        """See `Pass.finish`."""
+        ...
+
 
 _attention: ContextVar[Attention | None] = ContextVar("engine_attention", default=None)
 
@@ -139,19 +143,33 @@ class Decoder:
             self._fused.refresh()
 
     def hidden(
-        self, ids_N: torch.Tensor, positions_N: torch.Tensor, attention: Attention
+        self,
+        ids_N: torch.Tensor,
+        positions_N: torch.Tensor,
+        attention: Attention,
+        wanted_n: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final hidden states `[N, E]` of one pass."""
+        """Final hidden states `[n, E]` of one pass.
+
+        Args:
+            ids_N: tokens.
+            positions_N: their places in their sequences.
+            attention: who attends, and keeps keys and values.
+            wanted_n: tokens whose states are wanted; None = all of them.
+        """
         if self._fused is not None:
-            return self._fused.hidden(ids_N, positions_N, attention.attend)
-        token = _attention.set(attention)
-        try:
-            hidden_1NE: torch.Tensor = self._body(
-                input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False
-            )[0]
-        finally:
-            _attention.reset(token)
-        return hidden_1NE[0]
+            hidden_nE = self._fused.hidden(ids_N, positions_N, attention.attend, wanted_n)
+        else:
+            token = _attention.set(attention)
+            try:
+                hidden_1NE: torch.Tensor = self._body(
+                    input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False
+                )[0]
+            finally:
+                _attention.reset(token)
+            hidden_nE = hidden_1NE[0] if wanted_n is None else hidden_1NE[0][wanted_n]
+        attention.finish()
+        return hidden_nE
 
     def logits(self, hidden_nE: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[n, V]` of final hidden states."""
@@ -212,3 +230,6 @@ class _ShapeProbe:
         """Zeros: only shapes matter."""
         self.shapes[layer] = (keys_NHD.shape[1], keys_NHD.shape[2], values_NHD.shape[2])
         return queries_NQD.new_zeros(*queries_NQD.shape[:2], values_NHD.shape[2])
+
+    def finish(self) -> None:
+        """Nothing was kept."""
