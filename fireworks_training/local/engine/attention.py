@@ -145,7 +145,7 @@ class _Beginnings:
         """`[b, X, w, D]`"""
         if self._padded is not None:
             rows_mXD = rows_mXD[self._padded]
-        return rows_mXD.unflatten(0, (-1, self._width)).transpose(1, 2)
+        return rows_mXD.view(-1, self._width, *rows_mXD.shape[1:]).transpose(1, 2)
 
 
 class Pass:

@@ -374,7 +374,7 @@ class RunningBatch:
         logits_nV = self._decoder.logits(hidden_cE[at])
         lse_n = torch.logsumexp(logits_nV, dim=-1)
         logprobs_n = logits_nV.gather(1, targets_n[:, None])[:, 0] - lse_n
-        ids, values = top(logits_nV, lse_n, np.full(len(targets_n), request.top_logprobs))
+        ids, values = top(logits_nV, array_of(lse_n), np.full(len(targets_n), request.top_logprobs))
         echo.logprobs.append(array_of(logprobs_n))
         echo.top_ids.append(ids)
         echo.top_logprobs.append(values)

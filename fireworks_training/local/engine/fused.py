@@ -122,7 +122,7 @@ class _Layer:
 
 def _paired(rows_OX: Tensor, heads: int) -> Tensor:
     """Rows of heads, in which each one of the first half is followed by its partner."""
-    halves = rows_OX.unflatten(0, (heads, 2, -1))
+    halves = rows_OX.reshape(heads, 2, -1, *rows_OX.shape[1:])
     return halves.transpose(1, 2).flatten(0, 2)
 
 
@@ -188,7 +188,7 @@ class FusedBody:
             qk_NhD = qkv_NhD[:, :rotated]
             if layer.norm_qk_hD is not None:
                 qk_NhD = self._normed(qk_NhD).mul_(layer.norm_qk_hD)
-            pairs_Nhd = torch.view_as_complex(qk_NhD.unflatten(2, (-1, 2))) * turn_N1d
+            pairs_Nhd = torch.view_as_complex(qk_NhD.view(-1, rotated, size // 2, 2)) * turn_N1d
             qk_NhD = torch.view_as_real(pairs_Nhd).flatten(2)
             mixed_NQD = attend(
                 number, qk_NhD[:, :heads], qk_NhD[:, heads:], qkv_NhD[:, rotated:], 1.0

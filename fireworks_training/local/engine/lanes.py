@@ -87,6 +87,7 @@ class _Columns:
     def __init__(self, geometry: Geometry, size: int) -> None:
         self._geometry = geometry
         self._size = size
+        self._first = 0
         self._reserve(0)
         self.all_LnHTD = self._laid_out(0, 0)
 

@@ -59,42 +59,72 @@ class Sampled:
 
 def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
     """One token for each row of `logits_nV` (float32 `[n, V]`, not changed)."""
-    raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
+    raw = _Cumulated(logits_nV)
     # A sum of exponentials is finite where no logit is NaN or infinite and not all are -infinite.
-    finite_n = torch.isfinite(raw_lse_n)
-    if not bool(finite_n.all()):
-        logits_nV = torch.where(finite_n[:, None], logits_nV, 0.0)
-        raw_lse_n = torch.logsumexp(logits_nV, dim=-1)
+    finite_n = np.isfinite(raw.total_n)
+    if not finite_n.all():
+        keep_n1 = on(logits_nV.device, finite_n)[:, None]
+        logits_nV = torch.where(keep_n1, logits_nV, 0.0)
+        raw = _Cumulated(logits_nV)
 
-    temperature_n = on(logits_nV.device, rows.temperature)
-    greedy_n = temperature_n == 0
-    policy_nV = _policy_logits(logits_nV, temperature_n, greedy_n, rows)
-    policy_lse_n = raw_lse_n if policy_nV is logits_nV else torch.logsumexp(policy_nV, dim=-1)
-    if bool(greedy_n.all()):
-        tokens_n = policy_nV.argmax(dim=-1)
+    greedy_n = rows.temperature == 0
+    policy_nV = _policy_logits(logits_nV, rows)
+    policy = raw if policy_nV is logits_nV else _Cumulated(policy_nV)
+    if greedy_n.all():
+        at_n1 = policy_nV.argmax(dim=-1, keepdim=True)
     else:
-        uniform_n1 = on(logits_nV.device, rows.uniform)[:, None]
-        tokens_n = _inverse_cdf(policy_nV, policy_lse_n, uniform_n1)[:, 0]
-        if bool(greedy_n.any()):
-            tokens_n = torch.where(greedy_n, policy_nV.argmax(dim=-1), tokens_n)
+        at_n1 = policy.draw(rows.uniform[:, None])
+        if greedy_n.any():
+            most_n1 = policy_nV.argmax(dim=-1, keepdim=True)
+            at_n1 = torch.where(on(logits_nV.device, greedy_n)[:, None], most_n1, at_n1)
 
-    at = tokens_n[:, None]
-    logprobs_n = logits_nV.gather(1, at)[:, 0] - raw_lse_n
-    sampling_n = policy_nV.gather(1, at)[:, 0] - policy_lse_n
-    sampling_n = torch.where(greedy_n, 0.0, sampling_n)
-    top_ids, top_logprobs = top(logits_nV, raw_lse_n, rows.top_logprobs)
+    tokens = array_of(at_n1)[:, 0].astype(np.int32)
+    logprobs = raw.logprobs(at_n1)
+    sampling = logprobs if policy is raw else policy.logprobs(at_n1)
+    top_ids, top_logprobs = top(logits_nV, raw.lse_n, rows.top_logprobs)
     return Sampled(
-        tokens=array_of(tokens_n.to(torch.int32)),
-        logprobs=array_of(logprobs_n),
-        sampling_logprobs=array_of(sampling_n),
-        finite=array_of(finite_n),
+        tokens=tokens,
+        logprobs=logprobs,
+        sampling_logprobs=np.where(greedy_n, np.float32(0), sampling),
+        finite=finite_n,
         top_ids=top_ids,
         top_logprobs=top_logprobs,
     )
 
 
+class _Cumulated:
+    """Distributions given by logits, summed up over the vocabulary; one pass gives it all.
+
+    Attributes:
+        total_n: float64, sum of exponentials over the largest one. NaN or infinite where logits
+            are.
+        lse_n: float64, log-sum-exp.
+    """
+
+    def __init__(self, logits_nV: torch.Tensor) -> None:
+        self._logits_nV = logits_nV
+        most_n1 = logits_nV.amax(dim=-1, keepdim=True)
+        self._cdf_nV = (logits_nV - most_n1).exp_().cumsum(dim=-1, dtype=torch.float64)
+        self.total_n: npt.NDArray[np.float64] = array_of(self._cdf_nV[:, -1])
+        with np.errstate(invalid="ignore"):
+            self.lse_n: npt.NDArray[np.float64] = array_of(most_n1)[:, 0] + np.log(self.total_n)
+
+    def draw(self, uniform_nk: npt.NDArray[np.float64]) -> torch.Tensor:
+        """The first token whose cumulated probability exceeds each of a row's k uniform numbers."""
+        total_n1 = self.total_n[:, None]
+        # The number is below 1 by 2^-52 at least, so the target stays below the total, and a token
+        # without mass (equal to its predecessor) is never the first to exceed it.
+        target_nk = np.minimum(uniform_nk * total_n1, np.nextafter(total_n1, 0.0))
+        return torch.searchsorted(self._cdf_nV, on(self._cdf_nV.device, target_nk), right=True)
+
+    def logprobs(self, at_n1: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Of one token a row."""
+        chosen_n: npt.NDArray[np.float32] = array_of(self._logits_nV.gather(1, at_n1))[:, 0]
+        return (chosen_n - self.lse_n).astype(np.float32)
+
+
 def top(
-    logits_nV: torch.Tensor, lse_n: torch.Tensor, wanted_n: npt.NDArray[np.int64]
+    logits_nV: torch.Tensor, lse_n: npt.NDArray[np.floating], wanted_n: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """The most likely tokens of each row and their raw logprobs, best first.
 
@@ -107,7 +137,7 @@ def top(
     values_nk, ids_nk = logits_nV.topk(k, dim=-1)
     ids = array_of(ids_nk.to(torch.int32))
     ids[np.arange(k) >= wanted_n[:, None]] = -1
-    return ids, array_of(values_nk - lse_n[:, None])
+    return ids, (array_of(values_nk) - lse_n[:, None]).astype(np.float32)
 
 
 def draw(
@@ -119,27 +149,20 @@ def draw(
     """
     if temperature == 0:
         return logits_nV.argmax(dim=-1)[:, None].expand(-1, uniform_nk.shape[1])
-    scaled_nV = logits_nV / temperature
-    drawn_nk = _inverse_cdf(
-        scaled_nV, torch.logsumexp(scaled_nV, dim=-1), on(logits_nV.device, uniform_nk)
-    )
+    drawn_nk = _Cumulated(logits_nV / temperature).draw(uniform_nk)
     return drawn_nk.clamp(max=logits_nV.shape[-1] - 1)
 
 
-def _policy_logits(
-    logits_nV: torch.Tensor,
-    temperature_n: torch.Tensor,
-    greedy_n: torch.Tensor,
-    rows: SamplingRows,
-) -> torch.Tensor:
+def _policy_logits(logits_nV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """Logits of the behaviour policy, -inf where it gives no mass; the input itself if equal."""
     policy_nV = logits_nV
     if rows.banned:
         policy_nV = policy_nV.clone()
         for row, tokens in rows.banned.items():
             policy_nV[row, list(tokens)] = -torch.inf
-    if not np.all((rows.temperature == 1) | (rows.temperature == 0)):
-        policy_nV = policy_nV / torch.where(greedy_n, 1.0, temperature_n)[:, None]
+    temperature_n = np.where(rows.temperature == 0, np.float32(1), rows.temperature)
+    if np.any(temperature_n != 1):
+        policy_nV = policy_nV / on(logits_nV.device, temperature_n)[:, None]
     filtered = np.flatnonzero(((rows.top_k > 0) | (rows.top_p < 1)) & (rows.temperature > 0))
     if len(filtered):
         if policy_nV is logits_nV:
@@ -168,16 +191,3 @@ def _filter(logits_nV: torch.Tensor, top_k_n: torch.Tensor, top_p_n: torch.Tenso
     outside_nV[:, 0] = False
     sorted_nV = sorted_nV.masked_fill(outside_nV, -torch.inf)
     return torch.empty_like(logits_nV).scatter_(1, order_nV, sorted_nV)
-
-
-def _inverse_cdf(
-    policy_nV: torch.Tensor, lse_n: torch.Tensor, uniform_nk: torch.Tensor
-) -> torch.Tensor:
-    """The first token whose cumulated probability exceeds each of a row's k uniform numbers."""
-    cdf_nV = (policy_nV - lse_n[:, None]).exp().to(torch.float64).cumsum(dim=-1)
-    total_n1 = cdf_nV[:, -1:]
-    # The number is below 1 by 2^-52 at least, so the target stays below the total, and a token
-    # without mass (equal to its predecessor) is never the first to exceed it.
-    below_n1 = torch.nextafter(total_n1, total_n1.new_zeros(()))
-    target_nk = torch.minimum(uniform_nk * total_n1, below_n1)
-    return torch.searchsorted(cdf_nV, target_nk, right=True)
