@@ -56,7 +56,7 @@ def unpacked(payload: bytes) -> TITOTrajectoryArtifact:
         if raw.get("schema_version") != VERSION:
             raise ValueError(f"it has version {raw.get('schema_version')!r}, not {VERSION}")
         return _artifact(raw)
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise TITOError(
             "tito_artifact_invalid", 400, f"this is no trajectory artifact: {error}"
         ) from error

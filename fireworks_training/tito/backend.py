@@ -255,7 +255,7 @@ class Backend:
 
     def close(self) -> None:
         """Give up the worker thread."""
-        self._worker.shutdown(wait=False)
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     async def _in_worker(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)

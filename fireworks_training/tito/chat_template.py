@@ -161,13 +161,14 @@ def _tool_call(block: str, turn: int, place: int) -> dict[str, Any]:
     try:
         called: Any = json.loads(block)
         name, arguments = str(called["name"]), called.get("arguments", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The same call in the same place has the same id, however often it is parsed.
+        digest = json_hash([turn, place, called])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TITOParseError(
             "a tool call is not a JSON object with a name", reason_code="tool_call_json"
         ) from error
-    # The same call in the same place has the same id, however often it is parsed.
     return {
-        "id": f"call_{json_hash([turn, place, called])[:24]}",
+        "id": f"call_{digest[:24]}",
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }

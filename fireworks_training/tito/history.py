@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fireworks_training.tito.errors import TITOError
 from fireworks_training.tito.metrics import Measured
 from fireworks_training.tito.planning import Plan, Standing
 from fireworks_training.tito.records import (
@@ -23,6 +24,9 @@ from fireworks_training.tito.records import (
     TITOTurn,
     TrajectoryDriftPolicy,
 )
+
+MOST_CALLS = 1 << 16
+"""Calls of one trajectory in all: an agent that asks in an endless loop fills no memory."""
 
 
 @dataclass(slots=True)
@@ -41,12 +45,11 @@ class History:
 
     Attributes:
         measured: counts of everything.
-        calls: the records of all calls.
     """
 
     def __init__(self, policy: TrajectoryDriftPolicy) -> None:
         self.measured = Measured()
-        self.calls: list[TITOCallRecord] = []
+        self._calls: list[TITOCallRecord] = []
         self._policy = policy
         self._segments: list[Segment] = []
         self._emissions: list[TITOResponseAttempt] = []
@@ -58,6 +61,24 @@ class History:
             return Standing(None, "", self._policy)
         segment = self._segments[-1]
         return Standing(segment.turns[-1], segment.contract, self._policy)
+
+    def require_room(self) -> None:
+        """Refuse a call too many.
+
+        Raises:
+            TITOError: there were `MOST_CALLS` (429).
+        """
+        if len(self._calls) >= MOST_CALLS:
+            raise TITOError(
+                "tito_too_many_calls",
+                429,
+                f"the trajectory has had its {MOST_CALLS} calls: end it, and begin another",
+            )
+
+    def note(self, record: TITOCallRecord) -> None:
+        """Take the record of a call; one too many is only counted."""
+        if len(self._calls) < MOST_CALLS:
+            self._calls.append(record)
 
     def append(self, plan: Plan, turn: TITOTurn) -> None:
         """Take a turn, into a new segment where its plan says so."""
@@ -101,7 +122,7 @@ class History:
                 )
                 for segment in self._segments
             ),
-            calls=tuple(self.calls),
+            calls=tuple(self._calls),
             response_attempts=tuple(self._emissions),
             metrics=self._totals(finished).summary(),
             started_at=self._started_at,

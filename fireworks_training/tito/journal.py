@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from fireworks_training.tito.errors import TITOError, told
+from fireworks_training.tito.waits import until_done
 
 logger = logging.getLogger("fireworks_training.tito")
 
@@ -84,14 +85,17 @@ class Journal:
             await self._tell(lambda: observer.record_tombstone_event(event, trajectory_id, payload))
 
     async def close(self) -> None:
-        """Close the observer, if it has a `close()`."""
+        """Close the observer, if it has a `close()`, once it was told of everything."""
         close = getattr(self._observer, "close", None)
-        if close is not None:
-            closing: Any = await asyncio.get_running_loop().run_in_executor(None, close)
-            if inspect.isawaitable(closing):
-                await closing
-        if self._worker is not None:
-            self._worker.shutdown(wait=False)
+        try:
+            if close is not None:
+                work = asyncio.wrap_future(self._in_worker().submit(close))
+                closing: Any = await until_done(work, "the observer to close")
+                if inspect.isawaitable(closing):
+                    await closing
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown(wait=False)
 
     def _in_worker(self) -> ThreadPoolExecutor:
         if self._worker is None:
@@ -102,7 +106,7 @@ class Journal:
         telling = asyncio.wrap_future(self._in_worker().submit(tell))
         try:
             # Whoever is cancelled here has done what is told of: it must not be lost.
-            await asyncio.shield(telling)
+            await until_done(telling, "the observer to take an event")
         except asyncio.CancelledError:
             telling.add_done_callback(_say_unwritten)
             raise

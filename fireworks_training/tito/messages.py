@@ -16,23 +16,50 @@ from fireworks_training.tito.errors import invalid
 
 Message = Mapping[str, Any]
 
+DEEPEST = 128
+"""Levels of lists and objects in a request."""
 
-def plain_json(value: Any) -> Any:
+
+def plain_json(value: Any, depth: int = 0) -> Any:
     """A copy of JSON-like data in lists and dictionaries, in the order it had.
 
+    Args:
+        depth: how deep in other data it stands.
+
     Raises:
-        TITOError: it holds something that JSON has not.
+        TITOError: it holds something that JSON has not, or that no UTF-8 can say, or is nested
+            deeper than `DEEPEST`.
     """
-    if value is None or isinstance(value, (str, bool, int)):
+    if value is None or isinstance(value, (bool, int)):
         return value
+    if isinstance(value, str):
+        return _text(value)
     if isinstance(value, float) and value == value and abs(value) != float("inf"):
         return value
+    if depth >= DEEPEST:
+        raise invalid(f"the request is nested deeper than {DEEPEST} levels")
     if isinstance(value, Mapping):
         items = cast(Mapping[object, Any], value).items()
-        return {str(name): plain_json(item) for name, item in items}
+        return {_text(str(name)): plain_json(item, depth + 1) for name, item in items}
     if isinstance(value, (list, tuple)):
-        return [plain_json(item) for item in cast(Sequence[Any], value)]
+        return [plain_json(item, depth + 1) for item in cast(Sequence[Any], value)]
     raise invalid(f"the request holds a value that JSON has not: a {type(value).__name__}")
+
+
+def _text(value: str) -> str:
+    if not _encodable(value):
+        raise invalid("a text holds half of a surrogate pair: cut texts between characters")
+    return value
+
+
+def _encodable(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_text(value: Any) -> str:
@@ -48,14 +75,16 @@ def json_hash(value: Any) -> str:
 def normalize_openai_tool_arguments(value: Any) -> str:
     """Arguments of a function call as JSON text, equal for equal values.
 
-    Text that is no JSON stays as it is: what to make of it is the renderer's.
+    Text that is no JSON, or that can't be written anew, stays as it is: what to make of it is the
+    renderer's.
     """
     if not isinstance(value, str):
         return json_text(value)
     try:
-        return json_text(json.loads(value))
-    except ValueError:
+        made = json_text(json.loads(value))
+    except (ValueError, RecursionError):
         return value
+    return made if _encodable(made) else value
 
 
 def canonical_message(message: Message) -> tuple[dict[str, Any], list[str]]:
@@ -87,7 +116,7 @@ def _canonical_assistant(
     for name in empty:
         del made[name]
         changed.append(f"{name}:empty_removed")
-    calls: list[dict[str, Any]] = made.get("tool_calls") or []
+    calls = _tool_calls(made.get("tool_calls") or [])
     for place, call in enumerate(calls):
         if call.pop("index", None) is not None:
             changed.append(f"tool_calls[{place}].index:stream_index_removed")
@@ -105,15 +134,22 @@ def _canonical_assistant(
     return made, changed
 
 
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    calls = cast(list[object], value) if isinstance(value, list) else [value]
+    for item in calls:
+        call = cast(dict[str, object], item) if isinstance(item, dict) else None
+        if call is None or not isinstance(call.get("function") or {}, dict):
+            raise invalid("tool_calls must be a list of objects, each with a function, an object")
+    return cast(list[dict[str, Any]], calls)
+
+
 def _joined_text(parts: Any) -> str:
     texts: list[str] = []
     for item in parts:
         part = cast(dict[str, object], item) if isinstance(item, dict) else dict[str, object]()
-        kind = part.get("type")
-        if kind != "text":
+        if part.get("type") != "text":
             raise invalid(
-                f"content holds a part of type {kind!r}: only text is supported; vision inputs are "
-                "not"
+                "content holds a part of another type than 'text': vision inputs are not supported"
             )
         texts.append(str(part.get("text", "")))
     return "".join(texts)

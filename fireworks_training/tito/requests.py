@@ -20,6 +20,8 @@ _OWN = frozenset(
 )
 """Fields that are not options of sampling."""
 
+_FARTHEST = 10**18
+
 
 @dataclass(frozen=True)
 class TITOParsedAssistant:
@@ -125,10 +127,10 @@ class TITOChatRequest:
             messages=_objects(payload, "messages"),
             tools=_objects(payload, "tools"),
             model=str(payload.get("model") or "policy"),
-            max_tokens=None if asked is None else int(_number("max_tokens", asked)),
+            max_tokens=None if asked is None else _whole("max_tokens", asked),
             temperature=1.0 if temperature is None else _number("temperature", temperature),
             sampling_fields=options,
-            adapter_metadata=payload.get("_tito") or {},
+            adapter_metadata=_object(payload, "_tito"),
             wire_request=payload,
             wire_request_body=wire_request_body,
         )
@@ -176,7 +178,23 @@ def _objects(payload: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], 
     return tuple(cast(Sequence[Mapping[str, Any]], items))
 
 
+def _object(payload: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value: object = payload.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise invalid(f"{name} must be an object, got a {type(value).__name__}")
+    return cast(Mapping[str, Any], value)
+
+
+def _whole(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not number.is_integer():
+        raise invalid(f"{name} must be a whole number, got {value!r}")
+    return int(number)
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise invalid(f"{name} must be a number, got a {type(value).__name__}")
+    if not -_FARTHEST < value < _FARTHEST:
+        raise invalid(f"{name} is out of every range")
     return float(value)

@@ -1,6 +1,6 @@
 """The HTTP side: OpenAI's chat route for each trajectory, behind that trajectory's key.
 
-It knows HTTP, server-sent events and clients that leave. What a call does is `trajectory`'s.
+It knows HTTP, server-sent events and clients that leave. What a call does is `turns`'.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Protocol, cast
 from aiohttp import web
 
 from fireworks_training.tito.errors import TITOError, invalid
+from fireworks_training.tito.failures import typed
 from fireworks_training.tito.records import TITOCallResult
 from fireworks_training.tito.requests import TITOChatRequest
 from fireworks_training.tito.trajectory import Trajectory
@@ -24,7 +26,15 @@ from fireworks_training.tito.trajectory import Trajectory
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """A long history is more than a server's usual limit; tokens are bounded by the context."""
 
+AUTHENTICATED: web.RequestKey[Trajectory] = web.RequestKey("trajectory", Trajectory)
+"""The trajectory whose key a request has."""
+
+STARTED = web.RequestKey("started", bool)
+"""Set when the answer's head may be on its way."""
+
 _PATH = re.compile(r"^/trajectories/([A-Za-z0-9_.-]+)/")
+
+logger = logging.getLogger("fireworks_training.tito")
 
 
 class Registry(Protocol):
@@ -34,7 +44,7 @@ class Registry(Protocol):
         """The key of a trajectory, open or ended not long ago."""
         ...
 
-    def trajectory_of(self, trajectory_id: str) -> Trajectory:
+    def get(self, trajectory_id: str) -> Trajectory:
         """The trajectory."""
         ...
 
@@ -45,33 +55,41 @@ def application(registry: Registry, keepalive_seconds: Callable[[], float]) -> w
     @web.middleware
     async def authenticated(request: web.Request, handler: Any) -> web.StreamResponse:
         found = _PATH.match(request.path)
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         wanted = registry.key_of(found[1]) if found else None
-        if (
-            found is None
-            or wanted is None
-            or not hmac.compare_digest(given.encode(), wanted.encode())
-        ):
+        if found is None or wanted is None or not _has_key(request, wanted):
             return error_answer(
                 TITOError("invalid_api_key", 401, "no trajectory of that id has this key")
             )
+        request[AUTHENTICATED] = registry.get(found[1])
         try:
             answer: web.StreamResponse = await handler(request)
         except web.HTTPException as error:
             return error_answer(TITOError("tito_not_found", error.status, error.reason))
+        except Exception as error:
+            if request.get(STARTED) or isinstance(error, ConnectionError):
+                raise  # a second answer would pass for that of the next request
+            failure = typed(error, "answer")
+            if failure is not error:
+                logger.error("a request could not be answered: %s", failure)
+            return error_answer(failure)
         return answer
 
     async def chat(request: web.Request) -> web.StreamResponse:
-        trajectory = registry.trajectory_of(request.match_info["id"])
-        return await _chat(request, trajectory, keepalive_seconds())
+        return await _chat(request, request[AUTHENTICATED], keepalive_seconds())
 
     async def models(request: web.Request) -> web.Response:
-        return _models(registry.trajectory_of(request.match_info["id"]))
+        return _models(request[AUTHENTICATED])
 
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[authenticated])
     app.router.add_post("/trajectories/{id}/v1/chat/completions", chat)
     app.router.add_get("/trajectories/{id}/v1/models", models)
     return app
+
+
+def _has_key(request: web.Request, wanted: str) -> bool:
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+    # Bytes that are no UTF-8 come as surrogates.
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode())
 
 
 def error_answer(error: TITOError) -> web.Response:
@@ -112,8 +130,8 @@ async def _chat(
     started = time.time()
     prepared = asyncio.Event()
     try:
-        trajectory.require_active()
-        wanted = await _read(request)
+        with trajectory.reading():
+            wanted = await _read(request)
         key = request.headers.get("Idempotency-Key")
         call = trajectory.start(wanted.request, idempotency_key=key, prepared=prepared)
     except TITOError as error:
@@ -141,8 +159,8 @@ async def _read(request: web.Request) -> _Wanted:
         raise TITOError(
             "tito_request_too_large", 413, f"the body has more than {MAX_BODY_BYTES} bytes"
         ) from None
-    except ValueError:
-        raise invalid("the body is no JSON") from None
+    except (ValueError, RecursionError):
+        raise invalid("the body is no JSON, or nested too deeply") from None
     if not isinstance(payload, dict):
         raise invalid("the body must be a JSON object")
     fields = cast(dict[str, Any], payload)
@@ -167,6 +185,7 @@ class _Answer:
         """One JSON body."""
         result = await self._result()
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        self._request[STARTED] = True
         await response.prepare(self._request)
         await response.write(_json(result.response))
         await self._end(response, result)
@@ -191,6 +210,7 @@ class _Answer:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
+        self._request[STARTED] = True
         await response.prepare(self._request)
         while not (await asyncio.wait([call], timeout=keepalive))[0]:
             await response.write(b": keepalive\n\n")

@@ -1,6 +1,7 @@
 """`TITOSidecar`: agents talk to it as to OpenAI's API, and leave exact tokens behind.
 
-It makes trajectories and ends them, and owns the server. One event loop runs all of it.
+It owns the server, and what all trajectories share. One event loop runs all of it. Which
+trajectories there are is `registry`'s.
 """
 
 from __future__ import annotations
@@ -8,28 +9,26 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import re
-import secrets
-import uuid
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.tito.backend import Backend, Classifier, ExactTokenSampler
-from fireworks_training.tito.errors import TITOError
+from fireworks_training.tito.errors import told
 from fireworks_training.tito.journal import Journal, TITOEventObserver
 from fireworks_training.tito.records import (
     TITOPromptMode,
-    TITOStatus,
     TITOTrajectoryArtifact,
     TITOTrajectoryEndpoint,
     TrajectoryDriftPolicy,
 )
+from fireworks_training.tito.registry import Trajectories
 from fireworks_training.tito.renderers import TITORenderer
 from fireworks_training.tito.trajectory import Trajectory
+from fireworks_training.tito.waits import in_spite_of_cancellation
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -37,17 +36,13 @@ if TYPE_CHECKING:
     from fireworks_training._async.sampler import DeploymentSampler
     from fireworks_training.tito.failure_traces import FailureTraces, TITOFailureTraceConfig
 
-MAX_OPEN = 8192
-"""Trajectories that may be open at a time."""
-
-REMEMBERED = 4096
-"""Ended trajectories whose late calls are told so (410); older ones are unknown (401)."""
+STOP_GRACE = 1.0
+"""Seconds for requests to end when the server stops; their trajectories have ended by then."""
 
 _OWN_HEADERS = frozenset(
     {"authorization", "x-api-key", "x-request-id", "x-fireworks-session-id"}
     | {"x-multi-turn-session-id", "x-session-affinity"}
 )
-_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 logger = logging.getLogger("fireworks_training.tito")
 
@@ -127,12 +122,10 @@ class TITOSidecar:
         self._traces = _traces(failure_trace_config)
         self._policy = default_drift_policy
         self.keepalive_seconds = keepalive_seconds
-        self._open: dict[str, Trajectory] = {}
-        self._ended: OrderedDict[str, Trajectory] = OrderedDict()
-        self._keys: dict[str, str] = {}
+        self._trajectories = Trajectories(self._backend, self._traces)
         self._runner: web.AppRunner | None = None
         self._port = 0
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     def from_deployment_sampler(
@@ -198,7 +191,7 @@ class TITOSidecar:
             ClientClosed: it was closed.
             OSError: the address or port can't be had.
         """
-        if self._closed:
+        if self._closing is not None:
             raise ClientClosed("the sidecar was closed: make a new one")
         if self._runner is not None:
             return
@@ -206,9 +199,11 @@ class TITOSidecar:
 
         from fireworks_training.tito.server import application
 
-        app = application(self, lambda: self.keepalive_seconds)
+        app = application(self._trajectories, lambda: self.keepalive_seconds)
         # An agent that leaves cancels its call, so that the deployment stops generating.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_GRACE
+        )
         self._runner = runner
         try:
             await runner.setup()
@@ -220,25 +215,36 @@ class TITOSidecar:
         self._port = int(runner.addresses[0][1])
 
     async def close(self) -> None:
-        """End what is open as "abandoned", cancel its calls, and stop listening. Idempotent."""
-        if self._closed:
+        """End what is open as "abandoned", cancel its calls, and stop listening. Idempotent.
+
+        Cancelled, it still closes everything before it raises that.
+
+        Raises:
+            TITOError: the observer could not be told of an end (507); all is closed.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        elif self._closing.done():
             return
-        self._closed = True
-        failures: list[BaseException] = []
-        if self._open:
-            logger.warning("%d trajectories were open: abandoned", len(self._open))
-        for trajectory_id in list(self._open):
-            try:
-                await self._end(trajectory_id, "abandoned", "sidecar_shutdown", cancel=True)
-            except TITOError as error:
-                failures.append(error)
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._port = 0
-        self._backend.close()
-        await self._journal.close()
-        if failures:
-            raise failures[0]
+        await in_spite_of_cancellation(self._closing, "the sidecar to close")
+
+    async def _close(self) -> None:
+        ids = self._trajectories.open_ids
+        if ids:
+            logger.warning("%d trajectories were open: abandoned", len(ids))
+        end, reason = self._trajectories.end, "sidecar_shutdown"
+        ends = (end(trajectory_id, "abandoned", reason, cancel=True) for trajectory_id in ids)
+        outcomes = await asyncio.gather(*ends, return_exceptions=True)
+        try:
+            if self._runner is not None:
+                await self._runner.cleanup()
+                self._port = 0
+        finally:
+            self._backend.close()
+            await self._journal.close()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -250,7 +256,13 @@ class TITOSidecar:
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        await self.close()
+        try:
+            await self.close()
+        except Exception as error:
+            if exc is None:
+                raise
+            # What is on its way says more.
+            logger.warning("the sidecar did not close in order: %s", told(error))
 
     # -- trajectories ------------------------------------------------------------------------------
 
@@ -277,8 +289,9 @@ class TITOSidecar:
             TITOError: too many are open (429); or the observer failed (507).
         """
         made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
-        self._journal.record_now("trajectory_open", made.trajectory_id, made.opening())
-        return self._endpoint(made)
+        with self._opening(made):
+            self._journal.record_now("trajectory_open", made.trajectory_id, made.opening())
+        return self._endpoint(made.trajectory_id)
 
     async def create_trajectory_async(
         self,
@@ -290,8 +303,9 @@ class TITOSidecar:
     ) -> TITOTrajectoryEndpoint:
         """`create_trajectory` without blocking the loop."""
         made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
-        await self._journal.record("trajectory_open", made.trajectory_id, made.opening())
-        return self._endpoint(made)
+        with self._opening(made):
+            await self._journal.record("trajectory_open", made.trajectory_id, made.opening())
+        return self._endpoint(made.trajectory_id)
 
     async def finish_trajectory(self, trajectory_id: str) -> TITOTrajectoryArtifact:
         """End a trajectory whose agent is done.
@@ -299,7 +313,7 @@ class TITOSidecar:
         Raises:
             TITOError: unknown (404), ended before (410), or a call is under way (409).
         """
-        return await self._end(trajectory_id, "completed", None, cancel=False)
+        return await self._trajectories.end(trajectory_id, "completed", None, cancel=False)
 
     async def abandon_trajectory(
         self, trajectory_id: str, reason: str = "caller_abandoned"
@@ -309,11 +323,11 @@ class TITOSidecar:
         Raises:
             TITOError: unknown (404), or ended before (410).
         """
-        return await self._end(trajectory_id, "abandoned", reason, cancel=True)
+        return await self._trajectories.end(trajectory_id, "abandoned", reason, cancel=True)
 
     async def fail_trajectory(self, trajectory_id: str, reason: str) -> TITOTrajectoryArtifact:
         """The same for one that went wrong, such as an agent that crashed."""
-        return await self._end(trajectory_id, "failed", reason, cancel=True)
+        return await self._trajectories.end(trajectory_id, "failed", reason, cancel=True)
 
     def dump_failure_trace(
         self,
@@ -336,23 +350,6 @@ class TITOSidecar:
             return None
         return self._traces.dump(artifact, error, code, source_trace, source_trace_root)
 
-    # -- for the server ----------------------------------------------------------------------------
-
-    def key_of(self, trajectory_id: str) -> str | None:
-        """The key of a trajectory; None for one that is not known (any more)."""
-        return self._keys.get(trajectory_id)
-
-    def trajectory_of(self, trajectory_id: str) -> Trajectory:
-        """The trajectory of an id.
-
-        Raises:
-            TITOError: there is none (404).
-        """
-        found = self._open.get(trajectory_id) or self._ended.get(trajectory_id)
-        if found is None:
-            raise TITOError("tito_trajectory_not_found", 404, "no trajectory has that id")
-        return found
-
     # -- inside ------------------------------------------------------------------------------------
 
     def _make(
@@ -362,52 +359,27 @@ class TITOSidecar:
         metadata: Mapping[str, Any] | None,
         policy: TrajectoryDriftPolicy | None,
     ) -> Trajectory:
-        if not self._port:
+        if not self._port or self._closing is not None:
             raise ClientClosed("start the sidecar before creating a trajectory, or `async with` it")
-        trajectory_id = uuid.uuid4().hex if trajectory_id is None else trajectory_id
-        if not _ID.fullmatch(trajectory_id):
-            raise InvalidArgument(
-                "trajectory_id takes letters, digits, '_', '.' and '-', 1 to 128 of them"
-            )
-        if trajectory_id in self._keys:
-            raise InvalidArgument(f"there is a trajectory {trajectory_id!r} already")
-        if len(self._open) >= MAX_OPEN:
-            raise TITOError(
-                "tito_too_many_trajectories", 429, f"{MAX_OPEN} trajectories are open: end some"
-            )
-        return Trajectory(
-            self._backend,
-            trajectory_id,
-            serving_affinity_key=affinity,
-            metadata=metadata,
-            drift_policy=policy or self._policy,
-        )
+        return self._trajectories.make(trajectory_id, affinity, metadata, policy or self._policy)
 
-    def _endpoint(self, made: Trajectory) -> TITOTrajectoryEndpoint:
-        trajectory_id = made.trajectory_id
-        if trajectory_id in self._keys:  # another was quicker while the observer was told
-            raise InvalidArgument(f"there is a trajectory {trajectory_id!r} already")
-        self._open[trajectory_id] = made
-        self._keys[trajectory_id] = key = f"tito_{secrets.token_urlsafe(32)}"
+    @contextmanager
+    def _opening(self, made: Trajectory) -> Generator[None]:
+        """While the observer is told: what nobody will be given is not left open."""
+        try:
+            yield
+        except BaseException:
+            self._trajectories.forget(made.trajectory_id)
+            raise
+        if self._closing is not None:
+            raise ClientClosed("the sidecar was closed while the trajectory was made")
+
+    def _endpoint(self, trajectory_id: str) -> TITOTrajectoryEndpoint:
+        key = self._trajectories.key_of(trajectory_id)
+        assert key is not None
         host = f"[{self._address}]" if ":" in self._address else self._address
         base = f"http://{host}:{self._port}/trajectories/{trajectory_id}/v1"
         return TITOTrajectoryEndpoint(trajectory_id, base, key)
-
-    async def _end(
-        self, trajectory_id: str, status: TITOStatus, reason: str | None, *, cancel: bool
-    ) -> TITOTrajectoryArtifact:
-        trajectory = self.trajectory_of(trajectory_id)
-        artifact = await trajectory.end(status, reason, cancel=cancel)
-        del self._open[trajectory_id]
-        self._ended[trajectory_id] = trajectory
-        while len(self._ended) > REMEMBERED:
-            oldest, _ = self._ended.popitem(last=False)
-            self._keys.pop(oldest, None)
-        if self._traces is not None and artifact.status == "failed":
-            code = artifact.terminal_reason or "trajectory_failed"
-            error = TITOError(code, 500, f"the trajectory failed: {code}")
-            await asyncio.to_thread(self._traces.dump, artifact, error, code)
-        return artifact
 
 
 def _traces(config: TITOFailureTraceConfig | None) -> FailureTraces | None:

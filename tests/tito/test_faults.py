@@ -19,7 +19,7 @@ from fireworks_training import (
     UnknownOption,
 )
 from fireworks_training.tito import TITOTrajectoryEndpoint
-from fireworks_training.tito import sidecar as sidecar_module
+from fireworks_training.tito import registry as registry_module
 from fireworks_training.tito import trajectory as trajectory_module
 from tests import stub_completions as stub
 from tests.async_.sampling.support import until
@@ -155,7 +155,7 @@ async def test_streams_are_kept_alive_and_end_with_usage(
     await server.reached.wait()
     await until(
         lambda: bool(
-            sidecar.trajectory_of(endpoint.trajectory_id)
+            sidecar._trajectories.get(endpoint.trajectory_id)
             .measured.summary()
             .counters.get("transport/keepalives_sent")
         )
@@ -233,7 +233,7 @@ async def test_an_end_under_a_call_frees_the_engine_and_tells_the_agent(
 async def test_an_end_comes_once_and_an_unknown_trajectory_has_none(
     server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sidecar_module, "REMEMBERED", 1)
+    monkeypatch.setattr(registry_module, "REMEMBERED", 1)
     server.otherwise = says("one")
     sidecar = await sidecars()
     first, second = [await sidecar.create_trajectory_async(trajectory_id=n) for n in ("a", "b")]
@@ -260,7 +260,7 @@ async def test_cancelling_a_finish_loses_nothing(
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
     await ask(endpoint, HELLO)
-    trajectory = sidecar.trajectory_of(endpoint.trajectory_id)
+    trajectory = sidecar._trajectories.get(endpoint.trajectory_id)
     slow = asyncio.Event()
 
     async def answering() -> None:
@@ -286,7 +286,7 @@ async def test_a_slow_reader_does_not_hold_the_end(
     monkeypatch.setattr(trajectory_module, "ANSWER_GRACE", 0.01)
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
-    trajectory = sidecar.trajectory_of(endpoint.trajectory_id)
+    trajectory = sidecar._trajectories.get(endpoint.trajectory_id)
     cancelled = asyncio.Event()
 
     async def answering() -> None:
@@ -381,7 +381,7 @@ async def test_calls_are_bounded_and_go_one_after_the_other(
     server.otherwise = says("one")
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
-    trajectory = sidecar.trajectory_of(endpoint.trajectory_id)
+    trajectory = sidecar._trajectories.get(endpoint.trajectory_id)
     calls = [asyncio.create_task(ask(endpoint, HELLO)) for _ in range(2)]
     await server.reached.wait()
     await until(lambda: len(trajectory._generating) == 2)
