@@ -77,7 +77,10 @@ def measure(side: str, work: str, python: str) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     stub = [sys.executable, str(HERE / "training_stub.py"), str(port), "--protobuf"]
-    server = subprocess.Popen([*stub, "--comms", "v2" if side.endswith("v2") else "v1"])
+    server = subprocess.Popen(
+        [*stub, "--comms", "v2" if side.endswith("v2") else "v1"],
+        stdin=subprocess.PIPE,  # closed with this process, whatever ends it
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(200):

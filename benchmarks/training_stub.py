@@ -2,15 +2,18 @@
 
     python benchmarks/training_stub.py PORT [--comms v2] [--protobuf]
 
-It lists `step_protocol`. It also counts polls, and can be told to fail or to hang:
-POST /control {"status": 500} (answers polls so), {"hang": "retrieve_future"} (does not answer the
-next request of that name), GET /stats.
+It ends with its stdin. It lists `step_protocol`. It also counts polls, and can be told to fail or
+to hang: POST /control {"status": 500} (answers polls so), {"hang": "retrieve_future"} (does not
+answer the next request of that name), GET /stats.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -142,13 +145,19 @@ def _result(shapes: list[tuple[int, ...]]) -> PassResult:
     return PassResult("ArrayRecord", outputs, {"loss:sum": 1.0})
 
 
+def _end_with_the_starter() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
 def main() -> None:
-    """Serve until killed."""
+    """Serve until killed, or until whoever started it is gone: then its stdin ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--comms", default="v1")
     parser.add_argument("--protobuf", action="store_true")
     options = parser.parse_args()
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
     web.run_app(Stub(options).app(), host="127.0.0.1", port=options.port, print=None)
 
 
