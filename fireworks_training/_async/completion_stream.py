@@ -157,7 +157,7 @@ class CompletionStream:
             AttemptFailed: it does not.
         """
         attempt = self._attempt
-        session = await self._transport.session()
+        session = self._transport.session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._loop.time()
         self._transport.stalls.add(self, attempt.request.http_timeout)
@@ -239,7 +239,10 @@ class CompletionStream:
             self._take(response, piece)
             if assembler.mark() != mark:
                 tell(assembler.since(mark))
-        return await self._finish()
+        completion = self._finish()
+        if not content.at_eof():
+            await self._reach_the_end(response)
+        return completion
 
     def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
         """One piece of the network."""
@@ -256,29 +259,25 @@ class CompletionStream:
         if self._first_token_at is None and self._assembler.started:
             self._first_token_at = self._loop.time()
 
-    async def _finish(self) -> SampledCompletion:
+    def _finish(self) -> SampledCompletion:
         if self._assembler.truncated:
             error = ConnectionFailed("the stream ended before the completion did")
             raise self._failed("sse_truncation", error)
         try:
-            completion = self._assembler.completion(
+            return self._assembler.completion(
                 prompt_index=self._attempt.prompt_index,
                 sample_index=self._attempt.sample_index,
                 metrics=self._metrics(),
             )
         except ProtocolError as error:
             raise self._failed("upstream_stream", error) from error
-        await self._reach_the_end()
-        return completion
 
-    async def _reach_the_end(self) -> None:
+    @staticmethod
+    async def _reach_the_end(response: aiohttp.ClientResponse) -> None:
         """Read what follows `[DONE]`, normally nothing, so that the connection can be used again.
 
         The completion is whole: a server that does not end its answer costs a connection only.
         """
-        response = self._response
-        if response is None or response.content.at_eof():
-            return
         try:
             async with asyncio.timeout(END_TIMEOUT):
                 while await response.content.readany():

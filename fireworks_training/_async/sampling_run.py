@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -285,11 +285,11 @@ class SamplingRun:
         finally:
             progress.backing_off(-1)
 
-    async def _acquire(self, number: int) -> None:
+    def _slot(self, number: int) -> Awaitable[None]:
+        """A slot for an attempt; a retry goes before new work, where the controller knows both."""
         if number > 1 and isinstance(self._controller, Gate):
-            await self._controller.acquire(retry=True)
-        else:
-            await self._controller.acquire()
+            return self._controller.acquire(retry=True)
+        return self._controller.acquire()
 
     async def _attempt(
         self, attempt: Attempt, logged: Logged | None, deltas: DeltaBuffer | None
@@ -297,7 +297,7 @@ class SamplingRun:
         """One HTTP attempt, in a slot of the controller."""
         source = self._source
         events = source.transport.events
-        await self._acquire(attempt.number)
+        await self._slot(attempt.number)
         told: ServerMetrics | None = None
         stream: CompletionStream | None = None
         source.progress.attempt(attempt, self._loop.time())

@@ -176,7 +176,7 @@ class Transport:
             **self._additional_headers,
         }
 
-    async def session(self) -> aiohttp.ClientSession:
+    def session(self) -> aiohttp.ClientSession:
         """The session; made at first use. Call on the owner loop.
 
         Raises:
@@ -217,7 +217,7 @@ class Transport:
             ConnectionFailed: no connection, or it broke.
             RequestTimedOut: no whole answer in time.
         """
-        session = await self.session()
+        session = self.session()
         target = url if "://" in url else self.base_url + url
         sent = self.headers(headers)
         if body is not None:
