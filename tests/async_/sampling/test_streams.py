@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.completion_stream import Attempt, CompletionStream
+from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
 from fireworks_training._core.sse import MAX_EVENT_BYTES, ServerSentEvent, SseDecoder
 from fireworks_training._wire.completions import sampling_request
 from fireworks_training.errors import SamplingRequestError
@@ -18,15 +18,11 @@ from tests.async_.sampling.support import MODEL, Make
 from tests.stub_completions import CompletionServer
 
 
-async def test_deltas_arrive_while_the_server_generates(
-    server: CompletionServer, shared: Make
-) -> None:
-    server.otherwise = stub.pause_mid_stream
-    sampler = shared()
+def attempt_at(server: CompletionServer, max_tokens: int = 3, **options: Any) -> Attempt:
     request = sampling_request(
-        MODEL, max_tokens=3, temperature=1.0, options={"logprobs": True}, decode_stop=None
+        MODEL, max_tokens=max_tokens, temperature=1.0, options=options, decode_stop=None
     )
-    attempt = Attempt(
+    return Attempt(
         url=server.url + "/inference/v1/completions",
         headers={},
         body=request.encode([1]).body(0),
@@ -36,6 +32,13 @@ async def test_deltas_arrive_while_the_server_generates(
         prompt_index=0,
         sample_index=0,
     )
+
+
+async def test_deltas_arrive_while_the_server_generates(
+    server: CompletionServer, shared: Make
+) -> None:
+    server.otherwise = stub.pause_mid_stream
+    sampler = shared()
     text, logprobs = "", array("d")
 
     def tell(delta: TokenDelta) -> None:
@@ -46,7 +49,7 @@ async def test_deltas_arrive_while_the_server_generates(
         text += delta.text
         logprobs.extend(delta.logprobs)
 
-    stream = CompletionStream(sampler._transport, attempt)
+    stream = CompletionStream(sampler._transport, attempt_at(server, logprobs=True))
     try:
         await stream.open()
         completion = await stream.read(tell)
@@ -63,18 +66,7 @@ async def test_leaving_a_stream_early_stops_the_server(
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     sampler = shared()
-    request = sampling_request(MODEL, max_tokens=3, temperature=1.0, options={}, decode_stop=None)
-    attempt = Attempt(
-        url=server.url + "/inference/v1/completions",
-        headers={},
-        body=request.encode([1]).body(0),
-        request=request,
-        prompt_ids=[1],
-        number=1,
-        prompt_index=0,
-        sample_index=0,
-    )
-    stream = CompletionStream(sampler._transport, attempt)
+    stream = CompletionStream(sampler._transport, attempt_at(server))
     await stream.open()
     first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     reading = asyncio.create_task(stream.read(lambda delta: first.set_result(delta.text)))
@@ -84,6 +76,27 @@ async def test_leaving_a_stream_early_stops_the_server(
     stream.close()
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 1
+
+
+@pytest.mark.parametrize("cancelled_too", [False, True])
+async def test_silence_before_the_headers_is_a_time_out_and_no_cancellation(
+    server: CompletionServer, shared: Make, cancelled_too: bool
+) -> None:
+    server.otherwise = stub.hang_before_headers
+    stream = CompletionStream(shared()._transport, attempt_at(server))
+    opening = asyncio.create_task(stream.open())
+    await server.reached.wait()
+    stream.fail(TimeoutError("silent"))
+    if cancelled_too:
+        opening.cancel()
+    await asyncio.wait([opening])
+    stream.close()
+    assert opening.cancelled() is cancelled_too
+    if not cancelled_too:
+        failure = opening.exception()
+        assert isinstance(failure, AttemptFailed)
+        assert failure.kind == "timeout"
+        assert opening.cancelling() == 0
 
 
 async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
