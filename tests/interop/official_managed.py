@@ -43,6 +43,27 @@ def datum() -> Any:
     )
 
 
+def reinforce(client: Any) -> float:
+    """A pass by a loss that the SDK sends only to a trainer that says it has it."""
+    data = datum()
+    count = len(TOKENS) - 1
+    data.loss_fn_inputs["advantages"] = sdk.TensorData(
+        data=[0.5] * count, dtype="float32", shape=[count]
+    )
+    output = client.forward_backward([data], "reinforce").result()
+    client.optim_step(sdk.AdamParams(learning_rate=0.0)).result()
+    return float(output.metrics["loss:sum"])
+
+
+def centred(client: Any) -> str:
+    """What the SDK says of an option of that loss which the trainer says it lacks."""
+    try:
+        client.forward_backward([datum()], "reinforce", {"score_centering": True})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def step(client: Any) -> float:
     output = client.forward_backward([datum()], "cross_entropy").result()
     client.optim_step(sdk.AdamParams(learning_rate=1e-3)).result()
@@ -66,6 +87,7 @@ def managed() -> None:
         sampler = made.create_deployment_sampler(model_path=saved.path)
         snapshots.append(saved.snapshot_name)
         losses.append(step(client))
+    by_reinforce, loss = reinforce(client), step(client)
     reference = made.create_reference_client(MODEL)
     output = reference.forward([datum()], "cross_entropy").result()
     say(
@@ -75,6 +97,8 @@ def managed() -> None:
         shape=made.deployment_shape,
         reference=made.reference_job_id,
         losses=losses,
+        reinforce=[by_reinforce, loss],
+        centred=centred(client),
         reference_loss=float(output.metrics["loss:sum"]),
         states=client.list_checkpoints(),
         snapshots=snapshots,

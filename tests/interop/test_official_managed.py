@@ -75,6 +75,10 @@ def test_managed_flow_reconnect_and_cleanup(official: Official) -> None:
     assert facts["shape"].startswith("accounts/local/deploymentShapes/cpu")
     losses = facts["losses"]
     assert losses == sorted(losses, reverse=True)
+    # Of the same weights: -sum(w l A), with A one half, is half of the cross-entropy.
+    by_reinforce, cross_entropy = facts["reinforce"]
+    assert by_reinforce == pytest.approx(cross_entropy / 2, rel=1e-5)
+    assert "score centering" in facts["centred"]
     assert facts["states"] == ["official-state"]
     assert {"official-state", *facts["snapshots"]} == set(facts["checkpoints"])
     assert all(len(tokens) == 7 for tokens in facts["completions"])

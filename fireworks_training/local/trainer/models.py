@@ -34,6 +34,13 @@ CAPABILITIES: Mapping[str, object] = {
     "step_protocol": 1,
     "snapshot_protocol": 1,
     "supports_backward": True,
+    # Official clients send a pass by this loss only where it is said; what is not, they refuse.
+    "supports_reinforce": True,
+    "supports_score_centering": False,
+    "supports_policy_importance_sampling": False,
+    "supports_policy_diagnostics": False,
+    "supports_target_logprob_support": False,
+    "supports_router_replay": False,
     # Polls for all results of a model at once: `local.ended`.
     "retrieve_futures": 1,
 }
