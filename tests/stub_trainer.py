@@ -161,6 +161,8 @@ class StubTrainer:
             async with self._changed:
                 self._execute()
                 self._changed.notify_all()
+        if path == "forward_backward" and not body["forward_backward_input"]["data"]:
+            return web.json_response({"error": "no datums"}, status=400)
         if seq_id in self.drop_answers:
             self.drop_answers.discard(seq_id)
             assert request.transport is not None
@@ -188,7 +190,8 @@ class StubTrainer:
                 "category": "user",
                 "error_class": "PrecedingOperationFailed",
             }
-        if seq_id in self.fail:
+        empty = path == "forward_backward" and not body["forward_backward_input"]["data"]
+        if seq_id in self.fail or empty:
             if path == "forward_backward" and self.step_protocol:
                 self._held, self._failed = 0, True
             return {"error": "scripted failure", "category": "server"}
@@ -208,10 +211,10 @@ class StubTrainer:
             }
         if path == "backward":
             self._held += len(body["gradients"])
-            empty: list[dict[str, Any]] = [{} for _ in body["gradients"]]
+            blank: list[dict[str, Any]] = [{} for _ in body["gradients"]]
             return {
                 "loss_fn_output_type": "ArrayRecord",
-                "loss_fn_outputs": empty,
+                "loss_fn_outputs": blank,
                 "metrics": {"loss:sum": 2.0},
             }
         if path == "optim_step":

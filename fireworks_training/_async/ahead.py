@@ -127,9 +127,11 @@ class Ahead:
             try:
                 result = await in_worker(work)
             except Exception as error:
-                piece.done.set_exception(error)
+                if not piece.done.done():
+                    piece.done.set_exception(error)
             else:
-                piece.done.set_result(result)
+                if not piece.done.done():  # its operation may have been cancelled meanwhile
+                    piece.done.set_result(result)
 
     async def stop(self) -> None:
         """Stop, and leave no work behind; what waits for a piece is cancelled."""

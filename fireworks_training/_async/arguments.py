@@ -5,9 +5,11 @@ What concerns the content of datums is checked where they are encoded, in `_wire
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import cast
 
 from fireworks_training.errors import InvalidArgument
@@ -33,6 +35,34 @@ def check_datums(data: object) -> None:
             raise InvalidArgument(
                 f"data[{index}] is a {type(datum).__name__}; a tinker.Datum is needed"
             )
+
+
+def loss_config(config: object) -> dict[str, float | str] | None:
+    """Options of a loss as they can be sent; what is None is left out.
+
+    Raises:
+        InvalidArgument: names the first option that is no finite number, bool or text.
+    """
+    if config is None:
+        return None
+    if not isinstance(config, Mapping):
+        raise InvalidArgument(f"loss_fn_config must be a mapping, not {type(config).__name__}")
+    options: dict[str, float | str] = {}
+    for name, value in cast(Mapping[object, object], config).items():
+        if not isinstance(name, str):
+            raise InvalidArgument(f"loss_fn_config has the key {name!r}; keys are text")
+        if isinstance(value, (bool, str)):
+            options[name] = value
+        elif isinstance(value, Integral) and abs(int(value)) < 1 << 63:
+            options[name] = int(value)
+        elif isinstance(value, Real) and math.isfinite(number := float(value)):
+            options[name] = number
+        elif value is not None:
+            given = repr(value) if isinstance(value, Real) else f"a {type(value).__name__}"
+            raise InvalidArgument(
+                f"loss_fn_config[{name!r}] is {given}; options are finite numbers, bools and text"
+            )
+    return options
 
 
 def check_name(what: str, value: object) -> None:

@@ -93,6 +93,8 @@ class BatchPolls:
                 told, _ = self._waiting.pop(next(iter(self._waiting)))
                 if not told.done():
                     told.set_exception(error)
+        except Exception as error:  # those who wait must not wait for ever
+            self._give_up(error)
 
     async def _round(self) -> None:
         """Poll until the trainer answers."""
@@ -113,11 +115,12 @@ class BatchPolls:
                 await asyncio.sleep(delay)
                 continue
             del self._retrieved[: len(named)]
+            news = cursor != self._cursor  # else the trainer repeats itself
             self._cursor = cursor
             for one in ended:
                 self._ended(one)
             self._doubt(loop.time())
-            if not ended and loop.time() - asked < QUICK_POLL:
+            if not (ended and news) and loop.time() - asked < QUICK_POLL:
                 await asyncio.sleep(QUICK_POLL)
             return
 
@@ -145,13 +148,14 @@ class BatchPolls:
                 return  # the others came later
             self._tell(request_id, None)
 
-    def _give_up(self, error: ApiError) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._refused = True
         self._retrieved.clear()
         logger.warning(
-            "%s: the trainer offers batch polls and refuses them (%s); results are asked for one "
+            "%s: the trainer offers batch polls, and they fail (%s: %s); results are asked for one "
             "by one",
             self._model_id,
+            type(error).__name__,
             error,
         )
         for request_id in list(self._waiting):

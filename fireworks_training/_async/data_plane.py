@@ -178,8 +178,18 @@ class DataPlane:
             raise _lost(error) or error
         return response
 
-    async def fill(self, path: str, body: Body, headers: Mapping[str, str] | None = None) -> None:
+    async def fill(
+        self,
+        path: str,
+        body: Body,
+        headers: Mapping[str, str] | None = None,
+        *,
+        fails: bool = False,
+    ) -> None:
         """Send a filler; that its place is taken already (409) is as good as an answer.
+
+        Args:
+            fails: the filler is one that the trainer takes as failed, and answers with 400.
 
         Raises:
             TrainerLost: the trainer's process is gone.
@@ -190,7 +200,7 @@ class DataPlane:
                 path, body, what="filler", headers=headers, undecided=UNDECIDED - {409}
             )
         except ApiStatusError as error:
-            if error.status != 409:
+            if error.status != 409 and not (fails and error.status == 400):
                 raise
 
     async def result(

@@ -30,8 +30,10 @@ from fireworks_training._core.notices import Watch
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
+    InvalidArgument,
     RequestFailed,
     SessionLost,
+    UsageError,
 )
 
 T = TypeVar("T")
@@ -41,6 +43,9 @@ UPLOADS = 16
 
 POLLS = 16
 """Polls under way at a time, for one client; the oldest operations come first."""
+
+ALWAYS_IN_THREAD = 1 << 62
+"""Tokens of a request that is never made on the loop."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -59,7 +64,7 @@ class Request:
     """One request of an operation, once it has an id.
 
     Attributes:
-        make: the request for an id.
+        make: the request for an id; may raise, and its place is then filled.
         accept: content types that its result may have; None: JSON.
         instead: what to send under the same id if the server refuses it; made in a thread. For
             requests whose refusal leaves their place free.
@@ -87,6 +92,8 @@ class Exchanges:
     Args:
         plane: the trainer's HTTP interface.
         filler: makes a request that changes nothing, for a place that must not stay empty.
+        failing: the same, that the trainer takes as one which has failed its step; None: it
+            enforces no steps.
         name: of the client, for messages.
         saved_state: the newest state that the client saved, for messages.
         uploads: submits under way at a time.
@@ -98,6 +105,7 @@ class Exchanges:
         plane: DataPlane,
         *,
         filler: Callable[[int], Sent],
+        failing: Callable[[int], Sent] | None,
         name: str,
         saved_state: Callable[[], str | None],
         uploads: int = UPLOADS,
@@ -105,6 +113,7 @@ class Exchanges:
     ) -> None:
         self._plane = plane
         self._filler = filler
+        self._failing = failing
         self._name = name
         self._saved_state = saved_state
         self._next_seq = 1
@@ -122,17 +131,26 @@ class Exchanges:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    def start(self, request: Request, label: str) -> Exchange:
-        """Give a request the next id and start it."""
+    def start(self, request: Request, label: str, *, adds: bool = False) -> Exchange:
+        """Give a request the next id and start it.
+
+        Args:
+            adds: it adds gradients, and others of its step may be sent already when it is refused.
+        """
         seq_id = self._next_seq
         self._next_seq += 1
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = self.keep(self._watched(request, seq_id, label, taken), label)
+        task = self.keep(self._watched(request, seq_id, label, taken, adds), label)
         task.add_done_callback(partial(_release, taken))
         return Exchange(seq_id, taken, task)
 
     async def _watched(
-        self, request: Request, seq_id: int, label: str, taken: asyncio.Future[None]
+        self,
+        request: Request,
+        seq_id: int,
+        label: str,
+        taken: asyncio.Future[None],
+        adds: bool,
     ) -> Answer:
         loop = asyncio.get_running_loop()
         wait = self._watch.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
@@ -144,7 +162,7 @@ class Exchanges:
                 note("no answer to its submit yet")
                 submitted = loop.time()
                 self._tell_submit(seq_id, label)
-                request_id = await self._submit(request, seq_id, label)
+                request_id = await self._submit(request, seq_id, label, adds)
             self._tell_ack(seq_id, label, request_id, loop.time() - submitted)
             if not taken.done():
                 taken.set_result(None)
@@ -154,7 +172,7 @@ class Exchanges:
         except ApiStatusError as error:
             if taken.done() or not was_refused(error):
                 raise self._lost(seq_id, error) from error
-            await self._fill(seq_id, error)
+            await self._fill(seq_id, error, adds)
             raise _refusal(error, label) from error
         except ApiError as error:
             raise self._lost(seq_id, error) from error
@@ -209,29 +227,47 @@ class Exchanges:
             self._batch.retrieved(request_id)
         return answer
 
-    async def _submit(self, request: Request, seq_id: int, label: str) -> str:
-        sent = await off_loop(request.tokens, partial(request.make, seq_id))
+    async def _submit(self, request: Request, seq_id: int, label: str, adds: bool) -> str:
+        sent = await self._made(request.make, request.tokens, seq_id, label, adds)
         try:
             return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
         except ApiStatusError as error:
             if request.instead is None or not was_refused(error):
                 raise
             logger.info("%s: %s; sent in full instead", label, error.message)
-        sent = await asyncio.to_thread(request.instead, seq_id)
+        sent = await self._made(request.instead, ALWAYS_IN_THREAD, seq_id, label, adds)
         return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
 
-    async def _fill(self, seq_id: int, refusal: ApiStatusError) -> None:
-        """Fill the place of a refused request, so that the server's line goes on."""
-        filler = self._filler(seq_id)
+    async def _made(
+        self, make: Callable[[int], Sent], tokens: int, seq_id: int, label: str, adds: bool
+    ) -> Sent:
+        """The request, or its place filled: it has its id already, and others stand behind it."""
         try:
-            await self._plane.fill(filler.path, filler.body, filler.headers)
+            return await off_loop(tokens, partial(make, seq_id))
+        except Exception as error:
+            await self._fill(seq_id, error, adds)
+            if not isinstance(error, (TypeError, ValueError)) or isinstance(error, UsageError):
+                raise
+            raise InvalidArgument(f"{label} can't be sent: {error}", cause=error) from error
+
+    async def _fill(self, seq_id: int, refusal: Exception, adds: bool) -> None:
+        """Fill the place of a request that is not taken, so that the server's line goes on.
+
+        An `optim_step` behind it may be there already: the step has to fail for the server too.
+        """
+        failing = self._failing if adds else None
+        filler = (failing or self._filler)(seq_id)
+        try:
+            await self._plane.fill(
+                filler.path, filler.body, filler.headers, fails=failing is not None
+            )
         except ApiError as error:
             raise self._lost(seq_id, refusal) from error
 
-    def _lost(self, seq_id: int, cause: ApiError) -> SessionLost:
+    def _lost(self, seq_id: int, cause: Exception) -> SessionLost:
         why = (
             "another request holds it: does a second client drive this model"
-            if is_conflict(cause)
+            if isinstance(cause, ApiError) and is_conflict(cause)
             else str(cause)
         )
         return SessionLost(

@@ -40,6 +40,7 @@ from fireworks_training.errors import (
     SessionEnded,
     SessionLost,
     TrainerLost,
+    UsageError,
     WrongLoop,
 )
 from fireworks_training.futures import APIFuture, was_retrieved
@@ -51,6 +52,9 @@ UNDER_WAY = 32
 Deep enough for the pipeline of a server that is 200 ms away, and shallow enough that thousands
 called at once neither fill its queue nor hold thousands of tasks here, which the garbage collector
 would keep moving."""
+
+FAILURES_KEPT = 64
+"""Failures that are kept before those that somebody has retrieved are let go."""
 
 DRAIN_TIMEOUT = 60.0
 """Seconds that `close()` gives accepted operations to finish."""
@@ -88,32 +92,32 @@ class Turn:
             FireworksTrainingError: the first failure that is not a consequence of another; the
                 ticket then says whether a part may have been added.
         """
-        exchanges = [self._runner.exchange(request, self._label) for request in requests]
+        # What a custom loss sends before its last requests adds nothing.
+        adds = last and self.ticket.role is Role.GRADIENT
+        exchanges = [self._runner.exchange(r, self._label, adds=adds) for r in requests]
         self.sent = [exchange.seq_id for exchange in exchanges]
         if last:
             if not self._runner.line.step_protocol:
                 await asyncio.wait([exchange.taken for exchange in exchanges])
             self.leave()
         if len(exchanges) == 1:  # as most do
-            return [await self._only(exchanges[0])]
+            return [await self._only(exchanges[0], adds)]
         results = await asyncio.gather(*(e.task for e in exchanges), return_exceptions=True)
+        self.ticket.maybe_added = adds and not all(map(_nothing_added, results))
         failures = [result for result in results if isinstance(result, BaseException)]
         if not failures:
             return cast(list[Answer], results)
-        self.ticket.maybe_added = self.ticket.role is Role.GRADIENT and any(
-            not isinstance(result, BaseException) or not _nothing_added(result)
-            for result in results
-        )
         own = [failure for failure in failures if not isinstance(failure, PrecedingOperationFailed)]
         raise (own or failures)[0]
 
-    async def _only(self, exchange: Exchange) -> Answer:
+    async def _only(self, exchange: Exchange, adds: bool) -> Answer:
         try:
-            return await exchange.task
+            answer = await exchange.task
         except BaseException as error:
-            added = not _nothing_added(error)
-            self.ticket.maybe_added = self.ticket.role is Role.GRADIENT and added
+            self.ticket.maybe_added = adds and not _nothing_added(error)
             raise
+        self.ticket.maybe_added = adds  # even if the answer can't be read
+        return answer
 
     def hold(self, context: contextvars.Context) -> None:
         """Note in a context that what runs there holds up the line from this operation on."""
@@ -125,11 +129,19 @@ class Turn:
             self.over.set_result(None)
 
 
-def _nothing_added(failure: BaseException) -> bool:
-    """Whether a failed request certainly left no gradients behind."""
-    if isinstance(failure, RequestFailed) and failure.error_class == RESULT_GONE:
+def _failing_filler(model_id: str, seq_id: int) -> Sent:
+    """A pass without datums, which a trainer that enforces steps takes as failed."""
+    nothing = {"data": [], "loss_fn": "cross_entropy"}
+    body = {"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing}
+    return Sent("forward_backward", orjson.dumps(body))
+
+
+def _nothing_added(outcome: Answer | BaseException) -> bool:
+    """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
+    if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
         return False
-    return isinstance(failure, OperationError) and not isinstance(failure, SessionEnded)
+    failed = isinstance(outcome, (OperationError, UsageError))
+    return failed and not isinstance(outcome, SessionEnded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +237,7 @@ class LineRunner:
         self._exchanges = Exchanges(
             plane,
             filler=filler,
+            failing=partial(_failing_filler, model_id) if line.step_protocol else None,
             name=model_id,
             saved_state=lambda: self.last_saved_state,
             uploads=UPLOADS if parallel else 1,
@@ -238,6 +251,7 @@ class LineRunner:
         self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
         self._failures: list[BaseException] = []
+        self._failures_kept = FAILURES_KEPT
         self.ended: FireworksTrainingError | None = None
         self.last_saved_state: str | None = None
         self.saved_names: set[str] = set()
@@ -373,9 +387,9 @@ class LineRunner:
                 cause=error,
             ) from error
 
-    def exchange(self, request: Request, label: str) -> Exchange:
-        """Give a request the next id and start it."""
-        exchange = self._exchanges.start(request, label)
+    def exchange(self, request: Request, label: str, *, adds: bool = False) -> Exchange:
+        """Give a request the next id and start it; `adds`: it adds gradients."""
+        exchange = self._exchanges.start(request, label, adds=adds)
         exchange.task.add_done_callback(self._notice_end)
         return exchange
 
@@ -410,7 +424,7 @@ class LineRunner:
             entry.settle(result[0])
         else:
             self.line.failed(entry.ticket, error)
-            self._failures = [e for e in self._failures if not was_retrieved(e)] + [error]
+            self._note_failure(error)
             entry.fail(error)
             if (events := self._events) is not None:
                 events.emit(
@@ -422,6 +436,15 @@ class LineRunner:
                         error=error,
                     )
                 )
+
+    def _note_failure(self, error: BaseException) -> None:
+        """Keep the failures that nobody has retrieved, and few others."""
+        if self._failures and self._failures[-1] is error:
+            return  # what ends a session fails thousands of operations
+        self._failures.append(error)
+        if len(self._failures) > self._failures_kept:
+            self._failures = [e for e in self._failures if not was_retrieved(e)]
+            self._failures_kept = max(2 * len(self._failures), FAILURES_KEPT)
 
     # -- the end -----------------------------------------------------------------------------------
 

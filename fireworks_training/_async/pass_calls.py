@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from fireworks_training._async.ahead import INLINE_TOKENS, Piece
-from fireworks_training._async.arguments import check_datums
+from fireworks_training._async.arguments import check_datums, loss_config
 from fireworks_training._async.custom_loss import require_torch
 from fireworks_training._async.operations import Call
 from fireworks_training._async.outputs import GRADIENTS_OF, run_custom_output
@@ -69,7 +69,7 @@ class PassCalls:
                 f"loss_fn must be the name of a built-in loss, not {type(loss_fn).__name__}; a "
                 "function goes to forward_backward_custom"
             )
-        config = None if loss_fn_config is None else dict(loss_fn_config)
+        config = loss_config(loss_fn_config)
         # Of a datum made for another loss, a plain forward needs only what it is about.
         output = (config or {}).get("output", "logprobs")
         plain = kind == "forward" and loss_fn == "cross_entropy" and output == "logprobs"

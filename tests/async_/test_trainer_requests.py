@@ -387,15 +387,17 @@ async def test_a_large_body_goes_in_pieces_and_again_after_a_cut(
 
 async def test_the_filler_is_in_the_dialect_of_the_model(connect: Any) -> None:
     async def refuse(path: str, body: dict[str, Any]) -> web.Response | None:
-        if path == "forward_backward":
-            return web.json_response({"error": "no"}, status=422)
+        if refusals:
+            return web.json_response({"error": refusals.pop()}, status=422)
         return None
 
+    refusals = ["no"]
     stub = StubTrainer(wire=["protobuf"], before=refuse)
     async with connect(stub) as client:
         with pytest.raises(RequestFailed):
-            await client.forward_backward([datum()], "cross_entropy")
+            await client.forward([datum(1)])
     assert stub.applied == [("forward", 1)]
+    assert stub.submitted == [("forward", 1)] * 2
     assert stub.bodies[1]["protobuf"]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fireworks_training import (
     FireworksTrainingError,
+    InvalidArgument,
     InvalidDatum,
     LossFailed,
     PrecedingOperationFailed,
@@ -55,6 +56,10 @@ def refused_by_the_server(client: Any) -> Any:
     return client.forward_backward([outside_the_vocabulary()], "cross_entropy")
 
 
+def that_can_not_be_written(client: Any) -> Any:
+    return client.forward_backward(datums(2), "\ud800")  # no text that UTF-8 can hold
+
+
 def refused_in_the_second_of_three_chunks(client: Any) -> Any:
     first, last = datums(2, seed=77, length=LONG)
     return client.forward_backward([first, outside_the_vocabulary(LONG), last], "cross_entropy")
@@ -93,6 +98,7 @@ def alone(platform: RunningPlatform) -> dict[str, torch.Tensor]:
         (nan_weights, InvalidDatum),
         (loss_that_raises, LossFailed),
         (refused_by_the_server, RequestFailed),
+        (that_can_not_be_written, InvalidArgument),
         (refused_in_the_second_of_three_chunks, RequestFailed),
         (infinite_on_the_server, RequestFailed),
     ],

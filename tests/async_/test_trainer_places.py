@@ -1,0 +1,265 @@
+"""A place in the trainer's line is never left empty, and what the trainer may hold is known.
+
+Over HTTP, against a stub trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from fireworks_training import (
+    GradientsInDoubt,
+    InvalidArgument,
+    LossFailed,
+    PrecedingOperationFailed,
+    RequestFailed,
+    TrainerLost,
+)
+from fireworks_training._async import batch_polls, operations
+from fireworks_training._async.ahead import INLINE_TOKENS, Ahead, Piece
+from fireworks_training.errors import ProtocolError
+from fireworks_training.futures import was_retrieved
+from tests.async_.test_trainer import ADAM, datum, good_loss
+from tests.stub_trainer import StubTrainer
+
+BOTH = pytest.mark.parametrize("wire", [[], ["json", "protobuf"]], ids=["json", "protobuf"])
+
+
+@BOTH
+@pytest.mark.parametrize("enforced", [True, False])
+async def test_a_request_that_can_not_be_written_leaves_no_gap(
+    connect: Any, wire: list[str], enforced: bool
+) -> None:
+    stub = StubTrainer(wire=wire, step_protocol=enforced)
+    async with connect(stub) as client:
+        await client.forward_backward([datum()], "cross_entropy")
+        broken = client.forward_backward([datum()], "\ud800")  # no text that UTF-8 can hold
+        step = client.optim_step(ADAM)
+        with pytest.raises(InvalidArgument, match="can't be sent"):
+            await broken
+        with pytest.raises(PrecedingOperationFailed):
+            await step
+        await client.forward_backward([datum()], "cross_entropy")
+        if not enforced:
+            with pytest.raises(GradientsInDoubt):
+                await client.optim_step(ADAM)
+            return
+        await client.optim_step(ADAM)
+    assert stub.steps == [1]
+
+
+async def test_a_step_with_a_refused_part_is_not_applied_though_all_of_it_is_on_its_way(
+    connect: Any,
+) -> None:
+    """The refusal comes when the trainer has the optim_step behind it."""
+    behind = asyncio.Event()
+
+    async def refuse(path: str, body: dict[str, Any]) -> web.Response | None:
+        if path == "optim_step":
+            behind.set()
+        is_filler = not body.get("forward_backward_input", {}).get("data")
+        if body["seq_id"] != 2 or is_filler:
+            return None
+        await behind.wait()
+        return web.json_response({"error": "too large"}, status=413)
+
+    stub = StubTrainer(before=refuse)
+    async with connect(stub) as client:
+        first = client.forward_backward([datum()], "cross_entropy")
+        broken = client.forward_backward([datum()], "cross_entropy")
+        step = client.optim_step(ADAM)
+        following = client.forward_backward([datum()], "cross_entropy"), client.optim_step(ADAM)
+        await first
+        with pytest.raises(RequestFailed, match="too large"):
+            await broken
+        with pytest.raises(PrecedingOperationFailed):
+            await step
+        await asyncio.gather(*following)
+    assert stub.steps == [1]  # the following one's
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (["top_k"], "a mapping, not list"),
+        ({1: 2.0}, "has the key 1"),
+        ({"a": float("nan")}, r"\['a'\] is nan"),
+        ({"a": 1 << 70}, None),
+        ({"a": [0.1]}, "is a list"),
+    ],
+)
+async def test_options_that_no_dialect_takes_are_refused_at_the_call(
+    connect: Any, config: Any, words: str | None
+) -> None:
+    stub = StubTrainer()
+    async with connect(stub) as client:
+        if words is None:  # as a float it can be sent
+            await client.forward([datum()], "cross_entropy", config)
+            return
+        with pytest.raises(InvalidArgument, match=words):
+            client.forward([datum()], "cross_entropy", config)
+    assert stub.submitted == []
+
+
+@BOTH
+async def test_options_may_be_numpy_numbers_and_none(connect: Any, wire: list[str]) -> None:
+    stub = StubTrainer(wire=wire)
+    given = {"a": np.float32(0.5), "b": np.int64(3), "c": None, "d": "text"}
+    async with connect(stub) as client:
+        await client.forward([datum()], "cross_entropy", given)
+    assert stub.bodies[1]["forward_input"]["loss_fn_config"] == {"a": 0.5, "b": 3, "d": "text"}
+
+
+# -- what may have been added ----------------------------------------------------------------------
+
+
+async def test_gradients_whose_answer_can_not_be_read_are_in_doubt(connect: Any) -> None:
+    async def nonsense(request_id: str) -> web.Response | None:
+        return web.json_response({"loss_fn_outputs": 3}) if request_id == "r1" else None
+
+    stub = StubTrainer(step_protocol=False, before_poll=nonsense)
+    async with connect(stub) as client:
+        with pytest.raises(ProtocolError):
+            await client.forward_backward([datum()], "cross_entropy")
+        with pytest.raises(PrecedingOperationFailed):
+            await client.optim_step(ADAM)
+        with pytest.raises(GradientsInDoubt):
+            await client.optim_step(ADAM)
+    assert stub.steps == []
+
+
+@pytest.mark.parametrize("datums", [1, 2000], ids=["one request", "several"])
+async def test_a_forward_that_is_lost_leaves_nothing_in_doubt(connect: Any, datums: int) -> None:
+    """Of a custom loss: it adds no gradients."""
+
+    async def expired(request_id: str) -> web.Response | None:
+        gone = {"error": "expired", "error_class": "ResultExpired"}
+        return web.json_response(gone, status=410) if request_id == "r1" else None
+
+    stub = StubTrainer(step_protocol=False, before_poll=expired)
+    async with connect(stub) as client:
+        with pytest.raises(RequestFailed, match="no longer has the result"):
+            await client.forward_backward_custom([datum(1)] * datums, good_loss)
+        with pytest.raises(PrecedingOperationFailed):
+            await client.optim_step(ADAM)
+        await client.optim_step(ADAM)
+    assert stub.steps == [0]
+
+
+async def test_a_loss_that_fails_leaves_nothing_in_doubt(connect: Any) -> None:
+    def failing(*_: object) -> Any:
+        raise RuntimeError("no")
+
+    stub = StubTrainer(step_protocol=False)
+    async with connect(stub) as client:
+        with pytest.raises(LossFailed):
+            await client.forward_backward_custom([datum()], failing)
+        with pytest.raises(PrecedingOperationFailed):
+            await client.optim_step(ADAM)
+        await client.optim_step(ADAM)
+    assert stub.steps == [0]
+
+
+# -- many at once, and cut short -------------------------------------------------------------------
+
+
+async def test_the_end_of_thousands_of_operations_takes_time_in_proportion(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def counted(error: BaseException | None) -> bool:
+        nonlocal looks
+        looks += 1
+        return was_retrieved(error)
+
+    monkeypatch.setattr(operations, "was_retrieved", counted)
+
+    async def hold(request_id: str) -> None:
+        if request_id != "create":
+            await asyncio.Event().wait()
+
+    stub = StubTrainer(before_poll=hold)
+    async with connect(stub) as client:
+        futures = [client.optim_step(ADAM) for _ in range(2000)]
+        await stub.until(lambda: bool(stub.submitted))
+        await stub.die()
+        for future in futures:
+            with pytest.raises(TrainerLost):
+                await future
+    assert looks < 4 * 2000
+
+
+async def test_a_cancelled_waiter_does_not_stop_the_encoding_of_others() -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        assert release.wait(10)
+        return 1
+
+    work = Ahead()
+    first, second = Piece(slow, INLINE_TOKENS + 1), Piece(lambda: 2, INLINE_TOKENS + 1)
+    work.add(first)
+    work.add(second)
+    waiter = asyncio.create_task(first.result())
+    await asyncio.to_thread(begun.wait, 10)
+    waiter.cancel()
+    await asyncio.wait([waiter])
+    release.set()
+    async with asyncio.timeout(10):
+        assert await second.result() == 2
+    await work.stop()
+    assert work._worker is not None
+    assert work._worker.exception() is None
+
+
+# -- batch polls -----------------------------------------------------------------------------------
+
+
+async def test_a_fault_in_batch_polls_leaves_nobody_waiting(
+    connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Any:
+        raise LookupError("a fault of ours")
+
+    stub = StubTrainer(batch=True)
+    async with connect(stub) as client, asyncio.timeout(10):
+        monkeypatch.setattr("fireworks_training._async.data_plane.decode_poll", broken)
+        await client.optim_step(ADAM)
+    assert "LookupError: a fault of ours" in caplog.text
+
+
+async def test_a_trainer_that_repeats_itself_is_not_hammered(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """asyncio as one module sees it, where no pause takes time."""
+
+        pauses = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+        async def sleep(self, _: float) -> None:
+            self.pauses += 1
+            await asyncio.sleep(0)
+
+    async def again(asked: str) -> web.Response | None:
+        if asked != "batch" or stub.counts["retrieve_futures"] > 20:
+            return None
+        old = {"request_id": "r0", "state": "finished"}
+        return web.json_response({"completions": [old], "cursor": 0})
+
+    clock = Clock()
+    monkeypatch.setattr(batch_polls, "asyncio", clock)
+    stub = StubTrainer(batch=True, before_poll=again)
+    async with connect(stub) as client, asyncio.timeout(10):
+        await client.optim_step(ADAM)
+    assert clock.pauses == 20
