@@ -131,7 +131,7 @@ class Turn:
 
 def _failing_filler(model_id: str, seq_id: int) -> Sent:
     """A pass without datums, which a trainer that enforces steps takes as failed."""
-    nothing = {"data": [], "loss_fn": "cross_entropy"}
+    nothing = {"data": (), "loss_fn": "cross_entropy"}
     body = {"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing}
     return Sent("forward_backward", orjson.dumps(body))
 
