@@ -129,13 +129,6 @@ class Turn:
             self.over.set_result(None)
 
 
-def _failing_filler(model_id: str, seq_id: int) -> Sent:
-    """A pass without datums, which a trainer that enforces steps takes as failed."""
-    nothing = {"data": (), "loss_fn": "cross_entropy"}
-    body = {"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing}
-    return Sent("forward_backward", orjson.dumps(body))
-
-
 def _nothing_added(outcome: Answer | BaseException) -> bool:
     """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
     if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
@@ -212,6 +205,7 @@ class LineRunner:
         model_id: whose line it is, and its name in messages.
         line: the rules' state.
         filler: makes a request that changes nothing, for a place that must not stay empty.
+        failing: makes one that a trainer which enforces steps takes as failed.
         forward_only: the model's weights stay as they are.
         batch_polls: whether the trainer tells of all results of the model in one poll.
         parallel: whether requests go out side by side.
@@ -225,6 +219,7 @@ class LineRunner:
         model_id: str,
         line: Line,
         filler: Callable[[int], Sent],
+        failing: Callable[[int], Sent],
         forward_only: bool = False,
         batch_polls: bool = False,
         parallel: bool = True,
@@ -237,7 +232,7 @@ class LineRunner:
         self._exchanges = Exchanges(
             plane,
             filler=filler,
-            failing=partial(_failing_filler, model_id) if line.step_protocol else None,
+            failing=failing if line.step_protocol else None,
             name=model_id,
             saved_state=lambda: self.last_saved_state,
             uploads=UPLOADS if parallel else 1,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from fireworks_training._async.ahead import Piece, off_loop
 from fireworks_training._async.client_config import ClientConfig
@@ -104,6 +105,12 @@ class Passes:
     def filler(self, seq_id: int) -> Sent:
         """A request that changes nothing."""
         return _sent(encode_filler(self.dialect, self.model_id, seq_id))
+
+    def failing(self, seq_id: int) -> Sent:
+        """A pass without datums: a trainer that enforces steps takes it as failed."""
+        nothing = {"data": (), "loss_fn": "cross_entropy"}
+        body = {"model_id": self.model_id, "seq_id": seq_id, "forward_backward_input": nothing}
+        return Sent("forward_backward", orjson.dumps(body))
 
     def piece(
         self,

@@ -86,6 +86,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
             model_id=capabilities.model_id,
             line=Line(step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps),
             filler=self._passes.filler,
+            failing=self._passes.failing,
             forward_only=forward_only,
             batch_polls=capabilities.batch_polls,
             parallel=session.client_config.parallel_chunks,
