@@ -120,7 +120,7 @@ def decode(model: Qwen3ForCausalLM, *, fuse: bool) -> None:
                 piece.prompt.done = piece.end
         lanes = []
         for shared in (True, False):
-            lane = Lane(LaneKind.of(prompts[1], 8, shared=shared), decoder.geometry)
+            lane = Lane(LaneKind.of(len(prompts[1].tokens), 8, shared=shared), decoder.geometry)
             for slot, prompt in enumerate(prompts):
                 lane.join(prompt, [2 * slot, 2 * slot + 1], [40, 40])
             lanes.append(lane)

@@ -11,6 +11,7 @@ lane: the first one moves there when a second comes.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,8 +175,13 @@ class RunningBatch:
         self._read(self._slots.take(request), request)
 
     @torch.inference_mode()
-    def step(self, max_tokens: int = 1 << 30) -> Stepped:
-        """One more token for every row, and up to `max_tokens` (at least one) of prompts read."""
+    def step(self, max_tokens: int = 1 << 30, waiting: Iterable[SamplingRequest] = ()) -> Stepped:
+        """One more token for every row.
+
+        Args:
+            max_tokens: of prompts to read; at least one is.
+            waiting: requests that will soon be added: lanes may take memory for them at once.
+        """
         lanes = list(self._lanes.values())
         pieces = self._next_pieces(max_tokens)
         running: I64 = np.concatenate([np.zeros(0, np.int64), *(lane.slots for lane in lanes)])
@@ -192,7 +198,7 @@ class RunningBatch:
         begun = [(self._slots.requests[r.slot].stream, r.cached) for r in readers]
         echoes = [self._echoed(reader) for reader in readers if reader.echo is not None]
         ended = set(slots[rows.finished != 0].tolist())
-        coming = self._coming([*ready, *self._readings]) if ready else Counter()
+        coming = self._coming([*ready, *self._readings], waiting) if ready else Counter()
         for reading in ready:
             joining = [r.slot for r in reading.readers if r.slot not in ended]
             self._join(reading.prompt, joining, coming)
@@ -296,7 +302,7 @@ class RunningBatch:
         """Gives rows to the slots of a prompt that was read; `coming` rows are likely to follow."""
         alike: dict[LaneKind, list[int]] = {}
         for slot in slots:
-            alike.setdefault(self._kind(prompt, slot), []).append(slot)
+            alike.setdefault(_kind(self._slots.requests[slot]), []).append(slot)
         for shared, rows in alike.items():
             # Followers of a prompt that others decode join them.
             first = self._lone_row(prompt, shared)
@@ -314,24 +320,22 @@ class RunningBatch:
                 if self._share:
                     self._alone[prompt] = rows[0]
 
-    def _kind(self, prompt: Prompt, slot: int) -> LaneKind:
-        """The shared lane for a slot."""
-        return LaneKind.of(prompt, self._slots.requests[slot].max_tokens, shared=True)
-
-    def _coming(self, readings: Sequence[_Reading]) -> Counter[LaneKind]:
-        """Slots that have no row yet, by their lanes."""
-        return Counter(
-            self._kind(reading.prompt, reader.slot)
-            for reading in readings
-            for reader in reading.readers
-        )
+    def _coming(
+        self, readings: Sequence[_Reading], waiting: Iterable[SamplingRequest]
+    ) -> Counter[LaneKind]:
+        """Requests that have no row yet, by their lanes."""
+        requests = [
+            self._slots.requests[reader.slot] for reading in readings for reader in reading.readers
+        ]
+        requests += itertools.islice(waiting, self._slots.free)
+        return Counter(_kind(request) for request in requests)
 
     def _lone_row(self, prompt: Prompt, shared: LaneKind) -> int | None:
         """The slot that decodes a prompt by itself and could do so in this lane."""
         slot = self._alone.get(prompt)
         if slot is None:
             return None
-        return slot if self._kind(prompt, slot) == shared else None
+        return slot if _kind(self._slots.requests[slot]) == shared else None
 
     def _move(self, slot: int, prompt: Prompt, shared: LaneKind) -> None:
         """Takes a row that decoded by itself to the lane of those who share its prompt."""
@@ -348,6 +352,8 @@ class RunningBatch:
         return self._lanes[kind]
 
     def _leave(self, slots: set[int]) -> None:
+        if not slots:
+            return
         for kind, lane in list(self._lanes.items()):
             lane.leave(slots)
             # Lanes that nobody needs give their memory back.
@@ -394,3 +400,8 @@ class RunningBatch:
             np.concatenate([*echo.probed_ids, np.empty((0, m), np.int32)]),
             np.concatenate([*echo.probed_logprobs, np.empty((0, m), np.float32)]),
         )
+
+
+def _kind(request: SamplingRequest) -> LaneKind:
+    """The shared lane for a request."""
+    return LaneKind.of(len(request.prompt), request.max_tokens, shared=True)

@@ -171,7 +171,7 @@ class Engine:
         if not self.loads.closes_admission:
             self._admit()
         if len(self._batch):
-            step = self._batch.step(self._limits.step_tokens)
+            step = self._batch.step(self._limits.step_tokens, self._waiting.values())
             self._send(step)
             stepped = step.rows is not None
         if self._counts_changed and not stepped:
@@ -209,6 +209,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Gives slots to the waiting requests that the next step can do something for."""
+        if not self._waiting:
+            return
         now = self._clock()
         longest = self._batch.room
         for request in list(self._waiting.values()):

@@ -198,7 +198,7 @@ class Decoder:
             at = slice(piece.start, end)
             rows.append(self.hidden(ids_N[at], positions_N[at], Pass([], [piece])))
             prompt.done = end
-        lane = Lane(LaneKind.of(prompt, 2, shared=False), self.geometry)
+        lane = Lane(LaneKind.of(len(prompt.tokens), 2, shared=False), self.geometry)
         lane.join(prompt, [0], [2])
         rows += [
             self.hidden(ids_N[place, None], positions_N[place, None], Pass([lane], []))

@@ -13,12 +13,12 @@ products don't see. The scale of the scores is part of the queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -34,49 +34,31 @@ class NotFusable(Exception):
 
 
 class Product:
-    """`x @ W^T + b` for a weight that seldom changes.
+    """`x @ W^T + b` for weights that seldom change, one above the other.
 
     Args:
-        weight_OI: values; a copy is packed where oneDNN is there, which is for CPUs.
-        bias_O: may be missing.
+        weights_OI: values; a copy is packed where oneDNN is there, which is for CPUs.
+        biases_O: one for each weight; may be missing.
     """
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
-        self._weight_OI = weight_OI
-        self._bias_O = bias_O
+    def __init__(self, weights_OI: Sequence[Tensor], biases_O: Sequence[Tensor | None]) -> None:
+        self._parts = list(zip(weights_OI, biases_O, strict=True))
         self._packed: Tensor | None = None
-        if weight_OI.device.type == "cpu" and _has_onednn():
+        self._bias_O: Tensor | None = None
+        if weights_OI[0].device.type == "cpu" and _has_onednn():
             reorder = torch.ops.mkldnn._reorder_linear_weight
-            self._packed = cast(Tensor, reorder(weight_OI, 64))
+            joint_OI = torch.cat(list(weights_OI)) if len(weights_OI) > 1 else weights_OI[0]
+            self._packed = cast(Tensor, reorder(joint_OI, 64))
+            given = [bias_O for bias_O in biases_O if bias_O is not None]
+            self._bias_O = torch.cat(given) if given else None
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
-            return linear(x_NI, self._weight_OI, self._bias_O)
+        if self._packed is None or x_NI.shape[0] < _ONEDNN_ROWS:
+            found = [linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in self._parts]
+            return found[0] if len(found) == 1 else torch.cat(found, -1)
+        # With what comes after it (SiLU, sums) in the same call, it would take a bit longer.
         product = torch.ops.mkldnn._linear_pointwise
         return cast(Tensor, product(x_NI, self._packed, self._bias_O, "none", [], ""))
-
-    def silu(self, x_NI: Tensor) -> Tensor:
-        """SiLU of the product."""
-        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
-            return torch.nn.functional.silu(self(x_NI))
-        product = torch.ops.mkldnn._linear_pointwise
-        return cast(Tensor, product(x_NI, self._packed, self._bias_O, "swish", [], ""))
-
-    def times(self, x_NI: Tensor, other_NO: Tensor) -> Tensor:
-        """The product times `other`, elementwise."""
-        return self._binary(x_NI, other_NO, "mul", torch.mul)
-
-    def plus(self, x_NI: Tensor, other_NO: Tensor) -> Tensor:
-        """The product plus `other`."""
-        return self._binary(x_NI, other_NO, "add", torch.add)
-
-    def _binary(
-        self, x_NI: Tensor, other_NO: Tensor, name: str, plain: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        if self._packed is None or len(x_NI) < _ONEDNN_ROWS:
-            return plain(self(x_NI), other_NO)
-        product = torch.ops.mkldnn._linear_pointwise.binary
-        return cast(Tensor, product(x_NI, other_NO, self._packed, self._bias_O, name))
 
 
 def _has_onednn() -> bool:
@@ -96,16 +78,13 @@ class _Layer:
         if query.bias is not None:
             parts = (_paired(query.bias, heads) * factor, _paired(key.bias, kv_heads), value.bias)
             bias_O = torch.cat(parts)
-        self.qkv = Product(
-            torch.cat(
-                (_paired(query.weight, heads) * factor, _paired(key.weight, kv_heads), value.weight)
-            ),
-            bias_O,
+        weight_OI = torch.cat(
+            (_paired(query.weight, heads) * factor, _paired(key.weight, kv_heads), value.weight)
         )
-        self.out = Product(attention.o_proj.weight.detach(), attention.o_proj.bias)
-        self.gate = Product(mlp.gate_proj.weight.detach(), mlp.gate_proj.bias)
-        self.up = Product(mlp.up_proj.weight.detach(), mlp.up_proj.bias)
-        self.down = Product(mlp.down_proj.weight.detach(), mlp.down_proj.bias)
+        self.qkv = Product([weight_OI], [bias_O])
+        self.out = _product(attention.o_proj)
+        self.gate_up = _product(mlp.gate_proj, mlp.up_proj)
+        self.down = _product(mlp.down_proj)
         self.norm_attention_E = module.input_layernorm.weight.detach()
         self.norm_mlp_E = module.post_attention_layernorm.weight.detach()
         # Queries and keys are normed, where the family does so, in one call with a row a head.
@@ -118,6 +97,11 @@ class _Layer:
             self.norm_qk_hD = torch.cat(
                 ((query_D * scale).expand(heads, -1), key_D.expand(kv_heads, -1))
             )
+
+
+def _product(*modules: Any) -> Product:
+    """What linear modules compute of the same input, side by side."""
+    return Product([m.weight.detach() for m in modules], [m.bias for m in modules])
 
 
 def _paired(rows_OX: Tensor, heads: int) -> Tensor:
@@ -167,7 +151,7 @@ class FusedBody:
                 for module in self._body.layers
             ]
             self._norm_E: Tensor = self._body.norm.weight.detach()
-            self._unembed = Product(self._head.weight.detach(), self._head.bias)
+            self._unembed = _product(self._head)
 
     def logits(self, hidden_nE: Tensor) -> Tensor:
         """Logits `[n, V]`."""
@@ -196,10 +180,10 @@ class FusedBody:
             if number == last and wanted_n is not None:
                 # Of the others, only keys and values of the last layer are of use to anybody.
                 mixed_NQD, x_NE = mixed_NQD[wanted_n], x_NE[wanted_n]
-            x_NE = layer.out.plus(mixed_NQD.flatten(1), x_NE)
+            x_NE = layer.out(mixed_NQD.flatten(1)).add_(x_NE)
             normed_NE = self._normed(x_NE).mul_(layer.norm_mlp_E)
-            inner_NF = layer.up.times(normed_NE, layer.gate.silu(normed_NE))
-            x_NE = layer.down.plus(inner_NF, x_NE)
+            gate_NF, up_NF = layer.gate_up(normed_NE).chunk(2, -1)
+            x_NE = layer.down(silu(gate_NF).mul_(up_NF)).add_(x_NE)
         return self._normed(x_NE).mul_(self._norm_E)
 
     def _normed(self, x_X: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class LaneKind:
     shared: bool
 
     @classmethod
-    def of(cls, prompt: Prompt, max_tokens: int, *, shared: bool) -> LaneKind:
-        """The lane for a row of a prompt."""
-        return cls(_power_of_two(len(prompt.tokens)), _power_of_two(max_tokens), shared)
+    def of(cls, prompt_tokens: int, max_tokens: int, *, shared: bool) -> LaneKind:
+        """The lane for a row with such a prompt."""
+        return cls(_power_of_two(prompt_tokens), _power_of_two(max_tokens), shared)
 
 
 def _power_of_two(columns: int) -> int:

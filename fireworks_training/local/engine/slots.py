@@ -29,6 +29,18 @@ _FIELDS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Columns of some slots, which stay while the same requests hold them."""
+
+    slots: I64
+    columns: dict[str, npt.NDArray[Any]]
+    streams: npt.NDArray[np.uint32]
+    prompt_length: I64
+    stop_row: I64
+    barring: bool
+
+
 @dataclass(slots=True)
 class _StopSet:
     """Tokens that end streams, as a row of the table; several streams share one."""
@@ -63,6 +75,8 @@ class SlotTable:
         self._stop_sets: dict[frozenset[int], _StopSet] = {}
         self._stops: npt.NDArray[np.bool_] = np.zeros((1, vocab_size), np.bool_)
         self._free_stop_rows = [0]
+        # Of the last step: most steps have the rows of the one before.
+        self._chosen: _Chosen | None = None
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -75,6 +89,7 @@ class SlotTable:
     def take(self, request: SamplingRequest) -> int:
         """The slot for a request; there has to be a free one."""
         slot = self._free.pop()
+        self._chosen = None
         self.requests[slot] = request
         for name, column in self._columns.items():
             column[slot] = getattr(request, name)
@@ -92,6 +107,7 @@ class SlotTable:
     def release(self, slot: int) -> None:
         """Frees a slot."""
         request = self.requests.pop(slot)
+        self._chosen = None
         self._free.append(slot)
         stops = self._stop_sets[request.stop_ids]
         stops.users -= 1
@@ -101,7 +117,7 @@ class SlotTable:
 
     def positions(self, slots: I64) -> I64:
         """Where the last token of each stream stands in its sequence."""
-        positions: I64 = self._prompt_length[slots] + self.produced[slots] - 1
+        positions: I64 = self._choose(slots).prompt_length + self.produced[slots] - 1
         return positions
 
     def left(self, slots: list[int]) -> list[int]:
@@ -110,24 +126,41 @@ class SlotTable:
 
     def streams(self, slots: I64) -> npt.NDArray[np.uint32]:
         """The stream of each slot."""
-        return self._columns["stream"][slots].astype(np.uint32)
+        return self._choose(slots).streams
 
     def sampling_rows(self, slots: I64) -> SamplingRows:
         """How the next token of each slot is sampled."""
-        columns, produced = self._columns, self.produced[slots]
-        barred = np.flatnonzero(produced < columns["min_tokens"][slots])
+        chosen, produced = self._choose(slots), self.produced[slots]
+        columns = chosen.columns
+        banned: dict[int, frozenset[int]] = {}
+        if chosen.barring:
+            for row in np.flatnonzero(produced < columns["min_tokens"]).tolist():
+                if stop_ids := self.requests[int(slots[row])].stop_ids:
+                    banned[row] = stop_ids
         return SamplingRows(
-            temperature=columns["temperature"][slots],
-            top_p=columns["top_p"][slots],
-            top_k=columns["top_k"][slots],
-            uniform=uniforms(columns["key"][slots], produced.astype(np.uint64)),
-            top_logprobs=columns["top_logprobs"][slots],
-            banned={
-                int(row): stop_ids
-                for row in barred
-                if (stop_ids := self.requests[int(slots[row])].stop_ids)
-            },
+            temperature=columns["temperature"],
+            top_p=columns["top_p"],
+            top_k=columns["top_k"],
+            uniform=uniforms(columns["key"], produced.astype(np.uint64)),
+            top_logprobs=columns["top_logprobs"],
+            banned=banned,
         )
+
+    def _choose(self, slots: I64) -> _Chosen:
+        """The columns of some slots."""
+        known = self._chosen
+        if known is not None and np.array_equal(known.slots, slots):
+            return known
+        columns = {name: column[slots] for name, column in self._columns.items()}
+        self._chosen = _Chosen(
+            slots=slots.copy(),
+            columns=columns,
+            streams=columns["stream"].astype(np.uint32),
+            prompt_length=self._prompt_length[slots],
+            stop_row=self._stop_row[slots],
+            barring=bool(columns["min_tokens"].any()),
+        )
+        return self._chosen
 
     def advance(
         self, slots: I64, sampled: Sampled
@@ -137,16 +170,18 @@ class SlotTable:
         Returns:
             The tokens, NO_TOKEN where a stream ends without one, and their `Finish` values.
         """
+        chosen = self._choose(slots)
         tokens = sampled.tokens.copy()
         self.last[slots] = tokens
         self.produced[slots] += 1
-        most = self._columns["max_tokens"][slots]
-        finished = np.zeros(len(slots), np.uint8)
-        finished[self.produced[slots] >= most] = Finish.LENGTH
-        finished[self._stops[self._stop_row[slots], tokens]] = Finish.STOP
-        finished[most == 0] = Finish.LENGTH
-        finished[~sampled.finite] = Finish.NOT_FINITE
-        tokens[(most == 0) | ~sampled.finite] = NO_TOKEN
+        most = chosen.columns["max_tokens"]
+        finished = np.where(self.produced[slots] >= most, np.uint8(Finish.LENGTH), np.uint8(0))
+        finished[self._stops[chosen.stop_row, tokens]] = Finish.STOP
+        none = (most == 0) | ~sampled.finite
+        if none.any():
+            finished[most == 0] = Finish.LENGTH
+            finished[~sampled.finite] = Finish.NOT_FINITE
+            tokens[none] = NO_TOKEN
         return tokens, finished
 
     def _new_stop_row(self) -> int:
