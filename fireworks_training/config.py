@@ -103,6 +103,7 @@ _ALIASES = {
     "trainer_id": "trainer_job_id",
     "deployment_replica_count": "replica_count",
 }
+_URL = re.compile(r"https?://[^/]")
 _SHAPE_OWNED = ("node_count", "accelerator_type", "accelerator_count")
 _REFUSED: dict[str, str] = {
     "projection_head_dim": "projection heads are not supported yet",
@@ -348,6 +349,7 @@ class Endpoint:
     Attributes:
         base_url: an http(s) URL without a trailing slash, or "local" / "local:/path".
         api_key: None only for an embedded platform.
+        bare: whether it is a Tinker server, with a trainer's routes and no control plane.
     """
 
     base_url: str
@@ -355,6 +357,7 @@ class Endpoint:
     inference_url: str | None = None
     hotload_api_url: str | None = None
     trainer_gateway_url: str | None = None
+    bare: bool = False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.base_url!r})"
@@ -397,7 +400,7 @@ def resolve_endpoint(
                 "base_url='local:' names no folder: write 'local' or 'local:/path'"
             )
         return endpoint
-    if not re.match(r"https?://[^/]", url):
+    if not _URL.match(url):
         raise InvalidArgument(
             f"base_url={url!r} is neither an http(s) URL nor 'local' nor 'local:/path'"
         )
@@ -414,6 +417,23 @@ def resolve_endpoint(
         hotload_api_url=hotload_api_url,
         trainer_gateway_url=os.environ.get("FIREWORKS_TRAINER_GATEWAY_URL"),
     )
+
+
+def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpoint:
+    """A Tinker server: arguments first, then `TINKER_BASE_URL` and `TINKER_API_KEY`.
+
+    Raises:
+        InvalidArgument: no key, no URL, or one that is none.
+    """
+    url = (base_url or os.environ.get("TINKER_BASE_URL") or "").rstrip("/")
+    if not _URL.match(url):
+        raise InvalidArgument(
+            f"base_url={url!r}: pass the http(s) URL of a Tinker server, or set TINKER_BASE_URL"
+        )
+    key = api_key or os.environ.get("TINKER_API_KEY")
+    if not key:
+        raise InvalidArgument("no API key: pass api_key=, or set TINKER_API_KEY")
+    return Endpoint(url, key, bare=True)
 
 
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:

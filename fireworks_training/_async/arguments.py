@@ -16,7 +16,8 @@ from fireworks_training.errors import InvalidArgument
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _JOB = re.compile(r"[a-z0-9-]{1,63}")
-_STATE = re.compile(rf"(cross_job://{_JOB.pattern}/)?{_NAME.pattern}(/[A-Za-z0-9._-]+)*")
+_WHERE = rf"(cross_job://{_JOB.pattern}/|tinker://[A-Za-z0-9:_-]+/)?"
+_STATE = re.compile(rf"{_WHERE}{_NAME.pattern}(/[A-Za-z0-9._-]+)*")
 _RULE = "1 to 200 letters, digits, '.', '_' and '-', starting with a letter or a digit"
 
 

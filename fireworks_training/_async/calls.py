@@ -176,16 +176,18 @@ def save_weights_for_sampler(
     chain: Chain,
     checkpoint_type: CheckpointType | None,
     export_precision: str | None = None,
+    bare: bool = False,
     **refused: object,
 ) -> Call[SaveWeightsForSamplerResponse]:
     """Save a snapshot that a deployment can load, named with the session's suffix.
 
     Args:
         chain: decides what is asked for, unless the caller does, and is told what was written.
+        bare: for a Tinker server, whose snapshots are of one type.
     """
     check_name("name", name)
     _one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
-    _refuse(**refused)
+    _refuse(**refused, **({"checkpoint_type": checkpoint_type} if bare else {}))
     fields = {"path": f"{name}-{suffix}"}
     if export_precision is not None:
         if checkpoint_type != "merged_base":
@@ -196,7 +198,7 @@ def save_weights_for_sampler(
         from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
         async def save(kind: CheckpointType) -> Snapshot:
-            sent = {**fields, "checkpoint_type": kind}
+            sent = fields if bare else {**fields, "checkpoint_type": kind}
             encoded = _encoded(model_id, "save_weights_for_sampler", sent)
             return decode_snapshot(await _one(turn, "save_weights_for_sampler", encoded))
 
@@ -211,11 +213,19 @@ def save_weights_for_sampler(
     return Call(Role.SAVE, "save_weights_for_sampler", run)
 
 
-def unload_model(model_id: str) -> Call[None]:
-    """Free the trainer's memory."""
+def unload_model(model_id: str, *, bare: bool = False) -> Call[None]:
+    """Free the trainer's memory.
+
+    Args:
+        bare: for a Tinker server, to which it is no operation with a place in the line.
+    """
+    encoded = _encoded(model_id, "unload_model", {})
 
     async def run(turn: Turn) -> None:
-        await _one(turn, "unload_model", _encoded(model_id, "unload_model", {}))
+        if bare:
+            await turn.send([Request(lambda _: Sent("unload_model", encoded))])
+        else:
+            await _one(turn, "unload_model", encoded)
 
     return Call(Role.OTHER, "unload_model", run)
 

@@ -12,6 +12,7 @@ from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
 from fireworks_training._async.usage import Usage
 from fireworks_training.config import Endpoint
+from fireworks_training.errors import NotSupported
 
 
 class Connection:
@@ -70,7 +71,22 @@ class Connection:
 
         Raises:
             LocalPlatformError, MissingExtra: the embedded platform did not start.
+            NotSupported: there is a bare Tinker server.
         """
+        if self.bare:
+            raise NotSupported(
+                "a Tinker server trains and saves, and has no control plane: jobs, deployments, "
+                "their samplers, checkpoints of jobs and references need a Fireworks platform, "
+                "see from_firetitan_config"
+            )
+        return await self._reached()
+
+    async def trainer_url(self, job_id: str | None) -> str:
+        """Base URL of the data plane of a job, or of the one trainer that there is."""
+        plane = await self._reached()
+        return self._base_url if self.bare else await plane.trainer_url(job_id or "")
+
+    async def _reached(self) -> AsyncControlPlane:
         async with self._lock:
             if self._plane is None:
                 if self._endpoint.embedded:
@@ -119,6 +135,11 @@ class Connection:
     def address(self) -> str:
         """The platform as the user named it: a URL, "local" or "local:/path"."""
         return self._endpoint.base_url
+
+    @property
+    def bare(self) -> bool:
+        """Whether the platform is a Tinker server, which has no control plane."""
+        return self._endpoint.bare
 
     @property
     def embedded(self) -> bool:

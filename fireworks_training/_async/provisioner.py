@@ -60,13 +60,15 @@ class Provisioner:
     async def provisioned(self) -> Resources:
         """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind.
 
+        With a bare Tinker server there is nothing to provision.
+
         Raises:
             ProvisioningError: a resource failed.
             ProvisioningTimeout: one was not ready within its budget.
             NotSupported: an option that only the local platform has, elsewhere.
         """
         async with self._lock:
-            if not self._ready:
+            if not self._ready and not self._connection.bare:
                 try:
                     await self._run(self._provision, _managed)
                 except BaseException:

@@ -23,7 +23,7 @@ from fireworks_training._async.ownership import Claim
 from fireworks_training._async.provisioner import Provisioner
 from fireworks_training._async.provisioning import inference_deployment
 from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer
+from fireworks_training._async.tokenizers import LOCAL_ACCOUNT, find_tokenizer, load
 from fireworks_training._async.weight_sync import Target, WeightSync
 from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
@@ -205,7 +205,10 @@ class Samplers:
     async def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the service's model, found once."""
         async with self._fetching:
-            if self._tokenizer is None:
+            if self._tokenizer is None and self._connection.bare:
+                named = self._config.tokenizer_model or self._config.base_model
+                self._tokenizer = await load(named)
+            elif self._tokenizer is None:
                 plane = await self._connection.open()
                 self._tokenizer = await find_tokenizer(plane, self._config)
             return self._tokenizer

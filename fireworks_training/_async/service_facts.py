@@ -205,8 +205,7 @@ class ServiceFacts(ServiceCore):
 
         async def ask() -> dict[str, Any]:
             resources = await self._provisioner.provisioned()
-            plane = await self._connection.open()
-            url = await plane.trainer_url(resources.job_id or "")
+            url = await self._connection.trainer_url(resources.job_id)
             return await DataPlane(self._connection.transport, url).get(
                 "get_server_capabilities", what="get_server_capabilities"
             )

@@ -83,6 +83,7 @@ class TrainerSession:
         transport: the service's pool.
         make_transport: makes another transport with the same headers, for the heartbeat.
         trainer_url: of the trainer, without `/api/v1`.
+        bare: whether it is a Tinker server: it refuses fields that only Fireworks' trainers have.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class TrainerSession:
         transport: Transport,
         make_transport: Callable[[OwnerLoop], Transport],
         trainer_url: str,
+        *,
+        bare: bool = False,
     ) -> None:
+        self.bare = bare
         self.plane = DataPlane(transport, trainer_url)
         self.session_id = ""
         self.client_config = ClientConfig()
@@ -141,7 +145,7 @@ class TrainerSession:
             "train_attn": config.train_attn,
             "train_unembed": config.train_unembed,
         }
-        if config.lora_rank:
+        if config.lora_rank and not self.bare:
             lora["alpha"] = config.alpha
         if config.seed is not None:
             lora["seed"] = config.seed

@@ -341,7 +341,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
-        return self._submit(calls.unload_model(self.model_id))
+        return self._submit(calls.unload_model(self.model_id, bare=self._session.bare))
 
     async def get_info(self) -> dict[str, Any]:
         """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""

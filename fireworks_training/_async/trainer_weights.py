@@ -9,6 +9,7 @@ from fireworks_training._async import calls
 from fireworks_training._async.calls import CheckpointType
 from fireworks_training._async.operations import LineRunner
 from fireworks_training._async.publishing import DRIFT_BOUND, OnDrift, Publishing
+from fireworks_training._async.session import TrainerSession
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SaveSamplerResult, WeightSyncResult
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 class TrainerWeights:
     """Snapshots of a model in training."""
 
+    _session: TrainerSession
     _runner: LineRunner
     _pass_calls: PassCalls
     _publishing: Publishing
@@ -70,6 +72,7 @@ class TrainerWeights:
                 export_precision=export_precision,
                 ttl_seconds=ttl_seconds,
                 metadata=metadata,
+                bare=self._session.bare,
             )
         )
 

@@ -180,6 +180,7 @@ class Trainers:
 
     async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
         """A client of the base model that computes logprobs only, on the same trainer."""
+        await self._connection.open()
         await self._ready()
         async with self._making:
             if self._base is None:
@@ -295,12 +296,13 @@ class Trainers:
 
     async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
         if self._session is None:
-            plane = await self._connection.open()
             resources = await self._resources()
+            url = await self._connection.trainer_url(resources.job_id)
             session = TrainerSession(
                 self._connection.transport,
                 self._connection.make_transport,
-                await plane.trainer_url(resources.job_id or ""),
+                url,
+                bare=self._connection.bare,
             )
             try:
                 await session.open({**self._user_metadata, **(user_metadata or {})})

@@ -657,6 +657,67 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         )
         return cls._wrap(instance)._bind()
 
+    @classmethod
+    def from_tinker_server(
+        cls,
+        base_model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        lora_rank: int | None = None,
+        max_lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        tokenizer_model: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
+    ) -> Self:
+        """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
+
+        Such a server makes models, trains and saves them. There is no job to provision and no
+        deployment: samplers, `weight_sync`, references and promotion raise `NotSupported` or
+        `InvalidArgument`, and what is saved stays on the server.
+
+        Args:
+            base_model: as the server names it.
+            base_url: of the server, without `/api/v1`; default `TINKER_BASE_URL`.
+            api_key: default `TINKER_API_KEY`.
+            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
+                up to this; None makes one.
+            seed: of the adapter's initialisation; None lets the server choose.
+            train_mlp, train_attn, train_unembed: which layers an adapter covers.
+            tokenizer_model: name or folder of the tokenizer; default `base_model`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
+                `from_firetitan_config`.
+
+        Raises:
+            InvalidArgument: no URL or key, or a rank below 1.
+        """
+        instance = AsyncFiretitanServiceClient.from_tinker_server(
+            base_model,
+            base_url=base_url,
+            api_key=api_key,
+            lora_rank=lora_rank,
+            max_lora_rank=max_lora_rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            tokenizer_model=tokenizer_model,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            pipeline_steps=pipeline_steps,
+            on_event=on_event,
+        )
+        return cls._wrap(instance)._bind()
+
     def close(self) -> None:
         """Finish accepted operations, clean up as the policies say, close every connection.
 
