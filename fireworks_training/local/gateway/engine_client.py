@@ -357,16 +357,19 @@ class EngineClient(asyncio.Protocol):
     def _take_step(self, step: Step) -> None:
         self.active, self.waiting = step.active, step.waiting
         streams = self._streams
+        # The newest streams come last, and their readers are woken first: a first token would
+        # otherwise wait until all others of the step are written.
         rows = zip(
-            step.streams.tolist(),
-            step.tokens.tolist(),
-            step.logprobs.tolist(),
-            step.sampling_logprobs.tolist(),
-            step.finished.tolist(),
+            range(len(step.streams) - 1, -1, -1),
+            step.streams[::-1].tolist(),
+            step.tokens[::-1].tolist(),
+            step.logprobs[::-1].tolist(),
+            step.sampling_logprobs[::-1].tolist(),
+            step.finished[::-1].tolist(),
             strict=True,
         )
         tops = _top_rows(step) if step.top_ids.shape[1] else None
-        for row, (number, token, logprob, sampling, finish) in enumerate(rows):
+        for row, number, token, logprob, sampling, finish in rows:
             # Tokens of a stream that was cancelled a moment ago are nobody's.
             if number not in streams:
                 continue
