@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 import fireworks_training
 from fireworks_training import compat
@@ -235,6 +238,27 @@ async def test_a_deployment_from_creation_to_its_end(
     assert deployments.get("compat-d1") is None
     with pytest.raises(RuntimeError, match="404"):
         deployments.wait_for_ready("compat-d1")
+
+
+async def test_a_warm_up_spaces_its_attempts() -> None:
+    """Also where a deployment refuses at once: they are to last until it is up."""
+    loop, asked = asyncio.get_running_loop(), list[float]()
+
+    async def busy(request: web.Request) -> web.Response:
+        asked.append(loop.time())
+        return web.Response(status=503)
+
+    app = web.Application()
+    app.router.add_post("/inference/v1/completions", busy)
+
+    def warm_up(url: str) -> bool:
+        with DeploymentManager("key", url) as manager:
+            return manager.warmup("accounts/a/deployments/d", 3, retry_interval_s=0.2)
+
+    async with TestServer(app) as server:
+        assert not await asyncio.to_thread(warm_up, str(server.make_url("")).rstrip("/"))
+    assert len(asked) == 3
+    assert min(asked[1] - asked[0], asked[2] - asked[1]) >= 0.19
 
 
 async def test_a_deployment_that_takes_too_long(
