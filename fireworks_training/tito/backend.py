@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 from fireworks_training._wire.completions import check_names
 from fireworks_training.errors import InvalidArgument, UsageError
 from fireworks_training.models import SampledCompletion, SampledRequestResult
-from fireworks_training.tito.errors import TITOError, TITOParseError, invalid, told
+from fireworks_training.tito.errors import DISCARD, TITOError, TITOParseError, invalid, told
 from fireworks_training.tito.journal import Journal
 from fireworks_training.tito.records import TITOPromptMode
 from fireworks_training.tito.renderers import (
@@ -183,8 +183,8 @@ class Backend:
             raise TITOError(
                 "tito_sdk_parse_error" if known else "tito_sdk_parser_internal_error",
                 422,
-                f"the renderer could not read the sampled tokens as a message ({told(error)}): the "
-                "trajectory is to be discarded",
+                "the renderer could not read the sampled tokens as a message "
+                f"({told(error)}){DISCARD}",
                 origin="sdk_parser",
                 discard_trajectory=True,
                 context={

@@ -18,6 +18,10 @@ TITOErrorOrigin = Literal[
 """Whose failure it was: this package's checks, its parser, the deployment, the way to it, ..."""
 
 
+DISCARD = ": the trajectory is to be discarded"
+"""How the message of an error ends that leaves nothing true to record."""
+
+
 class TITOError(FireworksTrainingError, RuntimeError):
     """A call of an agent was refused or failed, or a trajectory can't be used so.
 
@@ -68,6 +72,17 @@ class TITOError(FireworksTrainingError, RuntimeError):
             "should_retry": self.should_retry,
             "discard_trajectory": self.discard_trajectory,
         }
+
+    def beside(self) -> TITOError:
+        """The same of a call that is no part of its trajectory: that one goes on."""
+        return TITOError(
+            self.code,
+            self.status,
+            str(self).removesuffix(DISCARD) + "; the trajectory goes on without this call",
+            should_retry=self.should_retry,
+            origin=self.origin,
+            context=self.context,
+        )
 
     def openai_body(self) -> dict[str, Any]:
         """The body of an OpenAI-compatible error answer."""

@@ -8,7 +8,7 @@ from fireworks_training.errors import (
     SamplingRequestError,
     UsageError,
 )
-from fireworks_training.tito.errors import TITOError, invalid, told
+from fireworks_training.tito.errors import DISCARD, TITOError, invalid, told
 
 
 def typed(error: Exception, phase: str) -> TITOError:
@@ -39,7 +39,7 @@ def typed(error: Exception, phase: str) -> TITOError:
     return TITOError(
         "tito_sdk_internal_error",
         500,
-        f"the sidecar failed ({told(error)}, {phase}): the trajectory is to be discarded",
+        f"the sidecar failed ({told(error)}, {phase}){DISCARD}",
         discard_trajectory=True,
         context={"phase": phase, "error_type": type(error).__name__},
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fireworks_training.models import SampledCompletion, SampledRequestResult
 from fireworks_training.tito.backend import Backend, Budget
-from fireworks_training.tito.errors import TITOError
+from fireworks_training.tito.errors import DISCARD, TITOError
 from fireworks_training.tito.lineage import (
     Placement,
     break_reason,
@@ -123,7 +123,7 @@ def _mismatch(what: str, message: str) -> TITOError:
     return TITOError(
         "tito_sdk_sampling_parse_error",
         422,
-        f"{message}: the trajectory is to be discarded",
+        f"{message}{DISCARD}",
         origin="sdk_parser",
         discard_trajectory=True,
         context={"validation_error_code": what},

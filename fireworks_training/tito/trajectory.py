@@ -174,6 +174,8 @@ class Trajectory:
             failure = typed(error, call.phase)
             if failure.discard_trajectory and kind == "policy":
                 self._discarded = copy.copy(failure)
+            elif failure.discard_trajectory:
+                failure = failure.beside()
             await self._note_failure(call, failure)
             if failure is error:
                 raise

@@ -196,26 +196,40 @@ async def test_an_agent_that_asks_without_end_fills_no_memory(
     assert artifact.metrics.counters["calls/rejected"] == 5
 
 
+class Sloppy:
+    """Reads no answer."""
+
+    renderer_id = "sloppy"
+
+    def render_conversation_tokens(self, request: Any) -> list[int]:
+        return [5, 6]
+
+    def parse_assistant(self, *arguments: Any) -> Any:
+        raise TITOParseError("no")
+
+    def render_contract_id(self, request: Any) -> str:
+        return "sloppy"
+
+    def stop_sequences(self, request: Any) -> None:
+        return None
+
+
+async def test_a_call_beside_the_trajectory_does_not_end_it(
+    server: CompletionServer, sidecars: Sidecars
+) -> None:
+    server.otherwise = says("one")
+    sidecar = await sidecars(renderer=Sloppy(), call_classifier=lambda _: "auxiliary")
+    endpoint = await sidecar.create_trajectory_async()
+    answer = await ask(endpoint, HELLO)
+    assert (answer.status, answer.code) == (422, "tito_sdk_parse_error")
+    assert answer.body["error"]["discard_trajectory"] is False
+    assert answer.body["error"]["message"].endswith("the trajectory goes on without this call")
+    assert (await sidecar.finish_trajectory(endpoint.trajectory_id)).status == "completed"
+
+
 async def test_a_discarded_trajectory_refuses_with_an_error_of_its_own_each_time(
     server: CompletionServer, sidecars: Sidecars
 ) -> None:
-    class Sloppy:
-        """Reads no answer."""
-
-        renderer_id = "sloppy"
-
-        def render_conversation_tokens(self, request: Any) -> list[int]:
-            return [5, 6]
-
-        def parse_assistant(self, *arguments: Any) -> Any:
-            raise TITOParseError("no")
-
-        def render_contract_id(self, request: Any) -> str:
-            return "sloppy"
-
-        def stop_sequences(self, request: Any) -> None:
-            return None
-
     server.otherwise = says("one")
     sidecar = await sidecars(renderer=Sloppy())
     endpoint = await sidecar.create_trajectory_async()
