@@ -64,8 +64,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
                 platform with temporary state, "local:/path" one that keeps its state there.
             managed_config: the whole description as one object, instead of `options`.
-            inference_url: where to sample; default `base_url`.
-            hotload_api_url: where to hot load; default `base_url`.
+            inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
             additional_headers: sent with every request; they win over the SDK's own.
             verify_ssl: False accepts any TLS certificate.
             user_metadata: noted with the trainer session.
@@ -125,14 +124,12 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
 
-        Such a server makes models, trains and saves them. There is no job to provision and no
-        deployment: samplers, `weight_sync`, references and promotion raise `NotSupported` or
-        `InvalidArgument`, and what is saved stays on the server.
+        What is saved stays on the server. There is no job and no deployment: samplers,
+        `weight_sync`, references and promotion raise `NotSupported` or `InvalidArgument`.
 
         Args:
             base_model: as the server names it.
-            base_url: of the server, without `/api/v1`; default `TINKER_BASE_URL`.
-            api_key: default `TINKER_API_KEY`.
+            base_url, api_key: default `TINKER_BASE_URL` (without `/api/v1`) and `TINKER_API_KEY`.
             lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
             max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
                 up to this; None makes one.
@@ -145,14 +142,10 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
         """
-        if lora_rank is None and max_lora_rank is None:
-            lora_rank = 32
-        if lora_rank is not None and lora_rank < 1:
-            raise InvalidArgument(f"lora_rank={lora_rank}: a Tinker server trains adapters, from 1")
         config = FiretitanProvisioningConfig(
             base_model=base_model,
             tokenizer_model=tokenizer_model,
-            lora_rank=lora_rank or 0,
+            lora_rank=_tinker_rank(lora_rank, max_lora_rank),
             max_lora_rank=max_lora_rank,
             seed=seed,
             train_mlp=train_mlp,
@@ -242,3 +235,12 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
                     "base_url='local:/path' keeps them"
                 )
         return errors[0] if errors else None
+
+
+def _tinker_rank(lora_rank: int | None, max_lora_rank: int | None) -> int:
+    """The rank of the adapter; 0 where each client has its own."""
+    if lora_rank is None:
+        return 32 if max_lora_rank is None else 0
+    if lora_rank < 1:
+        raise InvalidArgument(f"lora_rank={lora_rank}: a Tinker server trains adapters, from 1")
+    return lora_rank
