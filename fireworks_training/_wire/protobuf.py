@@ -39,7 +39,8 @@ BACKWARD, GRADIENTS = "backward", "gradients"
 """Loss name and loss input of `encode_backward`."""
 
 MAX_DENSE = 1 << 26
-"""Elements that a sparse tensor may have once it is dense: its shape costs a sender nothing."""
+"""Elements that the sparse tensors of a request may have, all together, once they are dense: a
+shape costs its sender nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,15 @@ def decode_request(body: bytes) -> PassRequest:
         message = schema.ForwardBackwardRequest.FromString(body)
     except DecodeError as error:
         raise ProtocolError(f"the body is not a ForwardBackwardRequest: {error}") from error
+    data: list[DatumArrays] = []
+    room = MAX_DENSE
+    for index, datum in enumerate(message.data):
+        data.append(_decode_datum(datum, index, room))
+        room -= sum(
+            data[-1].inputs[name].size
+            for name, tensor in datum.loss_fn_inputs.items()
+            if tensor.WhichOneof("encoding") == "sparse_csr"
+        )
     config: dict[str, ConfigValue] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         config[name] = value.text if value.WhichOneof("value") == "text" else value.number
@@ -164,13 +174,13 @@ def decode_request(body: bytes) -> PassRequest:
         kind="forward" if message.forward_only else "forward_backward",
         model_id=message.model_id,
         seq_id=message.seq_id,
-        data=[_decode_datum(datum, index) for index, datum in enumerate(message.data)],
+        data=data,
         loss_fn=message.loss_fn,
         loss_fn_config=config,
     )
 
 
-def _decode_datum(datum: schema.Datum, index: int) -> DatumArrays:
+def _decode_datum(datum: schema.Datum, index: int, room: int) -> DatumArrays:
     pieces: list[bytes] = []
     for chunk in datum.model_input:
         kind = chunk.WhichOneof("chunk")
@@ -183,7 +193,7 @@ def _decode_datum(datum: schema.Datum, index: int) -> DatumArrays:
         np.int32, copy=False
     )
     inputs = {
-        name: decode_tensor(tensor, f"datum {index}: {name!r}")
+        name: decode_tensor(tensor, f"datum {index}: {name!r}", max_dense=room)
         for name, tensor in datum.loss_fn_inputs.items()
     }
     return DatumArrays(tokens, inputs)

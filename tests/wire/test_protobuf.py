@@ -225,6 +225,21 @@ def _broken(name: str) -> schema.Tensor:
     return good
 
 
+def test_sparse_tensors_of_a_request_are_bounded_all_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = schema.ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+    for _ in range(3):
+        datum = request.data.add()
+        datum.model_input.add().encoded_text.tokens = np.ones(2, np.int32).tobytes()
+        datum.loss_fn_inputs["weights"].CopyFrom(_broken("not"))
+    monkeypatch.setattr(protobuf, "MAX_DENSE", 18)
+    assert len(protobuf.decode_request(request.SerializeToString()).data) == 3
+    monkeypatch.setattr(protobuf, "MAX_DENSE", 17)
+    with pytest.raises(ProtocolError, match=r"datum 2: 'weights'.*at most 5 elements"):
+        protobuf.decode_request(request.SerializeToString())
+
+
 def test_the_sparse_tensor_that_is_broken_below_is_good() -> None:
     assert protobuf.decode_tensor(_broken("not"), "x").tolist() == [[1, 0, 0], [0, 0, 1]]
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fireworks_training.local.losses import LOSSES, Loss
+from fireworks_training.local.trainer.json_fields import number
 from fireworks_training.local.trainer.operations import (
     GRADIENT_INPUTS,
     Backward,
@@ -130,8 +131,6 @@ def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
     if settings.get("clip_low_threshold", 0) > settings.get("clip_high_threshold", math.inf):
         raise OperationFailed("clip_low_threshold must not be above clip_high_threshold")
     datums = _each(raw, lambda datum: _checked(datum, loss, raw.loss, limits))
-    if sum(len(datum.inputs["target_tokens"]) for datum in datums) > MAX_TARGETS:
-        raise OperationFailed(f"a request may have {MAX_TARGETS} targets: send fewer datums")
     return Pass(datums, raw.loss, settings, raw.backward, top_k)
 
 
@@ -152,20 +151,11 @@ def _settings(
             f"{what} does not know loss_fn_config {', '.join(map(repr, unknown[:5]))}; it"
             f" takes {takes}"
         )
-    return {key: _number(config, key, default) for key, default in defaults.items()}
-
-
-def _number(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key)
-    if value is None:
-        return float(default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise OperationFailed(f"{key} must be a finite number")
-    return float(value)
+    return {key: number(config, key, default) for key, default in defaults.items()}
 
 
 def _count(config: Mapping[str, object], key: str, default: int, most: int) -> int:
-    value = _number(config, key, default)
+    value = number(config, key, default)
     if not value.is_integer() or not 0 <= value <= most:
         raise OperationFailed(f"{key} must be a whole number from 0 to {most}")
     return int(value)
@@ -175,11 +165,15 @@ def _each(raw: RawPass, check: Callable[[RawDatum], Datum]) -> list[Datum]:
     if not 1 <= len(raw.datums) <= MAX_DATUMS:
         raise OperationFailed(f"data must be a list of 1 to {MAX_DATUMS} datums")
     datums: list[Datum] = []
+    targets = 0
     for index, decode in enumerate(raw.datums):
         try:
             datums.append(check(decode()))
         except OperationFailed as error:
             raise OperationFailed(f"datum {index}: {error}") from None
+        targets += len(datums[-1].inputs.get("target_tokens", ()))
+        if targets > MAX_TARGETS:  # before the next is written out
+            raise OperationFailed(f"a request may have {MAX_TARGETS} targets: send fewer datums")
     return datums
 
 
@@ -323,7 +317,7 @@ def _embedding_pass(raw: RawPass, limits: ModelLimits) -> EmbeddingPass:
             f"contrastive_loss takes 2 * num_queries + num_extra_negatives datums, at least 2; it"
             f" got {len(datums)} with {queries} queries and {negatives} extra negatives"
         )
-    temperature = _number(config, "temperature", 1.0)
+    temperature = number(config, "temperature", 1.0)
     if temperature <= 0:
         raise OperationFailed("temperature must be above 0")
     return EmbeddingPass(datums, output, pooling, raw.backward, queries, negatives, temperature)

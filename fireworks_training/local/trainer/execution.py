@@ -159,6 +159,16 @@ class TrainedModel:
             return self._execute(operation)
         except SnapshotError as error:
             raise OperationFailed(str(error), error_class=type(error).__name__) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _of_memory(error):
+                raise
+            self._graphs.clear()
+            raise OperationFailed(
+                "there was not enough memory for this operation, and nothing was changed: send"
+                " fewer or shorter datums at a time, close other clients, or train an adapter",
+                category="server",
+                error_class="OutOfMemory",
+            ) from error
 
     def _execute(self, operation: Operation) -> PassResult | Answer | Deferred:
         match operation:
@@ -309,10 +319,30 @@ class TrainedModel:
         moments = None
         if operation.optimizer:
             moments = _with_prefix("exp_avg.", tensors), _with_prefix("exp_avg_sq.", tensors)
-            self._rng = tensors["rng"]
-            self._adam = info.adam
+            self._check_whole(operation.name, info, moments, tensors.get("rng"))
         self._restore(masters, moments, info.optimizer_steps)
+        if operation.optimizer:
+            self._rng, self._adam = tensors["rng"], info.adam
         return Answer({"path": operation.path or operation.name, "type": "load_weights"})
+
+    def _check_whole(
+        self,
+        name: str,
+        info: StateInfo,
+        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        rng: Tensor | None,
+    ) -> None:
+        """Before anything is changed: what the weights' names and shapes don't tell."""
+        masters = self._optimizer.masters if info.optimizer_steps else {}
+        own = {key: tensor.shape for key, tensor in masters.items()}
+        told = [{key: tensor.shape for key, tensor in moment.items()} for moment in moments]
+        fits = rng is not None and (rng.dtype, rng.shape) == (self._rng.dtype, self._rng.shape)
+        if told != [own, own] or not fits:
+            raise OperationFailed(
+                f"state {name!r} is damaged: it lacks moments of the optimizer, or the random"
+                " stream; load_state takes its weights alone",
+                error_class="StateDamaged",
+            )
 
     def _restore(
         self,
@@ -387,6 +417,12 @@ class TrainedModel:
         path = self._note(saved, written["bytes"])
         told = {"path": path, "sampling_session_id": saved.sampling_session}
         return Answer({**answer.fields, **told})
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether there was no memory: torch has a type of its own for that only on an accelerator."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -172,11 +172,12 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
         if kind == "backward":
             raise  # takes no place: the client sends the whole pass under the same seq_id
         operation = refusal.with_traceback(None)
-    digest = _digest(kind, body)
+    digest = digest_of(kind, body)
     return Submission(model_id, seq_id, digest, role, operation, len(raw), JSON)
 
 
-def _digest(kind: str, body: Body) -> bytes:
+def digest_of(kind: str, body: Body) -> bytes:
+    """A digest of a request's content, whatever the order of its keys."""
     try:
         canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError:  # a whole number beyond 64 bits: refused, but told apart

@@ -57,10 +57,14 @@ def allow(body: Body, allowed: tuple[str, ...], what: str) -> None:
 def number(body: Body, key: str, default: float) -> float:
     value = body.get(key)
     if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise OperationFailed(f"{key} must be a finite number")
-    return float(value)
+        return float(default)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            if math.isfinite(found := float(value)):
+                return found
+        except OverflowError:
+            pass  # a whole number of hundreds of digits
+    raise OperationFailed(f"{key} must be a finite number")
 
 
 def whole(body: Body, key: str, least: int = 1) -> int:

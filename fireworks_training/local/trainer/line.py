@@ -163,6 +163,16 @@ class Line(Generic[OperationT, ResultT]):
         """Takes no new operations; those that wait still run. Idempotent."""
         self._closed = True
 
+    def abandon(self, failure: Failure) -> list[int]:
+        """What still waits fails without running: its turn will not come. Returns the places."""
+        left = sorted(self._waiting)
+        for seq_id in left:
+            entry = self._waiting.pop(seq_id)
+            own = entry.operation if isinstance(entry.operation, Failure) else failure
+            self._keep(seq_id, own, 0)
+        self._waiting_bytes = 0
+        return left
+
     def holds(self, seq_id: int, digest: bytes) -> bool:
         """Whether a place holds the operation of this content, whatever became of it."""
         return self._digests.get(seq_id) == digest

@@ -6,11 +6,9 @@ Knows: what a client may ask for and what the job allows. Does not know HTTP or 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import orjson
 from transformers import PreTrainedModel
 
 from fireworks_training.local import memory
@@ -19,6 +17,7 @@ from fireworks_training.local.snapshots import FreeBytes, SnapshotStore
 from fireworks_training.local.tinker_store import RunNote, TinkerStore
 from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.execution import Stores, TrainedModel
+from fireworks_training.local.trainer.json_codec import digest_of
 from fireworks_training.local.trainer.json_fields import Body, allow, flag, number, text
 from fireworks_training.local.trainer.json_states import tinker_load
 from fireworks_training.local.trainer.network import activation_bytes
@@ -174,7 +173,7 @@ class ModelFactory:
             return model
 
         return CreateModel(
-            hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest(),
+            digest_of("create_model", body),
             answer,
             make,
             ModelLimits(

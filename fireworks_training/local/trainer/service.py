@@ -97,20 +97,26 @@ class TrainerService:
     # -- sessions --------------------------------------------------------------------------------
 
     def create_session(self) -> str:
-        """A new session's id."""
+        """A new session's id; raises as `adopt_session`."""
+        session_id = f"ts-{uuid.uuid4().hex}"
+        self.adopt_session(session_id)
+        return session_id
+
+    def adopt_session(self, session_id: str) -> None:
+        """Takes up a session that the gateway made. Idempotent while it is alive.
+
+        Raises:
+            Full: there are as many live ones as there may be.
+        """
+        if session_id in self._sessions:
+            return
         if len(self._sessions) >= MAX_SESSIONS:
             stale = [key for key, session in self._sessions.items() if self._abandoned(session)]
             for key in stale:
                 del self._sessions[key]
             if not stale:
                 raise Full(f"this trainer has {MAX_SESSIONS} live sessions; finish one first")
-        session_id = f"ts-{uuid.uuid4().hex}"
         self._sessions[session_id] = _Session(self._clock())
-        return session_id
-
-    def adopt_session(self, session_id: str) -> None:
-        """Takes up a session that the gateway made. Idempotent while it is alive."""
-        self._sessions.setdefault(session_id, _Session(self._clock()))
 
     def heartbeat(self, session_id: str) -> None:
         """Raises Gone for a session that is not alive."""
@@ -333,6 +339,9 @@ class TrainerService:
             return True
         if slot.unloaded is not None:
             return False
+        if isinstance(slot.created, Failure):
+            lost = f"the model was not made: {slot.created.message}"
+            self._abandon(slot, Failure(lost, slot.created.category, "ModelLost"))
         advance = slot.line.advance()
         for seq_id in advance.finished:
             slot.notify(f"op-{seq_id}")
@@ -340,11 +349,19 @@ class TrainerService:
             await self._run(slot, advance.run)
             return True
         if slot.unloading:
-            slot.model = None
+            gap = (
+                f"the model was unloaded, and operation {slot.line.waits_for} before it never came"
+            )
+            self._abandon(slot, Failure(gap, error_class="ModelUnloaded"))
+            slot.model, slot.leases = None, Leases()
             answer = Answer({"model_id": slot.model_id, "type": "unload_model"})
             slot.unloaded = self._codec.encode(answer)
             slot.notify("unload")
         return False
+
+    def _abandon(self, slot: Slot, failure: Failure) -> None:
+        for seq_id in slot.line.abandon(failure):
+            slot.notify(f"op-{seq_id}")
 
     async def _create(self, slot: Slot) -> None:
         try:

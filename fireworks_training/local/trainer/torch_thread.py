@@ -35,6 +35,10 @@ class TorchThread:
         def call() -> None:
             try:
                 result = function()
+            except StopIteration as error:  # which a future refuses, and nobody would be told
+                fault = RuntimeError(f"StopIteration: {error}")
+                fault.__cause__ = error
+                deliver(future.set_exception, fault)
             except BaseException as error:
                 deliver(future.set_exception, error)
             else:

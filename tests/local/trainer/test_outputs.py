@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fireworks_training.local.model import load_model, round_parameters_
+from fireworks_training.local.trainer import datums, json_datums
 from fireworks_training.local.trainer.embeddings import info_nce
 from tests.local.trainer.trainer_driver import ADAM, VOCAB, Starter, datum, some_data, tensor
 
@@ -84,6 +85,32 @@ async def test_sparse_targets_are_dense_ones_with_zeros(start: Starter) -> None:
     first = await trainer.ok("forward", **request("forward_input", [dense]))
     second = await trainer.ok("forward", **request("forward_input", [sparse]))
     assert first == second
+
+
+async def test_sparse_tensors_are_bounded_all_together(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few bytes name as many cells as they like; the third datum is not written out any more."""
+    trainer = await start()
+    monkeypatch.setattr(datums, "MAX_TARGETS", 100)
+    decoded: list[int] = []
+    decode = json_datums.decode_tensor
+
+    def counted(value: object, name: str) -> Any:
+        decoded.append(1)
+        return decode(value, name)
+
+    monkeypatch.setattr(json_datums, "decode_tensor", counted)
+    cells = {"shape": [2, 30], "sparse_crow_indices": [0, 1, 1], "sparse_col_indices": [0]}
+    wide = plain(
+        [1, 2],
+        target_tokens={**tensor([4], "int64"), **cells},
+        weights={**tensor([0.5]), **cells},
+    )
+    status, answer = await trainer.send("forward", **request("forward_input", [wide] * 5))
+    assert status == 400
+    assert "may have 100 targets" in answer["error"]
+    assert len(decoded) == 4
 
 
 @pytest.mark.parametrize(

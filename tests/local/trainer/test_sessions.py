@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
+from fireworks_training.local.trainer import service as service_module
 from fireworks_training.local.trainer.datums import ModelLimits
 from fireworks_training.local.trainer.json_codec import JSON, encode_failure
-from fireworks_training.local.trainer.service import TrainerService
+from fireworks_training.local.trainer.service import Full, TrainerService
 from fireworks_training.local.trainer.slots import CreateModel, Gone
 from fireworks_training.testing import ManualClock
 from tests.local.trainer.trainer_driver import ADAM, Starter
@@ -29,6 +30,22 @@ def test_a_silent_session_is_ended_and_says_why() -> None:
     with pytest.raises(Gone, match="no heartbeat for 60 s"):
         service.heartbeat(silent)
     service.heartbeat(alive)
+
+
+def test_sessions_are_bounded_whoever_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MAX_SESSIONS", 2)
+    clock = ManualClock()
+    service = TrainerService(JSON, encode_failure, clock, session_timeout_s=60.0)
+    service.adopt_session("one")
+    clock.advance(30.0)
+    service.create_session()
+    service.adopt_session("one")  # is there
+    for make in (service.create_session, lambda: service.adopt_session("three")):
+        with pytest.raises(Full, match="2 live sessions"):
+            make()
+    clock.advance(31.0)  # the first was silent for too long
+    service.adopt_session("three")
+    service.heartbeat("three")
 
 
 async def test_its_models_go_with_it(start: Starter, caplog: pytest.LogCaptureFixture) -> None:

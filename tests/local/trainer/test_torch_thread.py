@@ -30,6 +30,8 @@ async def test_it_runs_in_one_thread_with_one_torch_thread(torch_thread: TorchTh
 async def test_an_error_reaches_the_caller(torch_thread: TorchThread) -> None:
     with pytest.raises(ZeroDivisionError):
         await torch_thread.run(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="StopIteration"):  # which no future takes
+        await asyncio.wait_for(torch_thread.run(lambda: next(iter(()))), 10)
     assert await torch_thread.run(lambda: 1) == 1
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
+import torch
 
+from fireworks_training.local.trainer import models
 from fireworks_training.local.trainer.line import Limits
+from fireworks_training.local.trainer.network import Network
 from tests.local.trainer.trainer_driver import (
     ADAM,
     Starter,
+    Trainer,
     cross_entropy,
     datum,
     new_model,
@@ -182,6 +187,84 @@ async def test_a_model_that_can_not_be_made(start: Starter) -> None:
     assert (status, answer["error_class"]) == (410, "ModelLost")
 
 
+async def test_operations_behind_a_model_that_can_not_be_made(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were sent while it was being made: they fail, and the job's other models go on."""
+    trainer = await start()
+    release = threading.Event()
+
+    def fail(*_: object) -> Any:
+        assert release.wait(10)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(models.ModelFactory, "_make", fail)
+    body = {"session_id": trainer.session_id, "model_seq_id": 1, "lora_config": {"rank": 0}}
+    _, answer = await trainer.post("create_model", {**body, "base_model": "m"})
+    other = Trainer(trainer.http, trainer.session_id, answer["model_id"], {})
+    ids = [await other.submit("forward", seq_id, **ONE) for seq_id in (1, 2, 4)]
+    release.set()
+    assert "RuntimeError: no" in (await other.result(answer["request_id"]))["error"]
+    for request_id in ids:
+        failed = await other.result(request_id)
+        assert failed["error_class"] == "ModelLost"
+        assert "RuntimeError: no" in failed["error"]
+    await trainer.ok("forward", **ONE)
+
+
+async def test_an_operation_behind_a_gap_ends_with_its_model(start: Starter) -> None:
+    trainer = await start()
+    behind = await trainer.submit("forward", 3, **ONE)
+    refused = {"forward_input": {"data": [], "loss_fn": "cross_entropy"}}
+    assert (await trainer.send("forward", 4, **refused))[0] == 400
+    _, answer = await trainer.post("unload_model", {"model_id": trainer.model_id})
+    assert "error" not in await trainer.result(answer["request_id"])
+    ended = await trainer.result(behind)
+    assert ended["error_class"] == "ModelUnloaded"
+    assert "operation 1 before it never came" in ended["error"]
+    ended = await trainer.result(f"{trainer.model_id}:op-4")
+    assert "1 to 1024 datums" in ended["error"]
+
+
+async def test_no_memory_fails_one_operation_and_says_what_to_do(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = await start()
+    compute = Network.compute
+    hungry = [1 << 52]
+
+    def starved(self: Network, batch: Any) -> Any:
+        if hungry:
+            torch.empty(hungry.pop())
+        return compute(self, batch)
+
+    good = cross_entropy(*some_data())
+    monkeypatch.setattr(Network, "compute", starved)
+    failed = await trainer.run("forward_backward", **good)
+    assert (failed["category"], failed["error_class"]) == ("server", "OutOfMemory")
+    assert "fewer or shorter datums" in failed["error"]
+    stepped = await trainer.run("optim_step", adam_params=ADAM)
+    assert stepped["error_class"] == "PrecedingOperationFailed"
+    await trainer.ok("forward_backward", **good)
+    await trainer.ok("optim_step", adam_params=ADAM)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400)])
+async def test_a_number_beyond_all_bounds_is_refused_in_its_place(
+    start: Starter, number: int
+) -> None:
+    trainer = await start()
+    status, answer = await trainer.send("optim_step", adam_params={**ADAM, "eps": number})
+    assert (status, answer["error"]) == (400, "eps must be a finite number")
+    one = {"forward_input": {**ONE["forward_input"], "loss_fn_config": {"top_k": number}}}
+    status, answer = await trainer.send("forward", **one)
+    assert (status, answer["error"]) == (400, "top_k must be a finite number")
+    await trainer.ok("forward", **ONE)
+    odd = {"session_id": trainer.session_id, "model_seq_id": 5, "lora_config": {"rank": 0}}
+    status, answer = await trainer.post("create_model", {**odd, "user_metadata": {"n": number}})
+    assert status == 200, answer
+
+
 async def test_info_and_lists(start: Starter) -> None:
     trainer = await start(lora={"rank": 2})
     status, info = await trainer.post("get_info", {"model_id": trainer.model_id})
@@ -236,7 +319,7 @@ async def test_finishing_a_session_unloads_its_models(start: Starter) -> None:
 
 async def test_the_number_of_models_is_bounded(start: Starter) -> None:
     trainer = await start()
-    models = [await new_model(trainer.http) for _ in range(7)]
+    made = [await new_model(trainer.http) for _ in range(7)]
     _, session = await trainer.post("create_session", {})
     body = {
         "session_id": session["session_id"],
@@ -246,7 +329,7 @@ async def test_the_number_of_models_is_bounded(start: Starter) -> None:
     }
     status, answer = await trainer.post("create_model", body)
     assert (status, answer["error_class"]) == (400, "TooMany")
-    await trainer.post("unload_model", {"model_id": models[0].model_id})
+    await trainer.post("unload_model", {"model_id": made[0].model_id})
     status, answer = await trainer.post("create_model", body)
     assert status == 200
     assert "error" not in await trainer.result(answer["request_id"])

@@ -108,6 +108,28 @@ def test_a_sibling_jobs_state(store: StateStore) -> None:
             store.load(name, job)
 
 
+@pytest.mark.parametrize("lacks", ["exp_avg.model.norm.weight", "exp_avg_sq.", "rng"])
+async def test_a_state_that_lacks_a_part_changes_nothing(
+    start: Starter, tmp_path: Path, lacks: str
+) -> None:
+    trainer = await start()
+    for seed in range(2):
+        await trainer.ok("forward_backward", **cross_entropy(*some_data(seed)))
+        await trainer.ok("optim_step", adam_params=ADAM)
+        await trainer.ok("save_weights", path=f"after-{seed}")
+    states = StateStore(tmp_path / "jobs" / "job-1" / "states")
+    info, held = states.load("after-0")
+    states.save("after-0", info, {k: v for k, v in held.items() if not k.startswith(lacks)})
+    failed = await trainer.run("load_weights", path="after-0", optimizer=True)
+    assert failed["error_class"] == "StateDamaged"
+    assert "load_state takes its weights alone" in failed["error"]
+    await trainer.run("optim_step", adam_params=ADAM)  # fails with it
+    await trainer.ok("save_weights", path="unchanged")
+    before, after = (states.load(name)[1] for name in ("after-1", "unchanged"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    await trainer.ok("load_weights", path="after-0", optimizer=False)
+
+
 @pytest.mark.parametrize("file", ["state.json", "tensors"])
 def test_damage_is_named(store: StateStore, file: str) -> None:
     store.save("s", INFO, tensors(1.0))
