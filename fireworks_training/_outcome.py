@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from fireworks_training._inbox import call_on
 from fireworks_training.errors import WrongLoop
 
 T = TypeVar("T")
@@ -246,7 +247,7 @@ class _Waiter(asyncio.Future[None]):
         except RuntimeError:
             pass  # it ended in a thread without a loop
         with contextlib.suppress(RuntimeError):  # the waiter's loop is closed: nobody waits
-            loop.call_soon_threadsafe(self._wake)
+            call_on(loop, self._wake)
 
     def _wake(self) -> None:
         if not self.done():

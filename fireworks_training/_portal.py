@@ -26,6 +26,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
+from fireworks_training._inbox import call_on
 from fireworks_training._outcome import Outcome
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
 from fireworks_training.futures import APIFuture, mark_retrieved
@@ -224,7 +225,7 @@ class _Spawned(Outcome[T]):
     def _cancel_work(self) -> bool:
         self._asked = True
         try:
-            self._owner.call_soon_threadsafe(self._cancel_task)
+            call_on(self._owner, self._cancel_task)
         except RuntimeError:
             return False
         return True
@@ -255,7 +256,7 @@ def spawn_on(
         spawned.start()
         return spawned
     try:
-        loop.call_soon_threadsafe(spawned.start, context=contextvars.copy_context())
+        call_on(loop, spawned.start, contextvars.copy_context())
     except RuntimeError as error:
         raise OwnerLoopGone(
             f"{label}: the event loop that owns this service is closed. Use it inside one "

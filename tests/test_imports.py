@@ -32,7 +32,8 @@ UNITS = {
     "tito",
     "server_metrics",
 }
-UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_outcome", "_tinker_types", "root"}
+UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_outcome", "_inbox", "_tinker_types"}
+UNITS |= {"root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -40,16 +41,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "models"},
     "server_metrics": set(),
     "models": {"errors", "server_metrics"},
-    "_outcome": {"errors"},
+    "_inbox": set(),
+    "_outcome": {"errors", "_inbox"},
     "futures": {"errors", "models", "_outcome"},
     "data": {"errors", "models"},
     "evaluation": {"errors", "models"},
     "_core": {"errors", "models"},
     "_wire": {"errors", "models", "server_metrics"},
     "_tinker_types": {"errors", "models"},
-    "_portal": {"errors", "futures", "_outcome"},
+    "_portal": {"errors", "futures", "_outcome", "_inbox"},
     "_async": {"_core", "_wire", "config", "models", "futures", "data", "errors", "_portal"}
-    | {"_outcome", "_tinker_types", "server_metrics"},
+    | {"_outcome", "_inbox", "_tinker_types", "server_metrics"},
     "_sync": {"_async", "_portal", "models", "futures", "config", "errors"},
     "testing": {"_async", "_core", "models", "errors"},
     "compat": UNITS - PEERS,

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from fireworks_training._core.aimd import AdaptiveWindow, AimdSettings, FixedWindow
+from fireworks_training._inbox import call_on
 from fireworks_training.models import ServerMetrics
 
 logger = logging.getLogger("fireworks_training.sampling")
@@ -70,7 +71,7 @@ class _Waiter:
         except RuntimeError:
             pass  # called from a thread without a loop: woken as from any other thread
         try:
-            self.loop.call_soon_threadsafe(self._start)
+            call_on(self.loop, self._start)
         except RuntimeError:
             return False
         return True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, TypeVarTuple
 
 from fireworks_training._async.loop_watch import OnBlocked, watch
+from fireworks_training._inbox import call_on
 from fireworks_training._outcome import Outcome, done_here
 from fireworks_training._portal import Lease, spawn_on
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
@@ -129,7 +130,7 @@ class OwnerLoop:
         if self.is_current():
             callback()
         else:
-            loop.call_soon_threadsafe(callback)
+            call_on(loop, callback)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, outcome: Outcome[Any]) -> None:
         def check() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from fireworks_training._async.gate import AdaptiveConcurrencyController
-from fireworks_training._async.sampling_run import RetryPolicy
+from fireworks_training._async.sampling_retries import RetryPolicy
 from fireworks_training._core.aimd import AimdSettings
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (

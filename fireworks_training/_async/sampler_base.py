@@ -25,7 +25,8 @@ from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.prompts import LockedTokenizer, Tokenizer
 from fireworks_training._async.sampler_tasks import SamplerTasks
 from fireworks_training._async.sampling_progress import Progress
-from fireworks_training._async.sampling_run import RetryPolicy, Source
+from fireworks_training._async.sampling_retries import RetryPolicy
+from fireworks_training._async.sampling_run import Source
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.events import OnEvent
 from fireworks_training._wire.completions import (

@@ -21,57 +21,21 @@ from fireworks_training._async.completion_stream import Attempt, AttemptFailed, 
 from fireworks_training._async.gate import Gate, SamplingConcurrencyController
 from fireworks_training._async.load_news import LoadNews
 from fireworks_training._async.sampling_progress import Progress
+from fireworks_training._async.sampling_retries import (
+    Budgets,
+    RetryPolicy,
+    final_error,
+    is_hot_load,
+)
 from fireworks_training._async.token_stream import DeltaBuffer
 from fireworks_training._async.transport import Transport
 from fireworks_training._core.aimd import is_congestion
-from fireworks_training._core.backoff import Backoff, is_retryable
+from fireworks_training._core.backoff import is_retryable
 from fireworks_training._wire.completions import EncodedRequest, SamplingRequest
-from fireworks_training.errors import (
-    ApiError,
-    ApiStatusError,
-    AuthenticationFailed,
-    DeploymentSamplerTimeoutError,
-    NotFound,
-    SamplingRequestError,
-)
+from fireworks_training.errors import SamplingRequestError
 from fireworks_training.models import SampledCompletion, SampledServerAttempt, ServerMetrics
 
-HOT_LOAD_STATUS = frozenset({404, 425})
-"""Statuses of a deployment that is loading a snapshot, or that its gateway doesn't know yet."""
-
-HOT_LOAD_POLL = 8.0
-"""Seconds between two looks at a deployment of which a load is known to be under way."""
-
-_TIMEOUT_STATUS = frozenset({408, 504})
-
 logger = logging.getLogger("fireworks_training.sampling")
-
-
-def is_hot_load(error: ApiError) -> bool:
-    """Whether the deployment may be loading a snapshot.
-
-    Our platform says NOT_FOUND only of a deployment that does not exist: no wait mends that.
-    """
-    if not isinstance(error, ApiStatusError) or error.status not in HOT_LOAD_STATUS:
-        return False
-    return not (isinstance(error, NotFound) and error.error_class == "NOT_FOUND")
-
-
-def _hot_load_budget() -> Backoff:
-    # About a minute; the ones that the coordinator knows of are waited for as long as they take.
-    return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Makes the retry budgets of a completion; tests make quicker ones.
-
-    `transient` counts attempts, not seconds: a budget in seconds would have to be larger than the
-    time-out of one attempt, which the caller chooses.
-    """
-
-    transient: Callable[[], Backoff] = Backoff
-    hot_load: Callable[[], Backoff] = _hot_load_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,61 +191,44 @@ class SamplingRun:
         """
         source = self._source
         request_id = os.urandom(16).hex() if logged is None else logged.request_id
-        headers = self._headers(request_id)
-        body = prompt.body(sample)
-        transient: Backoff | None = None
-        hot_load: Backoff | None = None
-        number = 0
+        attempt = Attempt(
+            url=source.url,
+            headers=self._headers(request_id),
+            body=prompt.body(sample),
+            request=self._request,
+            prompt_ids=prompt.ids,
+            number=0,
+            prompt_index=prompt.index,
+            sample_index=sample,
+        )
+        budgets: Budgets | None = None
         while True:
-            number += 1
-            attempt = Attempt(
-                url=source.url,
-                headers=headers,
-                body=body,
-                request=self._request,
-                prompt_ids=prompt.ids,
-                number=number,
-                prompt_index=prompt.index,
-                sample_index=sample,
-            )
+            attempt.number += 1
             try:
                 completion = await self._attempt(attempt, logged, deltas)
                 self.done += 1
                 return completion
             except AttemptFailed as failure:
-                loading = is_hot_load(failure.error)
-                if loading:
-                    budget = hot_load = hot_load or source.retries.hot_load()
-                else:
-                    budget = transient = transient or source.retries.transient()
-                delay = budget.next_delay(failure.error, now=self._loop.time())
-                if loading and delay is None and source.news.loading:
-                    delay = HOT_LOAD_POLL
+                budgets = budgets or Budgets(source.retries, source.news)
+                delay = budgets.delay(failure.error, now=self._loop.time())
                 if deltas is not None and not deltas.restart():
                     delay = None
                 if logged is not None:
                     logged.failed(failure, retried=delay is not None)
                 if delay is None:
-                    self._given_up = True
-                    error = self._final_error(failure, request_id, number)
-                    sampling_events.failed(source.transport.events, headers, error)
-                    raise error from failure.error
-                self._say_retry(failure, request_id, number, delay)
-                sampling_events.retried(
-                    source.transport.events, headers, number, delay, failure.error
-                )
-            if await self._back_off(delay, loading=loading) and hot_load is not None:
-                hot_load.reset()
+                    raise self._give_up(failure, attempt, request_id) from failure.error
+                self._say_retry(failure, attempt, request_id, delay)
+            await self._back_off(delay, budgets)
 
-    async def _back_off(self, delay: float, *, loading: bool) -> bool:
-        """Wait before the next attempt; whether news of a hot load ended the wait."""
+    async def _back_off(self, delay: float, budgets: Budgets) -> None:
+        """Wait before the next attempt, or for the end of a hot load."""
         progress = self._source.progress
         progress.backing_off(1)
         try:
-            if loading:
-                return await self._source.news.wait(delay)
-            await asyncio.sleep(delay)
-            return False
+            if not budgets.loading:
+                await asyncio.sleep(delay)
+            elif await self._source.news.wait(delay):
+                budgets.loaded()
         finally:
             progress.backing_off(-1)
 
@@ -362,53 +309,33 @@ class SamplingRun:
         return self._source.transport.headers(extra)
 
     def _say_retry(
-        self, failure: AttemptFailed, request_id: str, number: int, delay: float
+        self, failure: AttemptFailed, attempt: Attempt, request_id: str, delay: float
     ) -> None:
+        sampling_events.retried(
+            self._source.transport.events,
+            attempt.headers,
+            attempt.number,
+            delay,
+            failure.error,
+        )
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
             self._source.model,
             self.context,
-            number,
+            attempt.number,
             failure.error.message,
             delay,
             request_id,
         )
 
-    def _final_error(
-        self, failure: AttemptFailed, request_id: str, attempts: int
+    def _give_up(
+        self, failure: AttemptFailed, attempt: Attempt, request_id: str
     ) -> SamplingRequestError:
-        error = failure.error
-        status = error.status if isinstance(error, ApiStatusError) else None
-        timed_out = failure.kind == "timeout" or status in _TIMEOUT_STATUS
-        hot_loading = is_hot_load(error)
-        exhausted = hot_loading or is_retryable(error)
-        if exhausted and not hot_loading:
-            note = getattr(self._controller, "note_retry_exhausted", None)
-            if note is not None:
-                note(failure.metrics)
-        cls = DeploymentSamplerTimeoutError if timed_out else SamplingRequestError
-        tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        return cls(
-            f"no completion from {self._source.model}{self.context} after {tries}: "
-            f"{error.message}.{_advice(failure, hot_loading)}",
-            logical_request_id=request_id,
-            model=self._source.model,
-            attempts=attempts,
-            final_status=status,
-            final_error_kind=failure.kind,
-            retry_budget_exhausted=exhausted,
-            request_id=error.request_id or failure.metrics.request_id or request_id,
-            cause=error,
-        )
-
-
-def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
-    if isinstance(failure.error, AuthenticationFailed):
-        return " Check the API key, and that it may use this deployment."
-    if hot_loading:
-        return " The deployment did not become ready; check its state and the model name."
-    if isinstance(failure.error, NotFound):
-        return " Check the model name: this server has no such deployment."
-    if failure.kind == "timeout":
-        return " The server is stuck or far behind: lower the concurrency, or raise http_timeout."
-    return ""
+        """The end of a completion, and with it of its call; the error that says so."""
+        self._given_up = True
+        note = getattr(self._controller, "note_retry_exhausted", None)
+        if note is not None and is_retryable(failure.error) and not is_hot_load(failure.error):
+            note(failure.metrics)
+        error = final_error(failure, attempt.number, request_id, self._source.model, self.context)
+        sampling_events.failed(self._source.transport.events, attempt.headers, error)
+        return error
