@@ -44,6 +44,8 @@ class StubTrainer:
         forgotten: requests whose end no batch poll tells.
         retrieved: requests whose results it was told are there.
         counts: requests by route.
+        created: numbers of the models asked for.
+        refuses_beats: heartbeats are answered with 410.
         encodings: content encodings of passes.
     """
 
@@ -66,6 +68,8 @@ class StubTrainer:
     batch: bool = False
     inline: int | None = 1 << 20
     counts: Counter[str] = field(default_factory=Counter)
+    created: list[int] = field(default_factory=list)
+    refuses_beats: bool = False
     encodings: list[str | None] = field(default_factory=list)
     forgotten: set[str] = field(default_factory=set)
     retrieved: list[str] = field(default_factory=list)
@@ -121,9 +125,15 @@ class StubTrainer:
         return web.json_response({"session_id": "session-1"})
 
     async def _beat(self, request: web.Request) -> web.Response:
+        async with self._changed:
+            self._changed.notify_all()
+        if self.refuses_beats:
+            gone = {"error": "the session has ended", "error_class": "SessionGone"}
+            return web.json_response(gone, status=410)
         return web.json_response({})
 
     async def _create(self, request: web.Request) -> web.Response:
+        self.created.append((await request.json())["model_seq_id"])
         result: dict[str, Any] = {"model_id": "model-1", "comms": "v2"}
         if self.step_protocol:
             result["step_protocol"] = 1

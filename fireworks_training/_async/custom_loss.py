@@ -121,11 +121,13 @@ def _unpack(returned: Any) -> tuple[torch.Tensor, dict[str, float]]:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise LossFailed(f"the loss must be a scalar tensor, not {got}")
+    if loss.is_complex():
+        raise LossFailed("the loss must be a real number, not a complex one")
     if not math.isfinite(loss.item()):
         raise LossFailed(f"the loss is {loss.item()}; it must be finite")
     try:
         return loss.reshape(()), {str(name): float(value) for name, value in metrics.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise LossFailed(
             f"the metrics must be a dict of names to numbers: {error}", cause=error
         ) from error

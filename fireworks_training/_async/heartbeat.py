@@ -11,7 +11,8 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from fireworks_training._async.data_plane import DataPlane
+from fireworks_training._async.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.data_plane import DataPlane, was_refused
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.transport import Transport
 from fireworks_training._outcome import Outcome
@@ -22,7 +23,8 @@ PERIOD = 10.0
 """Seconds between heartbeats."""
 
 WARN_AFTER = 120.0
-"""Seconds of failing heartbeats before a warning."""
+"""Seconds of failing heartbeats before a warning, and again after twice the time. Refused ones are
+told of at once."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -61,6 +63,9 @@ class Heartbeat:
             return
         running, self._running = self._running, None
         running.request_cancel()
+        await finish_in_spite_of_cancellation(self._ended(running))
+
+    async def _ended(self, running: Outcome[None]) -> None:
         with contextlib.suppress(FireworksTrainingError):
             await APIFuture(running)
         # Giving the portal back may end its thread, which is waited for off this loop.
@@ -69,17 +74,18 @@ class Heartbeat:
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         last_good = loop.time()
+        told, warn_after = False, WARN_AFTER
         async with self._transport:
             while True:
                 await asyncio.sleep(self._period)
                 try:
                     await self._plane.beat(self._session_id)
                 except FireworksTrainingError as error:
-                    if loop.time() - last_good > WARN_AFTER:
+                    silent = loop.time() - last_good
+                    if silent > warn_after or (was_refused(error) and not told):
+                        told, warn_after = True, max(2 * silent, WARN_AFTER)
                         logger.warning(
-                            "no heartbeat has reached the trainer for %.0f s: %s",
-                            loop.time() - last_good,
-                            error,
+                            "the trainer has taken no heartbeat for %.0f s: %s", silent, error
                         )
                 else:
-                    last_good = loop.time()
+                    last_good, told, warn_after = loop.time(), False, WARN_AFTER

@@ -61,9 +61,9 @@ class EncodedData:
     inputs: Sequence[Mapping[str, Array]] = ()
 
 
-def given_inputs(datum: Captured, _: int) -> Mapping[str, Array]:
+def given_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
     """All loss inputs of a datum."""
-    return datum.arrays()
+    return datum.arrays(index)
 
 
 def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:

@@ -13,13 +13,13 @@ from typing import Any, cast
 import orjson
 
 from fireworks_training._async.client_config import ClientConfig, read_client_config
-from fireworks_training._async.data_plane import DataPlane
+from fireworks_training._async.data_plane import DataPlane, was_refused
 from fireworks_training._async.heartbeat import Heartbeat
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
 from fireworks_training._async.transport import Transport
 from fireworks_training.config import FiretitanProvisioningConfig, session_tags
-from fireworks_training.errors import ProtocolError
+from fireworks_training.errors import OperationError, ProtocolError
 from fireworks_training.models import __version__
 
 logger = logging.getLogger("fireworks_training.trainer")
@@ -102,6 +102,7 @@ class TrainerSession:
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
         self._models = 0
+        self._unsettled: dict[bytes, int] = {}  # requests whose end is not known: their numbers
 
     async def open(self, user_metadata: Mapping[str, str] | None) -> None:
         """Open the session and start its heartbeat."""
@@ -135,6 +136,9 @@ class TrainerSession:
     ) -> Capabilities:
         """Make a model; a repeated submit makes no second one.
 
+        Nor does a call after one that was cancelled, or lost the trainer from sight: it asks for
+        the same model again, which may be there.
+
         Args:
             base_only: the base model without an adapter, beside the models that train one.
             user_metadata: noted with the model.
@@ -149,10 +153,9 @@ class TrainerSession:
             lora["alpha"] = config.alpha
         if config.seed is not None:
             lora["seed"] = config.seed
-        body = orjson.dumps(
+        wanted = orjson.dumps(
             {
                 "session_id": self.session_id,
-                "model_seq_id": self._models,
                 "base_model": config.base_model,
                 "lora_config": lora,
                 **({"base_only": True} if base_only else {}),
@@ -160,12 +163,20 @@ class TrainerSession:
                 "type": "create_model",
             }
         )
-        self._models += 1
-        request_id = await self.plane.submit("create_model", body, what="create the model")
-        answer = await speaking(
-            self.plane.result(request_id, what="create the model"),
-            lambda: "the trainer makes the model",
-        )
+        model_seq_id = self._unsettled.setdefault(wanted, self._models)
+        self._models = max(self._models, model_seq_id + 1)
+        body = b'%b,"model_seq_id":%d}' % (wanted[:-1], model_seq_id)
+        try:
+            request_id = await self.plane.submit("create_model", body, what="create the model")
+            answer = await speaking(
+                self.plane.result(request_id, what="create the model"),
+                lambda: "the trainer makes the model",
+            )
+        except BaseException as error:
+            if isinstance(error, OperationError) or was_refused(error):
+                del self._unsettled[wanted]
+            raise
+        del self._unsettled[wanted]
         if isinstance(answer, bytes):
             raise ProtocolError("the trainer answered protobuf where JSON is due")
         return Capabilities.read(answer)

@@ -193,8 +193,7 @@ class Trainers:
         async with self._making:
             base, self._base = self._base, None
             if base is not None and base.ended is None:
-                await base.unload_model()
-                await base._close(drain=True)  # pyright: ignore[reportPrivateUsage]
+                await finish_in_spite_of_cancellation(_unloaded(base))
 
     async def recovered(self, lost: Client | None = None) -> Client:
         """A client that goes on where the lost one last saved, in the job started again.
@@ -344,6 +343,13 @@ class Trainers:
             for client in self._clients
         )
         return next((failure for failure in unseen if failure is not None), None)
+
+
+async def _unloaded(client: Client) -> None:
+    try:
+        await client.unload_model()
+    finally:
+        await client._close(drain=True)  # pyright: ignore[reportPrivateUsage]
 
 
 def _lost(client: Client | None) -> TrainerLost | None:

@@ -101,10 +101,14 @@ class Captured:
             raise InvalidDatum(f"datum {index} has no input tokens", index=index)
         return tokens
 
-    def arrays(self) -> dict[str, Array]:
-        """The loss inputs, dense, in their shapes."""
+    def arrays(self, index: int) -> dict[str, Array]:
+        """The loss inputs, dense, in their shapes.
+
+        Raises:
+            InvalidDatum: the parts of a sparse one contradict each other.
+        """
         return {
-            name: tensor if isinstance(tensor, np.ndarray) else _dense(tensor)
+            name: tensor if isinstance(tensor, np.ndarray) else _dense(tensor, name, index)
             for name, tensor in self.tensors.items()
         }
 
@@ -114,7 +118,7 @@ class Captured:
         Raises:
             InvalidDatum: there are no targets.
         """
-        arrays = self.arrays()
+        arrays = self.arrays(index)
         if "target_tokens" not in arrays:
             raise InvalidDatum(
                 f"datum {index} has no 'target_tokens': the tokens whose logprobs are wanted",
@@ -149,8 +153,17 @@ def count_tokens(data: Sequence[DatumLike]) -> int:
     )
 
 
-def _dense(tensor: TensorLike) -> Array:
+def _dense(tensor: TensorLike, name: str, index: int) -> Array:
     """A sparse tensor's dense array; `to_numpy` needs torch for that."""
+    try:
+        return _written_out(tensor)
+    except (ValueError, IndexError, TypeError) as error:
+        raise InvalidDatum(
+            f"datum {index}: {name!r} is no tensor of shape {tensor.shape}: {error}", index=index
+        ) from error
+
+
+def _written_out(tensor: TensorLike) -> Array:
     rows, columns = cast(list[int], tensor.shape)
     dtype = np.int64 if tensor.dtype == "int64" else np.float32
     dense = np.zeros((rows, columns), dtype=dtype)

@@ -125,7 +125,7 @@ def decode_result(payload: Mapping[str, Any]) -> PassResult:
         ]
         metrics = {str(name): float(value) for name, value in payload["metrics"].items()}
         return PassResult(str(payload["loss_fn_output_type"]), outputs, metrics)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProtocolError(
             f"the trainer's answer to a pass is not a ForwardBackwardOutput: {error!r}"
         ) from error

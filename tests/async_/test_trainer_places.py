@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tinker
+import torch
 from aiohttp import web
 
 from fireworks_training import (
     GradientsInDoubt,
     InvalidArgument,
+    InvalidDatum,
     LossFailed,
     PrecedingOperationFailed,
     RequestFailed,
@@ -164,6 +167,61 @@ async def test_a_loss_that_fails_leaves_nothing_in_doubt(connect: Any) -> None:
             await client.optim_step(ADAM)
         await client.optim_step(ADAM)
     assert stub.steps == [0]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"a": torch.zeros(2)}, "metrics must be a dict"),
+        ({"a": torch.tensor(1j)}, "metrics must be a dict"),
+        ({"a": 10**400}, "metrics must be a dict"),
+        (None, "a real number"),
+    ],
+)
+async def test_what_a_loss_returns_is_checked(connect: Any, metrics: Any, words: str) -> None:
+    def loss(data: Any, logprobs: list[torch.Tensor]) -> Any:
+        total = logprobs[0].sum()
+        return (total * 1j, {}) if metrics is None else (total, metrics)
+
+    async with connect(StubTrainer()) as client:
+        with pytest.raises(LossFailed, match=words):
+            await client.forward_backward_custom([datum()], loss)
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "column"), [([3, 2], 7), ([2, 2], 0), ([3], 0)])
+async def test_a_sparse_tensor_that_contradicts_itself_fails_its_operation(
+    connect: Any, wire: list[str], shape: list[int], column: int
+) -> None:
+    sparse = tinker.TensorData(
+        data=[1.0],
+        dtype="float32",
+        shape=shape,
+        sparse_crow_indices=[0, 1, 1, 1],
+        sparse_col_indices=[column],
+    )
+    broken = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1, 2, 3]),
+        loss_fn_inputs={"target_tokens": [1, 2, 3], "weights": sparse},
+    )
+    async with connect(StubTrainer(wire=wire)) as client:
+        future = client.forward_backward([datum(), broken], "cross_entropy")
+        with pytest.raises(InvalidDatum, match="datum 1: 'weights' is no tensor") as refused:
+            await future
+    assert refused.value.index == 1
+
+
+async def test_a_number_that_its_type_does_not_hold_is_no_answer(connect: Any) -> None:
+    async def nonsense(request_id: str) -> web.Response | None:
+        if request_id == "create":
+            return None
+        output = {"logprobs": {"data": [1 << 63], "dtype": "int64", "shape": [1]}}
+        answer = {"loss_fn_output_type": "x", "loss_fn_outputs": [output], "metrics": {}}
+        return web.json_response(answer)
+
+    async with connect(StubTrainer(before_poll=nonsense)) as client:
+        with pytest.raises(ProtocolError):
+            await client.forward([datum()])
 
 
 # -- many at once, and cut short -------------------------------------------------------------------

@@ -249,7 +249,7 @@ async def test_no_memory_fails_one_operation_and_says_what_to_do(
     await trainer.ok("optim_step", adam_params=ADAM)
 
 
-@pytest.mark.parametrize("number", [10**400, -(10**400)])
+@pytest.mark.parametrize("number", [10**400, -(10**400)], ids=["large", "negative"])
 async def test_a_number_beyond_all_bounds_is_refused_in_its_place(
     start: Starter, number: int
 ) -> None:

@@ -254,7 +254,8 @@ async def _download(request: web.Request) -> web.StreamResponse:
     folder = _folder(request, checkpoint)
     if folder is None:
         raise Problem(404, f"no checkpoint {checkpoint.path!r}")
-    descriptor, name = await asyncio.to_thread(tempfile.mkstemp, ".tar.gz")
+    # Here: what a thread makes for a handler that is cancelled meanwhile would stay.
+    descriptor, name = tempfile.mkstemp(".tar.gz")
     os.close(descriptor)
     file = Path(name)
     try:
