@@ -16,8 +16,8 @@ all of them together left the processor's cache (461 against 190 us for 64 rows 
 the columns are full, they are laid out wider in place: layer by layer, each into the memory of the
 one before, for which there is one layer more than the model has.
 
-A row leaves by having the last row moved over it, and so does a prompt that no row needs. What lies
-before a row's tokens is finite garbage that the mask hides.
+A row leaves by having the last row moved over it, and so does a prompt that no row needs. What the
+mask hides are zeros, not what others left there: a probability of 0 does not hide a NaN.
 """
 
 from __future__ import annotations
@@ -114,12 +114,14 @@ class _Columns:
         for layer in layers if self._first == 0 else reversed(layers):
             self._fill(self.all_LnHTD[layer, n], at, old[layer, n, :, source])
 
-    def put(self, rows: slice, at: slice, rows_LHCD: torch.Tensor) -> None:
-        """Fills the columns `at` of rows with the same; the others are zeros."""
-        self._fill(self.all_LnHTD[:, rows], at, rows_LHCD[:, None])
+    def put(self, rows: slice, at: slice, rows_LHCD: torch.Tensor | None) -> None:
+        """Fills the columns `at` of rows with the same (None: has none); the others are zeros."""
+        if rows_LHCD is None:
+            self.all_LnHTD[:, rows] = 0
+        else:
+            self._fill(self.all_LnHTD[:, rows], at, rows_LHCD[:, None])
 
     def _fill(self, rows_XHTD: torch.Tensor, at: slice, source_XHCD: torch.Tensor) -> None:
-        # Zeros: a masked column is multiplied by probability 0, and 0 * NaN is NaN.
         rows_XHTD[..., : at.start, :] = 0
         rows_XHTD[..., at, :] = source_XHCD
         rows_XHTD[..., at.stop :, :] = 0
@@ -231,11 +233,10 @@ class Lane:
         if self.kind.shared:
             for row in range(first, first + added):
                 self._group[row] = self._group_for(prompt, row)
-        if past is not None:
-            # Like everybody's, their tokens end where the next column will be.
-            at = slice(self._end - own, self._end)
-            self._keys.put(rows, at, past[0])
-            self._values.put(rows, at, past[1])
+        # Like everybody's, their tokens end where the next column will be.
+        at = slice(self._end - own, self._end)
+        self._keys.put(rows, at, None if past is None else past[0])
+        self._values.put(rows, at, None if past is None else past[1])
 
     def take(self, slot: int, prompt: Prompt) -> Past:
         """Removes a row of this lane, which is not shared, to go on in a shared one.
@@ -275,10 +276,8 @@ class Lane:
     def _drop_group(self, group: int) -> None:
         last = len(self._prompts) - 1
         if group != last:
-            length = len(self._prompts[last].tokens)
-            keys, values = self._prompt_keys_LGHDP, self._prompt_values_LGHPD
-            keys[:, group, :, :, :length] = keys[:, last, :, :, :length]
-            values[:, group, :, :length] = values[:, last, :, :length]
+            for tensor in (self._prompt_keys_LGHDP, self._prompt_values_LGHPD):
+                tensor[:, group] = tensor[:, last]
             self._prompts[group] = self._prompts[last]
             self._group[: self._rows][self._group[: self._rows] == last] = group
         self._prompts.pop()
@@ -292,6 +291,8 @@ class Lane:
         self._reserve_prompts(group + 1, length)
         self._prompt_keys_LGHDP[:, group, :, :, :length] = prompt.keys_LHPD.transpose(-1, -2)
         self._prompt_values_LGHPD[:, group, :, :length] = prompt.values_LHPD
+        self._prompt_keys_LGHDP[:, group, :, :, length:] = 0
+        self._prompt_values_LGHPD[:, group, :, length:] = 0
         self._prompts.append(prompt)
         return group
 
