@@ -27,9 +27,8 @@ FINISH_REASONS: dict[str, FinishReason] = {
 }
 KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
 _DONE = b"[DONE]"
-_SNAPSHOT_FIELDS = frozenset(
-    {"snapshot-identity", "snapshot-identity-first", "snapshot-switch-index"}
-)
+_SWITCH_INDEX = "snapshot-switch-index"
+_SNAPSHOT_FIELDS = frozenset({"snapshot-identity", "snapshot-identity-first", _SWITCH_INDEX})
 _SELDOM = _SNAPSHOT_FIELDS | {"error", "usage", "perf_metrics"}
 _LAST = frozenset({"raw_output", "prompt_token_ids"})
 
@@ -171,6 +170,8 @@ class CompletionAssembler:
                     self._take_seldom(chunk)
                 for choice in chunk.get("choices") or ():
                     if text := choice.get("text"):
+                        if type(text) is not str:
+                            raise TypeError("text")
                         texts.append(text)
                     if wanted and (logprobs := choice.get("logprobs")):
                         self._take_logprobs(logprobs.get("content") or ())
@@ -195,7 +196,9 @@ class CompletionAssembler:
         if (error := chunk.get("error")) is not None:
             raise stream_error(error)
         if usage := chunk.get("usage"):
-            self.completion_tokens = usage.get("completion_tokens", self.completion_tokens)
+            tokens = usage.get("completion_tokens")
+            if type(tokens) is int and tokens >= 0:  # else it counts as not reported
+                self.completion_tokens = tokens
         if perf_metrics := chunk.get("perf_metrics"):
             self.perf_metrics.update(perf_metrics)
             self._take_snapshot(perf_metrics)
@@ -233,12 +236,11 @@ class CompletionAssembler:
     def _take_snapshot(self, source: Mapping[str, Any]) -> None:
         for name in _SNAPSHOT_FIELDS:
             if (value := source.get(name)) is not None:
-                self._snapshot[name] = value
+                self._snapshot[name] = int(value) if name == _SWITCH_INDEX else str(value)
 
     def snapshot_identity(self) -> str | None:
         """The snapshot that sampled the last token; None if not reported."""
-        value = self._snapshot.get("snapshot-identity")
-        return None if value is None else str(value)
+        return self._snapshot.get("snapshot-identity")
 
     def completion(
         self, *, prompt_index: int, sample_index: int, metrics: ServerMetrics
@@ -264,7 +266,6 @@ class CompletionAssembler:
         inference, sampling, top = self._token_arrays(len(answered), echoed, dropped)
         identity = self.snapshot_identity()
         first = self._snapshot.get("snapshot-identity-first", identity)
-        switch = self._snapshot.get("snapshot-switch-index")
         return SampledCompletion(
             text=self._completion_text(answered[:echoed]),
             full_tokens=prompt + answered[echoed:],
@@ -279,8 +280,8 @@ class CompletionAssembler:
             prompt_index=prompt_index,
             sample_index=sample_index,
             snapshot_identity=identity,
-            snapshot_identity_first=None if first is None else str(first),
-            snapshot_switch_index=None if switch is None else int(switch),
+            snapshot_identity_first=first,
+            snapshot_switch_index=self._snapshot.get(_SWITCH_INDEX),
             metrics=metrics,
         )
 

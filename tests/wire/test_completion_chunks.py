@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -251,6 +252,57 @@ def test_malformed_chunks_are_protocol_errors(chunk: bytes) -> None:
     with pytest.raises(ProtocolError) as caught:
         CompletionAssembler(request(logprobs=True), PROMPT).feed(chunk)
     assert "not json" not in str(caught.value)
+
+
+def whole() -> dict[str, Any]:
+    """A completion of one token in one chunk, with all that a chunk may hold."""
+    perf = {"snapshot-identity": "s", "snapshot-identity-first": "r", "snapshot-switch-index": 0}
+    return {
+        "id": "c",
+        "choices": [
+            {
+                "index": 0,
+                "text": "ab",
+                "logprobs": rows(-1.0, sampling=[-1.0]),
+                "finish_reason": "stop",
+                "raw_output": {"completion_token_ids": [1], "prompt_token_ids": [*PROMPT]},
+            }
+        ],
+        "usage": {"completion_tokens": 1},
+        "perf_metrics": {**perf, "prefill-queue-duration": 0.1, "prompt-tokens": 3},
+    }
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inside = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in inside:
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("wrong", [5, "x", [1], {"a": 1}, True, None, 1.5, -1, [None], ["x"]])
+def test_a_wrong_value_anywhere_is_a_protocol_error_or_does_no_harm(wrong: object) -> None:
+    for path in places(whole()):
+        chunk = whole()
+        node = chunk
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = wrong
+        assembler = CompletionAssembler(request(logprobs=True), PROMPT, keep_tokens=True)
+        mark = assembler.mark()
+        try:
+            assembler.feed_messages([orjson.dumps(chunk), b"[DONE]"])
+            assembler.since(mark)
+            metrics = server_metrics(
+                {}, assembler.perf_metrics, completion_tokens=assembler.completion_tokens
+            )
+            completion = assembler.completion(prompt_index=0, sample_index=0, metrics=metrics)
+        except ProtocolError:
+            continue
+        assert isinstance(completion.text, str)
+        assert isinstance(metrics.completion_tokens, int | None)
+        assert isinstance(completion.snapshot_switch_index, int | None)
 
 
 def test_errors_in_the_stream() -> None:
