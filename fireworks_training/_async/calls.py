@@ -207,7 +207,11 @@ def save_weights_for_sampler(
         else:
             # Chosen now, at this operation's turn: what came before it is on its way.
             asked = chain.next_type(checkpoint_type)
-            snapshot = chain.saved(await save(asked), asked, turn.ticket.step)
+            try:
+                snapshot = chain.saved(await save(asked), asked, turn.ticket.step)
+            except BaseException:
+                chain.failed()
+                raise
         return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
 
     return Call(Role.SAVE, "save_weights_for_sampler", run)

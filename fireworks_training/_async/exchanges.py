@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from fireworks_training._async.ahead import off_loop
 from fireworks_training._async.batch_polls import BatchPolls
 from fireworks_training._async.data_plane import (
+    RESULT_GONE,
     Answer,
     DataPlane,
     NotReady,
@@ -31,7 +32,9 @@ from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
     InvalidArgument,
+    OperationError,
     RequestFailed,
+    SessionEnded,
     SessionLost,
     UsageError,
 )
@@ -305,6 +308,14 @@ class Exchanges:
 def _release(taken: asyncio.Future[None], _: object) -> None:
     if not taken.done():
         taken.set_result(None)
+
+
+def nothing_added(outcome: Answer | BaseException) -> bool:
+    """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
+    if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
+        return False
+    failed = isinstance(outcome, (OperationError, UsageError))
+    return failed and not isinstance(outcome, SessionEnded)
 
 
 def _refusal(error: ApiStatusError, label: str) -> RequestFailed:

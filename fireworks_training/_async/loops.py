@@ -121,7 +121,7 @@ class OwnerLoop:
         loop = self.get()
         outcome = spawn_on(loop, factory, *args, label=label)
         if not loop.is_running():
-            self._watch(loop, outcome)
+            self.watch(label, outcome.fail)
         return outcome
 
     def post(self, callback: Callable[[], object]) -> None:
@@ -132,13 +132,22 @@ class OwnerLoop:
         else:
             call_on(loop, callback)
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, outcome: Outcome[Any]) -> None:
+    def watch(self, label: str, gone: Callable[[OwnerLoopGone], object]) -> None:
+        """If the loop stands still now and in `stopped_limit` seconds, call `gone` from a thread.
+
+        Args:
+            label: what was queued on it, for the message.
+        """
+        loop = self.get()
+        if loop.is_running():
+            return
+
         def check() -> None:
             if not loop.is_running():
-                outcome.fail(
+                gone(
                     OwnerLoopGone(
-                        f"{outcome.label}: the event loop that owns this service has stood still "
-                        f"for {self._stopped_limit:g} s. {_ADVICE}"
+                        f"{label}: the event loop that owns this service has stood still for "
+                        f"{self._stopped_limit:g} s. {_ADVICE}"
                     )
                 )
 

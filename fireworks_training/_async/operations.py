@@ -22,8 +22,15 @@ from typing import Any, Generic, TypeVar, cast
 import orjson
 
 from fireworks_training._async.ahead import Ahead, Piece
-from fireworks_training._async.data_plane import RESULT_GONE, Answer, DataPlane
-from fireworks_training._async.exchanges import UPLOADS, Exchange, Exchanges, Request, Sent
+from fireworks_training._async.data_plane import Answer, DataPlane
+from fireworks_training._async.exchanges import (
+    UPLOADS,
+    Exchange,
+    Exchanges,
+    Request,
+    Sent,
+    nothing_added,
+)
 from fireworks_training._async.loops import OwnerLoop
 from fireworks_training._async.patience import speaking
 from fireworks_training._core.events import FailureEvent
@@ -34,13 +41,11 @@ from fireworks_training.errors import (
     FireworksTrainingError,
     NotSupported,
     OperationCancelled,
-    OperationError,
+    OwnerLoopGone,
     PrecedingOperationFailed,
-    RequestFailed,
     SessionEnded,
     SessionLost,
     TrainerLost,
-    UsageError,
     WrongLoop,
 )
 from fireworks_training.futures import APIFuture, was_retrieved
@@ -52,9 +57,6 @@ UNDER_WAY = 32
 Deep enough for the pipeline of a server that is 200 ms away, and shallow enough that thousands
 called at once neither fill its queue nor hold thousands of tasks here, which the garbage collector
 would keep moving."""
-
-FAILURES_KEPT = 64
-"""Failures that are kept before those that somebody has retrieved are let go."""
 
 DRAIN_TIMEOUT = 60.0
 """Seconds that `close()` gives accepted operations to finish."""
@@ -103,7 +105,7 @@ class Turn:
         if len(exchanges) == 1:  # as most do
             return [await self._only(exchanges[0], adds)]
         results = await asyncio.gather(*(e.task for e in exchanges), return_exceptions=True)
-        self.ticket.maybe_added = adds and not all(map(_nothing_added, results))
+        self.ticket.maybe_added = adds and not all(map(nothing_added, results))
         failures = [result for result in results if isinstance(result, BaseException)]
         if not failures:
             return cast(list[Answer], results)
@@ -114,7 +116,7 @@ class Turn:
         try:
             answer = await exchange.task
         except BaseException as error:
-            self.ticket.maybe_added = adds and not _nothing_added(error)
+            self.ticket.maybe_added = adds and not nothing_added(error)
             raise
         self.ticket.maybe_added = adds  # even if the answer can't be read
         return answer
@@ -127,14 +129,6 @@ class Turn:
         """Let the next operation come to the head of the line."""
         if not self.over.done():
             self.over.set_result(None)
-
-
-def _nothing_added(outcome: Answer | BaseException) -> bool:
-    """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
-    if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
-        return False
-    failed = isinstance(outcome, (OperationError, UsageError))
-    return failed and not isinstance(outcome, SessionEnded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +240,6 @@ class LineRunner:
         self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
         self._failures: list[BaseException] = []
-        self._failures_kept = FAILURES_KEPT
         self.ended: FireworksTrainingError | None = None
         self.last_saved_state: str | None = None
         self.saved_names: set[str] = set()
@@ -266,7 +259,7 @@ class LineRunner:
                 f"{call.label}: this is a reference client, whose weights stay as they are; it "
                 "offers forward"
             )
-        self._owner.get()
+        loop = self._owner.get()
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
@@ -277,7 +270,17 @@ class LineRunner:
             self._new.append(entry)
         if first:  # whoever comes before it runs is looked after by the same call
             self._owner.post(self._begin)
+            if not loop.is_running():
+                self._owner.watch(call.label, self._stands_still)
         return APIFuture(entry)
+
+    def _stands_still(self, error: OwnerLoopGone) -> None:
+        """What was submitted to a loop that does not run fails; should it ever, none is sent."""
+        with self._lock:
+            new, self._new = self._new, []
+        for entry in new:
+            if self.cancel(entry):
+                entry.fail(error)
 
     def cancel(self, entry: Entry[Any]) -> bool:
         """Cancel an operation unless it has begun; whether that was so."""
@@ -437,9 +440,9 @@ class LineRunner:
         if self._failures and self._failures[-1] is error:
             return  # what ends a session fails thousands of operations
         self._failures.append(error)
-        if len(self._failures) > self._failures_kept:
+        if (count := len(self._failures)) >= 64 and count & (count - 1) == 0:
+            # At each power of two: in proportion to their number, however few are retrieved.
             self._failures = [e for e in self._failures if not was_retrieved(e)]
-            self._failures_kept = max(2 * len(self._failures), FAILURES_KEPT)
 
     # -- the end -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ their name ends in (`name:reduction`). Knows sizes and names, not what a datum i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 MAX_DATUMS = 1024
@@ -47,7 +48,7 @@ def combine_metrics(
     Reductions: `mean` (weighted by datums), `sum`, `min`, `max`, `slack` (maximum less weighted
     mean), `unique` (the first value, the others under `name_1:unique`, ...), `hash_unordered` (sum
     modulo 2^64). A single part is returned as it is. With several, a metric whose reduction is
-    unknown, or that a chunk lacks, can't be combined and is left out.
+    unknown, that a chunk lacks, or a hash that is not finite can't be combined and is left out.
 
     Args:
         parts: the metrics of each chunk, in order.
@@ -76,7 +77,7 @@ def _combine_one(
         combined[name] = _weighted_mean(values, datums)
     elif reduction == "slack":
         combined[name] = max(values) - _weighted_mean(values, datums)
-    elif reduction == "hash_unordered":
+    elif reduction == "hash_unordered" and all(map(math.isfinite, values)):
         combined[name] = float(sum(int(value) for value in values) % 2**64)
     elif reduction == "unique":
         combined[name] = values[0]

@@ -13,7 +13,8 @@ only if it is about that identity: one of an earlier load is stale. The rules of
 3. A whole snapshot is loaded over anything.
 4. A load that a replica has lost (it restarted, another client's load came between) is asked for
    again, a bounded number of times.
-5. After a difference did not fit, or another trainer was attached, the next save is whole.
+5. After a difference did not fit, a save failed, or another trainer was attached, the next save is
+   whole: a server that does not tell may have written what it did not answer for.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def read_replicas(payload: Mapping[str, Any]) -> list[ReplicaStatus]:
     rows = payload.get("replicas")
     if not isinstance(rows, list):
         raise ProtocolError("the hot load status lists no replicas")
-    return [_read_row(row) for row in cast(list[Mapping[str, Any]], rows)]
+    try:
+        return [_read_row(row) for row in cast(list[Mapping[str, Any]], rows)]
+    except (AttributeError, TypeError) as error:
+        raise ProtocolError(f"the hot load status has a row that is none: {error}") from error
 
 
 def _read_row(row: Mapping[str, Any]) -> ReplicaStatus:
@@ -187,6 +191,10 @@ class Chain:
             del self._known[next(iter(self._known))]
         self.last_saved = snapshot.identity
         return snapshot
+
+    def failed(self) -> None:
+        """A save failed, or nothing is known of it: the next one is whole."""
+        self._next_whole = True
 
     def follow(self, steps: Callable[[], int]) -> None:
         """From now on a model saves whose optimizer steps so far `steps` tells; the next save is

@@ -20,6 +20,7 @@ from fireworks_training import (
     InvalidArgument,
     InvalidDatum,
     LossFailed,
+    OwnerLoopGone,
     PrecedingOperationFailed,
     RequestFailed,
     TrainerLost,
@@ -28,6 +29,7 @@ from fireworks_training._async import batch_polls, operations
 from fireworks_training._async.ahead import INLINE_TOKENS, Ahead, Piece
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
+from tests.async_.conftest import connected
 from tests.async_.test_trainer import ADAM, datum, good_loss
 from tests.stub_trainer import StubTrainer
 
@@ -276,6 +278,60 @@ async def test_a_cancelled_waiter_does_not_stop_the_encoding_of_others() -> None
     await work.stop()
     assert work._worker is not None
     assert work._worker.exception() is None
+
+
+def test_operations_on_a_loop_that_stands_still_fail_and_are_never_sent() -> None:
+    stub = StubTrainer()
+    loop = asyncio.new_event_loop()
+    held = connected(stub)
+    client = loop.run_until_complete(held.__aenter__())
+    client._owner._stopped_limit = 0.01
+    for _ in range(2):  # also after the first was told
+        futures = [client.forward_backward([datum()], "cross_entropy") for _ in range(2)]
+        for future in futures:
+            with pytest.raises(OwnerLoopGone, match="has stood still"):
+                future.result(10)
+
+    async def go_on() -> None:
+        with pytest.raises(PrecedingOperationFailed):
+            await client.optim_step(ADAM)
+        await client.forward_backward([datum()], "cross_entropy")
+        await client.optim_step(ADAM)
+        await held.__aexit__(None, None, None)
+
+    loop.run_until_complete(go_on())
+    loop.close()
+    assert stub.steps == [1]
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["tells", "does not tell"])
+async def test_after_a_save_that_failed_a_whole_snapshot_is_asked_for(
+    connect: Any, tells: bool
+) -> None:
+    lost = {2}
+
+    async def answer(request_id: str) -> web.Response | None:
+        if request_id == "create":
+            return None
+        number = int(request_id[1:])
+        path = stub.bodies[number]["path"]
+        if number in lost:
+            return web.json_response({"error": "no room", "category": "server"})
+        kind = stub.bodies[number]["checkpoint_type"]
+        told = {"snapshot": {"identity": path, "kind": kind}} if tells else {}
+        return web.json_response({"path": path, **told})
+
+    stub = StubTrainer(before_poll=answer)
+    async with connect(stub) as client:
+        for number in range(1, 5):
+            save = client.save_weights_for_sampler(f"s{number}")
+            if number == 2:
+                with pytest.raises(RequestFailed, match="no room"):
+                    await save
+                continue
+            client._publishing.chain.live((await save).path)
+    asked = [stub.bodies[number]["checkpoint_type"] for number in range(1, 5)]
+    assert asked == ["base", "delta", "base", "delta"]
 
 
 # -- batch polls -----------------------------------------------------------------------------------

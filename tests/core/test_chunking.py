@@ -42,3 +42,11 @@ def test_what_cannot_be_combined_is_left_out(name: str) -> None:
 
 def test_a_metric_missing_from_a_chunk_is_left_out() -> None:
     assert combine_metrics([{"a:sum": 1.0}, {}], [1, 1]) == {}
+
+
+def test_a_hash_of_what_is_not_finite_is_left_out() -> None:
+    parts = [
+        {"a:hash_unordered": float("nan"), "b:sum": 1.0},
+        {"a:hash_unordered": 3.0, "b:sum": 2},
+    ]
+    assert combine_metrics(parts, [1, 1]) == {"b:sum": 3.0}

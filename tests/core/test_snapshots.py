@@ -49,8 +49,9 @@ def test_an_adapter_counts_when_it_is_loaded() -> None:
 
 
 def test_a_status_without_replicas_is_no_status() -> None:
-    with pytest.raises(ProtocolError):
-        read_replicas({})
+    for rows in ({}, {"replicas": ["x"]}, {"replicas": [{"loading_state": "ready"}]}):
+        with pytest.raises(ProtocolError):
+            read_replicas(rows)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.booleans()), max_size=5))
