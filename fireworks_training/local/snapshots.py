@@ -261,11 +261,12 @@ class SnapshotStore:
         )
 
     def clean(self) -> None:
-        """Removes what this writer left unfinished when it died."""
-        leftover = re.compile(re.escape(f".tmp-{self._writer}.") + "[0-9a-f]{32}")
+        """Removes what this writer, or a removal, left unfinished when it died."""
+        leftover = re.compile(rf"\.tmp-({re.escape(self._writer)}|removed)\.[0-9a-f]{{32}}")
         for folder in self.folder.iterdir():
             if leftover.fullmatch(folder.name):
-                shutil.rmtree(folder)
+                # Another process may be at a removal.
+                shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, identity: str) -> Manifest:
         """The manifest alone. Raises InvalidName, SnapshotMissing, SnapshotCorrupt."""

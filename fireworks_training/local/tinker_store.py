@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fireworks_training.local.snapshots import sync_file
+
 Kind = Literal["weights", "sampler_weights"]
 
 SCHEME = "tinker://"
@@ -238,7 +240,7 @@ class TinkerStore:
 
     def write_checkpoint(self, note: CheckpointNote) -> None:
         """Remembers a checkpoint, in the place of an older one of its path."""
-        _write(self._note(note.checkpoint), asdict(note))
+        _write(self._note(note.checkpoint), asdict(note), sync=True)
 
     def checkpoint(self, checkpoint: Checkpoint) -> CheckpointNote | None:
         """A checkpoint's note; None when there is none, or its time is over."""
@@ -267,10 +269,16 @@ class TinkerStore:
         return self._checkpoints / f"{checkpoint.kind}.{checkpoint.identity}.json"
 
 
-def _write(path: Path, fields: Mapping[str, Any]) -> None:
+def _write(path: Path, fields: Mapping[str, Any], *, sync: bool = False) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(json.dumps(fields))
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(fields))
+        if sync:
+            sync_file(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -179,15 +179,17 @@ def test_a_write_that_fails_leaves_nothing(
     assert write(store) == "step_1"
 
 
-def test_cleaning_removes_only_this_writers_leftovers(store: SnapshotStore) -> None:
+def test_cleaning_removes_only_this_writers_leftovers_and_removals(store: SnapshotStore) -> None:
     write(store)
     mine = store.folder / (".tmp-job-1." + "0" * 32)
+    removed = store.folder / (".tmp-removed." + "0" * 32)
     others = store.folder / (".tmp-job-1.2." + "0" * 32)
-    for folder in (mine, others):
+    for folder in (mine, removed, others):
         folder.mkdir()
         (folder / "weights.safetensors").write_bytes(b"half")
     assert store.identities() == ["step_1"]
     store.clean()
     assert not mine.exists()
+    assert not removed.exists()
     assert others.exists()
     assert store.identities() == ["step_1"]

@@ -28,7 +28,11 @@ from fireworks_training.local.model import (
     round_parameters_,
 )
 from fireworks_training.local.optimizer import AdamSettings, MasterAdamW, NoGradients, NonFinite
-from fireworks_training.local.snapshots import SnapshotError, SnapshotStore
+from fireworks_training.local.snapshots import (
+    SnapshotError,
+    SnapshotStore,
+    written_or_gone,
+)
 from fireworks_training.local.tinker_store import (
     CheckpointNote,
     SamplerNote,
@@ -276,7 +280,7 @@ class TrainedModel:
             projection_head_dim=None if self._head is None else self._head.out_features,
         )
         states = self._stores.states
-        taken = states.has(operation.name)
+        taken = states.has(operation.name) and self._noted(operation.tinker)
         if taken and not operation.overwrite:
             raise OperationFailed(
                 f"there is a state {operation.name!r} already; pass overwrite=True to replace it",
@@ -289,6 +293,14 @@ class TrainedModel:
             path = self._note(operation.tinker, size) or path
         answer = {"path": path, "type": "save_weights"}
         return Answer({**answer, "replaced": True} if taken else answer)
+
+    def _noted(self, saved: TinkerSave | None) -> bool:
+        """Whether a state that is there was handed out: one without its note was not, since its
+        save failed, or its process ended, in between."""
+        store = self._stores.tinker
+        if store is None or saved is None or saved.checkpoint is None:
+            return True
+        return store.checkpoint(saved.checkpoint) is not None
 
     def _note(self, saved: TinkerSave, size: int) -> str | None:
         """Remembers a checkpoint of the Tinker API; returns its path."""
@@ -309,7 +321,8 @@ class TrainedModel:
             expiry(saved.ttl_seconds),
             saved.user_metadata,
         )
-        store.write_checkpoint(note)
+        with written_or_gone(f"the note of {note.path}"):
+            store.write_checkpoint(note)
         return note.path
 
     def _load_state(self, operation: LoadState) -> Answer:

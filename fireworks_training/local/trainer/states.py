@@ -79,17 +79,18 @@ class StateStore:
 
     def names(self) -> list[str]:
         """Names of the states that are whole, sorted."""
-        return sorted(path.parent.name for path in self.folder.glob("*/state.json"))
+        return _names(self.folder)
 
     def has(self, name: str) -> bool:
         """Whether there is a whole state of that name."""
         return (self.folder / check_name(name, "state") / "state.json").exists()
 
     def clean(self) -> None:
-        """Removes what a save that died left behind."""
+        """Removes what a save or a removal that died left behind."""
         for folder in self.folder.iterdir():
-            if not (folder / "state.json").exists():
-                shutil.rmtree(folder)
+            if folder.name.startswith(".") or not (folder / "state.json").exists():
+                # Another process may be at it.
+                shutil.rmtree(folder, ignore_errors=True)
                 continue
             try:
                 keep = {"state.json", self._info(folder).tensors_file}
@@ -175,8 +176,7 @@ class StateStore:
         where = "this trainer" if job is None else f"job {job!r}"
         if job is not None and not folder.parent.is_dir():
             return f"there is no {where} here, so state {name!r} can't be loaded from it"
-        there = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        listed = ", ".join(there[:20]) or "none"
+        listed = ", ".join(_names(folder)[:20]) or "none"
         return f"{where} has no state {name!r}; saved states: {listed}"
 
     def _info(self, place: Path) -> StateInfo:
@@ -189,3 +189,9 @@ class StateStore:
                 f"state {place.name!r} is damaged: state.json can't be read",
                 error_class="StateDamaged",
             ) from error
+
+
+def _names(folder: Path) -> list[str]:
+    """Of whole states; what begins with a dot is being removed."""
+    there = (path.parent.name for path in folder.glob("*/state.json"))
+    return sorted(name for name in there if not name.startswith("."))

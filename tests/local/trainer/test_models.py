@@ -127,6 +127,27 @@ async def test_checkpoints_have_paths_and_notes(start: Starter, tmp_path: Path) 
     assert paths == [state["path"], sampler["path"]]
 
 
+async def test_a_state_whose_note_was_not_written_may_be_saved_again(
+    start: Starter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = await start_run(start, tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fireworks_training.local.tinker_store.sync_file", full)
+        failed = await run.run("save_weights", path="step-1")
+    assert failed["error_class"] == "NotWritten"
+    assert "disk full" in failed["error"]
+    store = TinkerStore(tmp_path / "tinker")
+    assert store.checkpoints() == []
+    assert list((tmp_path / "tinker" / "checkpoints").iterdir()) == []  # no draft of it
+    saved = await run.ok("save_weights", path="step-1")  # nobody was ever given the first
+    assert "replaced" not in saved
+    assert [note.path for note in store.checkpoints()] == [saved["path"]]
+
+
 async def test_a_run_begins_from_a_state(start: Starter, tmp_path: Path) -> None:
     run = await start_run(start, tmp_path)
     await step(run)

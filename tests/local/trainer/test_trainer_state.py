@@ -78,6 +78,18 @@ def test_what_a_killed_save_left_is_cleaned(store: StateStore) -> None:
     assert store.load("s")[1]["master.w"][0] == 1.0
 
 
+def test_a_state_that_is_being_removed_is_none(store: StateStore) -> None:
+    for name in ("s", "t"):
+        store.save(name, INFO, tensors(1.0))
+    removed = store.folder / f".tmp-removed.{'0' * 32}"
+    (store.folder / "s").rename(removed)
+    assert store.names() == ["t"]
+    with pytest.raises(OperationFailed, match=r"saved states: t$"):
+        store.load("s")
+    store.clean()
+    assert [path.name for path in store.folder.iterdir()] == ["t"]
+
+
 def test_cleaning_keeps_a_damaged_state(store: StateStore) -> None:
     store.save("s", INFO, tensors(1.0))
     (store.folder / "s" / "state.json").write_bytes(b"{}")
