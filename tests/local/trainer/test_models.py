@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fireworks_training.local.tinker_store import TinkerStore
 from tests.local.trainer.trainer_driver import (
     ADAM,
