@@ -339,6 +339,7 @@ class Lane:
         most = columns + min(left, max(_SPARE, longest // 2))
         # Rows are aligned at their ends; what is before the longest one's tokens is dropped.
         kept = slice(n), slice(self._end - held, self._end), slice(longest - held, longest)
+        self._views = None  # they would keep memory that is given up
         self._keys.lay_out(rows, columns, most, kept)
         self._values.lay_out(rows, columns, most, kept)
         self._end = longest
