@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import orjson
 
 from fireworks_training._async.ahead import Ahead, Piece
+from fireworks_training._async.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.data_plane import Answer, DataPlane
 from fireworks_training._async.exchanges import (
     UPLOADS,
@@ -457,20 +458,20 @@ class LineRunner:
             self._settle(entry, error, [])
 
     async def close(self, *, drain: bool) -> None:
-        """Finish what was accepted (or not), then refuse everything."""
+        """Finish what was accepted (or not), then refuse everything; cancelled, too."""
         finished = not drain or self.ended is not None
-        finished = finished or await speaking(
-            self.drain(DRAIN_TIMEOUT),
-            lambda: f"close() lets {self.open_operations} accepted operations finish",
-        )
-        if not finished:
-            logger.warning(
-                "close(): %d operations were not done within %.0f s and are given up",
-                self.open_operations,
-                DRAIN_TIMEOUT,
+        try:
+            finished = finished or await speaking(
+                self.drain(DRAIN_TIMEOUT),
+                lambda: f"close() lets {self.open_operations} accepted operations finish",
             )
-        self.end(ClientClosed("the service was closed; make a new one"))
-        await self.settled()
+        finally:
+            if not finished:
+                logger.warning(
+                    "close(): %d operations were not done and are given up", self.open_operations
+                )
+            self.end(ClientClosed("the service was closed; make a new one"))
+            await finish_in_spite_of_cancellation(self.settled())
 
     async def drain(self, timeout: float) -> bool:
         """Wait until every accepted operation has its outcome; whether that was in time."""

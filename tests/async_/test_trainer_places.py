@@ -16,6 +16,7 @@ import torch
 from aiohttp import web
 
 from fireworks_training import (
+    ClientClosed,
     GradientsInDoubt,
     InvalidArgument,
     InvalidDatum,
@@ -302,6 +303,27 @@ def test_operations_on_a_loop_that_stands_still_fail_and_are_never_sent() -> Non
     loop.run_until_complete(go_on())
     loop.close()
     assert stub.steps == [1]
+
+
+async def test_a_close_that_is_cancelled_leaves_nothing_running(connect: Any) -> None:
+    async def hold(request_id: str) -> None:
+        if request_id != "create":
+            await asyncio.Event().wait()
+
+    stub = StubTrainer(before_poll=hold)
+    async with connect(stub) as client:
+        future = client.forward([datum()])
+        await stub.until(lambda: bool(stub.submitted))
+        closing = asyncio.create_task(client._close(drain=True))
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert not client._runner._exchanges.tasks
+        with pytest.raises(ClientClosed):
+            await future
+        with pytest.raises(ClientClosed):
+            client.forward([datum()])
 
 
 @pytest.mark.parametrize("tells", [True, False], ids=["tells", "does not tell"])
