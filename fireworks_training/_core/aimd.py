@@ -316,12 +316,15 @@ class AdaptiveWindow(FixedWindow):
         latency = metrics.client_latency
         sent = now - (latency or 0.0)
         queued = metrics.prefill_queue_duration
+        if queued is not None and not 0.0 <= queued < math.inf:
+            queued = None  # no time at all: a NaN would stay in every average
         if queued is not None:
             self.signal = "prefill_queue"
             self._queue.note(queued)
             if latency is not None:  # as it would be at the window that is aimed at
                 spare = SPARE * self._settings.prefill_queue_target
-                self._pacer.note(latency - max(0.0, queued - spare))
+                # A server's clock may say that a request queued for longer than it took.
+                self._pacer.note(max(0.0, latency - max(0.0, queued - spare)))
             if sent > self._fresh_from:
                 self._queue.observe(queued, latency, window=self._window, now=now)
         elif self.signal != "prefill_queue":

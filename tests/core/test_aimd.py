@@ -305,6 +305,25 @@ def test_the_queue_wins_where_both_were_seen() -> None:
     assert (adaptive.size, adaptive.signal) == (72, "prefill_queue")
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_queue_time_that_is_none_counts_as_not_reported(wrong: float) -> None:
+    told, not_told = window(), window()
+    for now in (1.0, 2.0, 3.0):
+        turn(told, queued(wrong), now=now)
+        turn(not_told, OK, now=now)
+    assert told.size == not_told.size
+    assert told.signal == not_told.signal == "status"
+    assert told.step_completed() == not_told.step_completed()
+
+
+def test_a_server_whose_clock_is_wrong_holds_nobody_back() -> None:
+    adaptive = after_congestion()
+    for _ in range(3):
+        turn(adaptive, queued(0.2, latency=0.001), now=10.0)
+        turn(adaptive, queued(60.0, latency=0.001), now=10.0)
+    assert adaptive.delay(10.0) <= 0.001
+
+
 def test_interval_zero_adjusts_at_steps_only() -> None:
     adaptive = window(adjustment_interval=0)
     for _ in range(3):
