@@ -36,6 +36,7 @@ class _Inbox:
         try:
             loop.call_soon_threadsafe(self._make, loop)
         except RuntimeError:  # it is closed, and makes none of them any more
+            self._due = False
             self._calls.clear()
             raise
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -196,6 +197,22 @@ def test_an_owner_loop_that_is_closed_says_what_to_do() -> None:
     asyncio.run(bind())
     with pytest.raises(OwnerLoopGone, match="async with"):
         owner.spawn(nothing, label="test")
+
+
+def test_an_owner_loop_that_closes_just_now_is_gone_too() -> None:
+    class Closing(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *_: Any, **__: Any) -> asyncio.Handle:
+            raise RuntimeError("Event loop is closed")
+
+    owner, loop = OwnerLoop(), Closing()
+    try:
+        loop.run_until_complete(_bound(owner))
+        with pytest.raises(OwnerLoopGone, match="async with"):
+            owner.post(gc.collect)
+        with pytest.raises(OwnerLoopGone, match="async with"):
+            owner.spawn(nothing, label="test")
+    finally:
+        loop.close()
 
 
 def test_an_owner_loop_that_stands_still_fails_its_work() -> None:

@@ -89,7 +89,7 @@ class OwnerLoop:
                 self._loop = self._bind()
                 self._unwatch = watch(self._loop, self._on_blocked)
             if self._loop.is_closed():
-                raise OwnerLoopGone(f"the event loop that owns this service is closed. {_ADVICE}")
+                raise _closed()
             return self._loop
 
     def _bind(self) -> asyncio.AbstractEventLoop:
@@ -125,12 +125,19 @@ class OwnerLoop:
         return outcome
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Run a plain function on the owner loop, soon, from any thread."""
+        """Run a plain function on the owner loop, soon, from any thread.
+
+        Raises:
+            OwnerLoopGone: the loop is closed.
+        """
         loop = self.get()
         if self.is_current():
             callback()
-        else:
+            return
+        try:
             call_on(loop, callback)
+        except RuntimeError as error:  # closed since `get` looked
+            raise _closed(error) from error
 
     def watch(self, label: str, gone: Callable[[OwnerLoopGone], object]) -> None:
         """If the loop stands still now and in `stopped_limit` seconds, call `gone` from a thread.
@@ -176,3 +183,7 @@ class OwnerLoop:
             self._unwatch = None
         if self._lease is not None:
             self._lease.release()
+
+
+def _closed(cause: BaseException | None = None) -> OwnerLoopGone:
+    return OwnerLoopGone(f"the event loop that owns this service is closed. {_ADVICE}", cause=cause)
