@@ -70,6 +70,10 @@ def call_on(
 ) -> None:
     """Make a call on a loop, soon, from any thread; calls from one thread keep their order.
 
+    Args:
+        context: to make it in. None is for calls that start nothing: they run in that of whichever
+            call woke the loop, and a task that they made would take it over.
+
     Raises:
         RuntimeError: the loop is closed.
     """

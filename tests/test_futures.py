@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
 import threading
@@ -197,6 +198,24 @@ def test_an_owner_loop_that_is_closed_says_what_to_do() -> None:
     asyncio.run(bind())
     with pytest.raises(OwnerLoopGone, match="async with"):
         owner.spawn(nothing, label="test")
+
+
+def test_what_is_posted_runs_in_the_context_of_who_posted_it() -> None:
+    who: contextvars.ContextVar[str] = contextvars.ContextVar("who", default="nobody")
+    owner, loop, seen = OwnerLoop(), asyncio.new_event_loop(), list[str]()
+
+    def post(name: str) -> None:
+        who.set(name)
+        owner.post(lambda: seen.append(who.get()))
+
+    try:
+        loop.run_until_complete(_bound(owner))
+        for name in ("first", "second"):  # the loop is woken once, by the first
+            contextvars.copy_context().run(post, name)
+        loop.run_until_complete(asyncio.sleep(0))
+    finally:
+        loop.close()
+    assert seen == ["first", "second"]
 
 
 def test_an_owner_loop_that_closes_just_now_is_gone_too() -> None:

@@ -7,6 +7,7 @@ portal's. Everything that touches a socket runs there; a call from elsewhere cos
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine
@@ -125,7 +126,7 @@ class OwnerLoop:
         return outcome
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Run a plain function on the owner loop, soon, from any thread.
+        """Run a plain function on the owner loop, soon, from any thread, in the caller's context.
 
         Raises:
             OwnerLoopGone: the loop is closed.
@@ -135,7 +136,7 @@ class OwnerLoop:
             callback()
             return
         try:
-            call_on(loop, callback)
+            call_on(loop, callback, contextvars.copy_context())
         except RuntimeError as error:  # closed since `get` looked
             raise _closed(error) from error
 

@@ -158,10 +158,9 @@ class TokenStream:
                 if not found.done():
                     self._outcome.refuse_dead_lock()
                 found.result()
-        except Exception:
-            raise
-        except BaseException:
-            self._cancel()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C: nobody will take the rest
+                self._cancel()
             raise
         return found
 

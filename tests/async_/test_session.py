@@ -44,7 +44,9 @@ async def opened(stub: StubTrainer) -> AsyncIterator[TrainerSession]:
         await server.close()
 
 
-async def test_a_model_whose_making_was_cut_short_is_asked_for_again() -> None:
+@asynccontextmanager
+async def cut_short() -> AsyncIterator[tuple[StubTrainer, TrainerSession]]:
+    """A session in which the making of a model was cancelled while the trainer made it."""
     polled, answers = asyncio.Event(), asyncio.Event()
 
     async def hold(request_id: str) -> None:
@@ -58,6 +60,11 @@ async def test_a_model_whose_making_was_cut_short_is_asked_for_again() -> None:
         making.cancel()
         await asyncio.wait([making])
         answers.set()
+        yield stub, session
+
+
+async def test_a_model_whose_making_was_cut_short_is_asked_for_again() -> None:
+    async with cut_short() as (stub, session):
         await session.create_model(CONFIG)
         assert stub.created == [0, 0]  # one model, not two
         await session.create_model(OTHER)
@@ -66,19 +73,7 @@ async def test_a_model_whose_making_was_cut_short_is_asked_for_again() -> None:
 
 
 async def test_another_model_than_the_one_that_was_cut_short_is_another() -> None:
-    polled, answers = asyncio.Event(), asyncio.Event()
-
-    async def hold(request_id: str) -> None:
-        polled.set()
-        await answers.wait()
-
-    stub = StubTrainer(before_poll=hold)
-    async with opened(stub) as session:
-        making = asyncio.create_task(session.create_model(CONFIG))
-        await polled.wait()
-        making.cancel()
-        await asyncio.wait([making])
-        answers.set()
+    async with cut_short() as (stub, session):
         await session.create_model(OTHER)
         await session.create_model(CONFIG)
     assert stub.created == [0, 1, 0]
