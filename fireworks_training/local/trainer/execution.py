@@ -168,7 +168,7 @@ class TrainedModel:
                 raise
             self._graphs.clear()
             raise OperationFailed(
-                "there was not enough memory for this operation, and nothing was changed: send"
+                f"there was not enough memory for this operation; {_left_behind(operation)}. Send"
                 " fewer or shorter datums at a time, close other clients, or train an adapter",
                 category="server",
                 error_class="OutOfMemory",
@@ -430,6 +430,15 @@ class TrainedModel:
         path = self._note(saved, written["bytes"])
         told = {"path": path, "sampling_session_id": saved.sampling_session}
         return Answer({**answer.fields, **told})
+
+
+def _left_behind(operation: Operation) -> str:
+    """What an operation that was cut off has left; a pass adds its gradients at its end."""
+    if isinstance(operation, OptimStep):
+        return "its gradients are dropped; load a saved state if the weights must be certain"
+    if isinstance(operation, LoadState):
+        return "the model may be loaded in part: load again before going on"
+    return "the model is as it was"
 
 
 def _of_memory(error: Exception) -> bool:

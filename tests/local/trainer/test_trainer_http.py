@@ -242,9 +242,27 @@ async def test_no_memory_fails_one_operation_and_says_what_to_do(
     monkeypatch.setattr(Network, "compute", starved)
     failed = await trainer.run("forward_backward", **good)
     assert (failed["category"], failed["error_class"]) == ("server", "OutOfMemory")
-    assert "fewer or shorter datums" in failed["error"]
+    assert "the model is as it was. Send fewer or shorter datums" in failed["error"]
     stepped = await trainer.run("optim_step", adam_params=ADAM)
     assert stepped["error_class"] == "PrecedingOperationFailed"
+    await trainer.ok("forward_backward", **good)
+    await trainer.ok("optim_step", adam_params=ADAM)
+
+
+async def test_no_memory_in_a_step_says_what_is_left_of_it(
+    start: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = await start()
+    good = cross_entropy(*some_data())
+    await trainer.ok("forward_backward", **good)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "get_total_norm", lambda _: torch.empty(1 << 52))
+        failed = await trainer.run("optim_step", adam_params=ADAM)
+    assert failed["error_class"] == "OutOfMemory"
+    assert "gradients are dropped; load a saved state" in failed["error"]
+    # The step after it was made for other weights: it goes too.
+    assert "error" in await trainer.run("forward_backward", **good)
+    assert "error" in await trainer.run("optim_step", adam_params=ADAM)
     await trainer.ok("forward_backward", **good)
     await trainer.ok("optim_step", adam_params=ADAM)
 
