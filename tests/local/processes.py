@@ -25,7 +25,7 @@ def running(pid: int) -> bool:
     """Whether a process runs; a dead one that nobody has reaped does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: gone between open and read
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
