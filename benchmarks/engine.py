@@ -44,7 +44,7 @@ from fireworks_training import (
 from fireworks_training.local.engine.batch import RunningBatch
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.requests import SamplingRequest
-from fireworks_training.local.model import load_model
+from fireworks_training.local.model.model import load_model
 
 FOLDER = Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
 PROMPT, COMPLETION = 48, 64

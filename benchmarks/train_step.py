@@ -33,19 +33,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import fireworks_training
-from fireworks_training.local.losses import LOSSES
-from fireworks_training.local.model import (
+from fireworks_training.local.model.losses import LOSSES
+from fireworks_training.local.model.model import (
     LoraSettings,
     adapter_parameters,
     apply_lora,
     configure_torch,
     load_model,
 )
-from fireworks_training.local.optimizer import AdamSettings, MasterAdamW
-from fireworks_training.local.trainer.graphs import Graphs
-from fireworks_training.local.trainer.network import Network
-from fireworks_training.local.trainer.operations import Backward, Datum, Pass
-from fireworks_training.local.trainer.passes import run_backward, run_pass
+from fireworks_training.local.model.optimizer import AdamSettings, MasterAdamW
+from fireworks_training.local.trainer.queue.operations import Backward, Datum, Pass
+from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.network import Network
+from fireworks_training.local.trainer.run.passes import run_backward, run_pass
 
 MODEL = Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
 PROMPTS = SAMPLES = 16

@@ -176,10 +176,10 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     import tinker
 
     from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
-    from fireworks_training._async.loops import OwnerLoop
-    from fireworks_training._async.publishing import Publishing
-    from fireworks_training._async.session import TrainerSession
-    from fireworks_training._async.transport import Transport
+    from fireworks_training._async.http.transport import Transport
+    from fireworks_training._async.runtime.loops import OwnerLoop
+    from fireworks_training._async.training.session import TrainerSession
+    from fireworks_training._async.weights.publisher import Publishing
     from fireworks_training._core.snapshots import Chain
 
     owner = OwnerLoop(portal=True)

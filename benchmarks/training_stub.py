@@ -20,8 +20,8 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from fireworks_training._wire import protobuf
-from fireworks_training._wire.datums import PassResult
+from fireworks_training._wire.training import protobuf
+from fireworks_training._wire.training.datums import PassResult
 
 JSON = "application/json"
 SUBMITS = ("optim_step", "save_weights", "save_weights_for_sampler", "unload_model")

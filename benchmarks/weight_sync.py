@@ -103,10 +103,10 @@ class Measured:
 
     def __init__(self, path: Path, folder: Path) -> None:
         from fireworks_training.local.engine.weights import ServedWeights
-        from fireworks_training.local.model import load_model
-        from fireworks_training.local.optimizer import MasterAdamW
-        from fireworks_training.local.snapshots import SnapshotStore
-        from fireworks_training.local.trainer.exports import SnapshotExports
+        from fireworks_training.local.model.model import load_model
+        from fireworks_training.local.model.optimizer import MasterAdamW
+        from fireworks_training.local.store.snapshots import SnapshotStore
+        from fireworks_training.local.trainer.run.exports import SnapshotExports
 
         self.store = SnapshotStore(folder)
         self.module = load_model(path)
@@ -119,7 +119,7 @@ class Measured:
     def step(self, rate: float, batch: Any) -> None:
         import torch
 
-        from fireworks_training.local.optimizer import AdamSettings
+        from fireworks_training.local.model.optimizer import AdamSettings
 
         logits = self.module(input_ids=batch[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(
@@ -131,7 +131,7 @@ class Measured:
 
     def smaller(self, name: str) -> dict[str, Any]:
         """The last difference once more, with more effort."""
-        from fireworks_training.local import deltas
+        from fireworks_training.local.store import deltas
 
         started = time.perf_counter()
         encoded = deltas.encode(self.before, self.last, "small")

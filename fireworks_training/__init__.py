@@ -13,36 +13,22 @@ from fireworks_training.models import __version__
 
 if TYPE_CHECKING:
     from fireworks_training._async.control_plane.client import AsyncControlPlane
-    from fireworks_training._async.gate import (
+    from fireworks_training._async.resources.reaper import AsyncResourceLedger
+    from fireworks_training._async.resources.usage_records import read_usage_records
+    from fireworks_training._async.sampling.concurrency import (
         AdaptiveConcurrencyController,
         FixedConcurrencyController,
         SamplingConcurrencyController,
     )
-    from fireworks_training._async.reaper import AsyncResourceLedger
-    from fireworks_training._async.sampler import DeploymentSampler
-    from fireworks_training._async.sampling_client import FiretitanSamplingClient
+    from fireworks_training._async.sampling.sampler import DeploymentSampler
+    from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
+    from fireworks_training._async.sampling.token_stream import TokenStream
     from fireworks_training._async.service import AsyncFiretitanServiceClient
-    from fireworks_training._async.token_stream import TokenStream
-    from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
-    from fireworks_training._async.usage import RunUsage, Usage
-    from fireworks_training._async.usage_records import read_usage_records
-    from fireworks_training._core.events import (
-        AckEvent,
-        Event,
-        FailureEvent,
-        FinishEvent,
-        LoopBlockedEvent,
-        OnEvent,
-        RetryEvent,
-        SubmitEvent,
-        SwapEvent,
-        SyncEvent,
-        WindowEvent,
-    )
+    from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
     from fireworks_training._sync.control_plane.client import ControlPlane
-    from fireworks_training._sync.reaper import ResourceLedger
+    from fireworks_training._sync.resources.reaper import ResourceLedger
     from fireworks_training._sync.service import FiretitanServiceClient
-    from fireworks_training._sync.trainer import FiretitanTrainingClient
+    from fireworks_training._sync.training.client import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
     from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
     from fireworks_training.data import (
@@ -102,6 +88,19 @@ if TYPE_CHECKING:
         read_evaluation,
         write_evaluation,
     )
+    from fireworks_training.events import (
+        AckEvent,
+        Event,
+        FailureEvent,
+        FinishEvent,
+        LoopBlockedEvent,
+        OnEvent,
+        RetryEvent,
+        SubmitEvent,
+        SwapEvent,
+        SyncEvent,
+        WindowEvent,
+    )
     from fireworks_training.futures import APIFuture, SampleCall
     from fireworks_training.models import (
         CheckpointInfo,
@@ -122,34 +121,35 @@ if TYPE_CHECKING:
         TrainingProfile,
         WeightSyncResult,
     )
-    from fireworks_training.tito.chat_template import ChatTemplateRenderer
-    from fireworks_training.tito.errors import TITOError
-    from fireworks_training.tito.records import TITOTrajectoryArtifact
+    from fireworks_training.tito.rendering.chat_template import ChatTemplateRenderer
     from fireworks_training.tito.sidecar import TITOSidecar
+    from fireworks_training.tito.values.errors import TITOError
+    from fireworks_training.tito.values.records import TITOTrajectoryArtifact
+    from fireworks_training.usage import RunUsage, Usage
 
 _HEAVY = {
-    "AdaptiveConcurrencyController": "_async.gate",
+    "AdaptiveConcurrencyController": "_async.sampling.concurrency",
     "AsyncControlPlane": "_async.control_plane.client",
     "AsyncFiretitanServiceClient": "_async.service",
-    "AsyncFiretitanTrainingClient": "_async.trainer",
-    "AsyncResourceLedger": "_async.reaper",
+    "AsyncFiretitanTrainingClient": "_async.training.client",
+    "AsyncResourceLedger": "_async.resources.reaper",
     "ChatTemplateRenderer": "tito",
     "ControlPlane": "_sync.control_plane.client",
-    "DeploymentSampler": "_async.sampler",
-    "FiretitanSamplingClient": "_async.sampling_client",
+    "DeploymentSampler": "_async.sampling.sampler",
+    "FiretitanSamplingClient": "_async.sampling.sampling_client",
     "FiretitanServiceClient": "_sync.service",
-    "FiretitanTrainingClient": "_sync.trainer",
-    "FixedConcurrencyController": "_async.gate",
-    "ResourceLedger": "_sync.reaper",
-    "SamplingConcurrencyController": "_async.gate",
+    "FiretitanTrainingClient": "_sync.training.client",
+    "FixedConcurrencyController": "_async.sampling.concurrency",
+    "ResourceLedger": "_sync.resources.reaper",
+    "SamplingConcurrencyController": "_async.sampling.concurrency",
     "TITOError": "tito",
     "TITOSidecar": "tito",
     "TITOTrajectoryArtifact": "tito",
-    "RunUsage": "_async.usage",
-    "Usage": "_async.usage",
-    "read_usage_records": "_async.usage_records",
+    "RunUsage": "usage",
+    "Usage": "usage",
+    "read_usage_records": "_async.resources.usage_records",
     "SaveWeightsForSamplerResponse": "_tinker_types",
-    "TokenStream": "_async.token_stream",
+    "TokenStream": "_async.sampling.token_stream",
     **dict.fromkeys(
         (
             "AckEvent",
@@ -164,7 +164,7 @@ _HEAVY = {
             "SyncEvent",
             "WindowEvent",
         ),
-        "_core.events",
+        "events",
     ),
 }
 _LIGHT = ("errors", "models", "futures", "config", "data", "evaluation")

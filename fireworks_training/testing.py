@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from fireworks_training._core.aimd import FixedWindow
+from fireworks_training._core.window.aimd import FixedWindow
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 

@@ -16,8 +16,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from fireworks_training._wire import json_passes, protobuf
-from fireworks_training._wire.compression import decompress
+from fireworks_training._wire.training import json_passes, protobuf
+from fireworks_training._wire.training.compression import decompress
 
 Hook = Callable[[str, dict[str, Any]], Awaitable[web.StreamResponse | None]]
 

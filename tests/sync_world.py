@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import torch
 
 from fireworks_training import FireworksTrainingError, Snapshot
-from fireworks_training._async.weight_sync import Loaded, Target, WeightSync
+from fireworks_training._async.weights.weight_sync import Loaded, Target, WeightSync
 from fireworks_training._core.snapshots import Chain
-from fireworks_training._wire.training import decode_snapshot
+from fireworks_training._wire.training.bodies import decode_snapshot
 from fireworks_training.errors import ApiStatusError, Conflict
 from fireworks_training.local.engine.weights import LoadFailed, Prepared, WeightSet
-from fireworks_training.local.snapshots import SnapshotStore, hashes_of, total_sha256
-from fireworks_training.local.trainer.exports import SnapshotExports
-from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.store.snapshots import SnapshotStore, hashes_of, total_sha256
+from fireworks_training.local.trainer.queue.operations import OperationFailed
+from fireworks_training.local.trainer.run.exports import SnapshotExports
 
 T = TypeVar("T")
 MODEL = "m"

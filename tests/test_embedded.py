@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from fireworks_training import AsyncFiretitanServiceClient, InvalidArgument, LocalPlatformError
-from fireworks_training._async import embedded
+from fireworks_training._async.platform import local_platform
 from fireworks_training.config import Endpoint
 from tests.end_to_end.support import ADAM, datums
 
@@ -51,7 +51,7 @@ async def test_two_services_share_one_which_ends_with_the_last_and_keeps_its_sta
 
 async def test_a_start_that_is_cancelled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    starting = asyncio.create_task(embedded.acquire(Endpoint("local", None)))
+    starting = asyncio.create_task(local_platform.acquire(Endpoint("local", None)))
     await asyncio.sleep(0.05)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -63,7 +63,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(monkeypatch: pytest.Monk
 
 
 def _wait_until_unused() -> None:
-    with embedded._embedded.lock:  # held while the platform starts
+    with local_platform._embedded.lock:  # held while the platform starts
         pass
 
 

@@ -19,7 +19,7 @@ from fireworks_training import (
     PrecedingOperationFailed,
     SampleCall,
 )
-from fireworks_training._async.loops import OwnerLoop
+from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._outcome import Outcome
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
 

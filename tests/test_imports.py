@@ -14,68 +14,143 @@ from pathlib import Path
 import pytest
 
 import fireworks_training
+from tests.structure import folders
 
 PACKAGE = "fireworks_training"
 ROOT = Path(fireworks_training.__file__).parent
 
 CLOSED = {"local", "cli", "testing"}  # nothing imports these
-UNITS = {
-    "errors",
-    "config",
-    "models",
-    "futures",
-    "data",
-    "evaluation",
-    "compat",
-    "rollouts",
-    "losses",
-    "tito",
-    "server_metrics",
-}
+VALUES = {"config", "data", "errors", "evaluation", "events", "futures", "models"}
+VALUES |= {"server_metrics", "usage"}
+"""What is public and needs no loop."""
+
+UNITS = VALUES | {"compat", "rollouts", "losses", "tito", "root"}
 UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_outcome", "_inbox", "_tinker_types"}
-UNITS |= {"root"}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
+
+SHELL = VALUES - {"evaluation"}
+SHELL |= {"_core", "_wire", "_portal", "_outcome", "_inbox", "_tinker_types"}
+"""What every room of `_async` may import."""
+
+PLATFORM = {"_wire", "_core", "models", "errors"}
+"""What every room of `local` may import."""
+
+
+def rooms(name: str, common: set[str], **below: str) -> dict[str, set[str]]:
+    """Rows of the rooms of a folder: each may import those that are named behind it."""
+    names = {room: f"{name}.{room}" for room in below}
+    return {
+        names[room]: common | {names.get(other, f"{name}.{other}") for other in others.split()}
+        for room, others in below.items()
+    }
+
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors", "models"},
     "server_metrics": set(),
     "models": {"errors", "server_metrics"},
+    "events": {"errors", "models"},
+    "usage": {"errors", "models"},
     "_inbox": set(),
     "_outcome": {"errors", "_inbox"},
     "futures": {"errors", "models", "_outcome"},
     "data": {"errors", "models"},
     "evaluation": {"errors", "models"},
-    "_core": {"errors", "models"},
-    "_wire": {"errors", "models", "server_metrics"},
+    "_core": {"errors", "models", "_core.waits", "_core.window"},
+    "_core.waits": set(),
+    "_core.window": {"errors", "models"},
+    "_wire": {"errors", "models"},
+    "_wire.completions": {"errors", "models", "server_metrics"},
+    "_wire.training": {"errors", "models"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures", "_outcome", "_inbox"},
-    "_async": {"_core", "_wire", "config", "models", "futures", "data", "errors", "_portal"}
-    | {"_outcome", "_inbox", "_tinker_types", "server_metrics"},
-    "_sync": {"_async", "_portal", "models", "futures", "config", "errors"},
-    "testing": {"_async", "_core", "models", "errors"},
+    # A file beside the rooms is the service's.
+    "_async": SHELL | {"_async"},
+    **rooms(
+        "_async",
+        SHELL,
+        runtime="",
+        http="runtime",
+        control_plane="http runtime",
+        platform="control_plane http runtime",
+        resources="platform control_plane http runtime",
+        sampling="http runtime",
+        weights="sampling resources platform control_plane http runtime",
+        training="weights sampling resources platform control_plane http runtime",
+    ),
+    "_sync": {"_async", "_portal", "models", "futures", "config", "errors", "events", "usage"},
+    "testing": {"_async", "_core", "_wire", "config", "models", "errors"},
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
     # A server for agents over the public sampler: it samples like any user, and knows the names of
     # sampling options.
-    "tito": {"_wire", "models", "errors"},
+    "tito": {"_wire", "models", "errors", "_async.runtime", "tito"},
+    **rooms(
+        "tito",
+        {"_wire", "models", "errors", "_async.runtime"},
+        values="",
+        rendering="values",
+        evidence="rendering values",
+        turns="evidence rendering values",
+    ),
     "cli": {"root", "compat", "config", "models", "errors"},
-    "local": {"_wire", "_core", "models", "errors"},
+    "local": PLATFORM | {"local.processes", "local.settings"},
+    **rooms(
+        "local",
+        PLATFORM,
+        limits="",
+        engine_frames="",
+        results="",
+        settings="limits",
+        store="",
+        pretraining="",
+        pretrain="pretraining",
+        model="store settings limits",
+        processes="settings limits",
+        engine="model store engine_frames",
+        trainer="trainer",
+        gateway="gateway model processes store settings limits results engine_frames",
+    ),
+    **rooms(
+        "local.trainer",
+        PLATFORM | {"local.model", "local.store", "local.results"},
+        settings="",
+        queue="",
+        wire="queue",
+        run="wire queue settings",
+    ),
+    **rooms(
+        "local.gateway",
+        PLATFORM
+        | {"local.model", "local.processes", "local.store", "local.settings", "local.limits"}
+        | {"local.results", "local.engine_frames"},
+        web="",
+        inference="web",
+        control_plane="inference web",
+        tinker="control_plane inference web",
+        faults="control_plane web",
+    ),
     "root": UNITS,
     "_generate_sync": set(),
 }
-"""Parts of the package that each part may import, itself apart."""
+"""Parts of the package, and what each may import beside itself; a part of a part has its own row.
+"""
 
-TENSOR_ROOMS = {"local.model", "local.losses", "local.optimizer", "local.trainer", "local.engine"}
-TENSOR_ROOMS |= {"local.deltas", "local.devices"}
+MAY_IMPORT["local.trainer"] |= MAY_IMPORT["local.trainer.run"]
+
+TENSOR_ROOMS = {"local.model", "local.trainer", "local.engine", "local.store.deltas"}
 TENSOR_ROOMS |= {"local.pretrain", "local.pretraining"}
 DEMO = {"cli.demo", "cli.demo_loop"}
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
-    "torch": (TENSOR_ROOMS, {"local.snapshots", "_async.custom_loss", "losses", *DEMO}),
-    "transformers": (TENSOR_ROOMS, {"_async.tokenizers", *DEMO}),
+    "torch": (
+        TENSOR_ROOMS,
+        {"local.store.snapshots", "_async.training.custom_loss", "losses", *DEMO},
+    ),
+    "transformers": (TENSOR_ROOMS, {"_async.platform.tokenizers", *DEMO}),
     "peft": (TENSOR_ROOMS, set()),
-    "safetensors": (TENSOR_ROOMS, {"local.snapshots"}),
+    "safetensors": (TENSOR_ROOMS, {"local.store.snapshots"}),
     "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "rollouts", "losses", *DEMO}),
     "matplotlib": (set(), {"cli"}),
     "click": ({"cli", "local.pretrain"}, set()),
@@ -90,11 +165,14 @@ FORBIDDEN["_wire"] = FORBIDDEN["_core"]
 """What a part may not import at all: decisions know neither loops nor sockets nor clocks."""
 
 HEAVY = {"torch", "transformers", "tinker", "peft", "rich", "click", "matplotlib"}
-LIGHT = {"local.gateway": HEAVY, "local.supervisor": HEAVY, "local.__main__": HEAVY}
-LIGHT |= dict.fromkeys(MAY_IMPORT.keys() - CLOSED - {"_tinker_types"}, HEAVY)
+LIGHT = {"local.gateway": HEAVY, "local.processes.supervisor": HEAVY, "local.__main__": HEAVY}
+LIGHT |= dict.fromkeys({row.partition(".")[0] for row in MAY_IMPORT} - CLOSED, HEAVY)
+del LIGHT["_tinker_types"]
 """What the import of a part may not load, through whatever chain."""
 
 MODULE_LINES = 500
+SIDE_BY_SIDE, IN_THE_ROOT = 18, 16
+KNOWN_CIRCLES = [{"artifacts", "records"}, {"service", "training"}]
 FUNCTION_LINES = 60
 READS, READER = {"environ", "environb", "getenv"}, "config"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
@@ -117,10 +195,18 @@ class Module:
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         self.name = ".".join(parts) or "root"
         self.unit = parts[0] if parts else "root"
+        self.place = next(filter(MAY_IMPORT.__contains__, _outwards(self.name)), self.name)
         self.path = path.relative_to(root.parent)
         self.text = path.read_text("utf-8")
         self.tree = ast.parse(self.text)
         self.imports = list(_imports(self.tree))
+
+
+def _outwards(name: str) -> Iterator[str]:
+    """A dotted name and those of the folders around it, the innermost first."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _imports(node: ast.AST, inside: bool = False) -> Iterator[Import]:
@@ -180,12 +266,24 @@ def violations(root: Path) -> list[str]:
     """Everything in the package at `root` that breaks a rule."""
     tree = Tree(root)
     checks = (_directions, _libraries, _closures, _environment, _sizes)
-    return [line for check in checks for line in check(tree)]
+    return [line for check in checks for line in check(tree)] + list(_shapes(root))
+
+
+def _shapes(root: Path) -> Iterator[str]:
+    """Folders with too many modules side by side, and circles, typing-only imports included."""
+    for name, folder in folders(root).items():
+        place = name or PACKAGE
+        if folder.modules > (SIDE_BY_SIDE if name else IN_THE_ROOT):
+            yield f"{place}: has {folder.modules} modules side by side"
+        for circle in folder.circles():
+            if circle in KNOWN_CIRCLES:
+                continue
+            yield f"{place}: {' and '.join(sorted(circle))} import each other in a circle"
 
 
 def _directions(tree: Tree) -> Iterator[str]:
     for module in tree.modules.values():
-        if module.unit not in MAY_IMPORT:
+        if module.place not in MAY_IMPORT:
             yield f"{module.path}:1: {module.unit} has no row in the table"
             continue
         for found in module.imports:
@@ -195,9 +293,10 @@ def _directions(tree: Tree) -> Iterator[str]:
             home = tree.home(found.target)
             if home is None:
                 continue
-            unit = tree.modules[home].unit
-            if unit != module.unit and unit not in MAY_IMPORT[module.unit]:
-                yield f"{where}: {module.unit} may not import {unit}"
+            unit, place = tree.modules[home].unit, tree.modules[home].place
+            allowed = MAY_IMPORT[module.place] | {module.place}
+            if allowed.isdisjoint(_outwards(place)):
+                yield f"{where}: {module.place} may not import {place}"
             if unit == "_tinker_types" and not found.inside:
                 yield f"{where}: _tinker_types is imported only inside functions"
 
@@ -232,16 +331,26 @@ def _environment(tree: Tree) -> Iterator[str]:
                 yield f"{module.path}:{node.lineno}: reads the environment"
 
 
+def _height(node: ast.stmt) -> int:
+    return (node.end_lineno or 0) - node.lineno + 1
+
+
+def _documentation(node: ast.AST) -> int:
+    """Lines of docstrings in a node and below it."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = (child for child in ast.walk(node) if isinstance(child, documented))
+    return sum(_height(child.body[0]) for child in nodes if ast.get_docstring(child))
+
+
 def _sizes(tree: Tree) -> Iterator[str]:
     for module in tree.modules.values():
-        # Generated code is read where it comes from; a class in parts comes out in one piece.
-        if module.unit != "_sync" and (lines := module.text.count("\n")) >= MODULE_LINES:
-            yield f"{module.path}:1: has {lines} lines"
+        if module.unit == "_sync":  # generated code is read where it comes from
+            continue
+        if (lines := module.text.count("\n") - _documentation(module.tree)) >= MODULE_LINES:
+            yield f"{module.path}:1: has {lines} lines without docstrings"
         for node in ast.walk(module.tree):
-            if module.unit != "_sync" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                size = (node.end_lineno or 0) - node.lineno + 1
-                if ast.get_docstring(node):
-                    size -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = _height(node) - _documentation(node)
                 if size >= FUNCTION_LINES:
                     yield f"{module.path}:{node.lineno}: {node.name} has {size} lines of code"
 
@@ -300,7 +409,7 @@ BROKEN = {
         "tinker may not be imported here",
     ),
     "torch at the top": (
-        {"_async/custom_loss.py": "from torch import nn"},
+        {"_async/training/custom_loss.py": "from torch import nn"},
         "torch may be imported only inside",
     ),
     "torch elsewhere": (
@@ -322,7 +431,7 @@ BROKEN = {
     "torch in the gateway, through others": (
         {
             "local/gateway/x.py": "from fireworks_training.local import y",
-            "local/y.py": "from fireworks_training.local.model import Model",
+            "local/y.py": "from fireworks_training.local.model.model import Model",
             "local/model.py": "import torch",
         },
         "gateway/x.py:1: importing it loads torch",
@@ -337,6 +446,64 @@ BROKEN = {
     ),
     "environment": ({"local/x.py": "import os\nos.environ['A']"}, "x.py:2: reads the environment"),
     "a long module": ({"models.py": "\n" * MODULE_LINES}, "has 500 lines"),
+    "a room that looks up": (
+        {
+            "_async/http/x.py": "def f():\n    from fireworks_training._async.sampling import y",
+            "_async/sampling/y.py": "",
+        },
+        "_async.http may not import _async.sampling",
+    ),
+    "a room that looks at the hall": (
+        {
+            "_async/weights/x.py": "from fireworks_training._async.service import y",
+            "_async/service.py": "",
+        },
+        "_async.weights may not import _async",
+    ),
+    "rooms of the gateway": (
+        {
+            "local/gateway/web/x.py": "from fireworks_training.local.gateway.tinker import y",
+            "local/gateway/tinker/y.py": "",
+        },
+        "local.gateway.web may not import local.gateway.tinker",
+    ),
+    "rooms of the trainer": (
+        {
+            "local/trainer/queue/x.py": "from fireworks_training.local.trainer.run import y",
+            "local/trainer/run/y.py": "",
+        },
+        "local.trainer.queue may not import local.trainer.run",
+    ),
+    "rooms of the agents' server": (
+        {
+            "tito/values/x.py": "from fireworks_training.tito.turns import y",
+            "tito/turns/y.py": "",
+        },
+        "tito.values may not import tito.turns",
+    ),
+    "decisions on the window and on waits": (
+        {
+            "_core/waits/x.py": "import fireworks_training._core.window.y",
+            "_core/window/y.py": "",
+        },
+        "_core.waits may not import _core.window",
+    ),
+    "a circle, for type checkers only": (
+        {
+            "_core/x.py": "from fireworks_training._core.y import Y",
+            "_core/y.py": "if TYPE_CHECKING:\n    from fireworks_training._core.x import X",
+        },
+        "x and y import each other in a circle",
+    ),
+    "a long circle": (
+        {
+            "_core/x.py": "import fireworks_training._core.y",
+            "_core/y.py": "import fireworks_training._core.z",
+            "_core/z.py": "import fireworks_training._core.x",
+        },
+        "x and y and z import each other in a circle",
+    ),
+    "a hall": ({f"_core/x{n}.py": "" for n in range(19)}, "_core: has 19 modules side by side"),
     "a long function": ({"models.py": f"async def f():\n{LONG}\n"}, "f has 61 lines"),
 }
 ALLOWED = {
@@ -344,13 +511,20 @@ ALLOWED = {
         "_core/x.py": "if TYPE_CHECKING:\n    import torch\n    import fireworks_training.config",
         "config.py": "",
     },
-    "inside functions": {"_async/custom_loss.py": "def f():\n    import torch, tinker"},
+    "inside functions": {"_async/training/custom_loss.py": "def f():\n    import torch, tinker"},
+    "rooms below": {
+        "_async/training/x.py": "from fireworks_training._async.weights import y",
+        "_async/weights/y.py": "from fireworks_training._async.sampling import z",
+        "_async/sampling/z.py": "",
+    },
+    "a full folder": {f"_core/x{n}.py": "" for n in range(18)},
+    "a module long by its docstrings": {"models.py": '"""A.' + "\n" * MODULE_LINES + '"""\n'},
     "a long docstring": {"models.py": f'def f():\n    """A.\n{LONG}\n    """\n'},
     "long generated code": {"_sync/x.py": f"def f():\n{LONG}\n"},
     "a long generated module": {"_sync/x.py": "\n" * MODULE_LINES},
     "the root": {"_async/x.py": "", "__init__.py": "import fireworks_training._async.x"},
     "a later loading of what is heavy": {
-        "local/gateway/x.py": "def f():\n    import fireworks_training.local.model",
+        "local/gateway/x.py": "def f():\n    import fireworks_training.local.model.model",
         "local/model.py": "import torch",
     },
 }

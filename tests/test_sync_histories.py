@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from fireworks_training import HotLoadFailed, HotLoadTimeout, WeightSyncError
-from fireworks_training._async.weight_sync import Loaded
+from fireworks_training._async.weights.weight_sync import Loaded
 from fireworks_training._core import snapshots as core
 from fireworks_training.local.engine import weights as engine
-from fireworks_training.local.trainer.operations import OperationFailed
+from fireworks_training.local.trainer.queue.operations import OperationFailed
 from tests.sync_world import World, run
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -247,7 +247,7 @@ def test_damage_that_nobody_looks_for_is_served(
     whole = world.save("base").identity
     world.damage(whole)
     assert isinstance(run(world.load(whole)), HotLoadFailed)
-    monkeypatch.setattr("fireworks_training.local.snapshots.check_hashes", lambda *_: None)
+    monkeypatch.setattr("fireworks_training.local.store.snapshots.check_hashes", lambda *_: None)
     with pytest.raises(AssertionError, match="other weights are served"):
         run(world.load(whole))
 

@@ -2,8 +2,8 @@
 
 GENERATE = {
     "control_plane.client": ["AsyncControlPlane"],
-    "reaper": ["AsyncResourceLedger"],
+    "resources.reaper": ["AsyncResourceLedger"],
     "service": ["AsyncFiretitanServiceClient"],
-    "trainer": ["AsyncFiretitanTrainingClient"],
+    "training.client": ["AsyncFiretitanTrainingClient"],
 }
 """The classes whose blocking twins are generated into `_sync/`, by module."""

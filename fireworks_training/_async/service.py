@@ -28,7 +28,7 @@ from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.futures import mark_retrieved, was_retrieved
 
 if TYPE_CHECKING:
-    from fireworks_training._core.events import OnEvent
+    from fireworks_training.events import OnEvent
 
 logger = logging.getLogger("fireworks_training.service")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fireworks_training._async.provisioning import reference_config, separate_reference
+from fireworks_training._async.resources.plans import reference_config, separate_reference
 from fireworks_training._async.service_core import ServiceCore
-from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
-from fireworks_training._async.trainers import ModelOptions
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.factory import ModelOptions
 from fireworks_training.errors import InvalidArgument
 
 

@@ -11,18 +11,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from fireworks_training._async.connection import Connection
-from fireworks_training._async.event_hook import EventHook
-from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.provisioner import Provisioner
-from fireworks_training._async.provisioning import Resources
-from fireworks_training._async.publishing import Publishing
-from fireworks_training._async.samplers import Samplers
-from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
-from fireworks_training._async.trainers import Trainers
-from fireworks_training._core.events import OnEvent
+from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.resources.plans import Resources
+from fireworks_training._async.resources.provisioner import Provisioner
+from fireworks_training._async.runtime.event_hook import EventHook
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.factory import Trainers
+from fireworks_training._async.weights.deployment import Samplers
+from fireworks_training._async.weights.publisher import Publishing
 from fireworks_training.config import Endpoint, FiretitanProvisioningConfig
 from fireworks_training.errors import ClientClosed, InvalidArgument
+from fireworks_training.events import OnEvent
 
 T = TypeVar("T")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
-from fireworks_training._async.data_plane import DataPlane
-from fireworks_training._async.provisioning import separate_reference
+from fireworks_training._async.resources.plans import separate_reference
 from fireworks_training._async.service_core import ServiceCore
-from fireworks_training._async.usage import Usage
+from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile
+from fireworks_training.usage import Usage
 
 
 class ServiceFacts(ServiceCore):

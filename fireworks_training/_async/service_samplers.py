@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
-from fireworks_training._async.gate import SamplingConcurrencyController
-from fireworks_training._async.publishing import OnDrift
-from fireworks_training._async.retry_config import RetryConfig, retries_of, window_of
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
+from fireworks_training._async.sampling.retry_config import RetryConfig, retries_of, window_of
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service_core import ServiceCore
-from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.weights.publisher import OnDrift
 from fireworks_training.config import CleanUp
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.futures import APIFuture

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from fireworks_training._core.notices import FIRST_NOTICE, Notices
+from fireworks_training._core.waits.reports import FIRST_NOTICE, Notices
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
 
 QUICKEST, SLOWEST = 0.04, 5.0

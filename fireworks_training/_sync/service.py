@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
-from fireworks_training._async.gate import SamplingConcurrencyController
-from fireworks_training._async.publishing import OnDrift
-from fireworks_training._async.retry_config import RetryConfig
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
+from fireworks_training._async.sampling.retry_config import RetryConfig
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service import AsyncFiretitanServiceClient
-from fireworks_training._async.usage import Usage
+from fireworks_training._async.weights.publisher import OnDrift
 from fireworks_training._portal import Blocking
-from fireworks_training._sync.trainer import FiretitanTrainingClient
+from fireworks_training._sync.training.client import FiretitanTrainingClient
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
+from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fireworks_training._core.events import OnEvent
+    from fireworks_training.events import OnEvent
 
 
 class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):

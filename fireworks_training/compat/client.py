@@ -20,8 +20,8 @@ from fireworks_training._async.control_plane.client import (
 from fireworks_training._async.control_plane.names import (
     validate_output_model_id as check_output_model_id,
 )
-from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._portal import at_exit, wait_for
 from fireworks_training.errors import (
     ApiStatusError,

@@ -17,8 +17,8 @@ from fireworks_training._async.control_plane.deployment_config import (
 )
 from fireworks_training._async.control_plane.deployment_config import transition
 from fireworks_training._async.control_plane.rows import read_deployment
-from fireworks_training._async.patience import speaking
-from fireworks_training._async.readiness import deployment_ready, until_ready
+from fireworks_training._async.resources.readiness import deployment_ready, until_ready
+from fireworks_training._async.runtime.waits import speaking
 from fireworks_training._core.lifecycle import Readiness, Seen, Watch, deployment_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,

@@ -10,8 +10,8 @@ import asyncio
 import logging
 from typing import Any
 
-from fireworks_training._async.readiness import LookAgain, until_ready
-from fireworks_training._async.weight_sync import PATH as HOT_LOAD_PATH
+from fireworks_training._async.resources.readiness import LookAgain, until_ready
+from fireworks_training._async.weights.weight_sync import PATH as HOT_LOAD_PATH
 from fireworks_training._core.lifecycle import Readiness, Seen, Watch
 from fireworks_training._core.snapshots import (
     Failed,

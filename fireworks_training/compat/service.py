@@ -11,11 +11,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from fireworks_training._async.gate import SamplingConcurrencyController
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._sync import service as blocking
-from fireworks_training._sync.trainer import FiretitanTrainingClient as AnyTrainingClient
+from fireworks_training._sync.training.client import FiretitanTrainingClient as AnyTrainingClient
 from fireworks_training.compat.training import FiretitanTrainingClient
 from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo
@@ -23,7 +23,7 @@ from fireworks_training.models import CheckpointInfo, ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fireworks_training._async.retry_config import RetryConfig
+    from fireworks_training._async.sampling.retry_config import RetryConfig
 
 P = ParamSpec("P")
 S = TypeVar("S")

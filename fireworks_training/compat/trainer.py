@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.rows import read_job
-from fireworks_training._async.readiness import trainer_ready, until_ready
+from fireworks_training._async.resources.readiness import trainer_ready, until_ready
 from fireworks_training._core.lifecycle import Readiness, Watch, job_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,

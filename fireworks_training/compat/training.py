@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from fireworks_training._async.trainer import AsyncFiretitanTrainingClient
-from fireworks_training._sync import trainer as blocking
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._sync.training import client as blocking
 from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fireworks_training._async.retry_config import RetryConfig
-    from fireworks_training._async.sampling_client import FiretitanSamplingClient
+    from fireworks_training._async.sampling.retry_config import RetryConfig
+    from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
     from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.futures import APIFuture
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training.compat.deployment import DeploymentManager
 from fireworks_training.compat.hot_loads import DEFAULT_CHECKSUM_FORMAT, DEFAULT_DELTA_COMPRESSION
 from fireworks_training.errors import (

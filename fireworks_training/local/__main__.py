@@ -12,8 +12,8 @@ import json
 import sys
 
 from fireworks_training.errors import LocalPlatformError
+from fireworks_training.local.processes.supervisor import supervise
 from fireworks_training.local.settings import PlatformSettings, parse, read_line
-from fireworks_training.local.supervisor import supervise
 
 
 def main() -> int:

@@ -14,17 +14,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fireworks_training.tito.chat_template import ChatTemplateRenderer
-    from fireworks_training.tito.debug_log import TITOLocalDebugConfig, TITOLocalDebugSink
-    from fireworks_training.tito.errors import TITOError, TITOParseError
-    from fireworks_training.tito.failure_traces import (
+    from fireworks_training.tito.evidence.debug_log import TITOLocalDebugConfig, TITOLocalDebugSink
+    from fireworks_training.tito.evidence.failure_traces import (
         TITOFailureTraceConfig,
         dump_tito_failure_trace,
     )
-    from fireworks_training.tito.journal import TITOEventObserver
-    from fireworks_training.tito.messages import normalize_openai_tool_arguments
-    from fireworks_training.tito.metrics import TITODistribution, TITOMetricSummary
-    from fireworks_training.tito.records import (
+    from fireworks_training.tito.evidence.journal import TITOEventObserver
+    from fireworks_training.tito.rendering.chat_template import ChatTemplateRenderer
+    from fireworks_training.tito.rendering.renderers import (
+        TITOIncrementalPrompt,
+        TITOIncrementalRenderer,
+        TITORenderer,
+    )
+    from fireworks_training.tito.sidecar import TITOSidecar
+    from fireworks_training.tito.values.errors import TITOError, TITOParseError
+    from fireworks_training.tito.values.messages import normalize_openai_tool_arguments
+    from fireworks_training.tito.values.metrics import TITODistribution, TITOMetricSummary
+    from fireworks_training.tito.values.records import (
         TITOCallRecord,
         TITOCallResult,
         TITOPromptMode,
@@ -35,17 +41,13 @@ if TYPE_CHECKING:
         TITOTurn,
         TrajectoryDriftPolicy,
     )
-    from fireworks_training.tito.renderers import (
-        TITOIncrementalPrompt,
-        TITOIncrementalRenderer,
-        TITORenderer,
-    )
-    from fireworks_training.tito.requests import TITOChatRequest, TITOParsedAssistant
-    from fireworks_training.tito.sidecar import TITOSidecar
+    from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
 _HOMES = (
-    *("chat_template", "debug_log", "errors", "failure_traces", "journal", "messages", "metrics"),
-    *("records", "renderers", "requests", "sidecar"),
+    *("values.errors", "values.messages", "values.metrics", "values.records", "values.requests"),
+    *("rendering.chat_template", "rendering.renderers"),
+    *("evidence.debug_log", "evidence.failure_traces", "evidence.journal"),
+    "sidecar",
 )
 """The modules that have them."""
 

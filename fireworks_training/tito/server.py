@@ -17,11 +17,11 @@ from typing import Any, Protocol, cast
 
 from aiohttp import web
 
-from fireworks_training.tito.errors import TITOError, invalid
-from fireworks_training.tito.failures import typed
-from fireworks_training.tito.records import TITOCallResult
-from fireworks_training.tito.requests import TITOChatRequest
-from fireworks_training.tito.trajectory import Trajectory
+from fireworks_training.tito.evidence.failures import typed
+from fireworks_training.tito.turns.trajectory import Trajectory
+from fireworks_training.tito.values.errors import TITOError, invalid
+from fireworks_training.tito.values.records import TITOCallResult
+from fireworks_training.tito.values.requests import TITOChatRequest
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """A long history is more than a server's usual limit; tokens are bounded by the context."""

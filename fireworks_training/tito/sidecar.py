@@ -16,25 +16,28 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from fireworks_training.errors import ClientClosed, InvalidArgument
-from fireworks_training.tito.backend import Backend, Classifier, ExactTokenSampler
-from fireworks_training.tito.errors import told
-from fireworks_training.tito.journal import Journal, TITOEventObserver
-from fireworks_training.tito.records import (
+from fireworks_training.tito.evidence.journal import Journal, TITOEventObserver
+from fireworks_training.tito.evidence.waits import in_spite_of_cancellation
+from fireworks_training.tito.rendering.renderers import TITORenderer
+from fireworks_training.tito.turns.backend import Backend, Classifier, ExactTokenSampler
+from fireworks_training.tito.turns.registry import Trajectories
+from fireworks_training.tito.turns.trajectory import Trajectory
+from fireworks_training.tito.values.errors import told
+from fireworks_training.tito.values.records import (
     TITOPromptMode,
     TITOTrajectoryArtifact,
     TITOTrajectoryEndpoint,
     TrajectoryDriftPolicy,
 )
-from fireworks_training.tito.registry import Trajectories
-from fireworks_training.tito.renderers import TITORenderer
-from fireworks_training.tito.trajectory import Trajectory
-from fireworks_training.tito.waits import in_spite_of_cancellation
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from fireworks_training._async.sampler import DeploymentSampler
-    from fireworks_training.tito.failure_traces import FailureTraces, TITOFailureTraceConfig
+    from fireworks_training._async.sampling.sampler import DeploymentSampler
+    from fireworks_training.tito.evidence.failure_traces import (
+        FailureTraces,
+        TITOFailureTraceConfig,
+    )
 
 STOP_GRACE = 1.0
 """Seconds for requests to end when the server stops; their trajectories have ended by then."""
@@ -385,7 +388,7 @@ class TITOSidecar:
 def _traces(config: TITOFailureTraceConfig | None) -> FailureTraces | None:
     if config is None:
         return None
-    from fireworks_training.tito.failure_traces import FailureTraces
+    from fireworks_training.tito.evidence.failure_traces import FailureTraces
 
     return FailureTraces(config)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
-from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.publishing import Publishing
-from fireworks_training._async.session import TrainerSession
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.training.session import TrainerSession
+from fireworks_training._async.weights.publisher import Publishing
 from fireworks_training._core.snapshots import Chain
 from tests.fault_proxy import FaultProxy
 from tests.stub_trainer import StubTrainer

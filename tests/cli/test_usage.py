@@ -20,8 +20,8 @@ from fireworks_training import (
     read_usage_records,
     supervised_datum,
 )
-from fireworks_training._async import usage_records
-from fireworks_training._async.usage_records import Run
+from fireworks_training._async.resources import usage_records
+from fireworks_training._async.resources.usage_records import Run
 from fireworks_training.cli import main
 from tests.conftest import RunningPlatform
 

@@ -91,7 +91,7 @@ async def test_a_service_that_can_not_be_had(
 
 async def test_an_unreachable_host(unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     once = functools.partial(Backoff, attempts=1)
-    monkeypatch.setattr("fireworks_training._async.transport.Backoff", once)
+    monkeypatch.setattr("fireworks_training._async.http.transport.Backoff", once)
     with pytest.raises(
         ConnectionFailed, match=rf"127.0.0.1:{unused_tcp_port}.*Check base_url.*training serve"
     ):

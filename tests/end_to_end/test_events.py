@@ -22,7 +22,7 @@ from fireworks_training import (
     SyncEvent,
     supervised_datum,
 )
-from fireworks_training._async import data_plane
+from fireworks_training._async.training import data_plane
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, datums, service_on
 from tests.fault_proxy import FaultProxy

@@ -19,7 +19,7 @@ from fireworks_training import (
     PrecedingOperationFailed,
     RequestFailed,
 )
-from fireworks_training._async import client_config
+from fireworks_training._async.training import client_config
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, datums, part, relative, saved_state, service_on
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fireworks_training._async import data_plane
-from fireworks_training._async.session import Capabilities
+from fireworks_training._async.training import data_plane
+from fireworks_training._async.training.session import Capabilities
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, curved_loss, datums, saved_state, service_on
 from tests.fault_proxy import FAULTS, FaultProxy

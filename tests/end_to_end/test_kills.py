@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fireworks_training import AsyncControlPlane
-from fireworks_training._async.ledger import LedgerFile
-from fireworks_training._async.processes import this_process
+from fireworks_training._async.resources.ledger_file import LedgerFile
+from fireworks_training._async.resources.processes import this_process
 from fireworks_training._core.ledger import Entry, fold
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on
@@ -29,8 +29,8 @@ POINTS = 20
 CLIENT = """
 import asyncio, os, signal, sys
 from fireworks_training import AsyncFiretitanServiceClient, supervised_datum
-from fireworks_training._async.ledger import LedgerFile
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.resources.ledger_file import LedgerFile
+from fireworks_training._async.http.transport import Transport
 
 point, seen = int(sys.argv[1]), 0
 

@@ -23,7 +23,7 @@ from fireworks_training import (
     FixedConcurrencyController,
     SampledCompletion,
 )
-from fireworks_training.local.model import load_model, round_parameters_
+from fireworks_training.local.model.model import load_model, round_parameters_
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, datums, model_folder, service_on
 
@@ -245,7 +245,7 @@ async def train_until(stop: asyncio.Event, trainer: Any) -> FireworksTrainingErr
 
 
 VICTIMS = ["fwt-engine", "fwt-trainer", "fireworks_training.local.gateway"]
-VICTIMS.append("fireworks_training.local.template")
+VICTIMS.append("fireworks_training.local.processes.template")
 
 
 @pytest.mark.slow

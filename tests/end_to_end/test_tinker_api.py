@@ -10,7 +10,7 @@ import aiohttp
 import numpy as np
 import pytest
 
-from fireworks_training._wire import protobuf, schema
+from fireworks_training._wire.training import protobuf, schema
 from tests.conftest import RunningPlatform
 
 PROMPT = [5, 17, 9, 33, 21, 8]

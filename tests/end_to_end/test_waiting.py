@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 
 from fireworks_training import AsyncControlPlane, ProvisioningError
-from fireworks_training._async.ledger import LedgerFile
+from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._core.ledger import fold
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on

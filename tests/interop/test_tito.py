@@ -22,7 +22,7 @@ from fireworks_training import (
 from tests.async_.sampling.support import KEY, MODEL
 from tests.stub_completions import serving_in_a_thread
 from tests.tito.support import ask, assistant, says, user
-from tests.tito.test_turns import Forgetful
+from tests.tito.turns.test_turns import Forgetful
 
 pytestmark = pytest.mark.slow
 

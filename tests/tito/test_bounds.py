@@ -19,12 +19,12 @@ from fireworks_training.tito import (
     TITOParseError,
     TITOTrajectoryArtifact,
     TITOTrajectoryEndpoint,
-    artifacts,
-    chat_template,
-    history,
     normalize_openai_tool_arguments,
 )
-from fireworks_training.tito import trajectory as trajectory_module
+from fireworks_training.tito.rendering import chat_template
+from fireworks_training.tito.turns import history
+from fireworks_training.tito.turns import trajectory as trajectory_module
+from fireworks_training.tito.values import artifacts
 from tests.async_.sampling.support import until
 from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars

@@ -19,8 +19,8 @@ from fireworks_training import (
     UnknownOption,
 )
 from fireworks_training.tito import TITOTrajectoryEndpoint
-from fireworks_training.tito import registry as registry_module
-from fireworks_training.tito import trajectory as trajectory_module
+from fireworks_training.tito.turns import registry as registry_module
+from fireworks_training.tito.turns import trajectory as trajectory_module
 from tests import stub_completions as stub
 from tests.async_.sampling.support import until
 from tests.stub_completions import CompletionServer

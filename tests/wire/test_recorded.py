@@ -21,7 +21,7 @@ import aiohttp
 import numpy as np
 import pytest
 
-from fireworks_training._wire import protobuf, schema
+from fireworks_training._wire.training import protobuf, schema
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import model_folder
 

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import orjson
 
 from fireworks_training._async.control_plane.rows import Row
-from fireworks_training._async.transport import Response, Transport, with_retries
+from fireworks_training._async.http.transport import Response, Transport, with_retries
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (
     ApiError,

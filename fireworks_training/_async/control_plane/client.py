@@ -25,9 +25,9 @@ from fireworks_training._async.control_plane.rows import (
     read_operation,
     read_profile,
 )
-from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.patience import speaking
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.waits import speaking
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
     ApiStatusError,

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fireworks_training.local.devices import on
 from fireworks_training.local.engine.lanes import Lane
 from fireworks_training.local.engine.prompts import Prompt
+from fireworks_training.local.model.devices import on
 
 _MOST_PADDING = 1.5
 """How much longer than the shortest the longest of the pieces may be that attend together."""

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fireworks_training.local.devices import array_of, on
 from fireworks_training.local.engine.attention import Pass, Piece
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.lanes import Lane, LaneKind
@@ -30,7 +29,8 @@ from fireworks_training.local.engine.prompts import Prompt, PromptStore
 from fireworks_training.local.engine.requests import SamplingRequest
 from fireworks_training.local.engine.sampling import Sampled, sample, top
 from fireworks_training.local.engine.slots import I64, SlotTable
-from fireworks_training.local.frames import PromptLogprobs
+from fireworks_training.local.engine_frames import PromptLogprobs
+from fireworks_training.local.model.devices import array_of, on
 
 
 @dataclass(frozen=True, slots=True)

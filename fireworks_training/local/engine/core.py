@@ -25,7 +25,7 @@ from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.loads import HotLoads, Run, Transition, at_once
 from fireworks_training.local.engine.requests import RequestRefused, SamplingRequest, parse_add
 from fireworks_training.local.engine.weights import ServedWeights
-from fireworks_training.local.frames import (
+from fireworks_training.local.engine_frames import (
     Begun,
     Step,
     encode_begun,

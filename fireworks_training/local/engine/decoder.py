@@ -20,7 +20,7 @@ from fireworks_training.local.engine.attention import Pass, Piece
 from fireworks_training.local.engine.fused import FusedBody, NotFusable
 from fireworks_training.local.engine.lanes import Lane, LaneKind
 from fireworks_training.local.engine.prompts import Geometry, Prompt
-from fireworks_training.local.model import vocab_size
+from fireworks_training.local.model.model import vocab_size
 
 _ATTENTION = "fireworks_training_engine"
 _PROBE_TOLERANCE = 2e-4

@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fireworks_training.local.devices import on
 from fireworks_training.local.engine.buffers import zeros
 from fireworks_training.local.engine.prompts import Geometry, Prompt
+from fireworks_training.local.model.devices import on
 
 SHARED_ROWS = 16
 """Rows of a group: a prompt with more is held several times, so that groups stay alike."""

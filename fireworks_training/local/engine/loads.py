@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fireworks_training.local.engine.weights import LoadFailed, Prepared, WeightSet
-from fireworks_training.local.frames import encode_control
+from fireworks_training.local.engine_frames import encode_control
 
 Stage = Literal["ready", "pending", "loading", "error"]
 Transition = Literal["ASYNC", "SYNC"]

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fireworks_training.local.devices import array_of
 from fireworks_training.local.engine.requests import (
     MAX_TOP_LOGPROBS,
     SamplingRequest,
@@ -18,7 +17,8 @@ from fireworks_training.local.engine.requests import (
     uniforms,
 )
 from fireworks_training.local.engine.sampling import draw
-from fireworks_training.local.frames import NO_TOKEN
+from fireworks_training.local.engine_frames import NO_TOKEN
+from fireworks_training.local.model.devices import array_of
 
 
 def probe(

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fireworks_training.local.devices import array_of, on
+from fireworks_training.local.model.devices import array_of, on
 
 
 @dataclass(frozen=True, slots=True)

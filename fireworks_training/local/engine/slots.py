@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fireworks_training.local.engine.requests import SamplingRequest, uniforms
 from fireworks_training.local.engine.sampling import Sampled, SamplingRows
-from fireworks_training.local.frames import NO_TOKEN, Finish
+from fireworks_training.local.engine_frames import NO_TOKEN, Finish
 
 I64 = npt.NDArray[np.int64]
 _FIELDS = {

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fireworks_training.local.model import (
+from fireworks_training.local.model.model import (
     SnapshotDtype,
     load_model,
     parameter_tensors,
     round_parameters_,
     whole_weights,
 )
-from fireworks_training.local.snapshots import (
+from fireworks_training.local.store.snapshots import (
     Kind,
     Manifest,
     SnapshotError,

@@ -18,15 +18,15 @@ from typing import Self, cast
 from fireworks_training.local.engine.core import Engine, EngineLimits
 from fireworks_training.local.engine.loads import in_a_thread
 from fireworks_training.local.engine.weights import ServedWeights
-from fireworks_training.local.frames import Control, FrameDecoder, FrameError
-from fireworks_training.local.memory import (
+from fireworks_training.local.engine_frames import Control, FrameDecoder, FrameError
+from fireworks_training.local.model.memory import (
     PageReturn,
     c_library_trim,
     check_memory,
     free_bytes,
 )
-from fireworks_training.local.model import SnapshotDtype, configure_torch
-from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.model.model import SnapshotDtype, configure_torch
+from fireworks_training.local.store.snapshots import SnapshotStore
 
 MAX_UNSENT = 64 * 1024 * 1024
 """Bytes that wait for a slow gateway before the engine stops stepping."""

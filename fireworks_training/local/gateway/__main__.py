@@ -17,11 +17,12 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.errors import LocalPlatformError
-from fireworks_training.local import lifetime
-from fireworks_training.local.gateway import hot_load, inference
 from fireworks_training.local.gateway.app import Parts, create_app, make_runner
-from fireworks_training.local.gateway.engine_client import EngineClient
-from fireworks_training.local.gateway.workers import TemplateSpawner
+from fireworks_training.local.gateway.control_plane import hot_load
+from fireworks_training.local.gateway.control_plane.workers import TemplateSpawner
+from fireworks_training.local.gateway.inference import routes as inference
+from fireworks_training.local.gateway.inference.engine_client import EngineClient
+from fireworks_training.local.processes import lifetime
 from fireworks_training.local.settings import GatewaySettings, parse, read_line
 
 

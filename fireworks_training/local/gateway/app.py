@@ -20,34 +20,34 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from fireworks_training.errors import LocalPlatformError
-from fireworks_training.local.database import FILE, Database
-from fireworks_training.local.gateway import (
-    catalog,
-    control_plane,
-    faults,
-    tinker,
-    tokenizer_route,
-    trainer_proxy,
+from fireworks_training.local.gateway import faults, tinker
+from fireworks_training.local.gateway.control_plane import catalog, trainer_proxy
+from fireworks_training.local.gateway.control_plane import routes as control_plane
+from fireworks_training.local.gateway.control_plane.conditions import Conditions
+from fireworks_training.local.gateway.control_plane.deployments import ConnectEngine, Deployments
+from fireworks_training.local.gateway.control_plane.promotions import (
+    MakeModel,
+    Promotions,
+    run_promotion,
 )
-from fireworks_training.local.gateway.auth import host_middleware, key_middleware
-from fireworks_training.local.gateway.conditions import Conditions
-from fireworks_training.local.gateway.control_plane import CONTROL_PLANE, ControlPlane
-from fireworks_training.local.gateway.deployments import ConnectEngine, Deployments
+from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE, ControlPlane
+from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
+from fireworks_training.local.gateway.control_plane.workers import Spawner, Workers
 from fireworks_training.local.gateway.faults import CONDITIONS, fault_middleware
-from fireworks_training.local.gateway.problems import (
+from fireworks_training.local.gateway.inference import tokenizer_route
+from fireworks_training.local.gateway.inference.registry import REGISTRY, ModelEntry, Registry
+from fireworks_training.local.gateway.web.auth import host_middleware, key_middleware
+from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
     STARTED,
     Problem,
     code_of,
     render,
 )
-from fireworks_training.local.gateway.promotions import MakeModel, Promotions, run_promotion
-from fireworks_training.local.gateway.registry import REGISTRY, ModelEntry, Registry
-from fireworks_training.local.gateway.trainers import TrainerJobs
-from fireworks_training.local.gateway.workers import Spawner, Workers
 from fireworks_training.local.limits import Limits
-from fireworks_training.local.memory import PageReturn, c_library_trim
+from fireworks_training.local.model.memory import PageReturn, c_library_trim
 from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
+from fireworks_training.local.store.database import FILE, Database
 
 log = logging.getLogger(__name__)
 

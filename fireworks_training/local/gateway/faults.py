@@ -14,11 +14,11 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from fireworks_training.errors import LocalPlatformError
-from fireworks_training.local.gateway import resources
-from fireworks_training.local.gateway.bodies import read_object
-from fireworks_training.local.gateway.conditions import MAX_FAULTS, Conditions, Fault
-from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.control_plane import resources
+from fireworks_training.local.gateway.control_plane.conditions import MAX_FAULTS, Conditions, Fault
+from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
+from fireworks_training.local.gateway.web.bodies import read_object
+from fireworks_training.local.gateway.web.problems import Problem
 from fireworks_training.local.limits import camel, seconds
 from fireworks_training.local.settings import ACCOUNT
 

@@ -17,21 +17,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import hdrs, web
 
-from fireworks_training._wire.compression import ENCODING, decompress
+from fireworks_training._wire.training.compression import ENCODING, decompress
 from fireworks_training.errors import ProtocolError
-from fireworks_training.local import ended
-from fireworks_training.local.snapshots import FreeBytes, disk_free_bytes
-from fireworks_training.local.trainer import json_codec, proto_codec
-from fireworks_training.local.trainer.datums import ModelLimits
-from fireworks_training.local.trainer.json_codec import JSON, encode_failure
-from fireworks_training.local.trainer.json_fields import Malformed, parse
-from fireworks_training.local.trainer.leases import UnknownForward
-from fireworks_training.local.trainer.line import Closed, Limits, Taken, TooFarAhead
-from fireworks_training.local.trainer.models import ModelFactory
-from fireworks_training.local.trainer.operations import OperationFailed, Submission
+from fireworks_training.local import results
+from fireworks_training.local.store.snapshots import FreeBytes, disk_free_bytes
+from fireworks_training.local.trainer.queue.leases import UnknownForward
+from fireworks_training.local.trainer.queue.line import Closed, Limits, Taken, TooFarAhead
+from fireworks_training.local.trainer.queue.operations import OperationFailed, Submission
+from fireworks_training.local.trainer.run.models import ModelFactory
+from fireworks_training.local.trainer.run.slots import CreateModel, Gone, NotFound
 from fireworks_training.local.trainer.service import Full, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
-from fireworks_training.local.trainer.slots import CreateModel, Gone, NotFound
+from fireworks_training.local.trainer.wire import json_codec, proto_codec
+from fireworks_training.local.trainer.wire.datums import ModelLimits
+from fireworks_training.local.trainer.wire.json_codec import JSON, encode_failure
+from fireworks_training.local.trainer.wire.json_fields import Malformed, parse
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 
@@ -356,14 +356,14 @@ async def _retrieve_future(request: web.Request) -> web.Response:
 async def _retrieve_futures(request: web.Request) -> web.Response:
     """What has ended of one model; see `local.ended`."""
     try:
-        poll = ended.parse_poll(await request.read())
-    except ended.BadPoll as error:
+        poll = results.parse_poll(await request.read())
+    except results.BadPoll as error:
         raise Malformed(str(error)) from None
-    if not isinstance(poll.target, ended.ModelTarget):
+    if not isinstance(poll.target, results.ModelTarget):
         raise Malformed("target: a trainer answers for its models; ask for type 'model'")
     service = request.app[_SERVICE]
     service.retrieved(poll.target.model_id, poll.retrieved_request_ids)
     completions, cursor = await service.ended(
         poll.target.model_id, poll.prev_cursor, poll.hold_s(request.app[_HOLD])
     )
-    return web.json_response(ended.answer(completions, cursor, poll.inline_bytes))
+    return web.json_response(results.answer(completions, cursor, poll.inline_bytes))

@@ -16,11 +16,10 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fireworks_training.local.ended import Ended
-from fireworks_training.local.trainer.datums import make_backward
-from fireworks_training.local.trainer.leases import Leases
-from fireworks_training.local.trainer.line import Failure, Limits, Line, Run, Taken
-from fireworks_training.local.trainer.operations import (
+from fireworks_training.local.results import Ended
+from fireworks_training.local.trainer.queue.leases import Leases
+from fireworks_training.local.trainer.queue.line import Failure, Limits, Line, Run, Taken
+from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
     Codec,
@@ -33,8 +32,9 @@ from fireworks_training.local.trainer.operations import (
     SaveSnapshot,
     Submission,
 )
-from fireworks_training.local.trainer.slots import CreateModel, Gone, Job, NotFound, Slot
-from fireworks_training.local.trainer.torch_thread import TorchThread
+from fireworks_training.local.trainer.run.slots import CreateModel, Gone, Job, NotFound, Slot
+from fireworks_training.local.trainer.run.torch_thread import TorchThread
+from fireworks_training.local.trainer.wire.datums import make_backward
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.gate import AdaptiveConcurrencyController
-from fireworks_training._async.loops import OwnerLoop
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.transport import Transport
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.sampling.concurrency import AdaptiveConcurrencyController
+from fireworks_training._async.sampling.sampler import DeploymentSampler
 from tests import stub_completions as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, quick
 from tests.stub_completions import CompletionServer

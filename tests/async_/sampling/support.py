@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async import sampling_retries
-from fireworks_training._async.gate import FixedConcurrencyController
-from fireworks_training._async.sampler import DeploymentSampler
-from fireworks_training._async.sampling_retries import RetryPolicy
+from fireworks_training._async.sampling import retries
+from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
+from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._core.backoff import Backoff
 from fireworks_training.errors import (
     ApiError,
@@ -47,7 +47,7 @@ def quick(delays: list[float] | None = None, *, attempts: int = 7) -> RetryPolic
     return RetryPolicy(
         transient=lambda: RecordedBackoff(seen, attempts=attempts, uniform=lambda: 0.0),
         hot_load=lambda: RecordedBackoff(
-            seen, attempts=11, base=0.5, cap=8.0, retryable=sampling_retries.is_hot_load
+            seen, attempts=11, base=0.5, cap=8.0, retryable=retries.is_hot_load
         ),
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.gate import FixedConcurrencyController
-from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
+from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training.errors import (
     ClientClosed,
     SamplingClientClosedError,

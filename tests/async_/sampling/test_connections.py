@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async import descriptors
-from fireworks_training._async.gate import FixedConcurrencyController
-from fireworks_training._async.load_news import LoadNews
+from fireworks_training._async.http import open_files
+from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
+from fireworks_training._async.sampling.hot_load_signal import LoadNews
 from fireworks_training.errors import ConnectionFailed, SamplingRequestError
 from tests import stub_completions as stub
 from tests.async_.sampling.support import Make, endless, nothing_left, quick, until
@@ -41,7 +41,7 @@ async def test_the_limit_of_open_files_is_raised(server: CompletionServer, share
     sampler = shared()
     with no_descriptor_left():
         found = await sampler.sample_with_prompt_tokens([1], n=4, max_tokens=1)
-        assert descriptors.limit() > 100
+        assert open_files.limit() > 100
     assert len(found) == 4
     assert len(server.bodies) == 4
 
@@ -49,7 +49,7 @@ async def test_the_limit_of_open_files_is_raised(server: CompletionServer, share
 async def test_a_limit_that_can_t_be_raised_is_told(
     server: CompletionServer, shared: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors, "raise_limit", lambda: False)
+    monkeypatch.setattr(open_files, "raise_limit", lambda: False)
     sampler = shared(retries=quick(attempts=2))
     with no_descriptor_left(), pytest.raises(SamplingRequestError, match="limit of") as caught:
         await sampler.sample_with_prompt_tokens([1], max_tokens=1)
@@ -62,8 +62,8 @@ async def test_a_limit_that_can_t_be_raised_is_told(
 def test_a_limit_as_high_as_it_may_be_stays() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        descriptors.raise_limit()
-        assert not descriptors.raise_limit()
+        open_files.raise_limit()
+        assert not open_files.raise_limit()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 

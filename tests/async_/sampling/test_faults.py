@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.gate import AdaptiveConcurrencyController, FixedConcurrencyController
+from fireworks_training._async.sampling.concurrency import (
+    AdaptiveConcurrencyController,
+    FixedConcurrencyController,
+)
 from fireworks_training.errors import (
     AuthenticationFailed,
     ConnectionFailed,

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async import sampling_progress
-from fireworks_training._async.completion_stream import AttemptFailed
-from fireworks_training._async.gate import AdaptiveConcurrencyController, FixedConcurrencyController
-from fireworks_training._async.sampler import DeploymentSampler
+from fireworks_training._async.sampling import progress
+from fireworks_training._async.sampling.completion_stream import AttemptFailed
+from fireworks_training._async.sampling.concurrency import (
+    AdaptiveConcurrencyController,
+    FixedConcurrencyController,
+)
+from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training.errors import (
     ApiError,
     InvalidArgument,
@@ -307,7 +310,7 @@ async def test_a_long_wait_says_what_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(sampling_progress, "FIRST_REPORT", 0.01)
+    monkeypatch.setattr(progress, "FIRST_REPORT", 0.01)
     server.script = [stub.complete]
     server.otherwise = stub.hang_mid_stream
     sampler = make(concurrency_controller=FixedConcurrencyController(2))

@@ -20,8 +20,8 @@ from fireworks_training import (
     SamplingError,
     SamplingRequestError,
 )
-from fireworks_training._async.gate import FixedConcurrencyController
-from fireworks_training._async.retry_config import retries_of, window_of
+from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
+from fireworks_training._async.sampling.retry_config import retries_of, window_of
 from fireworks_training.errors import for_status
 from tests import stub_completions as stub
 from tests.async_.sampling.support import KEY, MODEL, CharacterTokenizer, Make, until

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.completion_stream import Attempt, AttemptFailed, CompletionStream
+from fireworks_training._async.sampling.completion_stream import (
+    Attempt,
+    AttemptFailed,
+    CompletionStream,
+)
 from fireworks_training._core.sse import MAX_EVENT_BYTES, ServerSentEvent, SseDecoder
-from fireworks_training._wire.completions import sampling_request
+from fireworks_training._wire.completions.request import sampling_request
 from fireworks_training.errors import SamplingRequestError
 from fireworks_training.models import TokenDelta
 from tests import stub_completions as stub
@@ -120,7 +124,7 @@ async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
             sent += len(piece)
         return response
 
-    monkeypatch.setattr("fireworks_training._async.completion_stream.SseDecoder", Counting)
+    monkeypatch.setattr("fireworks_training._async.sampling.completion_stream.SseDecoder", Counting)
     server.otherwise = floods
     with pytest.raises(SamplingRequestError, match="16,777,216 bytes") as caught:
         await make().sample_with_prompt_tokens([1], max_tokens=2)
@@ -134,7 +138,7 @@ async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
 async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
     server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fireworks_training._async.completion_stream.END_TIMEOUT", 0.01)
+    monkeypatch.setattr("fireworks_training._async.sampling.completion_stream.END_TIMEOUT", 0.01)
 
     async def never_ends(*args: Any) -> Any:
         _, request, body = args

@@ -16,7 +16,7 @@ from fireworks_training import (
     SamplingRequestError,
     WrongLoop,
 )
-from fireworks_training._async.gate import FixedConcurrencyController
+from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
 from tests import stub_completions as stub
 from tests.async_.sampling.support import (
     KEY,

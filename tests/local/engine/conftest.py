@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import tiny_qwen3
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.requests import SamplingRequest, key_of_seed
-from fireworks_training.local.frames import NO_TOKEN, Finish, PromptLogprobs
+from fireworks_training.local.engine_frames import NO_TOKEN, Finish, PromptLogprobs
 from tests.local.engine.tiny_model import VOCABULARY, tiny_qwen3
 
 SLOTS = 8

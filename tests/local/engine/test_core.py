@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from fireworks_training.local.engine.core import Engine
-from fireworks_training.local.frames import (
+from fireworks_training.local.engine_frames import (
     Begun,
     Control,
     Finish,
@@ -19,8 +19,8 @@ from fireworks_training.local.frames import (
     PromptLogprobs,
     Step,
 )
-from fireworks_training.local.model import load_model, round_parameters_
-from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.model.model import load_model, round_parameters_
+from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import EOS, make_engine, tiny_qwen3, write_base, write_lora
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine.worker import cache_bytes_per_token
-from fireworks_training.local.frames import (
+from fireworks_training.local.engine_frames import (
     Begun,
     Control,
     Frame,
@@ -22,7 +22,7 @@ from fireworks_training.local.frames import (
     encode_begun,
     encode_control,
 )
-from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, write_base
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fireworks_training.local.deltas import encode
 from fireworks_training.local.engine.core import Engine, EngineLimits
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine.worker import listen, serve
-from fireworks_training.local.model import parameter_tensors
-from fireworks_training.local.snapshots import LoraBlock, Manifest, SnapshotStore, hashes_of
+from fireworks_training.local.model.model import parameter_tensors
+from fireworks_training.local.store.deltas import encode
+from fireworks_training.local.store.snapshots import LoraBlock, Manifest, SnapshotStore, hashes_of
 
 VOCABULARY = 300
 EOS = 1

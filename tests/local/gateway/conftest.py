@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fireworks_training.local import lifetime
+from fireworks_training.local.processes import lifetime
 from tests.local.gateway.platform_fakes import Gateway, PlatformFolders, write_model
 
 

@@ -18,12 +18,12 @@ from typing import Any, cast
 import aiohttp
 from aiohttp import web
 
-from fireworks_training.local import lifetime
 from fireworks_training.local.gateway.app import Parts, create_app, make_runner
-from fireworks_training.local.gateway.engine_client import EngineClient, LoadEnded
-from fireworks_training.local.gateway.registry import REGISTRY, Registry
-from fireworks_training.local.gateway.workers import WorkerFailed
-from fireworks_training.local.promotion import Order
+from fireworks_training.local.gateway.control_plane.workers import WorkerFailed
+from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
+from fireworks_training.local.gateway.inference.registry import REGISTRY, Registry
+from fireworks_training.local.model.promotion import Order
+from fireworks_training.local.processes import lifetime
 from fireworks_training.local.settings import GatewaySettings
 
 KEY = "tml-test-key"

@@ -16,18 +16,19 @@ from aiohttp.test_utils import TestServer
 from aiohttp.typedefs import Handler
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fireworks_training.local.frames import Control, FrameDecoder, encode_control
-from fireworks_training.local.gateway import hot_load, inference
-from fireworks_training.local.gateway.engine_client import EngineClient
-from fireworks_training.local.gateway.inference import KEEPALIVE_AFTER
-from fireworks_training.local.gateway.problems import Problem, render
-from fireworks_training.local.gateway.registry import (
+from fireworks_training.local.engine_frames import Control, FrameDecoder, encode_control
+from fireworks_training.local.gateway.control_plane import hot_load
+from fireworks_training.local.gateway.inference import routes as inference
+from fireworks_training.local.gateway.inference.engine_client import EngineClient
+from fireworks_training.local.gateway.inference.registry import (
     REGISTRY,
     LiveDeployment,
     ModelEntry,
     Registry,
 )
-from fireworks_training.local.snapshots import SnapshotStore
+from fireworks_training.local.gateway.inference.routes import KEEPALIVE_AFTER
+from fireworks_training.local.gateway.web.problems import Problem, render
+from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, tiny_qwen3
 
 DEPLOYMENT = "accounts/local/deployments/d"

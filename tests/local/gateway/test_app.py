@@ -12,7 +12,7 @@ import sys
 import pytest
 from yarl import URL
 
-from fireworks_training.local.gateway.auth import host_is_allowed
+from fireworks_training.local.gateway.web.auth import host_is_allowed
 from tests.local.gateway.platform_fakes import HTTP, KEY, MODEL, Gateway, PlatformFolders
 
 FILLED = {

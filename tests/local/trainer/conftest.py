@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from fireworks_training.local.model import configure_torch
+from fireworks_training.local.model.model import configure_torch
 from fireworks_training.local.trainer.app import create_app
 from fireworks_training.local.trainer.settings import TrainerSettings
 from tests.local.trainer.trainer_driver import (

@@ -7,7 +7,7 @@ import base64
 import json
 from typing import Any
 
-from fireworks_training.local.trainer.line import Limits
+from fireworks_training.local.trainer.queue.line import Limits
 from tests.local.trainer.trainer_driver import ADAM, Starter, Trainer, cross_entropy, some_data
 
 

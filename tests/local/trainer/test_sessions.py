@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from fireworks_training.local.trainer import service as service_module
-from fireworks_training.local.trainer.datums import ModelLimits
-from fireworks_training.local.trainer.json_codec import JSON, encode_failure
+from fireworks_training.local.trainer.run.slots import CreateModel, Gone
 from fireworks_training.local.trainer.service import Full, TrainerService
-from fireworks_training.local.trainer.slots import CreateModel, Gone
+from fireworks_training.local.trainer.wire.datums import ModelLimits
+from fireworks_training.local.trainer.wire.json_codec import JSON, encode_failure
 from fireworks_training.testing import ManualClock
 from tests.local.trainer.trainer_driver import ADAM, Starter
 

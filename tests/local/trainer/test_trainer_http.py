@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fireworks_training.local.trainer import models
-from fireworks_training.local.trainer.line import Limits
-from fireworks_training.local.trainer.network import Network
+from fireworks_training.local.trainer.queue.line import Limits
+from fireworks_training.local.trainer.run import models
+from fireworks_training.local.trainer.run.network import Network
 from tests.local.trainer.trainer_driver import (
     ADAM,
     Starter,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fireworks_training.local.losses import target_logprobs
-from fireworks_training.local.model import (
+from fireworks_training.local.model.losses import target_logprobs
+from fireworks_training.local.model.model import (
     LoraSettings,
     SnapshotDtype,
     adapter_parameters,
@@ -21,8 +21,8 @@ from fireworks_training.local.model import (
     parameter_tensors,
     round_parameters_,
 )
-from fireworks_training.local.snapshots import SnapshotStore
-from fireworks_training.local.trainer.states import StateStore
+from fireworks_training.local.store.snapshots import SnapshotStore
+from fireworks_training.local.trainer.run.states import StateStore
 from tests.local.trainer.trainer_driver import (
     ADAM,
     Starter,
@@ -192,7 +192,7 @@ async def test_micro_batches_add_up(
 ) -> None:
     ends = []
     for budget in (64 << 20, 8 * 2 * 416 * 12):
-        monkeypatch.setattr("fireworks_training.local.trainer.network.ACTIVATION_BYTES", budget)
+        monkeypatch.setattr("fireworks_training.local.trainer.run.network.ACTIVATION_BYTES", budget)
         trainer = await start()
         passed = await trainer.ok("forward_backward", **cross_entropy(*some_data(count=6)))
         stepped = await trainer.ok("optim_step", adam_params=ADAM)

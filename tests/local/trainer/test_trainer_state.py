@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fireworks_training.local.optimizer import AdamSettings
-from fireworks_training.local.snapshots import InvalidName, NoSpace, NotWritten
-from fireworks_training.local.trainer.operations import OperationFailed
-from fireworks_training.local.trainer.states import StateInfo, StateStore
+from fireworks_training.local.model.optimizer import AdamSettings
+from fireworks_training.local.store.snapshots import InvalidName, NoSpace, NotWritten
+from fireworks_training.local.trainer.queue.operations import OperationFailed
+from fireworks_training.local.trainer.run.states import StateInfo, StateStore
 from tests.local.trainer.trainer_driver import ADAM, Starter, cross_entropy, new_model, some_data
 
 INFO = StateInfo(
@@ -56,7 +56,7 @@ def test_a_save_that_fails_leaves_the_old_state(
         raise OSError("disk on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"fireworks_training.local.trainer.states.{at}", broken)
+        patch.setattr(f"fireworks_training.local.trainer.run.states.{at}", broken)
         for name in ("s", "new"):
             with pytest.raises(NotWritten, match="on fire"):
                 store.save(name, INFO, tensors(2.0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fireworks_training.local.trainer.states import StateStore
+from fireworks_training.local.trainer.run.states import StateStore
 from tests.local.trainer.trainer_driver import (
     ADAM,
     Starter,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
-from fireworks_training.local.gateway.registry import REGISTRY
+from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
+from fireworks_training.local.gateway.inference.registry import REGISTRY
 from fireworks_training.local.gateway.tinker import (
     records,
     refusals,
@@ -24,7 +24,7 @@ from fireworks_training.local.gateway.tinker import (
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.sampling import SAMPLING, TinkerSampling
 from fireworks_training.local.gateway.tinker.training import TRAINING, TinkerTraining
-from fireworks_training.local.tinker_store import TinkerStore
+from fireworks_training.local.store.tinker_store import TinkerStore
 
 
 def install(app: web.Application, state_dir: Path, offers: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 from aiohttp import web
 
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.web.problems import Problem
 
 
 async def read_json(request: web.Request) -> dict[str, object]:

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fireworks_training.local.gateway import resources
-from fireworks_training.local.gateway.control_plane import ControlPlane
-from fireworks_training.local.gateway.engine_client import EngineClient, LoadFailed
-from fireworks_training.local.gateway.engine_stream import EngineGone
-from fireworks_training.local.gateway.problems import Problem
-from fireworks_training.local.gateway.registry import LiveDeployment, ModelEntry, Registry
+from fireworks_training.local.gateway.control_plane import resources
+from fireworks_training.local.gateway.control_plane.routes import ControlPlane
+from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadFailed
+from fireworks_training.local.gateway.inference.engine_stream import EngineGone
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ModelEntry, Registry
 from fireworks_training.local.gateway.tinker.turns import SnapshotTurns
+from fireworks_training.local.gateway.web.problems import Problem
 from fireworks_training.local.settings import ACCOUNT
 
 DEPLOYMENT_PREFIX = "tinker-"

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, StrictInt
 
-from fireworks_training._wire import schema
-from fireworks_training._wire.framing import FLOAT32, INT64
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training._wire.training import schema
+from fireworks_training._wire.training.framing import FLOAT32, INT64
+from fireworks_training.local.gateway.web.problems import Problem
 
 MAX_A_PLACE = 20
 """Tokens that may be named, and drawn, at one place of a prompt."""

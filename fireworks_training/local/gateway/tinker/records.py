@@ -20,12 +20,12 @@ from typing import Any
 
 from aiohttp import web
 
-from fireworks_training.local.gateway.control_plane import CONTROL_PLANE
-from fireworks_training.local.gateway.problems import Problem
-from fireworks_training.local.gateway.registry import REGISTRY
+from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
+from fireworks_training.local.gateway.inference.registry import REGISTRY
 from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.tinker_store import (
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
     Checkpoint,
     CheckpointNote,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.web.problems import Problem
 
 _ONE_PROJECT = "this platform has one project and one user"
 _OWN_FILES = (

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from fireworks_training.local.ended import Ended, EndedLog, SamplingTarget
-from fireworks_training.local.gateway.engine_stream import EngineGone
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.inference.engine_stream import EngineGone
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.results import Ended, EndedLog, SamplingTarget
 
 log = logging.getLogger(__name__)
 

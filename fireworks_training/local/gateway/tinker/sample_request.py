@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from fireworks_training._wire import schema
-from fireworks_training.local.gateway.detokenize import StopMatcher, TextCodec
-from fireworks_training.local.gateway.engine_client import EngineLimits
-from fireworks_training.local.gateway.engine_stream import (
+from fireworks_training._wire.training import schema
+from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
+from fireworks_training.local.gateway.inference.engine_client import EngineLimits
+from fireworks_training.local.gateway.inference.engine_stream import (
     Delta,
     EngineStream,
     Generation,
     TopLogprobs,
 )
-from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.tinker.prompt_asks import (
     MAX_A_PLACE,
     PromptAsks,
     Targets,
     read_asks,
 )
+from fireworks_training.local.gateway.web.problems import Problem
 
 MAX_SAMPLES = 1024
 MAX_TOP = 20

@@ -13,26 +13,17 @@ from pathlib import Path
 
 from aiohttp import web
 
-from fireworks_training.local.ended import (
-    MAX_BODY_BYTES,
-    BadPoll,
-    ModelTarget,
-    Poll,
-    answer,
-    parse_poll,
-)
-from fireworks_training.local.frames import Finish
-from fireworks_training.local.gateway.detokenize import TextCodec
-from fireworks_training.local.gateway.engine_client import EngineClient
-from fireworks_training.local.gateway.engine_stream import (
+from fireworks_training.local.engine_frames import Finish
+from fireworks_training.local.gateway.inference.detokenize import TextCodec
+from fireworks_training.local.gateway.inference.engine_client import EngineClient
+from fireworks_training.local.gateway.inference.engine_stream import (
     EngineFull,
     EngineGone,
     EngineRefused,
     EngineStream,
     Generation,
 )
-from fireworks_training.local.gateway.problems import Problem
-from fireworks_training.local.gateway.registry import ModelEntry
+from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.results import Result, SampleResults
@@ -46,7 +37,16 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
-from fireworks_training.local.tinker_store import (
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.results import (
+    MAX_BODY_BYTES,
+    BadPoll,
+    ModelTarget,
+    Poll,
+    answer,
+    parse_poll,
+)
+from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
     SamplerNote,
     parse_path,

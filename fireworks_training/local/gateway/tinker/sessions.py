@@ -13,10 +13,10 @@ from typing import Any, Literal
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from fireworks_training.local.gateway.problems import Problem
 from fireworks_training.local.gateway.tinker.records import kept, page
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.tinker_store import SessionNote, session_of
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.store.tinker_store import SessionNote, session_of
 
 OWNER = "local"
 

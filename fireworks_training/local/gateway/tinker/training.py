@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 from aiohttp import web
 
-from fireworks_training.local.gateway import resources
-from fireworks_training.local.gateway.control_plane import ControlPlane
-from fireworks_training.local.gateway.problems import Problem
-from fireworks_training.local.gateway.registry import ModelEntry, Registry, UnknownModel
-from fireworks_training.local.gateway.trainers import FAILED, PAUSED, RUNNING, Trainer
+from fireworks_training.local.gateway.control_plane import resources
+from fireworks_training.local.gateway.control_plane.routes import ControlPlane
+from fireworks_training.local.gateway.control_plane.trainers import FAILED, PAUSED, RUNNING, Trainer
+from fireworks_training.local.gateway.inference.registry import ModelEntry, Registry, UnknownModel
+from fireworks_training.local.gateway.web.problems import Problem
 from fireworks_training.local.settings import OFFERS
-from fireworks_training.local.tinker_store import SessionNote, TinkerStore, session_of
+from fireworks_training.local.store.tinker_store import SessionNote, TinkerStore, session_of
 
 JOB_PREFIX = "tinker-"
 START_WITHIN_S = 120.0

@@ -12,12 +12,16 @@ import zstandard
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
-from fireworks_training.local.gateway.problems import Problem, model_lost
-from fireworks_training.local.gateway.registry import ModelEntry
+from fireworks_training.local.gateway.control_plane.trainer_proxy import (
+    after_failure,
+    answer_of,
+    passed_headers,
+)
+from fireworks_training.local.gateway.control_plane.trainers import Trainer
+from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.trainer_proxy import after_failure, answer_of, passed_headers
-from fireworks_training.local.gateway.trainers import Trainer
+from fireworks_training.local.gateway.web.problems import Problem, model_lost
 
 FINISHES = ("success", "errored", "interrupted")
 MAX_TEXT = 4096

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fireworks_training.local.gateway.tinker.refusals import REFUSED
-from fireworks_training.local.tinker_store import (
+from fireworks_training.local.store.tinker_store import (
     Checkpoint,
     CheckpointNote,
     RunNote,

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from fireworks_training.local.ended import SamplingTarget
-from fireworks_training.local.gateway.engine_stream import EngineGone
-from fireworks_training.local.gateway.problems import Problem
+from fireworks_training.local.gateway.inference.engine_stream import EngineGone
 from fireworks_training.local.gateway.tinker.results import CLONE, MAX_PENDING, SampleResults
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.results import SamplingTarget
 
 S = "ts-0:sampler:0"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._wire.compression import compress
-from fireworks_training.local.ended import MAX_BODY_BYTES
+from fireworks_training._wire.training.compression import compress
+from fireworks_training.local.results import MAX_BODY_BYTES
 from fireworks_training.local.settings import OFFERS
 from tests.local.gateway.platform_fakes import KEY, Gateway, PlatformFolders
 

@@ -1,0 +1,371 @@
+"""One connection pool of one service: headers, one HTTP exchange, and its typed errors.
+
+The pool lives on the owner loop and has no limit of its own; what bounds the traffic is the gate
+(samples) and the line (training). It knows nothing of what the bodies mean: callers pass bytes or
+JSON and get status, headers and bytes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import aiohttp
+import orjson
+
+from fireworks_training._async.http.quiet_handler import Connector
+from fireworks_training._async.http.read_timeouts import Stalls
+from fireworks_training._async.runtime.event_hook import EventHook
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.usage_meter import UsageMeter
+from fireworks_training._core.backoff import Backoff, parse_retry_after
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    ClientClosed,
+    ConnectionFailed,
+    ProtocolError,
+    RequestTimedOut,
+    for_status,
+)
+from fireworks_training.events import EventKind, RetryEvent
+from fireworks_training.models import __version__
+
+T = TypeVar("T")
+
+Body = bytes | tuple[bytes, ...]
+"""What a request carries, whole or in pieces."""
+
+CONNECT_TIMEOUT = 30.0
+"""Seconds to make a connection."""
+
+PIECE = 1 << 18
+"""Bytes of a large body that are handed to the connection at a time, so that the loop goes on."""
+
+USER_AGENT = f"fireworks-training/{__version__}"
+
+logger = logging.getLogger("fireworks_training.transport")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One answer, read whole."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    request_id: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is 2xx."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """The body as JSON.
+
+        Raises:
+            ProtocolError: it is none.
+        """
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError as error:
+            raise ProtocolError(
+                f"the server answered {self.status} with a body that is not JSON "
+                f"({len(self.body)} bytes); is the base URL right?",
+                request_id=self.request_id,
+            ) from error
+
+    def object(self) -> dict[str, Any]:
+        """The body as a JSON object."""
+        value: object = self.json() if self.body else {}
+        if not isinstance(value, dict):
+            raise ProtocolError(
+                f"the server answered {self.status} with JSON that is not an object",
+                request_id=self.request_id,
+            )
+        return cast(dict[str, Any], value)
+
+    def error(self, what: str) -> ApiStatusError:
+        """The typed error of an answer that is not `ok`."""
+        message, error_class = _error_text(self.body)
+        return for_status(
+            self.status,
+            f"{what}: the server answered {self.status}: {message}",
+            error_class=error_class,
+            retry_after=parse_retry_after(
+                self.headers.get("retry-after"), date=self.headers.get("date")
+            ),
+            request_id=self.request_id,
+        )
+
+
+def _error_text(body: bytes) -> tuple[str, str | None]:
+    try:
+        payload = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return (body[:500].decode("utf-8", "replace").strip() or "(no body)"), None
+    if not isinstance(payload, dict):
+        return str(payload)[:500], None
+    fields = cast(dict[str, Any], payload)
+    error = fields.get("error", fields.get("detail", fields.get("message", fields)))
+    error_class = fields.get("error_class")
+    if isinstance(error, dict):
+        inner = cast(dict[str, Any], error)
+        error_class = error_class or inner.get("error_class") or inner.get("code")
+        error = inner.get("message", inner)
+    return str(error)[:2000], str(error_class) if error_class is not None else None
+
+
+class Transport:
+    """The connection pool of a service.
+
+    Args:
+        owner: the loop it lives on.
+        base_url: scheme, host and optional path, without a trailing slash.
+        api_key: sent as `X-API-Key` and as bearer token; never part of a message or a repr.
+        additional_headers: sent with every request; they win over the SDK's own.
+        verify_ssl: False accepts any certificate; only if the caller says so.
+        events: told what happens; None where nobody listens.
+    """
+
+    def __init__(
+        self,
+        *,
+        owner: OwnerLoop,
+        base_url: str,
+        api_key: str,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        events: EventHook | None = None,
+    ) -> None:
+        self.owner = owner
+        self.events = events
+        self.base_url = base_url.rstrip("/")
+        self._api_key = api_key
+        self._additional_headers = dict(additional_headers or {})
+        self._verify_ssl = verify_ssl
+        self._session: aiohttp.ClientSession | None = None
+        self._closed = False
+        self.usage = UsageMeter(time.monotonic)
+        self.stalls = Stalls()
+
+    @property
+    def additional_headers(self) -> Mapping[str, str]:
+        """What the caller wants sent with every request."""
+        return self._additional_headers
+
+    @property
+    def verify_ssl(self) -> bool:
+        """Whether certificates are checked."""
+        return self._verify_ssl
+
+    def headers(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Authentication and identification, then `extra`, then the caller's own headers."""
+        return {
+            "X-API-Key": self._api_key,
+            "Authorization": f"Bearer {self._api_key}",
+            "User-Agent": USER_AGENT,
+            **(extra or {}),
+            **self._additional_headers,
+        }
+
+    def session(self) -> aiohttp.ClientSession:
+        """The session; made at first use. Call on the owner loop.
+
+        Raises:
+            ClientClosed: the transport was closed.
+        """
+        if self._closed:
+            raise ClientClosed("the service was closed; make a new one")
+        if self._session is None:
+            if self._verify_ssl or self.base_url.startswith("http://"):
+                verify: ssl.SSLContext | bool = True
+            else:
+                verify = False
+            self._session = aiohttp.ClientSession(
+                connector=Connector(verify),
+                auto_decompress=True,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+            )
+        return self._session
+
+    async def exchange(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: Body | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+    ) -> Response:
+        """One HTTP exchange, no retry; any status is an answer.
+
+        Args:
+            url: absolute, or a path below `base_url`.
+            timeout: seconds for the whole exchange; for a large body, since its last piece was
+                taken, so that a slow upload is not cut while it goes on.
+
+        Raises:
+            ConnectionFailed: no connection, or it broke.
+            RequestTimedOut: no whole answer in time.
+        """
+        session = self.session()
+        target = url if "://" in url else self.base_url + url
+        sent = self.headers(headers)
+        if body is not None:
+            sent.setdefault("Content-Type", "application/json")
+        pieces = body if isinstance(body, tuple) else (body or b"",)
+        size = sum(map(len, pieces))
+        content: bytes | AsyncIterator[memoryview] | None = None
+        if body is not None and size <= PIECE:
+            content = b"".join(pieces)
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                if size > PIECE:
+                    sent["Content-Length"] = str(size)
+                    content = _pieces(pieces, limit, timeout)
+                async with session.request(
+                    method, target, data=content, headers=sent, allow_redirects=False
+                ) as response:
+                    answer = await response.read()
+        except TimeoutError as error:
+            raise RequestTimedOut(
+                f"{method} {_path(target)}: no answer within {timeout:g} s", cause=error
+            ) from error
+        except aiohttp.InvalidURL as error:
+            raise ConnectionFailed(
+                f"{target!r} is not a URL; check base_url", cause=error
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionFailed(
+                f"{method} {_path(target)} at {self.base_url}: "
+                f"{type(error).__name__}: {str(error) or 'the connection broke'}. "
+                "Check base_url and the network; `fireworks-training serve` starts a platform here",
+                cause=error,
+            ) from error
+        request_id = response.headers.get("x-request-id")
+        return Response(response.status, response.headers, answer, request_id)
+
+    async def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        what: str,
+        json: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 30.0,
+        backoff: Backoff | None = None,
+    ) -> dict[str, Any]:
+        """A JSON exchange with retries; the answer's object.
+
+        Args:
+            what: names the exchange in messages ("create the trainer job").
+            backoff: the retry budget; None makes the usual one.
+
+        Raises:
+            ApiError: what was left after the retries.
+        """
+        body = None if json is None else orjson.dumps(json)
+
+        async def once() -> dict[str, Any]:
+            response = await self.exchange(method, url, body=body, headers=headers, timeout=timeout)
+            if not response.ok:
+                raise response.error(what)
+            return response.object()
+
+        return await with_retries(once, what=what, backoff=backoff or Backoff(), events=self.events)
+
+    async def close(self) -> None:
+        """Close the pool; idempotent."""
+        self._closed = True
+        self.stalls.close()
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Transport {self.base_url}>"
+
+
+async def _pieces(
+    body: tuple[bytes, ...], limit: asyncio.Timeout, timeout: float
+) -> AsyncIterator[memoryview]:
+    """A large body piece by piece; each one that is taken moves the time limit on."""
+    loop = asyncio.get_running_loop()
+    for part in body:
+        view = memoryview(part)
+        for start in range(0, len(part), PIECE):
+            yield view[start : start + PIECE]
+            limit.reschedule(loop.time() + timeout)
+
+
+def _path(url: str) -> str:
+    """The path of a URL, for messages: hosts are said once, queries never."""
+    rest = url.split("://", 1)[-1]
+    return "/" + rest.partition("/")[2].partition("?")[0]
+
+
+async def with_retries(
+    once: Callable[[], Awaitable[T]],
+    *,
+    what: str,
+    backoff: Backoff,
+    events: EventHook | None = None,
+    kind: EventKind = "control",
+) -> T:
+    """Run `once` until it succeeds, fails for good, or the budget is used up."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return await once()
+        except ApiError as error:
+            delay = backoff.next_delay(error, now=loop.time())
+            if delay is None:
+                raise
+            logger.warning("%s failed (%s); next try in %.1f s", what, type(error).__name__, delay)
+            tell_retry(events, kind, what, backoff.failures, delay, error)
+            await asyncio.sleep(delay)
+
+
+def tell_retry(
+    events: EventHook | None,
+    kind: EventKind,
+    what: str,
+    failures: int,
+    delay: float,
+    error: ApiError,
+    request: str = "",
+) -> None:
+    """Tell whoever listens that an exchange will be tried again."""
+    if events is not None:
+        events.emit(
+            RetryEvent(
+                at=events.now(),
+                kind=kind,
+                what=what,
+                id=request,
+                failures=failures,
+                delay=delay,
+                error=error,
+            )
+        )

@@ -1,0 +1,225 @@
+"""The embedded platform: a subprocess that this process owns, spoken to over HTTP like any other.
+
+One a process, counted by its services, stopped with the last one. It holds the read end of a pipe
+whose write end only this process has: when this process ends, in whatever way, so does the
+platform.
+Nothing of `fireworks_training.local` is imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fireworks_training._async.runtime.waits import speaking
+from fireworks_training.config import Endpoint
+from fireworks_training.errors import InvalidArgument, LocalPlatformError, MissingExtra
+
+logger = logging.getLogger("fireworks_training.embedded")
+
+START_TIMEOUT = 120.0
+"""Seconds for the platform to print its ready line; it takes about 5."""
+
+STOP_TIMEOUT = 10.0
+"""Seconds for it to end by itself before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """A running platform, as its ready line describes it; the repr hides the key."""
+
+    base_url: str
+    api_key: str
+    account: str
+    model: str
+    training_shape: str
+    tokenizer: str
+
+    def __repr__(self) -> str:
+        return f"Platform({self.base_url!r})"
+
+
+class _Embedded:
+    """The platform of this process, if it has one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.asked: tuple[str | None, str | None] = (None, None)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.platform: Platform | None = None
+
+    def acquire(self, endpoint: Endpoint) -> Platform:
+        with self.lock:
+            asked = (endpoint.state_dir, endpoint.api_key)
+            if self.platform is not None and self.process is not None:
+                if self.process.poll() is not None and self.users == 0:
+                    self._forget()
+                elif asked != self.asked:
+                    raise InvalidArgument(
+                        "this process has an embedded platform already, with another state folder "
+                        "or key: close its services first, or use the same base_url and api_key"
+                    )
+            if self.platform is None:
+                self.process, self.platform = _start(endpoint)
+                self.asked = asked
+            self.users += 1
+            return self.platform
+
+    def release(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0 and self.process is not None:
+                process = self.process
+                self._forget()
+                _stop(process)
+
+    def _forget(self) -> None:
+        self.process = None
+        self.platform = None
+
+    def disown(self) -> None:
+        """In a forked child: close the inherited pipe, so that the parent's end is what counts."""
+        self.lock = threading.Lock()
+        process, self.users = self.process, 0
+        self._forget()
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.close(process.stdin.fileno())
+            process.returncode = 0  # not this process's child
+
+
+_embedded = _Embedded()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_embedded.disown)
+
+
+async def acquire(endpoint: Endpoint) -> Platform:
+    """The embedded platform, started if it does not run; pair with `release`.
+
+    Raises:
+        MissingExtra: what it needs is not installed.
+        LocalPlatformError: it did not start.
+        InvalidArgument: one with other settings runs in this process.
+    """
+    start = _Start(endpoint)
+    try:
+        return await speaking(
+            asyncio.to_thread(start.run), lambda: "the embedded platform starts (it imports torch)"
+        )
+    except asyncio.CancelledError:
+        start.abandon()
+        raise
+
+
+class _Start:
+    """One start in a thread, which can't be stopped: what nobody waits for is given back."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._started = False
+        self._abandoned = False
+
+    def run(self) -> Platform:
+        platform = _embedded.acquire(self._endpoint)
+        with self._lock:
+            self._started = True
+            unwanted = self._abandoned
+        if unwanted:
+            _embedded.release()
+        return platform
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._abandoned = True
+            there = self._started
+        if there:
+            threading.Thread(target=_embedded.release, name="stop the platform").start()
+
+
+def release() -> None:
+    """Give the platform back; the last one stops it and waits. Blocks: call it in a thread."""
+    _embedded.release()
+
+
+def _start(endpoint: Endpoint) -> tuple[subprocess.Popen[bytes], Platform]:
+    settings: dict[str, Any] = {"embedded": True, "output": "json"}
+    if endpoint.state_dir is not None:
+        settings["state_dir"] = endpoint.state_dir
+    if endpoint.api_key is not None:
+        settings["api_key"] = endpoint.api_key
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fireworks_training.local"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C reaches the user's program alone
+    )
+    try:
+        ready = _ready_line(process, json.dumps(settings).encode() + b"\n")
+        if "error" in ready:
+            raise _start_error(str(ready["error"]))
+        return process, Platform(**{name: ready[name] for name in Platform.__slots__})
+    except BaseException as error:
+        _stop(process)
+        if isinstance(error, (KeyError, TypeError)):
+            raise LocalPlatformError("the embedded platform's ready line is incomplete") from error
+        raise
+
+
+def _start_error(reason: str) -> LocalPlatformError | MissingExtra:
+    if "No module named" in reason:
+        return MissingExtra(
+            f"the embedded platform needs packages that are not installed ({reason}): "
+            "pip install 'fireworks-training[local]'"
+        )
+    return LocalPlatformError(f"the embedded platform did not start: {reason}")
+
+
+def _ready_line(process: subprocess.Popen[bytes], settings: bytes) -> dict[str, Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    timer = threading.Timer(START_TIMEOUT, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        process.stdin.write(settings)
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = b""
+    finally:
+        timer.cancel()
+    if not line:
+        raise LocalPlatformError(
+            f"the embedded platform ended before it was ready (exit status {process.poll()}). "
+            "Start it by hand to see why: fireworks-training serve"
+        )
+    try:
+        return cast(dict[str, Any], json.loads(line))
+    except ValueError as error:
+        raise LocalPlatformError("the embedded platform's ready line is not JSON") from error
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End it by closing its pipe; kill it if it does not listen."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        logger.warning("the embedded platform did not end within %.0f s; killed", STOP_TIMEOUT)
+        process.kill()
+        process.wait()
+    process.stdout.close()

@@ -1,0 +1,266 @@
+"""What the runs of this user have made on one account, what of it is left, and its removal.
+
+The ledger says where to look, the rules in `_core.ledger` what may be touched, the resource itself
+whether it is ours. Nothing is removed that does not carry the nonce of a run without a live owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.resources.ledger_file import LedgerFile
+from fireworks_training._async.resources.ownership import delete, find, proves
+from fireworks_training._async.resources.processes import is_alive, this_process
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._core.ledger import (
+    Claim,
+    Close,
+    Leave,
+    Look,
+    Remove,
+    close,
+    fold,
+    judge,
+    judge_found,
+)
+from fireworks_training.config import resolve_endpoint
+from fireworks_training.errors import FireworksTrainingError
+from fireworks_training.models import DeploymentInfo, HeldResource, TrainerJobInfo
+
+AT_ONCE = 8
+"""Resources that are looked at together."""
+
+Decision = Look | Leave | Close | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What the caller wants removed; see `AsyncResourceLedger.reap`."""
+
+    older_than_s: float = 0.0
+    kept: bool = False
+    other_machines: bool = False
+
+
+class AsyncResourceLedger:
+    """The resources that runs of this user hold, on this machine's record.
+
+    Make one with `connect`; use it as a context manager, or `close()` it.
+    """
+
+    def __init__(self, plane: AsyncControlPlane | None, owner: OwnerLoop, base_url: str) -> None:
+        self._plane = plane
+        self._owner = owner
+        self._base_url = base_url
+        self._file = LedgerFile()
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+    ) -> Self:
+        """Describe the connection; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`. What other accounts hold is listed, and left.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. What other platforms
+                hold is listed, and left.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+
+        Raises:
+            InvalidArgument: no key, or a URL that is none.
+        """
+        endpoint = resolve_endpoint(base_url=base_url, api_key=api_key)
+        owner = OwnerLoop()
+        if endpoint.embedded:  # it ends with its process: there is nobody to ask
+            return cls(None, owner, endpoint.base_url)
+        transport = Transport(
+            owner=owner,
+            base_url=endpoint.base_url,
+            api_key=endpoint.api_key or "",
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+        )
+        return cls(AsyncControlPlane(transport), owner, endpoint.base_url)
+
+    async def ps(self) -> list[HeldResource]:
+        """What is held or left, oldest first; changes nothing.
+
+        Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
+
+        Raises:
+            ApiError: the platform can't be asked.
+        """
+        return await self._owner.run(lambda: self._all(_Wish(), act=False), label="ps")
+
+    async def reap(
+        self,
+        *,
+        older_than_s: float = 0.0,
+        dry_run: bool = False,
+        kept: bool = False,
+        other_machines: bool = False,
+    ) -> list[HeldResource]:
+        """Remove what runs have left behind: what carries their nonce and has no live owner.
+
+        Deployments go before trainers; a failure of one ("failed") does not stop the others.
+
+        Args:
+            older_than_s: only what was asked for at least so many seconds ago.
+            dry_run: only say what would be done.
+            kept: also what was kept on purpose at the end of its run.
+            other_machines: also what runs of other machines made, whose processes can't be looked
+                at from here: say so only if you know that they have ended.
+
+        Returns:
+            Everything that is held or left, with its `outcome`.
+
+        Raises:
+            ApiError: the platform can't be asked.
+        """
+        wish = _Wish(older_than_s, kept, other_machines)
+        return await self._owner.run(lambda: self._all(wish, act=not dry_run), label="reap")
+
+    async def close(self) -> None:
+        """Close the connections; idempotent."""
+        if self._plane is not None:
+            await self._plane.close()
+        elif self._owner.bound is not None:
+            self._owner.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncResourceLedger {self._base_url}>"
+
+    # -- plumbing ----------------------------------------------------------------------------------
+
+    def _bind_to_portal(self) -> None:
+        self._owner.use_portal()
+
+    async def _all(self, wish: _Wish, *, act: bool) -> list[HeldResource]:
+        claims = await self._claims()
+        account = await self._plane.account() if self._plane is not None and claims else None
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def one(claim: Claim) -> HeldResource:
+            async with places:
+                return await self._one(claim, claims, account, wish, act=act)
+
+        deployments = [claim for claim in claims if claim.last.kind == "deployment"]
+        trainers = [claim for claim in claims if claim.last.kind == "trainer"]
+        done = dict[int, HeldResource]()
+        for part in (deployments, trainers):  # trainers last: others load what they saved
+            rows = await asyncio.gather(*map(one, part))
+            done |= {id(claim): row for claim, row in zip(part, rows, strict=True)}
+        return [done[id(claim)] for claim in claims]
+
+    async def _claims(self) -> list[Claim]:
+        return fold(await asyncio.to_thread(self._file.read))
+
+    async def _one(
+        self, claim: Claim, claims: list[Claim], account: str | None, wish: _Wish, *, act: bool
+    ) -> HeldResource:
+        shown = self._shown(claim)
+        decision: Decision = await asyncio.to_thread(_judged, claim, claims, wish)
+        here = (claim.last.base_url, claim.last.account) == (self._base_url, account)
+        if not here or self._plane is None:
+            if isinstance(decision, Look):
+                where = f"{claim.last.account} at {claim.last.base_url}"
+                decision = Leave(f"of another account or platform ({where}): sign in there")
+        else:
+            try:
+                row = await find(self._plane, claim.last.kind, claim.last.resource_id)
+            except FireworksTrainingError as error:
+                return replace(shown, outcome="failed", reason=str(error))
+            shown = _with_state(shown, row)
+            if isinstance(decision, Look):
+                carries = row is not None and proves(row, claim.last.nonce)
+                decision = judge_found(
+                    claim, present=row is not None, carries=carries, now=time.time()
+                )
+        return await self._carry_out(shown, claim, decision, wish, act=act)
+
+    async def _carry_out(
+        self, shown: HeldResource, claim: Claim, decision: Decision, wish: _Wish, *, act: bool
+    ) -> HeldResource:
+        if isinstance(decision, Leave):
+            return replace(shown, outcome="leave", reason=decision.reason)
+        if isinstance(decision, Close):
+            if act:
+                await self._note_gone(claim, decision.reason)
+            return replace(shown, outcome="closed" if act else "close", reason=decision.reason)
+        reason = "its run has ended" if claim.last.event != "kept" else "it was kept"
+        if not act:
+            return replace(shown, outcome="remove", reason=reason)
+        # Somebody may have taken it up since the ledger was read.
+        again = await asyncio.to_thread(_judged, claim, await self._claims(), wish)
+        if isinstance(again, Leave):
+            return replace(shown, outcome="leave", reason=again.reason)
+        assert self._plane is not None
+        try:
+            await delete(self._plane, claim.last.kind, claim.last.resource_id)
+        except FireworksTrainingError as error:
+            return replace(shown, outcome="failed", reason=str(error))
+        await self._note_gone(claim, "reaped")
+        return replace(shown, outcome="removed", reason=reason)
+
+    async def _note_gone(self, claim: Claim, note: str) -> None:
+        entry = close(claim, at=time.time(), owner=this_process(), note=note)
+        await finish_in_spite_of_cancellation(asyncio.to_thread(self._file.append, [entry]))
+
+    def _shown(self, claim: Claim) -> HeldResource:
+        entry = claim.last
+        assert entry.event != "gone"  # `fold` gives open claims only
+        return HeldResource(
+            kind=entry.kind,
+            resource_id=entry.resource_id,
+            account=entry.account,
+            base_url=entry.base_url,
+            run=entry.run,
+            standing=entry.event,
+            age_s=max(0.0, time.time() - claim.since),
+            owner_pid=entry.owner.pid,
+            owner_alive=is_alive(entry.owner),
+        )
+
+
+def _judged(claim: Claim, claims: list[Claim], wish: _Wish) -> Look | Leave | Close:
+    return judge(
+        claim,
+        claims,
+        is_alive,
+        now=time.time(),
+        older_than=wish.older_than_s,
+        kept=wish.kept,
+        elsewhere=wish.other_machines,
+    )
+
+
+def _with_state(shown: HeldResource, row: TrainerJobInfo | DeploymentInfo | None) -> HeldResource:
+    if row is None:
+        return shown
+    replicas = row.replica_count if isinstance(row, DeploymentInfo) else None
+    return replace(shown, state=row.state, message=row.message, replicas=replicas)

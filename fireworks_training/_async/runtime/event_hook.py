@@ -1,0 +1,92 @@
+"""The user's `on_event` hook, called safely.
+
+Where no hook is set there is no `EventHook`, and whoever has something to tell asks for that first:
+events that nobody wants are not made. It knows the hook and what it was told of windows last; the
+events themselves are `fireworks_training.events`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from typing import Protocol
+
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.events import Event, LoopBlockedEvent, OnEvent, WindowEvent
+
+WINDOWS = 64
+"""Controllers whose window is remembered; the oldest goes first."""
+
+logger = logging.getLogger("fireworks_training.events")
+
+
+class HasWindow(Protocol):
+    """A concurrency controller, as far as a hook is told of it."""
+
+    @property
+    def window_size(self) -> int:
+        """Requests that may be in flight."""
+        ...
+
+
+class EventHook:
+    """Calls a hook; an exception in it is logged once, and breaks nothing.
+
+    Args:
+        hook: the user's function.
+
+    Raises:
+        InvalidArgument: it can't be called, or is a coroutine function, which nobody would await.
+    """
+
+    def __init__(self, hook: OnEvent) -> None:
+        if not callable(hook):
+            raise InvalidArgument(f"on_event={hook!r}: a function of one event is needed")
+        if inspect.iscoroutinefunction(hook) or inspect.iscoroutinefunction(
+            getattr(hook, "__call__", None)  # noqa: B004
+        ):
+            raise InvalidArgument(
+                "on_event is a coroutine function, and is never awaited: pass a plain function; it "
+                "may put the event into an asyncio.Queue"
+            )
+        self._hook = hook
+        self._failed = False
+        self._windows: dict[int, tuple[HasWindow, int]] = {}
+
+    @classmethod
+    def of(cls, hook: OnEvent | None) -> EventHook | None:
+        """The hook, if there is one."""
+        return None if hook is None else cls(hook)
+
+    @staticmethod
+    def now() -> float:
+        """The clock of all events."""
+        return time.monotonic()
+
+    def emit(self, event: Event) -> None:
+        """Tell the hook. Call on the owner loop."""
+        try:
+            self._hook(event)
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                logger.exception(
+                    "on_event raised at a %s; it is called further, and further errors are not "
+                    "logged",
+                    type(event).__name__,
+                )
+
+    def look_at(self, controller: HasWindow) -> None:
+        """Tell of a controller's window if it is another than at the last look."""
+        size = controller.window_size
+        _, before = self._windows.get(id(controller), (controller, size))
+        self._windows[id(controller)] = (controller, size)
+        if len(self._windows) > WINDOWS:
+            del self._windows[next(iter(self._windows))]
+        if size != before:
+            self.emit(WindowEvent(at=self.now(), before=before, after=size))
+
+    def blocked(self, seconds: float, where: str) -> None:
+        """Tell that the loop stood still."""
+        self.emit(LoopBlockedEvent(at=self.now(), seconds=seconds, where=where))

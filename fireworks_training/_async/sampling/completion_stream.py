@@ -1,0 +1,322 @@
+"""One HTTP attempt at one completion: the request goes out, deltas come in as the bytes arrive.
+
+It runs on the owner loop, and knows nothing of slots and retries. Whatever ends it early, the
+connection is closed at once, which is how a server learns that it may stop. A stream that was read
+to its end leaves its connection in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+
+from fireworks_training._async.http import open_files
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._core.backoff import parse_retry_after
+from fireworks_training._core.sse import SseDecoder
+from fireworks_training._wire.completions.chunks import (
+    CompletionAssembler,
+    server_metrics,
+)
+from fireworks_training._wire.completions.errors import status_error
+from fireworks_training._wire.completions.request import SamplingRequest
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    ConnectionFailed,
+    ProtocolError,
+    RequestTimedOut,
+)
+from fireworks_training.models import SampledCompletion, ServerMetrics, TokenDelta
+from fireworks_training.server_metrics import request_id_of
+
+ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "upstream_stream"]
+
+END_TIMEOUT = 1.0
+"""Seconds that a server may take after `[DONE]` to end its answer, to keep the connection."""
+
+_EVENT_STREAM = "text/event-stream"
+_LARGE_BODY = 2**20  # over this, aiohttp wants a file, which it sends in pieces
+_ERROR_BODY = 64 * 2**10
+
+
+class AttemptFailed(Exception):
+    """An attempt failed; internal: the caller retries, or tells the user in public terms.
+
+    Attributes:
+        kind: where it failed.
+        error: why, typed.
+        metrics: what it cost.
+    """
+
+    def __init__(self, kind: ErrorKind, error: ApiError, metrics: ServerMetrics) -> None:
+        super().__init__(kind)
+        self.kind: ErrorKind = kind
+        self.error = error
+        self.metrics = metrics
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """What one attempt sends, and what it is one of."""
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+    request: SamplingRequest
+    prompt_ids: Sequence[int]
+    number: int
+    prompt_index: int
+    sample_index: int
+
+
+class CompletionStream:
+    """`open()` sends the request and checks that a stream comes back; `read()` takes it.
+
+    Whoever opened it closes it, however that went.
+
+    Args:
+        transport: the connection pool.
+        attempt: what to send.
+        without_echo: takes the text of echoed prompt tokens off a text.
+        keep_tokens: whether the deltas tell token ids.
+    """
+
+    __slots__ = (
+        "_assembler",
+        "_attempt",
+        "_decoder",
+        "_first_token_at",
+        "_loop",
+        "_opener",
+        "_response",
+        "_sent_at",
+        "_silence",
+        "_transport",
+    )
+
+    def __init__(
+        self,
+        transport: Transport,
+        attempt: Attempt,
+        *,
+        without_echo: Callable[[str, Sequence[int]], str] | None = None,
+        keep_tokens: bool = False,
+    ) -> None:
+        self._transport = transport
+        self._attempt = attempt
+        self._decoder = SseDecoder()
+        self._assembler = CompletionAssembler(
+            attempt.request, attempt.prompt_ids, without_echo, keep_tokens=keep_tokens
+        )
+        self._response: aiohttp.ClientResponse | None = None
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+        self._first_token_at: float | None = None
+        self._opener: asyncio.Task[Any] | None = None  # waits for the headers
+        self._silence: TimeoutError | None = None
+
+    @property
+    def sampling_substituted(self) -> bool:
+        """Whether raw logprobs stand in for sampling logprobs that the server does not report."""
+        return self._assembler.sampling_substituted
+
+    @property
+    def response_id(self) -> str | None:
+        """The id in the stream's chunks; None if there is none."""
+        return self._assembler.response_id
+
+    @property
+    def received(self) -> int:
+        """Bytes of the answer, and one for its headers."""
+        return 0 if self._response is None else 1 + self._response.content.total_bytes
+
+    def fail(self, error: TimeoutError) -> None:
+        """End the wait for a server that has been silent for too long."""
+        if self._response is not None:
+            self._response.content.set_exception(error)
+        elif self._opener is not None:
+            self._silence = error
+            self._opener.cancel()
+
+    def close(self) -> None:
+        """Close the connection, unless the answer has ended and the pool has it again."""
+        self._transport.stalls.discard(self, self._attempt.request.http_timeout)
+        if self._response is not None:
+            self._response.close()
+
+    async def open(self) -> None:
+        """Send the request, and see that a stream comes back.
+
+        Raises:
+            AttemptFailed: it does not.
+        """
+        attempt = self._attempt
+        session = self._transport.session()
+        body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
+        self._sent_at = self._loop.time()
+        self._transport.stalls.add(self, attempt.request.http_timeout)
+        try:
+            response = await self._post(session, body)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._broken(error) from error
+        self._response = response
+        if response.status != 200:
+            raise self._failed("http_status", await self._status_error(response))
+        exact = response.headers.get("Content-Type") == _EVENT_STREAM
+        if not exact and response.content_type != _EVENT_STREAM:
+            wrong = ProtocolError(
+                f"the server answered with {response.content_type} instead of an event stream; is "
+                "the inference URL right?",
+                request_id=request_id_of(response.headers),
+            )
+            raise self._failed("upstream_stream", wrong)
+
+    async def _post(
+        self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
+    ) -> aiohttp.ClientResponse:
+        attempt, task = self._attempt, asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
+        while True:
+            try:
+                self._opener = task
+                return await session.post(
+                    attempt.url, data=body, headers=attempt.headers, allow_redirects=False
+                )
+            except asyncio.CancelledError as cancelled:
+                if self._silence is None or task.uncancel() > cancelled_before:
+                    raise
+                raise self._silence from cancelled
+            except aiohttp.ClientConnectorError as error:
+                # Nothing was sent: with a higher limit the connection can be made after all.
+                if not (open_files.exhausted(error.os_error) and open_files.raise_limit()):
+                    raise
+            finally:
+                self._opener = None
+
+    async def _status_error(self, response: aiohttp.ClientResponse) -> ApiError:
+        try:
+            body = await response.content.read(_ERROR_BODY)
+        except (aiohttp.ClientError, OSError):
+            body = b""  # the status has been said; what it lacks is an explanation
+        headers = response.headers
+        return status_error(
+            response.status,
+            body,
+            retry_after=parse_retry_after(headers.get("retry-after"), date=headers.get("date")),
+            request_id=request_id_of(headers),
+        )
+
+    async def read(self, tell: Callable[[TokenDelta], None] | None = None) -> SampledCompletion:
+        """Read to the end.
+
+        Args:
+            tell: is called with what each piece of the network added.
+
+        Raises:
+            AttemptFailed: the stream broke, or what came is no completion.
+        """
+        response, assembler = self._response, self._assembler
+        assert response is not None
+        content = response.content
+        while not assembler.done:
+            try:
+                piece = await content.readany()
+            except (aiohttp.ClientError, OSError) as error:
+                raise self._broken(error) from error
+            if not piece:
+                break
+            if tell is None:
+                self._take(response, piece)
+                continue
+            mark = assembler.mark()
+            self._take(response, piece)
+            if assembler.mark() != mark:
+                tell(assembler.since(mark))
+        completion = self._finish()
+        if not content.at_eof():
+            await self._reach_the_end(response)
+        return completion
+
+    def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
+        """One piece of the network."""
+        assembler, decoder = self._assembler, self._decoder
+        try:
+            if (messages := decoder.plain(piece)) is not None:
+                assembler.feed_messages(messages)
+            else:
+                for data, event in decoder.feed(piece):
+                    assembler.feed(data, event)
+        except ApiError as error:
+            error.request_id = error.request_id or request_id_of(response.headers)
+            raise self._failed("upstream_stream", error) from error
+        if self._first_token_at is None and self._assembler.started:
+            self._first_token_at = self._loop.time()
+
+    def _finish(self) -> SampledCompletion:
+        if self._assembler.truncated:
+            error = ConnectionFailed("the stream ended before the completion did")
+            raise self._failed("sse_truncation", error)
+        try:
+            return self._assembler.completion(
+                prompt_index=self._attempt.prompt_index,
+                sample_index=self._attempt.sample_index,
+                metrics=self._metrics(),
+            )
+        except ProtocolError as error:
+            raise self._failed("upstream_stream", error) from error
+
+    @staticmethod
+    async def _reach_the_end(response: aiohttp.ClientResponse) -> None:
+        """Read what follows `[DONE]`, normally nothing, so that the connection can be used again.
+
+        The completion is whole: a server that does not end its answer costs a connection only.
+        """
+        try:
+            async with asyncio.timeout(END_TIMEOUT):
+                while await response.content.readany():
+                    pass
+        except (aiohttp.ClientError, OSError):
+            response.close()
+
+    def _broken(self, error: Exception) -> AttemptFailed:
+        what = type(error).__name__
+        if isinstance(error, TimeoutError):
+            timed_out = RequestTimedOut(f"no byte came in time ({what})", cause=error)
+            return self._failed("timeout", timed_out)
+        if isinstance(error, aiohttp.ClientConnectorError) and open_files.exhausted(error.os_error):
+            what = open_files.advice()
+        return self._failed(
+            "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)
+        )
+
+    def _failed(self, kind: ErrorKind, error: ApiError) -> AttemptFailed:
+        transport_error = type(error).__name__ if kind in ("connection", "timeout") else None
+        status = error.status if isinstance(error, ApiStatusError) else None
+        return AttemptFailed(kind, error, self._metrics(transport_error, status))
+
+    def _metrics(
+        self, transport_error: str | None = None, status: int | None = None
+    ) -> ServerMetrics:
+        response, assembler = self._response, self._assembler
+        headers: Mapping[str, str] = {} if response is None else response.headers
+        if status is None and response is not None:
+            status = response.status
+        first = self._first_token_at
+        return server_metrics(
+            headers,
+            assembler.perf_metrics,
+            client_ttft=None if first is None else first - self._sent_at,
+            client_latency=self._loop.time() - self._sent_at,
+            completion_tokens=assembler.completion_tokens,
+            http_status_code=status,
+            transport_error=transport_error,
+            retry_attempt=self._attempt.number,
+            snapshot_identity=assembler.snapshot_identity(),
+        )

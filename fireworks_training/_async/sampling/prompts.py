@@ -1,0 +1,163 @@
+"""What a sampler is given to complete: conversations or token ids, and the tokenizer between them.
+
+It knows how the field spells prompts, and that fast tokenizers refuse use from two threads at once.
+It sends nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+from fireworks_training._wire.completions.request import token_ids
+from fireworks_training.errors import InvalidArgument
+
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+"""Messages: `[{"role": "user", "content": "..."}, ...]`."""
+
+
+Ids: TypeAlias = tuple[int, ...]
+"""A prompt. Tuples of integers cost the garbage collector nothing; it walks lists of them."""
+
+
+class Tokenizer(Protocol):
+    """What the sampler needs of a tokenizer; those of `transformers` have it."""
+
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]:
+        """Turns messages into token ids."""
+        ...
+
+    @property
+    def decode(self) -> Callable[..., Any]:
+        """Turns token ids into text."""
+        ...
+
+
+class LockedTokenizer:
+    """A tokenizer, used by one thread at a time.
+
+    Attributes:
+        tokenizer: the one that was passed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+
+    def apply_template(self, conversations: Sequence[Conversation]) -> list[Ids]:
+        """Token ids of conversations, each with a generation prompt. Slow: not on an event loop."""
+        with self._lock:
+            return [self._template_ids(conversation) for conversation in conversations]
+
+    def _template_ids(self, conversation: Conversation) -> Ids:
+        ids = self.tokenizer.apply_chat_template(
+            [dict(message) for message in conversation],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        return token_ids("the chat template's result", ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        with self._lock:
+            return str(self.tokenizer.decode(list(ids)))
+
+    def without_echo(self, text: str, ids: Sequence[int]) -> str:
+        """A text without that of the prompt tokens at its beginning.
+
+        Servers echo special tokens as text, or leave them out; a beginning that is neither stays.
+        """
+        for special in (False, True):
+            with self._lock:
+                echo = str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+            if text.startswith(echo):
+                return text[len(echo) :]
+        return text
+
+    def stop_texts(self, ids: Sequence[int]) -> list[str]:
+        """Stop token ids as strings.
+
+        Raises:
+            InvalidArgument: one has no text of its own (a piece of a character, a special token
+                that decodes to nothing).
+        """
+        texts = [self.decode([token]) for token in ids]
+        for token, text in zip(ids, texts, strict=True):
+            if not text or "\ufffd" in text:
+                raise InvalidArgument(
+                    f"stop holds token id {token}, which has no text of its own, and this server "
+                    "takes strings only: it would stop elsewhere, or never"
+                )
+        return texts
+
+
+def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    """One conversation or several, as a list of conversations.
+
+    Raises:
+        InvalidArgument: none, an empty one, a mixture, or something else.
+    """
+    wanted = 'pass [{"role": "user", "content": "..."}], or a list of such lists'
+    if isinstance(messages, (str, bytes, Mapping)) or not messages:
+        what = "is empty" if not messages else f"is a {type(messages).__name__}"
+        raise InvalidArgument(f"messages {what}; {wanted}")
+    items = list(messages)
+    if all(isinstance(item, Mapping) for item in items):
+        conversations = [cast(Conversation, items)]
+    elif any(isinstance(item, (str, bytes)) or not isinstance(item, Sequence) for item in items):
+        raise InvalidArgument(f"messages mixes messages with something else; {wanted}")
+    else:
+        conversations = cast(list[Conversation], items)
+    for index, conversation in enumerate(conversations):
+        if not conversation or not all(
+            isinstance(message, Mapping) and "role" in message
+            for message in cast(Sequence[object], conversation)
+        ):
+            raise InvalidArgument(
+                f"conversation {index} is empty, or holds something that has no role; {wanted}"
+            )
+    return conversations
+
+
+def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Ids]:
+    """One prompt or several, as a list of prompts."""
+    if isinstance(prompt_token_ids, (str, bytes)):
+        raise InvalidArgument(
+            "prompt_token_ids takes token ids, not text; for text, sample_with_tokens takes "
+            'messages=[{"role": "user", "content": "..."}]'
+        )
+    try:
+        return [token_ids("prompt_token_ids", cast(Sequence[int], prompt_token_ids))]
+    except InvalidArgument as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise  # integers, and wrong ones
+    items = list(prompt_token_ids)
+    nested = [hasattr(item, "__len__") for item in items]
+    if nested and all(nested):
+        return [
+            token_ids(f"prompt {index}", cast(Sequence[int], item))
+            for index, item in enumerate(items)
+        ]
+    if any(nested):
+        raise InvalidArgument("prompt_token_ids mixes token ids with lists of token ids")
+    return [token_ids("prompt_token_ids", cast(Sequence[int], items))]
+
+
+def one_prompt(prompt_token_ids: Sequence[Any]) -> list[Ids]:
+    """A list of one prompt, for calls that take no more."""
+    prompts = prompts_of(prompt_token_ids)
+    if len(prompts) != 1 or hasattr(prompt_token_ids[0], "__len__"):
+        raise InvalidArgument(
+            "this call takes one prompt, as a list of token ids; for several prompts use "
+            "sample_with_prompt_tokens"
+        )
+    return prompts
+
+
+def is_conversation(prompt: object) -> bool:
+    """Whether a prompt consists of messages."""
+    items = cast(Sequence[object], prompt)
+    return len(items) > 0 and isinstance(items[0], Mapping)

@@ -1,0 +1,130 @@
+"""How often a completion is tried, and what is said when that was not often enough.
+
+It knows failures and budgets; the attempts are made in `sampling_run.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fireworks_training._async.sampling.completion_stream import AttemptFailed
+from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._core.backoff import Backoff, is_retryable
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    AuthenticationFailed,
+    DeploymentSamplerTimeoutError,
+    NotFound,
+    SamplingRequestError,
+)
+
+HOT_LOAD_STATUS = frozenset({404, 425})
+"""Statuses of a deployment that is loading a snapshot, or that its gateway doesn't know yet."""
+
+HOT_LOAD_POLL = 8.0
+"""Seconds between two looks at a deployment of which a load is known to be under way."""
+
+_TIMEOUT_STATUS = frozenset({408, 504})
+
+
+def is_hot_load(error: ApiError) -> bool:
+    """Whether the deployment may be loading a snapshot.
+
+    Our platform says NOT_FOUND only of a deployment that does not exist: no wait mends that.
+    """
+    if not isinstance(error, ApiStatusError) or error.status not in HOT_LOAD_STATUS:
+        return False
+    return not (isinstance(error, NotFound) and error.error_class == "NOT_FOUND")
+
+
+def _hot_load_budget() -> Backoff:
+    # About a minute; the ones that the coordinator knows of are waited for as long as they take.
+    return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Makes the retry budgets of a completion; tests make quicker ones.
+
+    `transient` counts attempts, not seconds: a budget in seconds would have to be larger than the
+    time-out of one attempt, which the caller chooses.
+    """
+
+    transient: Callable[[], Backoff] = Backoff
+    hot_load: Callable[[], Backoff] = _hot_load_budget
+
+
+class Budgets:
+    """What a completion may still be tried for, once its first attempt has failed.
+
+    Attributes:
+        loading: whether the last failure was that of a deployment that loads a snapshot.
+    """
+
+    __slots__ = ("_hot_load", "_news", "_policy", "_transient", "loading")
+
+    def __init__(self, policy: RetryPolicy, news: LoadNews) -> None:
+        self._policy = policy
+        self._news = news
+        self._transient: Backoff | None = None
+        self._hot_load: Backoff | None = None
+        self.loading = False
+
+    def delay(self, error: ApiError, *, now: float) -> float | None:
+        """Seconds until the next attempt; None if there is none."""
+        self.loading = is_hot_load(error)
+        if not self.loading:
+            self._transient = self._transient or self._policy.transient()
+            return self._transient.next_delay(error, now=now)
+        self._hot_load = self._hot_load or self._policy.hot_load()
+        delay = self._hot_load.next_delay(error, now=now)
+        # A load that is known of is waited for as long as it takes.
+        return HOT_LOAD_POLL if delay is None and self._news.loading else delay
+
+    def loaded(self) -> None:
+        """The load is over: another one is waited for anew."""
+        if self._hot_load is not None:
+            self._hot_load.reset()
+
+
+def final_error(
+    failure: AttemptFailed, attempts: int, request_id: str, model: str, context: str
+) -> SamplingRequestError:
+    """What the caller is told of a completion that could not be had.
+
+    Args:
+        failure: the last one, after so many attempts.
+        context: labels of the call, as messages end.
+    """
+    error = failure.error
+    status = error.status if isinstance(error, ApiStatusError) else None
+    timed_out = failure.kind == "timeout" or status in _TIMEOUT_STATUS
+    hot_loading = is_hot_load(error)
+    cls = DeploymentSamplerTimeoutError if timed_out else SamplingRequestError
+    tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+    return cls(
+        f"no completion from {model}{context} after {tries}: "
+        f"{error.message}.{_advice(failure, hot_loading)}",
+        logical_request_id=request_id,
+        model=model,
+        attempts=attempts,
+        final_status=status,
+        final_error_kind=failure.kind,
+        retry_budget_exhausted=hot_loading or is_retryable(error),
+        request_id=error.request_id or failure.metrics.request_id or request_id,
+        cause=error,
+    )
+
+
+def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
+    if isinstance(failure.error, AuthenticationFailed):
+        return " Check the API key, and that it may use this deployment."
+    if hot_loading:
+        return " The deployment did not become ready; check its state and the model name."
+    if isinstance(failure.error, NotFound):
+        return " Check the model name: this server has no such deployment."
+    if failure.kind == "timeout":
+        return " The server is stuck or far behind: lower the concurrency, or raise http_timeout."
+    return ""

@@ -1,0 +1,377 @@
+"""`DeploymentSampler`: samples completions from a serving deployment.
+
+One class for plain functions and for coroutines: its calls return a `SampleCall`, which is awaited
+or asked for its `.result()`. It checks arguments when it is called, and turns conversations into
+token ids in a worker thread; what happens on the wire is `sampling_run`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
+
+from fireworks_training._async.sampling.context import SamplerBase
+from fireworks_training._async.sampling.prompts import (
+    Conversation,
+    Ids,
+    conversations_of,
+    is_conversation,
+    one_prompt,
+    prompts_of,
+)
+from fireworks_training._async.sampling.run import Logged, SamplingRun
+from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenStream
+from fireworks_training._outcome import Outcome
+from fireworks_training._wire.completions.body import completion_body
+from fireworks_training._wire.completions.request import (
+    EncodedRequest,
+    SamplingOptions,
+    SamplingRequest,
+    integer,
+)
+from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
+from fireworks_training.futures import SampleCall
+from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+Prompts: TypeAlias = list[Ids] | Callable[[], Coroutine[Any, Any, list[Ids]]]
+"""Prompts as token ids, or what finds these on the owner loop."""
+
+logger = logging.getLogger("fireworks_training.sampling")
+
+
+class DeploymentSampler(SamplerBase):
+    """Samples completions from a serving deployment.
+
+    `service.create_deployment_sampler(...)` makes one that shares the service's connections; this
+    constructor makes one of its own, to be closed by `close()` or as a context manager. It may be
+    used from any thread and any event loop. Entered by `async with` before its first call, it does
+    its work on that loop, which saves each call a hop to the background loop and back.
+
+    Args:
+        inference_url: scheme and host of the inference API; `/inference/v1/completions` is added.
+        model: `accounts/<account>/deployments/<deployment>`.
+        api_key: key of the inference API.
+        tokenizer: needed to sample from messages, and to turn stop token ids into text.
+        concurrency_controller: bounds the requests in flight; one `AdaptiveConcurrencyController()`
+            unless given. Share one among samplers of the same deployment.
+        max_concurrency: deprecated: pass `FixedConcurrencyController(max_concurrency)`.
+        additional_headers: sent with every request.
+        integer_stops: whether the server takes token ids in `stop`, as the local platform does.
+            Others get their text, from the tokenizer; ids without a text of their own are refused.
+        verify_ssl: False accepts any certificate.
+        retries: retry budgets, for tests.
+        request_context: labels for error messages and logs of all calls; `sampling_context` of a
+            call adds to them. Never sent.
+        on_event: told of requests, retries, windows and failures; see `from_firetitan_config`.
+
+    Raises:
+        InvalidArgument: an argument is missing or contradicts another.
+    """
+
+    def sample_with_tokens(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        n: int = 1,
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        max_seq_len: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> SampleCall[list[SampledCompletion]]:
+        """Sample `n` completions of each conversation.
+
+        Args:
+            messages: one conversation (a list of `{"role", "content"}`), or a list of them. The
+                tokenizer's chat template is applied, with a generation prompt.
+            n: completions of each, each a streaming request of its own.
+            max_tokens: tokens of a completion at most.
+            temperature: 0 is greedy.
+            max_seq_len: a prompt of this many tokens or more gives no completions, without a
+                request; completions that end up longer, with their prompt, are dropped.
+            **options: see `SamplingOptions`.
+
+        Returns:
+            A call whose result is the list of completions, the ones of the first conversation
+            first; `prompt_index` and `sample_index` tell which is which.
+
+        Raises:
+            InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
+            SamplingRequestError: from the result: one completion could not be had.
+            SamplingClientClosedError: from the result: the sampler was closed under it.
+        """
+        request = self._request(max_tokens, temperature, options)
+        conversations = conversations_of(messages)
+        tokenizer = self._needed_tokenizer()
+        return self._call(
+            lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
+            len(conversations),
+            n,
+            request,
+            max_seq_len,
+        )
+
+    def sample_with_prompt_tokens(
+        self,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]],
+        n: int = 1,
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        max_seq_len: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> SampleCall[list[SampledCompletion]]:
+        """Sample `n` completions of each prompt, given as token ids; no tokenizer is needed.
+
+        Args:
+            prompt_token_ids: one prompt (a list of token ids), or a list of them.
+
+        The other arguments, the result and the errors are those of `sample_with_tokens`.
+        """
+        request = self._request(max_tokens, temperature, options)
+        prompts = prompts_of(prompt_token_ids)
+        return self._call(prompts, len(prompts), n, request, max_seq_len)
+
+    def sample_with_prompt_tokens_result(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        max_seq_len: int | None = None,
+        logical_request_id: str | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> SampleCall[SampledRequestResult]:
+        """Sample one completion of a prompt, with the facts of its request and all its attempts.
+
+        Args:
+            max_seq_len: a prompt of this many tokens or more is refused; a completion that ends up
+                longer, with its prompt, is left out of the result.
+            logical_request_id: sent as `X-Request-Id`; a random one unless given.
+
+        The other arguments and the errors are those of `sample_with_prompt_tokens`.
+        """
+        request = self._request(max_tokens, temperature, options)
+        (ids,) = one_prompt(prompt_token_ids)
+        if max_seq_len is not None and len(ids) >= integer("max_seq_len", max_seq_len, 1):
+            raise InvalidArgument(
+                f"the prompt has {len(ids)} tokens, and max_seq_len is {max_seq_len}: nothing "
+                "could be sampled"
+            )
+
+        logged = Logged() if logical_request_id is None else Logged(logical_request_id)
+        label = "sampling a completion"
+        return SampleCall(
+            self._begin,
+            self._sample_logged,
+            (ids, request, max_seq_len, logged),
+            label,
+            label=label,
+        )
+
+    async def _sample_logged(
+        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: Logged
+    ) -> SampledRequestResult:
+        started = time.monotonic()
+        with SamplingRun(self._source, self._controller, request) as run:
+            one = await run.one(request.encode(ids), logged=logged)
+        return SampledRequestResult(
+            completions=self._within([one], max_seq_len),
+            server_metrics=one.metrics,
+            logical_request_id=logged.request_id,
+            attempts=len(logged.attempts),
+            wall_seconds=time.monotonic() - started,
+            upstream_response_id=logged.attempts[-1].upstream_response_id,
+            server_attempts=tuple(logged.attempts),
+        )
+
+    async def async_completions_stream(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        hotload_retry_interval: float | None = None,
+        hotload_max_retries: int | None = None,
+        logical_request_id: str | None = None,
+        prompt_cache_key: str | None = None,
+        additional_headers_snapshot: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> tuple[dict[str, Any], ServerMetrics]:
+        """One completion as the route's own JSON, with what it cost.
+
+        For scripts that read that JSON; `sample_with_prompt_tokens_result` has the same as values.
+
+        Args:
+            prompt: token ids.
+            hotload_retry_interval, hotload_max_retries: refused: a request waits for a hot load as
+                long as that takes, and is woken by its end.
+            logical_request_id: sent as `X-Request-Id`; a random one unless given.
+
+        Returns:
+            `{"choices": [{"text", "finish_reason", "raw_output", "logprobs"}], "usage", "id"}`, and
+            the metrics of the attempt that made it.
+
+        The other arguments and the errors are those of `sample_with_prompt_tokens`.
+        """
+        for name, value in (
+            ("hotload_retry_interval", hotload_retry_interval),
+            ("hotload_max_retries", hotload_max_retries),
+        ):
+            if value is not None:
+                raise NotSupported(
+                    f"{name}: a request waits for a hot load as long as that takes, and is woken "
+                    "by its end; leave it out"
+                )
+        given: dict[str, Any] = {
+            **options,
+            "prompt_cache_key": prompt_cache_key,
+            "additional_headers_snapshot": additional_headers_snapshot,
+        }
+        result = await self.sample_with_prompt_tokens_result(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            logical_request_id=logical_request_id,
+            **cast(SamplingOptions, {k: v for k, v in given.items() if v is not None}),
+        )
+        (one,) = result.completions
+        return completion_body(one, result.upstream_response_id), one.metrics
+
+    def stream(
+        self,
+        prompt: Sequence[int] | Conversation,
+        max_tokens: int = 1024,
+        temperature: float = 1.0,
+        **options: Unpack[SamplingOptions],
+    ) -> TokenStream:
+        """Sample one completion and hand its tokens over as they come.
+
+            async with sampler.stream(prompt, logprobs=True) as deltas:
+                async for delta in deltas:
+                    ...  # delta.text, delta.tokens, delta.logprobs
+            deltas.completion  # the whole; a plain `with` and `for` do the same in a thread
+
+        Leaving early closes the connection, and the server stops generating.
+
+        Args:
+            prompt: token ids, or one conversation.
+
+        The other arguments are those of `sample_with_tokens`.
+
+        Raises:
+            InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
+            SamplingRequestError: from the iteration: the completion could not be had, or the stream
+                broke after a delta had been handed over.
+        """
+        request = self._request(max_tokens, temperature, options)
+        find = self._finder(prompt)
+        label = "streaming a completion"
+        return TokenStream(
+            lambda buffer: self._tasks.spawn(self._stream, find, request, buffer, label=label),
+            label=label,
+        )
+
+    async def _stream(
+        self, find: Prompts, request: SamplingRequest, buffer: DeltaBuffer
+    ) -> SampledCompletion:
+        (ids,) = await find() if callable(find) else find
+        with SamplingRun(self._source, self._controller, request) as run:
+            return await run.one(request.encode(ids), deltas=buffer)
+
+    def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
+        """The ids of one prompt, or what finds them, checked as far as it can be at once."""
+        if not is_conversation(prompt):
+            return one_prompt(prompt)
+        conversations = conversations_of(cast(Conversation, prompt))
+        if len(conversations) != 1:
+            raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
+        tokenizer = self._needed_tokenizer()
+        return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
+
+    def drain_metrics(self) -> list[ServerMetrics]:
+        """What each attempt since the last drain cost, oldest first; the newest 65,536."""
+        drained: list[ServerMetrics] = []
+        while self._metrics:
+            drained.append(self._metrics.popleft())
+        return drained
+
+    def _call(
+        self,
+        find: Prompts,
+        prompts: int,
+        n: int,
+        request: SamplingRequest,
+        max_seq_len: int | None,
+    ) -> SampleCall[list[SampledCompletion]]:
+        integer("n", n, 1)
+        if max_seq_len is not None:
+            integer("max_seq_len", max_seq_len, 1)
+        total = prompts * n
+        label = "sampling a completion" if total == 1 else f"sampling {total} completions"
+        args = (find, n, request, max_seq_len)
+        return SampleCall(self._begin, self._sample, args, label, label=label)
+
+    def _begin(
+        self,
+        work: Callable[[*Args], Coroutine[Any, Any, T]],
+        args: tuple[*Args],
+        label: str,
+    ) -> Outcome[T]:
+        try:
+            return self._tasks.spawn(work, *args, label=label)
+        except UsageError as error:
+            # The call has started, and this is its result: also for later awaits.
+            outcome = Outcome[T](label=label)
+            outcome.fail(error)
+            return outcome
+
+    async def _sample(
+        self, find: Prompts, n: int, request: SamplingRequest, max_seq_len: int | None
+    ) -> list[SampledCompletion]:
+        fitting = _fitting(await find() if callable(find) else find, n, request, max_seq_len)
+        del find  # for as long as the request runs the collector would visit it
+        if not fitting:
+            return []
+        total = len(fitting) * n
+        with SamplingRun(self._source, self._controller, request, total) as run:
+            found = [await run.one(fitting.pop())] if total == 1 else await run.all(fitting, n)
+        return self._within(found, max_seq_len)
+
+    @staticmethod
+    def _within(
+        completions: list[SampledCompletion], max_seq_len: int | None
+    ) -> list[SampledCompletion]:
+        """Those that are no longer than `max_seq_len` with their prompt."""
+        if max_seq_len is None:
+            return completions
+        kept = [one for one in completions if len(one.full_tokens) <= max_seq_len]
+        if len(kept) < len(completions):
+            logger.warning(
+                "%d of %d completions are longer than max_seq_len (%d) with their prompt: dropped",
+                len(completions) - len(kept),
+                len(completions),
+                max_seq_len,
+            )
+        return kept
+
+
+def _fitting(
+    prompts: list[Ids], n: int, request: SamplingRequest, max_seq_len: int | None
+) -> list[EncodedRequest]:
+    """Those that leave room for a token, encoded."""
+    fitting = [
+        request.encode(ids, index=index, earlier=index * n)
+        for index, ids in enumerate(prompts)
+        if max_seq_len is None or len(ids) < max_seq_len
+    ]
+    if len(fitting) < len(prompts):
+        logger.warning(
+            "%d of %d prompts have max_seq_len (%s) tokens or more: not sampled",
+            len(prompts) - len(fitting),
+            len(prompts),
+            max_seq_len,
+        )
+    return fitting

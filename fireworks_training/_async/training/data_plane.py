@@ -1,0 +1,390 @@
+"""A trainer over HTTP: submit a request until it is taken, poll until it is done.
+
+A submit whose answer was lost is sent again: the trainer knows requests by (model_id, seq_id). A
+poll that is cut is made again. What an answer means for the line of operations is decided by the
+caller; here it only becomes a payload or a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import orjson
+
+from fireworks_training._async.http.transport import (
+    Body,
+    Response,
+    Transport,
+    tell_retry,
+    with_retries,
+)
+from fireworks_training._async.runtime.worker import in_worker
+from fireworks_training._core.backoff import Backoff
+from fireworks_training._wire.training.batch_polls import Ended, decode_poll, encode_poll
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    OperationError,
+    PrecedingOperationFailed,
+    ProtocolError,
+    RequestFailed,
+    TrainerLost,
+)
+from fireworks_training.models import __version__
+
+logger = logging.getLogger("fireworks_training.trainer")
+
+Answer = Mapping[str, Any] | bytes
+"""The payload of a result: a JSON object, or the bytes of a protobuf message."""
+
+PROTOBUF_TYPE = "application/x-protobuf"
+
+SUBMIT_TIMEOUT = 40.0
+"""Seconds that a submit may take, or that its upload may stand still; then it is sent again."""
+
+POLL_TIMEOUT = 45.0
+"""Seconds for one poll, which servers answer before; then it is made again."""
+
+PATIENCE = 600.0
+"""Seconds of failing exchanges in a row before an operation is given up."""
+
+RETRY_BASE = 0.25
+"""Seconds; ceiling of the first pause after a failed exchange, of which half is random. It doubles
+with each further failure: at most four requests in the first second, and ever fewer."""
+
+QUICK_POLL = 0.5
+"""Seconds; a "not ready" that comes sooner is answered by a pause of this, up to half of it
+shortened at random: no server is hammered, and many clients do not come in step."""
+
+PARSE_INLINE = 1 << 16
+"""Bytes of JSON that are parsed on the loop; more go to a thread."""
+
+BEAT_TIMEOUT = 10.0
+"""Seconds for one heartbeat, or for what can be done without."""
+
+BILLING_PAUSE = 5.0
+"""Seconds between polls while the server says 402 (billing pause)."""
+
+
+RESULT_GONE = "ResultExpired"
+"""`error_class` of an operation whose result is lost: whether it was applied is not known."""
+
+ENDLESS = 10**9
+"""Attempts, where only time bounds them."""
+
+UNDECIDED = frozenset({408, 409, 429})
+"""Client-error statuses that do not say the request was refused for good."""
+
+
+class DataPlane:
+    """The trainer's HTTP interface.
+
+    Args:
+        transport: the service's pool.
+        base_url: of the trainer, without `/api/v1`.
+    """
+
+    def __init__(self, transport: Transport, base_url: str) -> None:
+        self._transport = transport
+        self.usage = transport.usage
+        self.events = transport.events
+        self._base = f"{base_url.rstrip('/')}/api/v1"
+
+    def url(self, path: str) -> str:
+        """Absolute URL of an endpoint."""
+        return f"{self._base}/{path}"
+
+    async def call(self, path: str, payload: object, *, what: str) -> dict[str, Any]:
+        """An exchange that answers at once (sessions, get_info); retried."""
+        try:
+            return await self._transport.call("POST", self.url(path), json=payload, what=what)
+        except ApiStatusError as error:
+            raise _lost(error) or error from error.cause
+
+    async def client_config(self) -> dict[str, Any]:
+        """What the trainer asks of its clients; tried twice, since it can be done without."""
+        return await self._transport.call(
+            "POST",
+            self.url("client/config"),
+            json={"sdk_version": __version__},
+            what="client/config",
+            timeout=BEAT_TIMEOUT,
+            backoff=Backoff(attempts=2),
+        )
+
+    async def get(self, path: str, *, what: str) -> dict[str, Any]:
+        """A GET that answers at once; retried."""
+        try:
+            return await self._transport.call("GET", self.url(path), what=what)
+        except ApiStatusError as error:
+            raise _lost(error) or error from error.cause
+
+    async def beat(self, session_id: str) -> None:
+        """One heartbeat, no retry.
+
+        Raises:
+            ApiError: it did not arrive.
+        """
+        response = await self._transport.exchange(
+            "POST",
+            self.url("session_heartbeat"),
+            body=orjson.dumps({"session_id": session_id, "type": "session_heartbeat"}),
+            timeout=BEAT_TIMEOUT,
+        )
+        if not response.ok:
+            raise response.error("heartbeat")
+
+    async def submit(
+        self,
+        path: str,
+        body: Body,
+        *,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        undecided: frozenset[int] = UNDECIDED,
+    ) -> str:
+        """Send a request until the trainer takes it; its request id.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiStatusError: refused for good, or its place in the line holds another request.
+            ApiError: not taken within `PATIENCE`; whether it was is not known.
+        """
+        response = await with_retries(
+            partial(self._submit_once, path, body, headers, what),
+            what=what,
+            backoff=patient(undecided),
+            events=self.events,
+            kind="training",
+        )
+        request_id = response.object().get("request_id")
+        if not isinstance(request_id, str) or not request_id:
+            raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
+        return request_id
+
+    async def _submit_once(
+        self, path: str, body: Body, headers: Mapping[str, str] | None, what: str
+    ) -> Response:
+        response = await self._transport.exchange(
+            "POST", self.url(path), body=body, headers=headers, timeout=SUBMIT_TIMEOUT
+        )
+        if not response.ok:
+            error = response.error(what)
+            raise _lost(error) or error
+        return response
+
+    async def fill(
+        self,
+        path: str,
+        body: Body,
+        headers: Mapping[str, str] | None = None,
+        *,
+        fails: bool = False,
+    ) -> None:
+        """Send a filler; that its place is taken already (409) is as good as an answer.
+
+        Args:
+            fails: the filler is one that the trainer takes as failed, and answers with 400.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiError: refused too, or no answer.
+        """
+        try:
+            await self.submit(
+                path, body, what="filler", headers=headers, undecided=UNDECIDED - {409}
+            )
+        except ApiStatusError as error:
+            if error.status != 409 and not (fails and error.status == 400):
+                raise
+
+    async def result(
+        self,
+        request_id: str,
+        *,
+        what: str,
+        headers: Mapping[str, str] | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Answer:
+        """Poll until the request is done; its payload.
+
+        Args:
+            headers: of each poll, such as what content types are understood.
+            note: told what is waited for, whenever that changes.
+
+        Raises:
+            RequestFailed: the trainer failed it.
+            TrainerLost: the trainer's process is gone.
+            ApiError: no word from the trainer within `PATIENCE`.
+        """
+        loop = asyncio.get_running_loop()
+        url = self.url("retrieve_future")
+        body = orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
+        backoff = patient(UNDECIDED - {409})
+        while True:
+            asked = loop.time()
+            try:
+                response = await self._transport.exchange(
+                    "POST", url, body=body, headers=headers, timeout=POLL_TIMEOUT
+                )
+                outcome = await read_outcome(response, request_id, what)
+            except ApiError as error:
+                delay = backoff.next_delay(error, now=loop.time())
+                if delay is None:
+                    raise
+                note(f"polls fail: {type(error).__name__}: {error}")
+                tell_retry(self.events, "training", what, backoff.failures, delay, error)
+            else:
+                if not isinstance(outcome, NotReady):
+                    return outcome
+                if backoff.failures:
+                    backoff = patient(UNDECIDED - {409})
+                note(f"the trainer says it is under way ({outcome.reason})")
+                quick = loop.time() - asked < QUICK_POLL
+                delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
+            await asyncio.sleep(delay)
+
+    async def ended(
+        self, model_id: str, cursor: int, retrieved: Sequence[str]
+    ) -> tuple[list[Ended], int]:
+        """One batch poll, no retry: what has ended of a model since a cursor, and the next one.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            ApiError: no such answer.
+        """
+        response = await self._transport.exchange(
+            "POST",
+            self.url("retrieve_futures"),
+            body=encode_poll(model_id, cursor, retrieved),
+            timeout=POLL_TIMEOUT,
+        )
+        if not response.ok:
+            error = response.error("batch poll")
+            raise _lost(error) or error
+        return decode_poll(await _parsed(response))
+
+
+def patient(undecided: frozenset[int]) -> Backoff:
+    """A budget of `PATIENCE` seconds, however many attempts; for what must not be given up."""
+
+    def retryable(error: ApiError) -> bool:
+        if isinstance(error, ApiStatusError):
+            return (error.status >= 500 or error.status in undecided) and not is_conflict(error)
+        return error.retryable
+
+    return Backoff(
+        attempts=ENDLESS,
+        base=RETRY_BASE,
+        cap=10.0,
+        spread=0.5,
+        max_elapsed=PATIENCE,
+        retryable=retryable,
+    )
+
+
+class NotReady:
+    """The request is under way.
+
+    Attributes:
+        reason: the server's queue state, for messages.
+        delay: seconds to wait before asking again, if the answer came at once.
+    """
+
+    __slots__ = ("delay", "reason")
+
+    def __init__(self, reason: str, delay: float = QUICK_POLL) -> None:
+        self.reason = reason
+        self.delay = delay
+
+
+async def read_outcome(response: Response, request_id: str, what: str) -> Answer | NotReady:
+    """What one answer to a poll says: a JSON object, the bytes of a protobuf message, or not yet.
+
+    Raises:
+        RequestFailed: the operation failed.
+        TrainerLost: the trainer's process is gone.
+        ApiStatusError: the poll itself failed.
+    """
+    if response.status == 408:
+        payload = _tolerant(response)
+        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+    if response.status == 402:
+        return NotReady("billing pause", BILLING_PAUSE)
+    if response.status == 410:
+        error = response.error(what)
+        raise _lost(error) or RequestFailed(
+            f"{what}: the trainer no longer has the result: {error.message}",
+            category="server",
+            error_class=RESULT_GONE,
+            request_id=request_id,
+        )
+    if not response.ok:
+        raise response.error(what)
+    if PROTOBUF_TYPE in response.headers.get("Content-Type", ""):
+        return response.body
+    payload = await _parsed(response)
+    if payload.get("type") == "try_again":
+        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+    if "error" in payload:
+        raise _failure(payload, request_id, what)
+    return payload
+
+
+async def _parsed(response: Response) -> dict[str, Any]:
+    if len(response.body) <= PARSE_INLINE:
+        return response.object()
+    return await in_worker(response.object)
+
+
+def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> OperationError:
+    message = f"{what}: {payload['error']}"
+    if payload.get("error_class") == "PrecedingOperationFailed":
+        return PrecedingOperationFailed(message, request_id=request_id)
+    return RequestFailed(
+        message,
+        category=str(payload.get("category", "unknown")),
+        error_class=payload.get("error_class"),
+        request_id=request_id,
+    )
+
+
+def _tolerant(response: Response) -> Mapping[str, Any]:
+    """The body of a "not ready": it may be empty or plain text."""
+    try:
+        return response.object()
+    except ProtocolError:
+        return {}
+
+
+def _lost(error: ApiStatusError) -> TrainerLost | None:
+    """The death of the trainer, if that is what a status says."""
+    if error.status != 410 or error.error_class != "ModelLost":
+        return None
+    return TrainerLost(f"the trainer is gone: {error.message}", cause=error)
+
+
+def is_conflict(error: ApiError) -> bool:
+    """Whether the place in the line is said to hold another request: no retry can mend that.
+
+    Other servers answer 409 for passing states too, and say so in no way that can be relied on.
+    """
+    return (
+        isinstance(error, ApiStatusError)
+        and error.status == 409
+        and error.error_class == "Conflict"
+    )
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether a submit was certainly not taken, so that its place in the server's line is empty."""
+    return (
+        isinstance(error, ApiStatusError)
+        and 400 <= error.status < 500
+        and error.status not in UNDECIDED
+    )

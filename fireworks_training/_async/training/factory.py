@@ -1,0 +1,369 @@
+"""The training clients of one trainer job: its session, and the models made in it.
+
+Knows which client there is already and which is to be made; what a client does is `trainer`'s. A
+service has one of these for its own trainer, and another for a separate reference trainer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import importlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.resources.plans import Resources
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation, first_of
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.training.arguments import check_state
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.session import TrainerSession
+from fireworks_training._async.weights.publisher import Publishing
+from fireworks_training.config import FiretitanProvisioningConfig
+from fireworks_training.errors import (
+    FireworksTrainingError,
+    InvalidArgument,
+    TrainerLost,
+)
+
+logger = logging.getLogger("fireworks_training.service")
+
+Client = AsyncFiretitanTrainingClient
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the caller says of a model; None leaves it to the service's configuration."""
+
+    base_model: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    seed: int | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+    train_unembed: bool | None = None
+
+    def given(self) -> dict[str, object]:
+        """What was said."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def configured(
+    config: FiretitanProvisioningConfig, options: ModelOptions
+) -> FiretitanProvisioningConfig:
+    """The configuration of one model.
+
+    Raises:
+        InvalidArgument: what was said contradicts what the service was made for.
+    """
+    said = options.given()
+    if config.max_lora_rank is None:
+        for name, value in said.items():
+            mine = config.alpha if name == "lora_alpha" else getattr(config, name)
+            if value != mine:
+                raise InvalidArgument(
+                    f"{name}={value!r}, but the service was made for {mine!r}: give it to "
+                    "from_firetitan_config, or make another service for another model"
+                )
+        return config
+    if said.get("base_model", config.base_model) != config.base_model:
+        raise InvalidArgument(
+            f"base_model={options.base_model!r}, but the service's trainer holds "
+            f"{config.base_model!r}: make another service for another model"
+        )
+    rank = options.lora_rank
+    if rank is None or not 1 <= rank <= config.max_lora_rank:
+        raise InvalidArgument(
+            f"lora_rank={rank!r}: with max_lora_rank each model needs a rank from 1 to "
+            f"{config.max_lora_rank}"
+        )
+    single = replace(config, max_lora_rank=None, lora_rank=rank)
+    return replace(single, **said)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class Trainers:
+    """The training clients of one job; everything runs on the service's owner loop.
+
+    Args:
+        connection: the service's platform.
+        config: what the job was made for.
+        resources: gets the job up.
+        revive: starts the job again after its process was lost.
+        owner: the service's loop.
+        publishing: brings what they save into the deployment.
+        user_metadata: noted with the session.
+        pipeline_steps: as for `from_firetitan_config`.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: FiretitanProvisioningConfig,
+        *,
+        resources: Callable[[], Awaitable[Resources]],
+        revive: Callable[[Resources], Awaitable[None]],
+        owner: OwnerLoop,
+        publishing: Publishing,
+        user_metadata: Mapping[str, str],
+        pipeline_steps: bool,
+    ) -> None:
+        self._connection = connection
+        self._config = config
+        self._resources = resources
+        self._revive = revive
+        self._owner = owner
+        self._publishing = publishing
+        self._user_metadata = dict(user_metadata)
+        self._pipeline_steps = pipeline_steps
+        self._making = asyncio.Lock()
+        self._session: TrainerSession | None = None
+        self._policy: Client | None = None
+        self._base: Client | None = None
+        self._clients: list[Client] = []
+        self._recovered: set[Client] = set()
+
+    async def policy(
+        self, options: ModelOptions, user_metadata: Mapping[str, str] | None = None
+    ) -> Client:
+        """The client of the service's model, the same at every call; with `max_lora_rank` a new
+        model at every call."""
+        config = configured(self._config, options)
+        await self._ready()
+        async with self._making:
+            if self._config.max_lora_rank is not None:
+                return await self._make(config, user_metadata)
+            if self._config.forward_only and _lost(self._policy) is not None:
+                # Its weights are those that the job begins with: there is nothing to load.
+                await self._restart()
+                self._policy = None
+            if self._policy is None:
+                self._policy = await self._make(config, user_metadata)
+            return self._policy
+
+    async def from_state(
+        self,
+        options: ModelOptions,
+        path: str,
+        *,
+        optimizer: bool,
+        weights_access_token: str | None,
+        user_metadata: Mapping[str, str] | None,
+    ) -> Client:
+        """A new client whose model starts from a saved state; nothing is left if that fails."""
+        if self._policy is not None and self._config.max_lora_rank is None:
+            raise InvalidArgument(
+                "the service has its training client already, of which it makes one: call "
+                "load_state or load_state_with_optimizer on that"
+            )
+        check_state("path", path)
+        client = await self.policy(options, user_metadata)
+        load = client.load_state_with_optimizer if optimizer else client.load_state
+        try:
+            await load(path, weights_access_token)
+        except BaseException:
+            await finish_in_spite_of_cancellation(self._forget(client))
+            raise
+        return client
+
+    async def _forget(self, client: Client) -> None:
+        """Free a model that nobody was given."""
+        if self._policy is client:
+            self._policy = None
+        self._clients.remove(client)
+        with contextlib.suppress(FireworksTrainingError):
+            await client.unload_model()
+        await client._close(drain=False)  # pyright: ignore[reportPrivateUsage]
+
+    async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
+        """A client of the base model that computes logprobs only, on the same trainer."""
+        await self._connection.open()
+        await self._ready()
+        async with self._making:
+            if self._base is None:
+                config = replace(self._config, lora_rank=0, lora_alpha=None, max_lora_rank=None)
+                self._base = await self._make(config, user_metadata, base_only=True)
+            return self._base
+
+    async def release_base(self) -> None:
+        """Free the base model; another call of `base` makes a new one."""
+        async with self._making:
+            base, self._base = self._base, None
+            if base is not None and base.ended is None:
+                await finish_in_spite_of_cancellation(_unloaded(base))
+
+    async def recovered(self, lost: Client | None = None) -> Client:
+        """A client that goes on where the lost one last saved, in the job started again.
+
+        Args:
+            lost: which one; default the one there is.
+        """
+        several = self._config.max_lora_rank is not None
+        if lost is None and several:
+            raise InvalidArgument("lost= is needed: this service trains several models")
+        async with self._making:
+            lost = self._policy if lost is None else lost
+            ended = _lost(lost)
+            if lost is None or ended is None:
+                raise InvalidArgument(
+                    "the trainer is not lost: recover_training_client() is for a training client "
+                    "that ended with TrainerLost"
+                )
+            if lost in self._recovered or not (several or lost is self._policy):
+                raise InvalidArgument("this client was recovered already: use its successor")
+            state = lost.last_saved_state
+            if state is None:
+                raise ended.with_traceback(None)
+            # Another lost client may have had the job started again already.
+            if self._session is None or lost._session is self._session:  # pyright: ignore[reportPrivateUsage]
+                await self._restart()
+            client = await self._successor(lost, state)
+            self._recovered.add(lost)
+            self._base = None
+            if not several:
+                self._policy = client
+            return client
+
+    async def _successor(self, lost: Client, state: str) -> Client:
+        """A new model with a lost one's saved state; nothing is left if that fails."""
+        config = lost._config  # pyright: ignore[reportPrivateUsage]
+        made: Client | None = None
+        try:
+            made = await self._make(config, None)
+            await made.load_state_with_optimizer(state)
+        except BaseException:
+            if made is not None:
+                await finish_in_spite_of_cancellation(self._forget(made))
+            # A process that died again must be started again, not asked again.
+            if self._session is not None and not any(map(self._lives, self._clients)):
+                session, self._session = self._session, None
+                await finish_in_spite_of_cancellation(session.close())
+            raise
+        return made
+
+    def _lives(self, client: Client) -> bool:
+        """Whether a client is of the open session, and has not ended."""
+        mine = client._session is self._session  # pyright: ignore[reportPrivateUsage]
+        return mine and client.ended is None
+
+    async def _restart(self) -> None:
+        """Start the job again; the models and the session of its last process are gone."""
+        session, self._session = self._session, None
+        if session is not None:
+            await finish_in_spite_of_cancellation(session.close())
+        await self._revive(await self._resources())
+
+    async def _ready(self) -> None:
+        """Get the job up; meanwhile a thread imports what a training client needs, tinker above
+        all, which would stop the loop for seconds at its first use."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_import_tinker())
+                await self._resources()
+        except BaseExceptionGroup as failures:
+            raise first_of(failures) from None
+
+    def owns(self, client: Client) -> bool:
+        """Whether a client is one of these."""
+        return client in self._clients
+
+    async def _make(
+        self,
+        config: FiretitanProvisioningConfig,
+        user_metadata: Mapping[str, str] | None,
+        *,
+        base_only: bool = False,
+    ) -> Client:
+        session = await self._open_session(user_metadata)
+        capabilities = await session.create_model(
+            config, base_only=base_only, user_metadata=user_metadata
+        )
+        client = Client(
+            session,
+            capabilities,
+            config,
+            owner=self._owner,
+            publishing=self._publishing,
+            pipeline_steps=self._pipeline_steps,
+            forward_only=base_only or config.forward_only,
+        )
+        self._clients.append(client)
+        return client
+
+    async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
+        if self._session is None:
+            resources = await self._resources()
+            url = await self._connection.trainer_url(resources.job_id)
+            session = TrainerSession(
+                self._connection.transport,
+                self._connection.make_transport,
+                url,
+                bare=self._connection.bare,
+            )
+            try:
+                await session.open({**self._user_metadata, **(user_metadata or {})})
+            except BaseException:
+                await finish_in_spite_of_cancellation(session.close())
+                raise
+            self._session = session
+        return self._session
+
+    @property
+    def made(self) -> Client | None:
+        """The client of the service's model, if it was made."""
+        return self._policy
+
+    @property
+    def session_id(self) -> str | None:
+        """Of the open session; None before there is one."""
+        return self._session.session_id if self._session is not None else None
+
+    @property
+    def saved_a_state(self) -> bool:
+        """Whether some client has saved a state."""
+        return any(client.last_saved_state is not None for client in self._clients)
+
+    async def close(self, *, drain: bool) -> BaseException | None:
+        """Let accepted operations finish (or not), and end the session; idempotent.
+
+        Returns:
+            The first failure that nobody has asked about.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            if self._session is not None:
+                stack.push_async_callback(self._session.close)
+            await asyncio.gather(
+                *(client._close(drain=drain) for client in self._clients)  # pyright: ignore[reportPrivateUsage]
+            )
+        unseen = (
+            client._first_unseen_failure()  # pyright: ignore[reportPrivateUsage]
+            for client in self._clients
+        )
+        return next((failure for failure in unseen if failure is not None), None)
+
+
+async def _unloaded(client: Client) -> None:
+    try:
+        await client.unload_model()
+    finally:
+        await client._close(drain=True)  # pyright: ignore[reportPrivateUsage]
+
+
+def _lost(client: Client | None) -> TrainerLost | None:
+    """How a client's trainer was lost, if it was."""
+    ended = None if client is None else client.ended
+    return ended if isinstance(ended, TrainerLost) else None
+
+
+async def _import_tinker() -> None:
+    """In a daemon thread: an executor's would hold up a program that is interrupted meanwhile."""
+    from fireworks_training._async.training.custom_loss import in_daemon_thread
+
+    def load() -> None:
+        for name in ("tinker", "fireworks_training._async.training.pass_operations"):
+            importlib.import_module(name)
+
+    await in_daemon_thread(load, name="import tinker", context=contextvars.copy_context())

@@ -1,0 +1,417 @@
+"""Passes over datums: encode, cut into requests, send in one turn, put the answers together.
+
+`forward` and `forward_backward` are one pass each. `forward_backward_custom` is a forward, the
+caller's loss, and a backward, in one place in the line; the backward refers to the forward where
+the trainer offers that, and else is a cross-entropy pass that has the same gradient.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from fireworks_training._async.runtime.usage_meter import UsageMeter
+from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.worker import off_loop
+from fireworks_training._async.training.client_config import ClientConfig
+from fireworks_training._async.training.custom_loss import LossResult, in_daemon_thread, run_loss
+from fireworks_training._async.training.data_plane import Answer
+from fireworks_training._async.training.encoding import Piece
+from fireworks_training._async.training.queue import Turn
+from fireworks_training._async.training.requests import Request, Sent
+from fireworks_training._core.chunking import combine_metrics, split
+from fireworks_training._wire.training.bodies import PassKind
+from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
+from fireworks_training._wire.training.dialects import (
+    ACCEPT,
+    Dialect,
+    Encoded,
+    decode_result,
+    encode_filler,
+)
+from fireworks_training.errors import InvalidDatum, ProtocolError
+
+if TYPE_CHECKING:
+    import tinker
+
+    from fireworks_training._async.training.custom_loss import LossFunction
+
+Array = npt.NDArray[Any]
+Inputs = Callable[[Captured, int], Mapping[str, Array]]
+"""Which loss inputs of a datum go to the trainer."""
+
+_ACCEPT = {"Accept": ACCEPT}
+
+
+@dataclass(slots=True)
+class EncodedData:
+    """The datums of a pass, encoded and cut into requests.
+
+    Attributes:
+        bodies: the datums of each request, encoded.
+        chunks: ranges of datums, one a request.
+        responses: targets with a weight.
+        inputs: the loss inputs that were encoded; of a pass that needs them again.
+    """
+
+    bodies: tuple[bytes, ...]
+    chunks: tuple[range, ...]
+    responses: float
+    inputs: Sequence[Mapping[str, Array]] = ()
+
+
+def given_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
+    """All loss inputs of a datum."""
+    return datum.arrays(index)
+
+
+def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
+    """Targets and weights, all that a forward needs: other inputs stay here."""
+    return datum.targets(index)
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A built-in loss, or the output that a pass is to give: what goes beside the datums."""
+
+    name: str = "cross_entropy"
+    config: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, name: str, config: Mapping[str, Any] | None) -> Losses:
+        """The loss; one object for all operations that take it without options."""
+        return _plain_loss(name) if config is None else cls(name, config)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How passes of one model are sent.
+
+    Attributes:
+        model_id: the model.
+        dialect: how requests are written.
+        backward: whether the trainer takes a backward by an earlier forward.
+        usage: counts what came back.
+        limits: what one request may hold.
+    """
+
+    model_id: str
+    dialect: Dialect
+    backward: bool = False
+    usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
+    limits: ClientConfig = field(default_factory=ClientConfig)
+
+    def filler(self, seq_id: int) -> Sent:
+        """A request that changes nothing."""
+        return _sent(encode_filler(self.dialect, self.model_id, seq_id))
+
+    def failing(self, seq_id: int) -> Sent:
+        """A pass without datums: a trainer that enforces steps takes it as failed."""
+        nothing = {"data": (), "loss_fn": "cross_entropy"}
+        body = {"model_id": self.model_id, "seq_id": seq_id, "forward_backward_input": nothing}
+        return Sent("forward_backward", orjson.dumps(body))
+
+    def piece(
+        self,
+        data: Sequence[Captured],
+        inputs: Inputs,
+        *,
+        whole: bool = False,
+        keep: bool = False,
+        at_once: bool = False,
+    ) -> Piece[EncodedData]:
+        """The encoding of a pass, to be done ahead of its turn.
+
+        Args:
+            inputs: which loss inputs of a datum are sent.
+            whole: the datums depend on each other, and must go in one request.
+            keep: the pass needs the inputs again.
+            at_once: encode now.
+        """
+        tokens = sum(map(_length, data))
+        piece = Piece(partial(self._encode, data, inputs, whole, keep), tokens)
+        if at_once:
+            piece.do()
+        return piece
+
+    def _encode(
+        self, data: Sequence[Captured], inputs: Inputs, whole: bool, keep: bool
+    ) -> EncodedData:
+        if not data:
+            raise InvalidDatum("no datums: a pass needs at least one")
+        arrays = [inputs(datum, index) for index, datum in enumerate(data)]
+        datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
+        sizes = [datum.size for datum in datums]
+        limits = self.limits
+        chunks = split(sizes, max_datums=limits.max_datums, max_bytes=limits.max_bytes)
+        if whole and len(chunks) > 1:
+            size = sum(sizes)
+            raise InvalidDatum(
+                f"{len(datums)} datums of {size} bytes do not fit in one request, which they must: "
+                f"their outputs depend on each other. Take at most {limits.max_datums} datums and "
+                f"{limits.max_bytes} bytes."
+            )
+        return EncodedData(
+            tuple([self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]),
+            tuple(chunks),
+            _response_tokens(arrays),
+            arrays if keep else (),
+        )
+
+    def _datum(self, datum: Captured, arrays: Mapping[str, Array], index: int) -> Encoding:
+        tokens = datum.tokens(index)
+        check_inputs(arrays, len(tokens), index)
+        return self.dialect.encode_datum(tokens, arrays, index)
+
+    async def run(
+        self, turn: Turn, kind: PassKind, piece: Piece[EncodedData], loss: Losses
+    ) -> tinker.ForwardBackwardOutput:
+        """One built-in pass."""
+        encoded = await piece.result()
+        answers = await turn.send(self.requests(kind, encoded.bodies, loss))
+        self.usage.passed(piece.tokens, trained=kind == "forward_backward")
+        counted = loss.name == "cross_entropy" and kind == "forward_backward"
+        return await off_loop(piece.tokens, partial(_finish, answers, encoded, counted))
+
+    async def run_custom(
+        self,
+        turn: Turn,
+        *,
+        data: Sequence[tinker.Datum],
+        loss_fn: LossFunction,
+        captured: Sequence[Captured],
+        piece: Piece[EncodedData],
+        context: contextvars.Context,
+        precomputed: Sequence[Array] | None = None,
+    ) -> tinker.ForwardBackwardOutput:
+        """A pass with the caller's loss, by the logprobs."""
+        encoded = await piece.result()
+        first: PassResult | None = None
+        if precomputed is None:
+            requests = self.requests("forward", encoded.bodies, Losses())
+            answers = await turn.send(requests, last=False)
+            self.usage.passed(piece.tokens, trained=False)
+            first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
+            logprobs = _logprobs(first.outputs, encoded.inputs)
+        else:
+            logprobs = _checked(precomputed, encoded.inputs)
+        forward_ids = turn.sent
+        loss = await run_in_thread(loss_fn, data, logprobs, turn, context)
+        linear = partial(self._linearised, captured, encoded.inputs, loss.gradients)
+        if self.backward and forward_ids:
+            bodies = await off_loop(
+                piece.tokens, partial(self._gradients, loss.gradients, encoded.chunks)
+            )
+            requests = [
+                self._by_forward(forward_id, body, partial(linear, chunk))
+                for forward_id, body, chunk in zip(forward_ids, bodies, encoded.chunks, strict=True)
+            ]
+        else:
+            bodies = await off_loop(piece.tokens, lambda: [*map(linear, encoded.chunks)])
+            requests = self.requests("forward_backward", bodies, Losses())
+        answers = await turn.send(requests)
+        self.usage.passed(piece.tokens, trained=True)
+
+        def finish() -> tinker.ForwardBackwardOutput:
+            second = combine(answers, encoded.chunks)
+            answers.clear()
+            if not any(second.outputs):  # a backward need not repeat what the forward answered
+                outputs = first.outputs if first is not None else second.outputs
+                second = PassResult(second.output_type, outputs, second.metrics)
+            return output_of(with_loss(second, loss))
+
+        return await off_loop(piece.tokens, finish)
+
+    def _linearised(
+        self,
+        captured: Sequence[Captured],
+        inputs: Sequence[Mapping[str, Array]],
+        gradients: Sequence[Array],
+        chunk: range,
+    ) -> bytes:
+        """Datums of a cross-entropy pass whose gradient is the loss's: weights -dL/dlogprob."""
+        return self.dialect.join(
+            self._datum(
+                captured[i],
+                {"target_tokens": inputs[i]["target_tokens"], "weights": -gradients[i]},
+                i,
+            )
+            for i in chunk
+        )
+
+    def _gradients(self, gradients: Sequence[Array], chunks: Sequence[range]) -> list[bytes]:
+        encoded = [self.dialect.encode_gradient(gradient) for gradient in gradients]
+        return [self.dialect.join(encoded[chunk.start : chunk.stop]) for chunk in chunks]
+
+    def _by_forward(self, forward_id: int, body: bytes, linear: Callable[[], bytes]) -> Request:
+        def make(seq_id: int) -> Sent:
+            return _sent(
+                self.dialect.encode_backward(
+                    body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
+                )
+            )
+
+        def instead(seq_id: int) -> Sent:
+            return self._chunk("forward_backward", linear(), Losses(), seq_id)
+
+        return Request(make, _ACCEPT, instead, self._effort(body))
+
+    def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: Losses) -> list[Request]:
+        """One request for each body."""
+        return [
+            Request(partial(self._chunk, kind, body, loss), _ACCEPT, tokens=self._effort(body))
+            for body in bodies
+        ]
+
+    def _effort(self, body: bytes) -> int:
+        """In tokens, what it takes to make a request of a body: nothing, or to compress it."""
+        return len(body) // 16 if self.dialect.compresses else 0
+
+    def _chunk(self, kind: PassKind, body: bytes, loss: Losses, seq_id: int) -> Sent:
+        return _sent(
+            self.dialect.encode_pass(
+                kind,
+                body,
+                loss_fn=loss.name,
+                loss_fn_config=loss.config,
+                model_id=self.model_id,
+                seq_id=seq_id,
+            )
+        )
+
+
+async def run_in_thread(
+    loss_fn: LossFunction,
+    data: Sequence[tinker.Datum],
+    leaves: Sequence[Array],
+    turn: Turn,
+    context: contextvars.Context,
+) -> LossResult:
+    """The caller's loss, in a thread of its own and in the caller's context."""
+    turn.hold(context)
+    return await speaking(
+        in_daemon_thread(
+            lambda: run_loss(loss_fn, data, leaves), name="custom loss", context=context
+        ),
+        lambda: "your loss function, which holds up the operations behind it",
+    )
+
+
+@lru_cache(maxsize=64)
+def _plain_loss(name: str) -> Losses:
+    return Losses(name)
+
+
+def _sent(encoded: Encoded) -> Sent:
+    return Sent(encoded.path, encoded.body, encoded.headers)
+
+
+def _length(datum: Captured) -> int:
+    return sum(len(getattr(chunk, "tokens", ())) for chunk in datum.chunks)
+
+
+def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
+    """Targets with a weight; all of them where a datum has no weights."""
+    return float(
+        sum(
+            np.count_nonzero(given["weights"])
+            if "weights" in given
+            else given["target_tokens"].shape[0]
+            for given in inputs
+            if "target_tokens" in given
+        )
+    )
+
+
+def _logprobs(
+    outputs: Sequence[Mapping[str, Array]], inputs: Sequence[Mapping[str, Array]]
+) -> list[Array]:
+    """The logprobs of each datum, in the shape of its targets."""
+    logprobs: list[Array] = []
+    for index, (output, given) in enumerate(zip(outputs, inputs, strict=True)):
+        values = output.get("logprobs")
+        shape = given["target_tokens"].shape
+        if values is None or values.size != given["target_tokens"].size:
+            count = "no" if values is None else str(values.size)
+            raise ProtocolError(
+                f"datum {index}: the trainer answered {count} logprobs for targets of shape {shape}"
+            )
+        logprobs.append(values.reshape(shape))
+    return logprobs
+
+
+def _checked(precomputed: Sequence[Array], inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
+    """Logprobs that the caller brought, in the shapes of the targets."""
+    if len(precomputed) != len(inputs):
+        raise InvalidDatum(
+            f"precomputed_forward has {len(precomputed)} outputs for {len(inputs)} datums"
+        )
+    shaped: list[Array] = []
+    for index, (values, given) in enumerate(zip(precomputed, inputs, strict=True)):
+        shape = given["target_tokens"].shape
+        if values.size != given["target_tokens"].size:
+            raise InvalidDatum(
+                f"datum {index}: precomputed_forward has {values.size} logprobs for targets of "
+                f"shape {shape}",
+                index=index,
+            )
+        shaped.append(values.reshape(shape))
+    return shaped
+
+
+def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
+    """The results of a pass's chunks, as one."""
+    parts = [decode_result(answer) for answer in answers]
+    for part, chunk in zip(parts, chunks, strict=True):
+        if len(part.outputs) != len(chunk):
+            raise ProtocolError(
+                f"the trainer answered {len(part.outputs)} outputs for {len(chunk)} datums"
+            )
+    return PassResult(
+        parts[0].output_type,
+        [output for part in parts for output in part.outputs],
+        combine_metrics([part.metrics for part in parts], [len(chunk) for chunk in chunks]),
+    )
+
+
+def _finish(
+    answers: list[Answer], encoded: EncodedData, counted: bool
+) -> tinker.ForwardBackwardOutput:
+    """The result of a pass; `counted`: with its response tokens."""
+    result = combine(answers, encoded.chunks)
+    answers.clear()  # here, not on the loop: JSON's numbers take long to free
+    if counted:
+        result.metrics.setdefault("response_tokens", encoded.responses)
+    return output_of(result)
+
+
+def with_loss(result: PassResult, loss: LossResult) -> PassResult:
+    """The server's metrics with the caller's: its `loss:sum` is that of the surrogate."""
+    metrics = dict(result.metrics)
+    if "loss:sum" in metrics:
+        metrics["surrogate_loss:sum"] = metrics["loss:sum"]
+    metrics["loss:sum"] = loss.loss
+    metrics.update(loss.metrics)
+    return PassResult(result.output_type, result.outputs, metrics)
+
+
+def output_of(result: PassResult) -> tinker.ForwardBackwardOutput:
+    """A result as tinker's type."""
+    from tinker import ForwardBackwardOutput, TensorData
+
+    return ForwardBackwardOutput(
+        loss_fn_output_type=result.output_type,
+        loss_fn_outputs=[
+            {name: TensorData.from_numpy(array) for name, array in output.items()}
+            for output in result.outputs
+        ],
+        metrics=result.metrics,
+    )

@@ -1,0 +1,188 @@
+"""A session with a trainer: opened once for each service, and the models made in it.
+
+What a trainer can do, it says when a model is made; `Capabilities` is that answer, read once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.training.client_config import ClientConfig, read_client_config
+from fireworks_training._async.training.data_plane import DataPlane, was_refused
+from fireworks_training._async.training.heartbeat import Heartbeat
+from fireworks_training.config import FiretitanProvisioningConfig, session_tags
+from fireworks_training.errors import OperationError, ProtocolError
+from fireworks_training.models import __version__
+
+logger = logging.getLogger("fireworks_training.trainer")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a trainer says of itself when it makes a model.
+
+    Attributes:
+        model_id: the model made.
+        comms: "v1" or "v2" of the JSON dialect.
+        wire: the dialects it takes; empty where it does not say.
+        step_protocol: whether it enforces atomic steps.
+        snapshot_protocol: whether its saves say what they wrote.
+        backward: whether it takes a backward that refers to an earlier forward.
+        batch_polls: whether it tells of all results of a model in one poll.
+        features: what else it said that it supports, or does not, by name.
+    """
+
+    model_id: str
+    comms: str = "v1"
+    wire: tuple[str, ...] = ()
+    step_protocol: bool = False
+    snapshot_protocol: bool = False
+    backward: bool = False
+    batch_polls: bool = False
+    features: Mapping[str, bool] = field(default_factory=dict[str, bool])
+
+    def supports(self, feature: str) -> bool | None:
+        """What the trainer said of a feature; None: nothing, or nothing that makes sense."""
+        return self.features.get(f"supports_{feature}")
+
+    @classmethod
+    def read(cls, payload: Mapping[str, Any]) -> Capabilities:
+        """From the result of create_model; what is absent or malformed counts as not offered."""
+        model_id = payload.get("model_id")
+        if not isinstance(model_id, str) or not model_id:
+            raise ProtocolError("the trainer made a model but named no model_id")
+        wire = payload.get("wire")
+        return cls(
+            model_id=model_id,
+            comms="v2" if payload.get("comms") == "v2" else "v1",
+            wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
+            step_protocol=payload.get("step_protocol") == 1,
+            snapshot_protocol=payload.get("snapshot_protocol") == 1,
+            backward=payload.get("supports_backward") is True,
+            batch_polls=payload.get("retrieve_futures") == 1,
+            features={
+                name: value
+                for name, value in payload.items()
+                if name.startswith("supports_") and isinstance(value, bool)
+            },
+        )
+
+
+class TrainerSession:
+    """One session, with its heartbeat.
+
+    Args:
+        transport: the service's pool.
+        make_transport: makes another transport with the same headers, for the heartbeat.
+        trainer_url: of the trainer, without `/api/v1`.
+        bare: whether it is a Tinker server: it refuses fields that only Fireworks' trainers have.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        make_transport: Callable[[OwnerLoop], Transport],
+        trainer_url: str,
+        *,
+        bare: bool = False,
+    ) -> None:
+        self.bare = bare
+        self.plane = DataPlane(transport, trainer_url)
+        self.session_id = ""
+        self.client_config = ClientConfig()
+        self._make_transport = make_transport
+        self._trainer_url = trainer_url
+        self._heartbeat: Heartbeat | None = None
+        self._models = 0
+        self._unsettled: dict[bytes, int] = {}  # requests whose end is not known: their numbers
+
+    async def open(self, user_metadata: Mapping[str, str] | None) -> None:
+        """Open the session and start its heartbeat."""
+        self.client_config = await read_client_config(self.plane)
+        answer = await self.plane.call(
+            "create_session",
+            {
+                "tags": session_tags(),
+                "user_metadata": dict(user_metadata or {}),
+                "sdk_version": __version__,
+                "type": "create_session",
+            },
+            what="open a trainer session",
+        )
+        session_id = answer.get("session_id")
+        if not isinstance(session_id, str) or not session_id:
+            raise ProtocolError("the trainer opened a session but named no session_id")
+        for level, name in ((20, "info_message"), (30, "warning_message"), (40, "error_message")):
+            if answer.get(name):
+                logger.log(level, "the trainer says: %s", answer[name])
+        self.session_id = session_id
+        self._heartbeat = Heartbeat(self._make_transport, self._trainer_url, session_id)
+        self._heartbeat.start()
+
+    async def create_model(
+        self,
+        config: FiretitanProvisioningConfig,
+        *,
+        base_only: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> Capabilities:
+        """Make a model; a repeated submit makes no second one.
+
+        Nor does a call after one that was cancelled, or lost the trainer from sight: it asks for
+        the same model again, which may be there.
+
+        Args:
+            base_only: the base model without an adapter, beside the models that train one.
+            user_metadata: noted with the model.
+        """
+        lora: dict[str, Any] = {
+            "rank": config.lora_rank,
+            "train_mlp": config.train_mlp,
+            "train_attn": config.train_attn,
+            "train_unembed": config.train_unembed,
+        }
+        if config.lora_rank and not self.bare:
+            lora["alpha"] = config.alpha
+        if config.seed is not None:
+            lora["seed"] = config.seed
+        wanted = orjson.dumps(
+            {
+                "session_id": self.session_id,
+                "base_model": config.base_model,
+                "lora_config": lora,
+                **({"base_only": True} if base_only else {}),
+                **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
+                "type": "create_model",
+            }
+        )
+        model_seq_id = self._unsettled.setdefault(wanted, self._models)
+        self._models = max(self._models, model_seq_id + 1)
+        body = b'%b,"model_seq_id":%d}' % (wanted[:-1], model_seq_id)
+        try:
+            request_id = await self.plane.submit("create_model", body, what="create the model")
+            answer = await speaking(
+                self.plane.result(request_id, what="create the model"),
+                lambda: "the trainer makes the model",
+            )
+        except BaseException as error:
+            if isinstance(error, OperationError) or was_refused(error):
+                del self._unsettled[wanted]
+            raise
+        del self._unsettled[wanted]
+        if isinstance(answer, bytes):
+            raise ProtocolError("the trainer answered protobuf where JSON is due")
+        return Capabilities.read(answer)
+
+    async def close(self) -> None:
+        """Stop the heartbeat; idempotent. The session ends with its job."""
+        if self._heartbeat is not None:
+            heartbeat, self._heartbeat = self._heartbeat, None
+            await heartbeat.stop()

@@ -1,0 +1,214 @@
+"""The sampling side of a service: its deployment's weights, tokenizer, window, and samplers.
+
+All samplers share the service's pool, and one controller unless another is given, so that a new
+snapshot costs no connection and forgets no window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
+from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT, find_tokenizer, load
+from fireworks_training._async.resources.ownership import Claim
+from fireworks_training._async.resources.plans import inference_deployment
+from fireworks_training._async.resources.provisioner import Provisioner
+from fireworks_training._async.sampling.concurrency import (
+    AdaptiveConcurrencyController,
+    SamplingConcurrencyController,
+)
+from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.weights.weight_sync import Target, WeightSync
+from fireworks_training._core.snapshots import Chain
+from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.models import DeploymentInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Samplers:
+    """What samples for one service; everything runs on its owner loop.
+
+    Args:
+        connection: its platform.
+        config: what the service was made for.
+        provisioner: gets the deployment up.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        config: FiretitanProvisioningConfig,
+        provisioner: Provisioner,
+    ) -> None:
+        self._connection = connection
+        self._config = config
+        self._provisioner = provisioner
+        self._fetching = asyncio.Lock()
+        self.chain = Chain(whole_only=bool(config.lora_rank or config.max_lora_rank))
+        self._news = LoadNews()
+        self._made: WeakSet[DeploymentSampler] = WeakSet()
+        self._sync: WeightSync | None = None
+        self._controller: SamplingConcurrencyController | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    async def deployment(self) -> DeploymentInfo:
+        """The deployment, provisioned.
+
+        Raises:
+            InvalidArgument: the service has none.
+        """
+        deployment = (await self._provisioner.provisioned()).deployment
+        if deployment is None:
+            raise InvalidArgument(
+                "this service has no deployment (create_deployment=False): there is nothing to "
+                "load a snapshot into or to sample from"
+            )
+        return deployment
+
+    async def weights(self) -> WeightSync:
+        """The weights of the deployment."""
+        deployment = await self.deployment()
+        if self._sync is None:
+            target = Target(
+                url=self._connection.hotload_url,
+                deployment=deployment.name,
+                base_model=self._config.base_model,
+            )
+            self._sync = WeightSync(
+                self._connection.transport,
+                target,
+                chain=self.chain,
+                timeout=self._config.hotload_timeout_s,
+                news=self._news,
+                on_live=self._note_live,
+            )
+        return self._sync
+
+    def _note_live(self, identity: str) -> None:
+        self._provisioner.resources.stale = False
+        for sampler in self._made:
+            sampler._set_snapshot(identity)  # pyright: ignore[reportPrivateUsage]
+
+    async def close(self) -> None:
+        """Let the load under way end; idempotent."""
+        if self._sync is not None:
+            await self._sync.close()
+
+    async def load(self, path: object) -> WeightSync:
+        """Bring a snapshot into the deployment; returns when every replica serves it."""
+        if not isinstance(path, str) or not path:
+            raise InvalidArgument(
+                f"model_path={path!r}: pass the `path` that save_weights_for_sampler returned"
+            )
+        weights = await self.weights()
+        await weights.load(path)
+        return weights
+
+    async def of_deployment(
+        self,
+        model_path: str | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with a snapshot live if one is named."""
+        weights = await (self.weights() if model_path is None else self.load(model_path))
+        known = tokenizer if tokenizer is not None else await self.tokenizer()
+        return await self._make(weights, known, controller or self.controller())
+
+    async def of_probe(self) -> DeploymentSampler:
+        """A sampler for token ids, with a window of its own: it does not wait for rollouts."""
+        return await self._make(await self.weights(), None, AdaptiveConcurrencyController())
+
+    async def _make(
+        self,
+        weights: WeightSync,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController,
+    ) -> DeploymentSampler:
+        sampler = DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+            transport=self._connection.transport,
+            inference_url=self._connection.inference_url,
+            model=(await self.deployment()).name,
+            tokenizer=tokenizer,
+            concurrency_controller=controller,
+            current_snapshot=weights.current,
+            integer_stops=await self._integer_stops(),
+            news=self._news,
+            distance=self.chain.distance,
+        )
+        self._made.add(sampler)
+        return sampler
+
+    async def of_model(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+        inference_url: str | None,
+    ) -> DeploymentSampler:
+        """A sampler of any model string; it has a window of its own unless one is given."""
+        await self._connection.open()
+        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+            transport=self._connection.transport,
+            inference_url=inference_url or self._connection.inference_url,
+            model=model,
+            tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
+            concurrency_controller=controller or AdaptiveConcurrencyController(),
+            integer_stops=await self._integer_stops(),
+        )
+
+    async def of_inference(
+        self,
+        config: DeploymentConfig,
+        budget: float,
+        clean_up: CleanUp | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        controller: SamplingConcurrencyController | None,
+    ) -> DeploymentSampler:
+        """A sampler of a deployment that only serves, made if there is none."""
+        config.validate()
+        if config.max_replica_count <= 0:
+            raise InvalidArgument("max_replica_count must be positive for a deployment to sample")
+        resources = self._provisioner.resources
+        if config.deployment_shape is None and config.base_model == self._config.base_model:
+            linked = resources.profile.deployment_shape if resources.profile else None
+            config = replace(config, deployment_shape=self._config.deployment_shape or linked)
+        config = replace(config, region=config.region or self._config.region)
+        claim = Claim("inference", config.deployment_id, clean_up)
+        found = list[DeploymentInfo]()
+
+        async def work(plane: AsyncControlPlane) -> None:
+            holdings = self._provisioner.holdings
+            found.append(await inference_deployment(plane, config, holdings, claim, budget=budget))
+
+        await self._provisioner.hold(claim, work)
+        return await self.of_model(found[0].name, tokenizer, controller, None)
+
+    async def _integer_stops(self) -> bool:
+        return await (await self._connection.open()).account() == LOCAL_ACCOUNT
+
+    def controller(self) -> SamplingConcurrencyController:
+        """The service's own, made at first use."""
+        if self._controller is None:
+            self._controller = AdaptiveConcurrencyController()
+        return self._controller
+
+    async def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the service's model, found once."""
+        async with self._fetching:
+            if self._tokenizer is None and self._connection.bare:
+                named = self._config.tokenizer_model or self._config.base_model
+                self._tokenizer = await load(named)
+            elif self._tokenizer is None:
+                plane = await self._connection.open()
+                self._tokenizer = await find_tokenizer(plane, self._config)
+            return self._tokenizer

@@ -1,0 +1,387 @@
+"""Brings snapshots into a deployment, and knows when they are live there.
+
+What to ask for next is decided in `_core.snapshots`; here it is asked, looked at, and waited for.
+One load runs at a time. Loads that are asked for meanwhile coalesce: only the newest of them is
+carried out, and those that it replaced end with it. A load that has begun goes on when the one who
+asked for it goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import quote
+
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.snapshots import (
+    Chain,
+    Done,
+    GiveUp,
+    NeedWhole,
+    Pace,
+    Post,
+    Sync,
+    Wait,
+    read_replicas,
+)
+from fireworks_training._core.waits.reports import Notices
+from fireworks_training.errors import (
+    ApiStatusError,
+    ClientClosed,
+    Conflict,
+    HotLoadFailed,
+    HotLoadTimeout,
+)
+from fireworks_training.events import FailureEvent, SwapEvent, SyncEvent, SyncStage
+from fireworks_training.models import ReplicaStatus, Snapshot
+
+logger = logging.getLogger("fireworks_training.weight_sync")
+
+PATH = "/hot_load/v1/models/hot_load"
+LONG_POLL = 25.0
+"""Seconds that a look may wait, where the server offers it."""
+DRAIN = 60.0
+"""Seconds that `close` gives the load under way."""
+
+SaveWhole = Callable[[], Awaitable[Snapshot]]
+"""Saves a whole snapshot of the newest weights, noted in the chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a snapshot goes.
+
+    Attributes:
+        url: base URL of the hot load API.
+        deployment: full resource name.
+        base_model: full resource name.
+    """
+
+    url: str
+    deployment: str
+    base_model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How a load ended.
+
+    Attributes:
+        identity: what every replica serves.
+        steps: the loads that were asked for, in order; none if it was there already.
+        superseded: the one asked for was passed over for this newer one.
+        saved: the whole snapshot that had to be saved on the way, or None.
+    """
+
+    identity: str
+    steps: tuple[str, ...] = ()
+    superseded: bool = False
+    saved: Snapshot | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """A load that somebody waits for, and those that it replaced."""
+
+    identity: str
+    save_whole: SaveWhole | None
+    outcome: asyncio.Future[Loaded]
+    replaced: list[asyncio.Future[Loaded]] = field(default_factory=list[asyncio.Future[Loaded]])
+
+
+class _ChainBroken(Exception):
+    """Only a whole snapshot leads on."""
+
+
+class WeightSync:
+    """The weights of one deployment.
+
+    Args:
+        transport: the service's pool.
+        target: the deployment.
+        chain: what is known of the snapshots that this service saves.
+        timeout: seconds for every replica to report a snapshot.
+        news: who waits for the end of a load is told through it.
+        on_live: told the identity whenever a snapshot has become live everywhere.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        target: Target,
+        *,
+        chain: Chain | None = None,
+        timeout: float,
+        news: LoadNews | None = None,
+        on_live: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.chain = chain if chain is not None else Chain()
+        self.current: str | None = None
+        """The identity that was last seen live on every replica."""
+        self._transport = transport
+        self._events = transport.events
+        self._target = target
+        self._timeout = timeout
+        self._news = news if news is not None else LoadNews()
+        self._on_live = on_live
+        self._wanted: _Wanted | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._closed = False
+        self._long_poll = False
+        self._resets_cache = True
+
+    async def replicas(self) -> list[ReplicaStatus]:
+        """What each replica holds."""
+        return await self._look(None, self._timeout)
+
+    async def load(self, identity: str, *, save_whole: SaveWhole | None = None) -> Loaded:
+        """Load a snapshot and wait until every replica serves it, or a newer one asked for since.
+
+        Args:
+            save_whole: makes a whole snapshot to load in its place, where its chain is broken.
+
+        Raises:
+            HotLoadFailed: a replica refused it; the old weights keep serving.
+            HotLoadTimeout: not every replica reported it in time.
+        """
+        if self._closed:
+            raise ClientClosed("the service was closed; make a new one")
+        wanted = _Wanted(identity, save_whole, asyncio.get_running_loop().create_future())
+        if self._wanted is not None:
+            wanted.replaced = [*self._wanted.replaced, self._wanted.outcome]
+        self._wanted = wanted
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work(), name="weight sync")
+        return await asyncio.shield(wanted.outcome)
+
+    async def close(self) -> None:
+        """Let the load under way end, for a while; idempotent."""
+        self._closed = True
+        worker = self._worker
+        if worker is not None and not worker.done():
+            await asyncio.wait([worker], timeout=DRAIN)
+            worker.cancel()
+            await asyncio.gather(worker, return_exceptions=True)
+        if self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            _fail(wanted, ClientClosed("the service was closed before the snapshot was loaded"))
+
+    # -- one after the other -----------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while (wanted := self._wanted) is not None:
+            self._wanted = None
+            try:
+                with self._news.load():
+                    loaded = await self._bring(wanted)
+            except BaseException as error:
+                if isinstance(error, Exception):
+                    self._tell_failure(wanted.identity, error)
+                    _fail(wanted, error)
+                    continue
+                _fail(wanted, ClientClosed("the service was closed under the load of a snapshot"))
+                raise
+            for outcome in wanted.replaced:
+                if not outcome.done():
+                    outcome.set_result(replace(loaded, superseded=True))
+            if not wanted.outcome.done():
+                wanted.outcome.set_result(loaded)
+
+    async def _bring(self, wanted: _Wanted) -> Loaded:
+        try:
+            loaded = Loaded(wanted.identity, await self._carry_out(wanted.identity))
+        except _ChainBroken as broken:
+            if wanted.save_whole is None:
+                raise HotLoadFailed(
+                    f"the snapshot {wanted.identity} can't be loaded: {broken}. What was served "
+                    "before keeps serving. Save a snapshot with checkpoint_type='base', and load "
+                    "that one.",
+                    identity=wanted.identity,
+                ) from broken
+            logger.warning(
+                "%s can't be loaded: %s. A whole snapshot is saved and loaded in its place; what "
+                "was served before keeps serving meanwhile.",
+                wanted.identity,
+                broken,
+            )
+            whole = await wanted.save_whole()
+            try:
+                steps = await self._carry_out(whole.identity)
+            except _ChainBroken as again:
+                raise HotLoadFailed(
+                    f"the snapshot {whole.identity}, saved in the place of {wanted.identity}, "
+                    f"can't be loaded either: {again}. What was served before keeps serving.",
+                    identity=whole.identity,
+                ) from again
+            loaded = Loaded(whole.identity, steps, saved=whole)
+        if (events := self._events) is not None and self.current != loaded.identity:
+            events.emit(SwapEvent(at=events.now(), identity=loaded.identity, previous=self.current))
+        self.current = loaded.identity
+        self._on_live(loaded.identity)
+        return loaded
+
+    async def _carry_out(self, identity: str) -> tuple[str, ...]:
+        """Ask and look until the snapshot is live; what was asked for."""
+        sync, pace = Sync(self.chain, identity), Pace()
+        loop = asyncio.get_running_loop()
+        notices = Notices(loop.time())
+        waited_for: str | None = None
+        reported = ""
+        while True:
+            left = self._timeout - notices.age(loop.time())
+            looked_at = loop.time()
+            decision = sync.look(await self._look(waited_for, left), loop.time())
+            match decision:
+                case Done():
+                    self._tell("live", identity, notices.age(loop.time()))
+                    return tuple(sync.loaded)
+                case NeedWhole():
+                    raise _ChainBroken(decision.reason)
+                case GiveUp():
+                    raise HotLoadFailed(
+                        f"the snapshot {identity} was not loaded: {decision.reason}. What was "
+                        "served before keeps serving.",
+                        identity=identity,
+                        replicas=dict(decision.replicas),
+                    )
+                case Post():
+                    self._tell("loading", decision.identity, notices.age(loop.time()))
+                    await self._ask(sync, decision, left)
+                    waited_for = decision.identity
+                    pace.restart()
+                    if not self._long_poll:
+                        await asyncio.sleep(pace.next())
+                case Wait():
+                    waited = notices.age(loop.time())
+                    if self._events is not None:
+                        before, reported = reported, _listed(decision.waiting_for)
+                        if reported != before:
+                            self._tell("waiting", identity, waited, reported)
+                    if waited >= self._timeout:
+                        raise _timeout(identity, waited, decision.waiting_for)
+                    if notices.due(loop.time()):
+                        logger.warning(
+                            "hot load of %s: waiting for %.0f s (%s)",
+                            identity,
+                            waited,
+                            _listed(decision.waiting_for),
+                        )
+                    if loop.time() - looked_at < Pace.LONGEST:
+                        await asyncio.sleep(min(pace.next(), max(self._timeout - waited, 0.0)))
+
+    def _tell(self, stage: SyncStage, identity: str, seconds: float, detail: str = "") -> None:
+        if (events := self._events) is not None:
+            events.emit(
+                SyncEvent(
+                    at=events.now(),
+                    identity=identity,
+                    stage=stage,
+                    seconds=seconds,
+                    detail=detail,
+                )
+            )
+
+    def _tell_failure(self, identity: str, error: Exception) -> None:
+        if (events := self._events) is not None:
+            events.emit(
+                FailureEvent(
+                    at=events.now(), kind="sync", what="hot load", id=identity, error=error
+                )
+            )
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    async def _ask(self, sync: Sync, post: Post, left: float) -> None:
+        try:
+            answer = await self._post(post, left)
+        except ApiStatusError as error:
+            decision = sync.refused(error.message, conflict=isinstance(error, Conflict))
+            if isinstance(decision, NeedWhole):
+                raise _ChainBroken(decision.reason) from error
+            if isinstance(decision, GiveUp):
+                raise HotLoadFailed(
+                    f"the deployment refused the snapshot {post.identity}: {decision.reason}. What "
+                    "it served before keeps serving.",
+                    identity=post.identity,
+                    cause=error,
+                ) from error
+            return
+        if answer.get("notice"):
+            logger.info("hot load of %s: %s", post.identity, answer["notice"])
+        self._long_poll = answer.get("long_poll") is True
+
+    async def _post(self, post: Post, left: float) -> dict[str, Any]:
+        body: dict[str, Any] = {"identity": post.identity}
+        if self._resets_cache:
+            body["reset_prompt_cache"] = True
+        if post.previous is not None:
+            body["incremental_snapshot_metadata"] = {
+                "previous_snapshot_identity": post.previous,
+                "compression_format": "arc_v2",
+                "checksum_format": "alder32",
+            }
+        try:
+            return await self._transport.call(
+                "POST",
+                self._target.url + PATH,
+                what=f"hot load {post.identity}",
+                json=body,
+                headers=self._headers(),
+                timeout=60.0,
+                backoff=Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0),
+            )
+        except ApiStatusError as error:
+            old = error.status == 400 and "reset_prompt_cache" in error.message
+            if old and "extra inputs are not permitted" in error.message.lower():
+                self._resets_cache = False
+                return await self._post(post, left)
+            raise
+
+    async def _look(self, waited_for: str | None, left: float) -> list[ReplicaStatus]:
+        query, timeout = "", 30.0
+        if self._long_poll and waited_for is not None:
+            hold = max(0.0, min(LONG_POLL, left))
+            query, timeout = (
+                f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}",
+                hold + 30.0,
+            )
+        answer = await self._transport.call(
+            "GET",
+            self._target.url + PATH + query,
+            what="read the hot load status",
+            headers=self._headers(),
+            timeout=timeout,
+            backoff=Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0),
+        )
+        return read_replicas(answer)
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "fireworks-model": self._target.base_model,
+            "fireworks-deployment": self._target.deployment,
+        }
+
+
+def _fail(wanted: _Wanted, error: Exception) -> None:
+    for outcome in (wanted.outcome, *wanted.replaced):
+        if not outcome.done():
+            outcome.set_exception(error)
+            outcome.exception()  # whoever still waits gets it, and nobody has to
+
+
+def _timeout(identity: str, waited: float, late: Mapping[str, str]) -> HotLoadTimeout:
+    return HotLoadTimeout(
+        f"the snapshot {identity} is not on every replica after {waited:.0f} s: "
+        f"{_listed(late)}. Look at the deployment, or raise hotload_timeout_s.",
+        identity=identity,
+        replicas=dict(late),
+    )
+
+
+def _listed(replicas: Mapping[str, str]) -> str:
+    return "; ".join(f"replica {name}: {report}" for name, report in replicas.items())

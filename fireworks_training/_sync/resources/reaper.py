@@ -1,0 +1,109 @@
+"""The blocking twins of `fireworks_training._async.resources.reaper`.
+
+Written by `python -m fireworks_training._generate_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from fireworks_training._async.resources.reaper import AsyncResourceLedger
+from fireworks_training._portal import Blocking
+from fireworks_training.models import HeldResource
+
+
+class ResourceLedger(Blocking[AsyncResourceLedger]):
+    """The resources that runs of this user hold, on this machine's record.
+
+    Make one with `connect`; use it as a context manager, or `close()` it.
+    """
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+    ) -> Self:
+        """Describe the connection; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`. What other accounts hold is listed, and left.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. What other platforms
+                hold is listed, and left.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+
+        Raises:
+            InvalidArgument: no key, or a URL that is none.
+        """
+        instance = AsyncResourceLedger.connect(
+            api_key=api_key,
+            base_url=base_url,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+        )
+        return cls._wrap(instance)._bind()
+
+    def ps(self) -> list[HeldResource]:
+        """What is held or left, oldest first; changes nothing.
+
+        Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
+
+        Raises:
+            ApiError: the platform can't be asked.
+        """
+        return self._run(self._async.ps)
+
+    def reap(
+        self,
+        *,
+        older_than_s: float = 0.0,
+        dry_run: bool = False,
+        kept: bool = False,
+        other_machines: bool = False,
+    ) -> list[HeldResource]:
+        """Remove what runs have left behind: what carries their nonce and has no live owner.
+
+        Deployments go before trainers; a failure of one ("failed") does not stop the others.
+
+        Args:
+            older_than_s: only what was asked for at least so many seconds ago.
+            dry_run: only say what would be done.
+            kept: also what was kept on purpose at the end of its run.
+            other_machines: also what runs of other machines made, whose processes can't be looked
+                at from here: say so only if you know that they have ended.
+
+        Returns:
+            Everything that is held or left, with its `outcome`.
+
+        Raises:
+            ApiError: the platform can't be asked.
+        """
+        return self._run(
+            self._async.reap,
+            older_than_s=older_than_s,
+            dry_run=dry_run,
+            kept=kept,
+            other_machines=other_machines,
+        )
+
+    def close(self) -> None:
+        """Close the connections; idempotent."""
+        self._run(self._async.close)
+
+    def __enter__(self) -> Self:
+        self._run(self._async.__aenter__)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._run(self._async.__aexit__, exc_type, exc, tb)

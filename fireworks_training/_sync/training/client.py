@@ -1,0 +1,555 @@
+"""The blocking twins of `fireworks_training._async.training.client`.
+
+Written by `python -m fireworks_training._generate_sync`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.operations import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    Normalization,
+)
+from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift
+from fireworks_training._portal import Blocking
+from fireworks_training.errors import FireworksTrainingError
+from fireworks_training.futures import APIFuture
+from fireworks_training.models import SaveSamplerResult, WeightSyncResult
+
+if TYPE_CHECKING:
+    import tinker
+    from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+
+    from fireworks_training._async.training.custom_loss import LossFunction
+    from fireworks_training._async.training.pass_operations import (
+        Datums,
+        Output,
+        PassFuture,
+        Pooling,
+    )
+    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+
+class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
+    """Trains one model. Made by `create_training_client` of a service.
+
+    Operations may be called from any thread and any loop, and return at once. `await` an operation,
+    or call `.result()` on it.
+
+    Raises, at the call, for every operation:
+        InvalidArgument, TypeError: wrong kinds of arguments; nothing takes a place in the line.
+        ClientClosed: the service was closed.
+        SessionLost, TrainerLost: the session has ended before.
+    """
+
+    @property
+    def model_id(self) -> str:
+        """The trainer's name for the model."""
+        return self._async.model_id
+
+    @property
+    def session_id(self) -> str:
+        """The trainer's name for the session."""
+        return self._async.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        return self._async.run_id
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._async.dialect
+
+    @property
+    def comms(self) -> str:
+        """ "v1" or "v2" of the JSON dialect."""
+        return self._async.comms
+
+    @property
+    def supports_router_replay(self) -> bool | None:
+        """Whether the trainer can replay the routing of a mixture of experts; this client can't."""
+        return self._async.supports_router_replay
+
+    @property
+    def supports_target_logprob_support(self) -> bool | None:
+        """Whether the trainer takes the support of target logprobs."""
+        return self._async.supports_target_logprob_support
+
+    @property
+    def supports_reinforce(self) -> bool | None:
+        """Whether the trainer has the loss `reinforce`."""
+        return self._async.supports_reinforce
+
+    @property
+    def supports_score_centering(self) -> bool | None:
+        """Whether the trainer can center scores."""
+        return self._async.supports_score_centering
+
+    @property
+    def supports_policy_importance_sampling(self) -> bool | None:
+        """Whether the trainer can weight by the policy's importance."""
+        return self._async.supports_policy_importance_sampling
+
+    @property
+    def supports_policy_diagnostics(self) -> bool | None:
+        """Whether the trainer reports diagnostics of the policy."""
+        return self._async.supports_policy_diagnostics
+
+    @property
+    def supports_rdma_weight_sync(self) -> bool:
+        """False: this client brings weights live through the deployment's hot load."""
+        return self._async.supports_rdma_weight_sync
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save a snapshot that a deployment can load; training goes on while it is written.
+
+        Args:
+            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
+                added, so that runs do not meet.
+            checkpoint_type: "base" saves all weights (or the whole adapter), "delta" the difference
+                to the save before, if that is smaller than 0.7 of the whole: the trainer decides,
+                and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
+                "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
+            export_precision: of "merged_base": "source" or "bf16" on the local platform.
+            ttl_seconds, metadata: refused.
+
+        Returns:
+            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
+            written.
+
+        Raises, through the future:
+            RequestFailed: it was not written, as with a full disk, which is seen before it starts.
+        """
+        return self._async.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    async def save_weights_for_sampler_async(
+        self, name: str, *, checkpoint_type: CheckpointType | None = None
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """`save_weights_for_sampler`, awaited for its future."""
+        return await self._async.save_weights_for_sampler_async(
+            name,
+            checkpoint_type=checkpoint_type,
+        )
+
+    def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        return self._run(
+            self._async.save_weights_for_sampler_ext,
+            name,
+            checkpoint_type,
+            ttl_seconds,
+            export_precision,
+        )
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        on_drift: OnDrift | None = None,
+        drift_bound: float = DRIFT_BOUND,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the weights as they are at this place in the line into the deployment.
+
+        Returns at once; training goes on while the snapshot is written and loaded. The future ends
+        when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
+        and the others end with it (`superseded`). Where a difference does not fit what a replica
+        holds, a whole snapshot of the newest weights is saved and loaded in its place, with a
+        warning that says why.
+
+        Args:
+            name: of the snapshot; None numbers them (`weight-sync-000001`).
+            on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
+                snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
+            drift_bound: nats; of the mean absolute difference of a token's logprob.
+            probe_tokens: what to compare on; default 32 fixed ids.
+
+        Raises, through the future:
+            RequestFailed: the snapshot could not be saved.
+            HotLoadFailed: a replica refused it; the old weights keep serving.
+            HotLoadTimeout: not every replica reported it within `hotload_timeout_s`.
+            WeightsDrifted: with `on_drift="raise"`; the snapshot is live all the same.
+        """
+        return self._async.weight_sync(
+            name,
+            on_drift=on_drift,
+            drift_bound=drift_bound,
+            probe_tokens=probe_tokens,
+        )
+
+    async def weight_sync_async(
+        self, name: str | None = None, *, on_drift: OnDrift | None = None
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return await self._async.weight_sync_async(name, on_drift=on_drift)
+
+    def forward(
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """Logprobs of the targets, without gradients.
+
+        Args:
+            data: datums; entry t of each loss input belongs to predicting target t from the input
+                tokens up to t, so all have as many entries as the model input has tokens.
+            loss_fn: name of a built-in loss.
+            loss_fn_config: its options.
+
+        Returns:
+            `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`, natural log; and metrics.
+        """
+        return self._async.forward(data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """Add the gradients of a built-in loss to those held for the next `optim_step`.
+
+        The loss is a plain sum over tokens and datums; normalising is the caller's, or
+        `optim_step`'s.
+
+        Args:
+            data: as for `forward`.
+            loss_fn: "cross_entropy" (inputs target_tokens, weights), "importance_sampling" or "ppo"
+                (inputs target_tokens, logprobs, advantages; ppo takes the config keys
+                clip_low_threshold=0.8 and clip_high_threshold=1.2, bounds of the ratio).
+            loss_fn_config: options of the loss.
+
+        Returns:
+            `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`; metrics with `loss:sum`, and
+            `response_tokens` (targets with a weight) for cross_entropy.
+        """
+        return self._async.forward_backward(data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
+        """Add the gradients of your own loss to those held for the next `optim_step`.
+
+        The trainer computes the output of each datum, `loss_fn` runs here in a thread of its own
+        and in the caller's context, and its gradient goes back. In it, waiting for this operation
+        or for a later one of this client raises `WrongLoop`.
+
+        Args:
+            data: as for `forward`; only target_tokens and weights go to the trainer, `loss_fn` sees
+                the datums whole.
+            loss_fn: takes the datums and a list of float32 tensors, one a datum: the logprob of
+                each target in the shape of its target_tokens, or the `output`. Returns a scalar
+                tensor and a dict of numbers.
+            loss_type_input: "logprobs".
+            output: what `loss_fn` gets: "logprobs"; "embedding", `[H]`; "projection", `[T, D]`; or
+                "cos_similarity_matrix", `[B]`, row i of the cosines between all embeddings.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            precomputed_forward: result of a `forward` of the same datums and weights; spares one.
+
+        Returns:
+            As `forward_backward`; the metrics hold those of `loss_fn`, its value as `loss:sum`, and
+            the trainer's `surrogate_loss:sum`.
+
+        Raises, through the future:
+            LossFailed: `loss_fn` raised, gave something else, or does not depend on its input.
+        """
+        return self._async.forward_backward_custom(
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
+
+    def forward_projection(self, data: Datums) -> PassFuture:
+        """The projection head's output, without gradients; for models with `projection_head_dim`.
+
+        Returns:
+            `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
+        """
+        return self._async.forward_projection(data)
+
+    def forward_backward_contrastive(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """Add the gradients of InfoNCE in both directions, computed by the trainer in one request.
+
+        Args:
+            data: the queries, as many documents in the same order, the extra negatives.
+            num_queries: at least 1.
+            temperature: by which cosines are divided; above 0.
+            pooling: how hidden states become an embedding: their "mean", or the "last".
+            num_extra_negatives: documents that belong to no query.
+
+        The metrics hold the loss, as `loss`.
+        """
+        return self._async.forward_backward_contrastive(
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
+        )
+
+    def optim_step(
+        self,
+        adam_params: tinker.AdamParams,
+        grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
+        *,
+        accept_partial: bool = False,
+    ) -> APIFuture[OptimStepResponse]:
+        """Apply the gradients held, by AdamW with decoupled weight decay, and drop them.
+
+        Args:
+            adam_params: learning rate (default 1e-4), betas, eps, weight decay, and the bound of
+                the global gradient norm (0: none).
+            grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
+                "num_sequences" held; None or "none" takes the plain sum.
+            emit_grad_norm_metrics: "off", "basic" or "detailed"; None leaves it to the trainer.
+            accept_partial: apply even where the server may hold part of a step that failed
+                (`GradientsInDoubt`).
+
+        Returns:
+            Metrics of the step, such as `grad_norm`.
+
+        Raises, through the future:
+            PrecedingOperationFailed: an operation of this step failed; nothing was applied.
+            GradientsInDoubt: the server does not enforce steps, and one has failed.
+        """
+        return self._async.optim_step(
+            adam_params,
+            grad_accumulation_normalization,
+            emit_grad_norm_metrics,
+            accept_partial=accept_partial,
+        )
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Save weights and optimizer, to be resumed from.
+
+        A second save under a name takes the place of the first in one step, and a warning says so:
+        states are the job's, so that a run that begins again, or another model of the job, may
+        come to a name that is taken. A save that fails leaves the earlier state as it was.
+
+        Args:
+            name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
+            ttl_seconds, overwrite: of Tinker servers; refused.
+            timeout: seconds; wait in this thread until the state is saved, and raise `TimeoutError`
+                if it is not by then (the save goes on). None does not wait.
+
+        Returns:
+            `path`: the name to load; the trainer may have changed it.
+
+        Raises:
+            WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
+        """
+        return self._async.save_state(name, ttl_seconds, overwrite, timeout=timeout)
+
+    def load_state(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Load the weights of a saved state; the optimizer starts anew. Drops held gradients.
+
+        Args:
+            path: a name, `cross_job://<job>/<name>`, or what the trainer's save returned.
+            weights_access_token: for states of others, where the server asks for one.
+
+        Raises, through the future:
+            RequestFailed: there is no such state; the message lists those there are.
+        """
+        return self._async.load_state(path, weights_access_token)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """Load weights and optimizer of a saved state: training goes on as if never stopped.
+
+        Args and errors as for `load_state`.
+        """
+        return self._async.load_state_with_optimizer(path, weights_access_token)
+
+    def load_adapter(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """Start from the weights of an adapter; the optimizer starts anew. Drops held gradients.
+
+        Args:
+            adapter_path: a model resource (`accounts/<a>/models/<m>`), a `gs://` folder, or what
+                else the trainer's platform lets you load, in the format of `peft`.
+
+        Raises, through the future:
+            RequestFailed: there is none, or it does not fit the model.
+        """
+        return self._async.load_adapter(adapter_path)
+
+    def unload_model(self) -> APIFuture[None]:
+        """Free the trainer's memory once the operations before this one are done."""
+        return self._async.unload_model()
+
+    def get_info(self) -> dict[str, Any]:
+        """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""
+        return self._run(self._async.get_info)
+
+    def list_checkpoints(self) -> list[str]:
+        """Names of the states that this trainer can load."""
+        return self._run(self._async.list_checkpoints)
+
+    def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
+        """What `load_state` takes for a state of this trainer job, or of another one.
+
+        Args:
+            name: of the state.
+            source_job_id: the job that saved it; None: this one.
+        """
+        return self._async.resolve_checkpoint_path(name, source_job_id)
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of the adapter that is trained; 0 for all parameters."""
+        return self._async.lora_rank
+
+    @property
+    def last_saved_state(self) -> str | None:
+        """Name of the newest state that this client saved, or else resumed from."""
+        return self._async.last_saved_state
+
+    @property
+    def ended(self) -> FireworksTrainingError | None:
+        """Why the client takes no more operations; None while it does."""
+        return self._async.ended
+
+    async def forward_async(
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """`forward`, awaited for its future."""
+        return await self._hop(self._async.forward_async, data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """`forward_backward`, awaited for its future."""
+        return await self._hop(self._async.forward_backward_async, data, loss_fn, loss_fn_config)
+
+    async def forward_backward_custom_async(
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
+        """`forward_backward_custom`, awaited for its future."""
+        return await self._hop(
+            self._async.forward_backward_custom_async,
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
+
+    async def forward_backward_contrastive_async(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """`forward_backward_contrastive`, awaited for its future."""
+        return await self._hop(
+            self._async.forward_backward_contrastive_async,
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
+        )
+
+    async def optim_step_async(
+        self,
+        adam_params: tinker.AdamParams,
+        grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
+        *,
+        accept_partial: bool = False,
+    ) -> APIFuture[OptimStepResponse]:
+        """`optim_step`, awaited for its future."""
+        return await self._async.optim_step_async(
+            adam_params,
+            grad_accumulation_normalization,
+            emit_grad_norm_metrics,
+            accept_partial=accept_partial,
+        )
+
+    async def save_state_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        return await self._async.save_state_async(name, ttl_seconds, overwrite, timeout=timeout)
+
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """`load_state`, awaited for its future."""
+        return await self._async.load_state_async(path, weights_access_token)
+
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """`load_state_with_optimizer`, awaited for its future."""
+        return await self._async.load_state_with_optimizer_async(path, weights_access_token)
+
+    async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_adapter`, awaited for its future."""
+        return await self._async.load_adapter_async(adapter_path)

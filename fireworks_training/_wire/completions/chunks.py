@@ -1,0 +1,372 @@
+"""A completion from the chunks of its stream, and what it cost.
+
+It knows what a chunk may hold and what a completion must have; it knows neither sockets nor
+retries. Logprobs go into arrays of doubles as they arrive: eight bytes a token, and they read as
+sequences of floats.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import orjson
+
+from fireworks_training._wire.completions.errors import object_in, stream_error
+from fireworks_training._wire.completions.request import SamplingRequest
+from fireworks_training.errors import ProtocolError
+from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
+from fireworks_training.server_metrics import measured, request_id_of
+
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+}
+KEEP_ALIVES = frozenset({"ping", "heartbeat", "keepalive"})
+_DONE = b"[DONE]"
+_SWITCH_INDEX = "snapshot-switch-index"
+_SNAPSHOT_FIELDS = frozenset({"snapshot-identity", "snapshot-identity-first", _SWITCH_INDEX})
+_SELDOM = _SNAPSHOT_FIELDS | {"error", "usage", "perf_metrics"}
+_LAST = frozenset({"raw_output", "prompt_token_ids"})
+
+
+def server_metrics(
+    headers: Mapping[str, str], perf_metrics: Mapping[str, Any], **client: Any
+) -> ServerMetrics:
+    """What the server reports; `perf_metrics` of the stream win over headers.
+
+    Args:
+        client: the fields that the client measured.
+    """
+    figures: dict[str, Any] = {}
+    measured(headers, figures)
+    measured(perf_metrics, figures)
+    return ServerMetrics(**figures, request_id=request_id_of(headers), **client)
+
+
+class CompletionAssembler:
+    """Collects the chunks of one completion.
+
+    Args:
+        request: what was asked for.
+        prompt_ids: the prompt that was sent.
+        without_echo: takes the text of echoed prompt tokens off a text. None leaves the text as the
+            server sent it.
+        keep_tokens: whether `since` is to tell the tokens' ids.
+
+    Attributes:
+        done: whether `[DONE]` came.
+        response_id: the first id that the chunks bore.
+        finish_reason: the server's, once it came.
+        perf_metrics: what the server reported at the end.
+        completion_tokens: the server's own count; None if it gave none.
+    """
+
+    __slots__ = (
+        "_logprobs",
+        "_logprobs_wanted",
+        "_prompt_ids",
+        "_raw_nulls",
+        "_raw_output",
+        "_request",
+        "_sampling",
+        "_sampling_nulls",
+        "_snapshot",
+        "_text",
+        "_tokens",
+        "_top",
+        "_without_echo",
+        "completion_tokens",
+        "done",
+        "finish_reason",
+        "perf_metrics",
+        "response_id",
+    )
+
+    def __init__(
+        self,
+        request: SamplingRequest,
+        prompt_ids: Sequence[int],
+        without_echo: Callable[[str, Sequence[int]], str] | None = None,
+        *,
+        keep_tokens: bool = False,
+    ) -> None:
+        self._request = request
+        self._tokens: list[int] | None = [] if keep_tokens else None
+        self._logprobs_wanted = request.logprobs
+        self._prompt_ids = prompt_ids
+        self._without_echo = without_echo
+        self._text: list[str] = []
+        self._logprobs = array("d")
+        self._sampling = array("d")
+        self._raw_nulls = 0
+        self._sampling_nulls = 0
+        self._top: list[dict[int, float]] | None = [] if request.top_logprobs else None
+        self._raw_output: Mapping[str, Any] | None = None
+        self._snapshot: dict[str, Any] = {}
+        self.done = False
+        self.response_id: str | None = None
+        self.finish_reason: str | None = None
+        self.perf_metrics: dict[str, Any] = {}
+        self.completion_tokens: int | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether anything of the completion has arrived."""
+        return bool(self._text or self._logprobs or self.finish_reason)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the stream, if it ended here, ended too early."""
+        return self.finish_reason is None or not (self.done or self._raw_output)
+
+    def mark(self) -> tuple[int, int]:
+        """A place in the completion, for `since`."""
+        return len(self._text), len(self._logprobs)
+
+    def since(self, mark: tuple[int, int]) -> TokenDelta:
+        """What was added after a place."""
+        start = mark[1]
+        return TokenDelta(
+            "".join(self._text[mark[0] :]),
+            () if self._tokens is None else self._tokens[start:],
+            self._logprobs[start:],
+            self._sampling[start:],
+        )
+
+    def feed(self, data: bytes, event: str = "message") -> None:
+        """Take one event of the stream: its data and its type.
+
+        Raises:
+            ApiError: the stream reports an error, or is not one that the contract allows.
+        """
+        if event == "error":
+            raise stream_error(_error_in(data))
+        if event in KEEP_ALIVES and _decoded(data) is None:
+            return
+        self.feed_messages((data,))
+
+    def feed_messages(self, messages: Sequence[bytes]) -> None:
+        """Take events of the usual type: the data of each.
+
+        This is where the client spends its time. So each chunk is decoded, taken and let go of
+        before the next, and what is seldom in one is looked for all at once.
+
+        Raises:
+            ApiError: the stream reports an error, or is not one that the contract allows.
+        """
+        decode, texts, wanted = orjson.loads, self._text, self._logprobs_wanted
+        data = b""
+        try:
+            for data in messages:
+                if data == _DONE:
+                    self.done = True
+                    continue
+                chunk = decode(data)
+                if not _SELDOM.isdisjoint(chunk):
+                    self._take_seldom(chunk)
+                for choice in chunk.get("choices") or ():
+                    if text := choice.get("text"):
+                        if type(text) is not str:
+                            raise TypeError("text")
+                        texts.append(text)
+                    if wanted and (logprobs := choice.get("logprobs")):
+                        self._take_logprobs(logprobs.get("content") or ())
+                    if reason := choice.get("finish_reason"):
+                        self.finish_reason = str(reason)
+                    if not _LAST.isdisjoint(choice):
+                        self._take_ids(choice)
+                if self.response_id is None and "id" in chunk:
+                    self.response_id = str(chunk["id"])[:256]
+        except orjson.JSONDecodeError as error:
+            raise ProtocolError(
+                f"the server sent a chunk that is not JSON ({len(data)} bytes)"
+            ) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(
+                f"the server sent a chunk of another form than the contract's "
+                f"({type(error).__name__})"
+            ) from error
+
+    def _take_seldom(self, chunk: dict[str, Any]) -> None:
+        """What few chunks hold beside choices."""
+        if (error := chunk.get("error")) is not None:
+            raise stream_error(error)
+        if usage := chunk.get("usage"):
+            tokens = usage.get("completion_tokens")
+            if type(tokens) is int and tokens >= 0:  # else it counts as not reported
+                self.completion_tokens = tokens
+        if perf_metrics := chunk.get("perf_metrics"):
+            self.perf_metrics.update(perf_metrics)
+            self._take_snapshot(perf_metrics)
+        self._take_snapshot(chunk)
+
+    def _take_ids(self, choice: dict[str, Any]) -> None:
+        """The token ids of completion and prompt."""
+        if raw_output := choice.get("raw_output"):
+            self._raw_output = {**raw_output}
+        if (prompt := choice.get("prompt_token_ids")) is not None:
+            self._raw_output = {"prompt_token_ids": prompt, **(self._raw_output or {})}
+
+    def _take_logprobs(self, content: Sequence[dict[str, Any]]) -> None:
+        raw = [entry["logprob"] for entry in content]
+        try:
+            # The usual case; `fromlist` leaves the array as it was when a value does not fit.
+            self._sampling.fromlist([entry["sampling_logprob"] for entry in content])
+        except (KeyError, TypeError):
+            sampling = [entry.get("sampling_logprob") for entry in content]
+            self._sampling_nulls += sampling.count(None)
+            self._sampling.extend(_doubles(sampling))
+        try:
+            self._logprobs.fromlist(raw)
+        except TypeError:
+            self._logprobs.extend(_doubles(raw))
+            self._raw_nulls += raw.count(None)
+        if self._tokens is not None:
+            self._tokens.extend([entry["token_id"] for entry in content])
+        if self._top is not None:
+            self._top.extend(
+                {int(top["token_id"]): float(top["logprob"]) for top in entry["top_logprobs"] or ()}
+                for entry in content
+            )
+
+    def _take_snapshot(self, source: Mapping[str, Any]) -> None:
+        for name in _SNAPSHOT_FIELDS:
+            if (value := source.get(name)) is not None:
+                self._snapshot[name] = int(value) if name == _SWITCH_INDEX else str(value)
+
+    def snapshot_identity(self) -> str | None:
+        """The snapshot that sampled the last token; None if not reported."""
+        return self._snapshot.get("snapshot-identity")
+
+    def completion(
+        self, *, prompt_index: int, sample_index: int, metrics: ServerMetrics
+    ) -> SampledCompletion:
+        """The completion, checked.
+
+        Raises:
+            ProtocolError: something that it must have is missing, or lengths disagree.
+        """
+        reason = FINISH_REASONS.get(self.finish_reason or "")
+        if reason is None:
+            raise ProtocolError(
+                "the server ended the completion with finish_reason "
+                f"{str(self.finish_reason)[:40]!r}; known: "
+                f"{', '.join(FINISH_REASONS)}"
+            )
+        prompt, answered = self._ids()
+        echoed = self._request.echoed(len(prompt))
+        if answered[:echoed] != prompt[len(prompt) - echoed :]:
+            raise ProtocolError("the tokens that the server echoed are not those of the prompt")
+        # The first token of a prompt has no logprob: nothing precedes it.
+        dropped = 1 if echoed and echoed == len(prompt) else 0
+        inference, sampling, top = self._token_arrays(len(answered), echoed, dropped)
+        identity = self.snapshot_identity()
+        first = self._snapshot.get("snapshot-identity-first", identity)
+        return SampledCompletion(
+            text=self._completion_text(answered[:echoed]),
+            full_tokens=prompt + answered[echoed:],
+            prompt_len=len(prompt),
+            finish_reason=reason,
+            completion_len=len(answered) - echoed,
+            inference_logprobs=inference,
+            sampling_logprobs=sampling,
+            logprobs_echoed=bool(echoed) and inference is not None,
+            echoed_prompt_logprob_count=echoed - dropped if inference is not None else 0,
+            top_logprobs=top,
+            prompt_index=prompt_index,
+            sample_index=sample_index,
+            snapshot_identity=identity,
+            snapshot_identity_first=first,
+            snapshot_switch_index=self._snapshot.get(_SWITCH_INDEX),
+            metrics=metrics,
+        )
+
+    def _ids(self) -> tuple[list[int], list[int]]:
+        """Prompt and answer as token ids: the prompt that the server used, if it says."""
+        raw_output = self._raw_output or {}
+        answered = raw_output.get("completion_token_ids")
+        if not _is_ids(answered):
+            raise ProtocolError(
+                "the answer has no raw_output.completion_token_ids: without the token ids a "
+                "completion can't be trained on. Sample from a deployment that returns raw output."
+            )
+        used = raw_output.get("prompt_token_ids")
+        if used is None:
+            return list(self._prompt_ids), cast(list[int], answered)
+        if not _is_ids(used):
+            raise ProtocolError("the answer's prompt_token_ids are not token ids")
+        return cast(list[int], used), cast(list[int], answered)
+
+    def _completion_text(self, echoed_ids: Sequence[int]) -> str:
+        text = "".join(self._text)
+        if echoed_ids and self._without_echo is not None:
+            return self._without_echo(text, echoed_ids)
+        return text
+
+    def _token_arrays(
+        self, answered: int, echoed: int, dropped: int
+    ) -> tuple[array[float] | None, array[float] | None, list[dict[int, float]] | None]:
+        """Raw, sampling and top logprobs, trained-on positions only."""
+        if not self._request.logprobs:
+            return None, None, None
+        if len(self._logprobs) != answered:
+            raise ProtocolError(
+                f"the server sent {len(self._logprobs)} logprobs for {answered} tokens"
+            )
+        inference = self._logprobs[dropped:]
+        if self._raw_nulls and any(map(math.isnan, inference)):
+            raise ProtocolError("the server sent a token without a logprob")
+        top = self._top[dropped:] if self._top and all(self._top[dropped:]) else None
+        return inference, self._sampling_logprobs(inference, echoed - dropped, dropped), top
+
+    @property
+    def sampling_substituted(self) -> bool:
+        """Whether the server reports raw logprobs only, though the two kinds are the same."""
+        return (
+            self._request.full_distribution
+            and bool(self._sampling)
+            and self._sampling_nulls == len(self._sampling)
+        )
+
+    def _sampling_logprobs(
+        self, inference: array[float], prompt_rows: int, dropped: int
+    ) -> array[float] | None:
+        if self._sampling_nulls == 0:
+            return self._sampling[dropped:]
+        if self._sampling_nulls == len(self._sampling):
+            return inference[:] if self._request.full_distribution else None
+        sampling = self._sampling[dropped:]
+        # Prompt tokens were not sampled: where a server leaves them empty, the raw value stands.
+        for index in range(prompt_rows):
+            if math.isnan(sampling[index]):
+                sampling[index] = inference[index]
+        if any(map(math.isnan, sampling)):
+            raise ProtocolError("the server sent sampling logprobs for some tokens only")
+        return sampling
+
+
+def _doubles(values: list[Any]) -> array[float]:
+    """An array of doubles; null becomes NaN."""
+    return array("d", [math.nan if value is None else value for value in values])
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and set(map(type, cast(list[object], value))) <= {int}
+
+
+def _decoded(data: bytes) -> object:
+    """Data as JSON; None if it is none."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _error_in(data: bytes) -> object:
+    """What an event of type "error" reports."""
+    fields = object_in(_decoded(data))
+    return fields.get("error") or fields

@@ -1,0 +1,225 @@
+"""The dialects of a trainer's data plane: how a pass becomes requests, and answers a result.
+
+Both have one shape: `encode_datum` for each datum, then one request a chunk, put together when its
+id is known. All other operations are JSON in either dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fireworks_training._wire.training import json_passes, protobuf
+from fireworks_training._wire.training.bodies import PassKind
+from fireworks_training._wire.training.compression import ENCODING, compress
+from fireworks_training._wire.training.datums import Array, Encoding, PassResult
+from fireworks_training.errors import NotSupported
+
+JSON_TYPE = "application/json"
+ACCEPT = f"{protobuf.CONTENT_TYPE}, {JSON_TYPE}"
+"""What is asked for as the form of a result; the answer's content type tells which it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A request's path, the pieces of its body, and its headers."""
+
+    path: str
+    body: tuple[bytes, ...]
+    headers: Mapping[str, str]
+
+
+class Dialect(Protocol):
+    """What a dialect does; `name` is "json" or "protobuf"."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def compresses(self) -> bool:
+        """Whether `encode_pass` and `encode_backward` compress, which takes time."""
+        ...
+
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
+        """One datum, by itself."""
+        ...
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        """The datums or gradients of one chunk, end to end."""
+        ...
+
+    def encode_pass(
+        self,
+        kind: PassKind,
+        data: bytes,
+        *,
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None,
+        model_id: str,
+        seq_id: int,
+    ) -> Encoded:
+        """One chunk of a pass, of joined datums."""
+        ...
+
+    def encode_gradient(self, gradient: Array) -> Encoding:
+        """The gradient by the logprobs of one datum, by itself."""
+        ...
+
+    def encode_backward(
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
+    ) -> Encoded:
+        """A backward by an earlier forward's logprobs, of joined gradients."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JsonDialect:
+    """Fireworks JSON; `comms` "v2" marks the requests of servers that asked for it."""
+
+    comms: str = "v1"
+    name: str = "json"
+    compresses: bool = False
+
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
+        return json_passes.encode_datum(tokens, inputs, index)
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        return json_passes.join(datums)
+
+    def encode_pass(
+        self,
+        kind: PassKind,
+        data: bytes,
+        *,
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None,
+        model_id: str,
+        seq_id: int,
+    ) -> Encoded:
+        body = json_passes.encode_request(
+            kind,
+            data,
+            loss_fn=loss_fn,
+            loss_fn_config=loss_fn_config,
+            model_id=model_id,
+            seq_id=seq_id,
+            comms=self.comms,
+        )
+        return Encoded(kind, body, {"Content-Type": JSON_TYPE})
+
+    def encode_gradient(self, gradient: Array) -> Encoding:
+        return json_passes.encode_gradient(gradient)
+
+    def encode_backward(
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
+    ) -> Encoded:
+        body = json_passes.encode_backward(
+            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
+        )
+        return Encoded("backward", body, {"Content-Type": JSON_TYPE})
+
+
+@dataclass(frozen=True, slots=True)
+class ProtobufDialect:
+    """Tinker protobuf; `compresses` the requests in zstd for servers that ask for it."""
+
+    compresses: bool = False
+    name: str = "protobuf"
+
+    def encode_datum(
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+    ) -> Encoding:
+        return protobuf.encode_datum(tokens, inputs, index)
+
+    def join(self, datums: Iterable[Encoding]) -> bytes:
+        return protobuf.join(datums)
+
+    def encode_pass(
+        self,
+        kind: PassKind,
+        data: bytes,
+        *,
+        loss_fn: str,
+        loss_fn_config: Mapping[str, Any] | None,
+        model_id: str,
+        seq_id: int,
+    ) -> Encoded:
+        body = protobuf.encode_request(
+            kind,
+            data,
+            loss_fn=loss_fn,
+            loss_fn_config=loss_fn_config,
+            model_id=model_id,
+            seq_id=seq_id,
+        )
+        return self._encoded("forward_backward", body)
+
+    def encode_gradient(self, gradient: Array) -> Encoding:
+        return protobuf.encode_datum((), {protobuf.GRADIENTS: gradient}, 0)
+
+    def encode_backward(
+        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
+    ) -> Encoded:
+        body = protobuf.encode_backward(
+            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
+        )
+        return self._encoded("backward", body)
+
+    def _encoded(self, path: str, body: tuple[bytes, ...]) -> Encoded:
+        if not self.compresses:
+            return Encoded(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
+        headers = {"Content-Type": protobuf.CONTENT_TYPE, "Content-Encoding": ENCODING}
+        return Encoded(path, (compress(b"".join(body)),), headers)
+
+
+def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = False) -> Dialect:
+    """The dialect for a trainer that the control plane provisioned.
+
+    Args:
+        asked: what the caller wants: "json", "protobuf", or None.
+        wire: the dialects that the trainer says it takes; empty where it does not say.
+        comms: the version of JSON that it asks for.
+        zstd: whether it asks for compressed requests in protobuf.
+
+    Raises:
+        NotSupported: the trainer says what it takes, and that is not among it.
+    """
+    if asked is not None and wire and asked not in wire:
+        raise NotSupported(f"dialect={asked!r}: this trainer takes {', '.join(wire)}")
+    if asked == "protobuf" or (asked is None and "protobuf" in wire):
+        return ProtobufDialect(zstd)
+    return JsonDialect(comms)
+
+
+def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> Encoded:
+    """A forward that changes nothing, for the place of a refused request in the server's line."""
+    nothing: dict[str, Array] = {
+        "target_tokens": np.zeros(1, np.int64),
+        "weights": np.zeros(1, np.float32),
+    }
+    return dialect.encode_pass(
+        "forward",
+        dialect.join([dialect.encode_datum((0,), nothing, 0)]),
+        loss_fn="cross_entropy",
+        loss_fn_config=None,
+        model_id=model_id,
+        seq_id=seq_id,
+    )
+
+
+def decode_result(payload: Mapping[str, Any] | bytes) -> PassResult:
+    """The answer of a pass: a JSON object, or the bytes of a protobuf message.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    if isinstance(payload, bytes):
+        return protobuf.decode_result(payload)
+    return json_passes.decode_result(payload)

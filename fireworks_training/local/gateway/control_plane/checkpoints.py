@@ -1,0 +1,90 @@
+"""The checkpoints of a job, as they lie on disk: saved states and sampler snapshots.
+
+Reads names, times and manifests; never a tensor. What is on disk is the truth, so nothing is kept
+in the database, and a deleted job's checkpoints are listed as long as its folder is there.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.store.database import Body
+from fireworks_training.local.store.snapshots import InvalidName, check_name
+
+_SNAPSHOT_TYPES = {
+    "base": "CHECKPOINT_TYPE_INFERENCE_BASE",
+    "lora": "CHECKPOINT_TYPE_INFERENCE_LORA",
+    "delta": "CHECKPOINT_TYPE_INFERENCE_ARC_V2",
+}
+STATE_TYPE = "CHECKPOINT_TYPE_TRAINING"
+PROMOTABLE = frozenset({"base", "lora"})
+"""Kinds that stand alone; a delta needs its predecessors."""
+
+
+def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Body]:
+    """The checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
+    found = [_row(job, folder, STATE_TYPE) for folder in _folders(states_dir)]
+    for folder in _folders(snapshots_dir):
+        manifest = _manifest(folder)
+        if manifest.get("job") == job:
+            kind = _SNAPSHOT_TYPES.get(str(manifest.get("kind")), "CHECKPOINT_TYPE_UNSPECIFIED")
+            found.append(_row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE))
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
+    """The manifest of a job's snapshot that can become a model.
+
+    Raises:
+        Problem: 404 without such a snapshot; 400 for one that can't be promoted.
+    """
+    try:
+        folder = snapshots_dir / check_name(identity)
+    except InvalidName as error:
+        raise Problem(404, str(error)) from None
+    manifest = _manifest(folder)
+    if not manifest or manifest.get("job") != job:
+        raise Problem(
+            404,
+            f"job {job!r} has no snapshot {identity!r}; its checkpoints name what is promotable",
+        )
+    if manifest.get("kind") not in PROMOTABLE:
+        raise Problem(
+            400,
+            f"snapshot {identity!r} is a difference to {manifest.get('predecessor')!r} and can't be"
+            " promoted; save a base snapshot (checkpoint_type='base')",
+        )
+    return manifest
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Finished ones: a writer works under a name that starts with a dot."""
+    if not parent.is_dir():
+        return []
+    return [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _manifest(folder: Path) -> Body:
+    try:
+        manifest: object = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return {}  # retention may be removing it at this moment
+    return cast(Body, manifest) if isinstance(manifest, dict) else {}
+
+
+def _row(job: str, folder: Path, kind: str, *, promotable: bool = False) -> tuple[float, Body]:
+    changed = folder.stat().st_mtime
+    time = datetime.fromtimestamp(changed, UTC).isoformat(timespec="microseconds")
+    time = time.replace("+00:00", "Z")
+    return changed, {
+        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{job}/checkpoints/{folder.name}",
+        "createTime": time,
+        "updateTime": time,
+        "checkpointType": kind,
+        "promotable": promotable,
+    }

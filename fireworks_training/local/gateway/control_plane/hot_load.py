@@ -1,0 +1,209 @@
+"""`/hot_load/v1/models/hot_load`: ask a deployment to serve a snapshot, and see what it serves.
+
+Knows which deployment is meant and that every replica has to take the snapshot; the engines do the
+loading and refuse what they can't vouch for. Nothing here reads a snapshot.
+
+A look at the status may wait (`?wait_for=<identity>&timeout_s=<seconds>`) until a load of that
+snapshot, if one is under way, has ended on every replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
+from fireworks_training.local.gateway.inference.engine_stream import EngineGone
+from fireworks_training.local.gateway.inference.registry import REGISTRY, LiveDeployment, Registry
+from fireworks_training.local.gateway.inference.serving import (
+    RETRY_SOON,
+    add_waking,
+    find_deployment,
+    ready_engines,
+)
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.store.snapshots import InvalidName, check_name
+
+log = logging.getLogger(__name__)
+
+PATH = "/hot_load/v1/models/hot_load"
+DEPLOYMENT_HEADER = "fireworks-deployment"
+
+LONGEST_WAIT_S = 25.0
+"""Seconds that a look at the status may wait."""
+
+RECORDING: web.AppKey[dict[tuple[str, str], asyncio.Task[None]]] = web.AppKey("recording_loads")
+"""The loads under way, by deployment and identity."""
+
+
+class IncrementalMetadata(BaseModel):
+    """What a client says about a delta; only the predecessor is compared here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    previous_snapshot_identity: str
+    compression_format: str | None = None
+    checksum_format: str | None = None
+
+
+class HotLoadBody(BaseModel):
+    """The body of a hot load."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    identity: str
+    reset_prompt_cache: bool = True
+    incremental_snapshot_metadata: IncrementalMetadata | None = None
+
+
+def add_routes(app: web.Application) -> None:
+    """Registers the hot load routes."""
+    app[RECORDING] = {}
+    app.on_cleanup.append(_stop_recording)
+    add_waking(app)
+    app.router.add_post(PATH, post_hot_load)
+    app.router.add_get(PATH, get_hot_load)
+
+
+async def post_hot_load(request: web.Request) -> web.Response:
+    """POST: every replica is asked to load; the answer comes before they have."""
+    live = _deployment(request)
+    body = _parse(await request.read())
+    engines = ready_engines(request.app, live)
+    if body.incremental_snapshot_metadata is not None:
+        previous = body.incremental_snapshot_metadata.previous_snapshot_identity
+        _check_predecessor(engines, body.identity, previous)
+    try:
+        loads = [
+            engine.request_load(
+                body.identity,
+                reset_prompt_cache=body.reset_prompt_cache,
+                transition=live.transition,
+            )
+            for engine in engines
+        ]
+    except EngineGone as error:
+        raise Problem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
+    recording = asyncio.create_task(
+        _record(request.app[REGISTRY], live, engines, body.identity, loads)
+    )
+    running, key = request.app[RECORDING], (live.resource, body.identity)
+    running[key] = recording
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if running.get(key) is task:
+            del running[key]
+
+    recording.add_done_callback(ended)
+    return web.json_response(
+        {"identity": body.identity, "replicas": len(engines), "long_poll": True}
+    )
+
+
+async def get_hot_load(request: web.Request) -> web.Response:
+    """GET: a row for each replica that the deployment should have."""
+    live = _deployment(request)
+    recording = request.app[RECORDING].get((live.resource, request.query.get("wait_for", "")))
+    if recording is not None:
+        await asyncio.wait([recording], timeout=_wait_s(request))
+    rows = [engine.status() for engine in live.engines]
+    absent = max(0, live.desired_replicas - len(rows))
+    rows += [_absent_row(live) for _ in range(absent)]
+    return web.json_response({"replicas": rows, "long_poll": True})
+
+
+def _wait_s(request: web.Request) -> float:
+    try:
+        seconds = float(request.query.get("timeout_s", LONGEST_WAIT_S))
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise Problem(400, "timeout_s must be a number of seconds from 0")
+    return min(seconds, LONGEST_WAIT_S)
+
+
+def _deployment(request: web.Request) -> LiveDeployment:
+    name = request.headers.get(DEPLOYMENT_HEADER)
+    if not name:
+        raise Problem(400, f"the header {DEPLOYMENT_HEADER} has to name the deployment")
+    return find_deployment(request.app[REGISTRY], name)
+
+
+def _parse(data: bytes) -> HotLoadBody:
+    try:
+        body = HotLoadBody.model_validate(orjson.loads(data))
+        check_name(body.identity)
+    except orjson.JSONDecodeError:
+        raise Problem(400, "the body is not JSON") from None
+    except InvalidName as error:
+        raise Problem(400, f"{error}, field: 'identity'") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        extra = fault["type"] == "extra_forbidden"
+        what = "Extra inputs are not permitted" if extra else fault["msg"]
+        raise Problem(400, f"{what}, field: '{name}'") from None
+    return body
+
+
+def _check_predecessor(engines: list[EngineClient], identity: str, previous: str) -> None:
+    """A delta only fits what it was made against.
+
+    Raises:
+        Problem: 409 with what the replica holds.
+    """
+    for engine in engines:
+        held = engine.state.identity
+        # The same request may come twice, and the first one have succeeded.
+        if held not in (previous, identity):
+            raise Problem(
+                409,
+                f"{identity!r} is a delta to {previous!r}, but {engine.name} holds "
+                f"{held or 'the base model'!r}; load the missing snapshots in order, or save a "
+                "base snapshot",
+                code="FAILED_PRECONDITION",
+            )
+
+
+def _absent_row(live: LiveDeployment) -> dict[str, object]:
+    """A replica that is not there yet; it loads what the deployment has before it serves."""
+    return {
+        "current_snapshot_identity": None,
+        "readiness": False,
+        "load": {"slots": 0, "active": 0, "waiting": 0},
+        "loading_state": {
+            "stage": "pending",
+            "target_snapshot_identity": live.loaded_identity,
+        },
+        "tensors_sha256": None,
+        "loaded_adapters": [],
+    }
+
+
+async def _record(
+    registry: Registry,
+    live: LiveDeployment,
+    engines: list[EngineClient],
+    identity: str,
+    loads: list[asyncio.Future[LoadEnded]],
+) -> None:
+    """Once every replica has the snapshot, a replica that joins later gets it too."""
+    outcomes = await asyncio.gather(*loads)
+    if all(ended.outcome == "loaded" for ended in outcomes):
+        if registry.deployments.get(live.resource) is live:
+            registry.record_loaded(live.resource, identity)
+        return
+    for engine, ended in zip(engines, outcomes, strict=True):
+        if ended.outcome == "failed":
+            log.error("%s did not load %s: %s", engine.name, identity, ended.reason)
+
+
+async def _stop_recording(app: web.Application) -> None:
+    tasks = list(app[RECORDING].values())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,438 @@
+"""The control plane's bodies: what a creator may ask for, checked, and how resources are shown.
+
+Pure functions over JSON objects; no state and no I/O. Options of the cloud that change nothing here
+(accelerators, regions, images) are taken with a notice in `statusMessage`, so that a script written
+for the cloud runs; what would change the result is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from fireworks_training.local.gateway.inference.registry import (
+    STAND_IN_PREFIX,
+    ModelEntry,
+    Registry,
+    UnknownModel,
+)
+from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.limits import parse_duration
+from fireworks_training.local.settings import (
+    ACCOUNT,
+    DEPLOYMENT_SHAPE,
+    RESOURCE_ID_RULE,
+    TRAINING_SHAPE,
+    is_resource_id,
+)
+from fireworks_training.local.store.database import Body, ResourceRow
+
+MAX_LORA_RANK = 256
+MAX_REPLICAS = 8
+SNAPSHOT_DTYPES = ("bfloat16", "float32")
+SHAPE_VERSION = "1"
+MAX_INACTIVITY_S = 3 * 3600.0
+
+# Cloud options without effect on one machine's CPU.
+_JOB_OPTIONS_WITHOUT_EFFECT = (
+    "reservationTarget",
+    "trainerReplicaCount",
+    "nodeCount",
+    "preemptible",
+)
+_TRAINING_OPTIONS_WITHOUT_EFFECT = (
+    "acceleratorType",
+    "acceleratorCount",
+    "region",
+    "customImageTag",
+    "extraArgs",
+    "projectionHeadDim",
+)
+_JOB_FIELDS = (
+    "displayName",
+    "purpose",
+    "managedBy",
+    "hotLoadDeploymentId",
+    "forwardOnly",
+    "inactivityTimeout",
+    "disableInactivityCleanup",
+    "extraValues",
+    "annotations",
+)
+_DEPLOYMENT_OPTIONS_WITHOUT_EFFECT = ("acceleratorType", "placement", "extraArgs", "preemptible")
+_DEPLOYMENT_FIELDS = (
+    "description",
+    "displayName",
+    "annotations",
+    "enableHotLoad",
+    "forTraining",
+    "hotLoadBucketType",
+    "hotLoadTrainerJob",
+    "deploymentShape",
+    "acceleratorType",
+    "placement",
+    "extraArgs",
+    "extraValues",
+    "preemptible",
+)
+_SHAPE = re.compile(r"accounts/[a-z0-9-]+/(?:trainingShapes|deploymentShapes)/[A-Za-z0-9._-]+")
+_VERSION = re.compile(r"/versions/[A-Za-z0-9._-]+$")
+
+
+@dataclass(slots=True)
+class Notices:
+    """What a creator should know; shown as `statusMessage`."""
+
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, text: str | None) -> None:
+        """Take a notice; None is none."""
+        if text is not None:
+            self.texts.append(text.removeprefix("Warning: "))
+
+    def add_ignored(self, body: Mapping[str, object], names: tuple[str, ...]) -> None:
+        """Name the options of `body` that have no effect here."""
+        given = [name for name in names if body.get(name) is not None and not _is_plain(body[name])]
+        if given:
+            self.add(f"without effect on the local platform: {', '.join(given)}")
+
+    def text(self) -> str:
+        """All of them, in the form that clients log as a warning; empty if there is none."""
+        return f"Warning: {'; '.join(self.texts)}" if self.texts else ""
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an option's value asks for nothing: off, empty, or one of what there is one of."""
+    return value is False or value in ("", [], {}) or (value in (0, 1) and value is not True)
+
+
+# -- fields --------------------------------------------------------------------------------------
+
+
+def check_id(name: str, what: str) -> str:
+    """A resource id, or a problem: it becomes part of paths."""
+    if not is_resource_id(name):
+        raise Problem(400, f"{what} {name[:80]!r} is not {RESOURCE_ID_RULE}")
+    return name
+
+
+def check_account(account: str) -> None:
+    """Only one account exists."""
+    if account != ACCOUNT:
+        raise Problem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
+
+
+def text_field(body: Mapping[str, object], name: str, default: str = "") -> str:
+    """A string of a body."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise Problem(400, f"{name} must be a string")
+    return value
+
+
+def int_field(body: Mapping[str, object], name: str, default: int, low: int, high: int) -> int:
+    """A bounded integer of a body."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise Problem(400, f"{name} must be an integer from {low} to {high}")
+    return value
+
+
+def object_field(body: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """An object of a body; empty when absent."""
+    value = body.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Problem(400, f"{name} must be an object")
+    return cast("dict[str, object]", value)
+
+
+def model_field(registry: Registry, name: str, notices: Notices) -> ModelEntry:
+    """The model behind `baseModel`."""
+    try:
+        entry, notice = registry.find_model(name)
+    except UnknownModel as error:
+        raise Problem(400, f"baseModel: {error}") from None
+    notices.add(notice)
+    return entry
+
+
+def shape_field(name: str, local: str, notices: Notices) -> None:
+    """A shape: the local one, or one of the cloud's as a stand-in."""
+    parent = _VERSION.sub("", name)
+    if parent == local:
+        return
+    if not name.startswith(STAND_IN_PREFIX) or _SHAPE.fullmatch(parent) is None:
+        raise Problem(400, f"no shape {name[:200]!r}; this platform has {local}")
+    notices.add(f"{name} is not available here; {local} stands in for it")
+
+
+def dtype_field(values: Mapping[str, object]) -> str | None:
+    """`snapshot_dtype` of an `extraValues`."""
+    value = values.get("snapshot_dtype")
+    if value is None:
+        return None
+    if value not in SNAPSHOT_DTYPES:
+        raise Problem(400, f"snapshot_dtype must be one of {', '.join(SNAPSHOT_DTYPES)}")
+    return str(value)
+
+
+def _delta_field(values: Mapping[str, object]) -> Body:
+    """`delta_compression` of an `extraValues`, as far as a trainer has to be told."""
+    value = values.get("delta_compression", "fast")
+    if value not in ("fast", "small"):
+        raise Problem(400, "delta_compression must be one of fast, small")
+    return {} if value == "fast" else {"delta_compression": value}
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tuple[Body, str]:
+    """What is stored of a job, and its notice.
+
+    Returns `{"resource": fields to show, "worker": what its trainer is told}`.
+    """
+    notices = Notices()
+    training = object_field(body, "trainingConfig")
+    base_model = text_field(training, "baseModel") or text_field(body, "baseModel")
+    if not base_model:
+        raise Problem(400, "trainingConfig.baseModel is missing")
+    entry = model_field(registry, base_model, notices)
+    if shape:
+        shape_field(shape, TRAINING_SHAPE, notices)
+    extra = object_field(training, "extraValues")
+    context = _context_length(training, entry, base_model, notices)
+    lora_rank = int_field(training, "loraRank", 0, 0, MAX_LORA_RANK)
+    seed = int_field(extra, "seed", 0, 0, 2**63 - 1)
+    dtype = dtype_field(extra) or SNAPSHOT_DTYPES[0]
+    notices.add_ignored(body, _JOB_OPTIONS_WITHOUT_EFFECT)
+    notices.add_ignored(training, _TRAINING_OPTIONS_WITHOUT_EFFECT)
+    resource: Body = {name: body[name] for name in _JOB_FIELDS if body.get(name) is not None}
+    object_field(body, "extraValues")
+    object_field(body, "annotations")
+    resource["serviceMode"] = True
+    resource["trainingShape"] = shape or TRAINING_SHAPE
+    resource["trainingConfig"] = {
+        "baseModel": base_model,
+        "loraRank": lora_rank,
+        "maxContextLength": context,
+        "learningRate": training.get("learningRate"),
+        "extraValues": {**extra, "snapshot_dtype": dtype},
+    }
+    worker: Body = {
+        "base_model": entry.name,
+        # The contract has one number for both: the rank of the job's model, or with several models
+        # the most that one may have.
+        "lora_rank": lora_rank,
+        "snapshot_dtype": dtype,
+        "max_context_length": context,
+        "seed": seed,
+        **_delta_field(extra),
+    }
+    stored: Body = {"resource": resource, "worker": worker}
+    return {**stored, **_inactivity(body)}, notices.text()
+
+
+def _inactivity(body: Mapping[str, object]) -> Body:
+    """`{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the platform."""
+    if body.get("disableInactivityCleanup") is True:
+        return {"inactivity_s": None}
+    asked = body.get("inactivityTimeout")
+    if asked is None:
+        return {}
+    duration = parse_duration(asked)
+    if duration is None or not 0 < duration <= MAX_INACTIVITY_S:
+        raise Problem(400, f'inactivityTimeout must be "<seconds>s", up to {MAX_INACTIVITY_S:.0f}s')
+    return {"inactivity_s": duration}
+
+
+def _context_length(
+    training: Mapping[str, object], entry: ModelEntry, asked_model: str, notices: Notices
+) -> int:
+    most = entry.max_context_length
+    asked = int_field(training, "maxContextLength", most, 1, 1 << 24)
+    if asked <= most:
+        return asked
+    if asked_model == entry.name:
+        raise Problem(400, f"maxContextLength must be at most {most} for {entry.name}")
+    notices.add(f"maxContextLength is {most} instead of {asked}: {entry.name} has no more")
+    return most
+
+
+def show_job(row: ResourceRow) -> Body:
+    """A job as the API shows it."""
+    return {
+        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{row.id}",
+        "state": row.state,
+        "statusMessage": row.message,
+        "createTime": row.created,
+        "updateTime": row.updated,
+        **cast(Body, row.body["resource"]),
+    }
+
+
+# -- deployments ---------------------------------------------------------------------------------
+
+
+def deployment_body(body: Mapping[str, object], registry: Registry) -> tuple[Body, str]:
+    """What is stored of a deployment, and its notice.
+
+    Returns `{"resource": fields to show, "model": name of the model really served,
+    "awake": replicas to start when a request wakes it}`.
+    """
+    notices = Notices()
+    base_model = text_field(body, "baseModel")
+    if not base_model:
+        raise Problem(400, "baseModel is missing")
+    entry = model_field(registry, base_model, notices)
+    shape = text_field(body, "deploymentShape")
+    if shape:
+        shape_field(shape, DEPLOYMENT_SHAPE, notices)
+    dtype_field(object_field(body, "extraValues"))
+    notices.add_ignored(body, _DEPLOYMENT_OPTIONS_WITHOUT_EFFECT)
+    resource: Body = {name: body[name] for name in _DEPLOYMENT_FIELDS if body.get(name) is not None}
+    resource["baseModel"] = base_model
+    resource["minReplicaCount"], resource["maxReplicaCount"] = replica_fields(body, 0, 1)
+    resource["hotLoadTransitionType"] = transition_field(body, "ASYNC")
+    check_trainer_job(text_field(body, "hotLoadTrainerJob"))
+    awake = max(1, cast(int, resource["maxReplicaCount"]))
+    return {"resource": resource, "model": entry.name, "awake": awake}, notices.text()
+
+
+def replica_fields(body: Mapping[str, object], low: int, high: int) -> tuple[int, int]:
+    """Minimum and maximum of replicas; `low` and `high` are the defaults."""
+    least = int_field(body, "minReplicaCount", low, 0, MAX_REPLICAS)
+    most = int_field(body, "maxReplicaCount", max(high, least), 0, MAX_REPLICAS)
+    if least > most:
+        raise Problem(400, f"minReplicaCount {least} is above maxReplicaCount {most}")
+    return least, most
+
+
+def transition_field(body: Mapping[str, object], default: str) -> str:
+    """How a hot load treats streams in flight."""
+    value = text_field(body, "hotLoadTransitionType", default).upper() or default
+    if value not in ("ASYNC", "SYNC"):
+        raise Problem(400, "hotLoadTransitionType must be ASYNC or SYNC")
+    return value
+
+
+def check_trainer_job(name: str) -> None:
+    """The resource name of a trainer job, or empty; the job may be created later."""
+    prefix = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
+    if name and not (name.startswith(prefix) and is_resource_id(name.removeprefix(prefix))):
+        raise Problem(400, f"hotLoadTrainerJob must be {prefix}<id>")
+
+
+_PATCHABLE = (
+    "minReplicaCount",
+    "maxReplicaCount",
+    "hotLoadTrainerJob",
+    "hotLoadTransitionType",
+    "displayName",
+    "description",
+    "annotations",
+)
+
+
+def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Body:
+    """The stored body after a PATCH; without a mask every field of the body counts."""
+    names = [_camel(name) for name in mask.split(",") if name] or list(body)
+    for name in names:
+        if name not in _PATCHABLE:
+            raise Problem(400, f"{name!r} can't be changed; these can: {', '.join(_PATCHABLE)}")
+    changes = {name: body.get(name) for name in names}
+    resource = dict(cast(Body, stored["resource"]))
+    # A maximum given alone pulls the minimum down with it, so that it can't contradict.
+    if "maxReplicaCount" in changes and "minReplicaCount" not in changes:
+        most = int_field(changes, "maxReplicaCount", 1, 0, MAX_REPLICAS)
+        resource["minReplicaCount"] = min(cast(int, resource["minReplicaCount"]), most)
+    merged = {**resource, **changes}
+    least, most = cast(int, resource["minReplicaCount"]), cast(int, resource["maxReplicaCount"])
+    merged["minReplicaCount"], merged["maxReplicaCount"] = replica_fields(merged, least, most)
+    merged["hotLoadTransitionType"] = transition_field(merged, "ASYNC")
+    check_trainer_job(text_field(merged, "hotLoadTrainerJob"))
+    awake = cast(int, merged["maxReplicaCount"]) or cast(int, stored["awake"])
+    resource = {name: value for name, value in merged.items() if value is not None}
+    return {**stored, "resource": resource, "awake": awake}
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.strip().split("_")
+    return first + "".join(part.capitalize() for part in rest)
+
+
+def show_deployment(row: ResourceRow, replicas: int) -> Body:
+    """A deployment as the API shows it."""
+    name = f"accounts/{ACCOUNT}/deployments/{row.id}"
+    return {
+        "name": name,
+        "state": row.state,
+        "statusMessage": row.message,
+        "status": {"code": "OK" if row.state != "FAILED" else "INTERNAL", "message": row.message},
+        "createTime": row.created,
+        "updateTime": row.updated,
+        "replicaCount": replicas,
+        "hotLoadBucketUrl": f"local://{name}",
+        **cast(Body, row.body["resource"]),
+    }
+
+
+# -- models and shapes ---------------------------------------------------------------------------
+
+
+def show_model(
+    name: str, entry: ModelEntry, notice: str | None, promoted: ResourceRow | None = None
+) -> Body:
+    """A model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
+    made: Body = {}
+    if promoted is not None:
+        made = {"createTime": promoted.created, "kind": promoted.body["kind"]}
+        if "peftDetails" in promoted.body:
+            made["peftDetails"] = promoted.body["peftDetails"]
+    return {
+        "name": name,
+        "displayName": entry.name.rsplit("/", 1)[-1],
+        "kind": "HF_BASE_MODEL",
+        "state": "READY",
+        "statusMessage": notice or "",
+        "contextLength": entry.max_context_length,
+        "supportsLora": True,
+        "baseModelDetails": {"moe": False, "supportsFireattention": False},
+        **made,
+    }
+
+
+def show_shape(name: str, notice: str) -> Body:
+    """A training shape as the API shows it."""
+    return {"name": name, "state": "READY", "statusMessage": notice}
+
+
+def show_shape_version(shape: str, version: str, context_length: int, notice: str) -> Body:
+    """A version of a training shape; there is one."""
+    return {
+        "name": f"{shape}/versions/{version}",
+        "latestValidated": True,
+        "validated": True,
+        "public": True,
+        "statusMessage": notice,
+        "snapshot": {
+            "trainerImageTag": "local",
+            "maxSupportedContextLength": context_length,
+            "nodeCount": 1,
+            "deploymentShapeVersion": f"{DEPLOYMENT_SHAPE}/versions/{SHAPE_VERSION}",
+            "deploymentImageTag": "local",
+            "acceleratorType": "CPU",
+            "acceleratorCount": 1,
+            "baseModelWeightPrecision": "BFLOAT16",
+            "trainerMode": "POLICY_TRAINER",
+            "trainerShardingScheme": {"pipelineParallelism": 1},
+        },
+    }

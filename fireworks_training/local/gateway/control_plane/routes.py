@@ -1,0 +1,194 @@
+"""The control plane's routes for what runs: trainer jobs and deployments.
+
+Turns requests into calls of `TrainerJobs` and `Deployments`, and their rows into answers. It holds
+no state; a request that is cut off half-way leaves no half-done change, since changes that take
+time run in tasks of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import web
+
+from fireworks_training.local.gateway.control_plane import resources
+from fireworks_training.local.gateway.control_plane.checkpoints import list_checkpoints
+from fireworks_training.local.gateway.control_plane.deployments import Deployments
+from fireworks_training.local.gateway.control_plane.promotions import Promotions
+from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
+from fireworks_training.local.gateway.inference.registry import REGISTRY
+from fireworks_training.local.gateway.web.bodies import page, read_object
+from fireworks_training.local.gateway.web.holding import Waiters, answer
+from fireworks_training.local.store.database import Body
+
+
+@dataclass(slots=True, eq=False)
+class ControlPlane:
+    """What the routes act on.
+
+    Attributes:
+        jobs: the trainer jobs.
+        deployments: the deployments.
+        promotions: the models that were made of snapshots.
+        snapshots_dir: folder of the sampler snapshots.
+        waiters: requests that wait for a job or a deployment to change.
+    """
+
+    jobs: TrainerJobs
+    deployments: Deployments
+    promotions: Promotions
+    snapshots_dir: Path
+    waiters: Waiters = field(default_factory=Waiters)
+    _detached: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def finish(self, work: Coroutine[None, None, None]) -> None:
+        """Run a change to its end, also when the request that asked for it is cut off."""
+        task = asyncio.create_task(work)
+        self._detached.add(task)
+        task.add_done_callback(self._detached.discard)
+        await asyncio.shield(task)
+
+
+CONTROL_PLANE: web.AppKey[ControlPlane] = web.AppKey("control_plane", ControlPlane)
+
+
+def add_routes(app: web.Application) -> None:
+    """Register the routes; the app holds `CONTROL_PLANE` and `REGISTRY`."""
+    account = "/v1/accounts/{account}"
+    job = f"{account}/rlorTrainerJobs/{{job}}"
+    deployment = f"{account}/deployments/{{deployment}}"
+    app.add_routes(
+        [
+            web.get(f"{account}/rlorTrainerJobs", list_jobs),
+            web.post(f"{account}/rlorTrainerJobs", create_job),
+            web.get(job, get_job),
+            web.delete(job, delete_job),
+            web.post(f"{job}:resume", resume_job),
+            web.get(f"{job}/checkpoints", list_job_checkpoints),
+            web.get(f"{account}/deployments", list_deployments),
+            web.post(f"{account}/deployments", create_deployment),
+            web.get(deployment, get_deployment),
+            web.patch(deployment, patch_deployment),
+            web.delete(deployment, delete_deployment),
+        ]
+    )
+
+
+def _ids(request: web.Request, kind: str) -> str:
+    resources.check_account(request.match_info["account"])
+    return resources.check_id(request.match_info[kind], f"{kind} id")
+
+
+def _plane(request: web.Request) -> ControlPlane:
+    return request.app[CONTROL_PLANE]
+
+
+# -- trainer jobs --------------------------------------------------------------------------------
+
+
+async def create_job(request: web.Request) -> web.Response:
+    """POST rlorTrainerJobs?rlorTrainerJobId=<id>[&trainingShape=<shape>]."""
+    resources.check_account(request.match_info["account"])
+    given = request.query.get("rlorTrainerJobId")
+    id_ = resources.check_id(given or f"job-{secrets.token_hex(4)}", "rlorTrainerJobId")
+    body = await read_object(request)
+    shape = request.query.get("trainingShape") or resources.text_field(body, "trainingShape")
+    stored, notice = resources.job_body(body, shape, request.app[REGISTRY])
+    return web.json_response(resources.show_job(_plane(request).jobs.create(id_, stored, notice)))
+
+
+async def get_job(request: web.Request) -> web.Response:
+    """GET a job, at once or once it has changed (`holding`); a deleted one shows
+    JOB_STATE_DELETED."""
+    plane, id_ = _plane(request), _ids(request, "job")
+
+    def show() -> Body:
+        return resources.show_job(plane.jobs.get(id_))
+
+    return await answer(request, plane.waiters, ("job", id_), show)
+
+
+async def list_jobs(request: web.Request) -> web.Response:
+    """GET the jobs that are not deleted, oldest first."""
+    resources.check_account(request.match_info["account"])
+    rows = [resources.show_job(row) for row in _plane(request).jobs.rows()]
+    return page(request, rows, "rlorTrainerJobs")
+
+
+async def resume_job(request: web.Request) -> web.Response:
+    """POST <job>:resume: a new worker with an empty memory; its saved states are there."""
+    row = _plane(request).jobs.resume(_ids(request, "job"))
+    return web.json_response(resources.show_job(row))
+
+
+async def delete_job(request: web.Request) -> web.Response:
+    """DELETE a job; returns when its worker is gone."""
+    plane = _plane(request)
+    await plane.finish(plane.jobs.delete(_ids(request, "job")))
+    return web.json_response({})
+
+
+async def list_job_checkpoints(request: web.Request) -> web.Response:
+    """GET the saved states and snapshots of a job, of a deleted one too."""
+    plane, id_ = _plane(request), _ids(request, "job")
+    plane.jobs.get(id_)
+    states = plane.jobs.states_dir(id_)
+    rows = await asyncio.to_thread(list_checkpoints, id_, states, plane.snapshots_dir)
+    return page(request, rows, "checkpoints")
+
+
+# -- deployments ---------------------------------------------------------------------------------
+
+
+def _shown(plane: ControlPlane, id_: str) -> Body:
+    row = plane.deployments.get(id_)
+    return resources.show_deployment(row, plane.deployments.replicas(id_))
+
+
+async def create_deployment(request: web.Request) -> web.Response:
+    """POST deployments?deploymentId=<id>."""
+    resources.check_account(request.match_info["account"])
+    given = request.query.get("deploymentId")
+    id_ = resources.check_id(given or f"deployment-{secrets.token_hex(4)}", "deploymentId")
+    stored, notice = resources.deployment_body(await read_object(request), request.app[REGISTRY])
+    plane = _plane(request)
+    plane.deployments.create(id_, stored, notice)
+    return web.json_response(_shown(plane, id_))
+
+
+async def get_deployment(request: web.Request) -> web.Response:
+    """GET a deployment, at once or once it has changed (`holding`)."""
+    plane, id_ = _plane(request), _ids(request, "deployment")
+    return await answer(request, plane.waiters, ("deployment", id_), lambda: _shown(plane, id_))
+
+
+async def list_deployments(request: web.Request) -> web.Response:
+    """GET the deployments that are not deleted, oldest first."""
+    resources.check_account(request.match_info["account"])
+    deployments = _plane(request).deployments
+    rows = [
+        resources.show_deployment(row, deployments.replicas(row.id)) for row in deployments.rows()
+    ]
+    return page(request, rows, "deployments")
+
+
+async def patch_deployment(request: web.Request) -> web.Response:
+    """PATCH a deployment[?updateMask=<snake_case,...>]: scale, transition, linked trainer."""
+    id_, plane = _ids(request, "deployment"), _plane(request)
+    body = await read_object(request)
+    mask = request.query.get("updateMask", "")
+    changed = resources.deployment_patch(plane.deployments.get(id_).body, body, mask)
+    plane.deployments.patch(id_, changed)
+    return web.json_response(_shown(plane, id_))
+
+
+async def delete_deployment(request: web.Request) -> web.Response:
+    """DELETE a deployment[?hard=true]; returns when its engines are gone."""
+    id_, plane = _ids(request, "deployment"), _plane(request)
+    hard = request.query.get("hard", "").lower() == "true"
+    await plane.finish(plane.deployments.delete(id_, hard=hard))
+    return web.json_response({})

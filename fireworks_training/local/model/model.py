@@ -1,0 +1,261 @@
+"""A causal language model in fp32: loaded, rounded, with adapters, from a snapshot.
+
+Knows: Hugging Face directories, the rounding that trainer and engine share, LoRA adapters under
+peft's names, and how the tensors of a snapshot get into a module. Does not know optimizers, losses,
+processes, or where snapshots lie.
+
+Invariant shared by trainer and engine: a module holds the values of its snapshot dtype in fp32
+tensors, so that both sides compute the same logprobs up to the order of fp32 sums. An adapter
+stays apart in the trainer and is merged in fp32, `W + (alpha / r) B @ A`, in the engine; the merged
+weight is not rounded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fireworks_training.local.model import devices
+from fireworks_training.local.store.snapshots import LoraBlock, Manifest, SnapshotMismatch
+
+SnapshotDtype = Literal["bfloat16", "float32"]
+
+ADAPTER = "default"
+ADAPTER_PREFIX = "base_model.model."
+"""What peft writes before an adapter's tensor: `base_model.model.<module>.lora_A.weight`."""
+
+
+class LoraNotPossible(ValueError):
+    """The model has no layer that the adapter settings ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """An adapter as `lora_config` describes it.
+
+    Attributes:
+        rank: of each adapter matrix, at least 1.
+        alpha: the adapter's output is scaled by `alpha / rank`.
+        train_mlp, train_attn, train_unembed: which linear layers get an adapter.
+        seed: of the initial values of `A` (`B` starts at zero).
+    """
+
+    rank: int
+    alpha: float = 32.0
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    seed: int = 0
+
+
+def configure_torch() -> None:
+    """One thread, deterministic kernels, no progress bars: for every worker's torch thread."""
+    torch.set_num_threads(1)
+    # Some kernels of CUDA have no deterministic twin: there it is a warning.
+    torch.use_deterministic_algorithms(True, warn_only=devices.chosen().type != "cpu")
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """The model of a Hugging Face directory, in fp32 and eval mode, on the device of all models.
+
+    Nothing is downloaded, and no code of the directory is executed.
+
+    Raises:
+        OSError: the directory holds no model.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+    )
+    return cast(PreTrainedModel, nn.Module.to(nn.Module.eval(model), devices.chosen()))
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids from 0 to one less can be fed."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def rounded(value: Tensor, dtype: SnapshotDtype) -> Tensor:
+    """`value` at the precision of `dtype`, in fp32."""
+    return value.bfloat16().float() if dtype == "bfloat16" else value
+
+
+def round_parameters_(module: nn.Module, dtype: SnapshotDtype) -> None:
+    """Rounds every parameter in place to the precision of `dtype`; the tensors stay fp32."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(rounded(parameter, dtype))
+
+
+def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters by their Hugging Face names, detached, sharing memory with it."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _adapted_layers(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layers: list[str] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if layer is head:
+            wanted = lora.train_unembed
+        elif ".mlp." in name:
+            wanted = lora.train_mlp
+        else:
+            wanted = lora.train_attn and "attn" in name
+        if wanted:
+            layers.append(name)
+    if lora.train_unembed and model.config.tie_word_embeddings:
+        raise LoraNotPossible(
+            "this model ties its output layer to its input embedding, so an adapter on the output"
+            " layer would not be what is served; pass train_unembed=False"
+        )
+    if not layers:
+        raise LoraNotPossible(
+            "the adapter would train nothing: set at least one of train_mlp, train_attn and"
+            " train_unembed for layers that this model has"
+        )
+    return layers
+
+
+def apply_lora(model: PreTrainedModel, lora: LoraSettings) -> LoraBlock:
+    """Puts a LoRA adapter into `model` in place and freezes everything else.
+
+    Returns what a snapshot's manifest says about the adapter.
+
+    Raises:
+        LoraNotPossible: no layer matches, or the output layer is tied.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = _adapted_layers(model, lora)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=layers, lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lora.seed)
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    nn.Module.eval(model)
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    return LoraBlock(rank=lora.rank, alpha=lora.alpha, target_modules=tuple(leaves))
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their names in a snapshot (peft's file names)."""
+    suffix = f".{ADAPTER}.weight"
+    return {
+        f"{ADAPTER_PREFIX}{name.removesuffix(suffix)}.weight": parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and name.endswith(suffix)
+    }
+
+
+def _check_names(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], identity: str
+) -> None:
+    missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+    if missing or extra:
+        raise SnapshotMismatch(
+            f"snapshot {identity!r} is not of this model: {len(missing)} tensors missing"
+            f" {sorted(missing)[:3]}, {len(extra)} unknown {sorted(extra)[:3]}"
+        )
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape:
+            raise SnapshotMismatch(
+                f"snapshot {identity!r} is not of this model: {name} has shape"
+                f" {tuple(tensor.shape)}, the model {tuple(expected[name].shape)}"
+            )
+
+
+def merged_weights(
+    identity: str,
+    lora: LoraBlock,
+    tensors: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The weights that an adapter changes, merged in fp32: `W + (alpha / r) B @ A`.
+
+    Args:
+        identity: of the adapter, for messages.
+        lora, tensors: the adapter.
+        base_tensors: what it is merged into, in any float dtype.
+
+    Raises:
+        SnapshotMismatch: the adapter is incomplete, or of a layer that the base lacks.
+    """
+    scale = lora.alpha / lora.rank
+    merged: dict[str, Tensor] = {}
+    halves = {name for name in tensors if name.endswith(".lora_A.weight")}
+    paired = halves | {name.replace(".lora_A.", ".lora_B.") for name in halves}
+    if paired != tensors.keys():
+        odd = sorted(paired ^ tensors.keys())[:3]
+        raise SnapshotMismatch(f"adapter {identity!r} has unpaired tensors: {odd}")
+    for name_a in sorted(halves):
+        layer = name_a.removeprefix(ADAPTER_PREFIX).removesuffix(".lora_A.weight")
+        weight = base_tensors.get(f"{layer}.weight")
+        a_RI = tensors[name_a].float()
+        b_OR = tensors[name_a.replace(".lora_A.", ".lora_B.")].float()
+        if weight is None or weight.shape != (b_OR.shape[0], a_RI.shape[1]):
+            raise SnapshotMismatch(
+                f"adapter {identity!r} changes {layer!r}, which this model does not have in that"
+                " shape"
+            )
+        merged[f"{layer}.weight"] = weight.float() + scale * (b_OR @ a_RI)
+    return merged
+
+
+def merged_base(module: nn.Module, lora: LoraBlock) -> dict[str, Tensor]:
+    """All weights of a module with an adapter inside, the adapter merged into them, in fp32."""
+    base: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if f".{ADAPTER}.weight" not in name:
+            base[name.replace(".base_layer.", ".")] = parameter.detach()
+    adapter = {name: p.detach() for name, p in adapter_parameters(module).items()}
+    return {**base, **merged_weights("of this model", lora, adapter, base)}
+
+
+def whole_weights(
+    manifest: Manifest, tensors: Mapping[str, Tensor], base_tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Every weight of a model that serves a snapshot, in any float dtype.
+
+    Args:
+        manifest, tensors: what `SnapshotStore.load` returned.
+        base_tensors: the base model's own rounded values, by name (`parameter_tensors` of a module
+            after `round_parameters_`, copied); an adapter is merged into these.
+
+    Raises:
+        SnapshotMismatch: the snapshot belongs to another architecture.
+    """
+    weights = dict(tensors)
+    if manifest.lora is not None:
+        merged = merged_weights(manifest.identity, manifest.lora, tensors, base_tensors)
+        weights = {**base_tensors, **merged}
+    _check_names(base_tensors, weights, manifest.identity)
+    return weights
+
+
+def set_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Makes a plain module compute with these weights, in place; names and shapes must fit."""
+    with torch.no_grad():
+        for name, parameter in parameter_tensors(module).items():
+            parameter.copy_(weights[name])
+
+
+def load_snapshot_(
+    module: nn.Module,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
+) -> None:
+    """`whole_weights`, then `set_weights_`: a refused snapshot changes nothing."""
+    base = base_tensors or parameter_tensors(module)
+    set_weights_(module, whole_weights(manifest, tensors, base))

@@ -1,0 +1,90 @@
+"""Which snapshots may go: decided from what is on disk and what is in use; and their removal.
+
+Kept are: what a deployment serves or is loading; the newest snapshots of each job; what is young;
+and, of all these, the chain that they are built up from. Snapshots that `weight_sync()` named
+itself (`weight-sync-...`) follow each other at every step, so few of them are kept; those that a
+user named are kept longer.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from fireworks_training.local.store.snapshots import SnapshotError, SnapshotStore
+
+log = logging.getLogger(__name__)
+
+OF_SYNCS = "weight-sync-"
+KEEP_SYNCS = 4
+KEEP_NAMED = 64
+YOUNG_S = 120.0
+"""Seconds in which a snapshot is on its way to whoever asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A snapshot on disk.
+
+    Attributes:
+        predecessor: what it is a difference to; None if it stands alone.
+        job: the job that wrote it.
+        written: when, in seconds of the clock that `to_remove` is given.
+    """
+
+    identity: str
+    predecessor: str | None
+    job: str
+    written: float
+
+
+def to_remove(stored: Sequence[Stored], in_use: Collection[str], now: float) -> list[str]:
+    """The snapshots that nothing needs any more."""
+    by_name = {one.identity: one for one in stored}
+    kept = set(in_use) | {one.identity for one in stored if now - one.written < YOUNG_S}
+    groups: dict[tuple[str, bool], list[Stored]] = defaultdict(list)
+    for one in stored:
+        groups[one.job, one.identity.startswith(OF_SYNCS)].append(one)
+    for (_, of_syncs), members in groups.items():
+        newest = sorted(members, key=lambda one: one.written, reverse=True)
+        kept |= {one.identity for one in newest[: KEEP_SYNCS if of_syncs else KEEP_NAMED]}
+    links = list(kept)
+    while links:
+        link = by_name.get(links.pop())
+        if link is not None and link.predecessor is not None and link.predecessor not in kept:
+            kept.add(link.predecessor)
+            links.append(link.predecessor)
+    return sorted(by_name.keys() - kept)
+
+
+def clean(store: SnapshotStore, in_use: Collection[str], now: float) -> list[str]:
+    """Removes what may go; blocks on the disk, so call it in a thread.
+
+    Args:
+        in_use: identities that deployments serve or are loading.
+        now: seconds since the epoch, as files' times are.
+
+    Returns:
+        What was removed.
+    """
+    stored = list[Stored]()
+    for identity in store.identities():
+        try:
+            manifest = store.read(identity)
+            written = store.path(identity).stat().st_mtime
+        except (SnapshotError, OSError):
+            continue  # damaged or being removed: not ours to judge
+        stored.append(Stored(identity, manifest.predecessor, manifest.job, written))
+    gone = to_remove(stored, in_use, now)
+    for identity in gone:
+        # Under another name at once: a half-removed snapshot is never found under its own.
+        grave = store.folder / f".tmp-retention.{uuid.uuid4().hex}"
+        store.path(identity).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+    if gone:
+        log.info("removed %d snapshots that nothing needs any more", len(gone))
+    return gone

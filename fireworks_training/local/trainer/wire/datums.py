@@ -1,0 +1,344 @@
+"""Datums and passes whatever dialect they came in, checked against the model and the loss.
+
+Knows: shapes, lengths, the vocabulary, which inputs and settings a loss takes. Does not know wire
+formats: a dialect hands in `RawDatum`s. A refusal says what is wrong with which field, and never
+quotes tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fireworks_training.local.model.losses import LOSSES, Loss
+from fireworks_training.local.trainer.queue.operations import (
+    GRADIENT_INPUTS,
+    Backward,
+    BackwardRequest,
+    Datum,
+    EmbeddingOutput,
+    EmbeddingPass,
+    Operation,
+    OperationFailed,
+    Pass,
+)
+from fireworks_training.local.trainer.wire.json_fields import number
+
+MAX_DATUMS = 1024
+MAX_TARGETS = 1 << 24
+"""Targets of one request, all datums together; sparse tensors could name more than memory holds."""
+MAX_TOP_K = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a datum has to fit.
+
+    Attributes:
+        vocab_size: token ids run from 0 to one less.
+        context_length: tokens that a sequence may have.
+        lora: whether the model trains an adapter.
+        hidden_size: of the last hidden states.
+        projection_head_dim: outputs of the model's projection head; None where it has none.
+        tinker_run: id of the model as a training run of the Tinker API; None where it is not one.
+    """
+
+    vocab_size: int
+    context_length: int
+    lora: bool
+    hidden_size: int = 0
+    projection_head_dim: int | None = None
+    tinker_run: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A dense tensor: flat values, int64 or float32, and the shape that was told, if any."""
+
+    values: NDArray[np.generic]
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RawDatum:
+    """Token ids, int64, and named tensors, of any length and content."""
+
+    tokens: NDArray[np.int64]
+    tensors: Mapping[str, RawTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RawPass:
+    """A pass as it was asked for; datums are decoded one by one, so that a refusal names one."""
+
+    loss: str
+    config: Mapping[str, object]
+    datums: Sequence[Callable[[], RawDatum]]
+    backward: bool
+
+
+def dense_from_csr(
+    values: NDArray[np.generic],
+    crow: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    shape: Sequence[int],
+    name: str,
+) -> RawTensor:
+    """A sparse `[rows, columns]` tensor written out, zeros where nothing is listed."""
+    if len(shape) != 2 or min(shape) < 0 or shape[0] * shape[1] > MAX_TARGETS:
+        raise OperationFailed(
+            f"{name} is sparse: its shape must have two dimensions and at most {MAX_TARGETS} cells"
+        )
+    counts = np.diff(crow)
+    if (
+        len(crow) != shape[0] + 1
+        or crow[0] != 0
+        or (counts < 0).any()
+        or not crow[-1] == len(columns) == len(values)
+        or (len(columns) and not 0 <= columns.min() <= columns.max() < shape[1])
+    ):
+        raise OperationFailed(f"{name} is sparse, and its indices do not fit its shape")
+    dense = np.zeros((shape[0], shape[1]), values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), columns] = values
+    return RawTensor(dense.reshape(-1), (shape[0], shape[1]))
+
+
+# -- passes --------------------------------------------------------------------------------------
+
+
+def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
+    """The operation that a request asks for.
+
+    Raises:
+        OperationFailed: something in it does not fit.
+    """
+    if raw.loss not in LOSSES:
+        raise OperationFailed(f"loss {raw.loss[:40]!r} is unknown; there are {', '.join(LOSSES)}")
+    if raw.config.get("output", "logprobs") != "logprobs":
+        return _embedding_pass(raw, limits)
+    loss = LOSSES[raw.loss]
+    top_k = _count(raw.config, "top_k", 0, min(MAX_TOP_K, limits.vocab_size))
+    if top_k and raw.backward:
+        raise OperationFailed("top_k goes with forward only")
+    allowed = (*loss.config, *(("top_k",) if not raw.backward else ()))
+    rest = {key: value for key, value in raw.config.items() if key not in _WITHOUT_EFFECT}
+    settings = _settings(rest, loss.config, allowed, f"loss {raw.loss!r}")
+    if settings.get("clip_low_threshold", 0) > settings.get("clip_high_threshold", math.inf):
+        raise OperationFailed("clip_low_threshold must not be above clip_high_threshold")
+    datums = _each(raw, lambda datum: _checked(datum, loss, raw.loss, limits))
+    return Pass(datums, raw.loss, settings, raw.backward, top_k)
+
+
+_WITHOUT_EFFECT = ("output",)
+"""Only ever "logprobs" where these are looked at, which is what a pass gives anyway."""
+
+
+def _settings(
+    config: Mapping[str, object],
+    defaults: Mapping[str, float],
+    allowed: Sequence[str],
+    what: str,
+) -> dict[str, float]:
+    unknown = sorted(key for key in config if key not in allowed)
+    if unknown:
+        takes = ", ".join(allowed) or "no settings"
+        raise OperationFailed(
+            f"{what} does not know loss_fn_config {', '.join(map(repr, unknown[:5]))}; it"
+            f" takes {takes}"
+        )
+    return {key: number(config, key, default) for key, default in defaults.items()}
+
+
+def _count(config: Mapping[str, object], key: str, default: int, most: int) -> int:
+    value = number(config, key, default)
+    if not value.is_integer() or not 0 <= value <= most:
+        raise OperationFailed(f"{key} must be a whole number from 0 to {most}")
+    return int(value)
+
+
+def _each(raw: RawPass, check: Callable[[RawDatum], Datum]) -> list[Datum]:
+    if not 1 <= len(raw.datums) <= MAX_DATUMS:
+        raise OperationFailed(f"data must be a list of 1 to {MAX_DATUMS} datums")
+    datums: list[Datum] = []
+    targets = 0
+    for index, decode in enumerate(raw.datums):
+        try:
+            datums.append(check(decode()))
+        except OperationFailed as error:
+            raise OperationFailed(f"datum {index}: {error}") from None
+        targets += len(datums[-1].inputs.get("target_tokens", ()))
+        if targets > MAX_TARGETS:  # before the next is written out
+            raise OperationFailed(f"a request may have {MAX_TARGETS} targets: send fewer datums")
+    return datums
+
+
+def make_backward(request: BackwardRequest, forward: Pass) -> Backward:
+    """A backward by the logprobs of `forward`, whose gradients must have their shapes.
+
+    Raises:
+        OperationFailed: they do not fit, or are not finite.
+    """
+    if len(request.gradients) != len(forward.data):
+        raise OperationFailed(
+            f"gradients has {len(request.gradients)} entries; the forward pass had"
+            f" {len(forward.data)} datums"
+        )
+    gradients: list[NDArray[np.float32]] = []
+    pairs = zip(request.gradients, forward.data, strict=True)
+    for index, ((values, shape), datum) in enumerate(pairs):
+        try:
+            fitting = _fitting(RawTensor(values, shape), "its gradient", datum.target_shape)
+        except OperationFailed as error:
+            raise OperationFailed(f"datum {index}: {error}") from None
+        gradients.append(fitting.astype(np.float32, copy=False))
+    return Backward(forward, gradients)
+
+
+# -- datums of a loss over targets ---------------------------------------------------------------
+
+
+def _checked(datum: RawDatum, loss: Loss, loss_name: str, limits: ModelLimits) -> Datum:
+    tokens = _check_tokens(datum.tokens, limits)
+    given = datum.tensors
+    _check_names(given, loss.inputs, loss_name)
+    missing = [name for name in ("target_tokens", *loss.required) if name not in given]
+    if missing:
+        raise OperationFailed(f"loss {loss_name!r} needs loss_fn_inputs {', '.join(missing)}")
+    width = _width(given["target_tokens"], len(tokens), loss, loss_name, limits)
+    shape = (len(tokens), width) if width else (len(tokens),)
+    inputs = {name: _fitting(tensor, name, shape) for name, tensor in given.items()}
+    _check_vocabulary(cast("NDArray[np.int64]", inputs["target_tokens"]), "target_tokens", limits)
+    inputs.setdefault("weights", np.ones(math.prod(shape), np.float32))
+    for name in loss.optional:
+        inputs.pop(name, None)  # not used, and not every datum need have it
+    return Datum(tokens, inputs, width)
+
+
+def _width(targets: RawTensor, length: int, loss: Loss, loss_name: str, limits: ModelLimits) -> int:
+    shape = targets.shape
+    if shape is None or len(shape) != 2 or shape[0] != length:
+        return 0
+    if not loss.many_targets:
+        raise OperationFailed(
+            f"loss {loss_name!r} takes one target a token, and target_tokens has shape"
+            f" {list(shape)}; it must be [{length}]"
+        )
+    if not 1 <= shape[1] <= limits.vocab_size:
+        raise OperationFailed(
+            f"target_tokens has shape {list(shape)}; a token may have 1 to {limits.vocab_size}"
+            " targets"
+        )
+    return shape[1]
+
+
+def _check_names(given: Mapping[str, object], allowed: Sequence[str], loss_name: str) -> None:
+    unknown = sorted(name for name in given if name not in allowed)
+    if unknown:
+        raise OperationFailed(
+            f"loss {loss_name!r} does not know {', '.join(map(repr, unknown[:5]))}; it takes"
+            f" {', '.join(sorted(allowed))}"
+        )
+
+
+def _check_tokens(ids: NDArray[np.int64], limits: ModelLimits) -> NDArray[np.int64]:
+    if not 1 <= len(ids) <= limits.context_length:
+        raise OperationFailed(
+            f"it has {len(ids)} tokens; this trainer takes 1 to {limits.context_length}"
+        )
+    _check_vocabulary(ids, "tokens", limits)
+    return ids
+
+
+def _check_vocabulary(ids: NDArray[np.int64], name: str, limits: ModelLimits) -> None:
+    if int(ids.min()) < 0 or int(ids.max()) >= limits.vocab_size:
+        raise OperationFailed(
+            f"{name} has ids outside the model's vocabulary of {limits.vocab_size}: tokenize with"
+            " service.get_tokenizer()"
+        )
+
+
+def _fitting(tensor: RawTensor, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    told = None if tensor.shape is None else list(tensor.shape)
+    if len(tensor.values) != math.prod(shape) or told not in (None, list(shape)):
+        raise OperationFailed(
+            f"{name} has {len(tensor.values)} entries of shape {told}; it must have shape"
+            f" {list(shape)}, to fit {shape[0]} tokens"
+        )
+    if not np.isfinite(tensor.values).all():
+        raise OperationFailed(f"{name} has entries that are not finite numbers")
+    return tensor.values
+
+
+# -- passes over hidden states -------------------------------------------------------------------
+
+_OUTPUTS: tuple[EmbeddingOutput, ...] = (
+    "embedding",
+    "projection",
+    "cos_similarity_matrix",
+    "contrastive_loss",
+)
+Pooling = Literal["mean", "last"]
+_POOLINGS: tuple[Pooling, ...] = ("mean", "last")
+_CONTRASTIVE = ("num_queries", "temperature", "num_extra_negatives")
+
+
+def _embedding_pass(raw: RawPass, limits: ModelLimits) -> EmbeddingPass:
+    config = raw.config
+    if raw.loss != "cross_entropy":
+        raise OperationFailed("output goes with loss_fn 'cross_entropy' only")
+    wanted = config["output"]
+    output: EmbeddingOutput | None = next((known for known in _OUTPUTS if known == wanted), None)
+    pooling: Pooling | None = next(
+        (known for known in _POOLINGS if known == config.get("pooling", "mean")), None
+    )
+    if output is None or pooling is None:
+        raise OperationFailed(
+            f"output must be one of logprobs, {', '.join(_OUTPUTS)}, and pooling mean or last"
+        )
+    if output == "projection" and limits.projection_head_dim is None:
+        raise OperationFailed(
+            "this model has no projection head: create it with projection_head_dim"
+        )
+    contrastive = output == "contrastive_loss"
+    if contrastive and not raw.backward:
+        raise OperationFailed("output 'contrastive_loss' goes with forward_backward only")
+    allowed = ("output", "pooling", *(_CONTRASTIVE if contrastive else ()))
+    _settings(config, {}, allowed, f"output {output!r}")
+    datums = _each(raw, lambda datum: _embedded(datum, output, raw, limits))
+    queries = _count(config, "num_queries", 0, MAX_DATUMS) if contrastive else 0
+    negatives = _count(config, "num_extra_negatives", 0, MAX_DATUMS) if contrastive else 0
+    if contrastive and (queries < 1 or len(datums) != 2 * queries + negatives):
+        raise OperationFailed(
+            f"contrastive_loss takes 2 * num_queries + num_extra_negatives datums, at least 2; it"
+            f" got {len(datums)} with {queries} queries and {negatives} extra negatives"
+        )
+    temperature = number(config, "temperature", 1.0)
+    if temperature <= 0:
+        raise OperationFailed("temperature must be above 0")
+    return EmbeddingPass(datums, output, pooling, raw.backward, queries, negatives, temperature)
+
+
+def _embedded(datum: RawDatum, output: EmbeddingOutput, raw: RawPass, limits: ModelLimits) -> Datum:
+    """A datum whose inputs are the gradient of its output, or nothing.
+
+    Targets and weights may be there, since data is made once for all outputs; nothing reads them.
+    """
+    tokens = _check_tokens(datum.tokens, limits)
+    name = GRADIENT_INPUTS.get(output)
+    wanted = (name,) if name is not None and raw.backward else ()
+    _check_names(datum.tensors, ("target_tokens", "weights", *wanted), f"output={output}")
+    if not wanted:
+        return Datum(tokens, {})
+    shape: tuple[int, ...] = {
+        "embedding": (limits.hidden_size,),
+        "projection": (len(tokens), limits.projection_head_dim or 0),
+        "cos_similarity_matrix": (len(raw.datums),),
+    }[output]
+    if wanted[0] not in datum.tensors:
+        raise OperationFailed(f"the backward pass of output {output!r} needs {wanted[0]}")
+    return Datum(tokens, {wanted[0]: _fitting(datum.tensors[wanted[0]], wanted[0], shape)})

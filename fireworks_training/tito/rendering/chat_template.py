@@ -1,0 +1,174 @@
+"""A renderer for every model whose tokenizer has a chat template.
+
+It renders whole conversations by the template, and joins new messages to exact tokens: what the
+template writes *after* an answer is found by rendering a marker in the answer's place, so that the
+answer itself is never decoded and tokenized again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.tito.rendering.renderers import TITOIncrementalPrompt
+from fireworks_training.tito.values.errors import TITOParseError
+from fireworks_training.tito.values.messages import json_hash
+from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
+
+_MARKER = "@@answer-0f6c2d@@"
+_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class TemplateTokenizer(Protocol):
+    """What the renderer needs of a tokenizer; those of `transformers` have it."""
+
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]:
+        """Turns messages into token ids or text."""
+        ...
+
+    @property
+    def encode(self) -> Callable[..., Any]:
+        """Turns text into token ids."""
+        ...
+
+    @property
+    def all_special_ids(self) -> Any:
+        """Ids of special tokens."""
+        ...
+
+
+class ChatTemplateRenderer:
+    """Renders by a tokenizer's chat template, in both prompt modes.
+
+    Answers are plain text; where the request has tools, `<tool_call>{"name", "arguments"}
+    </tool_call>` blocks in them become tool calls.
+
+    Args:
+        tokenizer: the model's, as `service.get_tokenizer()` gives it.
+        stop: strings that end an answer, beside the model's own end of turn.
+        **template_options: further arguments of the template, such as `enable_thinking=False`.
+
+    Raises:
+        InvalidArgument: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TemplateTokenizer,
+        *,
+        stop: Sequence[str] | None = None,
+        **template_options: Any,
+    ) -> None:
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise InvalidArgument("the tokenizer has no chat template: pass the model's own one")
+        self._tokenizer = tokenizer
+        self._stop = list(stop or ())
+        self._options = template_options
+        # Fast tokenizers refuse use from two threads at once.
+        self._lock = threading.Lock()
+        self.renderer_id = f"chat-template-{json_hash([template, template_options])[:16]}"
+
+    def render_conversation_tokens(self, request: TITOChatRequest) -> list[int]:
+        """Token ids of all messages, with a generation prompt."""
+        ids = self._templated(request, request.messages, tokenize=True, return_dict=False)
+        return [int(token) for token in cast(Sequence[int], ids)]
+
+    def parse_assistant(
+        self,
+        request: TITOChatRequest,
+        completion_ids: Sequence[int],  # noqa: ARG002 - of the protocol; the text is enough here
+        completion_text: str,
+        finish_reason: str,  # noqa: ARG002
+    ) -> TITOParsedAssistant:
+        """The answer as a message.
+
+        Raises:
+            TITOParseError: the request has tools, and a tool call is no JSON with a name, or is not
+                closed.
+        """
+        if not request.tools or "<tool_call>" not in completion_text:
+            return TITOParsedAssistant({"role": "assistant", "content": completion_text})
+        blocks = _TOOL_CALL.findall(completion_text)
+        rest = _TOOL_CALL.sub("", completion_text)
+        if "<tool_call>" in rest:
+            raise TITOParseError("a tool call is not closed", reason_code="tool_call_open")
+        calls = [
+            _tool_call(block, len(request.messages), place) for place, block in enumerate(blocks)
+        ]
+        return TITOParsedAssistant(
+            {"role": "assistant", "content": rest.strip(), "tool_calls": calls},
+            output_kind="tool_calls",
+        )
+
+    def render_contract_id(self, request: TITOChatRequest) -> str:
+        """Changes with the template, its options and the tools."""
+        return f"{self.renderer_id}-{json_hash([dict(tool) for tool in request.tools])[:16]}"
+
+    def stop_sequences(self, request: TITOChatRequest) -> list[str] | None:  # noqa: ARG002
+        """As passed to the constructor; None without any."""
+        return self._stop or None
+
+    def prepare_incremental_prompt(
+        self,
+        request: TITOChatRequest,
+        stored_messages: Sequence[Mapping[str, Any]],
+        appended_messages: Sequence[Mapping[str, Any]],
+        exact_checkpoint_ids: Sequence[int],
+    ) -> TITOIncrementalPrompt | None:
+        """The tokens so far and, behind them, what the template writes after the answer.
+
+        None where that can't be told: the template does not write the answer as it is, or what
+        follows it does not start with a special token, at which tokens can be cut.
+        """
+        marked = [*stored_messages[:-1], {"role": "assistant", "content": _MARKER}]
+        text = self._templated(request, [*marked, *appended_messages], tokenize=False)
+        before, marker, after = str(text).partition(_MARKER)
+        if not before or not marker or _MARKER in after:
+            return None
+        with self._lock:
+            suffix = [int(i) for i in self._tokenizer.encode(after, add_special_tokens=False)]
+            special = {int(i) for i in self._tokenizer.all_special_ids}
+        if not suffix or suffix[0] not in special:
+            return None
+        sampled_end = exact_checkpoint_ids[-1] == suffix[0]
+        return TITOIncrementalPrompt(
+            (*exact_checkpoint_ids, *suffix[1 if sampled_end else 0 :]),
+            contract_id=self.render_contract_id(request),
+            junction_kind="sampled_end_of_turn" if sampled_end else "added_end_of_turn",
+        )
+
+    def _templated(
+        self, request: TITOChatRequest, messages: Sequence[Mapping[str, Any]], **how: Any
+    ) -> object:
+        tools = {"tools": [dict(tool) for tool in request.tools]} if request.tools else {}
+        with self._lock:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                **tools,
+                **self._options,
+                **how,
+            )
+
+
+def _tool_call(block: str, turn: int, place: int) -> dict[str, Any]:
+    try:
+        called: Any = json.loads(block)
+        name, arguments = str(called["name"]), called.get("arguments", {})
+        # The same call in the same place has the same id, however often it is parsed.
+        digest = json_hash([turn, place, called])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TITOParseError(
+            "a tool call is not a JSON object with a name", reason_code="tool_call_json"
+        ) from error
+    return {
+        "id": f"call_{digest[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }

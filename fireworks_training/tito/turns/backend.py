@@ -1,0 +1,282 @@
+"""What all trajectories of a sidecar share: the sampler, the renderer, limits and options.
+
+It turns requests into prompts and options, and samples. Which prompt follows which is `planning`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+from fireworks_training._wire.completions.request import check_names
+from fireworks_training.errors import InvalidArgument, UsageError
+from fireworks_training.models import SampledCompletion, SampledRequestResult
+from fireworks_training.tito.evidence.journal import Journal
+from fireworks_training.tito.rendering.renderers import (
+    TITOIncrementalPrompt,
+    TITOIncrementalRenderer,
+    TITORenderer,
+)
+from fireworks_training.tito.values.errors import DISCARD, TITOError, TITOParseError, invalid, told
+from fireworks_training.tito.values.records import TITOPromptMode
+from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
+
+logger = logging.getLogger("fireworks_training.tito")
+
+T = TypeVar("T")
+
+AFFINITY = ("prompt_cache_key", "prompt_cache_isolation_key", "user")
+"""Options that say which calls belong together: the trajectory's, never the agent's."""
+
+INTERNAL = (
+    *("additional_headers_snapshot", "logical_request_id", "max_seq_len", "n", "echo", "stop"),
+    *("echo_last", "http_timeout", "sampling_context", "timeout_diagnostic_context"),
+    *("ignore_eos", "prompt", "stream", "raw_output", "perf_metrics_in_response"),
+)
+"""Options that the sidecar sets itself, or that would break a turn."""
+
+Classifier = Callable[[TITOChatRequest], Any]
+
+
+class ExactTokenSampler(Protocol):
+    """What the sidecar needs of a sampler; `DeploymentSampler` has it."""
+
+    @property
+    def model(self) -> str:
+        """Model string, for the answers."""
+        ...
+
+    @property
+    def sample_with_prompt_tokens_result(self) -> Callable[..., Awaitable[SampledRequestResult]]:
+        """Samples one completion of token ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Tokens that a call may sample: as asked for, as allowed, and the room that there is."""
+
+    requested: int
+    effective: int
+    remaining: int
+
+
+class Backend:
+    """A sampler and a renderer with their limits; see `TITOSidecar` for the arguments."""
+
+    def __init__(
+        self,
+        sampler: ExactTokenSampler,
+        renderer: TITORenderer,
+        *,
+        max_context_tokens: int,
+        max_output_tokens: int,
+        call_classifier: Classifier | None,
+        sampling_defaults: Mapping[str, Any],
+        headers: Mapping[str, str],
+        prompt_mode: TITOPromptMode,
+        journal: Journal,
+    ) -> None:
+        if max_context_tokens < 2 or max_output_tokens < 1:
+            raise InvalidArgument(
+                "max_context_tokens must be at least 2 and max_output_tokens at least 1, got "
+                f"{max_context_tokens} and {max_output_tokens}"
+            )
+        if not isinstance(renderer, TITORenderer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidArgument(
+                "a renderer has renderer_id, render_conversation_tokens(), parse_assistant(), "
+                f"render_contract_id() and stop_sequences(); {type(renderer).__name__} lacks some"
+            )
+        if prompt_mode not in ("full_history", "incremental"):
+            raise InvalidArgument(
+                f"prompt_mode must be 'full_history' or 'incremental', got {prompt_mode!r}"
+            )
+        incremental = prompt_mode == "incremental"
+        if incremental and not isinstance(renderer, TITOIncrementalRenderer):
+            raise InvalidArgument(
+                "prompt_mode='incremental' needs a renderer with prepare_incremental_prompt(); "
+                f"{type(renderer).__name__} has none"
+            )
+        defaults = dict(sampling_defaults)
+        self._temperature: float | None = defaults.pop("temperature", None)
+        _check_defaults(defaults)
+        self.sampler = sampler
+        self.journal = journal
+        self.max_context_tokens = max_context_tokens
+        self.max_output_tokens = max_output_tokens
+        self.incremental = incremental
+        self._renderer: Any = renderer
+        self._classifier = call_classifier
+        self._defaults = defaults
+        self._headers = dict(headers)
+        # One thread: renderers and tokenizers refuse use from two at once.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tito-render")
+
+    def classified(self, request: TITOChatRequest) -> tuple[str, str]:
+        """Whether a call is "policy" or "auxiliary", and who says so.
+
+        A classifier that fails makes it a call of the policy: rather a turn too many than one whose
+        tokens are lost. That is said in the log, without what it was asked.
+        """
+        if self._classifier is None:
+            return "policy", "default"
+        try:
+            said = self._classifier(request)
+        except Exception as error:
+            return self._unclassified(f"raised {type(error).__name__}")
+        answer = cast(tuple[object, ...], said) if isinstance(said, tuple) else (said, "adapter")
+        if len(answer) == 2 and answer[0] in ("policy", "auxiliary") and answer[1]:
+            return str(answer[0]), str(answer[1])
+        return self._unclassified("gave neither 'policy' nor 'auxiliary'")
+
+    @staticmethod
+    def _unclassified(why: str) -> tuple[str, str]:
+        logger.warning("call_classifier %s; the call counts as one of the policy", why)
+        return "policy", "classifier_failed"
+
+    async def contract(self, request: TITOChatRequest) -> str:
+        """The renderer's name for how it renders this request."""
+        return str(await self._rendering(self._renderer.render_contract_id, request))
+
+    async def rendered(self, request: TITOChatRequest) -> tuple[int, ...]:
+        """The prompt of all messages."""
+        render = self._renderer.render_conversation_tokens
+        ids = tuple(int(i) for i in await self._rendering(render, request))
+        if not ids:
+            raise TITOError("tito_renderer_contract_error", 500, "the renderer gave no tokens")
+        return ids
+
+    async def joined(
+        self,
+        request: TITOChatRequest,
+        stored: Sequence[Mapping[str, Any]],
+        checkpoint: Sequence[int],
+    ) -> TITOIncrementalPrompt | None:
+        """The prompt of the new messages behind the exact tokens, where the renderer can tell."""
+        join = self._renderer.prepare_incremental_prompt
+        new = request.messages[len(stored) :]
+        made: TITOIncrementalPrompt | None = await self._rendering(
+            join, request, stored, new, checkpoint
+        )
+        return made
+
+    async def parsed(
+        self, request: TITOChatRequest, completion: SampledCompletion
+    ) -> TITOParsedAssistant:
+        """The message in a completion.
+
+        Raises:
+            TITOError: the renderer finds it malformed; the trajectory is to be discarded (422).
+        """
+        ids = list(completion.completion_tokens)
+        parse = self._renderer.parse_assistant
+        try:
+            message: TITOParsedAssistant = await self._in_worker(
+                parse, request, ids, completion.text, completion.finish_reason
+            )
+        except Exception as error:
+            known = isinstance(error, TITOParseError)
+            raise TITOError(
+                "tito_sdk_parse_error" if known else "tito_sdk_parser_internal_error",
+                422,
+                "the renderer could not read the sampled tokens as a message "
+                f"({told(error)}){DISCARD}",
+                origin="sdk_parser",
+                discard_trajectory=True,
+                context={
+                    "parser_error_type": type(error).__name__,
+                    "parser_reason_code": getattr(error, "reason_code", "unclassified"),
+                    "finish_reason": completion.finish_reason,
+                    "completion_tokens": completion.completion_len,
+                },
+            ) from error
+        return message
+
+    def budget(self, request: TITOChatRequest, prompt_tokens: int) -> Budget:
+        """What may be sampled after a prompt.
+
+        Raises:
+            TITOError: the prompt fills the context (400).
+        """
+        remaining = self.max_context_tokens - prompt_tokens
+        if remaining <= 0:
+            raise TITOError(
+                "tito_context_overflow",
+                400,
+                f"the prompt has {prompt_tokens} tokens, and the context takes "
+                f"{self.max_context_tokens}: end the trajectory, or shorten the history",
+                context={"prompt_tokens": prompt_tokens},
+            )
+        requested = self.max_output_tokens if request.max_tokens is None else request.max_tokens
+        return Budget(requested, min(requested, self.max_output_tokens, remaining), remaining)
+
+    def options(self, request: TITOChatRequest) -> dict[str, Any]:
+        """Options of the sampling; the sidecar's own go before the agent's.
+
+        Raises:
+            TITOError: an option that is not the agent's to set, or that nobody knows (400).
+        """
+        asked = dict(request.sampling_fields)
+        if taken := [name for name in AFFINITY if name in asked]:
+            raise invalid(
+                f"{', '.join(taken)}: which calls belong together is the trajectory's to say; "
+                "leave it out",
+                code="tito_affinity_override",
+            )
+        if taken := [name for name in INTERNAL if name in asked]:
+            raise invalid(
+                f"{', '.join(taken)}: set by the sidecar; leave it out",
+                code="tito_invalid_sampling_field",
+            )
+        try:
+            check_names(asked)
+        except UsageError as error:
+            raise invalid(str(error), code="tito_invalid_sampling_field") from error
+        options = {**asked, **self._defaults, "logprobs": True}
+        options["temperature"] = (
+            request.temperature if self._temperature is None else self._temperature
+        )
+        if self._headers:
+            options["additional_headers_snapshot"] = self._headers
+        return options
+
+    async def stop(self, request: TITOChatRequest) -> list[str] | None:
+        """Strings that end the answer; None for the model's own end alone."""
+        stops = list(await self._rendering(self._renderer.stop_sequences, request) or ())
+        if not all(isinstance(one, str) for one in stops):
+            raise TITOError(
+                "tito_renderer_contract_error", 500, "the renderer's stop sequences are no strings"
+            )
+        return stops or None
+
+    def close(self) -> None:
+        """Give up the worker thread."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_worker(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work, *arguments)
+
+    async def _rendering(self, work: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await self._in_worker(work, *arguments)
+        except TITOError:
+            raise
+        except Exception as error:
+            # Its text may hold a prompt.
+            raise TITOError(
+                "tito_render_error",
+                400,
+                f"the renderer can't render this request ({told(error)}): send messages "
+                "that the model's chat template takes",
+                context={"renderer_error_type": type(error).__name__},
+            ) from error
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> None:
+    if owned := [name for name in (*AFFINITY, *INTERNAL) if name in defaults]:
+        raise InvalidArgument(f"sampling_defaults may not set {', '.join(owned)}")
+    check_names(defaults)

@@ -1,0 +1,120 @@
+"""The trajectories of a sidecar, and the key of each: those that are open, and those that ended not
+long ago."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fireworks_training.errors import InvalidArgument
+from fireworks_training.tito.turns.backend import Backend
+from fireworks_training.tito.turns.trajectory import Trajectory
+from fireworks_training.tito.values.errors import TITOError
+from fireworks_training.tito.values.records import (
+    TITOStatus,
+    TITOTrajectoryArtifact,
+    TrajectoryDriftPolicy,
+)
+
+if TYPE_CHECKING:
+    from fireworks_training.tito.evidence.failure_traces import FailureTraces
+
+MAX_OPEN = 8192
+"""Trajectories that may be open at a time."""
+
+REMEMBERED = 4096
+"""Ended trajectories whose late calls are told so (410); older ones are unknown (401)."""
+
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+class Trajectories:
+    """See the module.
+
+    Args:
+        traces: keeps those that failed; None keeps none.
+    """
+
+    def __init__(self, backend: Backend, traces: FailureTraces | None) -> None:
+        self._backend = backend
+        self._traces = traces
+        self._open: dict[str, Trajectory] = {}
+        self._ended: OrderedDict[str, Trajectory] = OrderedDict()
+        self._keys: dict[str, str] = {}
+
+    @property
+    def open_ids(self) -> list[str]:
+        """Ids of those that are open."""
+        return list(self._open)
+
+    def key_of(self, trajectory_id: str) -> str | None:
+        """The key of a trajectory; None for one that is not known (any more)."""
+        return self._keys.get(trajectory_id)
+
+    def get(self, trajectory_id: str) -> Trajectory:
+        """The trajectory of an id.
+
+        Raises:
+            TITOError: there is none (404).
+        """
+        found = self._open.get(trajectory_id) or self._ended.get(trajectory_id)
+        if found is None:
+            raise TITOError("tito_trajectory_not_found", 404, "no trajectory has that id")
+        return found
+
+    def make(
+        self,
+        trajectory_id: str | None,
+        affinity: str | None,
+        metadata: Mapping[str, Any] | None,
+        policy: TrajectoryDriftPolicy | None,
+    ) -> Trajectory:
+        """A new one, open, with a key; see `TITOSidecar.create_trajectory`."""
+        trajectory_id = uuid.uuid4().hex if trajectory_id is None else trajectory_id
+        if not _ID.fullmatch(trajectory_id):
+            raise InvalidArgument(
+                "trajectory_id takes letters, digits, '_', '.' and '-', 1 to 128 of them"
+            )
+        if trajectory_id in self._keys:
+            raise InvalidArgument(f"there is a trajectory {trajectory_id!r} already")
+        if len(self._open) >= MAX_OPEN:
+            raise TITOError(
+                "tito_too_many_trajectories", 429, f"{MAX_OPEN} trajectories are open: end some"
+            )
+        made = Trajectory(
+            self._backend,
+            trajectory_id,
+            serving_affinity_key=affinity,
+            metadata=metadata,
+            drift_policy=policy,
+        )
+        self._open[trajectory_id] = made
+        self._keys[trajectory_id] = f"tito_{secrets.token_urlsafe(32)}"
+        return made
+
+    def forget(self, trajectory_id: str) -> None:
+        """It never was: its maker could not be given it."""
+        if self._open.pop(trajectory_id, None) is not None:
+            del self._keys[trajectory_id]
+
+    async def end(
+        self, trajectory_id: str, status: TITOStatus, reason: str | None, *, cancel: bool
+    ) -> TITOTrajectoryArtifact:
+        """End one; see `Trajectory.end`."""
+        trajectory = self.get(trajectory_id)
+        artifact = await trajectory.end(status, reason, cancel=cancel)
+        del self._open[trajectory_id]
+        self._ended[trajectory_id] = trajectory
+        while len(self._ended) > REMEMBERED:
+            oldest, _ = self._ended.popitem(last=False)
+            self._keys.pop(oldest, None)
+        if self._traces is not None and artifact.status == "failed":
+            code = artifact.terminal_reason or "trajectory_failed"
+            error = TITOError(code, 500, f"the trajectory failed: {code}")
+            await asyncio.to_thread(self._traces.dump, artifact, error, code)
+        return artifact

@@ -1,0 +1,155 @@
+"""Chat messages as values: JSON that can't change, and one spelling for what means the same.
+
+Agents replay the history with every call, and their libraries write it anew: other spaces in
+arguments, null instead of an empty text, fields that only streams have. None of that may pass for
+an edited history. Token ids are not compared here: a message never stands for the tokens sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from fireworks_training.tito.values.errors import invalid
+
+Message = Mapping[str, Any]
+
+DEEPEST = 128
+"""Levels of lists and objects in a request."""
+
+
+def plain_json(value: Any, depth: int = 0) -> Any:
+    """A copy of JSON-like data in lists and dictionaries, in the order it had.
+
+    Args:
+        depth: how deep in other data it stands.
+
+    Raises:
+        TITOError: it holds something that JSON has not, or that no UTF-8 can say, or is nested
+            deeper than `DEEPEST`.
+    """
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, float) and value == value and abs(value) != float("inf"):
+        return value
+    if depth >= DEEPEST:
+        raise invalid(f"the request is nested deeper than {DEEPEST} levels")
+    if isinstance(value, Mapping):
+        items = cast(Mapping[object, Any], value).items()
+        return {_text(str(name)): plain_json(item, depth + 1) for name, item in items}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item, depth + 1) for item in cast(Sequence[Any], value)]
+    raise invalid(f"the request holds a value that JSON has not: a {type(value).__name__}")
+
+
+def _text(value: str) -> str:
+    if not _encodable(value):
+        raise invalid("a text holds half of a surrogate pair: cut texts between characters")
+    return value
+
+
+def _encodable(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def json_text(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of `json_text`, in hex."""
+    return hashlib.sha256(json_text(value).encode()).hexdigest()
+
+
+def normalize_openai_tool_arguments(value: Any) -> str:
+    """Arguments of a function call as JSON text, equal for equal values.
+
+    Text that is no JSON, or that can't be written anew, stays as it is: what to make of it is the
+    renderer's.
+    """
+    if not isinstance(value, str):
+        return json_text(value)
+    try:
+        made = json_text(json.loads(value))
+    except (ValueError, RecursionError):
+        return value
+    return made if _encodable(made) else value
+
+
+def canonical_message(message: Message) -> tuple[dict[str, Any], list[str]]:
+    """A message in its one spelling, and what was changed for it.
+
+    Raises:
+        TITOError: it has no role, or content that is not text.
+    """
+    made: dict[str, Any] = plain_json(message)
+    changed: list[str] = []
+    if not isinstance(made.get("role"), str):
+        raise invalid("every message needs a role, a string")
+    content = made.get("content")
+    if isinstance(content, list):
+        made["content"] = _joined_text(content)
+        changed.append("content:text_parts_joined")
+    if made["role"] != "assistant":
+        return made, changed
+    return _canonical_assistant(made, changed)
+
+
+def _canonical_assistant(
+    made: dict[str, Any], changed: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    # Client libraries send back every field of their own message class, most of them null.
+    empty = [name for name, value in made.items() if name != "content" and value in (None, [], {})]
+    if made.get("provider_specific_fields") == {"refusal": None}:
+        empty.append("provider_specific_fields")
+    for name in empty:
+        del made[name]
+        changed.append(f"{name}:empty_removed")
+    calls = _tool_calls(made.get("tool_calls") or [])
+    for place, call in enumerate(calls):
+        if call.pop("index", None) is not None:
+            changed.append(f"tool_calls[{place}].index:stream_index_removed")
+        function = dict(call.get("function") or {})
+        sent = function.get("arguments", "")
+        function["arguments"] = normalize_openai_tool_arguments(sent)
+        if function["arguments"] != sent:
+            changed.append(f"tool_calls[{place}].function.arguments:canonical_json")
+        call["function"] = function
+    content = made.get("content")
+    blank = content is None or (isinstance(content, str) and not content.strip())
+    if content is None or (calls and blank and content != ""):
+        made["content"] = ""
+        changed.append("content:blank_to_empty")
+    return made, changed
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    calls = cast(list[object], value) if isinstance(value, list) else [value]
+    for item in calls:
+        call = cast(dict[str, object], item) if isinstance(item, dict) else None
+        if call is None or not isinstance(call.get("function") or {}, dict):
+            raise invalid("tool_calls must be a list of objects, each with a function, an object")
+    return cast(list[dict[str, Any]], calls)
+
+
+def _joined_text(parts: Any) -> str:
+    texts: list[str] = []
+    for item in parts:
+        part = cast(dict[str, object], item) if isinstance(item, dict) else dict[str, object]()
+        if part.get("type") != "text":
+            raise invalid(
+                "content holds a part of another type than 'text': vision inputs are not supported"
+            )
+        texts.append(str(part.get("text", "")))
+    return "".join(texts)

@@ -1,0 +1,64 @@
+"""Names of the Tinker API, and the notes that the platform keeps of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fireworks_training.local.store.tinker_store import (
+    BadTinkerPath,
+    Checkpoint,
+    CheckpointNote,
+    TinkerStore,
+    expiry,
+    parse_path,
+)
+
+RUN = f"ts-{'0' * 32}:train:0"
+
+
+def note(kind: str, name: str, expires_at: str | None = None) -> CheckpointNote:
+    path = f"tinker://{RUN}/{kind}/{name}"
+    return CheckpointNote(path, 1, f"2026-01-01T00:00:0{len(name)}+00:00", expires_at)
+
+
+def test_a_path_and_its_folder() -> None:
+    checkpoint = parse_path(f"tinker://{RUN}/weights/step-1")
+    assert checkpoint == Checkpoint(RUN, "weights", "step-1")
+    assert checkpoint.path == f"tinker://{RUN}/weights/step-1"
+    assert checkpoint.identity == f"ts-{'0' * 32}.train.0.step-1"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        f"{RUN}/weights/x",
+        f"tinker://{RUN}/weights",
+        f"tinker://{RUN}/models/x",
+        f"tinker://{RUN}/weights/../x",
+        f"tinker://{RUN}/weights/.x",
+        f"tinker://{RUN}/weights/{'x' * 129}",
+        "tinker://../weights/x",
+        f"tinker://{RUN}:1/weights/x",
+    ],
+)
+def test_paths_that_are_refused(path: str) -> None:
+    with pytest.raises(BadTinkerPath):
+        parse_path(path)
+
+
+def test_named_snapshots_are_kept_until_their_time_is_over(tmp_path: Path) -> None:
+    store = TinkerStore(tmp_path)
+    store.write_checkpoint(note("weights", "a"))
+    store.write_checkpoint(note("sampler_weights", "bb"))
+    store.write_checkpoint(note("sampler_weights", "ccc", expiry(3600)))
+    store.write_checkpoint(note("sampler_weights", "dddd", "2026-01-01T00:00:00+00:00"))
+    names = [one.checkpoint.name for one in store.checkpoints(RUN)]
+    assert names == ["a", "bb", "ccc", "dddd"]
+    assert store.named_snapshots() == {f"ts-{'0' * 32}.train.0.{name}" for name in ("bb", "ccc")}
+    assert store.checkpoint(Checkpoint(RUN, "sampler_weights", "dddd")) is None
+    store.forget_checkpoint(Checkpoint(RUN, "sampler_weights", "bb"))
+    store.forget_checkpoint(Checkpoint(RUN, "sampler_weights", "bb"))
+    assert store.named_snapshots() == {f"ts-{'0' * 32}.train.0.ccc"}

@@ -1,5 +1,0 @@
-"""Starts a thread at import, as a careless library does."""
-
-from tests.local.standin_worker import start_thread
-
-start_thread()

@@ -1,0 +1,331 @@
+"""The line: order, idempotency, atomic steps; against a model that applies the rules literally."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fireworks_training.local.trainer.queue.line import (
+    Closed,
+    Expired,
+    Failure,
+    Limits,
+    Line,
+    Role,
+    Taken,
+    TooFarAhead,
+    UnknownPlace,
+)
+
+ADDS, ENDS, ALONE, LOADS, DISCARDS = (
+    Role.ADDS,
+    Role.ENDS,
+    Role.ALONE,
+    Role.LOADS,
+    Role.DISCARDS,
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """`fate`: "works", "fails" when it runs, or "refused" when it is submitted."""
+
+    role: Role
+    fate: str
+
+
+def put(line: Line[Op, str], seq_id: int, op: Op, digest: bytes = b"x") -> bool:
+    operation = Failure("refused") if op.fate == "refused" else op
+    return line.submit(seq_id, digest, op.role, operation, 1)
+
+
+class Weights:
+    """What operations do to a trainer: which passes are accumulated, and which were applied."""
+
+    def __init__(self) -> None:
+        self.accumulated: list[int] = []
+        self.applied: list[tuple[int, ...]] = []
+        self.order: list[int] = []
+
+    def drain(self, line: Line[Op, str]) -> None:
+        while (run := line.advance().run) is not None:
+            self.order.append(run.seq_id)
+            if run.drop_gradients:
+                self.accumulated = []
+            if run.operation.fate == "fails":
+                line.fail(Failure(f"{run.seq_id} failed"))
+                continue
+            match run.operation.role:
+                case Role.ADDS:
+                    self.accumulated.append(run.seq_id)
+                case Role.ENDS:
+                    self.applied.append(tuple(self.accumulated))
+                    self.accumulated = []
+                case Role.LOADS | Role.DISCARDS:
+                    self.accumulated = []
+                case Role.ALONE:
+                    pass
+            line.succeed("done")
+
+
+def expected(ops: list[Op]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Outcome of each operation and passes of each applied step, by the rules as they are put."""
+    outcomes: list[str] = []
+    applied: list[tuple[int, ...]] = []
+    accumulated: list[int] = []
+    broken = False
+    for place, op in enumerate(ops, start=1):
+        stopped = broken and op.role in (ADDS, LOADS, ENDS) and op.fate != "refused"
+        outcomes.append("preceded" if stopped else "done" if op.fate == "works" else "failed")
+        if stopped:
+            if op.role is ENDS:
+                broken = False
+            continue
+        if op.fate != "works":
+            if op.role in (ADDS, LOADS, ENDS):
+                broken, accumulated = True, []
+            continue
+        if op.role is ADDS:
+            accumulated.append(place)
+        elif op.role is ENDS:
+            applied.append(tuple(accumulated))
+            accumulated = []
+        elif op.role in (LOADS, DISCARDS):
+            broken, accumulated = False, []
+    return outcomes, applied
+
+
+def outcome(line: Line[Op, str], seq_id: int) -> str:
+    result = line.result(seq_id)
+    if isinstance(result, Failure):
+        return "preceded" if result.error_class == "PrecedingOperationFailed" else "failed"
+    return str(result)
+
+
+operations = st.builds(
+    Op, st.sampled_from(list(Role)), st.sampled_from(["works", "works", "fails", "refused"])
+)
+
+
+@settings(deadline=None)
+@given(st.lists(operations, max_size=24), st.data())
+def test_any_arrival_gives_the_outcome_of_the_line_in_order(
+    ops: list[Op], data: st.DataObject
+) -> None:
+    line: Line[Op, str] = Line()
+    weights = Weights()
+    arrivals = data.draw(st.permutations(range(1, len(ops) + 1)))
+    for seq_id in arrivals:
+        assert put(line, seq_id, ops[seq_id - 1])
+        if data.draw(st.booleans()):
+            weights.drain(line)
+        if data.draw(st.booleans()):
+            again = data.draw(st.sampled_from(arrivals[: arrivals.index(seq_id) + 1]))
+            assert not put(line, again, ops[again - 1])
+            with pytest.raises(Taken):
+                put(line, again, ops[again - 1], b"other")
+    weights.drain(line)
+
+    outcomes, applied = expected(ops)
+    assert [outcome(line, seq_id) for seq_id in range(1, len(ops) + 1)] == outcomes
+    assert weights.applied == applied
+    assert weights.order == sorted(set(weights.order))
+    assert line.idle
+
+
+@settings(deadline=None)
+@given(st.lists(operations, min_size=1, max_size=24))
+def test_an_applied_step_holds_all_of_its_passes_or_is_not_applied(ops: list[Op]) -> None:
+    line: Line[Op, str] = Line()
+    weights = Weights()
+    for seq_id, op in enumerate(ops, start=1):
+        put(line, seq_id, op)
+    weights.drain(line)
+    start = 0
+    applied = iter(weights.applied)
+    for place, op in enumerate(ops, start=1):
+        if op.role in (LOADS, DISCARDS) and outcome(line, place) == "done":
+            start = place
+        if op.role is ENDS:
+            if outcome(line, place) == "done":
+                passes = [p for p in range(start + 1, place) if ops[p - 1].role is ADDS]
+                assert next(applied) == tuple(passes)
+            start = place
+    assert next(applied, None) is None
+
+
+def outcomes_of(*ops: Op) -> list[str]:
+    line: Line[Op, str] = Line()
+    for seq_id, op in enumerate(ops, start=1):
+        put(line, seq_id, op)
+    Weights().drain(line)
+    return [outcome(line, seq_id) for seq_id in range(1, len(ops) + 1)]
+
+
+def test_a_failed_pass_takes_its_step_and_no_more() -> None:
+    assert outcomes_of(
+        Op(ADDS, "works"),
+        Op(ADDS, "fails"),
+        Op(ALONE, "works"),
+        Op(ADDS, "works"),
+        Op(LOADS, "works"),
+        Op(ENDS, "works"),
+        Op(ADDS, "works"),
+        Op(ENDS, "works"),
+    ) == ["done", "failed", "done", "preceded", "preceded", "preceded", "done", "done"]
+
+
+@pytest.mark.parametrize("fate", ["fails", "refused"])
+def test_a_step_that_fails_by_itself_takes_the_next_one(fate: str) -> None:
+    assert outcomes_of(
+        Op(ADDS, "works"),
+        Op(ENDS, fate),
+        Op(ADDS, "works"),
+        Op(ENDS, "works"),
+        Op(ADDS, "works"),
+        Op(ENDS, "works"),
+    ) == ["done", "failed", "preceded", "preceded", "done", "done"]
+
+
+def test_a_refused_end_of_a_failed_step_takes_the_next_one_too() -> None:
+    assert outcomes_of(
+        Op(ADDS, "fails"),
+        Op(ENDS, "refused"),
+        Op(ADDS, "works"),
+        Op(ENDS, "works"),
+        Op(ADDS, "works"),
+    ) == ["failed", "failed", "preceded", "preceded", "done"]
+
+
+def test_discarding_begins_a_new_step() -> None:
+    assert outcomes_of(
+        Op(ADDS, "fails"), Op(ADDS, "works"), Op(DISCARDS, "works"), Op(ADDS, "works")
+    ) == ["failed", "preceded", "done", "done"]
+
+
+def test_the_cause_is_the_first_failure_of_the_step() -> None:
+    line: Line[Op, str] = Line()
+    for seq_id, op in enumerate(
+        [Op(ADDS, "works"), Op(ADDS, "fails"), Op(ADDS, "refused"), Op(ENDS, "works")], start=1
+    ):
+        put(line, seq_id, op)
+    Weights().drain(line)
+    failure = line.result(4)
+    assert isinstance(failure, Failure)
+    assert failure.cause == Failure("2 failed")
+    assert failure.cause_seq_id == 2
+
+
+def test_one_at_a_time_and_in_order() -> None:
+    line: Line[Op, str] = Line()
+    put(line, 2, Op(ALONE, "works"))
+    assert line.advance().run is None
+    assert line.waits_for == 1
+    put(line, 1, Op(ALONE, "works"))
+    first = line.advance().run
+    assert first is not None
+    assert first.seq_id == 1
+    assert line.advance().run is None, "one is running"
+    assert line.result(1) is None
+    assert line.result(2) is None
+    line.succeed("done")
+    second = line.advance().run
+    assert second is not None
+    assert second.seq_id == 2
+
+
+def test_bounds() -> None:
+    line: Line[Op, str] = Line(Limits(ahead=4, ahead_bytes=2, results=3, digests=4))
+    works = Op(ALONE, "works")
+    with pytest.raises(TooFarAhead):
+        put(line, 5, works)
+    put(line, 3, works)
+    put(line, 4, works)
+    with pytest.raises(TooFarAhead):
+        put(line, 2, works)
+    put(line, 1, works)  # the next to run is always taken
+    weights = Weights()
+    weights.drain(line)
+    put(line, 2, works)
+    weights.drain(line)
+    assert [outcome(line, seq_id) for seq_id in (2, 3, 4)] == ["done"] * 3
+    with pytest.raises(Expired):
+        line.result(1)
+    with pytest.raises(UnknownPlace):
+        line.result(5)
+    for seq_id in range(5, 10):
+        put(line, seq_id, works)
+        weights.drain(line)
+    with pytest.raises(Taken, match="long ago"):
+        put(line, 1, works)
+    assert not put(line, 9, works)
+
+
+def test_results_that_were_delivered_are_dropped_first() -> None:
+    line: Line[Op, str] = Line(Limits(results=3))
+    for seq_id in range(1, 4):
+        put(line, seq_id, Op(ALONE, "works"))
+    Weights().drain(line)
+    line.delivered(3)
+    put(line, 4, Op(ALONE, "works"))
+    Weights().drain(line)
+    assert [outcome(line, seq_id) for seq_id in (1, 2, 4)] == ["done"] * 3
+    with pytest.raises(Expired):
+        line.result(3)
+
+
+def test_a_large_result_stays_until_the_next_one() -> None:
+    line: Line[Op, str] = Line(Limits(result_bytes=10))
+    put(line, 1, Op(ALONE, "works"))
+    assert line.advance().run is not None
+    line.succeed("large", 100)
+    assert line.result(1) == "large"
+    put(line, 2, Op(ALONE, "works"))
+    assert line.advance().run is not None
+    line.succeed("small", 1)
+    assert line.result(2) == "small"
+    with pytest.raises(Expired):
+        line.result(1)
+
+
+def test_a_closed_line_finishes_what_it_has() -> None:
+    line: Line[Op, str] = Line()
+    put(line, 1, Op(ALONE, "works"))
+    line.close()
+    assert not put(line, 1, Op(ALONE, "works"))
+    with pytest.raises(Closed):
+        put(line, 2, Op(ALONE, "works"))
+    Weights().drain(line)
+    assert outcome(line, 1) == "done"
+
+
+def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
+    line: Line[Op, str] = Line()
+    for seq_id, role in enumerate((ALONE, ADDS, ALONE), start=1):
+        put(line, seq_id, Op(role, "works"))
+    assert line.advance().run is not None
+    assert line.detach() == 1
+    assert line.result(1) is None
+    run = line.advance().run
+    assert run is not None
+    assert run.seq_id == 2
+    line.succeed("added")
+    assert line.advance().run is not None
+    assert line.detach() == 3
+    line.settle(3, "second")
+    line.settle(1, Failure("no room"))
+    assert (outcome(line, 1), line.result(2), line.result(3)) == ("failed", "added", "second")
+    # It concerns no other: the step goes on.
+    put(line, 4, Op(ENDS, "works"))
+    assert line.advance().run is not None
+
+
+def test_what_concerns_others_can_not_leave_the_line() -> None:
+    line: Line[Op, str] = Line()
+    put(line, 1, Op(ADDS, "works"))
+    assert line.advance().run is not None
+    with pytest.raises(RuntimeError, match="adds gradients"):
+        line.detach()
