@@ -43,7 +43,7 @@ from fireworks_training import (
 )
 from fireworks_training.local.engine.batch import RunningBatch
 from fireworks_training.local.engine.decoder import Decoder
-from fireworks_training.local.engine.requests import SamplingRequest
+from fireworks_training.local.engine.requests import StreamRequest
 from fireworks_training.local.model.model import load_model
 
 FOLDER = Path(fireworks_training.__file__).parent / "local" / "assets" / "tiny-qwen3"
@@ -118,7 +118,7 @@ class InProcess:
         torch.set_num_threads(1)
         running = RunningBatch(Decoder(self.own, 2048, fuse), len(batch))
         for number, prompt in enumerate(batch):
-            running.add(SamplingRequest(number, tuple(prompt), tokens, key=number))
+            running.add(StreamRequest(number, tuple(prompt), tokens, key=number))
         while len(running):
             running.step(512)
         return tokens * len(batch)

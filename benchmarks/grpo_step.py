@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import fireworks_training
 from fireworks_training import AsyncFiretitanServiceClient
-from fireworks_training.cli.demo_loop import Plan, asked, reward, sync, update
+from fireworks_training.cli.demo_loop import LoopPlan, asked, reward, sync, update
 from fireworks_training.cli.demo_problems import load_problems
 
 ASSETS = Path(fireworks_training.__file__).parent / "local" / "assets"
@@ -44,8 +44,8 @@ class Peer:
         job = {
             "model": str(ASSETS / "tiny-qwen3"),
             "problems": str(ASSETS / "problems.jsonl"),
-            "prompts": Plan.prompts,
-            "samples": Plan.samples,
+            "prompts": LoopPlan.prompts,
+            "samples": LoopPlan.samples,
             "max_tokens": tokens[0],
             "min_tokens": tokens[1],
             "threads": 2,
@@ -95,7 +95,7 @@ async def our_steps(
     service: AsyncFiretitanServiceClient, tokens: tuple[int, int]
 ) -> Callable[[], Awaitable[float]]:
     """A function that does one step of the demo and gives its seconds."""
-    plan = dataclasses.replace(Plan(), warmup=1)
+    plan = dataclasses.replace(LoopPlan(), warmup=1)
     problems = load_problems(ASSETS / "problems.jsonl")
     client = await service.create_training_client()
     sampler = await sync(service, client, "start")

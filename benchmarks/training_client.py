@@ -179,7 +179,7 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     from fireworks_training._async.http.transport import Transport
     from fireworks_training._async.runtime.loops import OwnerLoop
     from fireworks_training._async.training.session import TrainerSession
-    from fireworks_training._async.weights.publisher import Publishing
+    from fireworks_training._async.weights.publisher import WeightPublisher
     from fireworks_training._core.snapshots import Chain
 
     owner = OwnerLoop(portal=True)
@@ -201,7 +201,7 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
             await session.create_model(config),
             config,
             owner=owner,
-            publishing=Publishing(owner, Chain(), no_deployment, no_deployment),
+            publishing=WeightPublisher(owner, Chain(), no_deployment, no_deployment),
         )
 
     async def end() -> None:

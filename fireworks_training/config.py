@@ -349,7 +349,7 @@ class Endpoint:
     Attributes:
         base_url: an http(s) URL without a trailing slash, or "local" / "local:/path".
         api_key: None only for an embedded platform.
-        bare: whether it is a Tinker server, with a trainer's routes and no control plane.
+        tinker_only: whether it is a Tinker server, with a trainer's routes and no control plane.
     """
 
     base_url: str
@@ -357,7 +357,7 @@ class Endpoint:
     inference_url: str | None = None
     hotload_api_url: str | None = None
     trainer_gateway_url: str | None = None
-    bare: bool = False
+    tinker_only: bool = False
 
     def __repr__(self) -> str:
         return f"Endpoint({self.base_url!r})"
@@ -433,7 +433,7 @@ def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpo
     key = api_key or os.environ.get("TINKER_API_KEY")
     if not key:
         raise InvalidArgument("no API key: pass api_key=, or set TINKER_API_KEY")
-    return Endpoint(url, key, bare=True)
+    return Endpoint(url, key, tinker_only=True)
 
 
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:

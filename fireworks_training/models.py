@@ -389,7 +389,7 @@ class OperationInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Look(Generic[RowT]):
+class Observation(Generic[RowT]):
     """A resource as it was at one look.
 
     Attributes:

@@ -21,7 +21,7 @@ from fireworks_training._async.weights.weight_sync import Loaded, Target, Weight
 from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training.bodies import decode_snapshot
 from fireworks_training.errors import ApiStatusError, Conflict
-from fireworks_training.local.engine.weights import LoadFailed, Prepared, WeightSet
+from fireworks_training.local.engine.weights import Prepared, SnapshotRefused, WeightSet
 from fireworks_training.local.store.snapshots import SnapshotStore, hashes_of, total_sha256
 from fireworks_training.local.trainer.queue.operations import OperationFailed
 from fireworks_training.local.trainer.run.exports import SnapshotExports
@@ -91,7 +91,7 @@ class Replica:
         if identity is not None:
             try:
                 self.weights.swap(self.weights.prepare(identity, restore=True))
-            except LoadFailed:
+            except SnapshotRefused:
                 self.ready = False
         self.seen = self.row()
 
@@ -108,14 +108,14 @@ class Replica:
         if self.pending is not None and self.prepared is None:
             try:
                 self.prepared = self.weights.prepare(self.pending)
-            except LoadFailed as error:
+            except SnapshotRefused as error:
                 self.fail(str(error))
 
     def swap(self) -> None:
         if self.prepared is not None:
             try:
                 self.weights.swap(self.prepared)
-            except LoadFailed as error:
+            except SnapshotRefused as error:
                 self.fail(str(error))
             self.pending = self.prepared = None
 
@@ -196,7 +196,7 @@ class World:
         Raises:
             OperationFailed: nothing was written.
         """
-        asked = self.chain.next_type(wanted)
+        asked = self.chain.take_next_type(wanted)
         self._names += 1
         name = f"s{self._names}"
         tensors = self.exports.capture(name, self.masters)

@@ -53,7 +53,7 @@ NAMES = [
     "InvalidArgument",
     "InvalidDatum",
     "LocalPlatformError",
-    "Look",
+    "Observation",
     "LoopBlockedEvent",
     "LossFailed",
     "MissingExtra",

@@ -260,7 +260,7 @@ def test_a_swap_over_other_weights_than_it_was_prepared_for_is_refused(
     whole = world.save("base").identity
     prepared = replica.weights.prepare("s2")
     replica.weights.load(whole)
-    with pytest.raises(engine.LoadFailed, match="another load has replaced"):
+    with pytest.raises(engine.SnapshotRefused, match="another load has replaced"):
         replica.weights.swap(prepared)
     world.check()
 

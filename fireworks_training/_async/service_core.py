@@ -11,15 +11,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.resources.plans import Resources
 from fireworks_training._async.resources.provisioner import Provisioner
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.training.factory import Trainers
-from fireworks_training._async.weights.deployment import Samplers
-from fireworks_training._async.weights.publisher import Publishing
+from fireworks_training._async.training.factory import TrainingClients
+from fireworks_training._async.weights.deployment import ServedDeployment
+from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training.config import Endpoint, FiretitanProvisioningConfig
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.events import OnEvent
@@ -44,7 +44,7 @@ class ServiceCore:
         self._config = config
         events = EventHook.of(on_event)
         self._owner = OwnerLoop(on_blocked=None if events is None else events.blocked)
-        self._connection = Connection(
+        self._connection = Platform(
             endpoint,
             owner=self._owner,
             additional_headers=additional_headers or {},
@@ -52,8 +52,8 @@ class ServiceCore:
             events=events,
         )
         self._provisioner = Provisioner(self._connection, config)
-        self._samplers = Samplers(self._connection, config, self._provisioner)
-        self._publishing = Publishing(
+        self._samplers = ServedDeployment(self._connection, config, self._provisioner)
+        self._publishing = WeightPublisher(
             self._owner,
             self._samplers.chain,
             self._samplers.weights,
@@ -63,7 +63,7 @@ class ServiceCore:
         self._trainers = self._make_trainers(
             config, self._provisioner.provisioned, user_metadata, pipeline_steps
         )
-        self._references: Trainers | None = None
+        self._references: TrainingClients | None = None
         self._closed = False
         self._closing: asyncio.Task[BaseException | None] | None = None
 
@@ -73,8 +73,8 @@ class ServiceCore:
         resources: Callable[[], Awaitable[Resources]],
         user_metadata: Mapping[str, str] | None,
         pipeline_steps: bool,
-    ) -> Trainers:
-        return Trainers(
+    ) -> TrainingClients:
+        return TrainingClients(
             self._connection,
             config,
             resources=resources,

@@ -52,7 +52,7 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One line.
 
     Attributes:
@@ -79,12 +79,12 @@ class Entry:
     note: str = ""
 
 
-def encode(entry: Entry) -> bytes:
+def encode(entry: LedgerEntry) -> bytes:
     """One line, with its end."""
     return json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n"
 
 
-def decode(line: bytes) -> Entry | None:
+def decode(line: bytes) -> LedgerEntry | None:
     """A line; None for one that is torn or not ours."""
     try:
         fields: object = json.loads(line)
@@ -92,7 +92,7 @@ def decode(line: bytes) -> Entry | None:
             return None
         row = dict(cast(dict[str, Any], fields))
         row["at"], row["owner"] = float(row["at"]), Owner(**row["owner"])
-        entry = Entry(**row)
+        entry = LedgerEntry(**row)
     except (ValueError, TypeError, KeyError):
         return None
     return entry if entry.event in _EVENTS and entry.kind in ("trainer", "deployment") else None
@@ -122,7 +122,7 @@ def annotations_carry(annotations: Mapping[str, str], nonce: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class OpenClaim:
     """A run's relation to a resource, as the ledger has it.
 
     Attributes:
@@ -130,7 +130,7 @@ class Claim:
         since: when it began, seconds since the epoch.
     """
 
-    last: Entry
+    last: LedgerEntry
     since: float
 
     @property
@@ -145,16 +145,16 @@ class Claim:
         return self.last.event in ("intent", "created", "adopted")
 
 
-def fold(entries: Iterable[Entry]) -> list[Claim]:
+def fold(entries: Iterable[LedgerEntry]) -> list[OpenClaim]:
     """The claims that are open, oldest first."""
-    claims: dict[tuple[object, ...], Claim] = {}
+    claims: dict[tuple[object, ...], OpenClaim] = {}
     for entry in entries:
         key = _key(entry)
         known = claims.get(key)
         if entry.event == "gone":
             claims.pop(key, None)
         else:
-            claims[key] = Claim(entry, entry.at if known is None else known.since)
+            claims[key] = OpenClaim(entry, entry.at if known is None else known.since)
     return sorted(claims.values(), key=lambda claim: claim.since)
 
 
@@ -181,7 +181,7 @@ def compact(lines: Sequence[bytes]) -> list[bytes]:
     return [lines[number] for number in sorted(kept)]
 
 
-def _key(entry: Entry) -> tuple[object, ...]:
+def _key(entry: LedgerEntry) -> tuple[object, ...]:
     """Which claim an entry is of."""
     return entry.base_url, entry.account, entry.kind, entry.resource_id, entry.nonce
 
@@ -194,7 +194,7 @@ def _is_object(line: bytes) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class AskPlatform:
     """Ask the platform for the resource, and decide with `judge_found`."""
 
 
@@ -218,15 +218,15 @@ class Remove:
 
 
 def judge(
-    claim: Claim,
-    others: Sequence[Claim],
+    claim: OpenClaim,
+    others: Sequence[OpenClaim],
     lives: Callable[[Owner], bool | None],
     *,
     now: float,
     older_than: float = 0.0,
     kept: bool = False,
     elsewhere: bool = False,
-) -> Look | Leave | Close:
+) -> AskPlatform | Leave | Close:
     """What to do about an open claim, before the platform is asked.
 
     Args:
@@ -253,11 +253,11 @@ def judge(
         return Leave(f"kept on purpose{': ' if entry.note else ''}{entry.note}")
     if now - claim.since < older_than:
         return Leave(f"only {now - claim.since:.0f} s old")
-    return Look()
+    return AskPlatform()
 
 
 def judge_found(
-    claim: Claim, *, present: bool, carries: bool, now: float
+    claim: OpenClaim, *, present: bool, carries: bool, now: float
 ) -> Remove | Leave | Close:
     """What to do, given what the platform has under the claim's id.
 
@@ -277,6 +277,6 @@ def judge_found(
     return Leave("does not carry this run's nonce: it is not ours any more")
 
 
-def close(claim: Claim, *, at: float, owner: Owner, note: str) -> Entry:
+def close(claim: OpenClaim, *, at: float, owner: Owner, note: str) -> LedgerEntry:
     """The entry that ends a claim."""
     return replace(claim.last, at=at, event="gone", owner=owner, note=note)

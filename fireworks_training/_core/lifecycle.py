@@ -1,7 +1,7 @@
 """What the state of a trainer job or a deployment means for somebody who waits for it.
 
-A `Watch` is one wait for one resource. It is told what was seen and when, and answers with what to
-do: go on, look again in so many seconds, or give up with the error to raise. Its rules:
+A `ReadinessWait` is one wait for one resource. It is told what was seen and when, and answers with
+what to do: go on, look again in so many seconds, or give up with the error to raise. Its rules:
 
 1. Time in the queue and time from placement to ready have budgets of their own.
 2. A state that only an old life explains (stopped, right after a resume) is borne for a while.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
-from fireworks_training._core.waits.reports import FIRST_NOTICE, Notices
+from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
 
 QUICKEST, SLOWEST = 0.04, 5.0
@@ -127,7 +127,7 @@ class GiveUp:
 Verdict = Go | Again | Resume | GiveUp
 
 
-class Watch:
+class ReadinessWait:
     """One wait for one resource.
 
     Args:
@@ -168,7 +168,7 @@ class Watch:
         self._placed_at: float | None = None
         self._last: Seen | None = None
         self._since = started
-        self._notices = Notices(started, first=FIRST_NOTICE)
+        self._notices = ReportSchedule(started, first=FIRST_NOTICE)
         self.changed = False
         """Whether the last look differed from the one before in state or message."""
 
@@ -263,9 +263,9 @@ class Watch:
             )
         )
 
-    def due(self, now: float) -> bool:
+    def take_if_due(self, now: float) -> bool:
         """Whether the wait has been silent for long enough to say a word."""
-        return self._notices.due(now)
+        return self._notices.take_if_due(now)
 
     def describe(self, now: float) -> str:
         """State, age and message, for people."""

@@ -42,7 +42,7 @@ class Role(Enum):
     OTHER = "other"
 
     @property
-    def weighty(self) -> bool:
+    def changes_model(self) -> bool:
         """Whether it adds gradients or changes weights."""
         return self in (Role.GRADIENT, Role.OPTIM, Role.LOAD)
 
@@ -57,7 +57,7 @@ class Ticket:
         step: the step it belongs to, from 0.
         maybe_added: whether some of its gradients may have reached the server.
         done: whether its outcome is known.
-        previous: the weighty operation before it, while that one's outcome is unknown.
+        previous: the last operation before it that changes the model, while its outcome is unknown.
     """
 
     place: int
@@ -69,19 +69,19 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class Go:
+class Send:
     """Send it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class WaitFor:
     """Not yet: ask again when `until` is done."""
 
     until: Ticket
 
 
 @dataclass(frozen=True, slots=True)
-class Void:
+class Skip:
     """Do not send it; it fails with `error`.
 
     Attributes:
@@ -92,7 +92,7 @@ class Void:
     discard: bool = False
 
 
-Verdict = Go | Hold | Void
+Verdict = Send | WaitFor | Skip
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class StepFailure:
 
 
 @dataclass(slots=True)
-class Line:
+class OperationLine:
     """The state of one client's line.
 
     Attributes:
@@ -120,7 +120,7 @@ class Line:
     _step: int = 0
     _failures: dict[int, StepFailure] = field(default_factory=dict[int, StepFailure])
     _added: set[int] = field(default_factory=set[int])
-    _last_weighty: Ticket | None = None
+    _last_change: Ticket | None = None
 
     @property
     def steps(self) -> int:
@@ -131,28 +131,28 @@ class Line:
         """The next place in the line."""
         ticket = Ticket(self._places, role, self._step)
         self._places += 1
-        if role.weighty:
-            last = self._last_weighty
+        if role.changes_model:
+            last = self._last_change
             ticket.previous = last if last is not None and not last.done else None
-            self._last_weighty = ticket
+            self._last_change = ticket
         if role is Role.OPTIM:
             self._step += 1
         return ticket
 
     def verdict(self, ticket: Ticket, *, accept_partial: bool = False) -> Verdict:
         """What to do with the operation at the head of the line."""
-        if not ticket.role.weighty:
-            return Go()
+        if not ticket.role.changes_model:
+            return Send()
         failure = self.failure_before(ticket)
         if failure is not None:
             ends = ticket.role is Role.OPTIM
-            return Void(self.preceding_failed(failure), discard=ends and self.step_protocol)
+            return Skip(self.preceding_failed(failure), discard=ends and self.step_protocol)
         if ticket.role is not Role.OPTIM or self.step_protocol:
-            return Go()
+            return Send()
         if not self.pipeline_steps and ticket.previous is not None and not ticket.previous.done:
-            return Hold(ticket.previous)
+            return WaitFor(ticket.previous)
         if self.doubt is not None and not accept_partial:
-            return Void(
+            return Skip(
                 GradientsInDoubt(
                     "the server may hold part of a step that failed, and does not offer to drop "
                     "it: this optim_step would apply that part too. Make a new model from a saved "
@@ -160,10 +160,10 @@ class Line:
                     cause=self.doubt,
                 )
             )
-        return Go()
+        return Send()
 
     def failure_before(self, ticket: Ticket) -> BaseException | None:
-        """The failure that voids a weighty operation, if one is known."""
+        """The failure that voids a operation that changes the model, if one is known."""
         failure = self._failures.get(ticket.step)
         return failure.cause if failure is not None and failure.place < ticket.place else None
 
@@ -193,7 +193,7 @@ class Line:
 
         To be told before the next operation is judged.
         """
-        if not ticket.role.weighty or _of_another(error):
+        if not ticket.role.changes_model or _of_another(error):
             return
         step = ticket.step + 1 if ticket.role is Role.OPTIM else ticket.step
         known = self._failures.get(step)
@@ -204,7 +204,7 @@ class Line:
         """It failed, or was cancelled before it was sent, and its outcome is handed out."""
         self.failing(ticket, error)
         self._end(ticket)
-        if not ticket.role.weighty:
+        if not ticket.role.changes_model:
             return
         if ticket.maybe_added:
             self._note_added(ticket)

@@ -151,7 +151,7 @@ class Chain:
         self._next_whole = True
         self._tells = True
 
-    def next_type(self, wanted: SaveType | None = None) -> SaveType:
+    def take_next_type(self, wanted: SaveType | None = None) -> SaveType:
         """What to ask the trainer for, at the moment when the request goes out.
 
         Args:
@@ -280,14 +280,14 @@ class NeedWhole:
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
+class Unloadable:
     """It can't be loaded."""
 
     reason: str
     replicas: Mapping[str, str]
 
 
-Decision = Done | Post | Wait | NeedWhole | GiveUp
+Decision = Done | Post | Wait | NeedWhole | Unloadable
 
 
 class Sync:
@@ -415,7 +415,7 @@ class Sync:
         self._chain.reset()
         if posted != self.identity or not self._chain.stands_alone(posted):
             return NeedWhole(f"{posted} was not loaded: {reason}", reports)
-        return GiveUp(reason, reports)
+        return Unloadable(reason, reports)
 
 
 def _late(

@@ -23,7 +23,7 @@ from fireworks_training import (
     DeploymentSampler,
     FireworksTrainingError,
 )
-from fireworks_training.cli.demo_loop import Plan, score, sync, train
+from fireworks_training.cli.demo_loop import LoopPlan, score, sync, train
 from fireworks_training.cli.demo_problems import (
     Problem,
     Score,
@@ -47,8 +47,8 @@ WRITTEN = (METRICS, SUMMARY, CURVE, *(f"{name}.jsonl" for name in EVALUATIONS))
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help='JSONL file of {"prompt", "answer"}.  [default: word problems that ship]',
 )
-@click.option("--steps", type=click.IntRange(1), default=Plan.steps, show_default=True)
-@click.option("--seed", type=int, default=Plan.seed, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=LoopPlan.steps, show_default=True)
+@click.option("--seed", type=int, default=LoopPlan.seed, show_default=True)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -61,27 +61,27 @@ WRITTEN = (METRICS, SUMMARY, CURVE, *(f"{name}.jsonl" for name in EVALUATIONS))
     "--prompts",
     "prompts",
     type=click.IntRange(1),
-    default=Plan.prompts,
+    default=LoopPlan.prompts,
     show_default=True,
     help="Problems a step.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(2),
-    default=Plan.samples,
+    default=LoopPlan.samples,
     show_default=True,
     help="Completions of each problem.",
 )
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
-    default=Plan.learning_rate,
+    default=LoopPlan.learning_rate,
     show_default=True,
 )
 @click.option(
     "--held-out",
     type=click.IntRange(1),
-    default=Plan.held_out,
+    default=LoopPlan.held_out,
     show_default=True,
     help="Problems kept for scoring.",
 )
@@ -100,7 +100,7 @@ def demo(
     base_url: str,
 ) -> None:
     """Train, sync and score a small model on this machine, offline."""
-    plan = Plan(
+    plan = LoopPlan(
         steps=steps,
         prompts=prompts,
         samples=samples,
@@ -138,7 +138,7 @@ def interrupted(metrics: Path) -> str:
 async def run(
     console: Console,
     problems: list[Problem],
-    plan: Plan,
+    plan: LoopPlan,
     out: Path,
     base_url: str,
     api_key: str | None = None,
@@ -177,7 +177,7 @@ async def run(
 
 
 async def both_scores(
-    sampler: DeploymentSampler, held_out: Sequence[Problem], plan: Plan, out: Path, when: str
+    sampler: DeploymentSampler, held_out: Sequence[Problem], plan: LoopPlan, out: Path, when: str
 ) -> tuple[Score, Score]:
     """At temperature 1 and greedy, each with a record of what was asked and answered."""
     sampled = await score(
@@ -191,7 +191,7 @@ async def both_scores(
 
 def conclude(
     console: Console,
-    plan: Plan,
+    plan: LoopPlan,
     records: Sequence[StepRecord],
     scores: dict[str, tuple[Score, Score]],
     timing: dict[str, float],

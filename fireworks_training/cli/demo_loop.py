@@ -34,7 +34,7 @@ MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoopPlan:
     """How to train.
 
     Attributes:
@@ -109,7 +109,7 @@ async def train(
     service: AsyncFiretitanServiceClient,
     problems: Sequence[Problem],
     held_out: Sequence[Problem],
-    plan: Plan,
+    plan: LoopPlan,
     seen: Callable[[StepRecord], None],
 ) -> DeploymentSampler:
     """The loop; `seen` is told of every step. Returns a sampler of the trained weights."""
@@ -157,7 +157,7 @@ async def update(
     client: AsyncFiretitanTrainingClient,
     completions: Sequence[SampledCompletion],
     rewards: Sequence[float],
-    plan: Plan,
+    plan: LoopPlan,
     step: int,
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
     """One step of the weights.

@@ -18,15 +18,15 @@ from fireworks_training._async.control_plane.deployment_config import (
 from fireworks_training._async.control_plane.deployment_config import transition
 from fireworks_training._async.control_plane.rows import read_deployment
 from fireworks_training._async.resources.readiness import deployment_ready, until_ready
-from fireworks_training._async.runtime.waits import speaking
-from fireworks_training._core.lifecycle import Readiness, Seen, Watch, deployment_readiness
+from fireworks_training._async.runtime.waits import log_if_slow
+from fireworks_training._core.lifecycle import Readiness, ReadinessWait, Seen, deployment_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     refuse_account_id,
 )
 from fireworks_training.compat.hot_loads import HOT_LOAD_POLL_S, HotLoads
 from fireworks_training.errors import ApiError
-from fireworks_training.models import DeploymentInfo, Look
+from fireworks_training.models import DeploymentInfo, Observation
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -96,9 +96,9 @@ class DeploymentManager(HotLoads):
     async def _until_gone(self, deployment_id: str) -> None:
         watch = _watch(f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0)
 
-        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
+        async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             row = await self._plane.get_deployment(deployment_id)
-            return Look(Seen(deployment_id, "DELETED" if row is None else row.state))
+            return Observation(Seen(deployment_id, "DELETED" if row is None else row.state))
 
         await until_ready(watch, look)
 
@@ -245,13 +245,15 @@ class DeploymentManager(HotLoads):
                     return True
             return False
 
-        return self._run(lambda: speaking(work(), lambda: f"{model} to answer"), f"warm up {model}")
+        return self._run(
+            lambda: log_if_slow(work(), lambda: f"{model} to answer"), f"warm up {model}"
+        )
 
 
 def _watch(
     what: str, read: Callable[[str], Readiness], timeout_s: float, poll_interval_s: float
-) -> Watch:
-    return Watch(
+) -> ReadinessWait:
+    return ReadinessWait(
         what,
         read,
         started=asyncio.get_running_loop().time(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fireworks_training._async.resources.readiness import LookAgain, until_ready
 from fireworks_training._async.weights.weight_sync import PATH as HOT_LOAD_PATH
-from fireworks_training._core.lifecycle import Readiness, Seen, Watch
+from fireworks_training._core.lifecycle import Readiness, ReadinessWait, Seen
 from fireworks_training._core.snapshots import (
     Failed,
     Live,
@@ -29,7 +29,7 @@ from fireworks_training.errors import (
     ProvisioningError,
     ProvisioningTimeout,
 )
-from fireworks_training.models import Look
+from fireworks_training.models import Observation
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -133,9 +133,11 @@ class HotLoads(FireworksClient):
         self._last_hotload_error = None
         what = f"hot load of {expected_identity}"
 
-        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
+        async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             status = await self._hot_load("GET", deployment_id, base_model, 30.0)
-            return Look(_seen(judge(read_replicas(status), expected_identity), expected_identity))
+            return Observation(
+                _seen(judge(read_replicas(status), expected_identity), expected_identity)
+            )
 
         try:
             self._wait(what, look, timeout_seconds, poll_interval)
@@ -150,12 +152,12 @@ class HotLoads(FireworksClient):
     ) -> None:
         """Wait until a deployment lists its replicas: before that it takes no hot load."""
 
-        async def look(_: Look[Seen], _hold_s: int) -> Look[Seen]:
+        async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             try:
                 status = await self._hot_load("GET", deployment_id, base_model, 30.0)
             except ApiError as error:
-                return Look(Seen(deployment_id, "NOT_THERE", error.message))
-            return Look(Seen(deployment_id, "LIVE" if status.get("replicas") else "EMPTY"))
+                return Observation(Seen(deployment_id, "NOT_THERE", error.message))
+            return Observation(Seen(deployment_id, "LIVE" if status.get("replicas") else "EMPTY"))
 
         what = f"hot load manager of {deployment_id}"
         try:
@@ -165,7 +167,7 @@ class HotLoads(FireworksClient):
 
     def _wait(self, what: str, look: LookAgain[Seen], timeout_s: int, poll_interval_s: int) -> None:
         async def work() -> None:
-            watch = Watch(
+            watch = ReadinessWait(
                 what,
                 _readiness,
                 started=asyncio.get_running_loop().time(),

@@ -17,7 +17,7 @@ from uuid import uuid4
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.rows import read_job
 from fireworks_training._async.resources.readiness import trainer_ready, until_ready
-from fireworks_training._core.lifecycle import Readiness, Watch, job_readiness
+from fireworks_training._core.lifecycle import Readiness, ReadinessWait, job_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     FireworksClient,
@@ -31,7 +31,7 @@ from fireworks_training.errors import (
     NotFound,
     ProvisioningError,
 )
-from fireworks_training.models import Look, TrainerJobInfo
+from fireworks_training.models import Observation, TrainerJobInfo
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -425,7 +425,7 @@ class TrainerJobManager(FireworksClient):
     ) -> TrainerServiceEndpoint:
         async def work() -> TrainerServiceEndpoint:
             started = asyncio.get_running_loop().time()
-            watch = Watch(
+            watch = ReadinessWait(
                 f"trainer {job_id}",
                 read,
                 started=started,
@@ -445,7 +445,7 @@ class TrainerJobManager(FireworksClient):
 
     async def _settled(self, job_id: str, poll_interval_s: float, budget: float) -> TrainerJobInfo:
         """The job, once it can be used or resumed."""
-        watch = Watch(
+        watch = ReadinessWait(
             f"trainer {job_id}",
             _usable_or_resumable,
             started=asyncio.get_running_loop().time(),
@@ -458,9 +458,11 @@ class TrainerJobManager(FireworksClient):
             ),
         )
 
-        async def look(since: Look[TrainerJobInfo], hold_s: int) -> Look[TrainerJobInfo]:
+        async def look(
+            since: Observation[TrainerJobInfo], hold_s: int
+        ) -> Observation[TrainerJobInfo]:
             found = await self._plane.look_at_job(job_id, since, hold_s)
-            return found if found.row is not None else Look(await self._job(job_id))
+            return found if found.row is not None else Observation(await self._job(job_id))
 
         return await until_ready(watch, look)
 

@@ -18,13 +18,13 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from fireworks_training.local.pretraining.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
-from fireworks_training.local.pretraining.problems import Problem, draw_unique
+from fireworks_training.local.pretraining.evaluate import MAX_NEW_TOKENS, ModelEvaluation, evaluate
+from fireworks_training.local.pretraining.problems import Arithmetic, draw_unique
 from fireworks_training.local.pretraining.tokenizer import BOS, END, PAD, build_tokenizer
 from fireworks_training.local.pretraining.train import (
     MAX_CONTEXT,
-    Plan,
-    Progress,
+    LossPoint,
+    PretrainingPlan,
     pretrain,
     repeatable,
 )
@@ -32,10 +32,10 @@ from fireworks_training.local.pretraining.train import (
 OPEN_PROBLEMS = 1600
 HELD_OUT_PROBLEMS = 400
 EVALUATION_PROBLEMS = 400
-_DEFAULTS = Plan()
+_DEFAULTS = PretrainingPlan()
 
 
-def demo_problems(seed: int) -> list[Problem]:
+def demo_problems(seed: int) -> list[Arithmetic]:
     """The demo's problems, all different: 1600 open ones, then 400 held-out ones.
 
     The operand pairs of the last 400 occur neither in the first 1600 nor in pretraining.
@@ -47,7 +47,7 @@ def demo_problems(seed: int) -> list[Problem]:
     ]
 
 
-def write_problems(problems: list[Problem], path: Path) -> None:
+def write_problems(problems: list[Arithmetic], path: Path) -> None:
     """Writes JSONL: `prompt`, and `answer` as a string that holds an integer."""
     lines = [json.dumps({"prompt": p.prompt, "answer": str(p.answer)}) for p in problems]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +76,14 @@ def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def make_model(plan: Plan, out: Path, evaluation_problems: int = EVALUATION_PROBLEMS) -> str:
+def make_model(
+    plan: PretrainingPlan, out: Path, evaluation_problems: int = EVALUATION_PROBLEMS
+) -> str:
     """Pretrains by a plan, writes the directory with its `pretrain.json`, returns the hash."""
     tokenizer = build_tokenizer(MAX_CONTEXT)
-    curve: list[Progress] = []
+    curve: list[LossPoint] = []
 
-    def report(progress: Progress) -> None:
+    def report(progress: LossPoint) -> None:
         curve.append(progress)
         click.echo(
             f"step {progress.step}/{plan.steps}  loss {progress.loss:.3f}  {progress.seconds:.0f} s"
@@ -104,10 +106,10 @@ def make_model(plan: Plan, out: Path, evaluation_problems: int = EVALUATION_PROB
 
 def _write_log(
     path: Path,
-    plan: Plan,
+    plan: PretrainingPlan,
     parameters: int,
-    curve: list[Progress],
-    scores: Evaluation,
+    curve: list[LossPoint],
+    scores: ModelEvaluation,
     digest: str,
 ) -> None:
     log = {
@@ -136,7 +138,7 @@ def _write_log(
 def main(out: Path, seed: int, steps: int, problems: Path | None) -> None:
     """Makes the small model and the demo's problem file from a seed."""
     write_problems(demo_problems(seed), problems or out / "problems.jsonl")
-    make_model(Plan(seed=seed, steps=steps), out)
+    make_model(PretrainingPlan(seed=seed, steps=steps), out)
 
 
 if __name__ == "__main__":

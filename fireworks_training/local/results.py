@@ -109,7 +109,7 @@ def parse_poll(raw: bytes) -> Poll:
         raise BadPoll(f"{name}: {fault['msg']}") from None
 
 
-class EndedLog:
+class FinishedRequests:
     """The ids of requests in the order in which they ended. Belongs to one event loop.
 
     Args:
@@ -151,7 +151,7 @@ class EndedLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RequestOutcome:
     """One completion.
 
     Attributes:
@@ -164,7 +164,9 @@ class Ended:
     content_type: str = "application/json"
 
 
-def answer(completions: list[Ended], cursor: int, inline_bytes: int) -> Mapping[str, object]:
+def answer(
+    completions: list[RequestOutcome], cursor: int, inline_bytes: int
+) -> Mapping[str, object]:
     """The body of an answer."""
     room = MAX_INLINE_BYTES
     shown: list[Mapping[str, object]] = []

@@ -37,7 +37,7 @@ _PATH = re.compile(r"^/trajectories/([A-Za-z0-9_.-]+)/")
 logger = logging.getLogger("fireworks_training.tito")
 
 
-class Registry(Protocol):
+class TrajectoryFinder(Protocol):
     """Finds trajectories and their keys."""
 
     def key_of(self, trajectory_id: str) -> str | None:
@@ -49,7 +49,9 @@ class Registry(Protocol):
         ...
 
 
-def application(registry: Registry, keepalive_seconds: Callable[[], float]) -> web.Application:
+def application(
+    registry: TrajectoryFinder, keepalive_seconds: Callable[[], float]
+) -> web.Application:
     """The app. Every path, also one that is none, needs the key of its trajectory."""
 
     @web.middleware

@@ -13,7 +13,7 @@ from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioni
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.session import TrainerSession
-from fireworks_training._async.weights.publisher import Publishing
+from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training._core.snapshots import Chain
 from tests.fault_proxy import FaultProxy
 from tests.stub_trainer import StubTrainer
@@ -54,7 +54,9 @@ async def _client(url: str, **options: Any) -> AsyncIterator[AsyncFiretitanTrain
     config = FiretitanProvisioningConfig(
         base_model="accounts/test/models/stub", dialect=options.pop("dialect", None)
     )
-    options.setdefault("publishing", Publishing(owner, Chain(), _no_deployment, _no_deployment))
+    options.setdefault(
+        "publishing", WeightPublisher(owner, Chain(), _no_deployment, _no_deployment)
+    )
     try:
         capabilities = await session.create_model(config)
         client = AsyncFiretitanTrainingClient(session, capabilities, config, owner=owner, **options)

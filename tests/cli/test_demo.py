@@ -22,7 +22,7 @@ from rich.console import Console
 
 from fireworks_training import InvalidArgument, SampledCompletion, read_evaluation
 from fireworks_training.cli.demo import SHIPPED_PROBLEMS, WRITTEN, demo, run
-from fireworks_training.cli.demo_loop import Plan, advantages, reward
+from fireworks_training.cli.demo_loop import LoopPlan, advantages, reward
 from fireworks_training.cli.demo_problems import (
     Problem,
     Score,
@@ -88,7 +88,7 @@ def test_the_interval_holds_the_share(right: int, extra: int) -> None:
 
 def test_the_last_problems_are_held_out() -> None:
     problems = load_problems(SHIPPED_PROBLEMS)
-    training, held_out = split(problems, Plan().held_out)
+    training, held_out = split(problems, LoopPlan().held_out)
     assert [*training, *held_out] == problems
     assert len(held_out) == 400
     assert len(split(problems[:3], 400)[0]) == 2
@@ -158,7 +158,7 @@ def test_the_curve_takes_every_share(tmp_path: Path, share: float) -> None:
 
 async def test_a_short_run_writes_its_files(platform: RunningPlatform, tmp_path: Path) -> None:
     output = io.StringIO()
-    plan = Plan(steps=2, prompts=4, samples=4, held_out=20, score_every=1)
+    plan = LoopPlan(steps=2, prompts=4, samples=4, held_out=20, score_every=1)
     summary = await run(
         Console(file=output, width=200),
         load_problems(SHIPPED_PROBLEMS),

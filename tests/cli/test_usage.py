@@ -21,7 +21,7 @@ from fireworks_training import (
     supervised_datum,
 )
 from fireworks_training._async.resources import usage_records
-from fireworks_training._async.resources.usage_records import Run
+from fireworks_training._async.resources.usage_records import RunRecord
 from fireworks_training.cli import main
 from tests.conftest import RunningPlatform
 
@@ -84,7 +84,7 @@ def test_a_torn_line_is_skipped(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert read_usage_records() == []
-    usage_records.write(Run("run", "id", "local", "m"), Usage(trained_tokens=3))
+    usage_records.write(RunRecord("run", "id", "local", "m"), Usage(trained_tokens=3))
     (path,) = tmp_path.rglob("usage.jsonl")
     path.write_text('{"run": "torn\n' + path.read_text() + '{"usage": {"gold": 1}}\n3\n')
     with caplog.at_level(logging.WARNING):
@@ -138,7 +138,7 @@ def test_a_note_is_whole_and_gives_way_to_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    run = Run("run", "id", "local", "m")
+    run = RunRecord("run", "id", "local", "m")
     usage_records.note(run, Usage(trained_tokens=1))
     (path,) = tmp_path.rglob("id.json")
     # A kill in the middle of a note leaves the one before.

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from fireworks_training._core.ledger import (
     INTENT_GRACE,
     NAME_LIMIT,
-    Claim,
+    AskPlatform,
     Close,
-    Entry,
     Event,
     Leave,
-    Look,
+    LedgerEntry,
+    OpenClaim,
     Owner,
     Remove,
     annotations_carry,
@@ -38,7 +38,7 @@ OTHER = Owner("host", "boot", 8, "200")
 NONCE = "0123456789ab"
 
 
-def entry(event: Event = "created", **fields: Any) -> Entry:
+def entry(event: Event = "created", **fields: Any) -> LedgerEntry:
     usual: dict[str, Any] = {
         "at": 1000.0,
         "kind": "trainer",
@@ -48,14 +48,14 @@ def entry(event: Event = "created", **fields: Any) -> Entry:
         "nonce": NONCE,
         "owner": OWNER,
     }
-    return Entry(event=event, **{**usual, **fields})
+    return LedgerEntry(event=event, **{**usual, **fields})
 
 
 def living(*alive: Owner) -> Callable[[Owner], bool | None]:
     return lambda owner: None if owner.machine != "host" else owner in alive
 
 
-def claim(event: Event = "created", **fields: Any) -> Claim:
+def claim(event: Event = "created", **fields: Any) -> OpenClaim:
     (found,) = fold([entry(event, **fields)])
     return found
 
@@ -104,7 +104,7 @@ def test_a_claim_is_its_last_entry_and_ends_with_gone() -> None:
 def test_what_a_live_process_holds_is_left() -> None:
     mine = claim()
     assert isinstance(judge(mine, [mine], living(OWNER), now=2000.0), Leave)
-    assert judge(mine, [mine], living(), now=2000.0) == Look()
+    assert judge(mine, [mine], living(), now=2000.0) == AskPlatform()
 
 
 @pytest.mark.parametrize("event", ["adopted", "created", "intent"])
@@ -114,25 +114,25 @@ def test_what_another_run_holds_is_left_whoever_made_it(event: Event) -> None:
     assert isinstance(held, Leave)
     assert "process 8" in held.reason
     elsewhere = replace(theirs.last, resource_id="k")
-    assert judge(mine, fold([elsewhere]), living(OTHER), now=2000.0, kept=True) == Look()
+    assert judge(mine, fold([elsewhere]), living(OTHER), now=2000.0, kept=True) == AskPlatform()
 
 
 def test_a_process_of_another_machine_is_not_judged() -> None:
     far = claim(owner=replace(OWNER, machine="far"))
     assert isinstance(judge(far, [far], living(), now=2000.0), Leave)
-    assert judge(far, [far], living(), now=2000.0, elsewhere=True) == Look()
+    assert judge(far, [far], living(), now=2000.0, elsewhere=True) == AskPlatform()
 
 
 def test_what_was_kept_on_purpose_needs_the_word_for_it() -> None:
     kept = claim("kept")
     assert isinstance(judge(kept, [kept], living(OWNER), now=2000.0), Leave)
-    assert judge(kept, [kept], living(OWNER), now=2000.0, kept=True) == Look()
+    assert judge(kept, [kept], living(OWNER), now=2000.0, kept=True) == AskPlatform()
 
 
 def test_what_is_too_young_is_left() -> None:
     mine = claim()
     assert isinstance(judge(mine, [mine], living(), now=1500.0, older_than=600.0), Leave)
-    assert judge(mine, [mine], living(), now=1600.0, older_than=600.0) == Look()
+    assert judge(mine, [mine], living(), now=1600.0, older_than=600.0) == AskPlatform()
 
 
 def test_what_ended_with_its_embedded_platform_is_closed() -> None:

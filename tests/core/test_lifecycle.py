@@ -19,9 +19,9 @@ from fireworks_training._core.lifecycle import (
     GiveUp,
     Go,
     Readiness,
+    ReadinessWait,
     Resume,
     Seen,
-    Watch,
     deployment_readiness,
     job_readiness,
 )
@@ -29,9 +29,9 @@ from fireworks_training._core.lifecycle import (
 NAME = "accounts/me/rlorTrainerJobs/j"
 
 
-def watch(**options: Any) -> Watch:
+def watch(**options: Any) -> ReadinessWait:
     budgets = {"started": 0.0, "budget": 100.0, "queue_budget": 1000.0}
-    return Watch("trainer j", job_readiness, **{**budgets, **options})
+    return ReadinessWait("trainer j", job_readiness, **{**budgets, **options})
 
 
 def job(state: str, message: str = "") -> Seen:
@@ -104,7 +104,7 @@ def test_the_pace_is_a_share_of_the_time_without_a_change() -> None:
     assert waiting.changed
 
 
-def delay_at(waiting: Watch, state: str, at: float) -> float:
+def delay_at(waiting: ReadinessWait, state: str, at: float) -> float:
     verdict = waiting.see(job(state), at)
     assert isinstance(verdict, Again)
     return verdict.delay
@@ -122,7 +122,7 @@ def test_unknown_states_count_as_starting() -> None:
     assert deployment_readiness("PROVISIONING") is Readiness.STARTING
 
 
-def again(waiting: Watch, row: Seen, at: float, **options: Any) -> Again:
+def again(waiting: ReadinessWait, row: Seen, at: float, **options: Any) -> Again:
     verdict = waiting.see(row, at, **options)
     assert isinstance(verdict, Again)
     return verdict

@@ -17,7 +17,7 @@ import pytest
 from fireworks_training import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.processes import this_process
-from fireworks_training._core.ledger import Entry, fold
+from fireworks_training._core.ledger import LedgerEntry, fold
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on
 
@@ -135,7 +135,7 @@ async def test_nothing_of_a_killed_run_is_left_and_nothing_else_is_touched(
     assert whole.returncode == 0, whole.stderr
     last = int(whole.stdout)
     ledger = LedgerFile()
-    usual = Entry(
+    usual = LedgerEntry(
         at=time.time(),
         event="intent",
         kind="deployment",

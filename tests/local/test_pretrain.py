@@ -32,14 +32,14 @@ from fireworks_training.local.pretraining.evaluate import evaluate
 from fireworks_training.local.pretraining.problems import (
     ITEMS,
     STORIES,
-    Problem,
+    Arithmetic,
     draw_unique,
     final_answer,
     is_held_out_pair,
     split_of,
 )
 from fireworks_training.local.pretraining.tokenizer import build_tokenizer
-from fireworks_training.local.pretraining.train import Plan, pretrain, repeatable
+from fireworks_training.local.pretraining.train import PretrainingPlan, pretrain, repeatable
 
 ASSETS = Path(fireworks_training.local.__file__).parent / "assets"
 MODEL = ASSETS / "tiny-qwen3"
@@ -104,13 +104,13 @@ def test_the_log_belongs_to_the_weights(model: Qwen3ForCausalLM) -> None:
     assert log["sha256"] == hashlib.sha256(weights).hexdigest()
     assert log["plan"] == {
         "seed": 0,
-        "steps": Plan().steps,
+        "steps": PretrainingPlan().steps,
         "batch_size": 16,
         "hidden_size": 128,
         "layers": 4,
     }
     assert log["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert log["loss_curve"][-1][0] == Plan().steps
+    assert log["loss_curve"][-1][0] == PretrainingPlan().steps
 
 
 def test_specials_have_ids_of_their_own(
@@ -187,7 +187,7 @@ def test_the_problem_file_comes_from_the_script(tmp_path: Path) -> None:
 def test_held_out_problems_share_no_operand_pair_with_the_others() -> None:
     problems = demo_problems(seed=0)
 
-    def pairs(group: list[Problem]) -> set[tuple[int, ...]]:
+    def pairs(group: list[Arithmetic]) -> set[tuple[int, ...]]:
         steps = (step for problem in group for step in problem.steps())
         return {tuple(sorted((left, right))) for left, _, right, _ in steps}
 
@@ -202,8 +202,8 @@ def test_a_problem_with_mixed_pairs_belongs_to_no_split() -> None:
     held_out = next((a, b) for a in range(10, 40) for b in range(2, 20) if is_held_out_pair(a, b))
     total = sum(held_out)
     third = next(c for c in range(2, 50) if not is_held_out_pair(total, c))
-    assert split_of(Problem("", held_out, "+")) == "held_out"
-    assert split_of(Problem("", (*held_out, third), "++")) is None
+    assert split_of(Arithmetic("", held_out, "+")) == "held_out"
+    assert split_of(Arithmetic("", (*held_out, third), "++")) is None
 
 
 def test_every_story_and_item_occurs(rows: list[dict[str, str]]) -> None:
@@ -230,14 +230,14 @@ def test_the_final_answer_stands_behind_the_mark(completion: str, answer: int | 
 
 
 def test_both_styles_end_in_the_same_answer() -> None:
-    problem = Problem("", (27, 18, 15), "-+")
+    problem = Arithmetic("", (27, 18, 15), "-+")
     assert problem.completion("working") == "27-18=9, 9+15=24. #### 24"
     assert problem.completion("blurt") == "#### 24"
     assert problem.answer == 24
 
 
 def test_only_completions_count_in_the_loss(tokenizer: PreTrainedTokenizerFast) -> None:
-    problem = Problem("Tom has 4 eggs.", (4, 7), "+")
+    problem = Arithmetic("Tom has 4 eggs.", (4, 7), "+")
     example = Encoder(tokenizer).chat(problem, "working")
     counted = [label for label in example.labels if label != IGNORED]
     assert tokenizer.decode(counted) == "4+7=11. #### 11<|im_end|>"
@@ -265,7 +265,7 @@ def test_batches_depend_on_the_seed_alone(tokenizer: PreTrainedTokenizerFast) ->
 
 def test_equal_plans_write_equal_weights(tmp_path: Path) -> None:
     def digest(seed: int, name: str) -> str:
-        plan = Plan(seed=seed, steps=2, batch_size=2, hidden_size=32, layers=2)
+        plan = PretrainingPlan(seed=seed, steps=2, batch_size=2, hidden_size=32, layers=2)
         return make_model(plan, tmp_path / name, evaluation_problems=2)
 
     assert digest(0, "first") == digest(0, "second")
@@ -277,7 +277,7 @@ def test_a_torch_without_muon_is_refused(
 ) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(RuntimeError, match=r"needs torch 2\.9"):
-        pretrain(Plan(steps=1), tokenizer, lambda progress: None)
+        pretrain(PretrainingPlan(steps=1), tokenizer, lambda progress: None)
 
 
 def test_pretraining_leaves_torch_as_it_was() -> None:

@@ -12,8 +12,8 @@ from fireworks_training.local.results import (
     MAX_INLINE_BYTES,
     PAGE,
     BadPoll,
-    Ended,
-    EndedLog,
+    FinishedRequests,
+    RequestOutcome,
     answer,
     parse_poll,
 )
@@ -22,7 +22,7 @@ TARGET = b'"target": {"type": "model", "model_id": "m"}'
 
 
 def test_a_log_goes_on_where_its_reader_was() -> None:
-    log = EndedLog(kept=PAGE + 2)
+    log = FinishedRequests(kept=PAGE + 2)
     assert log.after(0) == ([], 0)
     for index in range(PAGE + 4):
         log.add(str(index))
@@ -36,7 +36,7 @@ def test_a_log_goes_on_where_its_reader_was() -> None:
 
 
 async def test_who_waits_is_woken_by_news_alone() -> None:
-    log = EndedLog()
+    log = FinishedRequests()
     waits = asyncio.create_task(log.wait(1, 30.0))
     await asyncio.sleep(0)
     log.add("a")
@@ -78,7 +78,11 @@ def test_a_poll_is_held_for_as_long_as_it_says() -> None:
 
 
 def test_small_results_come_along() -> None:
-    ended = [Ended("a", False, b"{}"), Ended("b", True, b"[]"), Ended("c", False, b"x" * 9)]
+    ended = [
+        RequestOutcome("a", False, b"{}"),
+        RequestOutcome("b", True, b"[]"),
+        RequestOutcome("c", False, b"x" * 9),
+    ]
     assert answer(ended, 3, 0)["completions"] == [
         {"state": "finished", "request_id": "a", "response_payload_uncompressed_size": 2},
         {"state": "failed", "request_id": "b"},
@@ -89,7 +93,7 @@ def test_small_results_come_along() -> None:
     assert isinstance(completions, list)
     assert [row.get("payload") for row in completions] == ["e30=", "W10=", None]
     # All together they are bounded.
-    large = [Ended(str(n), False, b"x" * (MAX_INLINE_BYTES // 2)) for n in range(3)]
+    large = [RequestOutcome(str(n), False, b"x" * (MAX_INLINE_BYTES // 2)) for n in range(3)]
     rows = answer(large, 3, MAX_INLINE_BYTES)["completions"]
     assert isinstance(rows, list)
     assert ["payload" in row for row in rows] == [True, True, False]

@@ -23,7 +23,7 @@ from fireworks_training.errors import (
     NotFound,
     ProtocolError,
 )
-from fireworks_training.models import Look
+from fireworks_training.models import Observation
 
 T = TypeVar("T")
 
@@ -94,8 +94,8 @@ class Account:
             return None
 
     async def look(
-        self, path: str, read: Callable[[Row], T], since: Look[T] | None, hold_s: int
-    ) -> Look[T]:
+        self, path: str, read: Callable[[Row], T], since: Observation[T] | None, hold_s: int
+    ) -> Observation[T]:
         """A row, once it is no longer as it was at an earlier look, or after `hold_s` seconds.
 
         A server that does not know how to wait answers at once.
@@ -105,8 +105,8 @@ class Account:
         )
 
     async def _look(
-        self, path: str, read: Callable[[Row], T], since: Look[T] | None, hold_s: int
-    ) -> Look[T]:
+        self, path: str, read: Callable[[Row], T], since: Observation[T] | None, hold_s: int
+    ) -> Observation[T]:
         headers: dict[str, str] = {}
         if since is not None and since.tag is not None:
             headers["If-None-Match"] = since.tag
@@ -131,10 +131,10 @@ class Account:
         waited = "wait" in response.headers.get("Preference-Applied", "").lower()
         held_s = clock() - asked if waited else None
         if response.status == 304 and since is not None:
-            return Look(since.row, since.tag, held_s)
+            return Observation(since.row, since.tag, held_s)
         if response.status == 404:
-            return Look(None)
-        return Look(read(response.object()), response.headers.get("ETag"), held_s)
+            return Observation(None)
+        return Observation(read(response.object()), response.headers.get("ETag"), held_s)
 
     async def answers(self, inference_url: str, model: str, *, timeout_s: float) -> bool:
         """Whether a model answers a completion of four tokens now."""

@@ -27,7 +27,7 @@ from fireworks_training._async.control_plane.rows import (
 )
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
     ApiStatusError,
@@ -40,8 +40,8 @@ from fireworks_training.errors import (
 from fireworks_training.models import (
     CheckpointInfo,
     DeploymentInfo,
-    Look,
     ModelInfo,
+    Observation,
     OperationInfo,
     TrainerJobInfo,
     TrainingProfile,
@@ -206,14 +206,14 @@ class AsyncControlPlane:
         return None if row is None else read_job(row)
 
     async def look_at_job(
-        self, job_id: str, since: Look[TrainerJobInfo] | None = None, hold_s: int = 0
-    ) -> Look[TrainerJobInfo]:
+        self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
+    ) -> Observation[TrainerJobInfo]:
         """A trainer job, once it is no longer as it was at an earlier look.
 
         Args:
             since: the earlier look; None answers at once.
             hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
-                at once (`Look.held_s` is None).
+                at once (`Observation.held_s` is None).
         """
         path = await self._account.path("rlorTrainerJobs", job_id)
         return await self._account.look(path, read_job, since, hold_s)
@@ -279,8 +279,8 @@ class AsyncControlPlane:
         return None if row is None else read_deployment(row)
 
     async def look_at_deployment(
-        self, deployment_id: str, since: Look[DeploymentInfo] | None = None, hold_s: int = 0
-    ) -> Look[DeploymentInfo]:
+        self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
+    ) -> Observation[DeploymentInfo]:
         """A deployment, once it is no longer as it was; see `look_at_job`."""
         path = await self._account.path("deployments", deployment_id)
         return await self._account.look(path, read_deployment, since, hold_s)
@@ -441,7 +441,7 @@ class AsyncControlPlane:
 
         try:
             async with asyncio.timeout(timeout_s):
-                operation = await speaking(ended(), state)
+                operation = await log_if_slow(ended(), state)
         except TimeoutError as error:
             raise ProvisioningTimeout(
                 f"{state()} has not ended within {timeout_s:g} s", resource=name

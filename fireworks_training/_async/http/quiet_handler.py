@@ -13,7 +13,7 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
 
-class Connection(ResponseHandler):
+class QuietResponseHandler(ResponseHandler):
     """A connection that is resumed only if it was paused.
 
     aiohttp 3.14 resumes its connection for each HTTP chunk that a reader takes, and runs the
@@ -45,4 +45,6 @@ class Connector(aiohttp.TCPConnector):
     def __init__(self, verify: ssl.SSLContext | bool = True) -> None:
         super().__init__(limit=0, limit_per_host=0, ssl=verify)  # pyright: ignore[reportUnknownMemberType]
         # aiohttp has no argument for it. A version that makes them elsewhere loses the saving only.
-        self._factory = cast("partial[ResponseHandler]", partial(Connection, loop=self._loop))
+        self._factory = cast(
+            "partial[ResponseHandler]", partial(QuietResponseHandler, loop=self._loop)
+        )

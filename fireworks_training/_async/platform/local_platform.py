@@ -19,7 +19,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.config import Endpoint
 from fireworks_training.errors import InvalidArgument, LocalPlatformError, MissingExtra
 
@@ -33,7 +33,7 @@ STOP_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Platform:
+class EmbeddedPlatform:
     """A running platform, as its ready line describes it; the repr hides the key."""
 
     base_url: str
@@ -55,9 +55,9 @@ class _Embedded:
         self.users = 0
         self.asked: tuple[str | None, str | None] = (None, None)
         self.process: subprocess.Popen[bytes] | None = None
-        self.platform: Platform | None = None
+        self.platform: EmbeddedPlatform | None = None
 
-    def acquire(self, endpoint: Endpoint) -> Platform:
+    def acquire(self, endpoint: Endpoint) -> EmbeddedPlatform:
         with self.lock:
             asked = (endpoint.state_dir, endpoint.api_key)
             if self.platform is not None and self.process is not None:
@@ -103,7 +103,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_embedded.disown)
 
 
-async def acquire(endpoint: Endpoint) -> Platform:
+async def acquire(endpoint: Endpoint) -> EmbeddedPlatform:
     """The embedded platform, started if it does not run; pair with `release`.
 
     Raises:
@@ -113,7 +113,7 @@ async def acquire(endpoint: Endpoint) -> Platform:
     """
     start = _Start(endpoint)
     try:
-        return await speaking(
+        return await log_if_slow(
             asyncio.to_thread(start.run), lambda: "the embedded platform starts (it imports torch)"
         )
     except asyncio.CancelledError:
@@ -130,7 +130,7 @@ class _Start:
         self._started = False
         self._abandoned = False
 
-    def run(self) -> Platform:
+    def run(self) -> EmbeddedPlatform:
         platform = _embedded.acquire(self._endpoint)
         with self._lock:
             self._started = True
@@ -152,7 +152,7 @@ def release() -> None:
     _embedded.release()
 
 
-def _start(endpoint: Endpoint) -> tuple[subprocess.Popen[bytes], Platform]:
+def _start(endpoint: Endpoint) -> tuple[subprocess.Popen[bytes], EmbeddedPlatform]:
     settings: dict[str, Any] = {"embedded": True, "output": "json"}
     if endpoint.state_dir is not None:
         settings["state_dir"] = endpoint.state_dir
@@ -168,7 +168,9 @@ def _start(endpoint: Endpoint) -> tuple[subprocess.Popen[bytes], Platform]:
         ready = _ready_line(process, json.dumps(settings).encode() + b"\n")
         if "error" in ready:
             raise _start_error(str(ready["error"]))
-        return process, Platform(**{name: ready[name] for name in Platform.__slots__})
+        return process, EmbeddedPlatform(
+            **{name: ready[name] for name in EmbeddedPlatform.__slots__}
+        )
     except BaseException as error:
         _stop(process)
         if isinstance(error, (KeyError, TypeError)):

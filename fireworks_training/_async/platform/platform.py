@@ -15,7 +15,7 @@ from fireworks_training.errors import NotSupported
 from fireworks_training.usage import Usage
 
 
-class Connection:
+class Platform:
     """The platform of one service.
 
     Args:
@@ -73,7 +73,7 @@ class Connection:
             LocalPlatformError, MissingExtra: the embedded platform did not start.
             NotSupported: there is a bare Tinker server.
         """
-        if self.bare:
+        if self.tinker_only:
             raise NotSupported(
                 "a Tinker server trains and saves, and has no control plane: jobs, deployments, "
                 "their samplers, checkpoints of jobs and references need a Fireworks platform, "
@@ -84,7 +84,7 @@ class Connection:
     async def trainer_url(self, job_id: str | None) -> str:
         """Base URL of the data plane of a job, or of the one trainer that there is."""
         plane = await self._reached()
-        return self._base_url if self.bare else await plane.trainer_url(job_id or "")
+        return self._base_url if self.tinker_only else await plane.trainer_url(job_id or "")
 
     async def _reached(self) -> AsyncControlPlane:
         async with self._lock:
@@ -137,9 +137,9 @@ class Connection:
         return self._endpoint.base_url
 
     @property
-    def bare(self) -> bool:
+    def tinker_only(self) -> bool:
         """Whether the platform is a Tinker server, which has no control plane."""
-        return self._endpoint.bare
+        return self._endpoint.tinker_only
 
     @property
     def embedded(self) -> bool:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from fireworks_training._core.ledger import Entry, compact, decode, encode
+from fireworks_training._core.ledger import LedgerEntry, compact, decode, encode
 from fireworks_training.config import state_dir
 
 _FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -39,7 +39,7 @@ class LedgerFile:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if path is not None else state_dir() / NAME
 
-    def append(self, entries: Sequence[Entry]) -> None:
+    def append(self, entries: Sequence[LedgerEntry]) -> None:
         """Write entries, all or (if this process dies) a part; on the disk when it returns.
 
         Raises:
@@ -57,14 +57,14 @@ class LedgerFile:
             if size // COMPACT_EVERY != end // COMPACT_EVERY:
                 self._compact(file)
 
-    def read(self) -> list[Entry]:
+    def read(self) -> list[LedgerEntry]:
         """All entries, in order; none where there is no file."""
         try:
             with self._locked(os.O_RDONLY, fcntl.LOCK_SH) as file:
                 data = _whole(file)
         except FileNotFoundError:
             return []
-        entries = list[Entry]()
+        entries = list[LedgerEntry]()
         for number, line in enumerate(data.splitlines(), 1):
             entry = decode(line)
             if entry is not None:

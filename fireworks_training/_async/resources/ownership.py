@@ -23,9 +23,9 @@ from fireworks_training._async.resources.processes import this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._core.ledger import (
     ANNOTATION,
-    Entry,
     Event,
     Kind,
+    LedgerEntry,
     annotations_carry,
     marked_name,
     name_carries,
@@ -46,7 +46,7 @@ CLEAN_UP_TIMEOUT = 60.0
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
-Standing = Literal["unasked", "intended", "created", "adopted", "given back"]
+Standing = Literal["new", "intended", "created", "adopted", "released"]
 Role = Literal["reference", "inference", "deployment", "trainer"]
 
 _ORDER: tuple[Role, ...] = ("reference", "inference", "deployment", "trainer")
@@ -67,7 +67,7 @@ class Claim:
     role: Role
     resource_id: str
     clean_up: CleanUp | None = None
-    standing: Standing = "unasked"
+    standing: Standing = "new"
 
     @property
     def kind(self) -> Kind:
@@ -78,7 +78,7 @@ class Claim:
         return f"{self.kind} {self.resource_id}"
 
 
-class Holdings:
+class RunResources:
     """The claims of one run.
 
     Args:
@@ -113,7 +113,7 @@ class Holdings:
     @property
     def open(self) -> bool:
         """Whether anything is held."""
-        return any(claim.standing != "given back" for claim in self.claims)
+        return any(claim.standing != "released" for claim in self.claims)
 
     # -- marks -------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class Holdings:
         *,
         together: bool = False,
     ) -> None:
-        left = [claim for claim, _ in ends if claim.standing != "given back"]
+        left = [claim for claim, _ in ends if claim.standing != "released"]
 
         async def one(claim: Claim, clean_up: CleanUp | None) -> None:
             await self._end(plane, claim, clean_up)
@@ -234,7 +234,7 @@ class Holdings:
                 made = await self._was_made(plane, claim)
                 if not made:
                     # Left in the ledger: the request may still take effect, and `reap` looks.
-                    claim.standing = "given back"
+                    claim.standing = "released"
                     return
             if made and clean_up == "delete":
                 await delete(plane, claim.kind, claim.resource_id)
@@ -244,7 +244,7 @@ class Holdings:
             logger.warning("%s was not cleaned up: %s", claim, error)
             self.errors.append(error)
             return
-        claim.standing = "given back"
+        claim.standing = "released"
         if made and clean_up == "delete":
             await self._note(plane, "gone", claim, "deleted")
         elif made and not self._embedded:
@@ -266,7 +266,7 @@ class Holdings:
         account = await plane.account()
 
         def write() -> None:
-            entry = Entry(
+            entry = LedgerEntry(
                 at=time.time(),
                 event=event,
                 kind=claim.kind,

@@ -22,11 +22,11 @@ from fireworks_training._async.control_plane.bodies import (
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT
-from fireworks_training._async.resources.ownership import Claim, Holdings, Role
+from fireworks_training._async.resources.ownership import Claim, Role, RunResources
 from fireworks_training._async.resources.readiness import deployment_ready, trainer_ready
 from fireworks_training._core.lifecycle import (
     Readiness,
-    Watch,
+    ReadinessWait,
     deployment_readiness,
     job_readiness,
 )
@@ -94,7 +94,7 @@ async def provision(
     plane: AsyncControlPlane,
     config: FiretitanProvisioningConfig,
     resources: Resources,
-    holdings: Holdings,
+    holdings: RunResources,
     *,
     role: Role = "trainer",
 ) -> None:
@@ -128,7 +128,7 @@ async def _trainer(
     plane: AsyncControlPlane,
     config: FiretitanProvisioningConfig,
     resources: Resources,
-    holdings: Holdings,
+    holdings: RunResources,
     role: Role,
 ) -> None:
     job_id = resources.job_id
@@ -167,7 +167,7 @@ async def until_running(
         first: a look at it that was just made.
         resumable: start it again where it stands.
     """
-    watch = Watch(
+    watch = ReadinessWait(
         f"trainer {job_id}",
         job_readiness,
         started=asyncio.get_running_loop().time(),
@@ -185,7 +185,7 @@ async def _deployment(
     plane: AsyncControlPlane,
     config: FiretitanProvisioningConfig,
     resources: Resources,
-    holdings: Holdings,
+    holdings: RunResources,
 ) -> None:
     deployment_id = resources.deployment_id
     if deployment_id is None:
@@ -214,7 +214,7 @@ async def _deployment(
 async def inference_deployment(
     plane: AsyncControlPlane,
     config: DeploymentConfig,
-    holdings: Holdings,
+    holdings: RunResources,
     claim: Claim,
     *,
     budget: float,
@@ -250,7 +250,7 @@ async def wait_for_deployment(
     settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
     """See `deployment_ready`."""
-    watch = Watch(
+    watch = ReadinessWait(
         f"deployment {deployment_id}",
         deployment_readiness,
         started=asyncio.get_running_loop().time(),

@@ -11,8 +11,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.platform.platform import Connection
-from fireworks_training._async.resources.ownership import Claim, Holdings
+from fireworks_training._async.platform.platform import Platform
+from fireworks_training._async.resources.ownership import Claim, RunResources
 from fireworks_training._async.resources.plans import (
     Resources,
     provision,
@@ -20,7 +20,7 @@ from fireworks_training._async.resources.plans import (
     separate_reference,
     until_running,
 )
-from fireworks_training._async.resources.usage_records import Run, UsageRecorder
+from fireworks_training._async.resources.usage_records import RunRecord, UsageRecorder
 from fireworks_training._async.runtime.cancellation import (
     ended,
     finish_in_spite_of_cancellation,
@@ -40,13 +40,15 @@ class Provisioner:
         config: what the service was made for.
     """
 
-    def __init__(self, connection: Connection, config: FiretitanProvisioningConfig) -> None:
+    def __init__(self, connection: Platform, config: FiretitanProvisioningConfig) -> None:
         self.resources = Resources()
-        self.holdings = Holdings(
+        self.holdings = RunResources(
             connection.address, embedded=connection.embedded, run=config.display_name
         )
         self.recorder = UsageRecorder(
-            Run(self.holdings.run, self.holdings.nonce, connection.address, config.base_model),
+            RunRecord(
+                self.holdings.run, self.holdings.nonce, connection.address, config.base_model
+            ),
             lambda: connection.usage,
         )
         self._connection = connection
@@ -68,7 +70,7 @@ class Provisioner:
             NotSupported: an option that only the local platform has, elsewhere.
         """
         async with self._lock:
-            if not self._ready and not self._connection.bare:
+            if not self._ready and not self._connection.tinker_only:
                 try:
                     await self._run(self._provision, _managed)
                 except BaseException:

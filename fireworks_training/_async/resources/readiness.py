@@ -17,9 +17,9 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.runtime.cancellation import first_to_end
 from fireworks_training._async.runtime.progress import shown
 from fireworks_training._core.backoff import is_retryable
-from fireworks_training._core.lifecycle import Again, GiveUp, Go, Resume, Seen, Watch
+from fireworks_training._core.lifecycle import Again, GiveUp, Go, ReadinessWait, Resume, Seen
 from fireworks_training.errors import ApiError
-from fireworks_training.models import DeploymentInfo, Look, TrainerJobInfo
+from fireworks_training.models import DeploymentInfo, Observation, TrainerJobInfo
 
 PROBE_EVERY = 5.0
 """Seconds between two attempts to have a completion from a deployment that is CREATING."""
@@ -38,14 +38,14 @@ class Waited(Protocol):
 
 Row = TypeVar("Row", bound=Waited)
 
-LookAgain = Callable[[Look[Row], int], Awaitable[Look[Row]]]
+LookAgain = Callable[[Observation[Row], int], Awaitable[Observation[Row]]]
 """Looks at a resource again: the look before, and the seconds to wait for a change since then."""
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
 
 async def until_ready(
-    watch: Watch,
+    watch: ReadinessWait,
     look: LookAgain[Row],
     *,
     first: Row | None = None,
@@ -71,14 +71,14 @@ async def until_ready(
 
 
 async def _until_ready(
-    watch: Watch,
+    watch: ReadinessWait,
     look_again: LookAgain[Row],
     first: Row | None,
     resume: Callable[[], Awaitable[None]] | None,
     answers: Callable[[Row], Awaitable[bool]] | None,
 ) -> Row:
     loop = asyncio.get_running_loop()
-    look, hold, known = Look(first), 0, first is not None
+    look, hold, known = Observation(first), 0, first is not None
     row = first
     while True:
         try:
@@ -102,7 +102,7 @@ async def _until_ready(
             return row
         if isinstance(verdict, GiveUp):
             raise verdict.error
-        if watch.due(loop.time()):
+        if watch.take_if_due(loop.time()):
             logger.warning("waiting: %s", watch.describe(loop.time()))
         if isinstance(verdict, Resume) and resume is not None:
             await resume()
@@ -113,7 +113,11 @@ async def _until_ready(
 
 
 async def trainer_ready(
-    plane: AsyncControlPlane, job_id: str, watch: Watch, *, first: TrainerJobInfo | None = None
+    plane: AsyncControlPlane,
+    job_id: str,
+    watch: ReadinessWait,
+    *,
+    first: TrainerJobInfo | None = None,
 ) -> TrainerJobInfo:
     """Wait until a trainer job runs and answers.
 
@@ -139,7 +143,7 @@ async def trainer_ready(
 async def deployment_ready(
     plane: AsyncControlPlane,
     deployment_id: str,
-    watch: Watch,
+    watch: ReadinessWait,
     *,
     settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
@@ -150,9 +154,9 @@ async def deployment_ready(
     Args:
         settled: what it should be; then only its state counts.
     """
-    last: Look[DeploymentInfo] = Look(None)
+    last: Observation[DeploymentInfo] = Observation(None)
 
-    async def look(since: Look[DeploymentInfo], hold_s: int) -> Look[DeploymentInfo]:
+    async def look(since: Observation[DeploymentInfo], hold_s: int) -> Observation[DeploymentInfo]:
         nonlocal last
         last = await plane.look_at_deployment(deployment_id, since, hold_s)
         return last

@@ -21,10 +21,10 @@ from fireworks_training._async.resources.processes import is_alive, this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._core.ledger import (
-    Claim,
+    AskPlatform,
     Close,
     Leave,
-    Look,
+    OpenClaim,
     Remove,
     close,
     fold,
@@ -38,7 +38,7 @@ from fireworks_training.models import DeploymentInfo, HeldResource, TrainerJobIn
 AT_ONCE = 8
 """Resources that are looked at together."""
 
-Decision = Look | Leave | Close | Remove
+Decision = AskPlatform | Leave | Close | Remove
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class AsyncResourceLedger:
         account = await self._plane.account() if self._plane is not None and claims else None
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def one(claim: Claim) -> HeldResource:
+        async def one(claim: OpenClaim) -> HeldResource:
             async with places:
                 return await self._one(claim, claims, account, wish, act=act)
 
@@ -177,17 +177,23 @@ class AsyncResourceLedger:
             done |= {id(claim): row for claim, row in zip(part, rows, strict=True)}
         return [done[id(claim)] for claim in claims]
 
-    async def _claims(self) -> list[Claim]:
+    async def _claims(self) -> list[OpenClaim]:
         return fold(await asyncio.to_thread(self._file.read))
 
     async def _one(
-        self, claim: Claim, claims: list[Claim], account: str | None, wish: _Wish, *, act: bool
+        self,
+        claim: OpenClaim,
+        claims: list[OpenClaim],
+        account: str | None,
+        wish: _Wish,
+        *,
+        act: bool,
     ) -> HeldResource:
         shown = self._shown(claim)
         decision: Decision = await asyncio.to_thread(_judged, claim, claims, wish)
         here = (claim.last.base_url, claim.last.account) == (self._base_url, account)
         if not here or self._plane is None:
-            if isinstance(decision, Look):
+            if isinstance(decision, AskPlatform):
                 where = f"{claim.last.account} at {claim.last.base_url}"
                 decision = Leave(f"of another account or platform ({where}): sign in there")
         else:
@@ -196,7 +202,7 @@ class AsyncResourceLedger:
             except FireworksTrainingError as error:
                 return replace(shown, outcome="failed", reason=str(error))
             shown = _with_state(shown, row)
-            if isinstance(decision, Look):
+            if isinstance(decision, AskPlatform):
                 carries = row is not None and proves(row, claim.last.nonce)
                 decision = judge_found(
                     claim, present=row is not None, carries=carries, now=time.time()
@@ -204,7 +210,7 @@ class AsyncResourceLedger:
         return await self._carry_out(shown, claim, decision, wish, act=act)
 
     async def _carry_out(
-        self, shown: HeldResource, claim: Claim, decision: Decision, wish: _Wish, *, act: bool
+        self, shown: HeldResource, claim: OpenClaim, decision: Decision, wish: _Wish, *, act: bool
     ) -> HeldResource:
         if isinstance(decision, Leave):
             return replace(shown, outcome="leave", reason=decision.reason)
@@ -227,11 +233,11 @@ class AsyncResourceLedger:
         await self._note_gone(claim, "reaped")
         return replace(shown, outcome="removed", reason=reason)
 
-    async def _note_gone(self, claim: Claim, note: str) -> None:
+    async def _note_gone(self, claim: OpenClaim, note: str) -> None:
         entry = close(claim, at=time.time(), owner=this_process(), note=note)
         await finish_in_spite_of_cancellation(asyncio.to_thread(self._file.append, [entry]))
 
-    def _shown(self, claim: Claim) -> HeldResource:
+    def _shown(self, claim: OpenClaim) -> HeldResource:
         entry = claim.last
         assert entry.event != "gone"  # `fold` gives open claims only
         return HeldResource(
@@ -247,7 +253,7 @@ class AsyncResourceLedger:
         )
 
 
-def _judged(claim: Claim, claims: list[Claim], wish: _Wish) -> Look | Leave | Close:
+def _judged(claim: OpenClaim, claims: list[OpenClaim], wish: _Wish) -> AskPlatform | Leave | Close:
     return judge(
         claim,
         claims,

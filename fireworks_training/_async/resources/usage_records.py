@@ -34,7 +34,7 @@ NOTE_EVERY = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """A run: its name, its id, its platform and its model."""
 
     run: str
@@ -46,7 +46,7 @@ class Run:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def note(run: Run, usage: Usage) -> None:
+def note(run: RunRecord, usage: Usage) -> None:
     """Say what a run that goes on has used so far; the whole note or none of it is there.
 
     Raises:
@@ -61,7 +61,7 @@ def note(run: Run, usage: Usage) -> None:
     fresh.replace(path)
 
 
-def write(run: Run, usage: Usage) -> None:
+def write(run: RunRecord, usage: Usage) -> None:
     """Append the record of a run that has ended, in place of its note.
 
     Raises:
@@ -116,7 +116,7 @@ def _take(found: list[RunUsage], text: str, where: str) -> None:
         logger.warning("%s can't be read; it is skipped", where)
 
 
-def _line(run: Run, usage: Usage, **more: object) -> bytes:
+def _line(run: RunRecord, usage: Usage, **more: object) -> bytes:
     at = datetime.now(UTC).isoformat(timespec="seconds")
     record = {**asdict(run), "ended": at, "usage": asdict(usage), **more}
     return json.dumps(record).encode() + b"\n"
@@ -137,7 +137,7 @@ class UsageRecorder:
         read: what it has used so far.
     """
 
-    def __init__(self, run: Run, read: Callable[[], Usage]) -> None:
+    def __init__(self, run: RunRecord, read: Callable[[], Usage]) -> None:
         self._run = run
         self._read = read
         self._task: asyncio.Task[None] | None = None

@@ -77,7 +77,7 @@ class EventHook:
                     type(event).__name__,
                 )
 
-    def look_at(self, controller: HasWindow) -> None:
+    def report_window(self, controller: HasWindow) -> None:
         """Tell of a controller's window if it is another than at the last look."""
         size = controller.window_size
         _, before = self._windows.get(id(controller), (controller, size))

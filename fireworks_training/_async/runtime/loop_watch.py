@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from fireworks_training._core.waits.loop_health import Block, Pulse
+from fireworks_training._core.waits.loop_health import Block, LoopHealth
 
 BLOCKED_AFTER = 2.0
 """Seconds without a sign of life that are worth a warning."""
@@ -69,7 +69,9 @@ class LoopWatch:
         with self._lock:
             watched = self._loops.get(id(loop))
             if watched is None or watched.loop is not loop:
-                watched = self._loops[id(loop)] = _Watched(loop, Pulse(self._limit), self._clock)
+                watched = self._loops[id(loop)] = _Watched(
+                    loop, LoopHealth(self._limit), self._clock
+                )
             watched.users[key] = told
             if self._thread is None:
                 self._stop = threading.Event()
@@ -128,7 +130,7 @@ class _Watched:
     """One loop; all its methods but `_answer` run in the watcher's thread."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, pulse: Pulse, clock: Callable[[], float]
+        self, loop: asyncio.AbstractEventLoop, pulse: LoopHealth, clock: Callable[[], float]
     ) -> None:
         self.loop = loop
         self.users: dict[object, OnBlocked | None] = {}

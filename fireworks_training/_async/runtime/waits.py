@@ -7,14 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from fireworks_training._core.waits.reports import FIRST_NOTICE, Notices
+from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
 
 T = TypeVar("T")
 
 logger = logging.getLogger("fireworks_training")
 
 
-async def speaking(
+async def log_if_slow(
     work: Awaitable[T], what: Callable[[], str], *, first: float = FIRST_NOTICE
 ) -> T:
     """Await `work`; a long wait is logged as a warning. Cancelling the wait cancels the work.
@@ -24,12 +24,12 @@ async def speaking(
         first: seconds until the first word.
     """
     loop = asyncio.get_running_loop()
-    notices = Notices(loop.time(), first=first)
+    notices = ReportSchedule(loop.time(), first=first)
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait([task], timeout=first)
-            if not task.done() and notices.due(loop.time()):
+            if not task.done() and notices.take_if_due(loop.time()):
                 logger.warning("waiting for %.0f s: %s", notices.age(loop.time()), what())
     except asyncio.CancelledError:
         task.cancel()

@@ -22,11 +22,11 @@ from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
 )
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.prompts import LockedTokenizer, Tokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
-from fireworks_training._async.sampling.run import Source
+from fireworks_training._async.sampling.run import SamplerContext
 from fireworks_training._async.sampling.tasks import SamplerTasks
 from fireworks_training._wire.completions.request import (
     PATH,
@@ -97,7 +97,7 @@ class SamplerBase:
             concurrency_controller,
             integer_stops,
             retries or RetryPolicy(),
-            LoadNews(),
+            HotLoadSignal(),
             owns_transport=True,
         )
         check_context(request_context or {})
@@ -115,7 +115,7 @@ class SamplerBase:
         current_snapshot: str | None = None,
         integer_stops: bool = False,
         retries: RetryPolicy | None = None,
-        news: LoadNews | None = None,
+        news: HotLoadSignal | None = None,
         distance: Callable[[str | None], int | None] | None = None,
     ) -> Self:
         """A sampler on the connections and the loop of a service, which closes them.
@@ -132,7 +132,7 @@ class SamplerBase:
             concurrency_controller,
             integer_stops,
             retries or RetryPolicy(),
-            news or LoadNews(),
+            news or HotLoadSignal(),
             owns_transport=False,
             distance=distance,
         )
@@ -148,7 +148,7 @@ class SamplerBase:
         controller: SamplingConcurrencyController | None,
         integer_stops: bool,
         retries: RetryPolicy,
-        news: LoadNews,
+        news: HotLoadSignal,
         *,
         owns_transport: bool,
         distance: Callable[[str | None], int | None] | None = None,
@@ -165,7 +165,7 @@ class SamplerBase:
         self._current_snapshot: str | None = None
         self._context = {}
         self._metrics: deque[ServerMetrics] = deque(maxlen=METRICS_KEPT)
-        self._source = Source(
+        self._source = SamplerContext(
             transport=transport,
             url=self._inference_url + PATH,
             model=model,

@@ -26,7 +26,7 @@ def submitted(
     events: EventHook, attempt: Attempt, controller: SamplingConcurrencyController
 ) -> None:
     """An attempt has its slot and goes out; also notes the window that it found."""
-    events.look_at(controller)
+    events.report_window(controller)
     events.emit(
         SubmitEvent(
             at=events.now(),

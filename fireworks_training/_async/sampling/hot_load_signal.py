@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Generator
 
 
-class LoadNews:
+class HotLoadSignal:
     """Whether a hot load is under way, and the end of it.
 
     Attributes:

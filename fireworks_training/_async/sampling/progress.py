@@ -19,7 +19,7 @@ LONGEST_REPORT_INTERVAL = 600.0
 logger = logging.getLogger("fireworks_training.sampling")
 
 
-class Call(Protocol):
+class CallInProgress(Protocol):
     """One call that is under way.
 
     Attributes:
@@ -44,21 +44,21 @@ class Progress:
 
     def __init__(self, window: Callable[[], int]) -> None:
         self._window = window
-        self._calls: dict[Call, None] = {}  # oldest first
+        self._calls: dict[CallInProgress, None] = {}  # oldest first
         self._attempts: dict[object, float] = {}  # when each began, oldest first
         self._backing_off = 0
         self._timer: asyncio.TimerHandle | None = None
         self._interval = FIRST_REPORT
-        self._said_of: Call | None = None
+        self._said_of: CallInProgress | None = None
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: CallInProgress) -> None:
         """A call starts."""
         self._calls[call] = None
         if self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(FIRST_REPORT, self._check, loop)
 
-    def end(self, call: Call) -> None:
+    def end(self, call: CallInProgress) -> None:
         """A call is over, however it went."""
         self._calls.pop(call, None)
         if not self._calls and self._timer is not None:
@@ -93,7 +93,7 @@ class Progress:
             due = oldest.started + self._interval
         self._timer = loop.call_at(due, self._check, loop)
 
-    def describe(self, oldest: Call, now: float) -> str:
+    def describe(self, oldest: CallInProgress, now: float) -> str:
         """The state in one line."""
         total = sum(call.total for call in self._calls)
         done = sum(call.done for call in self._calls)

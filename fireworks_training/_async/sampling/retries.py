@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._core.backoff import Backoff, is_retryable
 from fireworks_training.errors import (
     ApiError,
@@ -65,7 +65,7 @@ class Budgets:
 
     __slots__ = ("_hot_load", "_news", "_policy", "_transient", "loading")
 
-    def __init__(self, policy: RetryPolicy, news: LoadNews) -> None:
+    def __init__(self, policy: RetryPolicy, news: HotLoadSignal) -> None:
         self._policy = policy
         self._news = news
         self._transient: Backoff | None = None

@@ -24,7 +24,7 @@ from fireworks_training._async.sampling.completion_stream import (
     CompletionStream,
 )
 from fireworks_training._async.sampling.concurrency import Gate, SamplingConcurrencyController
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.retries import (
     Budgets,
@@ -43,7 +43,7 @@ logger = logging.getLogger("fireworks_training.sampling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class SamplerContext:
     """What the calls of one sampler share.
 
     Attributes:
@@ -64,7 +64,7 @@ class Source:
     model: str
     retries: RetryPolicy
     record: deque[ServerMetrics]
-    news: LoadNews
+    news: HotLoadSignal
     distance: Callable[[str | None], int | None] | None
     progress: Progress
     without_echo: Callable[[str, Sequence[int]], str] | None
@@ -72,7 +72,7 @@ class Source:
 
 
 @dataclass(slots=True)
-class Logged:
+class RequestLog:
     """What happened to one completion, for those who ask for it.
 
     Attributes:
@@ -135,7 +135,7 @@ class SamplingRun:
 
     def __init__(
         self,
-        source: Source,
+        source: SamplerContext,
         controller: SamplingConcurrencyController,
         request: SamplingRequest,
         total: int = 1,
@@ -180,7 +180,7 @@ class SamplingRun:
         self,
         prompt: EncodedRequest,
         sample: int = 0,
-        logged: Logged | None = None,
+        logged: RequestLog | None = None,
         deltas: DeltaBuffer | None = None,
     ) -> SampledCompletion:
         """One completion, however many attempts it takes.
@@ -243,7 +243,7 @@ class SamplingRun:
         return self._controller.acquire()
 
     async def _attempt(
-        self, attempt: Attempt, logged: Logged | None, deltas: DeltaBuffer | None
+        self, attempt: Attempt, logged: RequestLog | None, deltas: DeltaBuffer | None
     ) -> SampledCompletion:
         """One HTTP attempt, in a slot of the controller."""
         source = self._source
@@ -290,7 +290,7 @@ class SamplingRun:
             source.progress.attempt_over(attempt)
             self._controller.release(told)
             if hook is not None:
-                hook.look_at(self._controller)
+                hook.report_window(self._controller)
 
     def _with_distance(self, completion: SampledCompletion) -> SampledCompletion:
         """Notes how far the trainer has gone since the weights that began the completion."""

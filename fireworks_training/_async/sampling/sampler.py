@@ -22,7 +22,7 @@ from fireworks_training._async.sampling.prompts import (
     one_prompt,
     prompts_of,
 )
-from fireworks_training._async.sampling.run import Logged, SamplingRun
+from fireworks_training._async.sampling.run import RequestLog, SamplingRun
 from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenStream
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.completions.body import completion_body
@@ -162,7 +162,7 @@ class DeploymentSampler(SamplerBase):
                 "could be sampled"
             )
 
-        logged = Logged() if logical_request_id is None else Logged(logical_request_id)
+        logged = RequestLog() if logical_request_id is None else RequestLog(logical_request_id)
         label = "sampling a completion"
         return SampleCall(
             self._begin,
@@ -173,7 +173,7 @@ class DeploymentSampler(SamplerBase):
         )
 
     async def _sample_logged(
-        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: Logged
+        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: RequestLog
     ) -> SampledRequestResult:
         started = time.monotonic()
         with SamplingRun(self._source, self._controller, request) as run:

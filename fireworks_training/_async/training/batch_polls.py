@@ -21,7 +21,7 @@ from fireworks_training._async.training.data_plane import (
     patient,
     was_refused,
 )
-from fireworks_training._wire.training.batch_polls import MAX_IDS, Ended
+from fireworks_training._wire.training.batch_polls import MAX_IDS, FinishedRequest
 from fireworks_training.errors import ApiError, FireworksTrainingError, ProtocolError
 
 DOUBT_AFTER = 60.0
@@ -124,7 +124,7 @@ class BatchPolls:
                 await asyncio.sleep(QUICK_POLL)
             return
 
-    def _ended(self, ended: Ended) -> None:
+    def _ended(self, ended: FinishedRequest) -> None:
         answer = None
         if ended.body is not None:
             answer = Response(200, {"Content-Type": ended.content_type}, ended.body, None)

@@ -14,12 +14,12 @@ from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training import operations
 from fireworks_training._async.training.arguments import check_job, check_name
 from fireworks_training._async.training.operations import GradNorms, LossConfig, Normalization
-from fireworks_training._async.training.queue import LineRunner
+from fireworks_training._async.training.queue import OperationQueue
 from fireworks_training._async.training.session import Capabilities, TrainerSession
 from fireworks_training._async.training.trainer_facts import TrainerFacts
 from fireworks_training._async.training.trainer_weights import TrainerWeights
-from fireworks_training._async.weights.publisher import Publishing
-from fireworks_training._core.operations import Line
+from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._core.operations import OperationLine
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import FireworksTrainingError, WrongLoop
 from fireworks_training.futures import APIFuture
@@ -56,12 +56,12 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         config: FiretitanProvisioningConfig,
         *,
         owner: OwnerLoop,
-        publishing: Publishing,
+        publishing: WeightPublisher,
         pipeline_steps: bool = False,
         forward_only: bool = False,
     ) -> None:
         # Here, since they load numpy, which a service that only samples does without.
-        from fireworks_training._async.training.pass_operations import PassCalls
+        from fireworks_training._async.training.pass_operations import PassOperations
         from fireworks_training._async.training.passes import Passes
         from fireworks_training._wire.training.dialects import choose
 
@@ -84,12 +84,14 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
             usage=session.plane.usage,
             limits=session.client_config,
         )
-        self._pass_calls = PassCalls(self._passes)
-        self._runner = LineRunner(
+        self._pass_calls = PassOperations(self._passes)
+        self._runner = OperationQueue(
             session.plane,
             owner=owner,
             model_id=capabilities.model_id,
-            line=Line(step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps),
+            line=OperationLine(
+                step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps
+            ),
             filler=self._passes.filler,
             failing=self._passes.failing,
             forward_only=forward_only,
@@ -348,7 +350,9 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
-        return self._submit(operations.unload_model(self.model_id, bare=self._session.bare))
+        return self._submit(
+            operations.unload_model(self.model_id, tinker_only=self._session.tinker_only)
+        )
 
     async def get_info(self) -> dict[str, Any]:
         """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""

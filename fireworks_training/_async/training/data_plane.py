@@ -25,7 +25,7 @@ from fireworks_training._async.http.transport import (
 )
 from fireworks_training._async.runtime.worker import in_worker
 from fireworks_training._core.backoff import Backoff
-from fireworks_training._wire.training.batch_polls import Ended, decode_poll, encode_poll
+from fireworks_training._wire.training.batch_polls import FinishedRequest, decode_poll, encode_poll
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -251,7 +251,7 @@ class DataPlane:
 
     async def ended(
         self, model_id: str, cursor: int, retrieved: Sequence[str]
-    ) -> tuple[list[Ended], int]:
+    ) -> tuple[list[FinishedRequest], int]:
         """One batch poll, no retry: what has ended of a model since a cursor, and the next one.
 
         Raises:

@@ -23,7 +23,7 @@ AHEAD_TOKENS = 4_000_000
 
 
 @dataclass(eq=False, slots=True)
-class Piece(Generic[T]):
+class EncodingJob(Generic[T]):
     """Work for one operation.
 
     Attributes:
@@ -58,7 +58,7 @@ class Piece(Generic[T]):
         return cast(T, self.ready)
 
 
-class Ahead:
+class EncodingQueue:
     """The work ahead of one line; on its owner loop.
 
     Args:
@@ -68,11 +68,11 @@ class Ahead:
     def __init__(self, bound: int = AHEAD_TOKENS) -> None:
         self._bound = bound
         self._held = 0
-        self._waiting: deque[Piece[Any]] = deque()
+        self._waiting: deque[EncodingJob[Any]] = deque()
         self._released = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
-    def add(self, piece: Piece[Any]) -> None:
+    def add(self, piece: EncodingJob[Any]) -> None:
         """Start on a piece when those before it are done and the bound allows."""
         if piece.tokens <= INLINE_TOKENS or piece.work is None:
             return
@@ -82,7 +82,7 @@ class Ahead:
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_task(self._work(), name="encoding")
 
-    def release(self, piece: Piece[Any]) -> None:
+    def release(self, piece: EncodingJob[Any]) -> None:
         """The operation of a piece is over with it."""
         if piece.done is not None:
             if piece in self._waiting:

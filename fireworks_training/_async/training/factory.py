@@ -14,14 +14,14 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.resources.plans import Resources
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation, first_of
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.arguments import check_state
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
 from fireworks_training._async.training.session import TrainerSession
-from fireworks_training._async.weights.publisher import Publishing
+from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training.config import FiretitanProvisioningConfig
 from fireworks_training.errors import (
     FireworksTrainingError,
@@ -85,7 +85,7 @@ def configured(
     return replace(single, **said)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
-class Trainers:
+class TrainingClients:
     """The training clients of one job; everything runs on the service's owner loop.
 
     Args:
@@ -101,13 +101,13 @@ class Trainers:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: Platform,
         config: FiretitanProvisioningConfig,
         *,
         resources: Callable[[], Awaitable[Resources]],
         revive: Callable[[Resources], Awaitable[None]],
         owner: OwnerLoop,
-        publishing: Publishing,
+        publishing: WeightPublisher,
         user_metadata: Mapping[str, str],
         pipeline_steps: bool,
     ) -> None:
@@ -301,7 +301,7 @@ class Trainers:
                 self._connection.transport,
                 self._connection.make_transport,
                 url,
-                bare=self._connection.bare,
+                tinker_only=self._connection.tinker_only,
             )
             try:
                 await session.open({**self._user_metadata, **(user_metadata or {})})

@@ -1,7 +1,7 @@
 """The operations of a training client that are one JSON request: checked, and made ready to run.
 
-Each function checks its arguments and returns a `Call`; what a call's place in the line is decided
-by whoever submits it. Passes over datums are in `pass_calls`.
+Each function checks its arguments and returns an `Operation`. Its place in the queue is given by
+`OperationQueue.submit`. Passes over datums are in `pass_operations`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 
 from fireworks_training._async.training.arguments import check_name, check_state
-from fireworks_training._async.training.queue import Call, LineRunner, Turn
-from fireworks_training._async.training.requests import Request, Sent
+from fireworks_training._async.training.queue import Operation, OperationContext, OperationQueue
+from fireworks_training._async.training.requests import Request, WireRequest
 from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training.bodies import decode_snapshot
@@ -47,11 +47,11 @@ def _encoded(model_id: str, path: str, fields: Mapping[str, Any]) -> bytes:
     return orjson.dumps({**fields, "type": path, "model_id": model_id})
 
 
-def _with_id(path: str, encoded: bytes, seq_id: int) -> Sent:
-    return Sent(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
+def _with_id(path: str, encoded: bytes, seq_id: int) -> WireRequest:
+    return WireRequest(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
 
 
-async def _one(turn: Turn, path: str, encoded: bytes) -> Mapping[str, Any]:
+async def _one(turn: OperationContext, path: str, encoded: bytes) -> Mapping[str, Any]:
     """Send one JSON request and wait for its result."""
     (answer,) = await turn.send([Request(partial(_with_id, path, encoded))])
     if isinstance(answer, bytes):
@@ -66,7 +66,7 @@ def optim_step(
     emit_grad_norm_metrics: GradNorms | None,
     *,
     accept_partial: bool,
-) -> Call[OptimStepResponse]:
+) -> Operation[OptimStepResponse]:
     """Apply the gradients held."""
     import tinker
 
@@ -88,10 +88,12 @@ def optim_step(
     if normalization is not None:
         fields["grad_accumulation_normalization"] = normalization
     encoded = _encoded(model_id, "optim_step", fields)
-    return Call(Role.OPTIM, "optim_step", _optim_step, (encoded,), accept_partial=accept_partial)
+    return Operation(
+        Role.OPTIM, "optim_step", _optim_step, (encoded,), accept_partial=accept_partial
+    )
 
 
-async def _optim_step(turn: Turn, encoded: bytes) -> OptimStepResponse:
+async def _optim_step(turn: OperationContext, encoded: bytes) -> OptimStepResponse:
     from tinker.types import OptimStepResponse
 
     payload = await _one(turn, "optim_step", encoded)
@@ -99,13 +101,13 @@ async def _optim_step(turn: Turn, encoded: bytes) -> OptimStepResponse:
 
 
 def save_state(
-    model_id: str, name: str, runner: LineRunner, ttl_seconds: int | None, overwrite: bool
-) -> Call[SaveWeightsResponse]:
+    model_id: str, name: str, runner: OperationQueue, ttl_seconds: int | None, overwrite: bool
+) -> Operation[SaveWeightsResponse]:
     """Save weights and optimizer; `runner` is told the name."""
     check_name("name", name)
     _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
 
-    async def run(turn: Turn) -> SaveWeightsResponse:
+    async def run(turn: OperationContext) -> SaveWeightsResponse:
         from tinker.types import SaveWeightsResponse
 
         encoded = _encoded(model_id, "save_weights", {"path": name})
@@ -125,12 +127,12 @@ def save_state(
         runner.last_saved_state = path
         return SaveWeightsResponse(path=path)
 
-    return Call(Role.SAVE, "save_state", run)
+    return Operation(Role.SAVE, "save_state", run)
 
 
 def load_state(
-    model_id: str, path: str, weights_access_token: str | None, *, optimizer: LineRunner | None
-) -> Call[LoadWeightsResponse]:
+    model_id: str, path: str, weights_access_token: str | None, *, optimizer: OperationQueue | None
+) -> Operation[LoadWeightsResponse]:
     """Load a saved state; with the optimizer, a line that has saved none is told its name."""
     check_state("path", path)
     with_optimizer = optimizer is not None
@@ -138,7 +140,7 @@ def load_state(
     if weights_access_token is not None:
         fields["weights_access_token"] = weights_access_token
 
-    async def run(turn: Turn) -> LoadWeightsResponse:
+    async def run(turn: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
         encoded = _encoded(model_id, "load_weights", fields)
@@ -147,10 +149,10 @@ def load_state(
             optimizer.last_saved_state = path
         return LoadWeightsResponse(path=payload.get("path", path))
 
-    return Call(Role.LOAD, "load_state", run)
+    return Operation(Role.LOAD, "load_state", run)
 
 
-def load_adapter(model_id: str, adapter_path: str) -> Call[LoadWeightsResponse]:
+def load_adapter(model_id: str, adapter_path: str) -> Operation[LoadWeightsResponse]:
     """Load the weights of an adapter that a trainer or peft wrote."""
     if not adapter_path.strip():
         raise InvalidArgument(
@@ -159,13 +161,13 @@ def load_adapter(model_id: str, adapter_path: str) -> Call[LoadWeightsResponse]:
         )
     encoded = _encoded(model_id, "load_adapter", {"adapter_path": adapter_path})
 
-    async def run(turn: Turn) -> LoadWeightsResponse:
+    async def run(turn: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
         payload = await _one(turn, "load_adapter", encoded)
         return LoadWeightsResponse(path=payload.get("adapter_path", adapter_path))
 
-    return Call(Role.LOAD, "load_adapter", run)
+    return Operation(Role.LOAD, "load_adapter", run)
 
 
 def save_weights_for_sampler(
@@ -176,29 +178,29 @@ def save_weights_for_sampler(
     chain: Chain,
     checkpoint_type: CheckpointType | None,
     export_precision: str | None = None,
-    bare: bool = False,
+    tinker_only: bool = False,
     **refused: object,
-) -> Call[SaveWeightsForSamplerResponse]:
+) -> Operation[SaveWeightsForSamplerResponse]:
     """Save a snapshot that a deployment can load, named with the session's suffix.
 
     Args:
         chain: decides what is asked for, unless the caller does, and is told what was written.
-        bare: for a Tinker server, whose snapshots are of one type.
+        tinker_only: for a Tinker server, whose snapshots are of one type.
     """
     check_name("name", name)
     _one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
-    _refuse(**refused, **({"checkpoint_type": checkpoint_type} if bare else {}))
+    _refuse(**refused, **({"checkpoint_type": checkpoint_type} if tinker_only else {}))
     fields = {"path": f"{name}-{suffix}"}
     if export_precision is not None:
         if checkpoint_type != "merged_base":
             raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
         fields["export_precision"] = export_precision
 
-    async def run(turn: Turn) -> SaveWeightsForSamplerResponse:
+    async def run(turn: OperationContext) -> SaveWeightsForSamplerResponse:
         from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
         async def save(kind: CheckpointType) -> Snapshot:
-            sent = fields if bare else {**fields, "checkpoint_type": kind}
+            sent = fields if tinker_only else {**fields, "checkpoint_type": kind}
             encoded = _encoded(model_id, "save_weights_for_sampler", sent)
             return decode_snapshot(await _one(turn, "save_weights_for_sampler", encoded))
 
@@ -206,7 +208,7 @@ def save_weights_for_sampler(
             snapshot = await save(checkpoint_type)  # stands alone, and is no link of the chain
         else:
             # Chosen now, at this operation's turn: what came before it is on its way.
-            asked = chain.next_type(checkpoint_type)
+            asked = chain.take_next_type(checkpoint_type)
             try:
                 snapshot = chain.saved(await save(asked), asked, turn.ticket.step)
             except BaseException:
@@ -214,24 +216,24 @@ def save_weights_for_sampler(
                 raise
         return SaveWeightsForSamplerResponse(path=snapshot.identity, snapshot=snapshot)
 
-    return Call(Role.SAVE, "save_weights_for_sampler", run)
+    return Operation(Role.SAVE, "save_weights_for_sampler", run)
 
 
-def unload_model(model_id: str, *, bare: bool = False) -> Call[None]:
+def unload_model(model_id: str, *, tinker_only: bool = False) -> Operation[None]:
     """Free the trainer's memory.
 
     Args:
-        bare: for a Tinker server, to which it is no operation with a place in the line.
+        tinker_only: for a Tinker server, to which it is no operation with a place in the line.
     """
     encoded = _encoded(model_id, "unload_model", {})
 
-    async def run(turn: Turn) -> None:
-        if bare:
-            await turn.send([Request(lambda _: Sent("unload_model", encoded))])
+    async def run(turn: OperationContext) -> None:
+        if tinker_only:
+            await turn.send([Request(lambda _: WireRequest("unload_model", encoded))])
         else:
             await _one(turn, "unload_model", encoded)
 
-    return Call(Role.OTHER, "unload_model", run)
+    return Operation(Role.OTHER, "unload_model", run)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

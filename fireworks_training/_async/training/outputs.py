@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fireworks_training._async.runtime.worker import off_loop
-from fireworks_training._async.training.encoding import Piece
+from fireworks_training._async.training.encoding import EncodingJob
 from fireworks_training._async.training.passes import (
     Array,
+    BuiltInLoss,
     EncodedData,
-    Losses,
     Passes,
     combine,
     output_of,
     run_in_thread,
     with_loss,
 )
-from fireworks_training._async.training.queue import Turn
+from fireworks_training._async.training.queue import OperationContext
 from fireworks_training._wire.training.datums import Captured, PassResult
 from fireworks_training.errors import ProtocolError
 
@@ -49,19 +49,19 @@ FIELDS = {"embedding": "embedding", "projection": "projection"}
 
 async def run_custom_output(
     passes: Passes,
-    turn: Turn,
+    turn: OperationContext,
     *,
     data: Sequence[tinker.Datum],
     loss_fn: LossFunction,
     captured: Sequence[Captured],
-    piece: Piece[EncodedData],
+    piece: EncodingJob[EncodedData],
     context: contextvars.Context,
     config: Mapping[str, str],
 ) -> tinker.ForwardBackwardOutput:
     """A pass with the caller's loss, by the output that `config` names."""
     output = config["output"]
     encoded = await piece.result()
-    losses = Losses(config=config)
+    losses = BuiltInLoss(config=config)
     answers = await turn.send(passes.requests("forward", encoded.bodies, losses), last=False)
     passes.usage.passed(piece.tokens, trained=False)
     first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from fireworks_training._async.runtime.worker import INLINE_TOKENS
 from fireworks_training._async.training.arguments import check_datums, loss_config
 from fireworks_training._async.training.custom_loss import require_torch
-from fireworks_training._async.training.encoding import Piece
+from fireworks_training._async.training.encoding import EncodingJob
 from fireworks_training._async.training.outputs import GRADIENTS_OF, run_custom_output
 from fireworks_training._async.training.passes import (
+    BuiltInLoss,
     EncodedData,
     Inputs,
-    Losses,
     Passes,
     given_inputs,
     target_inputs,
 )
-from fireworks_training._async.training.queue import Call
+from fireworks_training._async.training.queue import Operation
 from fireworks_training._core.operations import Role
 from fireworks_training._wire.training.bodies import PassKind
 from fireworks_training._wire.training.datums import capture, count_tokens
@@ -45,7 +45,7 @@ OUTPUTS = ("logprobs", *GRADIENTS_OF)
 POOLINGS = ("mean", "last")
 
 
-class PassCalls:
+class PassOperations:
     """The passes of one model.
 
     Args:
@@ -62,7 +62,7 @@ class PassCalls:
         data: Sequence[tinker.Datum],
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
-    ) -> Call[tinker.ForwardBackwardOutput]:
+    ) -> Operation[tinker.ForwardBackwardOutput]:
         """`forward` or `forward_backward` with a built-in loss."""
         check_datums(data)
         if not isinstance(loss_fn, str):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -76,17 +76,19 @@ class PassCalls:
         plain = kind == "forward" and loss_fn == "cross_entropy" and output == "logprobs"
         piece = self._piece(data, target_inputs if plain else given_inputs)
         role = Role.FORWARD if kind == "forward" else Role.GRADIENT
-        return Call(role, kind, self._run, (kind, piece, Losses.of(loss_fn, config)), piece)
+        return Operation(
+            role, kind, self._run, (kind, piece, BuiltInLoss.of(loss_fn, config)), piece
+        )
 
     def _piece(
         self, data: Sequence[tinker.Datum], inputs: Inputs, *, whole: bool = False
-    ) -> Piece[EncodedData]:
+    ) -> EncodingJob[EncodedData]:
         """Datums that nothing but their encoding is wanted of: a few are encoded at once."""
         at_once = count_tokens(data) <= INLINE_TOKENS
         captured = [capture(datum, copy=not at_once) for datum in data]
         return self._passes.piece(captured, inputs, whole=whole, at_once=at_once)
 
-    def projection(self, data: Sequence[tinker.Datum]) -> Call[tinker.ForwardBackwardOutput]:
+    def projection(self, data: Sequence[tinker.Datum]) -> Operation[tinker.ForwardBackwardOutput]:
         """A forward whose output is the projection head's."""
         config = {"output": "projection", "pooling": "mean"}
         return self.built_in("forward", data, "cross_entropy", config)
@@ -99,7 +101,7 @@ class PassCalls:
         temperature: float,
         pooling: Pooling,
         num_extra_negatives: int,
-    ) -> Call[tinker.ForwardBackwardOutput]:
+    ) -> Operation[tinker.ForwardBackwardOutput]:
         """A forward_backward of InfoNCE, computed by the trainer."""
         check_datums(data)
         _one_of("pooling", pooling, POOLINGS)
@@ -124,8 +126,8 @@ class PassCalls:
             "num_extra_negatives": num_extra_negatives,
         }
         piece = self._piece(data, given_inputs, whole=True)
-        args = ("forward_backward", piece, Losses.of("cross_entropy", config))
-        return Call(Role.GRADIENT, "forward_backward_contrastive", self._run, args, piece)
+        args = ("forward_backward", piece, BuiltInLoss.of("cross_entropy", config))
+        return Operation(Role.GRADIENT, "forward_backward_contrastive", self._run, args, piece)
 
     def custom(
         self,
@@ -136,7 +138,7 @@ class PassCalls:
         output: Output,
         pooling: Pooling,
         precomputed_forward: tinker.ForwardBackwardOutput | None,
-    ) -> Call[tinker.ForwardBackwardOutput]:
+    ) -> Operation[tinker.ForwardBackwardOutput]:
         """A forward, the caller's loss, and a backward."""
         require_torch()
         check_datums(data)
@@ -175,7 +177,7 @@ class PassCalls:
                 context=context,
                 config={"output": output, "pooling": pooling},
             )
-        return Call(Role.GRADIENT, "forward_backward_custom", run, ahead=piece)
+        return Operation(Role.GRADIENT, "forward_backward_custom", run, ahead=piece)
 
 
 def _brought(forward: tinker.ForwardBackwardOutput | None) -> list[Any] | None:

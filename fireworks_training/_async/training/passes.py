@@ -19,21 +19,21 @@ import numpy.typing as npt
 import orjson
 
 from fireworks_training._async.runtime.usage_meter import UsageMeter
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.runtime.worker import off_loop
 from fireworks_training._async.training.client_config import ClientConfig
 from fireworks_training._async.training.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.training.data_plane import Answer
-from fireworks_training._async.training.encoding import Piece
-from fireworks_training._async.training.queue import Turn
-from fireworks_training._async.training.requests import Request, Sent
+from fireworks_training._async.training.encoding import EncodingJob
+from fireworks_training._async.training.queue import OperationContext
+from fireworks_training._async.training.requests import Request, WireRequest
 from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.training.bodies import PassKind
 from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
 from fireworks_training._wire.training.dialects import (
     ACCEPT,
     Dialect,
-    Encoded,
+    EncodedPass,
     decode_result,
     encode_filler,
 )
@@ -79,14 +79,14 @@ def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
+class BuiltInLoss:
     """A built-in loss, or the output that a pass is to give: what goes beside the datums."""
 
     name: str = "cross_entropy"
     config: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, name: str, config: Mapping[str, Any] | None) -> Losses:
+    def of(cls, name: str, config: Mapping[str, Any] | None) -> BuiltInLoss:
         """The loss; one object for all operations that take it without options."""
         return _plain_loss(name) if config is None else cls(name, config)
 
@@ -109,15 +109,15 @@ class Passes:
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
 
-    def filler(self, seq_id: int) -> Sent:
+    def filler(self, seq_id: int) -> WireRequest:
         """A request that changes nothing."""
         return _sent(encode_filler(self.dialect, self.model_id, seq_id))
 
-    def failing(self, seq_id: int) -> Sent:
+    def failing(self, seq_id: int) -> WireRequest:
         """A pass without datums: a trainer that enforces steps takes it as failed."""
         nothing = {"data": (), "loss_fn": "cross_entropy"}
         body = {"model_id": self.model_id, "seq_id": seq_id, "forward_backward_input": nothing}
-        return Sent("forward_backward", orjson.dumps(body))
+        return WireRequest("forward_backward", orjson.dumps(body))
 
     def piece(
         self,
@@ -127,7 +127,7 @@ class Passes:
         whole: bool = False,
         keep: bool = False,
         at_once: bool = False,
-    ) -> Piece[EncodedData]:
+    ) -> EncodingJob[EncodedData]:
         """The encoding of a pass, to be done ahead of its turn.
 
         Args:
@@ -137,7 +137,7 @@ class Passes:
             at_once: encode now.
         """
         tokens = sum(map(_length, data))
-        piece = Piece(partial(self._encode, data, inputs, whole, keep), tokens)
+        piece = EncodingJob(partial(self._encode, data, inputs, whole, keep), tokens)
         if at_once:
             piece.do()
         return piece
@@ -172,7 +172,11 @@ class Passes:
         return self.dialect.encode_datum(tokens, arrays, index)
 
     async def run(
-        self, turn: Turn, kind: PassKind, piece: Piece[EncodedData], loss: Losses
+        self,
+        turn: OperationContext,
+        kind: PassKind,
+        piece: EncodingJob[EncodedData],
+        loss: BuiltInLoss,
     ) -> tinker.ForwardBackwardOutput:
         """One built-in pass."""
         encoded = await piece.result()
@@ -183,12 +187,12 @@ class Passes:
 
     async def run_custom(
         self,
-        turn: Turn,
+        turn: OperationContext,
         *,
         data: Sequence[tinker.Datum],
         loss_fn: LossFunction,
         captured: Sequence[Captured],
-        piece: Piece[EncodedData],
+        piece: EncodingJob[EncodedData],
         context: contextvars.Context,
         precomputed: Sequence[Array] | None = None,
     ) -> tinker.ForwardBackwardOutput:
@@ -196,7 +200,7 @@ class Passes:
         encoded = await piece.result()
         first: PassResult | None = None
         if precomputed is None:
-            requests = self.requests("forward", encoded.bodies, Losses())
+            requests = self.requests("forward", encoded.bodies, BuiltInLoss())
             answers = await turn.send(requests, last=False)
             self.usage.passed(piece.tokens, trained=False)
             first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
@@ -216,7 +220,7 @@ class Passes:
             ]
         else:
             bodies = await off_loop(piece.tokens, lambda: [*map(linear, encoded.chunks)])
-            requests = self.requests("forward_backward", bodies, Losses())
+            requests = self.requests("forward_backward", bodies, BuiltInLoss())
         answers = await turn.send(requests)
         self.usage.passed(piece.tokens, trained=True)
 
@@ -252,19 +256,19 @@ class Passes:
         return [self.dialect.join(encoded[chunk.start : chunk.stop]) for chunk in chunks]
 
     def _by_forward(self, forward_id: int, body: bytes, linear: Callable[[], bytes]) -> Request:
-        def make(seq_id: int) -> Sent:
+        def make(seq_id: int) -> WireRequest:
             return _sent(
                 self.dialect.encode_backward(
                     body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
                 )
             )
 
-        def instead(seq_id: int) -> Sent:
-            return self._chunk("forward_backward", linear(), Losses(), seq_id)
+        def instead(seq_id: int) -> WireRequest:
+            return self._chunk("forward_backward", linear(), BuiltInLoss(), seq_id)
 
         return Request(make, _ACCEPT, instead, self._effort(body))
 
-    def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: Losses) -> list[Request]:
+    def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: BuiltInLoss) -> list[Request]:
         """One request for each body."""
         return [
             Request(partial(self._chunk, kind, body, loss), _ACCEPT, tokens=self._effort(body))
@@ -275,7 +279,7 @@ class Passes:
         """In tokens, what it takes to make a request of a body: nothing, or to compress it."""
         return len(body) // 16 if self.dialect.compresses else 0
 
-    def _chunk(self, kind: PassKind, body: bytes, loss: Losses, seq_id: int) -> Sent:
+    def _chunk(self, kind: PassKind, body: bytes, loss: BuiltInLoss, seq_id: int) -> WireRequest:
         return _sent(
             self.dialect.encode_pass(
                 kind,
@@ -292,12 +296,12 @@ async def run_in_thread(
     loss_fn: LossFunction,
     data: Sequence[tinker.Datum],
     leaves: Sequence[Array],
-    turn: Turn,
+    turn: OperationContext,
     context: contextvars.Context,
 ) -> LossResult:
     """The caller's loss, in a thread of its own and in the caller's context."""
     turn.hold(context)
-    return await speaking(
+    return await log_if_slow(
         in_daemon_thread(
             lambda: run_loss(loss_fn, data, leaves), name="custom loss", context=context
         ),
@@ -306,12 +310,12 @@ async def run_in_thread(
 
 
 @lru_cache(maxsize=64)
-def _plain_loss(name: str) -> Losses:
-    return Losses(name)
+def _plain_loss(name: str) -> BuiltInLoss:
+    return BuiltInLoss(name)
 
 
-def _sent(encoded: Encoded) -> Sent:
-    return Sent(encoded.path, encoded.body, encoded.headers)
+def _sent(encoded: EncodedPass) -> WireRequest:
+    return WireRequest(encoded.path, encoded.body, encoded.headers)
 
 
 def _length(datum: Captured) -> int:

@@ -23,18 +23,18 @@ import orjson
 
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.data_plane import Answer, DataPlane
-from fireworks_training._async.training.encoding import Ahead, Piece
+from fireworks_training._async.training.encoding import EncodingJob, EncodingQueue
 from fireworks_training._async.training.requests import (
     UPLOADS,
-    Exchange,
-    Exchanges,
+    InFlightRequest,
     Request,
-    Sent,
+    RequestPipeline,
+    WireRequest,
     nothing_added,
 )
-from fireworks_training._core.operations import Hold, Line, Role, Ticket, Void
+from fireworks_training._core.operations import OperationLine, Role, Skip, Ticket, WaitFor
 from fireworks_training._outcome import Outcome, done_here
 from fireworks_training.errors import (
     ClientClosed,
@@ -64,18 +64,18 @@ DRAIN_TIMEOUT = 60.0
 
 logger = logging.getLogger("fireworks_training.trainer")
 
-_HOLDER: contextvars.ContextVar[tuple[LineRunner, int] | None] = contextvars.ContextVar(
+_HOLDER: contextvars.ContextVar[tuple[OperationQueue, int] | None] = contextvars.ContextVar(
     "fireworks_training_holder", default=None
 )
 """The line, and the place in it, that the code running here holds up: a custom loss's."""
 
 
-class Turn:
+class OperationContext:
     """An operation's time at the head of the line."""
 
     __slots__ = ("_label", "_runner", "over", "sent", "ticket")
 
-    def __init__(self, runner: LineRunner, ticket: Ticket, label: str) -> None:
+    def __init__(self, runner: OperationQueue, ticket: Ticket, label: str) -> None:
         self._runner = runner
         self._label = label
         self.ticket = ticket
@@ -113,7 +113,7 @@ class Turn:
         own = [failure for failure in failures if not isinstance(failure, PrecedingOperationFailed)]
         raise (own or failures)[0]
 
-    async def _only(self, exchange: Exchange, adds: bool) -> Answer:
+    async def _only(self, exchange: InFlightRequest, adds: bool) -> Answer:
         try:
             answer = await exchange.task
         except BaseException as error:
@@ -133,7 +133,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
+class Operation(Generic[T]):
     """An operation that is ready to take its place.
 
     Thousands may wait in a line, and the garbage collector walks all that they hold: so what a call
@@ -152,11 +152,11 @@ class Call(Generic[T]):
     label: str
     run: Callable[..., Awaitable[T]]
     args: tuple[Any, ...] = ()
-    ahead: Piece[Any] | None = None
+    ahead: EncodingJob[Any] | None = None
     accept_partial: bool = False
 
 
-class Entry(Outcome[T]):
+class QueuedOperation(Outcome[T]):
     """An operation in the line, and its outcome.
 
     The call goes when it is done, since futures live longer.
@@ -164,11 +164,11 @@ class Entry(Outcome[T]):
 
     __slots__ = ("call", "cancelled", "runner", "started", "ticket")
 
-    def __init__(self, runner: LineRunner, ticket: Ticket, call: Call[T]) -> None:
+    def __init__(self, runner: OperationQueue, ticket: Ticket, call: Operation[T]) -> None:
         super().__init__(label=call.label)
         self.runner = runner
         self.ticket = ticket
-        self.call: Call[T] | None = call
+        self.call: Operation[T] | None = call
         self.started = False
         self.cancelled = False
 
@@ -191,7 +191,7 @@ class Entry(Outcome[T]):
             )
 
 
-class LineRunner:
+class OperationQueue:
     """The line of one model.
 
     Args:
@@ -212,9 +212,9 @@ class LineRunner:
         *,
         owner: OwnerLoop,
         model_id: str,
-        line: Line,
-        filler: Callable[[int], Sent],
-        failing: Callable[[int], Sent],
+        line: OperationLine,
+        filler: Callable[[int], WireRequest],
+        failing: Callable[[int], WireRequest],
         forward_only: bool = False,
         batch_polls: bool = False,
         parallel: bool = True,
@@ -224,7 +224,7 @@ class LineRunner:
         self._owner = owner
         self._model_id = model_id
         self._events = plane.events
-        self._exchanges = Exchanges(
+        self._exchanges = RequestPipeline(
             plane,
             filler=filler,
             failing=failing if line.step_protocol else None,
@@ -233,11 +233,11 @@ class LineRunner:
             uploads=UPLOADS if parallel else 1,
             batch_polls=batch_polls,
         )
-        self._ahead = Ahead()
+        self._ahead = EncodingQueue()
         self._lock = threading.Lock()
-        self._queue: deque[Entry[Any]] = deque()
-        self._new: list[Entry[Any]] = []
-        self._by_ticket: dict[Ticket, Entry[Any]] = {}
+        self._queue: deque[QueuedOperation[Any]] = deque()
+        self._new: list[QueuedOperation[Any]] = []
+        self._by_ticket: dict[Ticket, QueuedOperation[Any]] = {}
         self._places = asyncio.Semaphore(UNDER_WAY)
         self._pump: asyncio.Task[None] | None = None
         self._failures: list[BaseException] = []
@@ -247,7 +247,7 @@ class LineRunner:
 
     # -- from any thread ---------------------------------------------------------------------------
 
-    def submit(self, call: Call[T]) -> APIFuture[T]:
+    def submit(self, call: Operation[T]) -> APIFuture[T]:
         """Take the next place in the line for an operation.
 
         Raises:
@@ -264,7 +264,7 @@ class LineRunner:
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            entry = Entry(self, self.line.issue(call.role), call)
+            entry = QueuedOperation(self, self.line.issue(call.role), call)
             self._queue.append(entry)
             self._by_ticket[entry.ticket] = entry
             first = not self._new
@@ -283,7 +283,7 @@ class LineRunner:
             if self.cancel(entry):
                 entry.fail(error)
 
-    def cancel(self, entry: Entry[Any]) -> bool:
+    def cancel(self, entry: QueuedOperation[Any]) -> bool:
         """Cancel an operation unless it has begun; whether that was so."""
         with self._lock:
             if entry.started:
@@ -318,19 +318,21 @@ class LineRunner:
                 entry.started = True
             assert entry.call is not None
             label = entry.call.label
-            turn = Turn(self, entry.ticket, label)
+            turn = OperationContext(self, entry.ticket, label)
             task = self._exchanges.keep(self._carry_out(entry, entry.call, turn), label)
             task.add_done_callback(partial(self._carried_out, entry, turn))
             await turn.over
 
-    def _carried_out(self, entry: Entry[Any], turn: Turn, _: object) -> None:
+    def _carried_out(self, entry: QueuedOperation[Any], turn: OperationContext, _: object) -> None:
         turn.leave()
         self._places.release()
         if not entry.done():
             # A task that is cancelled before its first step never runs, so never settles.
             self._settle(entry, self._explain(asyncio.CancelledError()), [])
 
-    async def _carry_out(self, entry: Entry[T], call: Call[T], turn: Turn) -> None:
+    async def _carry_out(
+        self, entry: QueuedOperation[T], call: Operation[T], turn: OperationContext
+    ) -> None:
         ticket = entry.ticket
         previous = self._by_ticket.get(ticket.previous) if ticket.previous else None
         error: BaseException | None = None
@@ -349,21 +351,21 @@ class LineRunner:
             # the session ends meanwhile, what is known stands.
             with contextlib.suppress(asyncio.CancelledError):
                 await done_here(previous)
-        voided = self.line.failure_before(ticket) if ticket.role.weighty else None
+        voided = self.line.failure_before(ticket) if ticket.role.changes_model else None
         if voided is not None and (error is None or isinstance(error, PrecedingOperationFailed)):
             ticket.maybe_added |= error is None
-            error = Line.preceding_failed(voided)
+            error = OperationLine.preceding_failed(voided)
         self._settle(entry, error, result)
 
-    async def _admit(self, entry: Entry[Any], call: Call[Any]) -> None:
+    async def _admit(self, entry: QueuedOperation[Any], call: Operation[Any]) -> None:
         """Return when the operation may be sent; raise if it must not be."""
         if entry.cancelled:
             raise OperationCancelled(f"{call.label} was cancelled before it was sent")
         while True:
             verdict = self.line.verdict(entry.ticket, accept_partial=call.accept_partial)
-            if isinstance(verdict, Hold):
+            if isinstance(verdict, WaitFor):
                 await done_here(self._by_ticket[verdict.until])
-            elif isinstance(verdict, Void):
+            elif isinstance(verdict, Skip):
                 if verdict.discard:
                     await self._discard()
                 raise verdict.error
@@ -371,9 +373,9 @@ class LineRunner:
                 return
 
     async def _discard(self) -> None:
-        def make(seq_id: int) -> Sent:
+        def make(seq_id: int) -> WireRequest:
             body = orjson.dumps({"model_id": self._model_id, "seq_id": seq_id})
-            return Sent("discard_gradients", body)
+            return WireRequest("discard_gradients", body)
 
         try:
             await self.exchange(Request(make), "discard_gradients").task
@@ -386,7 +388,7 @@ class LineRunner:
                 cause=error,
             ) from error
 
-    def exchange(self, request: Request, label: str, *, adds: bool = False) -> Exchange:
+    def exchange(self, request: Request, label: str, *, adds: bool = False) -> InFlightRequest:
         """Give a request the next id and start it; `adds`: it adds gradients."""
         exchange = self._exchanges.start(request, label, adds=adds)
         exchange.task.add_done_callback(self._notice_end)
@@ -415,7 +417,9 @@ class LineRunner:
             )
         return error
 
-    def _settle(self, entry: Entry[T], error: BaseException | None, result: list[T]) -> None:
+    def _settle(
+        self, entry: QueuedOperation[T], error: BaseException | None, result: list[T]
+    ) -> None:
         del self._by_ticket[entry.ticket]
         entry.call = None
         if error is None:
@@ -461,7 +465,7 @@ class LineRunner:
         """Finish what was accepted (or not), then refuse everything; cancelled, too."""
         finished = not drain or self.ended is not None
         try:
-            finished = finished or await speaking(
+            finished = finished or await log_if_slow(
                 self.drain(DRAIN_TIMEOUT),
                 lambda: f"close() lets {self.open_operations} accepted operations finish",
             )

@@ -26,7 +26,7 @@ from fireworks_training._async.training.data_plane import (
     read_outcome,
     was_refused,
 )
-from fireworks_training._core.waits.reports import Watch
+from fireworks_training._core.waits.reports import WaitReporter
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -54,7 +54,7 @@ logger = logging.getLogger("fireworks_training.trainer")
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class WireRequest:
     """A request as it goes out; its body may be in pieces."""
 
     path: str
@@ -74,14 +74,14 @@ class Request:
         tokens: about how many `make` takes as long as to encode; many are made in a thread.
     """
 
-    make: Callable[[int], Sent]
+    make: Callable[[int], WireRequest]
     accept: Mapping[str, str] | None = None
-    instead: Callable[[int], Sent] | None = None
+    instead: Callable[[int], WireRequest] | None = None
     tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class InFlightRequest:
     """A request under way: `taken` ends when the server has it or it failed."""
 
     seq_id: int
@@ -89,7 +89,7 @@ class Exchange:
     task: asyncio.Task[Answer]
 
 
-class Exchanges:
+class RequestPipeline:
     """The requests of one model.
 
     Args:
@@ -107,8 +107,8 @@ class Exchanges:
         self,
         plane: DataPlane,
         *,
-        filler: Callable[[int], Sent],
-        failing: Callable[[int], Sent] | None,
+        filler: Callable[[int], WireRequest],
+        failing: Callable[[int], WireRequest] | None,
         name: str,
         saved_state: Callable[[], str | None],
         uploads: int = UPLOADS,
@@ -122,7 +122,7 @@ class Exchanges:
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(uploads)
         self._polls = asyncio.Semaphore(POLLS)
-        self._watch = Watch()
+        self._watch = WaitReporter()
         self._look: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         self._batch = BatchPolls(plane, name, self.keep) if batch_polls else None
@@ -134,7 +134,7 @@ class Exchanges:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    def start(self, request: Request, label: str, *, adds: bool = False) -> Exchange:
+    def start(self, request: Request, label: str, *, adds: bool = False) -> InFlightRequest:
         """Give a request the next id and start it.
 
         Args:
@@ -145,7 +145,7 @@ class Exchanges:
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = self.keep(self._watched(request, seq_id, label, taken, adds), label)
         task.add_done_callback(partial(_release, taken))
-        return Exchange(seq_id, taken, task)
+        return InFlightRequest(seq_id, taken, task)
 
     async def _watched(
         self,
@@ -242,8 +242,8 @@ class Exchanges:
         return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
 
     async def _made(
-        self, make: Callable[[int], Sent], tokens: int, seq_id: int, label: str, adds: bool
-    ) -> Sent:
+        self, make: Callable[[int], WireRequest], tokens: int, seq_id: int, label: str, adds: bool
+    ) -> WireRequest:
         """The request, or its place filled: it has its id already, and others stand behind it."""
         try:
             return await off_loop(tokens, partial(make, seq_id))

@@ -14,7 +14,7 @@ import orjson
 
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
 from fireworks_training._async.training.heartbeat import Heartbeat
@@ -83,7 +83,8 @@ class TrainerSession:
         transport: the service's pool.
         make_transport: makes another transport with the same headers, for the heartbeat.
         trainer_url: of the trainer, without `/api/v1`.
-        bare: whether it is a Tinker server: it refuses fields that only Fireworks' trainers have.
+        tinker_only: whether it is a Tinker server, which refuses fields that only Fireworks'
+            trainers have.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class TrainerSession:
         make_transport: Callable[[OwnerLoop], Transport],
         trainer_url: str,
         *,
-        bare: bool = False,
+        tinker_only: bool = False,
     ) -> None:
-        self.bare = bare
+        self.tinker_only = tinker_only
         self.plane = DataPlane(transport, trainer_url)
         self.session_id = ""
         self.client_config = ClientConfig()
@@ -149,7 +150,7 @@ class TrainerSession:
             "train_attn": config.train_attn,
             "train_unembed": config.train_unembed,
         }
-        if config.lora_rank and not self.bare:
+        if config.lora_rank and not self.tinker_only:
             lora["alpha"] = config.alpha
         if config.seed is not None:
             lora["seed"] = config.seed
@@ -168,7 +169,7 @@ class TrainerSession:
         body = b'%b,"model_seq_id":%d}' % (wanted[:-1], model_seq_id)
         try:
             request_id = await self.plane.submit("create_model", body, what="create the model")
-            answer = await speaking(
+            answer = await log_if_slow(
                 self.plane.result(request_id, what="create the model"),
                 lambda: "the trainer makes the model",
             )

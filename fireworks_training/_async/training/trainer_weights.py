@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from fireworks_training._async.training import operations
 from fireworks_training._async.training.operations import CheckpointType
-from fireworks_training._async.training.queue import LineRunner
+from fireworks_training._async.training.queue import OperationQueue
 from fireworks_training._async.training.session import TrainerSession
-from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift, Publishing
+from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift, WeightPublisher
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SaveSamplerResult, WeightSyncResult
 
 if TYPE_CHECKING:
     import tinker
 
-    from fireworks_training._async.training.pass_operations import PassCalls, PassFuture
+    from fireworks_training._async.training.pass_operations import PassFuture, PassOperations
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 
@@ -24,9 +24,9 @@ class TrainerWeights:
     """Snapshots of a model in training."""
 
     _session: TrainerSession
-    _runner: LineRunner
-    _pass_calls: PassCalls
-    _publishing: Publishing
+    _runner: OperationQueue
+    _pass_calls: PassOperations
+    _publishing: WeightPublisher
     _model: str
     _suffix: str
 
@@ -72,7 +72,7 @@ class TrainerWeights:
                 export_precision=export_precision,
                 ttl_seconds=ttl_seconds,
                 metadata=metadata,
-                bare=self._session.bare,
+                tinker_only=self._session.tinker_only,
             )
         )
 

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
-from fireworks_training._async.platform.platform import Connection
+from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT, find_tokenizer, load
 from fireworks_training._async.resources.ownership import Claim
 from fireworks_training._async.resources.plans import inference_deployment
@@ -22,7 +22,7 @@ from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
 )
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.weights.weight_sync import Target, WeightSync
 from fireworks_training._core.snapshots import Chain
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Samplers:
+class ServedDeployment:
     """What samples for one service; everything runs on its owner loop.
 
     Args:
@@ -45,7 +45,7 @@ class Samplers:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: Platform,
         config: FiretitanProvisioningConfig,
         provisioner: Provisioner,
     ) -> None:
@@ -54,7 +54,7 @@ class Samplers:
         self._provisioner = provisioner
         self._fetching = asyncio.Lock()
         self.chain = Chain(whole_only=bool(config.lora_rank or config.max_lora_rank))
-        self._news = LoadNews()
+        self._news = HotLoadSignal()
         self._made: WeakSet[DeploymentSampler] = WeakSet()
         self._sync: WeightSync | None = None
         self._controller: SamplingConcurrencyController | None = None
@@ -205,7 +205,7 @@ class Samplers:
     async def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the service's model, found once."""
         async with self._fetching:
-            if self._tokenizer is None and self._connection.bare:
+            if self._tokenizer is None and self._connection.tinker_only:
                 named = self._config.tokenizer_model or self._config.base_model
                 self._tokenizer = await load(named)
             elif self._tokenizer is None:

@@ -69,7 +69,7 @@ class Probe:
     trained: APIFuture[tinker.ForwardBackwardOutput]
 
 
-class Publishing:
+class WeightPublisher:
     """How the weights of a service's training clients get into its deployment.
 
     Args:

@@ -16,20 +16,20 @@ from typing import Any
 from urllib.parse import quote
 
 from fireworks_training._async.http.transport import Transport
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._core.backoff import Backoff
 from fireworks_training._core.snapshots import (
     Chain,
     Done,
-    GiveUp,
     NeedWhole,
     Pace,
     Post,
     Sync,
+    Unloadable,
     Wait,
     read_replicas,
 )
-from fireworks_training._core.waits.reports import Notices
+from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training.errors import (
     ApiStatusError,
     ClientClosed,
@@ -117,7 +117,7 @@ class WeightSync:
         *,
         chain: Chain | None = None,
         timeout: float,
-        news: LoadNews | None = None,
+        news: HotLoadSignal | None = None,
         on_live: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.chain = chain if chain is not None else Chain()
@@ -127,7 +127,7 @@ class WeightSync:
         self._events = transport.events
         self._target = target
         self._timeout = timeout
-        self._news = news if news is not None else LoadNews()
+        self._news = news if news is not None else HotLoadSignal()
         self._on_live = on_live
         self._wanted: _Wanted | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -229,7 +229,7 @@ class WeightSync:
         """Ask and look until the snapshot is live; what was asked for."""
         sync, pace = Sync(self.chain, identity), Pace()
         loop = asyncio.get_running_loop()
-        notices = Notices(loop.time())
+        notices = ReportSchedule(loop.time())
         waited_for: str | None = None
         reported = ""
         while True:
@@ -242,7 +242,7 @@ class WeightSync:
                     return tuple(sync.loaded)
                 case NeedWhole():
                     raise _ChainBroken(decision.reason)
-                case GiveUp():
+                case Unloadable():
                     raise HotLoadFailed(
                         f"the snapshot {identity} was not loaded: {decision.reason}. What was "
                         "served before keeps serving.",
@@ -264,7 +264,7 @@ class WeightSync:
                             self._tell("waiting", identity, waited, reported)
                     if waited >= self._timeout:
                         raise _timeout(identity, waited, decision.waiting_for)
-                    if notices.due(loop.time()):
+                    if notices.take_if_due(loop.time()):
                         logger.warning(
                             "hot load of %s: waiting for %.0f s (%s)",
                             identity,
@@ -303,7 +303,7 @@ class WeightSync:
             decision = sync.refused(error.message, conflict=isinstance(error, Conflict))
             if isinstance(decision, NeedWhole):
                 raise _ChainBroken(decision.reason) from error
-            if isinstance(decision, GiveUp):
+            if isinstance(decision, Unloadable):
                 raise HotLoadFailed(
                     f"the deployment refused the snapshot {post.identity}: {decision.reason}. What "
                     "it served before keeps serving.",

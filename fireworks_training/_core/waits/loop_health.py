@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fireworks_training._core.waits.reports import FIRST_NOTICE, Notices
+from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
 
 OVERSLEPT = 1.0
 """Seconds beyond its pause after which the watcher was kept from running."""
@@ -35,7 +35,7 @@ class Block:
     frozen: bool
 
 
-class Pulse:
+class LoopHealth:
     """One loop's.
 
     Args:
@@ -47,8 +47,8 @@ class Pulse:
         self._asked: float | None = None
         self._where = ""
         self._frozen = 0.0
-        self._still = Notices(0.0)
-        self._spoken: Notices | None = None
+        self._still = ReportSchedule(0.0)
+        self._spoken: ReportSchedule | None = None
         self._unsaid = 0
 
     @property
@@ -59,7 +59,7 @@ class Pulse:
     def ask(self, now: float) -> None:
         """A question goes out."""
         self._asked, self._where, self._frozen = now, "", 0.0
-        self._still = Notices(now)
+        self._still = ReportSchedule(now)
 
     def note(self, where: str) -> None:
         """What the loop is in while it does not answer."""
@@ -76,7 +76,7 @@ class Pulse:
 
     def still_blocked(self, now: float) -> float | None:
         """Seconds of a block that goes on, when it is time to say so."""
-        if self._asked is None or not self._still.due(now):
+        if self._asked is None or not self._still.take_if_due(now):
             return None
         return now - self._asked
 
@@ -90,9 +90,9 @@ class Pulse:
 
     def worth_a_line(self, now: float) -> int | None:
         """For a block: how many before it were not said; None if this one is not to be either."""
-        if self._spoken is None or self._spoken.due(now):
+        if self._spoken is None or self._spoken.take_if_due(now):
             if self._spoken is None:
-                self._spoken = Notices(now, first=FIRST_NOTICE)
+                self._spoken = ReportSchedule(now, first=FIRST_NOTICE)
             unsaid, self._unsaid = self._unsaid, 0
             return unsaid
         self._unsaid += 1

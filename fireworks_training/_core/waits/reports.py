@@ -11,13 +11,13 @@ FIRST_NOTICE = 30.0
 """Seconds of silence before the first word."""
 
 HEAD_START = 0.4
-"""Seconds by which a `Watch` speaks early, so that a word that is due is out on a busy loop too."""
+"""Seconds by which a `WaitReporter` reports early, so that a busy loop is not late."""
 
 LOOK_EVERY = 1.0
 """Seconds between looks at what waits, at most, while something does."""
 
 
-class Notices:
+class ReportSchedule:
     """Decides when a wait is worth a line.
 
     Args:
@@ -39,7 +39,7 @@ class Notices:
         """The time of the next notice."""
         return self._due
 
-    def due(self, now: float) -> bool:
+    def take_if_due(self, now: float) -> bool:
         """Whether to speak now; speaking moves the next notice on."""
         if now < self._due:
             return False
@@ -49,7 +49,7 @@ class Notices:
 
 
 @dataclass(slots=True)
-class Wait:
+class OpenWait:
     """One thing waited for.
 
     Attributes:
@@ -60,14 +60,14 @@ class Wait:
 
     what: str
     doing: str
-    notices: Notices
+    notices: ReportSchedule
 
     def note(self, doing: str) -> None:
         """It waits for something else now."""
         self.doing = doing
 
 
-class Watch:
+class WaitReporter:
     """Many waits of one client, of which the oldest is worth a line now and then.
 
     A thousand operations behind one that hangs are one line, not a thousand.
@@ -78,15 +78,15 @@ class Watch:
 
     def __init__(self, *, first: float = FIRST_NOTICE - HEAD_START) -> None:
         self._first = first
-        self._waits: dict[int, Wait] = {}
+        self._waits: dict[int, OpenWait] = {}
         self._spoken = float("-inf")
 
     def __len__(self) -> int:
         return len(self._waits)
 
-    def begin(self, key: int, what: str, doing: str, now: float) -> Wait:
+    def begin(self, key: int, what: str, doing: str, now: float) -> OpenWait:
         """Note a wait; its `doing` may be changed while it lasts."""
-        wait = self._waits[key] = Wait(what, doing, Notices(now, first=self._first))
+        wait = self._waits[key] = OpenWait(what, doing, ReportSchedule(now, first=self._first))
         return wait
 
     def end(self, key: int) -> None:
@@ -102,7 +102,11 @@ class Watch:
     def look(self, now: float) -> str | None:
         """A line about the oldest wait, if one is due: at most one in `first` seconds."""
         oldest = next(iter(self._waits.values()), None)
-        if oldest is None or now < self._spoken + self._first or not oldest.notices.due(now):
+        if (
+            oldest is None
+            or now < self._spoken + self._first
+            or not oldest.notices.take_if_due(now)
+        ):
             return None
         self._spoken = now
         behind = len(self._waits) - 1

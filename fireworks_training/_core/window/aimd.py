@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fireworks_training._core.window.pacing import Pacer
-from fireworks_training._core.window.queue_law import SPARE, QueueLaw
+from fireworks_training._core.window.queue_law import QUEUE_ALLOWANCE, QueueLaw
 from fireworks_training._core.window.settings import AimdSettings
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
@@ -292,7 +292,7 @@ class AdaptiveWindow(FixedWindow):
             self.signal = "prefill_queue"
             self._queue.note(queued)
             if latency is not None:  # as it would be at the window that is aimed at
-                spare = SPARE * self._settings.prefill_queue_target
+                spare = QUEUE_ALLOWANCE * self._settings.prefill_queue_target
                 # A server's clock may say that a request queued for longer than it took.
                 self._pacer.note(max(0.0, latency - max(0.0, queued - spare)))
             if sent > self._fresh_from:

@@ -25,28 +25,28 @@ import math
 from fireworks_training._core.window.occupancy import Occupancy
 from fireworks_training._core.window.settings import AimdSettings
 
-TAIL = 0.05
+TAIL_SHARE = 0.05
 """Share of a round's requests that may queue for longer than the target."""
 
 SET_POINT = 0.5
 """Share of the target up to which the window grows."""
 
-EMPTY = 0.05
+EMPTY_SHARE = 0.05
 """Share of the target below which a queue counts as empty."""
 
-QUEUED = 0.1
+QUEUED_SHARE = 0.1
 """Share of the target above which the mean of a round shows a queue."""
 
-SPARE = 0.2
+QUEUE_ALLOWANCE = 0.2
 """Share of the target for which a window that falls to what is in service lets requests queue."""
 
-FEWEST = 16
+MIN_ANSWERS_PER_ROUND = 16
 """Answers that a round of empty queues counts at least: fewer may be chance."""
 
-FASTER = 1
+ROUNDS_BEFORE_FAST_GROWTH = 1
 """Rounds with an empty queue, without exception, after which growth is an eighth of the window."""
 
-RESTART = 2
+ROUNDS_BEFORE_SLOW_START = 2
 """Rounds of the same kind that start slow start again at a window below those that showed a queue.
 """
 
@@ -111,7 +111,7 @@ class QueueLaw:
                 self._full_at = now - service
                 self._occupancy.measure(self._full_at - min(queued, service), self._full_at)
         self._now = now
-        if queued > EMPTY * self._target:
+        if queued > EMPTY_SHARE * self._target:
             self.slow_start = False
             self._empty = 0
         else:
@@ -125,7 +125,7 @@ class QueueLaw:
         if answers >= 2 * max(round_size, self._occupancy.mean):
             return True
         ripe = self._now >= self._full_at + self._service / answers
-        return ripe and self._over > max(TAIL * round_size, self._occupancy.mean - 0.5)
+        return ripe and self._over > max(TAIL_SHARE * round_size, self._occupancy.mean - 0.5)
 
     def adjusted(self, window: float, *, bound: bool) -> float:
         """The next window; ends the round.
@@ -135,15 +135,15 @@ class QueueLaw:
             bound: whether the window was full at some time of the round.
         """
         settings, queues = self._settings, sorted(self._queues)
-        tail = queues[-1 - int(TAIL * len(queues))]
+        tail = queues[-1 - int(TAIL_SHARE * len(queues))]
         mean = sum(queues) / len(queues)
         old = mean if self.ema is None else self.ema
         self.ema = settings.ema_alpha * mean + (1.0 - settings.ema_alpha) * old
-        if mean > QUEUED * self._target:
+        if mean > QUEUED_SHARE * self._target:
             self._queued_at = min(self._queued_at, window)
         if not bound:
             self._empty = 0
-        if self._over > TAIL * len(queues):
+        if self._over > TAIL_SHARE * len(queues):
             window = self._decreased(window, mean)
         elif bound and max(tail, self.ema) <= SET_POINT * self._target:
             window += self._growth(window)
@@ -154,17 +154,17 @@ class QueueLaw:
         settings = self._settings
         if self.slow_start:  # each answer opened it, unless steps alone adjust
             return window if settings.adjustment_interval == 0 else 0.0
-        rounds = self._empty / max(window, FEWEST)
-        if rounds >= (1 if window >= self._queued_at else RESTART):
+        rounds = self._empty / max(window, MIN_ANSWERS_PER_ROUND)
+        if rounds >= (1 if window >= self._queued_at else ROUNDS_BEFORE_SLOW_START):
             self.slow_start = self._blind = True
             self._queued_at = math.inf
             return window
         growth = settings.additive_increase * max(1.0, window / GROWTH_SCALE)
-        return max(growth, window / 8) if rounds >= FASTER else growth
+        return max(growth, window / 8) if rounds >= ROUNDS_BEFORE_FAST_GROWTH else growth
 
     def _decreased(self, window: float, queued: float) -> float:
         service = self._service / len(self._queues)
-        spare = 1.0 + (SPARE * self._target / service if service else 0.0)
+        spare = 1.0 + (QUEUE_ALLOWANCE * self._target / service if service else 0.0)
         least = self._settings.multiplicative_decrease * window
         if not self._blind:
             aim = max(least, spare * window * service / (service + queued))

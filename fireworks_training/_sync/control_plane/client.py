@@ -15,8 +15,8 @@ from fireworks_training._portal import Blocking
 from fireworks_training.models import (
     CheckpointInfo,
     DeploymentInfo,
-    Look,
     ModelInfo,
+    Observation,
     OperationInfo,
     TrainerJobInfo,
     TrainingProfile,
@@ -109,14 +109,14 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         return self._run(self._async.get_job, job_id)
 
     def look_at_job(
-        self, job_id: str, since: Look[TrainerJobInfo] | None = None, hold_s: int = 0
-    ) -> Look[TrainerJobInfo]:
+        self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
+    ) -> Observation[TrainerJobInfo]:
         """A trainer job, once it is no longer as it was at an earlier look.
 
         Args:
             since: the earlier look; None answers at once.
             hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
-                at once (`Look.held_s` is None).
+                at once (`Observation.held_s` is None).
         """
         return self._run(self._async.look_at_job, job_id, since, hold_s)
 
@@ -155,8 +155,8 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         return self._run(self._async.get_deployment, deployment_id)
 
     def look_at_deployment(
-        self, deployment_id: str, since: Look[DeploymentInfo] | None = None, hold_s: int = 0
-    ) -> Look[DeploymentInfo]:
+        self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
+    ) -> Observation[DeploymentInfo]:
         """A deployment, once it is no longer as it was; see `look_at_job`."""
         return self._run(self._async.look_at_deployment, deployment_id, since, hold_s)
 

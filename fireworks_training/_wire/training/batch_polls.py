@@ -24,7 +24,7 @@ MAX_IDS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class FinishedRequest:
     """One completion.
 
     Attributes:
@@ -55,7 +55,7 @@ def encode_poll(model_id: str, cursor: int, retrieved: Sequence[str]) -> bytes:
     )
 
 
-def decode_poll(payload: dict[str, Any]) -> tuple[list[Ended], int]:
+def decode_poll(payload: dict[str, Any]) -> tuple[list[FinishedRequest], int]:
     """What has ended, and where to go on.
 
     Raises:
@@ -67,15 +67,15 @@ def decode_poll(payload: dict[str, Any]) -> tuple[list[Ended], int]:
     return [_ended(entry) for entry in cast(list[object], completions)], cursor
 
 
-def _ended(entry: object) -> Ended:
+def _ended(entry: object) -> FinishedRequest:
     fields = cast(dict[str, Any], entry) if isinstance(entry, dict) else {}
     request_id, payload = fields.get("request_id"), fields.get("payload")
     if not isinstance(request_id, str):
         raise ProtocolError("a completion of a batch poll names no request")
     if not isinstance(payload, str):
-        return Ended(request_id)
+        return FinishedRequest(request_id)
     try:
         body = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ProtocolError(f"the payload of a completion is no base64: {error}") from error
-    return Ended(request_id, body, str(fields.get("content_type", "application/json")))
+    return FinishedRequest(request_id, body, str(fields.get("content_type", "application/json")))

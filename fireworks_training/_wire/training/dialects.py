@@ -24,7 +24,7 @@ ACCEPT = f"{protobuf.CONTENT_TYPE}, {JSON_TYPE}"
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedPass:
     """A request's path, the pieces of its body, and its headers."""
 
     path: str
@@ -62,7 +62,7 @@ class Dialect(Protocol):
         loss_fn_config: Mapping[str, Any] | None,
         model_id: str,
         seq_id: int,
-    ) -> Encoded:
+    ) -> EncodedPass:
         """One chunk of a pass, of joined datums."""
         ...
 
@@ -72,7 +72,7 @@ class Dialect(Protocol):
 
     def encode_backward(
         self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> Encoded:
+    ) -> EncodedPass:
         """A backward by an earlier forward's logprobs, of joined gradients."""
         ...
 
@@ -102,7 +102,7 @@ class JsonDialect:
         loss_fn_config: Mapping[str, Any] | None,
         model_id: str,
         seq_id: int,
-    ) -> Encoded:
+    ) -> EncodedPass:
         body = json_passes.encode_request(
             kind,
             data,
@@ -112,18 +112,18 @@ class JsonDialect:
             seq_id=seq_id,
             comms=self.comms,
         )
-        return Encoded(kind, body, {"Content-Type": JSON_TYPE})
+        return EncodedPass(kind, body, {"Content-Type": JSON_TYPE})
 
     def encode_gradient(self, gradient: Array) -> Encoding:
         return json_passes.encode_gradient(gradient)
 
     def encode_backward(
         self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> Encoded:
+    ) -> EncodedPass:
         body = json_passes.encode_backward(
             data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
         )
-        return Encoded("backward", body, {"Content-Type": JSON_TYPE})
+        return EncodedPass("backward", body, {"Content-Type": JSON_TYPE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class ProtobufDialect:
         loss_fn_config: Mapping[str, Any] | None,
         model_id: str,
         seq_id: int,
-    ) -> Encoded:
+    ) -> EncodedPass:
         body = protobuf.encode_request(
             kind,
             data,
@@ -166,17 +166,17 @@ class ProtobufDialect:
 
     def encode_backward(
         self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> Encoded:
+    ) -> EncodedPass:
         body = protobuf.encode_backward(
             data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
         )
         return self._encoded("backward", body)
 
-    def _encoded(self, path: str, body: tuple[bytes, ...]) -> Encoded:
+    def _encoded(self, path: str, body: tuple[bytes, ...]) -> EncodedPass:
         if not self.compresses:
-            return Encoded(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
+            return EncodedPass(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
         headers = {"Content-Type": protobuf.CONTENT_TYPE, "Content-Encoding": ENCODING}
-        return Encoded(path, (compress(b"".join(body)),), headers)
+        return EncodedPass(path, (compress(b"".join(body)),), headers)
 
 
 def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = False) -> Dialect:
@@ -198,7 +198,7 @@ def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = F
     return JsonDialect(comms)
 
 
-def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> Encoded:
+def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> EncodedPass:
     """A forward that changes nothing, for the place of a refused request in the server's line."""
     nothing: dict[str, Array] = {
         "target_tokens": np.zeros(1, np.int64),

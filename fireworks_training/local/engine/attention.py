@@ -24,7 +24,7 @@ _MOST_PADDING = 1.5
 """How much longer than the shortest the longest of the pieces may be that attend together."""
 
 
-class Piece:
+class PromptPiece:
     """Tokens `[start, end)` of a prompt, to be computed in one pass.
 
     Args:
@@ -89,7 +89,7 @@ class _Beginnings:
         pieces: in the order of their tokens in the pass.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[PromptPiece]) -> None:
         self._pieces = pieces
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -148,7 +148,7 @@ class _Beginnings:
         return rows_mXD.view(-1, self._width, *rows_mXD.shape[1:]).transpose(1, 2)
 
 
-class Pass:
+class ForwardPass:
     """The tokens of one forward pass, and their attention.
 
     Args:
@@ -156,10 +156,10 @@ class Pass:
         pieces: whose tokens come after them. Beginnings of like length should be neighbours.
     """
 
-    def __init__(self, lanes: Sequence[Lane], pieces: Sequence[Piece]) -> None:
+    def __init__(self, lanes: Sequence[Lane], pieces: Sequence[PromptPiece]) -> None:
         lanes = [lane for lane in lanes if len(lane)]
         self._reading = _together(pieces)
-        self._members: list[Lane | Piece | _Beginnings] = [*lanes, *self._reading]
+        self._members: list[Lane | PromptPiece | _Beginnings] = [*lanes, *self._reading]
         self._sizes = [len(member) for member in self._members]
         self._pieces = pieces
         for lane in lanes:
@@ -208,10 +208,10 @@ class Pass:
             reading.finish()
 
 
-def _together(pieces: Sequence[Piece]) -> list[Piece | _Beginnings]:
+def _together(pieces: Sequence[PromptPiece]) -> list[PromptPiece | _Beginnings]:
     """The pieces, with neighbours that can attend together as one."""
-    found: list[Piece | _Beginnings] = []
-    alike: list[Piece] = []
+    found: list[PromptPiece | _Beginnings] = []
+    alike: list[PromptPiece] = []
     for piece in pieces:
         lengths = [len(other) for other in (*alike, piece)]
         if alike and (piece.start or max(lengths) > _MOST_PADDING * min(lengths)):

@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fireworks_training.local.engine.attention import Pass, Piece
+from fireworks_training.local.engine.attention import ForwardPass, PromptPiece
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.lanes import Lane, LaneKind
 from fireworks_training.local.engine.probes import probe, width
 from fireworks_training.local.engine.prompts import Prompt, PromptStore
-from fireworks_training.local.engine.requests import SamplingRequest
+from fireworks_training.local.engine.requests import StreamRequest
 from fireworks_training.local.engine.sampling import Sampled, sample, top
 from fireworks_training.local.engine.slots import I64, SlotTable
 from fireworks_training.local.engine_frames import PromptLogprobs
@@ -170,12 +170,12 @@ class RunningBatch:
         self._leave(slots)
 
     @torch.inference_mode()
-    def add(self, request: SamplingRequest) -> None:
+    def add(self, request: StreamRequest) -> None:
         """Takes up a request; there has to be a free slot."""
         self._read(self._slots.take(request), request)
 
     @torch.inference_mode()
-    def step(self, max_tokens: int = 1 << 30, waiting: Iterable[SamplingRequest] = ()) -> Stepped:
+    def step(self, max_tokens: int = 1 << 30, waiting: Iterable[StreamRequest] = ()) -> Stepped:
         """One more token for every row.
 
         Args:
@@ -207,7 +207,7 @@ class RunningBatch:
 
     # -- prompts ---------------------------------------------------------------------------------
 
-    def _read(self, slot: int, request: SamplingRequest) -> None:
+    def _read(self, slot: int, request: StreamRequest) -> None:
         """Finds the request's prompt, or the reading that it can wait for, or begins one."""
         tokens = request.prompt
         first = request.first_echo
@@ -226,22 +226,22 @@ class RunningBatch:
         prompt = self._store.start(tokens, usable)
         self._readings.append(_Reading(prompt, [_Reader(slot, prompt.reused, echo)]))
 
-    def _next_pieces(self, max_tokens: int) -> list[Piece]:
+    def _next_pieces(self, max_tokens: int) -> list[PromptPiece]:
         """What of the prompts is read in this step, oldest first."""
-        pieces: list[Piece] = []
+        pieces: list[PromptPiece] = []
         left = max(1, max_tokens)
         for reading in self._readings:
             prompt = reading.prompt
             if prompt.unread and left > 0:
                 end = prompt.done + min(left, prompt.unread)
                 wanted = None if reading.echoed else int(end == len(prompt.tokens))
-                pieces.append(Piece(prompt, end, wanted))
+                pieces.append(PromptPiece(prompt, end, wanted))
                 left -= len(pieces[-1])
         # Beginnings of like length are computed together.
         return sorted(pieces, key=lambda piece: (piece.start > 0, len(piece)))
 
     def _forward(
-        self, running: I64, lanes: Sequence[Lane], pieces: Sequence[Piece]
+        self, running: I64, lanes: Sequence[Lane], pieces: Sequence[PromptPiece]
     ) -> torch.Tensor | None:
         """Hidden states of the rows, then those wanted of the pieces; None without tokens."""
         ids = [self._slots.last[running]]
@@ -253,10 +253,10 @@ class RunningBatch:
         if not len(ids_N):
             return None
         positions_N = on(self._decoder.device, np.concatenate(positions))
-        packed = Pass(lanes, pieces)
+        packed = ForwardPass(lanes, pieces)
         return self._decoder.hidden(ids_N, positions_N, packed, packed.wanted(len(running)))
 
-    def _finish_pieces(self, pieces: Sequence[Piece], hidden_nE: torch.Tensor) -> None:
+    def _finish_pieces(self, pieces: Sequence[PromptPiece], hidden_nE: torch.Tensor) -> None:
         """Takes echoes and last hidden states, and stores the prompts that are whole now."""
         readings = {id(reading.prompt): reading for reading in self._readings}
         parts = torch.split_with_sizes(hidden_nE, [piece.wanted for piece in pieces])
@@ -321,7 +321,7 @@ class RunningBatch:
                     self._alone[prompt] = rows[0]
 
     def _coming(
-        self, readings: Sequence[_Reading], waiting: Iterable[SamplingRequest]
+        self, readings: Sequence[_Reading], waiting: Iterable[StreamRequest]
     ) -> Counter[LaneKind]:
         """Requests that have no row yet, by their lanes."""
         requests = [
@@ -367,7 +367,7 @@ class RunningBatch:
     # -- echoes ----------------------------------------------------------------------------------
 
     def _echo(
-        self, echo: _Echo, request: SamplingRequest, piece: Piece, hidden_cE: torch.Tensor
+        self, echo: _Echo, request: StreamRequest, piece: PromptPiece, hidden_cE: torch.Tensor
     ) -> None:
         """Raw logprobs of the prompt tokens whose predecessors were just computed."""
         tokens = piece.prompt.tokens
@@ -402,6 +402,6 @@ class RunningBatch:
         )
 
 
-def _kind(request: SamplingRequest) -> LaneKind:
+def _kind(request: StreamRequest) -> LaneKind:
     """The shared lane for a request."""
     return LaneKind.of(len(request.prompt), request.max_tokens, shared=True)

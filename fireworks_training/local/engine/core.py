@@ -22,8 +22,8 @@ import numpy as np
 
 from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
 from fireworks_training.local.engine.decoder import Decoder
-from fireworks_training.local.engine.loads import HotLoads, Run, Transition, at_once
-from fireworks_training.local.engine.requests import RequestRefused, SamplingRequest, parse_add
+from fireworks_training.local.engine.loads import Run, SnapshotLoads, Transition, at_once
+from fireworks_training.local.engine.requests import RequestRefused, StreamRequest, parse_add
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine_frames import (
     Begun,
@@ -93,10 +93,10 @@ class Engine:
         # When the requests whose first token is still to come left the queue.
         self._started: dict[int, float] = {}
         self._queued: dict[int, float] = {}
-        self._waiting: dict[int, SamplingRequest] = {}
+        self._waiting: dict[int, StreamRequest] = {}
         self._live: set[int] = set()
         self._outbox: list[bytes] = []
-        self.loads = HotLoads(weights, self._outbox_append, self._weights_changed, run=run)
+        self.loads = SnapshotLoads(weights, self._outbox_append, self._weights_changed, run=run)
         self._counts_changed = False
 
     @property

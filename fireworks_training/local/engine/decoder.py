@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fireworks_training.local.engine.attention import Pass, Piece
+from fireworks_training.local.engine.attention import ForwardPass, PromptPiece
 from fireworks_training.local.engine.fused import FusedBody, NotFusable
 from fireworks_training.local.engine.lanes import Lane, LaneKind
 from fireworks_training.local.engine.prompts import Geometry, Prompt
@@ -32,7 +32,7 @@ class UnsupportedModelError(Exception):
 
 
 class Attention(Protocol):
-    """Who attends for the layers: a `Pass`, or the probe that learns their shapes."""
+    """Who attends for the layers: a `ForwardPass`, or the probe that learns their shapes."""
 
     def attend(
         self,
@@ -42,11 +42,11 @@ class Attention(Protocol):
         values_NHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """See `Pass.attend`."""
+        """See `ForwardPass.attend`."""
         ...
 
     def finish(self) -> None:
-        """See `Pass.finish`."""
+        """See `ForwardPass.finish`."""
         ...
 
 
@@ -194,14 +194,14 @@ class Decoder:
         rows: list[torch.Tensor] = []
         positions_N = torch.arange(length, device=self.device)
         for end in (2, len(prompt.tokens)):
-            piece = Piece(prompt, end)
+            piece = PromptPiece(prompt, end)
             at = slice(piece.start, end)
-            rows.append(self.hidden(ids_N[at], positions_N[at], Pass([], [piece])))
+            rows.append(self.hidden(ids_N[at], positions_N[at], ForwardPass([], [piece])))
             prompt.done = end
         lane = Lane(LaneKind.of(len(prompt.tokens), 2, shared=False), self.geometry)
         lane.join(prompt, [0], [2])
         rows += [
-            self.hidden(ids_N[place, None], positions_N[place, None], Pass([lane], []))
+            self.hidden(ids_N[place, None], positions_N[place, None], ForwardPass([lane], []))
             for place in range(len(prompt.tokens), length)
         ]
         error = float((self.logits(torch.cat(rows)) - expected_NV).abs().max())

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fireworks_training.local.engine.weights import LoadFailed, Prepared, WeightSet
+from fireworks_training.local.engine.weights import Prepared, SnapshotRefused, WeightSet
 from fireworks_training.local.engine_frames import encode_control
 
 Stage = Literal["ready", "pending", "loading", "error"]
@@ -54,7 +54,7 @@ class _Load:
         return self.prepared is not None or self.refused is not None
 
 
-class HotLoads:
+class SnapshotLoads:
     """See the module's rules; every method but `wake` is called by the engine's thread.
 
     Args:
@@ -141,7 +141,7 @@ class HotLoads:
                 started = time.perf_counter()
                 try:
                     load.prepared = self._weights.prepare(load.identity, restore=load.restore)
-                except LoadFailed as error:
+                except SnapshotRefused as error:
                     load.refused = str(error)
                 except Exception as error:
                     load.refused = f"the engine failed: {type(error).__name__}: {error}"
@@ -152,7 +152,7 @@ class HotLoads:
         started = time.perf_counter()
         try:
             self._weights.swap(prepared)
-        except LoadFailed as error:
+        except SnapshotRefused as error:
             self._fail(load, str(error))
             return
         self._swapped()

@@ -12,7 +12,7 @@ import torch
 
 from fireworks_training.local.engine.requests import (
     MAX_TOP_LOGPROBS,
-    SamplingRequest,
+    StreamRequest,
     mix64,
     uniforms,
 )
@@ -22,7 +22,7 @@ from fireworks_training.local.model.devices import array_of
 
 
 def probe(
-    request: SamplingRequest, low: int, logits_nV: torch.Tensor, lse_n: torch.Tensor
+    request: StreamRequest, low: int, logits_nV: torch.Tensor, lse_n: torch.Tensor
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Tokens `[n, m]` and their logprobs: those of `targets` first, then the drawn ones.
 
@@ -55,12 +55,12 @@ def probe(
     return array_of(ids_nm.to(torch.int32)), array_of(logprobs_nm)
 
 
-def width(request: SamplingRequest) -> int:
+def width(request: StreamRequest) -> int:
     """m of a request."""
     return (len(request.targets[0]) if request.targets else 0) + request.draws
 
 
-def _uniforms(request: SamplingRequest, low: int, n: int) -> npt.NDArray[np.float64]:
+def _uniforms(request: StreamRequest, low: int, n: int) -> npt.NDArray[np.float64]:
     """Numbers of their own for each place and draw: those of the completion stay as they are."""
     columns = np.arange(request.draws, dtype=np.int64)
     counters = np.arange(low, low + n, dtype=np.int64)[:, None] * MAX_TOP_LOGPROBS + columns

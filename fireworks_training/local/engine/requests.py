@@ -24,7 +24,7 @@ class RequestRefused(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingRequest:
+class StreamRequest:
     """What to sample.
 
     Attributes:
@@ -117,7 +117,7 @@ def parse_add(
     eos_ids: frozenset[int],
     fresh_key: int,
     now: float,
-) -> SamplingRequest:
+) -> StreamRequest:
     """The request in an `add` control.
 
     Args:
@@ -150,7 +150,7 @@ def parse_add(
     if seed is not None and not isinstance(seed, int):
         raise RequestRefused("seed: an integer")
     echo = _integer(message, "echo", 0, 0, len(prompt))
-    return SamplingRequest(
+    return StreamRequest(
         stream=_integer(message, "stream", None, 0, 2**32 - 1),
         prompt=prompt,
         max_tokens=max_tokens,

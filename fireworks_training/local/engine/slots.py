@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fireworks_training.local.engine.requests import SamplingRequest, uniforms
+from fireworks_training.local.engine.requests import StreamRequest, uniforms
 from fireworks_training.local.engine.sampling import Sampled, SamplingRows
 from fireworks_training.local.engine_frames import NO_TOKEN, Finish
 
@@ -63,7 +63,7 @@ class SlotTable:
     """
 
     def __init__(self, slots: int, vocab_size: int) -> None:
-        self.requests: dict[int, SamplingRequest] = {}
+        self.requests: dict[int, StreamRequest] = {}
         self.last: I64 = np.zeros(slots, np.int64)
         self.produced: I64 = np.zeros(slots, np.int64)
         self._free = list(range(slots - 1, -1, -1))
@@ -86,7 +86,7 @@ class SlotTable:
         """Slots that nobody holds."""
         return len(self._free)
 
-    def take(self, request: SamplingRequest) -> int:
+    def take(self, request: StreamRequest) -> int:
         """The slot for a request; there has to be a free one."""
         slot = self._free.pop()
         self._chosen = None

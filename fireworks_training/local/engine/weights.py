@@ -36,7 +36,7 @@ from fireworks_training.local.store.snapshots import (
 )
 
 
-class LoadFailed(Exception):
+class SnapshotRefused(Exception):
     """The snapshot was refused; what was served before is still served."""
 
 
@@ -122,7 +122,7 @@ class WeightSet:
                 manifest, tensors = self._store.load(identity)
             weights = whole_weights(manifest, tensors, self._base)
         except SnapshotError as error:
-            raise LoadFailed(str(error)) from error
+            raise SnapshotRefused(str(error)) from error
         return Prepared(manifest, weights, over)
 
     def swap(self, prepared: Prepared) -> None:
@@ -133,7 +133,7 @@ class WeightSet:
         """
         manifest = prepared.manifest
         if prepared.over is not None and prepared.over != self.held.version:
-            raise LoadFailed(
+            raise SnapshotRefused(
                 f"snapshot {manifest.identity!r} was made ready for weights that another load has"
                 f" replaced; what is held is {self.held.identity!r}"
             )

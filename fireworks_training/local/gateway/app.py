@@ -35,12 +35,16 @@ from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
 from fireworks_training.local.gateway.control_plane.workers import Spawner, Workers
 from fireworks_training.local.gateway.faults import CONDITIONS, fault_middleware
 from fireworks_training.local.gateway.inference import tokenizer_route
-from fireworks_training.local.gateway.inference.registry import REGISTRY, ModelEntry, Registry
+from fireworks_training.local.gateway.inference.registry import (
+    REGISTRY,
+    ModelEntry,
+    ServingRegistry,
+)
 from fireworks_training.local.gateway.web.auth import host_middleware, key_middleware
 from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
     STARTED,
-    Problem,
+    HttpProblem,
     code_of,
     render,
 )
@@ -168,13 +172,13 @@ async def healthz(_: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
-def load_registry(settings: GatewaySettings) -> Registry:
+def load_registry(settings: GatewaySettings) -> ServingRegistry:
     """The models of the settings, with what their config.json says.
 
     Raises:
         LocalPlatformError: a model's config.json can't be read.
     """
-    registry = Registry(default_model=f"{MODEL_PREFIX}{settings.default_model}")
+    registry = ServingRegistry(default_model=f"{MODEL_PREFIX}{settings.default_model}")
     for id_, folder in settings.models.items():
         name, path = f"{MODEL_PREFIX}{id_}", Path(folder)
         try:
@@ -201,7 +205,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     request[REQUEST_ID] = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
     try:
         return await handler(request)
-    except Problem as problem:
+    except HttpProblem as problem:
         if request.get(STARTED):
             raise
         return render(problem)
@@ -211,7 +215,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if error.content_type == "application/json":
             return error
         text = error.text or error.reason
-        return render(Problem(error.status, text, headers=_kept_headers(error)))
+        return render(HttpProblem(error.status, text, headers=_kept_headers(error)))
     except (asyncio.CancelledError, ConnectionError):
         raise  # the client went away
     except Exception:
@@ -219,7 +223,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         if request.get(STARTED):
             raise
         text = f"internal error; the platform's log names request {request[REQUEST_ID]}"
-        return render(Problem(500, text, code=code_of(500)))
+        return render(HttpProblem(500, text, code=code_of(500)))
 
 
 def _kept_headers(error: web.HTTPException) -> dict[str, str]:

@@ -18,7 +18,7 @@ from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.conditions import MAX_FAULTS, Conditions, Fault
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.web.bodies import read_object
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.limits import camel, seconds
 from fireworks_training.local.settings import ACCOUNT
 
@@ -107,7 +107,7 @@ async def fault_middleware(request: web.Request, handler: Handler) -> web.Stream
         await request.read()
     wait = fault.retry_after_s
     headers = {} if wait is None else {"Retry-After": f"{wait:g}"}
-    raise Problem(fault.status, "a fault that was asked for", headers=headers)
+    raise HttpProblem(fault.status, "a fault that was asked for", headers=headers)
 
 
 # -- limits --------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ async def patch_limits(request: web.Request) -> web.Response:
     try:
         conditions.limits = conditions.limits.changed(await read_object(request))
     except LocalPlatformError as error:
-        raise Problem(400, error.message) from None
+        raise HttpProblem(400, error.message) from None
     return web.json_response(conditions.limits.shown())
 
 
@@ -178,7 +178,7 @@ async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> w
     _check_room(len(conditions.faults()))
     if "killReplica" in body:
         if kind != "deployments":
-            raise Problem(400, "killReplica goes with a deployment")
+            raise HttpProblem(400, "killReplica goes with a deployment")
         await plane.deployments.kill_replica(
             id_, resources.int_field(body, "killReplica", 0, 0, 63)
         )
@@ -194,12 +194,12 @@ def _route_fault(body: Mapping[str, object]) -> RouteFault:
     _check_names(body, ("method", "path", "status", "times", "after", "retryAfterS"))
     method, path = _text(body, "method").upper() or hdrs.METH_GET, _text(body, "path")
     if not path.startswith("/"):
-        raise Problem(400, "a fault needs a `resource`, or a `path` that starts with a slash")
+        raise HttpProblem(400, "a fault needs a `resource`, or a `path` that starts with a slash")
     if method not in hdrs.METH_ALL:
-        raise Problem(400, f"method {method[:20]!r} is none of HTTP")
+        raise HttpProblem(400, f"method {method[:20]!r} is none of HTTP")
     after, retry = body.get("after", False), body.get("retryAfterS")
     if not isinstance(after, bool):
-        raise Problem(400, "after must be true or false")
+        raise HttpProblem(400, "after must be true or false")
     return RouteFault(
         method=method,
         path=path,
@@ -215,25 +215,25 @@ def _parse_resource(name: str) -> tuple[str, str]:
     parts = name.split("/")
     if len(parts) != 4 or parts[:2] != ["accounts", ACCOUNT] or parts[2] not in KINDS:
         allowed = " or ".join(f"accounts/{ACCOUNT}/{kind}/<id>" for kind in KINDS)
-        raise Problem(400, f"resource {name[:200]!r} must be {allowed}")
+        raise HttpProblem(400, f"resource {name[:200]!r} must be {allowed}")
     return parts[2], resources.check_id(parts[3], "resource id")
 
 
 def _check_names(body: Mapping[str, object], known: tuple[str, ...]) -> None:
     for name in body:
         if name not in known:
-            raise Problem(400, f"unknown field {name[:80]!r}; known: {', '.join(known)}")
+            raise HttpProblem(400, f"unknown field {name[:80]!r}; known: {', '.join(known)}")
 
 
 def _check_room(used: int) -> None:
     if used >= MAX_FAULTS:
-        raise Problem(429, f"{used} faults are set already; DELETE {FAULTS} removes them")
+        raise HttpProblem(429, f"{used} faults are set already; DELETE {FAULTS} removes them")
 
 
 def _text(body: Mapping[str, object], name: str) -> str:
     text = resources.text_field(body, name)
     if len(text) > MAX_TEXT:
-        raise Problem(400, f"{name} is over {MAX_TEXT} characters")
+        raise HttpProblem(400, f"{name} is over {MAX_TEXT} characters")
     return text
 
 
@@ -241,7 +241,7 @@ def _seconds(name: str, value: object) -> float:
     try:
         return seconds(name, value)
     except LocalPlatformError as error:
-        raise Problem(400, error.message) from None
+        raise HttpProblem(400, error.message) from None
 
 
 def _camel(fields: Mapping[str, object]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fireworks_training.local.pretraining.problems import Problem, Style, draw_problem
+from fireworks_training.local.pretraining.problems import Arithmetic, Style, draw_problem
 from fireworks_training.local.pretraining.tokenizer import END, START
 
 IGNORED = -100
@@ -64,7 +64,7 @@ class Encoder:
         self._start = vocabulary[START]
         self._end = vocabulary[END]
 
-    def prompt(self, problem: Problem) -> list[int]:
+    def prompt(self, problem: Arithmetic) -> list[int]:
         """The chat prompt of a problem, up to where the assistant starts to write."""
         messages = [{"role": "user", "content": problem.prompt}]
         text = self._tokenizer.apply_chat_template(
@@ -72,7 +72,7 @@ class Encoder:
         )
         return self._encode(str(text))
 
-    def chat(self, problem: Problem, style: Style) -> Example:
+    def chat(self, problem: Arithmetic, style: Style) -> Example:
         """A problem with its answer in a style; only the answer and its end count."""
         prompt = self.prompt(problem)
         completion = [*self._encode(problem.completion(style)), self._end]

@@ -13,14 +13,14 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from fireworks_training.local.pretraining.data import Encoder
-from fireworks_training.local.pretraining.problems import ANSWER_MARK, Problem, final_answer
+from fireworks_training.local.pretraining.problems import ANSWER_MARK, Arithmetic, final_answer
 from fireworks_training.local.pretraining.tokenizer import END, PAD
 
 MAX_NEW_TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class ModelEvaluation:
     """Shares in 0..1 over one completion a problem; `working_*` at temperature 1.
 
     `working_share` is how often a sampled completion shows its working; `working_accuracy` and
@@ -36,8 +36,8 @@ class Evaluation:
 
 
 def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
-) -> Evaluation:
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Arithmetic]
+) -> ModelEvaluation:
     """Completes each problem once at temperature 1 and once greedily, and scores both."""
     sampled = complete(model, tokenizer, problems, greedy=False)
     greedy = complete(model, tokenizer, problems, greedy=True)
@@ -45,7 +45,7 @@ def evaluate(
     working = [not text.startswith(ANSWER_MARK) for text in sampled]
     by_working = [ok for ok, shown in zip(right, working, strict=True) if shown]
     by_blurt = [ok for ok, shown in zip(right, working, strict=True) if not shown]
-    return Evaluation(
+    return ModelEvaluation(
         problems=len(problems),
         sampled_accuracy=_share(right),
         greedy_accuracy=_share(_right(problems, greedy)),
@@ -58,7 +58,7 @@ def evaluate(
 def complete(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    problems: Sequence[Arithmetic],
     *,
     greedy: bool,
 ) -> list[str]:
@@ -87,7 +87,7 @@ def complete(
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completions_BT]
 
 
-def _right(problems: Sequence[Problem], completions: Sequence[str]) -> list[bool]:
+def _right(problems: Sequence[Arithmetic], completions: Sequence[str]) -> list[bool]:
     return [
         final_answer(completion) == problem.answer
         for problem, completion in zip(problems, completions, strict=True)

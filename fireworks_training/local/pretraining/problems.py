@@ -84,7 +84,7 @@ _ONE_STEP_SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Arithmetic:
     """One problem: the prompt, the operands in order, and one sign for each operation."""
 
     prompt: str
@@ -122,7 +122,7 @@ def is_held_out_pair(left: int, right: int) -> bool:
     return zlib.crc32(f"{low}:{high}".encode()) % _PAIR_BUCKETS < _HELD_OUT_BUCKETS
 
 
-def split_of(problem: Problem) -> Split | None:
+def split_of(problem: Arithmetic) -> Split | None:
     """The split that a problem belongs to; None when its pairs are mixed."""
     held_out = {is_held_out_pair(left, right) for left, _, right, _ in problem.steps()}
     if len(held_out) > 1:
@@ -130,7 +130,7 @@ def split_of(problem: Problem) -> Split | None:
     return "held_out" if held_out.pop() else "open"
 
 
-def draw_problem(rng: random.Random, split: Split, unseen_words: float = 0.0) -> Problem:
+def draw_problem(rng: random.Random, split: Split, unseen_words: float = 0.0) -> Arithmetic:
     """Draws one problem of a split.
 
     `unseen_words` is the chance of spelling the names and the item with made-up words, which the
@@ -147,9 +147,9 @@ def draw_problem(rng: random.Random, split: Split, unseen_words: float = 0.0) ->
             return problem
 
 
-def draw_unique(rng: random.Random, split: Split, count: int) -> list[Problem]:
+def draw_unique(rng: random.Random, split: Split, count: int) -> list[Arithmetic]:
     """Draws `count` problems of a split whose prompts all differ."""
-    unique: dict[str, Problem] = {}
+    unique: dict[str, Arithmetic] = {}
     while len(unique) < count:
         problem = draw_problem(rng, split)
         unique.setdefault(problem.prompt, problem)
@@ -183,7 +183,7 @@ def _word_forms(text: str) -> Sequence[str]:
     return [stripped for form in forms if (stripped := form.rstrip(".,?")).strip().isalpha()]
 
 
-def _fill(rng: random.Random, story: Story, made_up: bool) -> Problem:
+def _fill(rng: random.Random, story: Story, made_up: bool) -> Arithmetic:
     name, other = rng.sample(tuple(PRONOUNS), 2)
     pronoun = PRONOUNS[name]
     item = rng.choice(ITEMS)
@@ -192,7 +192,7 @@ def _fill(rng: random.Random, story: Story, made_up: bool) -> Problem:
     operands = tuple(rng.randint(2, 50) for _ in range(len(story.signs) + 1))
     numbers = dict(zip("abc", operands, strict=False))
     prompt = story.text.format(n=name, m=other, p=pronoun, i=item, **numbers)
-    return Problem(prompt, operands, story.signs)
+    return Arithmetic(prompt, operands, story.signs)
 
 
 def _made_up(rng: random.Random) -> str:

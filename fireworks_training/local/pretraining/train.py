@@ -27,7 +27,7 @@ _OTHER_RATE = 3e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PretrainingPlan:
     """What a pretraining run depends on: two runs of equal plans write equal weights.
 
     The defaults make the model that ships, of 0.94 million parameters.
@@ -41,7 +41,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class LossPoint:
     """A point of the loss curve: the mean loss over the steps since the point before, in nats."""
 
     step: int
@@ -49,7 +49,7 @@ class Progress:
     seconds: float
 
 
-def build_model(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(plan: PretrainingPlan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A randomly initialised model in float32, with its own input and output embeddings."""
     heads = plan.hidden_size // _HEAD_DIM
     vocabulary = tokenizer.get_vocab()
@@ -88,9 +88,9 @@ def repeatable(seed: int) -> Generator[None]:
 
 
 def pretrain(
-    plan: Plan,
+    plan: PretrainingPlan,
     tokenizer: PreTrainedTokenizerFast,
-    report: Callable[[Progress], None],
+    report: Callable[[LossPoint], None],
     report_every: int = 50,
 ) -> Qwen3ForCausalLM:
     """Trains a new model; calls `report` every `report_every` steps and at the end.
@@ -119,7 +119,7 @@ def pretrain(
             optimizer.zero_grad()
         losses.append(loss.item())
         if step % report_every == 0 or step == plan.steps:
-            report(Progress(step, sum(losses) / len(losses), time.monotonic() - started))
+            report(LossPoint(step, sum(losses) / len(losses), time.monotonic() - started))
             losses.clear()
     return model
 

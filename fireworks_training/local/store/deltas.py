@@ -4,7 +4,7 @@ Knows: the encoding (the XOR of each tensor's bytes, compressed with zstd, one f
 an Adler-32 of the result), and when a difference is not worth having. Does not know snapshots'
 names, manifests or who holds what.
 
-A file of `Encoded.tensors` with `Encoded.checksums` as its metadata is what
+A file of `EncodedDelta.tensors` with `EncodedDelta.checksums` as its metadata is what
 `fireworks_delta_compression` itself writes, and reads.
 """
 
@@ -42,7 +42,7 @@ Coder = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedDelta:
     """A difference.
 
     Attributes:
@@ -90,7 +90,7 @@ _SMALL = Arc2Backend(
 
 def encode(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor], effort: Effort = "fast"
-) -> Encoded | None:
+) -> EncodedDelta | None:
     """The difference that leads from `old` to `new`; None if it would not pay.
 
     Args:
@@ -108,7 +108,7 @@ def encode(
         total += frame.numel()
         if total >= most:
             return None
-    return Encoded(tensors, checksums, total)
+    return EncodedDelta(tensors, checksums, total)
 
 
 def _coder(changed: float, effort: Effort) -> Arc2Backend:

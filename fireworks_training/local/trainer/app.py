@@ -22,10 +22,10 @@ from fireworks_training.errors import ProtocolError
 from fireworks_training.local import results
 from fireworks_training.local.store.snapshots import FreeBytes, disk_free_bytes
 from fireworks_training.local.trainer.queue.leases import UnknownForward
-from fireworks_training.local.trainer.queue.line import Closed, Limits, Taken, TooFarAhead
+from fireworks_training.local.trainer.queue.line import Closed, QueueLimits, Taken, TooFarAhead
 from fireworks_training.local.trainer.queue.operations import OperationFailed, Submission
 from fireworks_training.local.trainer.run.models import ModelFactory
-from fireworks_training.local.trainer.run.slots import CreateModel, Gone, NotFound
+from fireworks_training.local.trainer.run.slots import CreateModel, Gone, UnknownRequest
 from fireworks_training.local.trainer.service import Full, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.wire import json_codec, proto_codec
@@ -55,7 +55,7 @@ def create_app(
     settings: TrainerSettings,
     *,
     hold_s: float = HOLD_S,
-    limits: Limits | None = None,
+    limits: QueueLimits | None = None,
     free_bytes: FreeBytes = disk_free_bytes,
 ) -> web.Application:
     """The application of one trainer job.
@@ -152,7 +152,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error(400, str(error), error.error_class, error.category)
     except Full as error:
         return _error(400, str(error), "TooMany")
-    except NotFound as error:
+    except UnknownRequest as error:
         return _error(404, str(error), "NotFound")
     except UnknownForward as error:
         return _error(404, str(error), "UnknownForward")

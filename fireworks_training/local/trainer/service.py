@@ -16,23 +16,29 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fireworks_training.local.results import Ended
+from fireworks_training.local.results import RequestOutcome
 from fireworks_training.local.trainer.queue.leases import Leases
-from fireworks_training.local.trainer.queue.line import Failure, Limits, Line, Run, Taken
+from fireworks_training.local.trainer.queue.line import (
+    Failure,
+    NextOperation,
+    OperationLine,
+    QueueLimits,
+    Taken,
+)
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
     Codec,
     Deferred,
     DiscardGradients,
-    Encoded,
+    EncodedResult,
     Operation,
     OperationFailed,
     Pass,
     SaveSnapshot,
     Submission,
 )
-from fireworks_training.local.trainer.run.slots import CreateModel, Gone, Job, NotFound, Slot
+from fireworks_training.local.trainer.run.slots import CreateModel, Gone, Job, Slot, UnknownRequest
 from fireworks_training.local.trainer.run.torch_thread import TorchThread
 from fireworks_training.local.trainer.wire.datums import make_backward
 
@@ -47,7 +53,7 @@ MAX_EXPORTS = 2
 """Snapshots that are captured and not yet written; each is a copy of the model in memory."""
 
 
-EncodeFailure = Callable[[Failure, str], Encoded]
+EncodeFailure = Callable[[Failure, str], EncodedResult]
 """A failure and its request's id to the body of an answer."""
 
 
@@ -78,7 +84,7 @@ class TrainerService:
         codec: Codec,
         encode_failure: EncodeFailure,
         clock: Callable[[], float],
-        limits: Limits | None = None,
+        limits: QueueLimits | None = None,
         session_timeout_s: float = SESSION_TIMEOUT_S,
     ) -> None:
         self._session_timeout_s = session_timeout_s
@@ -181,7 +187,9 @@ class TrainerService:
                 raise Taken(f"model_seq_id {model_seq_id} was used for another model")
             return model_id
         self._make_room()
-        self._slots[model_id] = Slot(model_id, session_id, request, Line(self._limits), Leases())
+        self._slots[model_id] = Slot(
+            model_id, session_id, request, OperationLine(self._limits), Leases()
+        )
         self._work.set()
         return model_id
 
@@ -260,7 +268,7 @@ class TrainerService:
             return DiscardGradients()  # never run: the line has this operation already
         return make_backward(request, slot.leases.find(request.forward_seq_id, self._clock()))
 
-    async def result(self, request_id: str, hold_s: float) -> Encoded | None:
+    async def result(self, request_id: str, hold_s: float) -> EncodedResult | None:
         """The result, waited for up to `hold_s` seconds; None if it is not there by then.
 
         A caller that goes away changes nothing: the result stays for the next one.
@@ -271,7 +279,7 @@ class TrainerService:
         """
         model_id, _, tail = request_id.rpartition(":")
         if not model_id:
-            raise NotFound(f"there is no request {request_id[:100]!r}")
+            raise UnknownRequest(f"there is no request {request_id[:100]!r}")
         slot = self.slot(model_id)
         self._sign_of_life(slot)
         try:
@@ -281,12 +289,14 @@ class TrainerService:
             return None
         return self._encoded(outcome, request_id)
 
-    def _encoded(self, outcome: Encoded | Failure, request_id: str) -> Encoded:
+    def _encoded(self, outcome: EncodedResult | Failure, request_id: str) -> EncodedResult:
         if isinstance(outcome, Failure):
             return self._encode_failure(outcome, request_id)
         return outcome
 
-    async def ended(self, model_id: str, cursor: int, hold_s: float) -> tuple[list[Ended], int]:
+    async def ended(
+        self, model_id: str, cursor: int, hold_s: float
+    ) -> tuple[list[RequestOutcome], int]:
         """What has ended of a model after a cursor, waited for up to `hold_s` seconds.
 
         Raises:
@@ -296,21 +306,25 @@ class TrainerService:
         slot = self.slot(model_id)
         self._sign_of_life(slot)
         if cursor > slot.ended.cursor:
-            raise NotFound(f"prev_cursor {cursor} is beyond the last one, {slot.ended.cursor}")
+            raise UnknownRequest(
+                f"prev_cursor {cursor} is beyond the last one, {slot.ended.cursor}"
+            )
         await slot.ended.wait(cursor, hold_s)
         request_ids, cursor = slot.ended.after(cursor)
         return [self._ended(slot, request_id) for request_id in request_ids], cursor
 
-    def _ended(self, slot: Slot, request_id: str) -> Ended:
+    def _ended(self, slot: Slot, request_id: str) -> RequestOutcome:
         try:
             outcome = slot.outcome(request_id.rpartition(":")[2])
         except Gone:
             outcome = None
         if outcome is None:
-            return Ended(request_id, failed=False)  # asked for by name, it says what became of it
+            return RequestOutcome(
+                request_id, failed=False
+            )  # asked for by name, it says what became of it
         encoded = self._encoded(outcome, request_id)
         failed = isinstance(outcome, Failure)
-        return Ended(request_id, failed, encoded.body, encoded.content_type)
+        return RequestOutcome(request_id, failed, encoded.body, encoded.content_type)
 
     def retrieved(self, model_id: str, request_ids: Iterable[str]) -> None:
         """Results of a model that its client has; others are ignored. Raises Gone."""
@@ -373,11 +387,11 @@ class TrainerService:
             self._ask_unload(slot)
         slot.notify("create")
 
-    async def _run(self, slot: Slot, run: Run[Job]) -> None:
+    async def _run(self, slot: Slot, run: NextOperation[Job]) -> None:
         model, job = slot.model, run.operation
         assert model is not None, "a line runs only after its model was made"
 
-        def execute() -> Encoded | Deferred:
+        def execute() -> EncodedResult | Deferred:
             result = model.execute(job.operation, drop_gradients=run.drop_gradients)
             return result if isinstance(result, Deferred) else job.codec.encode(result)
 

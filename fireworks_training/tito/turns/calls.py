@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from fireworks_training.errors import SamplingRequestError
 from fireworks_training.models import SampledCompletion, SampledRequestResult
-from fireworks_training.tito.turns.planning import Plan
+from fireworks_training.tito.turns.planning import TurnPlan
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.metrics import Measured
 from fireworks_training.tito.values.records import (
@@ -23,7 +23,7 @@ from fireworks_training.tito.values.requests import TITOParsedAssistant
 
 
 @dataclass(slots=True, kw_only=True)
-class Call:
+class AgentCall:
     """A call under way.
 
     Attributes:
@@ -106,7 +106,7 @@ def outcome_of(error: TITOError) -> TITOCallOutcome:
 
 
 def turn_of(
-    plan: Plan,
+    plan: TurnPlan,
     sampled: SampledRequestResult,
     completion: SampledCompletion,
     assistant: TITOParsedAssistant,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fireworks_training.tito.turns.planning import Plan, Standing
+from fireworks_training.tito.turns.planning import Standing, TurnPlan
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.metrics import Measured
 from fireworks_training.tito.values.records import (
@@ -80,7 +80,7 @@ class History:
         if len(self._calls) < MOST_CALLS:
             self._calls.append(record)
 
-    def append(self, plan: Plan, turn: TITOTurn) -> None:
+    def append(self, plan: TurnPlan, turn: TITOTurn) -> None:
         """Take a turn, into a new segment where its plan says so."""
         if (reason := plan.placement.reason) is not None:
             if self._segments:

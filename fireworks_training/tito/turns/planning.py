@@ -27,7 +27,7 @@ from fireworks_training.tito.values.requests import TITOChatRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TurnPlan:
     """A turn before it is sampled.
 
     Attributes:
@@ -59,7 +59,7 @@ async def planned(
     request: TITOChatRequest,
     contract: str,
     measured: Measured,
-) -> Plan:
+) -> TurnPlan:
     """The next turn of a trajectory.
 
     Raises:
@@ -86,7 +86,7 @@ async def planned(
         else:
             prompt = await backend.rendered(request)
             placement = placed(last, prompt, standing.policy)
-    return Plan(
+    return TurnPlan(
         request,
         contract,
         prompt,
@@ -97,7 +97,7 @@ async def planned(
     )
 
 
-def checked(plan: Plan, sampled: SampledRequestResult) -> SampledCompletion:
+def checked(plan: TurnPlan, sampled: SampledRequestResult) -> SampledCompletion:
     """The completion of a plan, if it is one.
 
     Raises:

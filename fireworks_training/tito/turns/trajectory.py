@@ -17,7 +17,7 @@ from typing import Any
 
 from fireworks_training.tito.evidence.failures import typed
 from fireworks_training.tito.turns.backend import Backend
-from fireworks_training.tito.turns.calls import Call, outcome_of
+from fireworks_training.tito.turns.calls import AgentCall, outcome_of
 from fireworks_training.tito.turns.turns import Turns
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.messages import plain_json
@@ -157,7 +157,7 @@ class Trajectory:
         self, request: TITOChatRequest, key: str | None, prepared: asyncio.Event | None
     ) -> TITOCallResult:
         kind, source = self._backend.classified(request)
-        call = Call(kind=kind, source=source)
+        call = AgentCall(kind=kind, source=source)
         self.measured.count("calls/total")
         self.measured.count(f"calls/{kind}")
         try:
@@ -181,7 +181,7 @@ class Trajectory:
                 raise
             raise failure from error
 
-    async def _note_failure(self, call: Call, failure: TITOError) -> None:
+    async def _note_failure(self, call: AgentCall, failure: TITOError) -> None:
         record = call.record(outcome_of(failure), self.measured, error_code=failure.code)
         self._turns.history.note(record)
         if failure.code != "tito_debug_storage_error":
@@ -215,7 +215,7 @@ class Trajectory:
             journal = self._backend.journal
             await journal.after_end("request_rejected", self.trajectory_id, said)
             return
-        call = Call(kind="policy", source="refused", started_at=started_at)
+        call = AgentCall(kind="policy", source="refused", started_at=started_at)
         self.measured.count("calls/total")
         record = call.record("rejected", self.measured, error_code=error.code)
         self._turns.history.note(record)

@@ -13,9 +13,9 @@ from typing import Any
 
 from fireworks_training.models import SampledCompletion, SampledRequestResult
 from fireworks_training.tito.turns.backend import Backend
-from fireworks_training.tito.turns.calls import Answered, Call, response_of, turn_of
+from fireworks_training.tito.turns.calls import AgentCall, Answered, response_of, turn_of
 from fireworks_training.tito.turns.history import History
-from fireworks_training.tito.turns.planning import Plan, Standing, checked, planned
+from fireworks_training.tito.turns.planning import Standing, TurnPlan, checked, planned
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.messages import json_hash
 from fireworks_training.tito.values.records import TITOCallResult, TrajectoryDriftPolicy
@@ -44,7 +44,7 @@ class Turns:
 
     async def policy(
         self,
-        call: Call,
+        call: AgentCall,
         request: TITOChatRequest,
         key: str | None,
         prepared: asyncio.Event | None,
@@ -90,7 +90,7 @@ class Turns:
         return TITOCallResult(response, record, turn.turn_id)
 
     def _again(
-        self, call: Call, answered: Answered, prepared: asyncio.Event | None
+        self, call: AgentCall, answered: Answered, prepared: asyncio.Event | None
     ) -> TITOCallResult:
         if answered.fingerprint != call.fingerprint:
             raise TITOError(
@@ -105,7 +105,7 @@ class Turns:
         return TITOCallResult(answered.response, record, answered.turn_id, replayed=True)
 
     async def auxiliary(
-        self, call: Call, request: TITOChatRequest, prepared: asyncio.Event | None
+        self, call: AgentCall, request: TITOChatRequest, prepared: asyncio.Event | None
     ) -> TITOCallResult:
         """A call beside the trajectory: answered, counted, and no part of its tokens."""
         contract = await self._backend.contract(request)
@@ -122,7 +122,7 @@ class Turns:
         return TITOCallResult(response_of(response_id, assistant, completion, model), record, None)
 
     async def _sampled(
-        self, call: Call, plan: Plan, prepared: asyncio.Event | None
+        self, call: AgentCall, plan: TurnPlan, prepared: asyncio.Event | None
     ) -> tuple[SampledRequestResult, SampledCompletion]:
         call.phase = "options"
         options = self._backend.options(plan.request)

@@ -11,7 +11,7 @@ import pytest_asyncio
 from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
 
-from fireworks_training._async.http.quiet_handler import Connection, Connector
+from fireworks_training._async.http.quiet_handler import Connector, QuietResponseHandler
 
 SIZE = 8 * 2**20
 
@@ -72,7 +72,9 @@ async def test_chunks_that_come_as_they_are_read_resume_nothing(url: str, calls:
         aiohttp.ClientSession(connector=Connector()) as session,
         session.get(url + "/chunks") as response,
     ):
-        assert isinstance(response.connection and response.connection.protocol, Connection)
+        assert isinstance(
+            response.connection and response.connection.protocol, QuietResponseHandler
+        )
         assert len(await response.content.read()) == 400
     assert calls == []
     async with aiohttp.ClientSession() as session, session.get(url + "/chunks") as response:

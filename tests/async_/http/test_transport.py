@@ -22,7 +22,7 @@ from fireworks_training import (
 )
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.runtime.waits import speaking
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._core.backoff import Backoff
 
 KEY = "tml-do-not-show"
@@ -156,7 +156,7 @@ async def test_a_long_wait_speaks(caplog: pytest.LogCaptureFixture) -> None:
         return 1
 
     with caplog.at_level(logging.WARNING):
-        assert await speaking(slow(), lambda: "the answer", first=0.001) == 1
+        assert await log_if_slow(slow(), lambda: "the answer", first=0.001) == 1
     assert "waiting for" in caplog.text
 
 
@@ -169,7 +169,7 @@ async def test_cancelling_a_speaking_wait_cancels_the_work() -> None:
         finally:
             ended.set()
 
-    wait = asyncio.create_task(speaking(work(), lambda: "it"))
+    wait = asyncio.create_task(log_if_slow(work(), lambda: "it"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     wait.cancel()

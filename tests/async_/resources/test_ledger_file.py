@@ -12,7 +12,7 @@ import pytest
 
 from fireworks_training._async.resources import ledger_file as module
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._core.ledger import Entry, Event, Owner, fold
+from fireworks_training._core.ledger import Event, LedgerEntry, Owner, fold
 
 WRITER = """
 import sys
@@ -32,9 +32,9 @@ for number in range(int(sys.argv[3])):
 """
 
 
-def entry(event: Event, name: str) -> Entry:
+def entry(event: Event, name: str) -> LedgerEntry:
     owner = Owner("host", "boot", 7, "100")
-    return Entry(1.0, event, "trainer", name, "me", "http://x", "0123456789ab", owner)
+    return LedgerEntry(1.0, event, "trainer", name, "me", "http://x", "0123456789ab", owner)
 
 
 def writer(path: Path, name: str, count: int) -> subprocess.Popen[str]:

@@ -28,9 +28,9 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.resources import ownership, readiness
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.ownership import Holdings
+from fireworks_training._async.resources.ownership import RunResources
 from fireworks_training._async.resources.plans import Resources, provision
-from fireworks_training._core.ledger import Claim, fold
+from fireworks_training._core.ledger import OpenClaim, fold
 from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
 
 
@@ -60,7 +60,7 @@ def events(path: Path) -> list[str]:
     return [f"{row['event']} {row['kind']}" for row in rows]
 
 
-def open_claims() -> list[Claim]:
+def open_claims() -> list[OpenClaim]:
     return fold(LedgerFile().read())
 
 
@@ -76,7 +76,7 @@ async def test_an_option_of_the_local_platform_is_refused_elsewhere() -> None:
     config = FiretitanProvisioningConfig(base_model="m", snapshot_dtype="float32")
     resources = Resources()
     with pytest.raises(NotSupported, match="snapshot_dtype"):
-        await provision(OfAnotherAccount(), config, resources, Holdings("http://x"))
+        await provision(OfAnotherAccount(), config, resources, RunResources("http://x"))
     assert resources == Resources()
 
 
@@ -439,7 +439,7 @@ async def test_the_check_of_every_await_sees_a_clean_up_that_is_missing(
     async def nothing(*_: Any) -> None:
         pass
 
-    monkeypatch.setattr(Holdings, "abandon", nothing)
+    monkeypatch.setattr(RunResources, "abandon", nothing)
     stub.states = {JOBS: ["JOB_STATE_PENDING"]}
     service = service_on(stub)
     call = asyncio.ensure_future(service.create_training_client())

@@ -19,7 +19,7 @@ from fireworks_training import (
 )
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.processes import is_alive, start_of, this_process
-from fireworks_training._core.ledger import Entry, fold
+from fireworks_training._core.ledger import LedgerEntry, fold
 from fireworks_training.cli.main import main
 from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
 
@@ -44,8 +44,8 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubControlPla
 
 def note(
     ledger: LedgerFile, stub: StubControlPlane, event: Any = "created", **fields: Any
-) -> Entry:
-    entry = Entry(
+) -> LedgerEntry:
+    entry = LedgerEntry(
         event=event,
         **{
             "at": time.time() - 3600,

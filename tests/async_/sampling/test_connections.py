@@ -13,7 +13,7 @@ import pytest
 
 from fireworks_training._async.http import open_files
 from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
-from fireworks_training._async.sampling.hot_load_signal import LoadNews
+from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training.errors import ConnectionFailed, SamplingRequestError
 from tests import stub_completions as stub
 from tests.async_.sampling.support import Make, endless, nothing_left, quick, until
@@ -91,7 +91,7 @@ async def test_the_news_of_a_load_wakes_those_who_wait_for_it(
     server: CompletionServer, shared: Make
 ) -> None:
     """Without the news they would wait for an hour."""
-    news = LoadNews()
+    news = HotLoadSignal()
     loading = True
 
     async def load_or_complete(*args: Any) -> Any:

@@ -28,7 +28,7 @@ from fireworks_training import (
 )
 from fireworks_training._async.runtime.worker import INLINE_TOKENS
 from fireworks_training._async.training import batch_polls, queue
-from fireworks_training._async.training.encoding import Ahead, Piece
+from fireworks_training._async.training.encoding import EncodingJob, EncodingQueue
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
 from tests.async_.conftest import connected
@@ -266,8 +266,8 @@ async def test_a_cancelled_waiter_does_not_stop_the_encoding_of_others() -> None
         assert release.wait(10)
         return 1
 
-    work = Ahead()
-    first, second = Piece(slow, INLINE_TOKENS + 1), Piece(lambda: 2, INLINE_TOKENS + 1)
+    work = EncodingQueue()
+    first, second = EncodingJob(slow, INLINE_TOKENS + 1), EncodingJob(lambda: 2, INLINE_TOKENS + 1)
     work.add(first)
     work.add(second)
     waiter = asyncio.create_task(first.result())

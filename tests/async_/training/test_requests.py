@@ -28,7 +28,7 @@ from fireworks_training import (
 from fireworks_training._async.http import transport
 from fireworks_training._async.training import data_plane, requests
 from fireworks_training._async.training.data_plane import patient
-from fireworks_training._core.waits.reports import Watch
+from fireworks_training._core.waits.reports import WaitReporter
 from tests.async_.training.test_client import ADAM, datum, good_loss
 from tests.stub_trainer import StubTrainer
 
@@ -301,7 +301,7 @@ async def test_a_request_that_hangs_is_said_cut_and_sent_again(
         if len(asked) == 1:
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(requests, "Watch", partial(Watch, first=0.01))
+    monkeypatch.setattr(requests, "WaitReporter", partial(WaitReporter, first=0.01))
     stub = StubTrainer()
     async with connect(stub) as client:
         await client.optim_step(ADAM)

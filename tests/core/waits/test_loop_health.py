@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from fireworks_training._core.waits.loop_health import Block, Pulse
+from fireworks_training._core.waits.loop_health import Block, LoopHealth
 
 
 def test_an_answer_in_time_is_no_block() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     pulse.ask(10.0)
     assert pulse.answer(11.9) is None
     assert not pulse.waiting
 
 
 def test_a_late_answer_is_a_block_with_its_place() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     pulse.ask(10.0)
     pulse.note("f() at a.py:1")
     pulse.note("f() at a.py:2")
@@ -23,7 +23,7 @@ def test_a_late_answer_is_a_block_with_its_place() -> None:
 
 
 def test_a_process_that_stood_still_is_told_apart() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     pulse.ask(10.0)
     pulse.overslept(0.4)  # a machine under load
     pulse.overslept(8.0)
@@ -38,14 +38,14 @@ def test_a_process_that_stood_still_is_told_apart() -> None:
 
 
 def test_a_loop_that_does_not_run_is_not_blocked() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     pulse.ask(10.0)
     pulse.forget()
     assert pulse.answer(100.0) is None
 
 
 def test_a_block_that_lasts_is_said_while_it_does() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     pulse.ask(0.0)
     said = [now for now in range(0, 400, 5) if pulse.still_blocked(float(now)) is not None]
     assert said == [30, 90, 210]
@@ -54,7 +54,7 @@ def test_a_block_that_lasts_is_said_while_it_does() -> None:
 
 
 def test_many_blocks_are_few_lines() -> None:
-    pulse = Pulse(2.0)
+    pulse = LoopHealth(2.0)
     assert pulse.worth_a_line(0.0) == 0
     assert [pulse.worth_a_line(now) for now in (3.0, 6.0, 29.0)] == [None, None, None]
     assert pulse.worth_a_line(31.0) == 3

@@ -5,18 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fireworks_training._core.waits.reports import FIRST_NOTICE, LOOK_EVERY, Watch
+from fireworks_training._core.waits.reports import FIRST_NOTICE, LOOK_EVERY, WaitReporter
 from fireworks_training.testing import ManualClock
 
 
-def spoken(watch: Watch, until: int, start: int = 0) -> dict[int, str]:
+def spoken(watch: WaitReporter, until: int, start: int = 0) -> dict[int, str]:
     """What is said in each second."""
     lines = {now: watch.look(float(now)) for now in range(start, until)}
     return {now: line for now, line in lines.items() if line is not None}
 
 
 def test_a_request_that_hangs_is_said_at_30_s_and_at_growing_intervals() -> None:
-    watch = Watch()
+    watch = WaitReporter()
     watch.begin(1, "optim_step (1)", "no answer to its submit yet", 0.0)
     lines = spoken(watch, 300)
     assert list(lines) == [30, 90, 209]  # the first second that is over when it is due
@@ -24,14 +24,14 @@ def test_a_request_that_hangs_is_said_at_30_s_and_at_growing_intervals() -> None
 
 
 def test_what_it_waits_for_is_what_it_waits_for_now() -> None:
-    watch = Watch()
+    watch = WaitReporter()
     wait = watch.begin(1, "forward (1)", "to be sent", 0.0)
     wait.doing = "no answer to a poll"
     assert watch.look(31.0) == "forward (1): waiting for 31 s: no answer to a poll"
 
 
 def test_a_thousand_operations_behind_one_are_one_line() -> None:
-    watch = Watch()
+    watch = WaitReporter()
     for key in range(1000):
         watch.begin(key, f"op {key}", "for the results before it", 0.0)
     lines = spoken(watch, 60)
@@ -42,7 +42,7 @@ def test_a_thousand_operations_behind_one_are_one_line() -> None:
 
 
 def test_short_waits_and_none_are_not_said() -> None:
-    watch = Watch()
+    watch = WaitReporter()
     for second in range(100):
         watch.begin(second, "quick", "", float(second))
         assert watch.look(second + 29.4) is None
@@ -52,7 +52,7 @@ def test_short_waits_and_none_are_not_said() -> None:
     assert watch.look(1000.0) is None
 
 
-def watched(watch: Watch, clock: ManualClock, until: float) -> list[tuple[float, str]]:
+def watched(watch: WaitReporter, clock: ManualClock, until: float) -> list[tuple[float, str]]:
     """What is said, and when, by one who looks exactly when he is told to."""
     said: list[tuple[float, str]] = []
     while (when := watch.next_look(clock())) <= until:
@@ -71,7 +71,7 @@ def watched(watch: Watch, clock: ManualClock, until: float) -> list[tuple[float,
 def test_a_hung_request_is_said_within_30_s_whatever_went_before(
     before: float, answered_after: float
 ) -> None:
-    clock, watch = ManualClock(), Watch()
+    clock, watch = ManualClock(), WaitReporter()
     clock.advance(before)
     watch.begin(1, "quick", "", clock())
     clock.advance(answered_after)
@@ -84,7 +84,7 @@ def test_a_hung_request_is_said_within_30_s_whatever_went_before(
 
 
 def test_one_that_hung_behind_another_is_said_when_it_is_the_oldest() -> None:
-    clock, watch = ManualClock(), Watch()
+    clock, watch = ManualClock(), WaitReporter()
     watch.begin(1, "first", "", clock())
     watch.begin(2, "second", "", clock())
     assert len(watched(watch, clock, 40.0)) == 1

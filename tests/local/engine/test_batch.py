@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
 from fireworks_training.local.engine.decoder import Decoder
-from fireworks_training.local.engine.requests import SamplingRequest, key_of_seed
+from fireworks_training.local.engine.requests import StreamRequest, key_of_seed
 from fireworks_training.local.engine_frames import NO_TOKEN, Finish, PromptLogprobs
 from tests.local.engine.tiny_model import VOCABULARY, tiny_qwen3
 
@@ -41,7 +41,7 @@ class Recorder:
         self.echoes: dict[int, PromptLogprobs] = {}
         self.cached: dict[int, int] = {}
 
-    def admit(self, *requests: SamplingRequest) -> None:
+    def admit(self, *requests: StreamRequest) -> None:
         for made in requests:
             self.batch.add(made)
         self.step()
@@ -71,8 +71,8 @@ class Recorder:
             self.top[stream].append((rows.top_ids[i], rows.top_logprobs[i]))
 
 
-def request(stream: int, prompt: list[int], **fields: object) -> SamplingRequest:
-    made = SamplingRequest(stream, tuple(prompt), max_tokens=6, key=key_of_seed(stream))
+def request(stream: int, prompt: list[int], **fields: object) -> StreamRequest:
+    made = StreamRequest(stream, tuple(prompt), max_tokens=6, key=key_of_seed(stream))
     return replace(made, **fields)
 
 
@@ -87,7 +87,7 @@ def plain_logprobs(model: Qwen3ForCausalLM, prompt: list[int], tokens: list[int]
     return logits[len(prompt) - 1 : -1].log_softmax(-1).numpy()
 
 
-def check(model: Qwen3ForCausalLM, recorder: Recorder, requests: list[SamplingRequest]) -> None:
+def check(model: Qwen3ForCausalLM, recorder: Recorder, requests: list[StreamRequest]) -> None:
     for made in requests:
         tokens = recorder.tokens[made.stream]
         plain = plain_logprobs(model, list(made.prompt), tokens)
@@ -127,7 +127,7 @@ def test_a_shifted_mask_would_be_seen(model: Qwen3ForCausalLM) -> None:
 @given(st.data())
 def test_any_order_of_joining_and_leaving(model: Qwen3ForCausalLM, data: st.DataObject) -> None:
     recorder = Recorder(model)
-    requests: list[SamplingRequest] = []
+    requests: list[StreamRequest] = []
     cancelled: set[int] = set()
     for _ in range(data.draw(st.integers(1, 14))):
         free = SLOTS - len(recorder.batch)

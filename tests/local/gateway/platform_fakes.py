@@ -21,7 +21,7 @@ from aiohttp import web
 from fireworks_training.local.gateway.app import Parts, create_app, make_runner
 from fireworks_training.local.gateway.control_plane.workers import WorkerFailed
 from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
-from fireworks_training.local.gateway.inference.registry import REGISTRY, Registry
+from fireworks_training.local.gateway.inference.registry import REGISTRY, ServingRegistry
 from fireworks_training.local.model.promotion import Order
 from fireworks_training.local.processes import lifetime
 from fireworks_training.local.settings import GatewaySettings
@@ -208,7 +208,7 @@ class Gateway:
     background: list[asyncio.Task[Any]] = field(default_factory=list)
 
     @property
-    def registry(self) -> Registry:
+    def registry(self) -> ServingRegistry:
         return self.app[REGISTRY]
 
     async def call(

@@ -24,10 +24,10 @@ from fireworks_training.local.gateway.inference.registry import (
     REGISTRY,
     LiveDeployment,
     ModelEntry,
-    Registry,
+    ServingRegistry,
 )
 from fireworks_training.local.gateway.inference.routes import KEEPALIVE_AFTER
-from fireworks_training.local.gateway.web.problems import Problem, render
+from fireworks_training.local.gateway.web.problems import HttpProblem, render
 from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, tiny_qwen3
 
@@ -61,7 +61,7 @@ class Served:
     """A running gateway with one deployment."""
 
     session: aiohttp.ClientSession
-    registry: Registry
+    registry: ServingRegistry
     live: LiveDeployment
     client: EngineClient
     store: SnapshotStore
@@ -128,7 +128,7 @@ async def render_problems(request: web.Request, handler: Handler) -> web.StreamR
     """As the gateway's own middleware does."""
     try:
         return await handler(request)
-    except Problem as problem:
+    except HttpProblem as problem:
         return render(problem)
 
 
@@ -139,7 +139,7 @@ async def gateway(
     """The routes over a connected engine client."""
     model = ModelEntry(BASE_MODEL, model_path, 256)
     live = LiveDeployment(DEPLOYMENT, BASE_MODEL, model, [client], state="READY")
-    registry = Registry(models={BASE_MODEL: model}, deployments={DEPLOYMENT: live})
+    registry = ServingRegistry(models={BASE_MODEL: model}, deployments={DEPLOYMENT: live})
     app = web.Application(middlewares=[render_problems])
     app[REGISTRY] = registry
     inference.add_routes(app)

@@ -20,7 +20,7 @@ from transformers import Qwen3ForCausalLM
 
 import fireworks_training.local
 from fireworks_training.local.engine import lanes as engine_lanes
-from fireworks_training.local.engine.attention import Pass, Piece
+from fireworks_training.local.engine.attention import ForwardPass, PromptPiece
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.lanes import Lane, LaneKind
 from fireworks_training.local.engine.prompts import Prompt
@@ -111,10 +111,10 @@ def decode(model: Qwen3ForCausalLM, *, fuse: bool) -> None:
     with torch.inference_mode():
         prompts = [Prompt(tuple(range(4, 4 + n)), decoder.geometry) for n in (20, 30, 7)]
         for end in (5, 1 << 10):
-            pieces = [Piece(prompt, min(end, len(prompt.tokens))) for prompt in prompts]
+            pieces = [PromptPiece(prompt, min(end, len(prompt.tokens))) for prompt in prompts]
             ids = np.concatenate([np.array(piece.tokens) for piece in pieces])
             hidden = decoder.hidden(
-                devices.on(ELSEWHERE, ids), devices.on(ELSEWHERE, ids), Pass([], pieces)
+                devices.on(ELSEWHERE, ids), devices.on(ELSEWHERE, ids), ForwardPass([], pieces)
             )
             for piece in pieces:
                 piece.prompt.done = piece.end
@@ -127,7 +127,7 @@ def decode(model: Qwen3ForCausalLM, *, fuse: bool) -> None:
         for _ in range(2 * engine_lanes._AHEAD + 2):  # until columns are laid out anew
             ids = np.arange(12)
             hidden = decoder.hidden(
-                devices.on(ELSEWHERE, ids), devices.on(ELSEWHERE, ids), Pass(lanes, [])
+                devices.on(ELSEWHERE, ids), devices.on(ELSEWHERE, ids), ForwardPass(lanes, [])
             )
             assert decoder.logits(hidden).device == ELSEWHERE
             lanes[0].leave({3})

@@ -7,7 +7,7 @@ import base64
 import json
 from typing import Any
 
-from fireworks_training.local.trainer.queue.line import Limits
+from fireworks_training.local.trainer.queue.line import QueueLimits
 from tests.local.trainer.trainer_driver import ADAM, Starter, Trainer, cross_entropy, some_data
 
 
@@ -53,7 +53,7 @@ async def test_one_poll_tells_of_all_that_ended(start: Starter) -> None:
 
 
 async def test_what_was_retrieved_makes_room(start: Starter) -> None:
-    trainer = await start(app={"limits": Limits(results=2)})
+    trainer = await start(app={"limits": QueueLimits(results=2)})
     step = {"adam_params": ADAM}
     first, second = (
         await trainer.submit("discard_gradients"),

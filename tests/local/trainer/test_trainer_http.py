@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fireworks_training.local.trainer.queue.line import Limits
+from fireworks_training.local.trainer.queue.line import QueueLimits
 from fireworks_training.local.trainer.run import models
 from fireworks_training.local.trainer.run.network import Network
 from tests.local.trainer.trainer_driver import (
@@ -106,7 +106,7 @@ async def test_a_dropped_poll_loses_nothing(start: Starter) -> None:
 
 
 async def test_bounds_of_the_line(start: Starter) -> None:
-    trainer = await start(app={"limits": Limits(ahead=3, results=2)})
+    trainer = await start(app={"limits": QueueLimits(ahead=3, results=2)})
     async with trainer.http.post(
         "/api/v1/forward", json={"model_id": trainer.model_id, "seq_id": 4, **ONE}
     ) as response:

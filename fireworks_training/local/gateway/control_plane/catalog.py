@@ -21,11 +21,11 @@ from fireworks_training.local.gateway.inference.registry import (
     REGISTRY,
     STAND_IN_PREFIX,
     ModelEntry,
-    Registry,
+    ServingRegistry,
     UnknownModel,
 )
 from fireworks_training.local.gateway.web.bodies import page, read_object
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import ACCOUNT, MODEL_PREFIX, TRAINING_SHAPE
 from fireworks_training.local.store.database import Body, ResourceRow
 
@@ -71,7 +71,7 @@ async def get_account(request: web.Request) -> web.Response:
     return web.json_response(_ACCOUNT)
 
 
-def _registry(request: web.Request) -> Registry:
+def _registry(request: web.Request) -> ServingRegistry:
     return request.app[REGISTRY]
 
 
@@ -95,7 +95,7 @@ async def get_model(request: web.Request) -> web.Response:
     try:
         entry, notice = _registry(request).find_model(name)
     except UnknownModel as error:
-        raise Problem(404, str(error)) from None
+        raise HttpProblem(404, str(error)) from None
     return web.json_response(_shown_model(request, name, entry, notice))
 
 
@@ -157,7 +157,7 @@ async def _promote(request: web.Request, job: str, body: Mapping[str, object]) -
     if body.get("async_promotion", body.get("asyncPromotion")) is not True:
         operation = await plane.promotions.finished(operation.id)
         if operation.state != DONE:
-            raise Problem(500, operation.message)
+            raise HttpProblem(500, operation.message)
     shown = show_operation(request, operation)
     return web.json_response({"operation": shown, "model": shown.get("response")})
 
@@ -166,11 +166,11 @@ def _shape(request: web.Request) -> tuple[str, str]:
     """Name of the shape that a path asks for, and the notice for it."""
     account, shape = request.match_info["account"], request.match_info["shape"]
     name = f"accounts/{account}/trainingShapes/{shape}"
-    notices = resources.Notices()
+    notices = resources.StatusNotices()
     try:
         resources.shape_field(name, TRAINING_SHAPE, notices)
-    except Problem as problem:
-        raise Problem(404, problem.message) from None
+    except HttpProblem as problem:
+        raise HttpProblem(404, problem.message) from None
     return name, notices.text()
 
 
@@ -200,7 +200,7 @@ async def list_shape_versions(request: web.Request) -> web.Response:
     wanted = request.query.get("filter", "").replace(" ", "")
     rows = [_shape_version(request, resources.SHAPE_VERSION)]
     if wanted not in ("", "latest_validated=true", "latestValidated=true", "public=true"):
-        raise Problem(400, f"filter {wanted[:80]!r} is not known; use latest_validated=true")
+        raise HttpProblem(400, f"filter {wanted[:80]!r} is not known; use latest_validated=true")
     return page(request, rows, "trainingShapeVersions")
 
 
@@ -209,6 +209,6 @@ async def get_shape_version(request: web.Request) -> web.Response:
     version = request.match_info["version"]
     known = version in (resources.SHAPE_VERSION, LATEST)
     if not known and request.match_info["account"] == ACCOUNT:
-        raise Problem(404, f"no version {version[:80]!r}; there is {resources.SHAPE_VERSION!r}")
+        raise HttpProblem(404, f"no version {version[:80]!r}; there is {resources.SHAPE_VERSION!r}")
     shown = resources.SHAPE_VERSION if version == LATEST else version
     return web.json_response(_shape_version(request, shown))

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import ACCOUNT
 from fireworks_training.local.store.database import Body
 from fireworks_training.local.store.snapshots import InvalidName, check_name
@@ -46,15 +46,15 @@ def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
     try:
         folder = snapshots_dir / check_name(identity)
     except InvalidName as error:
-        raise Problem(404, str(error)) from None
+        raise HttpProblem(404, str(error)) from None
     manifest = _manifest(folder)
     if not manifest or manifest.get("job") != job:
-        raise Problem(
+        raise HttpProblem(
             404,
             f"job {job!r} has no snapshot {identity!r}; its checkpoints name what is promotable",
         )
     if manifest.get("kind") not in PROMOTABLE:
-        raise Problem(
+        raise HttpProblem(
             400,
             f"snapshot {identity!r} is a difference to {manifest.get('predecessor')!r} and can't be"
             " promoted; save a base snapshot (checkpoint_type='base')",

@@ -30,9 +30,9 @@ from fireworks_training.local.gateway.control_plane.workers import (
     WorkerFailed,
     Workers,
 )
-from fireworks_training.local.gateway.inference.registry import LiveDeployment, Registry
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ServingRegistry
 from fireworks_training.local.gateway.inference.states import DeploymentState, Transition
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.processes.restarts import RestartPolicy
 from fireworks_training.local.settings import ACCOUNT
 from fireworks_training.local.store.database import AlreadyExists, Body, Database, ResourceRow
@@ -79,7 +79,7 @@ class Deployments:
         self,
         database: Database,
         workers: Workers,
-        registry: Registry,
+        registry: ServingRegistry,
         state_dir: Path,
         connect: ConnectEngine,
         conditions: Conditions,
@@ -109,7 +109,7 @@ class Deployments:
         """
         row = self._database.get("deployment", id_)
         if row is None:
-            raise Problem(404, f"no deployment {id_!r}")
+            raise HttpProblem(404, f"no deployment {id_!r}")
         return row
 
     def rows(self) -> list[ResourceRow]:
@@ -142,7 +142,7 @@ class Deployments:
             self._database.create(row)
         except AlreadyExists:
             state = self.get(id_).state
-            raise Problem(409, f"deployment {id_!r} exists already ({state})") from None
+            raise HttpProblem(409, f"deployment {id_!r} exists already ({state})") from None
         self._bring_up(row)
         return self.get(id_)
 
@@ -155,7 +155,7 @@ class Deployments:
         row = self.get(id_)
         live = self._registry.deployments.get(resource_name(id_))
         if live is None or row.state in ("FAILED", "DELETING"):
-            raise Problem(
+            raise HttpProblem(
                 409, f"deployment {id_!r} is {row.state}; delete it", code="FAILED_PRECONDITION"
             )
         self._database.update(replace(row, body=body))
@@ -183,7 +183,7 @@ class Deployments:
         self.get(id_)
         worker = self._workers.find("engine", id_, number)
         if worker is None:
-            raise Problem(404, f"deployment {id_!r} has no replica {number}")
+            raise HttpProblem(404, f"deployment {id_!r} has no replica {number}")
         worker.process.send(signal.SIGKILL)
 
     async def delete(self, id_: str, *, hard: bool) -> None:
@@ -206,7 +206,7 @@ class Deployments:
             self._database.update(replace(row, state="DELETED", message="deleted"))
 
     async def wake(self, resource: str) -> None:
-        """See `Registry.wake`."""
+        """See `ServingRegistry.wake`."""
         live = self._registry.deployments.get(resource)
         if live is None:
             raise LookupError(f"no deployment {resource!r}")

@@ -18,14 +18,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
 from fireworks_training.local.gateway.inference.engine_stream import EngineGone
-from fireworks_training.local.gateway.inference.registry import REGISTRY, LiveDeployment, Registry
+from fireworks_training.local.gateway.inference.registry import (
+    REGISTRY,
+    LiveDeployment,
+    ServingRegistry,
+)
 from fireworks_training.local.gateway.inference.serving import (
     RETRY_SOON,
     add_waking,
     find_deployment,
     ready_engines,
 )
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.snapshots import InvalidName, check_name
 
 log = logging.getLogger(__name__)
@@ -87,7 +91,7 @@ async def post_hot_load(request: web.Request) -> web.Response:
             for engine in engines
         ]
     except EngineGone as error:
-        raise Problem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
+        raise HttpProblem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
     recording = asyncio.create_task(
         _record(request.app[REGISTRY], live, engines, body.identity, loads)
     )
@@ -122,14 +126,14 @@ def _wait_s(request: web.Request) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise Problem(400, "timeout_s must be a number of seconds from 0")
+        raise HttpProblem(400, "timeout_s must be a number of seconds from 0")
     return min(seconds, LONGEST_WAIT_S)
 
 
 def _deployment(request: web.Request) -> LiveDeployment:
     name = request.headers.get(DEPLOYMENT_HEADER)
     if not name:
-        raise Problem(400, f"the header {DEPLOYMENT_HEADER} has to name the deployment")
+        raise HttpProblem(400, f"the header {DEPLOYMENT_HEADER} has to name the deployment")
     return find_deployment(request.app[REGISTRY], name)
 
 
@@ -138,15 +142,15 @@ def _parse(data: bytes) -> HotLoadBody:
         body = HotLoadBody.model_validate(orjson.loads(data))
         check_name(body.identity)
     except orjson.JSONDecodeError:
-        raise Problem(400, "the body is not JSON") from None
+        raise HttpProblem(400, "the body is not JSON") from None
     except InvalidName as error:
-        raise Problem(400, f"{error}, field: 'identity'") from None
+        raise HttpProblem(400, f"{error}, field: 'identity'") from None
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
         extra = fault["type"] == "extra_forbidden"
         what = "Extra inputs are not permitted" if extra else fault["msg"]
-        raise Problem(400, f"{what}, field: '{name}'") from None
+        raise HttpProblem(400, f"{what}, field: '{name}'") from None
     return body
 
 
@@ -160,7 +164,7 @@ def _check_predecessor(engines: list[EngineClient], identity: str, previous: str
         held = engine.state.identity
         # The same request may come twice, and the first one have succeeded.
         if held not in (previous, identity):
-            raise Problem(
+            raise HttpProblem(
                 409,
                 f"{identity!r} is a delta to {previous!r}, but {engine.name} holds "
                 f"{held or 'the base model'!r}; load the missing snapshots in order, or save a "
@@ -185,7 +189,7 @@ def _absent_row(live: LiveDeployment) -> dict[str, object]:
 
 
 async def _record(
-    registry: Registry,
+    registry: ServingRegistry,
     live: LiveDeployment,
     engines: list[EngineClient],
     identity: str,

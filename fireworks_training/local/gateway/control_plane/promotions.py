@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import cast
 
 from fireworks_training.local.gateway.control_plane.checkpoints import find_snapshot
-from fireworks_training.local.gateway.inference.registry import ModelEntry, Registry, UnknownModel
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.inference.registry import (
+    ModelEntry,
+    ServingRegistry,
+    UnknownModel,
+)
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.model.promotion import Order
 from fireworks_training.local.settings import ACCOUNT, MODEL_PREFIX, is_resource_id
 from fireworks_training.local.store.database import AlreadyExists, Body, Database, ResourceRow
@@ -42,7 +46,7 @@ class Promotions:
     """
 
     def __init__(
-        self, database: Database, registry: Registry, state_dir: Path, make_model: MakeModel
+        self, database: Database, registry: ServingRegistry, state_dir: Path, make_model: MakeModel
     ) -> None:
         self._database = database
         self._registry = registry
@@ -95,7 +99,7 @@ class Promotions:
         """
         row = self._database.get("operation", id_)
         if row is None:
-            raise Problem(404, f"no operation {id_!r}")
+            raise HttpProblem(404, f"no operation {id_!r}")
         return row
 
     def model(self, id_: str) -> ResourceRow | None:
@@ -110,14 +114,14 @@ class Promotions:
         """
         row, name = self.model(id_), f"{MODEL_PREFIX}{id_}"
         if row is None:
-            raise Problem(404, f"no promoted model {id_!r}")
+            raise HttpProblem(404, f"no promoted model {id_!r}")
         users = [
             *(r.id for r in self._database.rows("job") if _uses(r, name)),
             *(r.id for r in self._database.rows("deployment") if _uses(r, name)),
         ]
         if users or row.state == "UPLOADING":
             by = f" by {', '.join(users)}" if users else ""
-            raise Problem(409, f"model {id_!r} is in use{by}", code="FAILED_PRECONDITION")
+            raise HttpProblem(409, f"model {id_!r} is in use{by}", code="FAILED_PRECONDITION")
         self._registry.models.pop(name, None)
         self._database.forget("model", id_)
         shutil.rmtree(self._models_dir / id_, ignore_errors=True)
@@ -181,7 +185,7 @@ class Promotions:
 
     def _reserve(self, id_: str, base: ModelEntry, manifest: Body) -> None:
         if f"{MODEL_PREFIX}{id_}" in self._registry.models:
-            raise Problem(409, f"model {id_!r} exists already")
+            raise HttpProblem(409, f"model {id_!r} exists already")
         lora = cast("Body | None", manifest.get("lora"))
         body: Body = {
             "contextLength": base.max_context_length,
@@ -197,15 +201,15 @@ class Promotions:
         try:
             self._database.create(ResourceRow("model", id_, "UPLOADING", "", body))
         except AlreadyExists:
-            raise Problem(409, f"model {id_!r} exists already, or is being made") from None
+            raise HttpProblem(409, f"model {id_!r} exists already, or is being made") from None
 
     def _base_model(self, asked: str, manifest: Body) -> ModelEntry:
         try:
             entry, _ = self._registry.find_model(asked)
         except UnknownModel as error:
-            raise Problem(400, f"base_model: {error}") from None
+            raise HttpProblem(400, f"base_model: {error}") from None
         if entry.name != manifest["base_model"]:
-            raise Problem(
+            raise HttpProblem(
                 400, f"base_model {asked!r}: it was trained from {manifest['base_model']}"
             )
         return entry
@@ -225,7 +229,7 @@ def _uses(row: ResourceRow, model: str) -> bool:
 def _text(body: Mapping[str, object], snake: str, camel: str) -> str:
     value = body.get(snake, body.get(camel))
     if not isinstance(value, str) or not value:
-        raise Problem(400, f"{snake} is missing, or no string")
+        raise HttpProblem(400, f"{snake} is missing, or no string")
     return value
 
 
@@ -235,7 +239,7 @@ _MODEL_NAME = re.compile(rf"(?:{re.escape(MODEL_PREFIX)})?([^/]*)")
 def _output_id(name: str) -> str:
     match = _MODEL_NAME.fullmatch(name)
     if match is None or not is_resource_id(match.group(1)):
-        raise Problem(
+        raise HttpProblem(
             400,
             f"output_model {name[:100]!r} must be {MODEL_PREFIX}<id>, the id 1 to 63 of a-z, 0-9"
             " and '-'",

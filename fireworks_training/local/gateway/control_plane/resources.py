@@ -15,10 +15,10 @@ from typing import cast
 from fireworks_training.local.gateway.inference.registry import (
     STAND_IN_PREFIX,
     ModelEntry,
-    Registry,
+    ServingRegistry,
     UnknownModel,
 )
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.limits import parse_duration
 from fireworks_training.local.settings import (
     ACCOUNT,
@@ -82,7 +82,7 @@ _VERSION = re.compile(r"/versions/[A-Za-z0-9._-]+$")
 
 
 @dataclass(slots=True)
-class Notices:
+class StatusNotices:
     """What a creator should know; shown as `statusMessage`."""
 
     texts: list[str] = field(default_factory=list)
@@ -114,14 +114,14 @@ def _is_plain(value: object) -> bool:
 def check_id(name: str, what: str) -> str:
     """A resource id, or a problem: it becomes part of paths."""
     if not is_resource_id(name):
-        raise Problem(400, f"{what} {name[:80]!r} is not {RESOURCE_ID_RULE}")
+        raise HttpProblem(400, f"{what} {name[:80]!r} is not {RESOURCE_ID_RULE}")
     return name
 
 
 def check_account(account: str) -> None:
     """Only one account exists."""
     if account != ACCOUNT:
-        raise Problem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
+        raise HttpProblem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
 
 
 def text_field(body: Mapping[str, object], name: str, default: str = "") -> str:
@@ -130,7 +130,7 @@ def text_field(body: Mapping[str, object], name: str, default: str = "") -> str:
     if value is None:
         return default
     if not isinstance(value, str):
-        raise Problem(400, f"{name} must be a string")
+        raise HttpProblem(400, f"{name} must be a string")
     return value
 
 
@@ -140,7 +140,7 @@ def int_field(body: Mapping[str, object], name: str, default: int, low: int, hig
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise Problem(400, f"{name} must be an integer from {low} to {high}")
+        raise HttpProblem(400, f"{name} must be an integer from {low} to {high}")
     return value
 
 
@@ -150,27 +150,27 @@ def object_field(body: Mapping[str, object], name: str) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise Problem(400, f"{name} must be an object")
+        raise HttpProblem(400, f"{name} must be an object")
     return cast("dict[str, object]", value)
 
 
-def model_field(registry: Registry, name: str, notices: Notices) -> ModelEntry:
+def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) -> ModelEntry:
     """The model behind `baseModel`."""
     try:
         entry, notice = registry.find_model(name)
     except UnknownModel as error:
-        raise Problem(400, f"baseModel: {error}") from None
+        raise HttpProblem(400, f"baseModel: {error}") from None
     notices.add(notice)
     return entry
 
 
-def shape_field(name: str, local: str, notices: Notices) -> None:
+def shape_field(name: str, local: str, notices: StatusNotices) -> None:
     """A shape: the local one, or one of the cloud's as a stand-in."""
     parent = _VERSION.sub("", name)
     if parent == local:
         return
     if not name.startswith(STAND_IN_PREFIX) or _SHAPE.fullmatch(parent) is None:
-        raise Problem(400, f"no shape {name[:200]!r}; this platform has {local}")
+        raise HttpProblem(400, f"no shape {name[:200]!r}; this platform has {local}")
     notices.add(f"{name} is not available here; {local} stands in for it")
 
 
@@ -180,7 +180,7 @@ def dtype_field(values: Mapping[str, object]) -> str | None:
     if value is None:
         return None
     if value not in SNAPSHOT_DTYPES:
-        raise Problem(400, f"snapshot_dtype must be one of {', '.join(SNAPSHOT_DTYPES)}")
+        raise HttpProblem(400, f"snapshot_dtype must be one of {', '.join(SNAPSHOT_DTYPES)}")
     return str(value)
 
 
@@ -188,23 +188,23 @@ def _delta_field(values: Mapping[str, object]) -> Body:
     """`delta_compression` of an `extraValues`, as far as a trainer has to be told."""
     value = values.get("delta_compression", "fast")
     if value not in ("fast", "small"):
-        raise Problem(400, "delta_compression must be one of fast, small")
+        raise HttpProblem(400, "delta_compression must be one of fast, small")
     return {} if value == "fast" else {"delta_compression": value}
 
 
 # -- jobs ----------------------------------------------------------------------------------------
 
 
-def job_body(body: Mapping[str, object], shape: str, registry: Registry) -> tuple[Body, str]:
+def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) -> tuple[Body, str]:
     """What is stored of a job, and its notice.
 
     Returns `{"resource": fields to show, "worker": what its trainer is told}`.
     """
-    notices = Notices()
+    notices = StatusNotices()
     training = object_field(body, "trainingConfig")
     base_model = text_field(training, "baseModel") or text_field(body, "baseModel")
     if not base_model:
-        raise Problem(400, "trainingConfig.baseModel is missing")
+        raise HttpProblem(400, "trainingConfig.baseModel is missing")
     entry = model_field(registry, base_model, notices)
     if shape:
         shape_field(shape, TRAINING_SHAPE, notices)
@@ -250,19 +250,21 @@ def _inactivity(body: Mapping[str, object]) -> Body:
         return {}
     duration = parse_duration(asked)
     if duration is None or not 0 < duration <= MAX_INACTIVITY_S:
-        raise Problem(400, f'inactivityTimeout must be "<seconds>s", up to {MAX_INACTIVITY_S:.0f}s')
+        raise HttpProblem(
+            400, f'inactivityTimeout must be "<seconds>s", up to {MAX_INACTIVITY_S:.0f}s'
+        )
     return {"inactivity_s": duration}
 
 
 def _context_length(
-    training: Mapping[str, object], entry: ModelEntry, asked_model: str, notices: Notices
+    training: Mapping[str, object], entry: ModelEntry, asked_model: str, notices: StatusNotices
 ) -> int:
     most = entry.max_context_length
     asked = int_field(training, "maxContextLength", most, 1, 1 << 24)
     if asked <= most:
         return asked
     if asked_model == entry.name:
-        raise Problem(400, f"maxContextLength must be at most {most} for {entry.name}")
+        raise HttpProblem(400, f"maxContextLength must be at most {most} for {entry.name}")
     notices.add(f"maxContextLength is {most} instead of {asked}: {entry.name} has no more")
     return most
 
@@ -282,16 +284,16 @@ def show_job(row: ResourceRow) -> Body:
 # -- deployments ---------------------------------------------------------------------------------
 
 
-def deployment_body(body: Mapping[str, object], registry: Registry) -> tuple[Body, str]:
+def deployment_body(body: Mapping[str, object], registry: ServingRegistry) -> tuple[Body, str]:
     """What is stored of a deployment, and its notice.
 
     Returns `{"resource": fields to show, "model": name of the model really served,
     "awake": replicas to start when a request wakes it}`.
     """
-    notices = Notices()
+    notices = StatusNotices()
     base_model = text_field(body, "baseModel")
     if not base_model:
-        raise Problem(400, "baseModel is missing")
+        raise HttpProblem(400, "baseModel is missing")
     entry = model_field(registry, base_model, notices)
     shape = text_field(body, "deploymentShape")
     if shape:
@@ -312,7 +314,7 @@ def replica_fields(body: Mapping[str, object], low: int, high: int) -> tuple[int
     least = int_field(body, "minReplicaCount", low, 0, MAX_REPLICAS)
     most = int_field(body, "maxReplicaCount", max(high, least), 0, MAX_REPLICAS)
     if least > most:
-        raise Problem(400, f"minReplicaCount {least} is above maxReplicaCount {most}")
+        raise HttpProblem(400, f"minReplicaCount {least} is above maxReplicaCount {most}")
     return least, most
 
 
@@ -320,7 +322,7 @@ def transition_field(body: Mapping[str, object], default: str) -> str:
     """How a hot load treats streams in flight."""
     value = text_field(body, "hotLoadTransitionType", default).upper() or default
     if value not in ("ASYNC", "SYNC"):
-        raise Problem(400, "hotLoadTransitionType must be ASYNC or SYNC")
+        raise HttpProblem(400, "hotLoadTransitionType must be ASYNC or SYNC")
     return value
 
 
@@ -328,7 +330,7 @@ def check_trainer_job(name: str) -> None:
     """The resource name of a trainer job, or empty; the job may be created later."""
     prefix = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
     if name and not (name.startswith(prefix) and is_resource_id(name.removeprefix(prefix))):
-        raise Problem(400, f"hotLoadTrainerJob must be {prefix}<id>")
+        raise HttpProblem(400, f"hotLoadTrainerJob must be {prefix}<id>")
 
 
 _PATCHABLE = (
@@ -347,7 +349,7 @@ def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Bod
     names = [_camel(name) for name in mask.split(",") if name] or list(body)
     for name in names:
         if name not in _PATCHABLE:
-            raise Problem(400, f"{name!r} can't be changed; these can: {', '.join(_PATCHABLE)}")
+            raise HttpProblem(400, f"{name!r} can't be changed; these can: {', '.join(_PATCHABLE)}")
     changes = {name: body.get(name) for name in names}
     resource = dict(cast(Body, stored["resource"]))
     # A maximum given alone pulls the minimum down with it, so that it can't contradict.

@@ -28,7 +28,12 @@ from fireworks_training.local.gateway.control_plane.trainers import (
     Trainer,
 )
 from fireworks_training.local.gateway.web.auth import KEY_HEADER
-from fireworks_training.local.gateway.web.problems import REQUEST_ID, STARTED, Problem, model_lost
+from fireworks_training.local.gateway.web.problems import (
+    REQUEST_ID,
+    STARTED,
+    HttpProblem,
+    model_lost,
+)
 
 PREFIX = "/training/v1/rlorTrainerJobs/{account}/{job}"
 MAX_BODY_BYTES = 64 << 20
@@ -87,19 +92,19 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     id_ = check_id(request.match_info["job"], "job id")
     tail = request.raw_path.partition("?")[0].split("/", 6)[-1]
     if _TAIL.fullmatch(tail) is None:
-        raise Problem(404, "a trainer serves paths below api/v1/ only")
+        raise HttpProblem(404, "a trainer serves paths below api/v1/ only")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise _too_long()
     jobs = request.app[CONTROL_PLANE].jobs
     trainer, row = jobs.trainer(id_), jobs.get(id_)
     if trainer is None:
         if row.state in (PENDING, CREATING, RUNNING):
-            raise Problem(503, f"trainer job {id_!r} is starting", headers={"Retry-After": "1"})
+            raise HttpProblem(503, f"trainer job {id_!r} is starting", headers={"Retry-After": "1"})
         return model_lost(_lost_text(id_, row.state, row.message))
     in_flight = request.app[IN_FLIGHT]
     if in_flight.get(id_, 0) >= MAX_IN_FLIGHT:
         text = f"{MAX_IN_FLIGHT} requests of job {id_!r} are in flight already"
-        raise Problem(429, text, headers={"Retry-After": "1"})
+        raise HttpProblem(429, text, headers={"Retry-After": "1"})
     in_flight[id_] = in_flight.get(id_, 0) + 1
     # Looking at a trainer does not keep it from being idle.
     activity = trainer.used() if request.method != hdrs.METH_GET else nullcontext()
@@ -109,7 +114,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     except aiohttp.ClientError as error:
         return await after_failure(request, trainer, id_, error)
     except TimeoutError:
-        raise Problem(504, f"the trainer of job {id_!r} did not answer in time") from None
+        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
     finally:
         in_flight[id_] -= 1
 
@@ -175,8 +180,8 @@ class _Body:
             yield chunk
 
 
-def _too_long() -> Problem:
-    return Problem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
+def _too_long() -> HttpProblem:
+    return HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
 
 
 async def after_failure(
@@ -190,7 +195,7 @@ async def after_failure(
         async with asyncio.timeout(LOST_WAIT_S):
             await trainer.lost.wait()
     except TimeoutError:
-        raise Problem(
+        raise HttpProblem(
             502, f"the trainer of job {id_!r} broke the connection ({type(error).__name__})"
         ) from error
     row = request.app[CONTROL_PLANE].jobs.get(id_)

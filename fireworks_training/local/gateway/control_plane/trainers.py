@@ -31,8 +31,8 @@ from fireworks_training.local.gateway.control_plane.workers import (
     WorkerFailed,
     Workers,
 )
-from fireworks_training.local.gateway.inference.registry import Registry
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.inference.registry import ServingRegistry
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.processes.worker_entry import leave_reason
 from fireworks_training.local.settings import ACCOUNT
 from fireworks_training.local.store.database import AlreadyExists, Body, Database, ResourceRow
@@ -92,7 +92,7 @@ class TrainerJobs:
         self,
         database: Database,
         workers: Workers,
-        registry: Registry,
+        registry: ServingRegistry,
         state_dir: Path,
         conditions: Conditions,
     ) -> None:
@@ -114,7 +114,7 @@ class TrainerJobs:
         """
         row = self._database.get("job", id_)
         if row is None:
-            raise Problem(404, f"no trainer job {id_!r}")
+            raise HttpProblem(404, f"no trainer job {id_!r}")
         return row
 
     def rows(self) -> list[ResourceRow]:
@@ -146,7 +146,7 @@ class TrainerJobs:
             self._database.create(row)
         except AlreadyExists:
             state = self.get(id_).state
-            raise Problem(409, f"trainer job {id_!r} exists already ({state})") from None
+            raise HttpProblem(409, f"trainer job {id_!r} exists already ({state})") from None
         self._begin(id_)
         return row
 
@@ -174,7 +174,7 @@ class TrainerJobs:
         """
         row = self.get(id_)
         if row.state not in RESUMABLE:
-            raise Problem(
+            raise HttpProblem(
                 409,
                 f"trainer job {id_!r} is {row.state}; only"
                 f" {' and '.join(sorted(RESUMABLE))} can be resumed",

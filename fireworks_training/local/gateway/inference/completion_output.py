@@ -15,7 +15,7 @@ import orjson
 from fireworks_training.local.engine_frames import Finish
 from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
 from fireworks_training.local.gateway.inference.engine_stream import Delta, TopLogprobs
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 Row = dict[str, object]
 
@@ -199,7 +199,7 @@ class CompletionOutput:
         }
 
 
-def error_event(problem: Problem) -> bytes:
+def error_event(problem: HttpProblem) -> bytes:
     """An event that ends a stream which has begun, where a status can't be sent any more."""
     error = {
         "status_code": problem.status,

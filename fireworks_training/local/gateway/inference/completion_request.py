@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 DEFAULT_MAX_TOKENS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -101,20 +101,20 @@ def parse_body(data: bytes) -> CompletionBody:
     try:
         found = orjson.loads(data)
     except orjson.JSONDecodeError:
-        raise Problem(400, "the body is not JSON") from None
+        raise HttpProblem(400, "the body is not JSON") from None
     if not isinstance(found, dict):
-        raise Problem(400, "the body is not a JSON object")
+        raise HttpProblem(400, "the body is not a JSON object")
     if found.get("images"):
-        raise Problem(400, "images are not supported by this platform, field: 'images'")
+        raise HttpProblem(400, "images are not supported by this platform, field: 'images'")
     found.pop("images", None)
     try:
         body = CompletionBody.model_validate(found)
     except ValidationError as error:
-        raise Problem(400, _say(error)) from None
+        raise HttpProblem(400, _say(error)) from None
     if (body.n or 1) != 1:
-        raise Problem(400, "n must be 1: send one request for each sample, field: 'n'")
+        raise HttpProblem(400, "n must be 1: send one request for each sample, field: 'n'")
     if body.max_tokens == 0 and not (body.echo or body.echo_last):
-        raise Problem(
+        raise HttpProblem(
             400, "max_tokens 0 gives prompt logprobs only: it needs echo, field: 'max_tokens'"
         )
     return body

@@ -53,7 +53,7 @@ class LiveDeployment:
         state: as the control plane reports it.
         desired_replicas: engines it should have; 0 = scaled to zero.
         loaded_identity: the last snapshot that every engine took; a new engine loads it before it
-            joins. None = the model's own weights. Set it through `Registry.record_loaded`.
+            joins. None = the model's own weights. Set it through `ServingRegistry.record_loaded`.
     """
 
     resource: str
@@ -75,7 +75,7 @@ def _nothing_to_record(resource: str, identity: str) -> None:
 
 
 @dataclass(slots=True, eq=False)
-class Registry:
+class ServingRegistry:
     """The live resources of one gateway.
 
     Attributes:
@@ -123,4 +123,4 @@ class Registry:
         raise UnknownModel(f"no model {name!r}; this platform serves: {known}")
 
 
-REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
+REGISTRY: web.AppKey[ServingRegistry] = web.AppKey("registry", ServingRegistry)

@@ -48,7 +48,7 @@ from fireworks_training.local.gateway.inference.serving import (
     find_deployment,
     ready_engines,
 )
-from fireworks_training.local.gateway.web.problems import REQUEST_ID, Problem
+from fireworks_training.local.gateway.web.problems import REQUEST_ID, HttpProblem
 
 KEEPALIVE_SECONDS = 15.0
 TIMEOUT_HEADER = "x-request-timeout"
@@ -70,7 +70,7 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post("/inference/v1/completions", completions)
 
 
-class NotFinite(Problem):
+class NotFinite(HttpProblem):
     """The logits hold NaN or infinity. A retry can't help, so the status is none of those."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class NotFinite(Problem):
         )
 
 
-class DeadlinePassed(Problem):
+class DeadlinePassed(HttpProblem):
     """The client would not wait any longer."""
 
     def __init__(self, seconds: float) -> None:
@@ -183,7 +183,7 @@ class _Answer:
         try:
             while self._output.finish_reason is None:
                 await self._advance(response)
-        except Problem as problem:
+        except HttpProblem as problem:
             if not response.prepared:
                 raise
             if isinstance(problem, NotFinite | DeadlinePassed):
@@ -235,7 +235,7 @@ class _Answer:
         except EngineFull as error:
             raise _busy(self._live, error) from None
         except EngineRefused as error:
-            raise Problem(400, str(error)) from None
+            raise HttpProblem(400, str(error)) from None
         if not self._echoed:
             self._echoed = True
             self._output.echo(self._stream.prompt_logprobs, self._stream.prompt_top)
@@ -287,7 +287,7 @@ def _patience(request: web.Request) -> float | None:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
-        raise Problem(
+        raise HttpProblem(
             400, f"{TIMEOUT_HEADER} is a number of seconds, over 0, at most {MAX_TIMEOUT_SECONDS}"
         )
     return seconds
@@ -302,26 +302,26 @@ def _generation(body: CompletionBody, prompt: list[int], engine: EngineClient) -
     limits = engine.limits
     for name, ids in (("prompt", prompt), ("stop", body.stop_ids)):
         if ids and max(ids) >= limits.vocab_size:
-            raise Problem(
+            raise HttpProblem(
                 400,
                 f"token id {max(ids)} is outside the vocabulary of {limits.vocab_size} tokens, "
                 f"field: '{name}'. Use the tokenizer that service.get_tokenizer() returns",
             )
     room = limits.max_context - len(prompt)
     if not prompt:
-        raise Problem(400, "the prompt has no tokens, field: 'prompt'")
+        raise HttpProblem(400, "the prompt has no tokens, field: 'prompt'")
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, room))
     if max_tokens > room:
-        raise Problem(
+        raise HttpProblem(
             400,
             f"prompt ({len(prompt)} tokens) and max_tokens ({max_tokens}) are "
             f"{len(prompt) + max_tokens} tokens, over the context of {limits.max_context}: "
             "shorten the prompt, or pass a smaller max_tokens",
         )
     if (body.min_tokens or 0) > max_tokens:
-        raise Problem(400, f"min_tokens {body.min_tokens} is over max_tokens {max_tokens}")
+        raise HttpProblem(400, f"min_tokens {body.min_tokens} is over max_tokens {max_tokens}")
     return Generation(
         prompt=prompt,
         max_tokens=max_tokens,
@@ -344,7 +344,7 @@ async def _codec(app: web.Application, model: ModelEntry) -> TextCodec:
             # Two requests may both read it; the later one just replaces an equal codec.
             codecs[model.path] = await asyncio.to_thread(TextCodec, model.path)
         except FileNotFoundError as error:
-            raise Problem(400, str(error), code="FAILED_PRECONDITION") from None
+            raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
     return codecs[model.path]
 
 
@@ -354,9 +354,9 @@ async def _encode(codec: TextCodec, text: str) -> list[int]:
     return await asyncio.to_thread(codec.encode, text)
 
 
-def _busy(live: LiveDeployment, error: EngineFull) -> Problem:
-    return Problem(429, f"{live.resource}: {error}", headers=RETRY_SOON)
+def _busy(live: LiveDeployment, error: EngineFull) -> HttpProblem:
+    return HttpProblem(429, f"{live.resource}: {error}", headers=RETRY_SOON)
 
 
-def _gone(live: LiveDeployment) -> Problem:
-    return Problem(503, f"{live.resource}: its engine is being replaced", headers=RETRY_SOON)
+def _gone(live: LiveDeployment) -> HttpProblem:
+    return HttpProblem(503, f"{live.resource}: its engine is being replaced", headers=RETRY_SOON)

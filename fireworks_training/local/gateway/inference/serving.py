@@ -12,8 +12,12 @@ import logging
 from aiohttp import web
 
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
-from fireworks_training.local.gateway.inference.registry import REGISTRY, LiveDeployment, Registry
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.inference.registry import (
+    REGISTRY,
+    LiveDeployment,
+    ServingRegistry,
+)
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ def add_waking(app: web.Application) -> None:
         app.on_cleanup.append(_stop_waking)
 
 
-def find_deployment(registry: Registry, name: str) -> LiveDeployment:
+def find_deployment(registry: ServingRegistry, name: str) -> LiveDeployment:
     """The deployment of a model string.
 
     Args:
@@ -52,7 +56,7 @@ def find_deployment(registry: Registry, name: str) -> LiveDeployment:
     live = registry.deployments.get(resource)
     if live is None or live.state in ("DELETING", "DELETED"):
         known = ", ".join(sorted(registry.deployments)) or "none; create one first"
-        raise Problem(404, f"no deployment {name[:200]!r}; deployments here: {known}")
+        raise HttpProblem(404, f"no deployment {name[:200]!r}; deployments here: {known}")
     return live
 
 
@@ -66,17 +70,17 @@ def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClie
     if engines:
         return engines
     if live.state == "FAILED":
-        raise Problem(
+        raise HttpProblem(
             400,
             f"{live.resource} has failed; its state says why. Delete it and create it anew",
             code="FAILED_PRECONDITION",
         )
     if live.desired_replicas == 0:
         _wake(app, live.resource)
-        raise Problem(
+        raise HttpProblem(
             503, f"{live.resource} was scaled to zero and is being woken", headers=RETRY_SOON
         )
-    raise Problem(
+    raise HttpProblem(
         503, f"{live.resource} is {live.state}: no engine is ready yet", headers=RETRY_SOON
     )
 

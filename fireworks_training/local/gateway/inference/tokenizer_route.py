@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 from fireworks_training.local.gateway.inference.registry import REGISTRY, UnknownModel
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 # config.json names the architecture, by which the tokenizer's class is found.
 FILES = (
@@ -66,12 +66,12 @@ def read_files(folder: Path) -> TokenizerFiles:
         if not path.is_file():
             continue
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise Problem(413, f"{name} of the tokenizer is over {MAX_FILE_BYTES} bytes")
+            raise HttpProblem(413, f"{name} of the tokenizer is over {MAX_FILE_BYTES} bytes")
         content = path.read_bytes()
         files[name] = base64.b64encode(content).decode()
         total.update(f"{name}:{hashlib.sha256(content).hexdigest()}\n".encode())
     if "tokenizer.json" not in files:
-        raise Problem(404, "the model's directory holds no tokenizer.json")
+        raise HttpProblem(404, "the model's directory holds no tokenizer.json")
     return TokenizerFiles(files, total.hexdigest())
 
 
@@ -84,7 +84,7 @@ async def get_tokenizer(request: web.Request) -> web.Response:
     try:
         entry, notice = request.app[REGISTRY].find_model(name)
     except UnknownModel as error:
-        raise Problem(404, str(error)) from None
+        raise HttpProblem(404, str(error)) from None
     cache = request.app[CACHE]
     if entry.path not in cache:
         cache[entry.path] = await asyncio.to_thread(read_files, entry.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 from aiohttp import web
 
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 
 async def read_json(request: web.Request) -> dict[str, object]:
@@ -18,9 +18,9 @@ async def read_json(request: web.Request) -> dict[str, object]:
     try:
         body: object = orjson.loads(raw or b"{}")
     except orjson.JSONDecodeError:
-        raise Problem(400, "the body is not JSON") from None
+        raise HttpProblem(400, "the body is not JSON") from None
     if not isinstance(body, dict):
-        raise Problem(400, "the body must be a JSON object")
+        raise HttpProblem(400, "the body must be a JSON object")
     return body
 
 
@@ -28,5 +28,5 @@ def text(body: dict[str, object], key: str) -> str:
     """A string of a body, or Problem 400."""
     value = body.get(key)
     if not isinstance(value, str) or not value:
-        raise Problem(400, f"{key} must be a non-empty string")
+        raise HttpProblem(400, f"{key} must be a non-empty string")
     return value

@@ -14,9 +14,13 @@ from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.routes import ControlPlane
 from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadFailed
 from fireworks_training.local.gateway.inference.engine_stream import EngineGone
-from fireworks_training.local.gateway.inference.registry import LiveDeployment, ModelEntry, Registry
+from fireworks_training.local.gateway.inference.registry import (
+    LiveDeployment,
+    ModelEntry,
+    ServingRegistry,
+)
 from fireworks_training.local.gateway.tinker.turns import SnapshotTurns
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import ACCOUNT
 
 DEPLOYMENT_PREFIX = "tinker-"
@@ -32,7 +36,7 @@ class TinkerEngines:
         registry: its models and what is live.
     """
 
-    def __init__(self, plane: ControlPlane, registry: Registry) -> None:
+    def __init__(self, plane: ControlPlane, registry: ServingRegistry) -> None:
         self._plane = plane
         self._registry = registry
         self._turns: dict[str, SnapshotTurns] = {}
@@ -88,22 +92,24 @@ class TinkerEngines:
                 while True:
                     live = self._registry.deployments.get(name)
                     if live is None or live.state == "FAILED":
-                        raise Problem(503, f"deployment {id_!r} did not start; its state says why")
+                        raise HttpProblem(
+                            503, f"deployment {id_!r} did not start; its state says why"
+                        )
                     engine = _engine_of(live)
                     if engine is not None:
                         return live, engine
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
-            raise Problem(503, f"deployment {id_!r} has no engine after 120 s") from None
+            raise HttpProblem(503, f"deployment {id_!r} has no engine after 120 s") from None
 
     async def _load(self, id_: str, entry: ModelEntry, identity: str) -> None:
         live, engine = await self._ready(id_, entry)
         try:
             ended = await engine.load(identity)
         except LoadFailed as error:
-            raise Problem(400, str(error), code="FAILED_PRECONDITION") from None
+            raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
         if ended.outcome != "loaded":
-            raise Problem(503, f"{live.resource}: {identity!r} was superseded by another load")
+            raise HttpProblem(503, f"{live.resource}: {identity!r} was superseded by another load")
         self._registry.record_loaded(live.resource, identity)
 
 

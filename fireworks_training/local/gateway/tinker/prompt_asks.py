@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt
 
 from fireworks_training._wire.training import schema
 from fireworks_training._wire.training.framing import FLOAT32, INT64
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 MAX_A_PLACE = 20
 """Tokens that may be named, and drawn, at one place of a prompt."""
@@ -104,19 +104,19 @@ def read_asks(
     """
     places = prompt_tokens - 1
     if draws and not places:
-        raise Problem(400, "prompt_alt_tokens_k: a prompt of one token has no place to draw at")
+        raise HttpProblem(400, "prompt_alt_tokens_k: a prompt of one token has no place to draw at")
     if targets is None:
         return PromptAsks(rows=[[]] * places, draws=draws)
     rows = _rows(targets, places)
     columns = max(map(len, rows), default=0)
     if not any(map(_named, rows)):
-        raise Problem(400, "target_prompt_logprobs: it names no token")
+        raise HttpProblem(400, "target_prompt_logprobs: it names no token")
     if columns > MAX_A_PLACE:
-        raise Problem(400, f"target_prompt_logprobs: at most {MAX_A_PLACE} tokens at a place")
+        raise HttpProblem(400, f"target_prompt_logprobs: at most {MAX_A_PLACE} tokens at a place")
     for row in rows:
         if row and not -1 <= min(row) <= max(row) < vocab_size:
             text = f"target_prompt_logprobs: token ids must be from 0 to {vocab_size - 1}, or -1"
-            raise Problem(400, text)
+            raise HttpProblem(400, text)
     return PromptAsks(rows, targets, draws, columns)
 
 
@@ -124,10 +124,12 @@ def _rows(targets: Targets, places: int) -> list[list[int]]:
     shape, data = targets.shape or [], targets.data
     crow, cols = targets.sparse_crow_indices, targets.sparse_col_indices
     if len(shape) != 2 or shape[0] != places or shape[1] < 1:
-        raise Problem(400, f"target_prompt_logprobs: the shape must be [{places}, K], K at least 1")
+        raise HttpProblem(
+            400, f"target_prompt_logprobs: the shape must be [{places}, K], K at least 1"
+        )
     if crow is None and cols is None:
         if len(data) != shape[0] * shape[1]:
-            raise Problem(400, "target_prompt_logprobs: as many values as its shape says")
+            raise HttpProblem(400, "target_prompt_logprobs: as many values as its shape says")
         return [data[i : i + shape[1]] for i in range(0, len(data), shape[1])]
     bounds = list(pairwise(crow or ()))
     fits = (
@@ -140,7 +142,7 @@ def _rows(targets: Targets, places: int) -> list[list[int]]:
         and all(0 <= column < shape[1] for column in cols)
     )
     if not fits:
-        raise Problem(400, "target_prompt_logprobs: its sparse indices do not fit its shape")
+        raise HttpProblem(400, "target_prompt_logprobs: its sparse indices do not fit its shape")
     return [data[low:high] for low, high in bounds]
 
 

@@ -24,7 +24,7 @@ from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.inference.registry import REGISTRY
 from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
     Checkpoint,
@@ -117,9 +117,9 @@ def page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str,
         limit = min(int(request.query.get("limit", "100")), MAX_PAGE)
         offset = int(request.query.get("offset", "0"))
     except ValueError:
-        raise Problem(400, "limit and offset must be whole numbers") from None
+        raise HttpProblem(400, "limit and offset must be whole numbers") from None
     if limit < 0 or offset < 0:
-        raise Problem(400, "limit and offset must not be below 0")
+        raise HttpProblem(400, "limit and offset must not be below 0")
     cursor = {"offset": offset, "limit": limit, "total_count": len(rows)}
     return rows[offset : offset + limit], cursor
 
@@ -147,7 +147,7 @@ async def _list_runs(request: web.Request) -> web.Response:
 def _run(request: web.Request, run: str) -> RunNote:
     note = _store(request).run(run)
     if note is None:
-        raise Problem(404, f"no training run {run[:100]!r}")
+        raise HttpProblem(404, f"no training run {run[:100]!r}")
     return note
 
 
@@ -172,9 +172,9 @@ async def _weights_info(request: web.Request) -> web.Response:
     try:
         checkpoint = parse_path(path)
     except BadTinkerPath as error:
-        raise Problem(400, str(error)) from None
+        raise HttpProblem(400, str(error)) from None
     if _store(request).checkpoint(checkpoint) is None:
-        raise Problem(404, f"no checkpoint {path[:200]!r}")
+        raise HttpProblem(404, f"no checkpoint {path[:200]!r}")
     run = _run(request, checkpoint.run)
     answer: dict[str, Any] = {"base_model": run.base_model, "is_lora": run.lora is not None}
     if run.lora is not None:
@@ -189,18 +189,18 @@ async def _weights_info(request: web.Request) -> web.Response:
 def _checkpoint(request: web.Request) -> Checkpoint:
     info = request.match_info
     if info["kind"] not in _TYPES:
-        raise Problem(404, f"a checkpoint is one of {', '.join(_TYPES)}")
+        raise HttpProblem(404, f"a checkpoint is one of {', '.join(_TYPES)}")
     try:
         return Checkpoint(info["run"], info["kind"], info["name"])  # type: ignore[arg-type]
     except BadTinkerPath as error:
-        raise Problem(404, str(error)) from None
+        raise HttpProblem(404, str(error)) from None
 
 
 def _note(request: web.Request) -> CheckpointNote:
     checkpoint = _checkpoint(request)
     note = _store(request).checkpoint(checkpoint)
     if note is None:
-        raise Problem(404, f"no checkpoint {checkpoint.path!r}")
+        raise HttpProblem(404, f"no checkpoint {checkpoint.path!r}")
     return note
 
 
@@ -237,7 +237,7 @@ async def _set_ttl(request: web.Request) -> web.Response:
     if seconds is not None and (
         not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1
     ):
-        raise Problem(400, "ttl_seconds must be a whole number from 1, or null")
+        raise HttpProblem(400, "ttl_seconds must be a whole number from 1, or null")
     _store(request).write_checkpoint(replace(note, expires_at=expiry(seconds)))
     return web.json_response({})
 
@@ -253,7 +253,7 @@ async def _download(request: web.Request) -> web.StreamResponse:
     checkpoint = _note(request).checkpoint
     folder = _folder(request, checkpoint)
     if folder is None:
-        raise Problem(404, f"no checkpoint {checkpoint.path!r}")
+        raise HttpProblem(404, f"no checkpoint {checkpoint.path!r}")
     # Here: what a thread makes for a handler that is cancelled meanwhile would stay.
     descriptor, name = tempfile.mkstemp(".tar.gz")
     os.close(descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 _ONE_PROJECT = "this platform has one project and one user"
 _OWN_FILES = (
@@ -46,6 +46,6 @@ def add_routes(app: web.Application) -> None:
 def _refuser(name: str, reason: str) -> Handler:
     async def refuse(request: web.Request) -> web.Response:
         await request.read()
-        raise Problem(400, f"{name} is not supported here: {reason}", code="UNIMPLEMENTED")
+        raise HttpProblem(400, f"{name} is not supported here: {reason}", code="UNIMPLEMENTED")
 
     return refuse

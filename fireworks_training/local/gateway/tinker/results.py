@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import orjson
 
 from fireworks_training.local.gateway.inference.engine_stream import EngineGone
-from fireworks_training.local.gateway.web.problems import Problem
-from fireworks_training.local.results import Ended, EndedLog, SamplingTarget
+from fireworks_training.local.gateway.web.problems import HttpProblem
+from fireworks_training.local.results import FinishedRequests, RequestOutcome, SamplingTarget
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class _Pending:
 class _Log:
     """Endings of one clone's requests; `open` are those that have not ended."""
 
-    ended: EndedLog = field(default_factory=EndedLog)
+    ended: FinishedRequests = field(default_factory=FinishedRequests)
     open: int = 0
 
 
@@ -73,7 +73,7 @@ class SampleResults:
         request_id = f"{session}:sample-{seq_id}"
         known = self._pending.get(request_id)
         if known is not None and known.digest != digest:
-            raise Problem(409, f"seq_id {seq_id} was used for another request")
+            raise HttpProblem(409, f"seq_id {seq_id} was used for another request")
         return request_id, known is not None
 
     def take(
@@ -94,7 +94,7 @@ class SampleResults:
             return request_id
         if self._waiting and self._waiting + samples > MAX_PENDING:
             text = f"{self._waiting} samples run or wait already"
-            raise Problem(429, text, headers={"Retry-After": "1"})
+            raise HttpProblem(429, text, headers={"Retry-After": "1"})
         task = asyncio.create_task(run(), name=request_id)
         self._pending[request_id] = _Pending(digest, samples, task)
         log_ = self._log(session, seq_id // CLONE)
@@ -136,20 +136,20 @@ class SampleResults:
         """
         pending = self._pending.get(request_id)
         if pending is None:
-            raise Problem(410, f"no result of {request_id[:150]!r} is here; sample again")
+            raise HttpProblem(410, f"no result of {request_id[:150]!r} is here; sample again")
         await asyncio.wait([pending.task], timeout=hold_s)
         if not pending.task.done():
             return None
         if pending.task.cancelled():
-            raise Problem(410, f"{request_id!r} was cancelled")
+            raise HttpProblem(410, f"{request_id!r} was cancelled")
         error = pending.task.exception()
         if isinstance(error, EngineGone):
             self._pending.pop(request_id, None)
-            raise Problem(410, f"{error}; sample again")
+            raise HttpProblem(410, f"{error}; sample again")
         pending.delivered = True
         if error is None:
             return pending.task.result()
-        server = not isinstance(error, Problem) or error.status >= 500
+        server = not isinstance(error, HttpProblem) or error.status >= 500
         if server:
             log.error("sampling failed", exc_info=error)
         told = {"error": str(error), "category": "server" if server else "user"}
@@ -157,7 +157,7 @@ class SampleResults:
 
     async def ended(
         self, target: SamplingTarget, cursor: int, hold_s: float
-    ) -> tuple[list[Ended], int]:
+    ) -> tuple[list[RequestOutcome], int]:
         """What has ended of a clone's requests after a cursor, waited for up to `hold_s` seconds.
 
         Raises:
@@ -168,7 +168,7 @@ class SampleResults:
         log_ = self._logs.get(key, _Log())
         behind = cursor < log_.ended.cursor
         if cursor > log_.ended.cursor or (hold_s > 0 and not behind and not log_.open):
-            raise Problem(
+            raise HttpProblem(
                 410,
                 f"nothing of {target.sampling_session_id!r} is under way here: the process that had"
                 " its requests is gone. Make another sampling client",
@@ -177,13 +177,15 @@ class SampleResults:
         request_ids, cursor = log_.ended.after(cursor)
         return [self._ended(request_id) for request_id in request_ids], cursor
 
-    def _ended(self, request_id: str) -> Ended:
+    def _ended(self, request_id: str) -> RequestOutcome:
         pending = self._pending.get(request_id)
         if pending is None:
-            return Ended(request_id, failed=False)  # asked for by name, it is answered with 410
+            return RequestOutcome(
+                request_id, failed=False
+            )  # asked for by name, it is answered with 410
         if pending.task.cancelled() or pending.task.exception() is not None:
-            return Ended(request_id, failed=True)
-        return Ended(request_id, False, *pending.task.result())
+            return RequestOutcome(request_id, failed=True)
+        return RequestOutcome(request_id, False, *pending.task.result())
 
     def retrieved(self, session: str, request_ids: Iterable[str]) -> None:
         """Results that their client has: among the first to be dropped. Others are ignored."""

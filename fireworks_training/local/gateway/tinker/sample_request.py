@@ -30,7 +30,7 @@ from fireworks_training.local.gateway.tinker.prompt_asks import (
     Targets,
     read_asks,
 )
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 MAX_SAMPLES = 1024
 MAX_TOP = 20
@@ -95,15 +95,15 @@ def parse_sample(raw: bytes) -> SampleBody:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
-        raise Problem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
     if body.record_stability_info:
         text = (
             "record_stability_info is not supported here: the formula of the loss that it serves,"
             " stable_reinforce, is not public; use importance_sampling, ppo, cispo or gspo"
         )
-        raise Problem(400, text, code="UNIMPLEMENTED")
+        raise HttpProblem(400, text, code="UNIMPLEMENTED")
     if any(chunk.type != "encoded_text" for chunk in body.prompt.chunks):
-        raise Problem(400, "this platform takes text only: every chunk must be encoded_text")
+        raise HttpProblem(400, "this platform takes text only: every chunk must be encoded_text")
     return body
 
 
@@ -142,13 +142,13 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
     stop_texts = [stop for stop in stops if isinstance(stop, str)]
     for name, ids in (("prompt", prompt), ("stop", stop_ids)):
         if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
-            raise Problem(400, f"{name}: token ids must be from 0 to {limits.vocab_size - 1}")
+            raise HttpProblem(400, f"{name}: token ids must be from 0 to {limits.vocab_size - 1}")
     max_tokens = _max_tokens(params.max_tokens, len(prompt), limits.max_context)
     if "" in stop_texts:
-        raise Problem(400, "stop: a stop string must not be empty")
+        raise HttpProblem(400, "stop: a stop string must not be empty")
     last = body.prompt_logprobs_last_n
     if last is not None and (not body.prompt_logprobs or last > len(prompt) - 1):
-        raise Problem(
+        raise HttpProblem(
             400,
             "prompt_logprobs_last_n needs prompt_logprobs, and must be below the prompt's length",
         )
@@ -192,10 +192,10 @@ def _max_tokens(asked: int | None, prompt: int, context: int) -> int:
     """Tokens to sample; without a wish as many as there is room for."""
     room = context - prompt
     if not prompt or room < 1:
-        raise Problem(400, f"the prompt must have 1 to {context - 1} tokens")
+        raise HttpProblem(400, f"the prompt must have 1 to {context - 1} tokens")
     max_tokens = room if asked is None else asked
     if max_tokens > room:
-        raise Problem(
+        raise HttpProblem(
             400,
             f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) are {prompt + max_tokens}"
             f" tokens, over the context of {context}",

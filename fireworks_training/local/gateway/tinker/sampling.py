@@ -37,7 +37,7 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import (
     MAX_BODY_BYTES,
     BadPoll,
@@ -84,12 +84,12 @@ class TinkerSampling:
         session, number = text(body, "session_id"), body.get("sampling_session_seq_id")
         self._training.session(session)
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**9:
-            raise Problem(400, "sampling_session_seq_id must be a whole number from 0")
+            raise HttpProblem(400, "sampling_session_seq_id must be a whole number from 0")
         named = body.get("base_model"), body.get("model_path")
         note = self._note(sampling_session_id(session, number), *named)
         known = self._training.store.sampler(note.session)
         if known is not None and known != note:
-            raise Problem(409, f"sampling_session_seq_id {number} was used for another one")
+            raise HttpProblem(409, f"sampling_session_seq_id {number} was used for another one")
         # Its engine starts meanwhile; a request that comes before waits for it.
         await self._engines.engine(
             self._training.model(note.base_model), base=note.identity is None
@@ -102,16 +102,18 @@ class TinkerSampling:
             try:
                 checkpoint = parse_path(model_path)
             except BadTinkerPath as error:
-                raise Problem(400, str(error)) from None
+                raise HttpProblem(400, str(error)) from None
             run = self._training.store.run(checkpoint.run)
             found = self._training.store.checkpoint(checkpoint)
             if checkpoint.kind != "sampler_weights":
-                raise Problem(400, f"{model_path} is a training state; sample from sampler weights")
+                raise HttpProblem(
+                    400, f"{model_path} is a training state; sample from sampler weights"
+                )
             if run is None or found is None:
-                raise Problem(404, f"no checkpoint {model_path[:200]!r}")
+                raise HttpProblem(404, f"no checkpoint {model_path[:200]!r}")
             return SamplerNote(id_, run.base_model, checkpoint.identity, model_path)
         if not isinstance(base_model, str):
-            raise Problem(400, "either base_model or model_path must be given")
+            raise HttpProblem(400, "either base_model or model_path must be given")
         self._training.model(base_model)
         return SamplerNote(id_, base_model, None)
 
@@ -119,7 +121,7 @@ class TinkerSampling:
         """A sampling session. Raises Problem 404."""
         note = self._training.store.sampler(id_)
         if note is None:
-            raise Problem(404, f"no sampling session {id_[:100]!r}")
+            raise HttpProblem(404, f"no sampling session {id_[:100]!r}")
         return note
 
     # -- requests --------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class TinkerSampling:
         """
         body = parse_sample(raw)
         if body.sampling_session_id is None or body.seq_id is None:
-            raise Problem(400, "sampling_session_id and seq_id must be given")
+            raise HttpProblem(400, "sampling_session_id and seq_id must be given")
         note = self.session(body.sampling_session_id)
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         request_id, known = self.results.taken(note.session, body.seq_id, digest)
@@ -168,7 +170,7 @@ class TinkerSampling:
                         streams.append(stream)
                         stops = None if codec is None else StopText(codec, plan.stop_texts)
                         reads.append(group.create_task(_read(stream, stops)))
-            except* (EngineGone, EngineRefused, Problem) as failures:
+            except* (EngineGone, EngineRefused, HttpProblem) as failures:
                 raise _first(failures) from None
             finally:
                 for stream in streams:
@@ -190,7 +192,7 @@ def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     assert isinstance(error, Exception)
-    return Problem(400, str(error)) if isinstance(error, EngineRefused) else error
+    return HttpProblem(400, str(error)) if isinstance(error, EngineRefused) else error
 
 
 async def _open(engine: EngineClient, generation: Generation, every_token: bool) -> EngineStream:
@@ -210,7 +212,9 @@ async def _read(stream: EngineStream, stops: StopText | None) -> Sample:
         except EngineFull as error:
             raise EngineGone(str(error)) from error  # refused on arrival: to be sent again
         if delta.finish is Finish.NOT_FINITE:
-            raise Problem(400, "the weights give logits that are not finite: training has diverged")
+            raise HttpProblem(
+                400, "the weights give logits that are not finite: training has diverged"
+            )
         if sample.push(delta, stops):
             return sample
         if delta.finish:
@@ -281,12 +285,12 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
 async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
     """Batch polling; see `local.ended`."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise Problem(413, f"the body is over {MAX_BODY_BYTES} bytes")
+        raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
     raw = await request.read()
     try:
         poll: Poll = parse_poll(raw)
     except BadPoll as error:
-        raise Problem(400, str(error)) from None
+        raise HttpProblem(400, str(error)) from None
     if isinstance(poll.target, ModelTarget):
         return await pass_to_trainer(request, raw, poll.target.model_id)
     results = request.app[SAMPLING].results

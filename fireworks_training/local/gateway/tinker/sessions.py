@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from fireworks_training.local.gateway.tinker.records import kept, page
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import SessionNote, session_of
 
 OWNER = "local"
@@ -87,7 +87,7 @@ async def _get(request: web.Request) -> web.Response:
     store = request.app[TRAINING].store
     note = await asyncio.to_thread(store.session, session)
     if note is None:
-        raise Problem(404, f"no session {session[:80]!r}")
+        raise HttpProblem(404, f"no session {session[:80]!r}")
     runs = [run.run for run in await asyncio.to_thread(store.runs)]
     answer: dict[str, Any] = {
         "training_run_ids": [run for run in runs if session_of(run) == session],
@@ -105,7 +105,7 @@ async def _search(request: web.Request) -> web.Response:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
-        raise Problem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
     training = request.app[TRAINING]
     notes = (await asyncio.to_thread(training.store.sessions))[::-1]
     statuses = {note.session: _status(note, training.active(note.session)) for note in notes}

@@ -21,8 +21,12 @@ from aiohttp import web
 from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.routes import ControlPlane
 from fireworks_training.local.gateway.control_plane.trainers import FAILED, PAUSED, RUNNING, Trainer
-from fireworks_training.local.gateway.inference.registry import ModelEntry, Registry, UnknownModel
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.inference.registry import (
+    ModelEntry,
+    ServingRegistry,
+    UnknownModel,
+)
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import OFFERS
 from fireworks_training.local.store.tinker_store import SessionNote, TinkerStore, session_of
 
@@ -62,7 +66,7 @@ class TinkerTraining:
     def __init__(
         self,
         plane: ControlPlane,
-        registry: Registry,
+        registry: ServingRegistry,
         store: TinkerStore,
         offers: Sequence[str] = (),
     ) -> None:
@@ -87,7 +91,7 @@ class TinkerTraining:
         try:
             return self._registry.find_model(name)[0]
         except UnknownModel as error:
-            raise Problem(404, str(error)) from None
+            raise HttpProblem(404, str(error)) from None
 
     async def trainer_of_model(self, entry: ModelEntry) -> tuple[str, Trainer]:
         """The job that trains a model, and its trainer once it runs; made when there is none.
@@ -108,10 +112,10 @@ class TinkerTraining:
             async with asyncio.timeout(START_WITHIN_S):
                 while (trainer := jobs.trainer(id_)) is None:
                     if jobs.get(id_).state == FAILED:
-                        raise Problem(503, f"trainer job {id_!r}: {jobs.get(id_).message}")
+                        raise HttpProblem(503, f"trainer job {id_!r}: {jobs.get(id_).message}")
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
-            raise Problem(503, f"trainer job {id_!r} has not started within 120 s") from None
+            raise HttpProblem(503, f"trainer job {id_!r} has not started within 120 s") from None
         return id_, trainer
 
     def _trainers(self) -> Iterable[tuple[str, Trainer]]:
@@ -145,10 +149,10 @@ class TinkerTraining:
         known = self._sessions.get(session_id)
         if known is None:
             if session_of(f"{session_id}:") is None or not session_id.startswith("ts-"):
-                raise Problem(404, f"no session {session_id[:80]!r}")
+                raise HttpProblem(404, f"no session {session_id[:80]!r}")
             known = self._sessions[session_id] = Session({id_ for id_, _ in self._trainers()})
         if known.finished:
-            raise Problem(410, "the session was finished; create another")
+            raise HttpProblem(410, "the session was finished; create another")
         return known
 
     async def heartbeat(self, session_id: str) -> None:

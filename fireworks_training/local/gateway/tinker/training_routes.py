@@ -21,7 +21,7 @@ from fireworks_training.local.gateway.control_plane.trainers import Trainer
 from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.web.problems import Problem, model_lost
+from fireworks_training.local.gateway.web.problems import HttpProblem, model_lost
 
 FINISHES = ("success", "errored", "interrupted")
 MAX_TEXT = 4096
@@ -79,9 +79,9 @@ async def _create_session(request: web.Request) -> web.Response:
     body = await read_json(request)
     name, metadata = body.get("display_name"), body.get("user_metadata") or {}
     if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
-        raise Problem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
+        raise HttpProblem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
     if not isinstance(metadata, dict) or len(orjson.dumps(metadata)) > MAX_TEXT:
-        raise Problem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
+        raise HttpProblem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
     shown = {str(key): str(value) for key, value in metadata.items()}
     session_id = request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
@@ -97,9 +97,9 @@ async def _finish(request: web.Request) -> web.Response:
     reason, detail = body.get("reason"), body.get("detail")
     given = reason.get("type") if isinstance(reason, dict) else None
     if given not in (None, *FINISHES):
-        raise Problem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
+        raise HttpProblem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
     if not (detail is None or isinstance(detail, str)):
-        raise Problem(400, "detail must be a string")
+        raise HttpProblem(400, "detail must be a string")
     await request.app[TRAINING].finish(
         request.match_info["session_id"], given or "success", detail and detail[:MAX_TEXT]
     )
@@ -122,7 +122,7 @@ async def _load_weights(request: web.Request) -> web.StreamResponse:
     if not isinstance(named, str):
         note = training.store.run(text(body, "path").removeprefix("tinker://").partition("/")[0])
         if note is None:
-            raise Problem(404, f"no checkpoint {text(body, 'path')[:200]!r}")
+            raise HttpProblem(404, f"no checkpoint {text(body, 'path')[:200]!r}")
         named = note.base_model
         body["base_model"] = named
         raw = orjson.dumps(body)
@@ -176,7 +176,7 @@ async def forward(
     except aiohttp.ClientError as error:
         return await after_failure(request, trainer, id_, error)
     except TimeoutError:
-        raise Problem(504, f"the trainer of job {id_!r} did not answer in time") from None
+        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
 
 
 def _run_of(request: web.Request, raw: bytes) -> str:
@@ -185,7 +185,7 @@ def _run_of(request: web.Request, raw: bytes) -> str:
         try:
             body = orjson.loads(raw)
         except orjson.JSONDecodeError:
-            raise Problem(400, "the body is not JSON") from None
+            raise HttpProblem(400, "the body is not JSON") from None
         return text(body if isinstance(body, dict) else {}, "model_id")
     head = raw[:512]
     if request.headers.get(hdrs.CONTENT_ENCODING) == _ZSTD:
@@ -193,8 +193,8 @@ def _run_of(request: web.Request, raw: bytes) -> str:
             with zstandard.ZstdDecompressor().stream_reader(raw) as reader:
                 head = reader.read(512)
         except zstandard.ZstdError:
-            raise Problem(400, "the body is no zstd, as its Content-Encoding says") from None
+            raise HttpProblem(400, "the body is no zstd, as its Content-Encoding says") from None
     # Field 1, length-delimited; a run's name is shorter than 128 bytes.
     if len(head) < 2 or head[0] != 0x0A or head[1] > 0x7F:
-        raise Problem(400, "the message does not begin with the model_id")
+        raise HttpProblem(400, "the message does not begin with the model_id")
     return head[2 : 2 + head[1]].decode("ascii", "replace")

@@ -12,7 +12,7 @@ import ipaddress
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 
 KEY_HEADER = "X-API-Key"
 _PREFIXES = ("tml-", "fw_")
@@ -56,7 +56,7 @@ def key_middleware(api_key: str) -> Middleware:
         ]
         if not any(matches):
             what = "a wrong API key" if keys else "no API key"
-            raise Problem(
+            raise HttpProblem(
                 401,
                 f"the request carries {what}; send it as `{KEY_HEADER}`"
                 " or as `Authorization: Bearer`",
@@ -99,7 +99,7 @@ def host_middleware(bound_host: str) -> Middleware:
     @web.middleware
     async def check_host(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not host_is_allowed(request.headers.get(hdrs.HOST, ""), bound_host):
-            raise Problem(
+            raise HttpProblem(
                 421,
                 "the Host header does not name this platform; connect by the address that it"
                 " listens on",

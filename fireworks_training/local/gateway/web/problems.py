@@ -33,7 +33,7 @@ _CODES = {
 }
 
 
-class Problem(Exception):
+class HttpProblem(Exception):
     """An answer with an error status, raised anywhere below a handler.
 
     Attributes:
@@ -63,7 +63,7 @@ def code_of(status: int) -> str:
     return _CODES.get(status, "INTERNAL" if status >= 500 else "FAILED_PRECONDITION")
 
 
-def render(problem: Problem) -> web.Response:
+def render(problem: HttpProblem) -> web.Response:
     """The answer of a problem."""
     body = {"error": {"message": problem.message, "code": problem.code}}
     return web.json_response(body, status=problem.status, headers=problem.headers)

@@ -60,7 +60,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class QueueLimits:
     """Bounds of one line.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Done(Generic[ResultT]):
 
 
 @dataclass(frozen=True, slots=True)
-class Run(Generic[OperationT]):
+class NextOperation(Generic[OperationT]):
     """An operation to run now.
 
     Attributes:
@@ -128,14 +128,14 @@ class Advance(Generic[OperationT]):
     """Places that finished without running, and what to run, if anything."""
 
     finished: list[int]
-    run: Run[OperationT] | None
+    run: NextOperation[OperationT] | None
 
 
-class Line(Generic[OperationT, ResultT]):
+class OperationLine(Generic[OperationT, ResultT]):
     """See the module's rules. Every method returns at once; one caller at a time."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
+    def __init__(self, limits: QueueLimits | None = None) -> None:
+        self._limits = limits or QueueLimits()
         self._next = 1
         self._running: tuple[int, Role] | None = None
         self._waiting: dict[int, _Waiting[OperationT]] = {}
@@ -241,7 +241,7 @@ class Line(Generic[OperationT, ResultT]):
             else:
                 self._running = (seq_id, entry.role)
                 drop, self._drop_first = self._drop_first, False
-                return Advance(finished, Run(seq_id, operation, drop))
+                return Advance(finished, NextOperation(seq_id, operation, drop))
         return Advance(finished, None)
 
     def succeed(self, result: ResultT, size: int = 0) -> int:

@@ -193,7 +193,7 @@ Operation = (
 
 
 @dataclass(frozen=True, slots=True)
-class PassResult:
+class PassOutputs:
     """Output tensors by name for each datum, in their order, and metrics.
 
     A metric's name ends in what combines the chunks of one call, after the only colon.
@@ -221,7 +221,7 @@ class Deferred:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedResult:
     """A result as it goes over the wire."""
 
     body: bytes
@@ -231,7 +231,7 @@ class Encoded:
 class Codec(Protocol):
     """Results to bytes, in one dialect."""
 
-    def encode(self, result: PassResult | Answer) -> Encoded: ...
+    def encode(self, result: PassOutputs | Answer) -> EncodedResult: ...
 
 
 @dataclass(frozen=True, slots=True)

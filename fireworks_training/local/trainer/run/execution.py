@@ -58,7 +58,7 @@ from fireworks_training.local.trainer.queue.operations import (
     OperationFailed,
     OptimStep,
     Pass,
-    PassResult,
+    PassOutputs,
     SaveSnapshot,
     SaveState,
     TinkerSave,
@@ -149,7 +149,7 @@ class TrainedModel:
 
     def execute(
         self, operation: Operation, *, drop_gradients: bool
-    ) -> PassResult | Answer | Deferred:
+    ) -> PassOutputs | Answer | Deferred:
         """Runs one operation, after dropping what was accumulated if `drop_gradients`.
 
         Raises:
@@ -179,7 +179,7 @@ class TrainedModel:
                 error_class="OutOfMemory",
             ) from error
 
-    def _execute(self, operation: Operation) -> PassResult | Answer | Deferred:
+    def _execute(self, operation: Operation) -> PassOutputs | Answer | Deferred:
         match operation:
             case Pass():
                 return self._pass(operation)
@@ -209,16 +209,16 @@ class TrainedModel:
             yield
             self._rng = torch.get_rng_state()
 
-    def _pass(self, operation: Pass) -> PassResult:
+    def _pass(self, operation: Pass) -> PassOutputs:
         optimizer = self._optimizer
         with self._own_randomness():
             keeping = self._backwards_by_forward and not operation.backward
             graphs = self._graphs if keeping else None
             passed = run_pass(self._network, optimizer.parameters, operation, graphs)
         self._accumulate(passed, len(operation.data))
-        return PassResult(passed.outputs, metrics_of(passed, operation.data))
+        return PassOutputs(passed.outputs, metrics_of(passed, operation.data))
 
-    def _backward(self, operation: Backward) -> PassResult:
+    def _backward(self, operation: Backward) -> PassOutputs:
         # From the first one on, forward passes keep their graphs: others need not pay for that.
         self._backwards_by_forward = True
         with self._own_randomness():
@@ -227,15 +227,15 @@ class TrainedModel:
             )
         self._accumulate(passed, len(operation.forward.data))
         metrics = metrics_of(passed, operation.forward.data)
-        return PassResult(passed.outputs, {**metrics, "backward_cached_tokens:sum": float(cached)})
+        return PassOutputs(passed.outputs, {**metrics, "backward_cached_tokens:sum": float(cached)})
 
-    def _embedding_pass(self, operation: EmbeddingPass) -> PassResult:
+    def _embedding_pass(self, operation: EmbeddingPass) -> PassOutputs:
         with self._own_randomness():
             passed = run_embedding_pass(
                 self._network, self._head, self._optimizer.parameters, operation
             )
         self._accumulate(passed, len(operation.data))
-        return PassResult(passed.outputs, embedding_metrics(passed, operation))
+        return PassOutputs(passed.outputs, embedding_metrics(passed, operation))
 
     def _accumulate(self, passed: Passed, sequences: int) -> None:
         if passed.gradients is None:

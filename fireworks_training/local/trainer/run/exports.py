@@ -154,7 +154,7 @@ class SnapshotExports:
 
     def _difference(
         self, previous: _Previous, tensors: Mapping[str, Tensor]
-    ) -> deltas.Encoded | None:
+    ) -> deltas.EncodedDelta | None:
         """None where a whole snapshot is the better one."""
         # The low bits of fp32 weights change with every step: such a difference never pays.
         if self._dtype != "bfloat16" or previous.links >= LONGEST_CHAIN:

@@ -10,10 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fireworks_training.local.model.model import LoraSettings
-from fireworks_training.local.results import EndedLog
+from fireworks_training.local.results import FinishedRequests
 from fireworks_training.local.trainer.queue.leases import Leases
-from fireworks_training.local.trainer.queue.line import Expired, Failure, Line, UnknownPlace
-from fireworks_training.local.trainer.queue.operations import Codec, Encoded, Operation
+from fireworks_training.local.trainer.queue.line import (
+    Expired,
+    Failure,
+    OperationLine,
+    UnknownPlace,
+)
+from fireworks_training.local.trainer.queue.operations import Codec, EncodedResult, Operation
 from fireworks_training.local.trainer.run.execution import TrainedModel
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 
@@ -26,7 +31,7 @@ class Gone(Exception):
         self.error_class = error_class
 
 
-class NotFound(Exception):
+class UnknownRequest(Exception):
     """No such request (404)."""
 
 
@@ -65,14 +70,14 @@ class Slot:
     model_id: str
     session_id: str
     request: CreateModel
-    line: Line[Job, Encoded]
+    line: OperationLine[Job, EncodedResult]
     leases: Leases
     model: TrainedModel | None = None
-    created: Encoded | Failure | None = None
+    created: EncodedResult | Failure | None = None
     unloading: bool = False
-    unloaded: Encoded | None = None
+    unloaded: EncodedResult | None = None
     waiters: dict[str, asyncio.Event] = field(default_factory=dict)
-    ended: EndedLog = field(default_factory=EndedLog)
+    ended: FinishedRequests = field(default_factory=FinishedRequests)
 
     def notify(self, tail: str) -> None:
         """A result is there: wakes those who wait for it, and those who wait for any."""
@@ -81,7 +86,7 @@ class Slot:
             waiter.set()
         self.ended.add(f"{self.model_id}:{tail}")
 
-    async def result(self, tail: str) -> Encoded | Failure:
+    async def result(self, tail: str) -> EncodedResult | Failure:
         """A result, waited for, handed out.
 
         Raises:
@@ -92,7 +97,7 @@ class Slot:
         self.delivered(tail)
         return outcome
 
-    def outcome(self, tail: str) -> Encoded | Failure | None:
+    def outcome(self, tail: str) -> EncodedResult | Failure | None:
         """A result; None while it is not there.
 
         Raises:
@@ -105,11 +110,11 @@ class Slot:
             return self.unloaded
         seq_id = _seq_id(tail)
         if seq_id is None:
-            raise NotFound(f"there is no request {tail[:40]!r} of this model")
+            raise UnknownRequest(f"there is no request {tail[:40]!r} of this model")
         try:
             return self.line.result(seq_id)
         except UnknownPlace as error:
-            raise NotFound(str(error)) from error
+            raise UnknownRequest(str(error)) from error
         except Expired as error:
             raise Gone(str(error), "ResultExpired") from error
 

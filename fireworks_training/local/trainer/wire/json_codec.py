@@ -26,11 +26,11 @@ from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
     DiscardGradients,
-    Encoded,
+    EncodedResult,
     Operation,
     OperationFailed,
     OptimStep,
-    PassResult,
+    PassOutputs,
     Submission,
 )
 from fireworks_training.local.trainer.wire import json_states
@@ -191,10 +191,10 @@ def digest_of(kind: str, body: Body) -> bytes:
 class JsonCodec:
     """Results as JSON objects."""
 
-    def encode(self, result: PassResult | Answer) -> Encoded:
+    def encode(self, result: PassOutputs | Answer) -> EncodedResult:
         """A result as the body of a 200 answer."""
         if isinstance(result, Answer):
-            return Encoded(orjson.dumps(result.fields))
+            return EncodedResult(orjson.dumps(result.fields))
         outputs = [
             {name: _tensor(array) for name, array in output.items()} for output in result.outputs
         ]
@@ -203,7 +203,7 @@ class JsonCodec:
             "loss_fn_outputs": outputs,
             "metrics": result.metrics,
         }
-        return Encoded(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+        return EncodedResult(orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 JSON = JsonCodec()
@@ -217,7 +217,7 @@ def _tensor(array: NDArray[np.generic]) -> dict[str, object]:
     }
 
 
-def encode_failure(failure: Failure, request_id: str) -> Encoded:
+def encode_failure(failure: Failure, request_id: str) -> EncodedResult:
     """A failure as the body of a 200 answer; a retry of the poll gets the same."""
     body: dict[str, object] = {
         "error": failure.message,
@@ -232,4 +232,4 @@ def encode_failure(failure: Failure, request_id: str) -> Encoded:
             "error_class": failure.cause.error_class,
             "seq_id": failure.cause_seq_id,
         }
-    return Encoded(orjson.dumps(body))
+    return EncodedResult(orjson.dumps(body))

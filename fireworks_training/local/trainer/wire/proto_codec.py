@@ -20,10 +20,10 @@ from fireworks_training.local.trainer.queue.line import Role
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
-    Encoded,
+    EncodedResult,
     Operation,
     OperationFailed,
-    PassResult,
+    PassOutputs,
     Submission,
 )
 from fireworks_training.local.trainer.wire.datums import (
@@ -122,13 +122,13 @@ def _digest(kind: str, request: protobuf.PassRequest) -> bytes:
 class ProtobufCodec:
     """Results of passes as messages; those of other operations as JSON."""
 
-    def encode(self, result: PassResult | Answer) -> Encoded:
+    def encode(self, result: PassOutputs | Answer) -> EncodedResult:
         """A result as the body of a 200 answer."""
         if isinstance(result, Answer):
             return JSON.encode(result)
         outputs = [dict(output) for output in result.outputs]
         body = protobuf.encode_result(WireResult(OUTPUT_TYPE, outputs, dict(result.metrics)))
-        return Encoded(body, CONTENT_TYPE)
+        return EncodedResult(body, CONTENT_TYPE)
 
 
 PROTOBUF = ProtobufCodec()

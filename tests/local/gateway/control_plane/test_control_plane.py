@@ -10,7 +10,7 @@ import pytest
 
 from fireworks_training.local.gateway.control_plane.deployments import MAX_SLOTS
 from fireworks_training.local.gateway.inference.engine_client import LoadEnded
-from fireworks_training.local.gateway.inference.registry import Registry, UnknownModel
+from fireworks_training.local.gateway.inference.registry import ServingRegistry, UnknownModel
 from fireworks_training.local.processes import lifetime
 from fireworks_training.local.store.database import Database
 from tests.local.gateway.platform_fakes import (
@@ -73,7 +73,7 @@ async def test_shapes(gateway: Gateway) -> None:
 
 def test_without_models_a_stand_in_is_none() -> None:
     with pytest.raises(UnknownModel, match="none"):
-        Registry().find_model(CLOUD_MODEL)
+        ServingRegistry().find_model(CLOUD_MODEL)
 
 
 # -- jobs ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from fireworks_training.local.gateway.inference.engine_stream import EngineGone
 from fireworks_training.local.gateway.tinker.results import CLONE, MAX_PENDING, SampleResults
-from fireworks_training.local.gateway.web.problems import Problem
+from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import SamplingTarget
 
 S = "ts-0:sampler:0"
@@ -60,7 +60,7 @@ async def test_a_request_is_taken_once(requests: Requests) -> None:
     # Two of the same came at once, and both were found new.
     assert requests.take(1) == first
     await asyncio.sleep(0)
-    with pytest.raises(Problem, match="another request"):
+    with pytest.raises(HttpProblem, match="another request"):
         requests.take(1, b"other")
     assert await requests.results.result(first, 0.0) is None
     requests.ends[1].set_result(b"x")
@@ -75,7 +75,7 @@ async def test_endings_are_told_in_their_order(requests: Requests) -> None:
     requests.ends[CLONE + 1].set_result(b"c")
     await asyncio.sleep(0)
     assert not waits.done(), "another clone's ending wakes nobody"
-    requests.ends[3].set_exception(Problem(400, "no"))
+    requests.ends[3].set_exception(HttpProblem(400, "no"))
     assert await waits == ["3 True None"]
     requests.results.cancel(ids[0])
     requests.ends[2].set_result(b"b")
@@ -88,13 +88,13 @@ async def test_endings_are_told_in_their_order(requests: Requests) -> None:
 
 
 async def test_nobody_waits_for_what_is_not_under_way(requests: Requests) -> None:
-    with pytest.raises(Problem, match="Make another sampling client"):
+    with pytest.raises(HttpProblem, match="Make another sampling client"):
         await requests.ended(0)
     assert await requests.ended(0, hold_s=0.0) == []
     await requests.finish(1)
     assert len(await requests.ended(0)) == 1
     for cursor, hold_s in ((1, 5.0), (2, 0.0), (2, 5.0)):
-        with pytest.raises(Problem, match="is gone"):
+        with pytest.raises(HttpProblem, match="is gone"):
             await requests.ended(cursor, hold_s)
 
 
@@ -102,7 +102,7 @@ async def test_a_request_whose_engine_died_is_sent_again(requests: Requests) -> 
     taken = requests.take(1)
     await asyncio.sleep(0)
     requests.ends[1].set_exception(EngineGone("it died"))
-    with pytest.raises(Problem, match="sample again") as caught:
+    with pytest.raises(HttpProblem, match="sample again") as caught:
         await requests.results.result(taken, 5.0)
     assert caught.value.status == 410
     assert requests.results.taken(S, 1, b"other") == (taken, False)
@@ -111,12 +111,12 @@ async def test_a_request_whose_engine_died_is_sent_again(requests: Requests) -> 
 async def test_what_is_kept_is_bounded(requests: Requests) -> None:
     ids = await requests.finish(1, 2, 3)
     requests.take(4)
-    with pytest.raises(Problem, match="no result"):
+    with pytest.raises(HttpProblem, match="no result"):
         await requests.results.result(ids[0], 0.0)
     assert await requests.results.result(ids[2], 0.0) == (b"3", "kind")
     # What runs stays, however much there is of it, but no more is taken than so many samples.
     requests.take(5, samples=MAX_PENDING - 1)
-    with pytest.raises(Problem, match="run or wait already"):
+    with pytest.raises(HttpProblem, match="run or wait already"):
         requests.take(6, samples=1)
     await asyncio.sleep(0)
     requests.ends[5].set_result(b"5")
@@ -133,5 +133,5 @@ async def test_delivered_results_go_first(requests: Requests) -> None:
     requests.results.retrieved(S, [ids[1], "ts-9:sampler:0:sample-1", "nonsense"])
     requests.take(4)
     assert await requests.results.result(ids[0], 0.0) is not None
-    with pytest.raises(Problem, match="no result"):
+    with pytest.raises(HttpProblem, match="no result"):
         await requests.results.result(ids[1], 0.0)

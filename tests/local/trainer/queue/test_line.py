@@ -12,8 +12,8 @@ from fireworks_training.local.trainer.queue.line import (
     Closed,
     Expired,
     Failure,
-    Limits,
-    Line,
+    OperationLine,
+    QueueLimits,
     Role,
     Taken,
     TooFarAhead,
@@ -37,7 +37,7 @@ class Op:
     fate: str
 
 
-def put(line: Line[Op, str], seq_id: int, op: Op, digest: bytes = b"x") -> bool:
+def put(line: OperationLine[Op, str], seq_id: int, op: Op, digest: bytes = b"x") -> bool:
     operation = Failure("refused") if op.fate == "refused" else op
     return line.submit(seq_id, digest, op.role, operation, 1)
 
@@ -50,7 +50,7 @@ class Weights:
         self.applied: list[tuple[int, ...]] = []
         self.order: list[int] = []
 
-    def drain(self, line: Line[Op, str]) -> None:
+    def drain(self, line: OperationLine[Op, str]) -> None:
         while (run := line.advance().run) is not None:
             self.order.append(run.seq_id)
             if run.drop_gradients:
@@ -98,7 +98,7 @@ def expected(ops: list[Op]) -> tuple[list[str], list[tuple[int, ...]]]:
     return outcomes, applied
 
 
-def outcome(line: Line[Op, str], seq_id: int) -> str:
+def outcome(line: OperationLine[Op, str], seq_id: int) -> str:
     result = line.result(seq_id)
     if isinstance(result, Failure):
         return "preceded" if result.error_class == "PrecedingOperationFailed" else "failed"
@@ -115,7 +115,7 @@ operations = st.builds(
 def test_any_arrival_gives_the_outcome_of_the_line_in_order(
     ops: list[Op], data: st.DataObject
 ) -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     weights = Weights()
     arrivals = data.draw(st.permutations(range(1, len(ops) + 1)))
     for seq_id in arrivals:
@@ -139,7 +139,7 @@ def test_any_arrival_gives_the_outcome_of_the_line_in_order(
 @settings(deadline=None)
 @given(st.lists(operations, min_size=1, max_size=24))
 def test_an_applied_step_holds_all_of_its_passes_or_is_not_applied(ops: list[Op]) -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     weights = Weights()
     for seq_id, op in enumerate(ops, start=1):
         put(line, seq_id, op)
@@ -158,7 +158,7 @@ def test_an_applied_step_holds_all_of_its_passes_or_is_not_applied(ops: list[Op]
 
 
 def outcomes_of(*ops: Op) -> list[str]:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     for seq_id, op in enumerate(ops, start=1):
         put(line, seq_id, op)
     Weights().drain(line)
@@ -207,7 +207,7 @@ def test_discarding_begins_a_new_step() -> None:
 
 
 def test_the_cause_is_the_first_failure_of_the_step() -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     for seq_id, op in enumerate(
         [Op(ADDS, "works"), Op(ADDS, "fails"), Op(ADDS, "refused"), Op(ENDS, "works")], start=1
     ):
@@ -220,7 +220,7 @@ def test_the_cause_is_the_first_failure_of_the_step() -> None:
 
 
 def test_one_at_a_time_and_in_order() -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     put(line, 2, Op(ALONE, "works"))
     assert line.advance().run is None
     assert line.waits_for == 1
@@ -238,7 +238,9 @@ def test_one_at_a_time_and_in_order() -> None:
 
 
 def test_bounds() -> None:
-    line: Line[Op, str] = Line(Limits(ahead=4, ahead_bytes=2, results=3, digests=4))
+    line: OperationLine[Op, str] = OperationLine(
+        QueueLimits(ahead=4, ahead_bytes=2, results=3, digests=4)
+    )
     works = Op(ALONE, "works")
     with pytest.raises(TooFarAhead):
         put(line, 5, works)
@@ -265,7 +267,7 @@ def test_bounds() -> None:
 
 
 def test_results_that_were_delivered_are_dropped_first() -> None:
-    line: Line[Op, str] = Line(Limits(results=3))
+    line: OperationLine[Op, str] = OperationLine(QueueLimits(results=3))
     for seq_id in range(1, 4):
         put(line, seq_id, Op(ALONE, "works"))
     Weights().drain(line)
@@ -278,7 +280,7 @@ def test_results_that_were_delivered_are_dropped_first() -> None:
 
 
 def test_a_large_result_stays_until_the_next_one() -> None:
-    line: Line[Op, str] = Line(Limits(result_bytes=10))
+    line: OperationLine[Op, str] = OperationLine(QueueLimits(result_bytes=10))
     put(line, 1, Op(ALONE, "works"))
     assert line.advance().run is not None
     line.succeed("large", 100)
@@ -292,7 +294,7 @@ def test_a_large_result_stays_until_the_next_one() -> None:
 
 
 def test_a_closed_line_finishes_what_it_has() -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     put(line, 1, Op(ALONE, "works"))
     line.close()
     assert not put(line, 1, Op(ALONE, "works"))
@@ -303,7 +305,7 @@ def test_a_closed_line_finishes_what_it_has() -> None:
 
 
 def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     for seq_id, role in enumerate((ALONE, ADDS, ALONE), start=1):
         put(line, seq_id, Op(role, "works"))
     assert line.advance().run is not None
@@ -324,7 +326,7 @@ def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
 
 
 def test_what_concerns_others_can_not_leave_the_line() -> None:
-    line: Line[Op, str] = Line()
+    line: OperationLine[Op, str] = OperationLine()
     put(line, 1, Op(ADDS, "works"))
     assert line.advance().run is not None
     with pytest.raises(RuntimeError, match="adds gradients"):

@@ -19,7 +19,7 @@ from fireworks_training.local.trainer.queue.operations import (
     OperationFailed,
     OptimStep,
     Pass,
-    PassResult,
+    PassOutputs,
     SaveSnapshot,
     SaveState,
     Submission,
@@ -262,7 +262,7 @@ def test_results() -> None:
         {"logprobs": np.array([-0.1, -2.0], np.float32)},
         {"logprobs": np.zeros((0, 2), np.float32), "top_k_indices": np.array([[7, 1]])},
     ]
-    encoded = json_codec.JSON.encode(PassResult(outputs, {"loss:sum": 1.5}))
+    encoded = json_codec.JSON.encode(PassOutputs(outputs, {"loss:sum": 1.5}))
     assert encoded.content_type == "application/json"
     assert b"-0.1," in encoded.body, "printed at float32 precision"
     assert orjson.loads(encoded.body) == {
