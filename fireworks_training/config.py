@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 
 logger = logging.getLogger("fireworks_training.config")
@@ -247,14 +248,14 @@ class FiretitanProvisioningConfig:
                     f"{name}={value!r}: an id has 1 to 63 characters of a-z, 0-9 and '-', and "
                     "neither starts nor ends with '-'"
                 )
-        _one_of("hot_load_transition_type", self.hot_load_transition_type, ("ASYNC", "SYNC"))
-        _one_of(
+        one_of("hot_load_transition_type", self.hot_load_transition_type, (None, "ASYNC", "SYNC"))
+        one_of(
             "cleanup_deployment_on_close",
             self.cleanup_deployment_on_close,
-            ("delete", "scale_to_zero"),
+            (None, "delete", "scale_to_zero"),
         )
-        _one_of("snapshot_dtype", self.snapshot_dtype, ("bfloat16", "float32"))
-        _one_of("dialect", self.dialect, ("json", "protobuf"))
+        one_of("snapshot_dtype", self.snapshot_dtype, (None, "bfloat16", "float32"))
+        one_of("dialect", self.dialect, (None, "json", "protobuf"))
         if self.display_name is not None and len(self.display_name) >= 64:
             raise InvalidArgument(
                 f"display_name has {len(self.display_name)} characters; at most 63 are allowed"
@@ -312,11 +313,6 @@ class FiretitanProvisioningConfig:
 def _at_least(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgument(f"{name}={value!r}: an integer of at least {least} is needed")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise InvalidArgument(f"{name}={value!r}: allowed are {', '.join(allowed)}")
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:

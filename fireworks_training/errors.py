@@ -143,6 +143,11 @@ class NotSupported(UsageError):
 class ClientClosed(UsageError, RuntimeError):
     """The service, client or sampler was closed."""
 
+    @classmethod
+    def of(cls, what: str) -> ClientClosed:
+        """The error of whoever uses a closed `what`: "service", "sampler"."""
+        return cls(f"the {what} was closed; make a new one")
+
 
 class WrongLoop(UsageError, RuntimeError):
     """A blocking wait on the loop that has to do the work."""

@@ -25,14 +25,24 @@ VALUES |= {"server_metrics", "usage"}
 """What is public and needs no loop."""
 
 UNITS = VALUES | {"compat", "rollouts", "losses", "tito", "root"}
-UNITS |= {"_core", "_wire", "_async", "_sync", "_portal", "_outcome", "_inbox", "_tinker_types"}
+UNITS |= {
+    "_checks",
+    "_core",
+    "_wire",
+    "_async",
+    "_sync",
+    "_portal",
+    "_outcome",
+    "_inbox",
+    "_tinker_types",
+}
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 
 SHELL = VALUES - {"evaluation"}
-SHELL |= {"_core", "_wire", "_portal", "_outcome", "_inbox", "_tinker_types"}
+SHELL |= {"_checks", "_core", "_wire", "_portal", "_outcome", "_inbox", "_tinker_types"}
 """What every room of `_async` may import."""
 
-PLATFORM = {"_wire", "_core", "models", "errors"}
+PLATFORM = {"_checks", "_wire", "_core", "models", "errors"}
 """What every room of `local` may import."""
 
 
@@ -47,7 +57,8 @@ def rooms(name: str, common: set[str], **below: str) -> dict[str, set[str]]:
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors", "models"},
+    "_checks": {"errors"},
+    "config": {"errors", "models", "_checks"},
     "server_metrics": set(),
     "models": {"errors", "server_metrics"},
     "events": {"errors", "models"},
@@ -59,9 +70,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "models"},
     "_core": {"errors", "models", "_core.waits", "_core.window"},
     "_core.waits": set(),
-    "_core.window": {"errors", "models"},
+    "_core.window": {"errors", "models", "_checks"},
     "_wire": {"errors", "models"},
-    "_wire.completions": {"errors", "models", "server_metrics"},
+    "_wire.completions": {"errors", "models", "server_metrics", "_checks"},
     "_wire.training": {"errors", "models"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures", "_outcome", "_inbox"},
@@ -86,10 +97,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": UNITS - PEERS,
     # A server for agents over the public sampler: it samples like any user, and knows the names of
     # sampling options.
-    "tito": {"_wire", "models", "errors", "_async.runtime", "tito"},
+    "tito": {"_checks", "_wire", "models", "errors", "_async.runtime", "tito"},
     **rooms(
         "tito",
-        {"_wire", "models", "errors", "_async.runtime"},
+        {"_checks", "_wire", "models", "errors", "_async.runtime"},
         values="",
         rendering="values",
         evidence="rendering values",

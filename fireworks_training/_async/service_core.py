@@ -98,7 +98,7 @@ class ServiceCore:
 
     async def _on_owner(self, factory: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
         if self._closed:
-            raise ClientClosed("the service was closed; make a new one")
+            raise ClientClosed.of("service")
         return await self._owner.run(factory, label=label)
 
     def _bind_to_portal(self) -> None:

@@ -195,7 +195,7 @@ class TITOSidecar:
             OSError: the address or port can't be had.
         """
         if self._closing is not None:
-            raise ClientClosed("the sidecar was closed: make a new one")
+            raise ClientClosed.of("sidecar")
         if self._runner is not None:
             return
         from aiohttp import web

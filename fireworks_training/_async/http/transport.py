@@ -183,7 +183,7 @@ class Transport:
             ClientClosed: the transport was closed.
         """
         if self._closed:
-            raise ClientClosed("the service was closed; make a new one")
+            raise ClientClosed.of("service")
         if self._session is None:
             if self._verify_ssl or self.base_url.startswith("http://"):
                 verify: ssl.SSLContext | bool = True

@@ -212,4 +212,4 @@ def _managed(claim: Claim) -> bool:
 
 
 def _closed() -> ClientClosed:
-    return ClientClosed("the service was closed; make a new one")
+    return ClientClosed.of("service")

@@ -24,13 +24,13 @@ from fireworks_training._async.sampling.prompts import (
 )
 from fireworks_training._async.sampling.run import RequestLog, SamplingRun
 from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenStream
+from fireworks_training._checks import integer
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.completions.body import completion_body
 from fireworks_training._wire.completions.request import (
     EncodedRequest,
     SamplingOptions,
     SamplingRequest,
-    integer,
 )
 from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
 from fireworks_training.futures import SampleCall

@@ -49,7 +49,7 @@ class SamplerTasks:
             ClientClosed: the sampler was closed.
         """
         if self.closed:
-            raise ClientClosed("the sampler was closed; make a new one")
+            raise ClientClosed.of("sampler")
 
     def spawn(
         self, work: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args, label: str

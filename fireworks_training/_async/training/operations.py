@@ -16,6 +16,7 @@ import orjson
 from fireworks_training._async.training.arguments import check_name, check_state
 from fireworks_training._async.training.queue import Operation, OperationContext, OperationQueue
 from fireworks_training._async.training.requests import Request, WireRequest
+from fireworks_training._checks import one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training.bodies import decode_snapshot
@@ -74,13 +75,13 @@ def optim_step(
         raise InvalidArgument(
             f"adam_params must be tinker.AdamParams, not {type(adam_params).__name__}"
         )
-    _one_of("grad_accumulation_normalization", normalization, NORMALIZATIONS)
+    one_of("grad_accumulation_normalization", normalization, NORMALIZATIONS)
     mode: Any = emit_grad_norm_metrics
     if mode is None:
         mode = getattr(adam_params, "emit_grad_norm_metrics", None)
     if isinstance(mode, bool):
         mode = "basic" if mode else "off"
-    _one_of("emit_grad_norm_metrics", mode, GRAD_NORM_METRICS)
+    one_of("emit_grad_norm_metrics", mode, GRAD_NORM_METRICS)
     adam: dict[str, Any] = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
     if mode is not None:
         adam["emit_grad_norm_metrics"] = mode
@@ -188,7 +189,7 @@ def save_weights_for_sampler(
         tinker_only: for a Tinker server, whose snapshots are of one type.
     """
     check_name("name", name)
-    _one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
+    one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
     _refuse(**refused, **({"checkpoint_type": checkpoint_type} if tinker_only else {}))
     fields = {"path": f"{name}-{suffix}"}
     if export_precision is not None:
@@ -234,13 +235,6 @@ def unload_model(model_id: str, *, tinker_only: bool = False) -> Operation[None]
             await _one(turn, "unload_model", encoded)
 
     return Operation(Role.OTHER, "unload_model", run)
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise InvalidArgument(
-            f"{name}={value!r}: allowed are {', '.join(str(v) for v in allowed if v is not None)}"
-        )
 
 
 def _refuse(**options: object) -> None:

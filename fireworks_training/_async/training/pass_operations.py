@@ -24,6 +24,7 @@ from fireworks_training._async.training.passes import (
     target_inputs,
 )
 from fireworks_training._async.training.queue import Operation
+from fireworks_training._checks import one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._wire.training.bodies import PassKind
 from fireworks_training._wire.training.datums import capture, count_tokens
@@ -104,7 +105,7 @@ class PassOperations:
     ) -> Operation[tinker.ForwardBackwardOutput]:
         """A forward_backward of InfoNCE, computed by the trainer."""
         check_datums(data)
-        _one_of("pooling", pooling, POOLINGS)
+        one_of("pooling", pooling, POOLINGS)
         if num_queries < 1 or num_extra_negatives < 0:
             raise InvalidArgument(
                 f"num_queries={num_queries} must be at least 1 and num_extra_negatives="
@@ -144,9 +145,9 @@ class PassOperations:
         check_datums(data)
         if not callable(loss_fn):
             raise InvalidArgument(f"loss_fn must be callable, not {type(loss_fn).__name__}")
-        _one_of("loss_type_input", loss_type_input, ("logprobs",))
-        _one_of("output", output, OUTPUTS)
-        _one_of("pooling", pooling, POOLINGS)
+        one_of("loss_type_input", loss_type_input, ("logprobs",))
+        one_of("output", output, OUTPUTS)
+        one_of("pooling", pooling, POOLINGS)
         if precomputed_forward is not None and output != "logprobs":
             raise InvalidArgument(
                 f"precomputed_forward holds logprobs, which {output=} has no use for"
@@ -188,8 +189,3 @@ def _brought(forward: tinker.ForwardBackwardOutput | None) -> list[Any] | None:
     if missing:
         raise InvalidArgument(f"precomputed_forward has no logprobs for datum {missing[0]}")
     return [output["logprobs"].to_numpy().copy() for output in forward.loss_fn_outputs]
-
-
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InvalidArgument(f"{name}={value!r}: allowed are {', '.join(allowed)}")

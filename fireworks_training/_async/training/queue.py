@@ -474,7 +474,7 @@ class OperationQueue:
                 logger.warning(
                     "close(): %d operations were not done and are given up", self.open_operations
                 )
-            self.end(ClientClosed("the service was closed; make a new one"))
+            self.end(ClientClosed.of("service"))
             await finish_in_spite_of_cancellation(self.settled())
 
     async def drain(self, timeout: float) -> bool:

@@ -8,7 +8,6 @@ read in `completion_chunks`.
 from __future__ import annotations
 
 import difflib
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Final, TypedDict, cast
 
 import orjson
 
+from fireworks_training._checks import integer, number
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 
 PATH: Final = "/inference/v1/completions"
@@ -109,26 +109,6 @@ def check_names(options: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, (*_OPTIONS, *_NAMED), n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_OPTIONS)}"
             raise UnknownOption(f"unknown sampling option {name!r}; {hint}")
-
-
-def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer option within its bounds."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least or (most is not None and value > most):
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
-    return value
-
-
-def number(name: str, value: object, least: float, most: float = math.inf) -> float:
-    """A finite number option within its bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value <= most):
-        bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
-    return float(value)
 
 
 def _instance(kind: type[Any], what: str) -> Callable[[str, object], Any]:
