@@ -286,7 +286,7 @@ async def overheads(served: dict[str, Any], rounds: int, **more: Any) -> dict[st
             started = time.perf_counter()
             result = await client.weight_sync()
             wall = time.perf_counter() - started
-            weights = await service._samplers.weights()
+            weights = await service._deployment.weights()
             (replica,) = await weights.replicas()
             work = sum((result.snapshot.timings or {}).values())
             work += sum((replica.timings or {}).values())

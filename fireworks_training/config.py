@@ -309,6 +309,31 @@ class FiretitanProvisioningConfig:
             raise InvalidArgument("base_model is required: the resource name of the model to train")
         return cls(**chosen)
 
+    @classmethod
+    def for_tinker_server(
+        cls, *, lora_rank: int | None, max_lora_rank: int | None, **options: Any
+    ) -> FiretitanProvisioningConfig:
+        """The configuration of a service on a server that has the Tinker API and nothing else.
+
+        Args:
+            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            max_lora_rank, options: fields of the configuration.
+
+        Raises:
+            InvalidArgument: a rank below 1.
+        """
+        if lora_rank is None:
+            lora_rank = 32 if max_lora_rank is None else 0
+        elif lora_rank < 1:
+            raise InvalidArgument(f"lora_rank={lora_rank}: a Tinker server trains adapters, from 1")
+        return cls(
+            lora_rank=lora_rank,
+            max_lora_rank=max_lora_rank,
+            create_deployment=False,
+            dialect="protobuf",
+            **options,
+        )
+
 
 def _at_least(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

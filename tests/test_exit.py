@@ -105,7 +105,7 @@ async def test_a_script_that_never_closes_ends_and_its_trainer_with_it(
         job = said(process)
         assert process.wait(SOON) == 0
     async with service_on(platform) as service:
-        plane = await service._on_owner(service._connection.open, "test")
+        plane = await service._on_owner(service._platform.open, "test")
         assert await plane.get_job(job) is None or (await plane.get_job(job)).state in (
             "JOB_STATE_DELETED",
             "JOB_STATE_DELETING",

@@ -10,6 +10,13 @@ from tests.structure import folders
 PACKAGE = Path(fireworks_training.__file__).parent
 
 
+def test_the_asyncio_shell_has_few_rooms_in_one_order() -> None:
+    shell = folders(PACKAGE)["_async"]
+    assert len(shell.arrows) <= 10
+    assert 0 < len(shell.floors()) <= 8
+    assert sum(map(len, shell.arrows.values())) <= 35
+
+
 def test_rooms_floors_arrows_and_circles_are_counted(tmp_path: Path) -> None:
     """The count sees what it looks for."""
     root = tmp_path / PACKAGE.name

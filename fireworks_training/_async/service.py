@@ -1,8 +1,12 @@
 """The service client: one trainer, one deployment, and everything that belongs to them.
 
 It provisions at the first call that needs it, hands out the training client and samplers, brings
-snapshots into the deployment, and gives back at `close()` what it made. All of its I/O runs on its
+snapshots into the deployment, and releases at `close()` what it made. All of its I/O runs on its
 owner loop, over one connection pool.
+
+It only puts together what has a room of its own: the platform (`platform`), what is provisioned
+(`resources`), the training clients of a job (`training`), the deployment and the way of new weights
+into it (`weights`), samplers (`sampling`).
 """
 
 from __future__ import annotations
@@ -10,35 +14,109 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-from fireworks_training._async.service_clients import ServiceClients
-from fireworks_training._async.service_facts import ServiceFacts
-from fireworks_training._async.service_samplers import ServiceSamplers
+from fireworks_training._async.control_plane.account import PAGE_SIZE
+from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
+from fireworks_training._async.platform.platform import Platform
+from fireworks_training._async.resources.plans import (
+    reference_config,
+    separate_reference,
+)
+from fireworks_training._async.resources.provisioner import Provisioner
+from fireworks_training._async.runtime.event_hook import EventHook
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
+from fireworks_training._async.sampling.retry_config import RetryConfig, retries_of, window_of
+from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.data_plane import DataPlane
+from fireworks_training._async.training.factory import ModelOptions, TrainingClients
+from fireworks_training._async.training.references import ReferenceClients
+from fireworks_training._async.weights.deployment import ServedDeployment
+from fireworks_training._async.weights.publisher import OnDrift, WeightPublisher
 from fireworks_training.config import (
+    CleanUp,
+    Endpoint,
     FiretitanProvisioningConfig,
     ProvisioningOptions,
     cast_options,
     resolve_endpoint,
     resolve_tinker_server,
 )
-from fireworks_training.errors import InvalidArgument, NotSupported
-from fireworks_training.futures import mark_retrieved, was_retrieved
+from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
+from fireworks_training.events import OnEvent
+from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
+from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
+from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
-    from fireworks_training.events import OnEvent
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 logger = logging.getLogger("fireworks_training.service")
 
 
-class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts):
+class AsyncFiretitanServiceClient:
     """A trainer and a deployment, managed together.
 
     Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
     nothing is provisioned before the first client or sampler is asked for.
     """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        config: FiretitanProvisioningConfig,
+        *,
+        additional_headers: Mapping[str, str] | None,
+        verify_ssl: bool,
+        user_metadata: Mapping[str, str] | None,
+        pipeline_steps: bool,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self._config = config
+        events = EventHook.of(on_event)
+        self._owner = OwnerLoop(on_blocked=None if events is None else events.blocked)
+        self._platform = Platform(
+            endpoint,
+            owner=self._owner,
+            additional_headers=additional_headers or {},
+            verify_ssl=verify_ssl,
+            events=events,
+        )
+        self._provisioner = Provisioner(self._platform, config)
+        self._deployment = ServedDeployment(self._platform, config, self._provisioner)
+        self._publisher = WeightPublisher(self._owner, self._deployment, events)
+        clients = partial(
+            TrainingClients,
+            self._platform,
+            revive=self._provisioner.revive,
+            owner=self._owner,
+            publishing=self._publisher,
+        )
+        self._trainers = clients(
+            config,
+            resources=self._provisioner.provisioned,
+            user_metadata=user_metadata or {},
+            pipeline_steps=pipeline_steps,
+        )
+        self._references = ReferenceClients(
+            config,
+            self._trainers,
+            separate=lambda: clients(
+                reference_config(config), resources=self._provisioner.reference
+            ),
+            release=self._provisioner.release_references,
+        )
+        self._closed = False
+        self._closing: asyncio.Task[BaseException | None] | None = None
 
     @classmethod
     def from_firetitan_config(
@@ -142,17 +220,15 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
         """
-        config = FiretitanProvisioningConfig(
+        config = FiretitanProvisioningConfig.for_tinker_server(
             base_model=base_model,
             tokenizer_model=tokenizer_model,
-            lora_rank=_tinker_rank(lora_rank, max_lora_rank),
+            lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,
             seed=seed,
             train_mlp=train_mlp,
             train_attn=train_attn,
             train_unembed=train_unembed,
-            create_deployment=False,
-            dialect="protobuf",
         )
         return cls(
             resolve_tinker_server(base_url=base_url, api_key=api_key),
@@ -163,6 +239,617 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
             pipeline_steps=pipeline_steps,
             on_event=on_event,
         )
+
+    # -- training clients --------------------------------------------------------------------------
+
+    async def create_training_client(
+        self,
+        base_model: str | None = None,
+        lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        lora_alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """The training client, provisioning what it needs.
+
+        The same one at every call; with `max_lora_rank` a new model at every call.
+
+        Args:
+            base_model, lora_rank, seed, train_mlp, train_attn, train_unembed, lora_alpha: if given,
+                must be those of the service. With `max_lora_rank` they are the new model's, and
+                `lora_rank` is required.
+            user_metadata: noted with the model.
+
+        Raises:
+            InvalidArgument: another model than the service was made for, or a rank out of range.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        options = ModelOptions(
+            base_model, lora_rank, lora_alpha, seed, train_mlp, train_attn, train_unembed
+        )
+        return await self._on_owner(
+            lambda: self._trainers.policy(options, user_metadata), "create_training_client"
+        )
+
+    async def create_training_client_from_state(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """A training client whose weights are those of a saved state; the optimizer starts anew.
+
+        Args:
+            path: a name, `cross_job://<job>/<name>`, or what `save_state` returned.
+            user_metadata: noted with the model.
+            weights_access_token: for states of others, where the server asks for one.
+            lora_rank: of the state's adapter; required with `max_lora_rank`.
+
+        Raises:
+            RequestFailed: there is no such state, or it does not fit; no client is made.
+            InvalidArgument: the service has its one training client already.
+            ProvisioningError: the trainer or the deployment did not come up.
+        """
+        return await self._on_owner(
+            lambda: self._trainers.from_state(
+                ModelOptions(lora_rank=lora_rank),
+                path,
+                optimizer=False,
+                weights_access_token=weights_access_token,
+                user_metadata=user_metadata,
+            ),
+            "create_training_client_from_state",
+        )
+
+    async def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        *,
+        lora_rank: int | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """A training client that goes on where a saved state stopped: weights and optimizer.
+
+        Args and errors as for `create_training_client_from_state`.
+        """
+        return await self._on_owner(
+            lambda: self._trainers.from_state(
+                ModelOptions(lora_rank=lora_rank),
+                path,
+                optimizer=True,
+                weights_access_token=weights_access_token,
+                user_metadata=user_metadata,
+            ),
+            "create_training_client_from_state_with_optimizer",
+        )
+
+    async def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> AsyncFiretitanTrainingClient:
+        """A client of the base model on the service's trainer, with the adapter off; only for LoRA.
+
+        It computes logprobs (`forward`) and trains nothing. The same one until
+        `release_references()`.
+
+        Raises:
+            InvalidArgument: another model, or a full-parameter service, whose trainer no longer
+                holds the base weights: use `create_reference_client`.
+        """
+        self._check_model(base_model)
+        if separate_reference(self._config) and not self._config.lora_rank:
+            raise InvalidArgument(
+                "a full-parameter trainer holds no base model beside the one it trains: "
+                "create_reference_client gives it a trainer of its own"
+            )
+        return await self._on_owner(
+            lambda: self._trainers.base(user_metadata), "create_base_training_client"
+        )
+
+    async def create_reference_client(
+        self,
+        base_model: str | None = None,
+        *,
+        lora_rank: int | None = None,
+        policy_client: AsyncFiretitanTrainingClient | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """A client of the model before training, for KL penalties and DPO; only `forward` is legal.
+
+        A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
+        or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
+        forward-only trainer, which the service owns: `cleanup_reference_trainer_on_close` says
+        whether it is deleted at the end. The same client until `release_references()`; one whose
+        separate trainer was lost is replaced, in the job started again.
+
+        Args:
+            base_model, lora_rank: if given, must be those of the service.
+            policy_client: whose reference it is; required with `max_lora_rank`.
+            user_metadata: noted with the model.
+
+        Raises:
+            InvalidArgument: as said above.
+            ProvisioningError: the reference trainer did not come up.
+        """
+        self._check_model(base_model)
+        if lora_rank not in (None, self._config.lora_rank):
+            raise InvalidArgument(
+                f"lora_rank={lora_rank}, but the policy's is {self._config.lora_rank}"
+            )
+        if self._config.max_lora_rank is not None and policy_client is None:
+            raise InvalidArgument("policy_client= is needed: this service trains several models")
+        self._check_client("policy_client", policy_client)
+        return await self._on_owner(
+            lambda: self._references.client(user_metadata), "create_reference_client"
+        )
+
+    async def release_references(self) -> None:
+        """Free the reference model now, and release a separate reference trainer by its policy.
+
+        Raises:
+            FireworksTrainingError: the first failure on the way.
+        """
+        await self._on_owner(self._references.release, "release_references")
+
+    async def recover_training_client(
+        self, lost: AsyncFiretitanTrainingClient | None = None
+    ) -> AsyncFiretitanTrainingClient:
+        """After `TrainerLost`: start the job again, and go on from the newest saved state.
+
+        The job gets a new process; a new model in it loads, with its optimizer, the newest state
+        that the lost client saved. What was done after that save is to be done again.
+
+        Args:
+            lost: the client that ended with `TrainerLost`; required with `max_lora_rank`, where
+                each lost client is recovered by a call of its own, and the first of them starts
+                the job again.
+
+        Raises:
+            TrainerLost: the lost client had saved no state; there is nothing to go on from.
+            InvalidArgument: the trainer is not lost, or this client was recovered already.
+            ProvisioningError: the job could not be started again.
+        """
+        self._check_client("lost", lost)
+        return await self._on_owner(
+            lambda: self._trainers.recovered(lost), "recover_training_client"
+        )
+
+    # -- samplers, and the weights they sample -----------------------------------------------------
+
+    async def create_deployment_sampler(
+        self,
+        model_path: str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of the deployment, with the snapshot `model_path` live on every replica.
+
+        All samplers of a service share its connections, and its controller unless one is given.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            tokenizer: for chat templates and text; default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default one
+                `AdaptiveConcurrencyController` for the service.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        self._check_client("training_client", training_client)
+        return await self._on_owner(
+            lambda: self._deployment.of_deployment(model_path, tokenizer, concurrency_controller),
+            "create_deployment_sampler",
+        )
+
+    async def create_deployment_sampler_for_model(
+        self,
+        model: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+        inference_url: str | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of any model string, over the service's connections; provisions nothing.
+
+        Args:
+            model: such as `accounts/<account>/deployments/<deployment>` or
+                `accounts/<account>/models/<model>`.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+            inference_url: where to sample; default the service's.
+        """
+        return await self._on_owner(
+            lambda: self._deployment.of_model(
+                model, tokenizer, concurrency_controller, inference_url
+            ),
+            "create_deployment_sampler_for_model",
+        )
+
+    async def create_inference_deployment_sampler(
+        self,
+        config: DeploymentConfig,
+        *,
+        timeout_s: float = 5400.0,
+        cleanup_on_close: CleanUp | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> DeploymentSampler:
+        """A sampler of another deployment, such as a judge's or a teacher's, made if there is none.
+
+        Args:
+            config: what is to be served. Where it is the service's own model, its shape is taken
+                unless one is given; so is its region.
+            timeout_s: seconds for the deployment to become ready.
+            cleanup_on_close: "delete" or "scale_to_zero" what this call made when the service
+                closes; None keeps it. One that was found is never touched.
+            tokenizer: default `get_tokenizer()`, which is the one of the service's own model.
+            concurrency_controller: default one of the sampler's own.
+
+        Raises:
+            InvalidArgument: the configuration contradicts itself.
+            ProvisioningError: the deployment did not come up; what this call made is deleted.
+        """
+        return await self._on_owner(
+            lambda: self._deployment.of_inference(
+                config, timeout_s, cleanup_on_close, tokenizer, concurrency_controller
+            ),
+            "create_inference_deployment_sampler",
+        )
+
+    async def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+    ) -> FiretitanSamplingClient:
+        """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
+
+        Args:
+            model_path: what `save_weights_for_sampler(...)` returned as `path`; None samples what
+                the deployment serves.
+            base_model: a model string to sample instead of the deployment.
+            retry_config: tinker's. `enable_retry_logic=False` makes one attempt. Delays double
+                from `retry_delay_base` to `retry_delay_max`, each shortened by up to
+                `jitter_factor`; a server's Retry-After is a floor. A request is tried again for
+                `progress_timeout` seconds; when no call has ended for so long, all fail. A
+                `max_connections` that is not tinker's default bounds the requests in flight. What
+                is retried stays the sampler's: 408, 429, 500, 502, 503, 504, and the network.
+            tokenizer: default `get_tokenizer()`.
+            training_client: whose snapshot it is; must be of this service.
+            concurrency_controller: bounds the requests in flight; default the service's.
+
+        Raises:
+            InvalidArgument: both a snapshot and a model are named; both `max_connections` and a
+                controller; `retry_config` is something else.
+            NotSupported: `retry_config` has other `retryable_exceptions`, or
+                `enable_stuck_detection=False`.
+            HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
+        """
+        if base_model is not None and model_path is not None:
+            raise InvalidArgument("pass model_path or base_model, not both")
+        retries = retries_of(retry_config)
+        controller = window_of(retries, concurrency_controller) or concurrency_controller
+        if base_model is not None:
+            sampler = await self.create_deployment_sampler_for_model(
+                base_model, tokenizer=tokenizer, concurrency_controller=controller
+            )
+        else:
+            sampler = await self.create_deployment_sampler(
+                model_path,
+                tokenizer=tokenizer,
+                training_client=training_client,
+                concurrency_controller=controller,
+            )
+        return FiretitanSamplingClient._with_retries(  # pyright: ignore[reportPrivateUsage]
+            sampler, retries
+        )
+
+    async def hotload_sampler_snapshot(self, path: str) -> None:
+        """Load a snapshot into the deployment, and wait until every replica serves it.
+
+        Raises:
+            HotLoadFailed, HotLoadTimeout: it did not become live.
+        """
+        await self._on_owner(lambda: self._deployment.load(path), "hotload_sampler_snapshot")
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        on_drift: OnDrift | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the newest weights into the deployment; returns at once.
+
+        See `weight_sync` of the training client, which offers more.
+
+        Args:
+            training_client: whose weights; default the service's, which must have been made.
+
+        Raises:
+            InvalidArgument: no training client was made, or it is of another service.
+        """
+        self._check_client("training_client", training_client)
+        client = training_client or self._trainers.made
+        if client is None:
+            raise InvalidArgument(
+                "there is nothing to sync: call create_training_client() first, or name the "
+                "training_client"
+            )
+        return client.weight_sync(name, on_drift=on_drift)
+
+    async def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model: the platform's own where it serves one, else
+        `tokenizer_model` by name."""
+        return await self._on_owner(self._deployment.tokenizer, "get_tokenizer")
+
+    # -- checkpoints, usage, capabilities ----------------------------------------------------------
+
+    async def list_checkpoints(
+        self, job_id: str | None = None, page_size: int = PAGE_SIZE
+    ) -> list[CheckpointInfo]:
+        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
+
+        Args:
+            job_id: default the service's own job, or the `trainer_job_id` it was made for.
+            page_size: rows of one exchange.
+
+        Raises:
+            InvalidArgument: no job is named, and there is none yet.
+            NotFound: there is no such job.
+        """
+        job = job_id or self.trainer_job_id or self._config.trainer_job_id
+        if job is None:
+            raise InvalidArgument("no trainer job yet: pass job_id=")
+
+        return await self._on_plane(
+            lambda plane: plane.list_checkpoints(job, page_size=page_size), "list_checkpoints"
+        )
+
+    async def promote_checkpoint(
+        self,
+        name: str,
+        output_model_id: str,
+        base_model: str | None = None,
+        *,
+        hot_load_deployment_id: str | None = None,
+    ) -> ModelInfo:
+        """Make a model of a checkpoint, and wait until it is one.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            base_model: default the service's.
+            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+
+        Raises:
+            InvalidArgument: an id that is not allowed, before anything is sent.
+            ProvisioningError: the promotion failed.
+        """
+        return await self._on_plane(
+            lambda plane: plane.promote_checkpoint(
+                name,
+                output_model_id,
+                base_model or self._config.base_model,
+                hot_load_deployment_id=hot_load_deployment_id,
+            ),
+            "promote_checkpoint",
+        )
+
+    def usage(self) -> Usage:
+        """What this service has used so far: tokens trained and sampled, replica-seconds.
+
+        Counted here, as answers come back; `Usage.cost(prices)` turns it into money. The record of
+        a service that was closed stays: `fireworks-training usage RUN`.
+        """
+        return self._platform.usage
+
+    async def get_server_capabilities(self) -> dict[str, Any]:
+        """What the trainer says that it can do, as it says it; provisions the trainer."""
+
+        async def ask() -> dict[str, Any]:
+            resources = await self._provisioner.provisioned()
+            url = await self._platform.trainer_url(resources.job_id)
+            return await DataPlane(self._platform.transport, url).get(
+                "get_server_capabilities", what="get_server_capabilities"
+            )
+
+        return await self._on_owner(ask, "get_server_capabilities")
+
+    # -- what it has -------------------------------------------------------------------------------
+
+    @property
+    def base_url(self) -> str:
+        """URL of the platform; of an embedded one once it runs."""
+        return self._platform.base_url
+
+    @property
+    def trainer_job_id(self) -> str | None:
+        """Id of the trainer job; None before it is provisioned."""
+        return self._provisioner.resources.job_id
+
+    @property
+    def deployment_id(self) -> str | None:
+        """Id of the deployment; None before it is provisioned, or without one."""
+        return self._provisioner.resources.deployment_id
+
+    @property
+    def training_profile(self) -> TrainingProfile | None:
+        """The training shape, resolved; None before provisioning, or without a shape."""
+        return self._provisioner.resources.profile
+
+    @property
+    def reference_job_id(self) -> str | None:
+        """Id of the separate reference trainer; None where there is none, or it is shared."""
+        reference = self._provisioner.resources.reference
+        return None if reference is None else reference.job_id
+
+    @property
+    def reference_client_job_id(self) -> str | None:
+        """Id of the job that the reference client runs on: its own, or the policy's."""
+        shared = not separate_reference(self._config)
+        return self.trainer_job_id if shared else self.reference_job_id
+
+    @property
+    def training_session_id(self) -> str | None:
+        """The trainer's name for the session; None before the first training client."""
+        return self._trainers.session_id
+
+    @property
+    def accelerator_type(self) -> str | None:
+        """Kind of accelerator of the training shape; None where it is not known."""
+        profile = self.training_profile
+        return None if profile is None else profile.accelerator_type
+
+    @property
+    def accelerator_count(self) -> int | None:
+        """Accelerators of a machine of the training shape; None where it is not known."""
+        profile = self.training_profile
+        return None if profile is None else profile.accelerator_count
+
+    @property
+    def deployment_shape(self) -> str | None:
+        """Name of the deployment's shape, or None."""
+        deployment = self._provisioner.resources.deployment
+        return deployment.deployment_shape if deployment else self._config.deployment_shape
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
+        resources = self._provisioner.resources
+        job, profile = resources.job, resources.profile
+        told = [
+            job.max_context_length if job else None,
+            self._config.max_context_length,
+            profile.max_context_length if profile else None,
+        ]
+        return next((length for length in told if length is not None), None)
+
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the deployment was found, so that it may serve another run's weights until a
+        snapshot of this one is loaded."""
+        return self._provisioner.resources.stale
+
+    # -- the spellings of the official SDK ---------------------------------------------------------
+
+    async def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """`create_training_client` by the names of the LoRA guide; needs a service made with
+        `lora_rank=` or `max_lora_rank=`."""
+        return await self.create_training_client(
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+        )
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> AsyncFiretitanTrainingClient:
+        """`create_lora_training_client`, awaited."""
+        return await self.create_lora_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
+        )
+
+    async def weight_sync_async(
+        self, name: str | None = None, *, on_drift: OnDrift | None = None
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return self.weight_sync(name, on_drift=on_drift)
+
+    async def get_server_capabilities_async(self) -> dict[str, Any]:
+        """`get_server_capabilities`."""
+        return await self.get_server_capabilities()
+
+    async def delete_training_session(self) -> None:
+        """Not supported: only serverless training has sessions of its own to delete.
+
+        Raises:
+            NotSupported: always; `close()` ends a dedicated trainer's session.
+        """
+        raise NotSupported(
+            "delete_training_session belongs to serverless training, which is not supported; "
+            "close() ends the session of a dedicated trainer"
+        )
+
+    @property
+    def reference_trainer_job_id(self) -> str | None:
+        """`reference_job_id`."""
+        return self.reference_job_id
+
+    @property
+    def managed_trainer_job_id(self) -> str | None:
+        """`trainer_job_id`."""
+        return self.trainer_job_id
+
+    @property
+    def managed_deployment_id(self) -> str | None:
+        """`deployment_id`."""
+        return self.deployment_id
+
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """`max_context_length`."""
+        return self.max_context_length
+
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """`deployment_shape`."""
+        return self.deployment_shape
+
+    @property
+    def managed_training_profile(self) -> TrainingProfile | None:
+        """`training_profile`."""
+        return self.training_profile
+
+    @property
+    def managed_accelerator_type(self) -> str | None:
+        """`accelerator_type`."""
+        return self.accelerator_type
+
+    @property
+    def managed_accelerator_count(self) -> int | None:
+        """`accelerator_count`."""
+        return self.accelerator_count
+
+    @property
+    def training_session_name(self) -> str | None:
+        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
+        return self.training_session_id
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -192,8 +879,6 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
         state = "closed" if self._closed else (self.trainer_job_id or "not provisioned")
         return f"<AsyncFiretitanServiceClient {self.base_url} {state}>"
 
-    # -- closing -----------------------------------------------------------------------------------
-
     async def _close(self, *, quiet: bool) -> None:
         self._closed = True
         if self._owner.bound is None or (self._closing is not None and self._closing.done()):
@@ -210,7 +895,7 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
 
     async def _record_usage(self) -> None:
         """Keep what was used, for `fireworks-training usage`."""
-        await self._provisioner.recorder.finish(self._connection.release_usage())
+        await self._provisioner.recorder.finish(self._platform.release_usage())
 
     async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
         """Close in order, whatever fails on the way; the error worth raising."""
@@ -221,26 +906,44 @@ class AsyncFiretitanServiceClient(ServiceClients, ServiceSamplers, ServiceFacts)
 
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._owner.release)
-            stack.push_async_callback(self._connection.close)
+            stack.push_async_callback(self._platform.close)
             stack.push_async_callback(clean_up)
             stack.push_async_callback(self._record_usage)
-            stack.push_async_callback(self._publishing.close)
-            stack.push_async_callback(self._samplers.close)
-            for trainers in (self._references, self._trainers):
-                unseen = None if trainers is None else await trainers.close(drain=drain)
+            stack.push_async_callback(self._publisher.close)
+            stack.push_async_callback(self._deployment.close)
+            for clients in (self._references, self._trainers):
+                unseen = await clients.close(drain=drain)
                 errors.extend([unseen] if unseen is not None else [])
-            if self._connection.temporary and self._trainers.saved_a_state:
+            if self._platform.temporary and self._trainers.saved_a_state:
                 logger.info(
                     "the saved states go away with the embedded platform; "
                     "base_url='local:/path' keeps them"
                 )
         return errors[0] if errors else None
 
+    # -- inside ------------------------------------------------------------------------------------
 
-def _tinker_rank(lora_rank: int | None, max_lora_rank: int | None) -> int:
-    """The rank of the adapter; 0 where each client has its own."""
-    if lora_rank is None:
-        return 32 if max_lora_rank is None else 0
-    if lora_rank < 1:
-        raise InvalidArgument(f"lora_rank={lora_rank}: a Tinker server trains adapters, from 1")
-    return lora_rank
+    def _check_model(self, base_model: str | None) -> None:
+        if base_model not in (None, self._config.base_model):
+            raise InvalidArgument(
+                f"base_model={base_model!r}, but the service was made for "
+                f"{self._config.base_model!r}: make another service for another model"
+            )
+
+    def _check_client(self, name: str, client: AsyncFiretitanTrainingClient | None) -> None:
+        if client is not None and not self._trainers.owns(client):
+            raise InvalidArgument(f"{name} is a client of another service: pass one of this one")
+
+    async def _on_owner(self, factory: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
+        if self._closed:
+            raise ClientClosed.of("service")
+        return await self._owner.run(factory, label=label)
+
+    async def _on_plane(self, work: Callable[[AsyncControlPlane], Awaitable[T]], label: str) -> T:
+        async def ask() -> T:
+            return await work(await self._platform.open())
+
+        return await self._on_owner(ask, label)
+
+    def _bind_to_portal(self) -> None:
+        self._owner.use_portal()

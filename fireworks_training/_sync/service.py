@@ -20,14 +20,13 @@ from fireworks_training._async.weights.publisher import OnDrift
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.training.client import FiretitanTrainingClient
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
+from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
 from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from fireworks_training.events import OnEvent
 
 
 class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
@@ -36,6 +35,120 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
     nothing is provisioned before the first client or sampler is asked for.
     """
+
+    @classmethod
+    def from_firetitan_config(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        managed_config: FiretitanProvisioningConfig | None = None,
+        inference_url: str | None = None,
+        hotload_api_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
+        **options: Unpack[ProvisioningOptions],
+    ) -> Self:
+        """Describe a trainer and a deployment; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`. An embedded platform needs none.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
+                platform with temporary state, "local:/path" one that keeps its state there.
+            managed_config: the whole description as one object, instead of `options`.
+            inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+            user_metadata: noted with the trainer session.
+            project_id: not supported.
+            pipeline_steps: send an `optim_step` before the results of its step are in, also to a
+                server that does not enforce atomic steps: such a server may then apply a part of a
+                step that failed.
+            on_event: a plain, quick function that is told what happens (see `Event`), on the
+                service's loop; an exception in it is logged once. None: no events are made.
+            **options: see `FiretitanProvisioningConfig`.
+
+        Raises:
+            UnknownOption, InvalidArgument, NotSupported: see `FiretitanProvisioningConfig`.
+        """
+        instance = AsyncFiretitanServiceClient.from_firetitan_config(
+            api_key=api_key,
+            base_url=base_url,
+            managed_config=managed_config,
+            inference_url=inference_url,
+            hotload_api_url=hotload_api_url,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            project_id=project_id,
+            pipeline_steps=pipeline_steps,
+            on_event=on_event,
+            **options,
+        )
+        return cls._wrap(instance)._bind()
+
+    @classmethod
+    def from_tinker_server(
+        cls,
+        base_model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        lora_rank: int | None = None,
+        max_lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        tokenizer_model: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
+    ) -> Self:
+        """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
+
+        What is saved stays on the server. There is no job and no deployment: samplers,
+        `weight_sync`, references and promotion raise `NotSupported` or `InvalidArgument`.
+
+        Args:
+            base_model: as the server names it.
+            base_url, api_key: default `TINKER_BASE_URL` (without `/api/v1`) and `TINKER_API_KEY`.
+            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
+                up to this; None makes one.
+            seed: of the adapter's initialisation; None lets the server choose.
+            train_mlp, train_attn, train_unembed: which layers an adapter covers.
+            tokenizer_model: name or folder of the tokenizer; default `base_model`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
+                `from_firetitan_config`.
+
+        Raises:
+            InvalidArgument: no URL or key, or a rank below 1.
+        """
+        instance = AsyncFiretitanServiceClient.from_tinker_server(
+            base_model,
+            base_url=base_url,
+            api_key=api_key,
+            lora_rank=lora_rank,
+            max_lora_rank=max_lora_rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            tokenizer_model=tokenizer_model,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            pipeline_steps=pipeline_steps,
+            on_event=on_event,
+        )
+        return cls._wrap(instance)._bind()
 
     def create_training_client(
         self,
@@ -71,57 +184,6 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             train_attn,
             train_unembed,
             lora_alpha,
-            user_metadata,
-        )
-        return FiretitanTrainingClient._wrap(instance)
-
-    def create_lora_training_client(
-        self,
-        base_model: str | None = None,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool | None = None,
-        train_attn: bool | None = None,
-        train_unembed: bool | None = None,
-        alpha: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> FiretitanTrainingClient:
-        """`create_training_client` by the names of the LoRA guide; needs a service made with
-        `lora_rank=` or `max_lora_rank=`."""
-        instance = self._run(
-            self._async.create_lora_training_client,
-            base_model,
-            rank,
-            seed,
-            train_mlp,
-            train_attn,
-            train_unembed,
-            alpha,
-            user_metadata,
-        )
-        return FiretitanTrainingClient._wrap(instance)
-
-    async def create_lora_training_client_async(
-        self,
-        base_model: str | None = None,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool | None = None,
-        train_attn: bool | None = None,
-        train_unembed: bool | None = None,
-        alpha: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> FiretitanTrainingClient:
-        """`create_lora_training_client`, awaited."""
-        instance = await self._hop(
-            self._async.create_lora_training_client_async,
-            base_model,
-            rank,
-            seed,
-            train_mlp,
-            train_attn,
-            train_unembed,
-            alpha,
             user_metadata,
         )
         return FiretitanTrainingClient._wrap(instance)
@@ -227,7 +289,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         return FiretitanTrainingClient._wrap(instance)
 
     def release_references(self) -> None:
-        """Free the reference model now, and give back a separate reference trainer by its policy.
+        """Free the reference model now, and release a separate reference trainer by its policy.
 
         Raises:
             FireworksTrainingError: the first failure on the way.
@@ -418,121 +480,10 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             on_drift=on_drift,
         )
 
-    async def weight_sync_async(
-        self, name: str | None = None, *, on_drift: OnDrift | None = None
-    ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
-        return await self._async.weight_sync_async(name, on_drift=on_drift)
-
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model: the platform's own where it serves one, else
         `tokenizer_model` by name."""
         return self._run(self._async.get_tokenizer)
-
-    @property
-    def base_url(self) -> str:
-        """URL of the platform; of an embedded one once it runs."""
-        return self._async.base_url
-
-    @property
-    def trainer_job_id(self) -> str | None:
-        """Id of the trainer job; None before it is provisioned."""
-        return self._async.trainer_job_id
-
-    @property
-    def deployment_id(self) -> str | None:
-        """Id of the deployment; None before it is provisioned, or without one."""
-        return self._async.deployment_id
-
-    @property
-    def training_profile(self) -> TrainingProfile | None:
-        """The training shape, resolved; None before provisioning, or without a shape."""
-        return self._async.training_profile
-
-    @property
-    def reference_job_id(self) -> str | None:
-        """Id of the separate reference trainer; None where there is none, or it is shared."""
-        return self._async.reference_job_id
-
-    @property
-    def reference_trainer_job_id(self) -> str | None:
-        """The same."""
-        return self._async.reference_trainer_job_id
-
-    @property
-    def reference_client_job_id(self) -> str | None:
-        """Id of the job that the reference client runs on: its own, or the policy's."""
-        return self._async.reference_client_job_id
-
-    @property
-    def training_session_id(self) -> str | None:
-        """The trainer's name for the session; None before the first training client."""
-        return self._async.training_session_id
-
-    @property
-    def accelerator_type(self) -> str | None:
-        """Kind of accelerator of the training shape; None where it is not known."""
-        return self._async.accelerator_type
-
-    @property
-    def accelerator_count(self) -> int | None:
-        """Accelerators of a machine of the training shape; None where it is not known."""
-        return self._async.accelerator_count
-
-    @property
-    def deployment_shape(self) -> str | None:
-        """Name of the deployment's shape, or None."""
-        return self._async.deployment_shape
-
-    @property
-    def max_context_length(self) -> int | None:
-        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        return self._async.max_context_length
-
-    def requires_initial_sampler_sync(self) -> bool:
-        """Whether the deployment was found, so that it may serve another run's weights until a
-        snapshot of this one is loaded."""
-        return self._async.requires_initial_sampler_sync()
-
-    @property
-    def managed_trainer_job_id(self) -> str | None:
-        """`trainer_job_id`."""
-        return self._async.managed_trainer_job_id
-
-    @property
-    def managed_deployment_id(self) -> str | None:
-        """`deployment_id`."""
-        return self._async.managed_deployment_id
-
-    @property
-    def managed_max_context_length(self) -> int | None:
-        """`max_context_length`."""
-        return self._async.managed_max_context_length
-
-    @property
-    def managed_deployment_shape(self) -> str | None:
-        """`deployment_shape`."""
-        return self._async.managed_deployment_shape
-
-    @property
-    def managed_training_profile(self) -> TrainingProfile | None:
-        """`training_profile`."""
-        return self._async.managed_training_profile
-
-    @property
-    def managed_accelerator_type(self) -> str | None:
-        """`accelerator_type`."""
-        return self._async.managed_accelerator_type
-
-    @property
-    def managed_accelerator_count(self) -> int | None:
-        """`accelerator_count`."""
-        return self._async.managed_accelerator_count
-
-    @property
-    def training_session_name(self) -> str | None:
-        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
-        return self._async.training_session_name
 
     def list_checkpoints(
         self, job_id: str | None = None, page_size: int = PAGE_SIZE
@@ -589,6 +540,123 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         """What the trainer says that it can do, as it says it; provisions the trainer."""
         return self._run(self._async.get_server_capabilities)
 
+    @property
+    def base_url(self) -> str:
+        """URL of the platform; of an embedded one once it runs."""
+        return self._async.base_url
+
+    @property
+    def trainer_job_id(self) -> str | None:
+        """Id of the trainer job; None before it is provisioned."""
+        return self._async.trainer_job_id
+
+    @property
+    def deployment_id(self) -> str | None:
+        """Id of the deployment; None before it is provisioned, or without one."""
+        return self._async.deployment_id
+
+    @property
+    def training_profile(self) -> TrainingProfile | None:
+        """The training shape, resolved; None before provisioning, or without a shape."""
+        return self._async.training_profile
+
+    @property
+    def reference_job_id(self) -> str | None:
+        """Id of the separate reference trainer; None where there is none, or it is shared."""
+        return self._async.reference_job_id
+
+    @property
+    def reference_client_job_id(self) -> str | None:
+        """Id of the job that the reference client runs on: its own, or the policy's."""
+        return self._async.reference_client_job_id
+
+    @property
+    def training_session_id(self) -> str | None:
+        """The trainer's name for the session; None before the first training client."""
+        return self._async.training_session_id
+
+    @property
+    def accelerator_type(self) -> str | None:
+        """Kind of accelerator of the training shape; None where it is not known."""
+        return self._async.accelerator_type
+
+    @property
+    def accelerator_count(self) -> int | None:
+        """Accelerators of a machine of the training shape; None where it is not known."""
+        return self._async.accelerator_count
+
+    @property
+    def deployment_shape(self) -> str | None:
+        """Name of the deployment's shape, or None."""
+        return self._async.deployment_shape
+
+    @property
+    def max_context_length(self) -> int | None:
+        """Tokens of a sequence that the trainer takes at most; None where it does not say."""
+        return self._async.max_context_length
+
+    def requires_initial_sampler_sync(self) -> bool:
+        """Whether the deployment was found, so that it may serve another run's weights until a
+        snapshot of this one is loaded."""
+        return self._async.requires_initial_sampler_sync()
+
+    def create_lora_training_client(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_training_client` by the names of the LoRA guide; needs a service made with
+        `lora_rank=` or `max_lora_rank=`."""
+        instance = self._run(
+            self._async.create_lora_training_client,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str | None = None,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool | None = None,
+        train_attn: bool | None = None,
+        train_unembed: bool | None = None,
+        alpha: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> FiretitanTrainingClient:
+        """`create_lora_training_client`, awaited."""
+        instance = await self._hop(
+            self._async.create_lora_training_client_async,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            alpha,
+            user_metadata,
+        )
+        return FiretitanTrainingClient._wrap(instance)
+
+    async def weight_sync_async(
+        self, name: str | None = None, *, on_drift: OnDrift | None = None
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return await self._async.weight_sync_async(name, on_drift=on_drift)
+
     async def get_server_capabilities_async(self) -> dict[str, Any]:
         """`get_server_capabilities`."""
         return await self._hop(self._async.get_server_capabilities_async)
@@ -601,119 +669,50 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         """
         self._run(self._async.delete_training_session)
 
-    @classmethod
-    def from_firetitan_config(
-        cls,
-        *,
-        api_key: str | None = None,
-        base_url: str | None = None,
-        managed_config: FiretitanProvisioningConfig | None = None,
-        inference_url: str | None = None,
-        hotload_api_url: str | None = None,
-        additional_headers: Mapping[str, str] | None = None,
-        verify_ssl: bool = True,
-        user_metadata: Mapping[str, str] | None = None,
-        project_id: str | None = None,
-        pipeline_steps: bool = False,
-        on_event: OnEvent | None = None,
-        **options: Unpack[ProvisioningOptions],
-    ) -> Self:
-        """Describe a trainer and a deployment; nothing is sent yet.
+    @property
+    def reference_trainer_job_id(self) -> str | None:
+        """`reference_job_id`."""
+        return self._async.reference_trainer_job_id
 
-        Args:
-            api_key: default `FIREWORKS_API_KEY`. An embedded platform needs none.
-            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
-                platform with temporary state, "local:/path" one that keeps its state there.
-            managed_config: the whole description as one object, instead of `options`.
-            inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
-            additional_headers: sent with every request; they win over the SDK's own.
-            verify_ssl: False accepts any TLS certificate.
-            user_metadata: noted with the trainer session.
-            project_id: not supported.
-            pipeline_steps: send an `optim_step` before the results of its step are in, also to a
-                server that does not enforce atomic steps: such a server may then apply a part of a
-                step that failed.
-            on_event: a plain, quick function that is told what happens (see `Event`), on the
-                service's loop; an exception in it is logged once. None: no events are made.
-            **options: see `FiretitanProvisioningConfig`.
+    @property
+    def managed_trainer_job_id(self) -> str | None:
+        """`trainer_job_id`."""
+        return self._async.managed_trainer_job_id
 
-        Raises:
-            UnknownOption, InvalidArgument, NotSupported: see `FiretitanProvisioningConfig`.
-        """
-        instance = AsyncFiretitanServiceClient.from_firetitan_config(
-            api_key=api_key,
-            base_url=base_url,
-            managed_config=managed_config,
-            inference_url=inference_url,
-            hotload_api_url=hotload_api_url,
-            additional_headers=additional_headers,
-            verify_ssl=verify_ssl,
-            user_metadata=user_metadata,
-            project_id=project_id,
-            pipeline_steps=pipeline_steps,
-            on_event=on_event,
-            **options,
-        )
-        return cls._wrap(instance)._bind()
+    @property
+    def managed_deployment_id(self) -> str | None:
+        """`deployment_id`."""
+        return self._async.managed_deployment_id
 
-    @classmethod
-    def from_tinker_server(
-        cls,
-        base_model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        lora_rank: int | None = None,
-        max_lora_rank: int | None = None,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        tokenizer_model: str | None = None,
-        additional_headers: Mapping[str, str] | None = None,
-        verify_ssl: bool = True,
-        user_metadata: Mapping[str, str] | None = None,
-        pipeline_steps: bool = False,
-        on_event: OnEvent | None = None,
-    ) -> Self:
-        """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
+    @property
+    def managed_max_context_length(self) -> int | None:
+        """`max_context_length`."""
+        return self._async.managed_max_context_length
 
-        What is saved stays on the server. There is no job and no deployment: samplers,
-        `weight_sync`, references and promotion raise `NotSupported` or `InvalidArgument`.
+    @property
+    def managed_deployment_shape(self) -> str | None:
+        """`deployment_shape`."""
+        return self._async.managed_deployment_shape
 
-        Args:
-            base_model: as the server names it.
-            base_url, api_key: default `TINKER_BASE_URL` (without `/api/v1`) and `TINKER_API_KEY`.
-            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
-            max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
-                up to this; None makes one.
-            seed: of the adapter's initialisation; None lets the server choose.
-            train_mlp, train_attn, train_unembed: which layers an adapter covers.
-            tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+    @property
+    def managed_training_profile(self) -> TrainingProfile | None:
+        """`training_profile`."""
+        return self._async.managed_training_profile
 
-        Raises:
-            InvalidArgument: no URL or key, or a rank below 1.
-        """
-        instance = AsyncFiretitanServiceClient.from_tinker_server(
-            base_model,
-            base_url=base_url,
-            api_key=api_key,
-            lora_rank=lora_rank,
-            max_lora_rank=max_lora_rank,
-            seed=seed,
-            train_mlp=train_mlp,
-            train_attn=train_attn,
-            train_unembed=train_unembed,
-            tokenizer_model=tokenizer_model,
-            additional_headers=additional_headers,
-            verify_ssl=verify_ssl,
-            user_metadata=user_metadata,
-            pipeline_steps=pipeline_steps,
-            on_event=on_event,
-        )
-        return cls._wrap(instance)._bind()
+    @property
+    def managed_accelerator_type(self) -> str | None:
+        """`accelerator_type`."""
+        return self._async.managed_accelerator_type
+
+    @property
+    def managed_accelerator_count(self) -> int | None:
+        """`accelerator_count`."""
+        return self._async.managed_accelerator_count
+
+    @property
+    def training_session_name(self) -> str | None:
+        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
+        return self._async.training_session_name
 
     def close(self) -> None:
         """Finish accepted operations, clean up as the policies say, close every connection.

@@ -21,8 +21,16 @@ from tests.stub_trainer import StubTrainer
 Connect = Callable[..., Any]
 
 
-async def _no_deployment() -> Any:
-    raise AssertionError("this test has no deployment")
+class NoDeployment:
+    """Counts what is saved, and serves nothing."""
+
+    def __init__(self) -> None:
+        self.chain = Chain()
+
+    async def weights(self) -> Any:
+        raise AssertionError("this test has no deployment")
+
+    of_probe = weights
 
 
 @asynccontextmanager
@@ -54,9 +62,7 @@ async def _client(url: str, **options: Any) -> AsyncIterator[AsyncFiretitanTrain
     config = FiretitanProvisioningConfig(
         base_model="accounts/test/models/stub", dialect=options.pop("dialect", None)
     )
-    options.setdefault(
-        "publishing", WeightPublisher(owner, Chain(), _no_deployment, _no_deployment)
-    )
+    options.setdefault("publishing", WeightPublisher(owner, NoDeployment()))
     try:
         capabilities = await session.create_model(config)
         client = AsyncFiretitanTrainingClient(session, capabilities, config, owner=owner, **options)

@@ -169,7 +169,7 @@ async def test_close_raises_the_failure_that_nobody_asked_about_and_cleans_up_al
     assert (await saved).path == "accepted"  # accepted operations are finished first
     await service.close()
     async with service_on(platform) as other:
-        plane = await other._on_owner(other._connection.open, "test")
+        plane = await other._on_owner(other._platform.open, "test")
         gone = await plane.get_job(job)
         assert gone is None or gone.state == "JOB_STATE_DELETED"
 

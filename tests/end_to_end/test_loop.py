@@ -190,7 +190,7 @@ async def test_what_this_service_made_is_gone_after_close_and_what_it_found_stay
         await guest.create_training_client()
     async with service_on(platform, create_deployment=True, **found) as again:
         await again.create_training_client()
-        plane = await again._on_owner(again._connection.open, "test")
+        plane = await again._on_owner(again._platform.open, "test")
         assert (await plane.get_job(found["trainer_job_id"] or "")) is not None
         await plane.delete_job(found["trainer_job_id"] or "")
         await plane.delete_deployment(found["deployment_id"] or "")

@@ -13,6 +13,7 @@ import importlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 
 from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.resources.plans import Resources
@@ -108,8 +109,8 @@ class TrainingClients:
         revive: Callable[[Resources], Awaitable[None]],
         owner: OwnerLoop,
         publishing: WeightPublisher,
-        user_metadata: Mapping[str, str],
-        pipeline_steps: bool,
+        user_metadata: Mapping[str, str] = MappingProxyType({}),
+        pipeline_steps: bool = False,
     ) -> None:
         self._connection = connection
         self._config = config

@@ -52,6 +52,23 @@ class Forward(Protocol):
     ) -> APIFuture[tinker.ForwardBackwardOutput]: ...
 
 
+class Deployment(Protocol):
+    """What serves the weights, as far as a sync needs it: `ServedDeployment`, or a test's."""
+
+    @property
+    def chain(self) -> Chain:
+        """The snapshots that were saved, and the one that is live."""
+        ...
+
+    async def weights(self) -> WeightSync:
+        """The weights that it serves."""
+        ...
+
+    async def of_probe(self) -> DeploymentSampler:
+        """A sampler for token ids, which does not wait for rollouts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A comparison of the engine's logprobs with the trainer's.
@@ -74,24 +91,19 @@ class WeightPublisher:
 
     Args:
         owner: the service's loop.
-        chain: the snapshots that are saved.
-        weights: the deployment's weights.
-        sampler: makes a sampler of the deployment, without a tokenizer.
+        deployment: what serves them.
         events: told when a snapshot is saved; None where nobody listens.
     """
 
     def __init__(
         self,
         owner: OwnerLoop,
-        chain: Chain,
-        weights: Callable[[], Awaitable[WeightSync]],
-        sampler: Callable[[], Awaitable[DeploymentSampler]],
+        deployment: Deployment,
         events: EventHook | None = None,
     ) -> None:
-        self.chain = chain
+        self.chain = deployment.chain
         self._owner = owner
-        self._weights = weights
-        self._sampler = sampler
+        self._deployment = deployment
         self._events = events
         self._numbers = itertools.count(1)
         self._syncs: set[asyncio.Task[object]] = set()
@@ -154,7 +166,7 @@ class WeightPublisher:
                     seconds=written - started,
                 )
             )
-        weights = await self._weights()
+        weights = await self._deployment.weights()
         loaded = await weights.load(snapshot.identity, save_whole=save_whole)
         live = clock()
         drift = None if probe is None else await self._drift(probe, snapshot, loaded)
@@ -174,7 +186,7 @@ class WeightPublisher:
         outputs = (await probe.trained).loss_fn_outputs
         if loaded.identity != snapshot.identity:
             return None
-        sampler = await self._sampler()
+        sampler = await self._deployment.of_probe()
         (completion,) = await sampler.sample_with_prompt_tokens(
             probe.tokens, max_tokens=1, echo=True, logprobs=True
         )
