@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
+from fireworks_training._async.official_names import OfficialServiceNames
 from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.resources.plans import (
     reference_config,
@@ -63,7 +64,7 @@ T = TypeVar("T")
 logger = logging.getLogger("fireworks_training.service")
 
 
-class AsyncFiretitanServiceClient:
+class AsyncFiretitanServiceClient(OfficialServiceNames):
     """A trainer and a deployment, managed together.
 
     Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
@@ -742,114 +743,6 @@ class AsyncFiretitanServiceClient:
         """Whether the deployment was found, so that it may serve another run's weights until a
         snapshot of this one is loaded."""
         return self._provisioner.resources.stale
-
-    # -- the spellings of the official SDK ---------------------------------------------------------
-
-    async def create_lora_training_client(
-        self,
-        base_model: str | None = None,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool | None = None,
-        train_attn: bool | None = None,
-        train_unembed: bool | None = None,
-        alpha: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> AsyncFiretitanTrainingClient:
-        """`create_training_client` by the names of the LoRA guide; needs a service made with
-        `lora_rank=` or `max_lora_rank=`."""
-        return await self.create_training_client(
-            base_model,
-            rank,
-            seed,
-            train_mlp,
-            train_attn,
-            train_unembed,
-            alpha,
-            user_metadata,
-        )
-
-    async def create_lora_training_client_async(
-        self,
-        base_model: str | None = None,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool | None = None,
-        train_attn: bool | None = None,
-        train_unembed: bool | None = None,
-        alpha: int | None = None,
-        user_metadata: Mapping[str, str] | None = None,
-    ) -> AsyncFiretitanTrainingClient:
-        """`create_lora_training_client`, awaited."""
-        return await self.create_lora_training_client(
-            base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
-        )
-
-    async def weight_sync_async(
-        self, name: str | None = None, *, on_drift: OnDrift | None = None
-    ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
-        return self.weight_sync(name, on_drift=on_drift)
-
-    async def get_server_capabilities_async(self) -> dict[str, Any]:
-        """`get_server_capabilities`."""
-        return await self.get_server_capabilities()
-
-    async def delete_training_session(self) -> None:
-        """Not supported: only serverless training has sessions of its own to delete.
-
-        Raises:
-            NotSupported: always; `close()` ends a dedicated trainer's session.
-        """
-        raise NotSupported(
-            "delete_training_session belongs to serverless training, which is not supported; "
-            "close() ends the session of a dedicated trainer"
-        )
-
-    @property
-    def reference_trainer_job_id(self) -> str | None:
-        """`reference_job_id`."""
-        return self.reference_job_id
-
-    @property
-    def managed_trainer_job_id(self) -> str | None:
-        """`trainer_job_id`."""
-        return self.trainer_job_id
-
-    @property
-    def managed_deployment_id(self) -> str | None:
-        """`deployment_id`."""
-        return self.deployment_id
-
-    @property
-    def managed_max_context_length(self) -> int | None:
-        """`max_context_length`."""
-        return self.max_context_length
-
-    @property
-    def managed_deployment_shape(self) -> str | None:
-        """`deployment_shape`."""
-        return self.deployment_shape
-
-    @property
-    def managed_training_profile(self) -> TrainingProfile | None:
-        """`training_profile`."""
-        return self.training_profile
-
-    @property
-    def managed_accelerator_type(self) -> str | None:
-        """`accelerator_type`."""
-        return self.accelerator_type
-
-    @property
-    def managed_accelerator_count(self) -> int | None:
-        """`accelerator_count`."""
-        return self.accelerator_count
-
-    @property
-    def training_session_name(self) -> str | None:
-        """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
-        return self.training_session_id
 
     # -- the end -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The reference clients of a service: the model before training, on the policy's trainer or its own.
+"""The reference clients of a service: the model before training, on one trainer or two.
 
 A LoRA policy's reference is its trainer's base model with the adapter off; a full-parameter policy
 has a forward-only trainer of its own for it. What is provisioned for that is `resources`' matter.
