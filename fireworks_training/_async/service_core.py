@@ -80,7 +80,7 @@ class ServiceCore:
             resources=resources,
             revive=self._provisioner.revive,
             owner=self._owner,
-            publishing=self._publishing,
+            publisher=self._publishing,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
         )

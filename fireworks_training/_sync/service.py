@@ -37,6 +37,143 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     nothing is provisioned before the first client or sampler is asked for.
     """
 
+    @classmethod
+    def from_firetitan_config(
+        cls,
+        *,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        managed_config: FiretitanProvisioningConfig | None = None,
+        inference_url: str | None = None,
+        hotload_api_url: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
+        **options: Unpack[ProvisioningOptions],
+    ) -> Self:
+        """Describe a trainer and a deployment; nothing is sent yet.
+
+        Args:
+            api_key: default `FIREWORKS_API_KEY`. An embedded platform needs none.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
+                platform with temporary state, "local:/path" one that keeps its state there.
+            managed_config: the whole description as one object, instead of `options`.
+            inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
+            additional_headers: sent with every request; they win over the SDK's own.
+            verify_ssl: False accepts any TLS certificate.
+            user_metadata: noted with the trainer session.
+            project_id: not supported.
+            pipeline_steps: send an `optim_step` before the results of its step are in, also to a
+                server that does not enforce atomic steps: such a server may then apply a part of a
+                step that failed.
+            on_event: a plain, quick function that is told what happens (see `Event`), on the
+                service's loop; an exception in it is logged once. None: no events are made.
+            **options: see `FiretitanProvisioningConfig`.
+
+        Raises:
+            UnknownOption, InvalidArgument, NotSupported: see `FiretitanProvisioningConfig`.
+        """
+        instance = AsyncFiretitanServiceClient.from_firetitan_config(
+            api_key=api_key,
+            base_url=base_url,
+            managed_config=managed_config,
+            inference_url=inference_url,
+            hotload_api_url=hotload_api_url,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            project_id=project_id,
+            pipeline_steps=pipeline_steps,
+            on_event=on_event,
+            **options,
+        )
+        return cls._wrap(instance)._bind()
+
+    @classmethod
+    def from_tinker_server(
+        cls,
+        base_model: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        lora_rank: int | None = None,
+        max_lora_rank: int | None = None,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        tokenizer_model: str | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        pipeline_steps: bool = False,
+        on_event: OnEvent | None = None,
+    ) -> Self:
+        """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
+
+        What is saved stays on the server. There is no job and no deployment: samplers,
+        `weight_sync`, references and promotion raise `NotSupported` or `InvalidArgument`.
+
+        Args:
+            base_model: as the server names it.
+            base_url, api_key: default `TINKER_BASE_URL` (without `/api/v1`) and `TINKER_API_KEY`.
+            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
+                up to this; None makes one.
+            seed: of the adapter's initialisation; None lets the server choose.
+            train_mlp, train_attn, train_unembed: which layers an adapter covers.
+            tokenizer_model: name or folder of the tokenizer; default `base_model`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
+                `from_firetitan_config`.
+
+        Raises:
+            InvalidArgument: no URL or key, or a rank below 1.
+        """
+        instance = AsyncFiretitanServiceClient.from_tinker_server(
+            base_model,
+            base_url=base_url,
+            api_key=api_key,
+            lora_rank=lora_rank,
+            max_lora_rank=max_lora_rank,
+            seed=seed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+            train_unembed=train_unembed,
+            tokenizer_model=tokenizer_model,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            user_metadata=user_metadata,
+            pipeline_steps=pipeline_steps,
+            on_event=on_event,
+        )
+        return cls._wrap(instance)._bind()
+
+    def close(self) -> None:
+        """Finish accepted operations, clean up as the policies say, close every connection.
+
+        Idempotent, bounded in time, and goes on to the end when its waiter is cancelled.
+
+        Raises:
+            FireworksTrainingError: the first failure of an operation that nobody asked about, or
+                else of the clean-up; after everything is closed.
+        """
+        self._run(self._async.close)
+
+    def __enter__(self) -> Self:
+        self._run(self._async.__aenter__)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._run(self._async.__aexit__, exc_type, exc, tb)
+
     def create_training_client(
         self,
         base_model: str | None = None,
@@ -600,140 +737,3 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             NotSupported: always; `close()` ends a dedicated trainer's session.
         """
         self._run(self._async.delete_training_session)
-
-    @classmethod
-    def from_firetitan_config(
-        cls,
-        *,
-        api_key: str | None = None,
-        base_url: str | None = None,
-        managed_config: FiretitanProvisioningConfig | None = None,
-        inference_url: str | None = None,
-        hotload_api_url: str | None = None,
-        additional_headers: Mapping[str, str] | None = None,
-        verify_ssl: bool = True,
-        user_metadata: Mapping[str, str] | None = None,
-        project_id: str | None = None,
-        pipeline_steps: bool = False,
-        on_event: OnEvent | None = None,
-        **options: Unpack[ProvisioningOptions],
-    ) -> Self:
-        """Describe a trainer and a deployment; nothing is sent yet.
-
-        Args:
-            api_key: default `FIREWORKS_API_KEY`. An embedded platform needs none.
-            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. "local" embeds a
-                platform with temporary state, "local:/path" one that keeps its state there.
-            managed_config: the whole description as one object, instead of `options`.
-            inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
-            additional_headers: sent with every request; they win over the SDK's own.
-            verify_ssl: False accepts any TLS certificate.
-            user_metadata: noted with the trainer session.
-            project_id: not supported.
-            pipeline_steps: send an `optim_step` before the results of its step are in, also to a
-                server that does not enforce atomic steps: such a server may then apply a part of a
-                step that failed.
-            on_event: a plain, quick function that is told what happens (see `Event`), on the
-                service's loop; an exception in it is logged once. None: no events are made.
-            **options: see `FiretitanProvisioningConfig`.
-
-        Raises:
-            UnknownOption, InvalidArgument, NotSupported: see `FiretitanProvisioningConfig`.
-        """
-        instance = AsyncFiretitanServiceClient.from_firetitan_config(
-            api_key=api_key,
-            base_url=base_url,
-            managed_config=managed_config,
-            inference_url=inference_url,
-            hotload_api_url=hotload_api_url,
-            additional_headers=additional_headers,
-            verify_ssl=verify_ssl,
-            user_metadata=user_metadata,
-            project_id=project_id,
-            pipeline_steps=pipeline_steps,
-            on_event=on_event,
-            **options,
-        )
-        return cls._wrap(instance)._bind()
-
-    @classmethod
-    def from_tinker_server(
-        cls,
-        base_model: str,
-        *,
-        base_url: str | None = None,
-        api_key: str | None = None,
-        lora_rank: int | None = None,
-        max_lora_rank: int | None = None,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        tokenizer_model: str | None = None,
-        additional_headers: Mapping[str, str] | None = None,
-        verify_ssl: bool = True,
-        user_metadata: Mapping[str, str] | None = None,
-        pipeline_steps: bool = False,
-        on_event: OnEvent | None = None,
-    ) -> Self:
-        """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
-
-        What is saved stays on the server. There is no job and no deployment: samplers,
-        `weight_sync`, references and promotion raise `NotSupported` or `InvalidArgument`.
-
-        Args:
-            base_model: as the server names it.
-            base_url, api_key: default `TINKER_BASE_URL` (without `/api/v1`) and `TINKER_API_KEY`.
-            lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
-            max_lora_rank: make a model at every `create_training_client(lora_rank=...)`, of a rank
-                up to this; None makes one.
-            seed: of the adapter's initialisation; None lets the server choose.
-            train_mlp, train_attn, train_unembed: which layers an adapter covers.
-            tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
-
-        Raises:
-            InvalidArgument: no URL or key, or a rank below 1.
-        """
-        instance = AsyncFiretitanServiceClient.from_tinker_server(
-            base_model,
-            base_url=base_url,
-            api_key=api_key,
-            lora_rank=lora_rank,
-            max_lora_rank=max_lora_rank,
-            seed=seed,
-            train_mlp=train_mlp,
-            train_attn=train_attn,
-            train_unembed=train_unembed,
-            tokenizer_model=tokenizer_model,
-            additional_headers=additional_headers,
-            verify_ssl=verify_ssl,
-            user_metadata=user_metadata,
-            pipeline_steps=pipeline_steps,
-            on_event=on_event,
-        )
-        return cls._wrap(instance)._bind()
-
-    def close(self) -> None:
-        """Finish accepted operations, clean up as the policies say, close every connection.
-
-        Idempotent, bounded in time, and goes on to the end when its waiter is cancelled.
-
-        Raises:
-            FireworksTrainingError: the first failure of an operation that nobody asked about, or
-                else of the clean-up; after everything is closed.
-        """
-        self._run(self._async.close)
-
-    def __enter__(self) -> Self:
-        self._run(self._async.__aenter__)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._run(self._async.__aexit__, exc_type, exc, tb)
