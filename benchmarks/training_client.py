@@ -178,6 +178,7 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
     from fireworks_training._async.http.transport import Transport
     from fireworks_training._async.runtime.loops import OwnerLoop
+    from fireworks_training._async.training.model import RemoteModel
     from fireworks_training._async.training.session import TrainerSession
     from fireworks_training._async.weights.publisher import WeightPublisher
     from fireworks_training._core.snapshots import Chain
@@ -196,16 +197,12 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     async def begin() -> AsyncFiretitanTrainingClient:
         await session.open(None)
         config = FiretitanProvisioningConfig(base_model="stub", dialect=dialect)  # type: ignore[arg-type]
-        return AsyncFiretitanTrainingClient(
-            session,
-            await session.create_model(config),
-            config,
-            owner=owner,
-            publishing=WeightPublisher(owner, Chain(), no_deployment, no_deployment),
-        )
+        model = RemoteModel(session, await session.create_model(config), config, owner=owner)
+        publisher = WeightPublisher(owner, Chain(), no_deployment, no_deployment)
+        return AsyncFiretitanTrainingClient(model, publisher)
 
     async def end() -> None:
-        await client._close(drain=False)
+        await client._model.close(drain=False)
         await session.close()
         await transport.close()
 

@@ -4,15 +4,12 @@
     python -m fireworks_training._generate_sync --check    exit status 1 if that would change any
 
 The twin `X` of `AsyncX` holds one in `_async`, and each of its public methods delegates to the one
-of the same name, as `KINDS` says for its kind. A class too long for one module is put together from
-bases that are classes of `_async/` and not listed; their methods come first. Where a listed class
-`AsyncY`, or `AsyncY | None`, is a parameter, the twin takes a `Y` and unwraps it; where it is the
-result, the twin wraps it. Order, signatures and docstrings are the source's. Private names have no
-twin, nor has an `__init__` without a docstring: it is not for users. All else is refused with its
-file and line.
-
-This module knows Python's grammar and the layout of `ruff format`, which the source must have. It
-imports nothing of the package, and copies text, so every version of Python writes the same files.
+of the same name, by `KINDS`. Bases that are classes of `_async/` and not listed hold further names
+of the methods, and come last. A listed class `AsyncY`, or `AsyncY | None`, is unwrapped from a `Y`
+as a parameter, and wrapped as a result. Order, signatures and docstrings are the source's. Private
+names have no twin, nor has an `__init__` without a docstring. All else is refused with its file and
+line. The source must have the layout of `ruff format`; its text is copied, so every version of
+Python writes the same files.
 """
 
 from __future__ import annotations
@@ -79,66 +76,58 @@ class _Module:
     """A module of `_async/`, and how its counterpart is put together."""
 
     def __init__(self, package: Path, name: str, homes: dict[str, str]) -> None:
-        self.root, self.name, self.homes = package.name, f"{package.name}._async.{name}", homes
+        self.package, self.root, self.homes = package, package.name, homes
+        self.name = f"{package.name}._async.{name}"
         self.path = Path(package, "_async", *name.split(".")).with_suffix(".py")
-        self.package, self.parts = package, dict[Origin, _Module]()
         source = self.path.read_text("utf-8") if self.path.is_file() else ""
         self.source, self.tree = source.split("\n"), ast.parse(source)
+        self.classes = {
+            node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)
+        }
+        self.origins = dict(_origins(self.tree.body, self.name))
         self.renamed = RENAMED | {name: name.removeprefix("Async") for name in homes}
 
     def twin(self, names: list[str]) -> str:
-        classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
-        if unknown := [name for name in names if name not in classes]:
+        if unknown := [name for name in names if name not in self.classes]:
             raise CannotGenerate(f"{self.path}:1: has no class {unknown[0]}, which {LIST} names")
-        bodies = ["\n\n".join(self.twin_class(classes[name])) for name in names]
+        bodies = ["\n\n".join(self.twin_class(self.classes[name], name)) for name in names]
         imports = "\n\n".join(self.imports(ast.parse("\n".join(bodies))))
         return "\n\n\n".join([f"{HEADER.format(self.name, self.root)}\n{imports}", *bodies]) + "\n"
 
-    def twin_class(self, node: ast.ClassDef) -> Iterator[str]:
-        head = f"class {self.renamed[node.name]}({BASE}[{node.name}]):"
-        yield "\n".join([head, *self.docstring(node)])
-        parts = dict[Origin, _Module]()
-        yield from self.members(node, node.name, parts)
-        self.parts |= parts
-
-    def members(
-        self, node: ast.ClassDef, owner: str, parts: dict[Origin, _Module]
-    ) -> Iterator[str]:
-        """The twins of a class's methods, after those of its bases; each base once."""
+    def twin_class(self, node: ast.ClassDef, owner: str) -> Iterator[str]:
+        """The head of a listed class, the twins of its methods, and those of its bases'."""
         if node.keywords or node.decorator_list:
             raise self.refusal(node, f"{node.name} has a keyword or a decorator")
-        origins = dict(_origins(self.tree.body, self.name))
-        for base in node.bases:
-            origin = origins.get(ast.unparse(base), ("", "", False))
-            inside = origin[0].startswith(f"{self.root}._async.") and origin[1] not in self.homes
-            if not inside:
-                raise self.refusal(node, f"{node.name} has a base from elsewhere: do not inherit")
-            if origin not in parts:
-                name = origin[0].removeprefix(f"{self.root}._async.")
-                part = parts[origin] = _Module(self.package, name, self.homes)
-                named = {n.name: n for n in part.tree.body if isinstance(n, ast.ClassDef)}
-                yield from part.members(named[origin[1]], owner, parts)
+        if node.name == owner:
+            head = f"class {self.renamed[owner]}({BASE}[{owner}]):"
+            yield "\n".join([head, *self.docstring(node)])
         for member in node.body:
             names = _bound(member)
+            declares = node.name != owner and _declares(member)
             private = names and all(map(PRIVATE.match, names))
-            if isinstance(member, Function) and not private:
+            if isinstance(member, Function) and not (private or declares):
                 if member.name != "__init__" or ast.get_docstring(member):
                     yield "\n".join(_Method(self, owner, member).lines())
-            elif not isinstance(member, ast.Expr) and not private:
+            elif not (isinstance(member, ast.Expr) or private or declares):
                 raise self.refusal(member, f"{names or 'this'} is no method: make it a property")
+        for base in node.bases:
+            source, name, _ = self.origins.get(ast.unparse(base), ("", "", False))
+            inside = source.removeprefix(f"{self.root}._async.")
+            if inside == source or name in self.homes:
+                raise self.refusal(node, f"{node.name} has a base from elsewhere: do not inherit")
+            module = _Module(self.package, inside, self.homes)
+            yield from module.twin_class(module.classes[name], owner)
+            self.origins = module.origins | self.origins
 
     def imports(self, twins: ast.Module) -> Iterator[str]:
         """The sections of imports for the names that the twins use, as the source has them."""
-        modules = [*self.parts.values(), self]
-        origins = {name: o for m in modules for name, o in _origins(m.tree.body, m.name)}
-        origins["Iterator"] = ("collections.abc", "Iterator", False)
+        origins = self.origins | {"Iterator": ("collections.abc", "Iterator", False)}
         origins[BASE] = (f"{self.root}._portal", BASE, False)
         for name, home in self.homes.items():
             origins[self.renamed[name]] = (f"{self.root}._sync.{home}", self.renamed[name], False)
         defined = {name for node in twins.body for name in _bound(node)}
         used = {origins[name] for name in (_names(twins) & origins.keys()) - defined}
-        typed = {origin for origin in used if origin[2]}
-        if typed:
+        if typed := {origin for origin in used if origin[2]}:
             used.add(("typing", "TYPE_CHECKING", False))
         yield "from __future__ import annotations"
         yield from _sections(self.root, used - typed)
@@ -179,9 +168,8 @@ class _Method:
         self.result = ast.unparse(function.returns) if function.returns else ""
         self.end = function.returns.end_lineno if function.returns else 0
         self.outer = self.result.partition("[")[0]
-        for holds, what in self.objections():
-            if holds:
-                raise module.refusal(function, f"{owner}.{self.name} {what}: it can have no twin")
+        if found := [what for holds, what in self.objections() if holds]:
+            raise module.refusal(function, f"{owner}.{self.name} {found[0]}: it can have no twin")
         self.kind = self.classified()
 
     def objections(self) -> Iterator[tuple[object, str]]:
@@ -251,6 +239,13 @@ def _bound(node: ast.stmt) -> set[str]:
     return {node.name} if isinstance(node, ast.ClassDef | Function) else _names(node, ast.Store)
 
 
+def _declares(member: ast.stmt) -> bool:
+    """Whether a member is named for type checkers, and defined by whoever inherits."""
+    if isinstance(member, Function):
+        return "abstractmethod" in map(ast.unparse, member.decorator_list)
+    return isinstance(member, ast.AnnAssign) and not member.value
+
+
 def _origins(body: list[ast.stmt], home: str, typed: bool = False) -> Iterator[tuple[str, Origin]]:
     """Where each name of a module comes from."""
     for node in body:
@@ -304,8 +299,7 @@ def main(arguments: list[str] | None = None, package: Path = Path(__file__).pare
     folder = package / "_sync"
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     found = {path.relative_to(folder).as_posix(): path.read_bytes().decode() for path in files}
-    names = sorted(found.keys() | produced.keys())
-    changed = [name for name in names if found.get(name) != produced.get(name)]
+    changed = [n for n in sorted({*found, *produced}) if found.get(n) != produced.get(n)]
     for name in changed:
         path = folder / name
         old, new = (texts.get(name, "").split("\n") for texts in (found, produced))

@@ -100,7 +100,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             self._platform,
             revive=self._provisioner.revive,
             owner=self._owner,
-            publishing=self._publisher,
+            publisher=self._publisher,
         )
         self._trainers = clients(
             config,

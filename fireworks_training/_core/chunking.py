@@ -1,4 +1,4 @@
-"""Splitting one pass over many datums into requests, and putting the answers together again.
+"""Splits one pass over many datums into requests, and puts the answers together again.
 
 Split and recombine is the identity on the per-datum outputs; metrics combine by the reduction that
 their name ends in (`name:reduction`). Knows sizes and names, not what a datum is.
@@ -10,16 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 MAX_DATUMS = 1024
-"""Datums in one request."""
+"""The most datums in one request."""
 
 MAX_BYTES = 5_000_000
-"""Encoded bytes in one request; a single larger datum gets a request of its own."""
+"""The most encoded bytes in one request; a larger datum gets a request of its own."""
 
 
 def split(
     sizes: Sequence[int], *, max_datums: int = MAX_DATUMS, max_bytes: int = MAX_BYTES
 ) -> list[range]:
-    """Greedy split, in order.
+    """Split datums greedily, in order.
 
     Args:
         sizes: encoded bytes of each datum.
@@ -43,7 +43,7 @@ def split(
 def combine_metrics(
     parts: Sequence[Mapping[str, float]], datums: Sequence[int]
 ) -> dict[str, float]:
-    """Metrics of a whole pass from those of its chunks.
+    """Combine the metrics of a pass's chunks.
 
     Reductions: `mean` (weighted by datums), `sum`, `min`, `max`, `slack` (maximum less weighted
     mean), `unique` (the first value, the others under `name_1:unique`, ...), `hash_unordered` (sum

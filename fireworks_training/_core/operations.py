@@ -1,4 +1,4 @@
-"""The line of a training client: which operation may go, which must fail, and why.
+"""The line of a training client: which operation may be sent, which must fail, and why.
 
 A client's operations stand in one line; call order is execution order. The operations up to and
 including an `optim_step` are one *step*, and a step is applied whole or not at all:
@@ -16,7 +16,9 @@ client only withholds what it knows to be void, and sends a *discard* in the pla
 `optim_step`. For any other server the client holds back an `optim_step` until the outcomes of its
 step are known; when part of a failed step may have been added, it is *in doubt* from then on.
 
-This module takes events and gives verdicts. It knows no loop, no clock and no wire.
+This module takes events and gives verdicts. It knows no loop, no clock and no wire. The trainer of
+the local platform keeps the same rules by an implementation of its own
+(`local.trainer.queue.line`).
 """
 
 from __future__ import annotations
@@ -32,24 +34,30 @@ from fireworks_training.errors import (
 
 
 class Role(Enum):
-    """What an operation does to the model."""
+    """What an operation does to the model; client and trainer judge operations by it."""
 
-    FORWARD = "forward"
-    GRADIENT = "gradient"
-    OPTIM = "optim"
-    LOAD = "load"
-    SAVE = "save"
-    OTHER = "other"
+    FORWARD = "computes without gradients"
+    GRADIENT = "adds gradients"
+    OPTIM = "ends the step"
+    LOAD = "replaces the weights"
+    SAVE = "saves the weights"
+    DISCARD = "drops the step"
+    OTHER = "stands outside of steps"
 
     @property
     def changes_model(self) -> bool:
-        """Whether it adds gradients or changes weights."""
+        """Whether it adds gradients or changes weights, so that a failed step stops it."""
         return self in (Role.GRADIENT, Role.OPTIM, Role.LOAD)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it fails alone, and concerns no other operation."""
+        return self in (Role.FORWARD, Role.SAVE, Role.OTHER)
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A place in the line.
+    """The place of one operation in the line.
 
     Attributes:
         place: from 0, in call order.
@@ -75,7 +83,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class WaitFor:
-    """Not yet: ask again when `until` is done."""
+    """Wait, and ask again when `until` is done."""
 
     until: Ticket
 
@@ -97,7 +105,7 @@ Verdict = Send | WaitFor | Skip
 
 @dataclass(slots=True)
 class StepFailure:
-    """The first failure of a step."""
+    """The first failure of a step, and the place of the operation that failed."""
 
     place: int
     cause: BaseException
@@ -105,7 +113,7 @@ class StepFailure:
 
 @dataclass(slots=True)
 class OperationLine:
-    """The state of one client's line.
+    """Judges the operations of one client, by what has become of those before.
 
     Attributes:
         step_protocol: whether the server enforces atomic steps.
@@ -128,7 +136,7 @@ class OperationLine:
         return self._step
 
     def issue(self, role: Role) -> Ticket:
-        """The next place in the line."""
+        """Give an operation the next place in the line."""
         ticket = Ticket(self._places, role, self._step)
         self._places += 1
         if role.changes_model:
@@ -140,7 +148,7 @@ class OperationLine:
         return ticket
 
     def verdict(self, ticket: Ticket, *, accept_partial: bool = False) -> Verdict:
-        """What to do with the operation at the head of the line."""
+        """Decide about the operation at the head of the line."""
         if not ticket.role.changes_model:
             return Send()
         failure = self.failure_before(ticket)
@@ -163,13 +171,13 @@ class OperationLine:
         return Send()
 
     def failure_before(self, ticket: Ticket) -> BaseException | None:
-        """The failure that voids a operation that changes the model, if one is known."""
+        """The failure that voids an operation that changes the model, if one is known."""
         failure = self._failures.get(ticket.step)
         return failure.cause if failure is not None and failure.place < ticket.place else None
 
     @staticmethod
     def preceding_failed(cause: BaseException) -> PrecedingOperationFailed:
-        """The error of an operation that `cause` voids."""
+        """Make the error of an operation that `cause` voids."""
         return PrecedingOperationFailed(
             "not applied, since an operation before it in the same step failed: "
             f"{type(cause).__name__}: {str(cause).rstrip('.')}. The step's gradients are dropped. "
@@ -178,7 +186,7 @@ class OperationLine:
         )
 
     def succeeded(self, ticket: Ticket) -> None:
-        """The server applied it."""
+        """Note that the server applied an operation."""
         self._end(ticket)
         if ticket.role is Role.GRADIENT:
             ticket.maybe_added = True
@@ -188,10 +196,10 @@ class OperationLine:
             self.doubt = None
             self._forget(ticket.step)
 
-    def failing(self, ticket: Ticket, error: BaseException) -> None:
-        """It is known to fail; its outcome is still to be handed out.
+    def will_fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Note that an operation fails, before its outcome is handed out.
 
-        To be told before the next operation is judged.
+        To be called before the next operation is judged.
         """
         if not ticket.role.changes_model or _of_another(error):
             return
@@ -201,8 +209,8 @@ class OperationLine:
             self._failures[step] = StepFailure(ticket.place, error)
 
     def failed(self, ticket: Ticket, error: BaseException) -> None:
-        """It failed, or was cancelled before it was sent, and its outcome is handed out."""
-        self.failing(ticket, error)
+        """Note that an operation failed or was cancelled, when its outcome is handed out."""
+        self.will_fail(ticket, error)
         self._end(ticket)
         if not ticket.role.changes_model:
             return

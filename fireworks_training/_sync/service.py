@@ -600,6 +600,29 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         snapshot of this one is loaded."""
         return self._async.requires_initial_sampler_sync()
 
+    def close(self) -> None:
+        """Finish accepted operations, clean up as the policies say, close every connection.
+
+        Idempotent, bounded in time, and goes on to the end when its waiter is cancelled.
+
+        Raises:
+            FireworksTrainingError: the first failure of an operation that nobody asked about, or
+                else of the clean-up; after everything is closed.
+        """
+        self._run(self._async.close)
+
+    def __enter__(self) -> Self:
+        self._run(self._async.__aenter__)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._run(self._async.__aexit__, exc_type, exc, tb)
+
     def create_lora_training_client(
         self,
         base_model: str | None = None,
@@ -713,26 +736,3 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     def training_session_name(self) -> str | None:
         """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
         return self._async.training_session_name
-
-    def close(self) -> None:
-        """Finish accepted operations, clean up as the policies say, close every connection.
-
-        Idempotent, bounded in time, and goes on to the end when its waiter is cancelled.
-
-        Raises:
-            FireworksTrainingError: the first failure of an operation that nobody asked about, or
-                else of the clean-up; after everything is closed.
-        """
-        self._run(self._async.close)
-
-    def __enter__(self) -> Self:
-        self._run(self._async.__aenter__)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._run(self._async.__aexit__, exc_type, exc, tb)

@@ -12,6 +12,7 @@ import pytest
 from fireworks_training import AsyncFiretitanTrainingClient, FiretitanProvisioningConfig
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training._core.snapshots import Chain
@@ -62,14 +63,14 @@ async def _client(url: str, **options: Any) -> AsyncIterator[AsyncFiretitanTrain
     config = FiretitanProvisioningConfig(
         base_model="accounts/test/models/stub", dialect=options.pop("dialect", None)
     )
-    options.setdefault("publishing", WeightPublisher(owner, NoDeployment()))
+    publisher = WeightPublisher(owner, NoDeployment())
     try:
         capabilities = await session.create_model(config)
-        client = AsyncFiretitanTrainingClient(session, capabilities, config, owner=owner, **options)
+        model = RemoteModel(session, capabilities, config, owner=owner, **options)
         try:
-            yield client
+            yield AsyncFiretitanTrainingClient(model, publisher)
         finally:
-            await client._close(drain=False)
+            await model.close(drain=False)
     finally:
         await session.close()
         await transport.close()

@@ -37,7 +37,7 @@ def test_a_failed_gradient_voids_the_rest_of_its_step_and_no_more() -> None:
 def test_a_failure_counts_before_its_outcome_is_handed_out() -> None:
     line = OperationLine(step_protocol=True)
     gradient, optim = map(line.issue, [Role.GRADIENT, Role.OPTIM])
-    line.failing(gradient, BROKEN)
+    line.will_fail(gradient, BROKEN)
     assert isinstance(line.verdict(optim), Skip)
 
 

@@ -11,6 +11,7 @@ import tinker
 import torch
 
 from fireworks_training import InvalidArgument, RequestFailed
+from fireworks_training._async.training.model import RemoteModel
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import (
     ADAM,
@@ -59,7 +60,7 @@ async def test_results_come_in_batch_polls(
         futures = [client.forward(datums(1, seed=n)) for n in range(20)]
         outputs = [(await future).loss_fn_outputs for future in futures]
         large = await client.forward(datums(64, seed=1))  # more than comes with a completion
-        batch = client._runner._exchanges._batch
+        batch = client._model.queue._requests._batch
         assert batch is not None
         assert batch._cursor >= 20
     assert len(large.loss_fn_outputs) == 64
@@ -164,16 +165,12 @@ async def test_two_clients_on_one_model_do_not_mix(platform: RunningPlatform) ->
     async with service_on(platform) as service:
         client = await service.create_training_client()
         await client.forward(datums(1))
-        ghost = type(client)(
-            client._session,
-            client._capabilities,
-            client._config,
-            owner=client._owner,
-            publishing=client._publishing,
-        )
+        model = client._model
+        second = RemoteModel(model.session, model.capabilities, model.config, owner=model.owner)
+        ghost = type(client)(second, client._publisher)
         with pytest.raises(Exception, match="second client"):
             await ghost.forward(datums(1, seed=5))
-        await ghost._close(drain=False)
+        await second.close(drain=False)
         await asyncio.gather(
             client.forward_backward(datums(1), "cross_entropy"),
             client.optim_step(tinker.AdamParams(learning_rate=1e-4)),

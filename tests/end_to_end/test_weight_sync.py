@@ -78,7 +78,7 @@ async def test_the_probe_sees_weights_that_differ(platform: RunningPlatform) -> 
             client.optim_step(ADAM)
             return forward(client, data)
 
-        client._forward = of_later_weights
+        client.forward = of_later_weights
         with pytest.raises(WeightsDrifted, match="nats a token") as drifted:
             await client.weight_sync(on_drift="raise", drift_bound=1e-4)
         assert drifted.value.drift > 1e-4

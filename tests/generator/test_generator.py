@@ -243,7 +243,7 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("source", "why"),
         [
-            ("class AsyncX(Base):\n    pass\n", "x.py:1: AsyncX has a base"),
+            ("class AsyncX(Base):\n    'Mine.'\n", "x.py:1: AsyncX has a base"),
             ("@final\nclass AsyncX:\n    pass\n", "x.py:2: AsyncX has a keyword or a decorator"),
             ("class AsyncY:\n    pass\n", "x.py:1: has no class AsyncX"),
         ],
@@ -253,7 +253,7 @@ class TestWhatIsRefused:
             generate(shop_of(tmp_path, source))
 
     def test_a_part_is_refused_with_its_own_file(self, tmp_path: Path) -> None:
-        source = "from shop._async.part import Part\n\n\nclass AsyncX(Part):\n    pass\n"
+        source = "from shop._async.part import Part\n\n\nclass AsyncX(Part):\n    'A class.'\n"
         package = shop_of(tmp_path, source)
         (package / "_async" / "part.py").write_text("class Part:\n    a = 1\n")
         with pytest.raises(CannotGenerate, match=r"part\.py:2: "):
@@ -288,35 +288,39 @@ class TestWhatIsRefused:
         assert not (package / "_sync").exists()
 
 
-PART = '''"""A part."""
+NAMES = '''"""Further names."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from decimal import Decimal
 
 
-class Root:
-    def __init__(self) -> None:
-        self._n = 1
-
-
-class Part(Root):
+class Names:
     """Not for users."""
+
+    own: Callable[..., Decimal]
+
+    @property
+    @abstractmethod
+    def stock(self) -> int: ...
 
     async def price(self) -> Decimal:
         """The price."""
-        return Decimal(self._n)
+        return self.own(self._n)
 '''
 WHOLE = '''"""A whole."""
 
 from __future__ import annotations
 
-from shop._async.part import Part
-from shop._async.other import Other
+from shop._async.names import Names
 
 
-class AsyncX(Part, Other):
+class AsyncX(Names):
     """A class."""
+
+    _n = 1
 
     async def own(self) -> int:
         """Its own."""
@@ -324,11 +328,9 @@ class AsyncX(Part, Other):
 '''
 
 
-def test_a_class_of_parts_has_their_methods_once_and_first(tmp_path: Path) -> None:
+def test_the_further_names_of_a_class_come_last(tmp_path: Path) -> None:
     package = shop_of(tmp_path, WHOLE)
-    (package / "_async" / "part.py").write_text(PART)
-    other = "from shop._async.part import Part\n\n\nclass Other(Part):\n    'Too.'\n"
-    (package / "_async" / "other.py").write_text(other)
+    (package / "_async" / "names.py").write_text(NAMES)
     assert (
         generate(package)["x.py"].partition("from __future__ import annotations\n\n")[2]
         == '''\
@@ -341,15 +343,21 @@ from shop._portal import Blocking
 class X(Blocking[AsyncX]):
     """A class."""
 
-    def price(self) -> Decimal:
-        """The price."""
-        return self._run(self._async.price)
-
     def own(self) -> int:
         """Its own."""
         return self._run(self._async.own)
+
+    def price(self) -> Decimal:
+        """The price."""
+        return self._run(self._async.price)
 '''
     )
+
+
+def test_a_listed_class_declares_nothing_without_defining_it(tmp_path: Path) -> None:
+    package = shop_of(tmp_path, "class AsyncX:\n    own: int\n")
+    with pytest.raises(CannotGenerate, match=r"x\.py:2: .* make it a property"):
+        generate(package)
 
 
 class TestTheCheck:

@@ -1,6 +1,6 @@
-"""Checks of what is passed to operations, made at the call: a wrong kind takes no place.
+"""Checks the arguments of operations at the call: a wrong kind takes no place in the line.
 
-What concerns the content of datums is checked where they are encoded, in `_wire.datums`.
+The content of datums is checked where they are encoded, in `_wire.training.datums`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_datums(data: object) -> None:
 
 
 def loss_config(config: object) -> dict[str, float | str] | None:
-    """Options of a loss as they can be sent; what is None is left out.
+    """Convert the options of a loss to what can be sent; those that are None are left out.
 
     Raises:
         InvalidArgument: names the first option that is no finite number, bool or text.
@@ -72,8 +72,7 @@ def check_name(what: str, value: object) -> None:
     Raises:
         InvalidArgument: with the rule.
     """
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or ".." in value:
-        raise InvalidArgument(f"{what}={value!r} is not a valid name: {_RULE}")
+    _check(_NAME, value, f"{what}={value!r} is not a valid name: {_RULE}")
 
 
 def check_job(what: str, value: object) -> None:
@@ -82,8 +81,7 @@ def check_job(what: str, value: object) -> None:
     Raises:
         InvalidArgument: with the rule.
     """
-    if not isinstance(value, str) or not _JOB.fullmatch(value):
-        raise InvalidArgument(f"{what}={value!r} is not a job id: letters a-z, digits and '-'")
+    _check(_JOB, value, f"{what}={value!r} is not a job id: letters a-z, digits and '-'")
 
 
 def check_state(what: str, value: object) -> None:
@@ -92,8 +90,14 @@ def check_state(what: str, value: object) -> None:
     Raises:
         InvalidArgument: with the rule.
     """
-    if not isinstance(value, str) or not _STATE.fullmatch(value) or ".." in value:
-        raise InvalidArgument(
-            f"{what}={value!r} does not refer to a state: a name ({_RULE}), "
-            "cross_job://<job>/<name>, or what save_state returned"
-        )
+    _check(
+        _STATE,
+        value,
+        f"{what}={value!r} does not refer to a state: a name ({_RULE}), "
+        "cross_job://<job>/<name>, or what save_state returned",
+    )
+
+
+def _check(pattern: re.Pattern[str], value: object, message: str) -> None:
+    if not isinstance(value, str) or not pattern.fullmatch(value) or ".." in value:
+        raise InvalidArgument(message)

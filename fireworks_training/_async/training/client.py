@@ -1,28 +1,40 @@
 """The training client: one model in one trainer, and the operations on it.
 
 Every operation takes its place in the model's line when it is called, and returns an `APIFuture`;
-call order is execution order, whatever is awaited first. What an operation sends is in `calls` and
-`pass_calls`; the rules of the line are in `_core.operations`, its execution in `_async.operations`.
+call order is execution order, whatever is awaited first. The way of `forward_backward(data)`:
+
+1. Here its arguments go to `pass_operations`, which captures the datums and has `passes` and
+   `encoding` write them; `queue` gives it its place in the line (the rules: `_core.operations`).
+2. When its turn comes, `queue` runs it with a `context`, by which `passes` sends its chunks.
+3. `requests` gives each chunk its id and completes its body (`_wire.training` makes all bytes),
+   `data_plane` submits it over `http.transport` until the trainer accepts it.
+4. Its result is polled there, or comes in `batch_polls`; `passes` puts the chunks together.
+5. `queue` settles the future when the outcomes before it are known.
+
+Knows which operations there are, not how they are sent. `model` is what the factory keeps of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training import operations
 from fireworks_training._async.training.arguments import check_job, check_name
-from fireworks_training._async.training.operations import GradNorms, LossConfig, Normalization
-from fireworks_training._async.training.queue import OperationQueue
-from fireworks_training._async.training.session import Capabilities, TrainerSession
-from fireworks_training._async.training.trainer_facts import TrainerFacts
-from fireworks_training._async.training.trainer_weights import TrainerWeights
-from fireworks_training._async.weights.publisher import WeightPublisher
-from fireworks_training._core.operations import OperationLine
-from fireworks_training.config import FiretitanProvisioningConfig
+from fireworks_training._async.training.model import RemoteModel
+from fireworks_training._async.training.official_names import OfficialTrainingNames
+from fireworks_training._async.training.operations import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    Normalization,
+)
+from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift, WeightPublisher
+from fireworks_training._wire.training import bodies
 from fireworks_training.errors import FireworksTrainingError, WrongLoop
 from fireworks_training.futures import APIFuture
+from fireworks_training.models import WeightSyncResult
 
 if TYPE_CHECKING:
     import tinker
@@ -35,9 +47,10 @@ if TYPE_CHECKING:
         PassFuture,
         Pooling,
     )
+    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 
-class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
+class AsyncFiretitanTrainingClient(OfficialTrainingNames):
     """Trains one model. Made by `create_training_client` of a service.
 
     Operations may be called from any thread and any loop, and return at once. `await` an operation,
@@ -49,59 +62,18 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         SessionLost, TrainerLost: the session has ended before.
     """
 
-    def __init__(
-        self,
-        session: TrainerSession,
-        capabilities: Capabilities,
-        config: FiretitanProvisioningConfig,
-        *,
-        owner: OwnerLoop,
-        publishing: WeightPublisher,
-        pipeline_steps: bool = False,
-        forward_only: bool = False,
-    ) -> None:
-        # Here, since they load numpy, which a service that only samples does without.
+    def __init__(self, model: RemoteModel, publisher: WeightPublisher) -> None:
+        # Imported here, since it loads numpy, which a service that only samples does without.
         from fireworks_training._async.training.pass_operations import PassOperations
-        from fireworks_training._async.training.passes import Passes
-        from fireworks_training._wire.training.dialects import choose
 
-        self._session = session
-        self._capabilities = capabilities
-        self._config = config
-        self._owner = owner
-        self._model = capabilities.model_id
+        self._model = model
+        self._queue = model.queue
+        self._passes = PassOperations(model.passes)
+        self._publisher = publisher
         self._suffix = uuid4().hex[:8]
-        self._publishing = publishing
-        self._passes = Passes(
-            capabilities.model_id,
-            choose(
-                config.dialect,
-                wire=capabilities.wire,
-                comms=capabilities.comms,
-                zstd=session.client_config.compress,
-            ),
-            backward=capabilities.backward,
-            usage=session.plane.usage,
-            limits=session.client_config,
-        )
-        self._pass_calls = PassOperations(self._passes)
-        self._runner = OperationQueue(
-            session.plane,
-            owner=owner,
-            model_id=capabilities.model_id,
-            line=OperationLine(
-                step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps
-            ),
-            filler=self._passes.filler,
-            failing=self._passes.failing,
-            forward_only=forward_only,
-            batch_polls=capabilities.batch_polls,
-            parallel=session.client_config.parallel_chunks,
-        )
-        self._submit = self._runner.submit
-        if not forward_only:
-            line = self._runner.line
-            publishing.chain.follow(lambda: line.steps)
+        if not model.forward_only:
+            line = model.queue.line
+            publisher.chain.follow(lambda: line.steps)
 
     # -- passes ------------------------------------------------------------------------------------
 
@@ -119,7 +91,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Returns:
             `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`, natural log; and metrics.
         """
-        return self._submit(self._pass_calls.built_in("forward", data, loss_fn, loss_fn_config))
+        return self._queue.submit(self._passes.built_in("forward", data, loss_fn, loss_fn_config))
 
     def forward_backward(
         self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
@@ -140,8 +112,8 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
             `loss_fn_outputs[i]["logprobs"]`, float32 `[T_i]`; metrics with `loss:sum`, and
             `response_tokens` (targets with a weight) for cross_entropy.
         """
-        return self._submit(
-            self._pass_calls.built_in("forward_backward", data, loss_fn, loss_fn_config)
+        return self._queue.submit(
+            self._passes.built_in("forward_backward", data, loss_fn, loss_fn_config)
         )
 
     def forward_backward_custom(
@@ -179,8 +151,8 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Raises, through the future:
             LossFailed: `loss_fn` raised, gave something else, or does not depend on its input.
         """
-        return self._submit(
-            self._pass_calls.custom(
+        return self._queue.submit(
+            self._passes.custom(
                 data,
                 loss_fn,
                 loss_type_input=loss_type_input,
@@ -196,7 +168,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Returns:
             `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
         """
-        return self._submit(self._pass_calls.projection(data))
+        return self._queue.submit(self._passes.projection(data))
 
     def forward_backward_contrastive(
         self,
@@ -218,8 +190,8 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
 
         The metrics hold the loss, as `loss`.
         """
-        return self._submit(
-            self._pass_calls.contrastive(
+        return self._queue.submit(
+            self._passes.contrastive(
                 data,
                 num_queries=num_queries,
                 temperature=temperature,
@@ -256,7 +228,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
             PrecedingOperationFailed: an operation of this step failed; nothing was applied.
             GradientsInDoubt: the server does not enforce steps, and one has failed.
         """
-        return self._submit(
+        return self._queue.submit(
             operations.optim_step(
                 self.model_id,
                 adam_params,
@@ -294,13 +266,13 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Raises:
             WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
         """
-        if timeout is not None and self._owner.is_current():
+        if timeout is not None and self._model.owner.is_current():
             raise WrongLoop(
                 "save_state(timeout=...) waits in its thread, and this is the event loop that has "
                 "to do the work: `await client.save_state(name).result_async(timeout)` there."
             )
-        future = self._submit(
-            operations.save_state(self.model_id, name, self._runner, ttl_seconds, overwrite)
+        future = self._queue.submit(
+            operations.save_state(self.model_id, name, self._model.states, ttl_seconds, overwrite)
         )
         if timeout is not None:
             future.result(timeout)
@@ -318,9 +290,7 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Raises, through the future:
             RequestFailed: there is no such state; the message lists those there are.
         """
-        return self._submit(
-            operations.load_state(self.model_id, path, weights_access_token, optimizer=None)
-        )
+        return self._load(path, weights_access_token, optimizer=False)
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
@@ -329,10 +299,16 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
 
         Args and errors as for `load_state`.
         """
-        call = operations.load_state(
-            self.model_id, path, weights_access_token, optimizer=self._runner
+        return self._load(path, weights_access_token, optimizer=True)
+
+    def _load(
+        self, path: str, weights_access_token: str | None, *, optimizer: bool
+    ) -> APIFuture[LoadWeightsResponse]:
+        return self._queue.submit(
+            operations.load_state(
+                self.model_id, path, self._model.states, weights_access_token, optimizer=optimizer
+            )
         )
-        return self._submit(call)
 
     def load_adapter(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
         """Start from the weights of an adapter; the optimizer starts anew. Drops held gradients.
@@ -344,35 +320,118 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         Raises, through the future:
             RequestFailed: there is none, or it does not fit the model.
         """
-        return self._submit(operations.load_adapter(self.model_id, adapter_path))
+        return self._queue.submit(operations.load_adapter(self.model_id, adapter_path))
+
+    # -- snapshots ---------------------------------------------------------------------------------
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save a snapshot that a deployment can load; training goes on while it is written.
+
+        Args:
+            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
+                added, so that runs do not meet.
+            checkpoint_type: "base" saves all weights (or the whole adapter), "delta" the difference
+                to the save before, if that is smaller than 0.7 of the whole: the trainer decides,
+                and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
+                "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
+            export_precision: of "merged_base": "source" or "bf16" on the local platform.
+            ttl_seconds, metadata: refused.
+
+        Returns:
+            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
+            written.
+
+        Raises, through the future:
+            RequestFailed: it was not written, as with a full disk, which is seen before it starts.
+        """
+        return self._queue.submit(
+            operations.save_weights_for_sampler(
+                self.model_id,
+                name,
+                self._suffix,
+                chain=self._publisher.chain,
+                checkpoint_type=checkpoint_type,
+                export_precision=export_precision,
+                ttl_seconds=ttl_seconds,
+                metadata=metadata,
+                tinker_only=self._model.session.tinker_only,
+            )
+        )
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        on_drift: OnDrift | None = None,
+        drift_bound: float = DRIFT_BOUND,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the weights as they are at this place in the line into the deployment.
+
+        Returns at once; training goes on while the snapshot is written and loaded. The future ends
+        when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
+        and the others end with it (`superseded`). Where a difference does not fit what a replica
+        holds, a whole snapshot of the newest weights is saved and loaded in its place, with a
+        warning that says why.
+
+        Args:
+            name: of the snapshot; None numbers them (`weight-sync-000001`).
+            on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
+                snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
+            drift_bound: nats; of the mean absolute difference of a token's logprob.
+            probe_tokens: what to compare on; default 32 fixed ids.
+
+        Raises, through the future:
+            RequestFailed: the snapshot could not be saved.
+            HotLoadFailed: a replica refused it; the old weights keep serving.
+            HotLoadTimeout: not every replica reported it within `hotload_timeout_s`.
+            WeightsDrifted: with `on_drift="raise"`; the snapshot is live all the same.
+        """
+        return self._publisher.sync(
+            self.save_weights_for_sampler,
+            self.forward,
+            name,
+            on_drift,
+            drift_bound,
+            probe_tokens,
+        )
 
     # -- the model ---------------------------------------------------------------------------------
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
-        return self._submit(
-            operations.unload_model(self.model_id, tinker_only=self._session.tinker_only)
+        return self._queue.submit(
+            operations.unload_model(self.model_id, tinker_only=self._model.session.tinker_only)
         )
 
     async def get_info(self) -> dict[str, Any]:
-        """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""
-        return await self._owner.run(
-            lambda: self._session.plane.call(
-                "get_info", {"model_id": self.model_id, "type": "get_info"}, what="get_info"
+        """Ask the trainer for `model_id`, `model_data`, `is_lora` and `lora_rank` of the model."""
+        model = self._model
+        return await model.owner.run(
+            lambda: model.session.plane.call(
+                "get_info", bodies.get_info(model.id), what="get_info"
             ),
             label="get_info",
         )
 
     async def list_checkpoints(self) -> list[str]:
-        """Names of the states that this trainer can load."""
-        answer = await self._owner.run(
-            lambda: self._session.plane.get("list_checkpoints", what="list_checkpoints"),
+        """List the names of the states that this trainer can load."""
+        answer = await self._model.owner.run(
+            lambda: self._model.session.plane.get("list_checkpoints", what="list_checkpoints"),
             label="list_checkpoints",
         )
         return [str(name) for name in answer.get("checkpoints", [])]
 
     def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
-        """What `load_state` takes for a state of this trainer job, or of another one.
+        """Make the path by which `load_state` finds a state of this trainer job, or of another one.
 
         Args:
             name: of the state.
@@ -385,123 +444,82 @@ class AsyncFiretitanTrainingClient(TrainerFacts, TrainerWeights):
         return f"cross_job://{source_job_id}/{name}"
 
     @property
+    def model_id(self) -> str:
+        """The trainer's name for the model."""
+        return self._model.id
+
+    @property
+    def session_id(self) -> str:
+        """The trainer's name for the session."""
+        return self._model.session.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        run, _, rest = self.model_id.partition(":train:")
+        return run if rest and run.startswith("run-") else None
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._model.passes.dialect.name
+
+    @property
+    def comms(self) -> str:
+        """ "v1" or "v2" of the JSON dialect."""
+        return self._model.capabilities.comms
+
+    @property
     def lora_rank(self) -> int:
         """Rank of the adapter that is trained; 0 for all parameters."""
-        return self._config.lora_rank
+        return self._model.config.lora_rank
 
     @property
     def last_saved_state(self) -> str | None:
         """Name of the newest state that this client saved, or else resumed from."""
-        return self._runner.last_saved_state
+        return self._model.states.newest
 
     @property
     def ended(self) -> FireworksTrainingError | None:
         """Why the client takes no more operations; None while it does."""
-        return self._runner.ended
+        return self._queue.ended
 
-    # -- the same operations, as coroutines that give the future --------------------------------
+    # -- the trainer's features: None where it does not say ----------------------------------------
 
-    async def forward_async(
-        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
-    ) -> PassFuture:
-        """`forward`, awaited for its future."""
-        return self.forward(data, loss_fn, loss_fn_config)
+    @property
+    def supports_router_replay(self) -> bool | None:
+        """Whether the trainer can replay the routing of a mixture of experts; this client can't."""
+        return self._model.capabilities.supports("router_replay")
 
-    async def forward_backward_async(
-        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
-    ) -> PassFuture:
-        """`forward_backward`, awaited for its future."""
-        return self.forward_backward(data, loss_fn, loss_fn_config)
+    @property
+    def supports_target_logprob_support(self) -> bool | None:
+        """Whether the trainer takes the support of target logprobs."""
+        return self._model.capabilities.supports("target_logprob_support")
 
-    async def forward_backward_custom_async(
-        self,
-        data: Datums,
-        loss_fn: LossFunction,
-        *,
-        loss_type_input: str = "logprobs",
-        output: Output = "logprobs",
-        pooling: Pooling = "mean",
-        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
-    ) -> PassFuture:
-        """`forward_backward_custom`, awaited for its future."""
-        return self.forward_backward_custom(
-            data,
-            loss_fn,
-            loss_type_input=loss_type_input,
-            output=output,
-            pooling=pooling,
-            precomputed_forward=precomputed_forward,
-        )
+    @property
+    def supports_reinforce(self) -> bool | None:
+        """Whether the trainer has the loss `reinforce`."""
+        return self._model.capabilities.supports("reinforce")
 
-    async def forward_backward_contrastive_async(
-        self,
-        data: Datums,
-        *,
-        num_queries: int,
-        temperature: float,
-        pooling: Pooling = "last",
-        num_extra_negatives: int = 0,
-    ) -> PassFuture:
-        """`forward_backward_contrastive`, awaited for its future."""
-        return self.forward_backward_contrastive(
-            data,
-            num_queries=num_queries,
-            temperature=temperature,
-            pooling=pooling,
-            num_extra_negatives=num_extra_negatives,
-        )
+    @property
+    def supports_score_centering(self) -> bool | None:
+        """Whether the trainer can center scores."""
+        return self._model.capabilities.supports("score_centering")
 
-    async def optim_step_async(
-        self,
-        adam_params: tinker.AdamParams,
-        grad_accumulation_normalization: Normalization | None = None,
-        emit_grad_norm_metrics: GradNorms | None = None,
-        *,
-        accept_partial: bool = False,
-    ) -> APIFuture[OptimStepResponse]:
-        """`optim_step`, awaited for its future."""
-        return self.optim_step(
-            adam_params,
-            grad_accumulation_normalization,
-            emit_grad_norm_metrics,
-            accept_partial=accept_partial,
-        )
+    @property
+    def supports_policy_importance_sampling(self) -> bool | None:
+        """Whether the trainer can weight by the policy's importance."""
+        return self._model.capabilities.supports("policy_importance_sampling")
 
-    async def save_state_async(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-        *,
-        timeout: float | None = None,
-    ) -> APIFuture[SaveWeightsResponse]:
-        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
-        future = self.save_state(name, ttl_seconds, overwrite)
-        if timeout is not None:
-            await future.result_async(timeout)
-        return future
+    @property
+    def supports_policy_diagnostics(self) -> bool | None:
+        """Whether the trainer reports diagnostics of the policy."""
+        return self._model.capabilities.supports("policy_diagnostics")
 
-    async def load_state_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state`, awaited for its future."""
-        return self.load_state(path, weights_access_token)
-
-    async def load_state_with_optimizer_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state_with_optimizer`, awaited for its future."""
-        return self.load_state_with_optimizer(path, weights_access_token)
-
-    async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
-        """`load_adapter`, awaited for its future."""
-        return self.load_adapter(adapter_path)
-
-    async def _close(self, *, drain: bool) -> None:
-        await self._runner.close(drain=drain)
-
-    def _first_unseen_failure(self) -> BaseException | None:
-        return self._runner.first_unseen_failure()
+    @property
+    def supports_rdma_weight_sync(self) -> bool:
+        """False: this client brings weights live through the deployment's hot load."""
+        return False
 
     def __repr__(self) -> str:
         return f"<AsyncFiretitanTrainingClient {self.model_id}>"

@@ -1,8 +1,8 @@
-"""What a trainer asks of its clients (`client/config` of the Tinker API), read once a session.
+"""The flags by which a trainer asks for its requests (`client/config` of the Tinker API).
 
-Precedence: what the caller says (`dialect=`) decides how passes are written; what the trainer says
-here, how they are cut, sent and compressed; where it says nothing, or nothing that makes sense, the
-SDK's own values hold. A trainer without that route is one that says nothing.
+They are read once a session. Precedence: the caller (`dialect=`) decides how passes are written;
+the flags, how they are cut, sent and compressed; where a flag is missing or makes no sense, the
+SDK's own value holds. A trainer without that route has no flags.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NO_SUCH_ROUTE = (404, 405, 501)
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """Flags of a trainer.
+    """How a trainer wants its requests.
 
     Attributes:
         compress: requests in protobuf go out in zstd.
@@ -39,7 +39,7 @@ class ClientConfig:
 
     @classmethod
     def read(cls, payload: Mapping[str, Any]) -> ClientConfig:
-        """From the answer; other flags in it are not for this client."""
+        """Read the trainer's answer; other flags in it are not for this client."""
         return cls(
             compress=payload.get("proto_compress_fwdbwd") is True,
             parallel_chunks=payload.get("parallel_fwdbwd_chunks") is not False,
@@ -57,7 +57,7 @@ def _count(payload: Mapping[str, Any], name: str, default: int) -> int:
 
 
 async def read_client_config(plane: DataPlane) -> ClientConfig:
-    """Ask a trainer; what can't be read is said and counts as nothing said."""
+    """Ask a trainer for its flags; an answer that can't be read is logged and counts as none."""
     try:
         return ClientConfig.read(await plane.client_config())
     except ApiError as error:

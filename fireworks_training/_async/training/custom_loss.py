@@ -1,5 +1,5 @@
 # pyright: standard
-"""A caller's loss function: run away from the loop, checked, and differentiated.
+"""Runs a caller's loss function away from the loop, checks its result, and differentiates it.
 
 The function sees the logprobs of each datum's targets as leaf tensors and returns a scalar. What
 the trainer needs of it is the gradient by each logprob: a cross-entropy pass with the weights
@@ -40,11 +40,11 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """What a loss function gave.
+    """The value, metrics and gradients of a loss function.
 
     Attributes:
         loss: its value.
-        metrics: as it returned them, as floats.
+        metrics: those that it returned, as floats.
         gradients: dL/dlogprob for each datum, in the shape of its logprobs; zero where the loss
             does not depend on the datum.
     """

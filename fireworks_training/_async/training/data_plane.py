@@ -1,8 +1,8 @@
-"""A trainer over HTTP: submit a request until it is taken, poll until it is done.
+"""The trainer's HTTP interface: submits a request until it is accepted, polls until it is done.
 
 A submit whose answer was lost is sent again: the trainer knows requests by (model_id, seq_id). A
-poll that is cut is made again. What an answer means for the line of operations is decided by the
-caller; here it only becomes a payload or a typed error.
+poll that is cut is made again. What an answer means for the line of operations is decided in
+`requests` and `queue`; here it only becomes a payload or a typed error.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import orjson
-
 from fireworks_training._async.http.transport import (
     Body,
     Response,
@@ -25,6 +23,7 @@ from fireworks_training._async.http.transport import (
 )
 from fireworks_training._async.runtime.worker import in_worker
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._wire.training import bodies
 from fireworks_training._wire.training.batch_polls import FinishedRequest, decode_poll, encode_poll
 from fireworks_training.errors import (
     ApiError,
@@ -35,7 +34,6 @@ from fireworks_training.errors import (
     RequestFailed,
     TrainerLost,
 )
-from fireworks_training.models import __version__
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -50,7 +48,7 @@ SUBMIT_TIMEOUT = 40.0
 POLL_TIMEOUT = 45.0
 """Seconds for one poll, which servers answer before; then it is made again."""
 
-PATIENCE = 600.0
+RETRY_SECONDS = 600.0
 """Seconds of failing exchanges in a row before an operation is given up."""
 
 RETRY_BASE = 0.25
@@ -68,8 +66,7 @@ BEAT_TIMEOUT = 10.0
 """Seconds for one heartbeat, or for what can be done without."""
 
 BILLING_PAUSE = 5.0
-"""Seconds between polls while the server says 402 (billing pause)."""
-
+"""Seconds between polls while the server answers 402 (billing pause)."""
 
 RESULT_GONE = "ResultExpired"
 """`error_class` of an operation whose result is lost: whether it was applied is not known."""
@@ -100,32 +97,32 @@ class DataPlane:
         return f"{self._base}/{path}"
 
     async def call(self, path: str, payload: object, *, what: str) -> dict[str, Any]:
-        """An exchange that answers at once (sessions, get_info); retried."""
-        try:
-            return await self._transport.call("POST", self.url(path), json=payload, what=what)
-        except ApiStatusError as error:
-            raise _lost(error) or error from error.cause
+        """POST what is answered at once (sessions, get_info); retried."""
+        return await self._answered("POST", path, payload, what)
 
     async def client_config(self) -> dict[str, Any]:
-        """What the trainer asks of its clients; tried twice, since it can be done without."""
+        """Ask how the trainer wants its requests; tried twice, since it can be done without."""
         return await self._transport.call(
             "POST",
             self.url("client/config"),
-            json={"sdk_version": __version__},
+            json=bodies.client_config(),
             what="client/config",
             timeout=BEAT_TIMEOUT,
             backoff=Backoff(attempts=2),
         )
 
     async def get(self, path: str, *, what: str) -> dict[str, Any]:
-        """A GET that answers at once; retried."""
+        """GET what is answered at once; retried."""
+        return await self._answered("GET", path, None, what)
+
+    async def _answered(self, method: str, path: str, payload: object, what: str) -> dict[str, Any]:
         try:
-            return await self._transport.call("GET", self.url(path), what=what)
+            return await self._transport.call(method, self.url(path), json=payload, what=what)
         except ApiStatusError as error:
             raise _lost(error) or error from error.cause
 
     async def beat(self, session_id: str) -> None:
-        """One heartbeat, no retry.
+        """Send one heartbeat, without a retry.
 
         Raises:
             ApiError: it did not arrive.
@@ -133,7 +130,7 @@ class DataPlane:
         response = await self._transport.exchange(
             "POST",
             self.url("session_heartbeat"),
-            body=orjson.dumps({"session_id": session_id, "type": "session_heartbeat"}),
+            body=bodies.heartbeat(session_id),
             timeout=BEAT_TIMEOUT,
         )
         if not response.ok:
@@ -148,17 +145,17 @@ class DataPlane:
         headers: Mapping[str, str] | None = None,
         undecided: frozenset[int] = UNDECIDED,
     ) -> str:
-        """Send a request until the trainer takes it; its request id.
+        """Send a request until the trainer accepts it; its request id.
 
         Raises:
             TrainerLost: the trainer's process is gone.
             ApiStatusError: refused for good, or its place in the line holds another request.
-            ApiError: not taken within `PATIENCE`; whether it was is not known.
+            ApiError: not accepted within `RETRY_SECONDS`; whether it was is not known.
         """
         response = await with_retries(
             partial(self._submit_once, path, body, headers, what),
             what=what,
-            backoff=patient(undecided),
+            backoff=retry_budget(undecided),
             events=self.events,
             kind="training",
         )
@@ -186,10 +183,10 @@ class DataPlane:
         *,
         fails: bool = False,
     ) -> None:
-        """Send a filler; that its place is taken already (409) is as good as an answer.
+        """Send a filler request; a 409 (the id is in use) counts as success.
 
         Args:
-            fails: the filler is one that the trainer takes as failed, and answers with 400.
+            fails: the trainer takes this one as failed, and answers with 400.
 
         Raises:
             TrainerLost: the trainer's process is gone.
@@ -215,17 +212,17 @@ class DataPlane:
 
         Args:
             headers: of each poll, such as what content types are understood.
-            note: told what is waited for, whenever that changes.
+            note: called with what is waited for, whenever that changes.
 
         Raises:
             RequestFailed: the trainer failed it.
             TrainerLost: the trainer's process is gone.
-            ApiError: no word from the trainer within `PATIENCE`.
+            ApiError: no answer from the trainer within `RETRY_SECONDS`.
         """
         loop = asyncio.get_running_loop()
         url = self.url("retrieve_future")
-        body = orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
-        backoff = patient(UNDECIDED - {409})
+        body = bodies.retrieve_future(request_id)
+        backoff = retry_budget(UNDECIDED - {409})
         while True:
             asked = loop.time()
             try:
@@ -243,7 +240,7 @@ class DataPlane:
                 if not isinstance(outcome, NotReady):
                     return outcome
                 if backoff.failures:
-                    backoff = patient(UNDECIDED - {409})
+                    backoff = retry_budget(UNDECIDED - {409})
                 note(f"the trainer says it is under way ({outcome.reason})")
                 quick = loop.time() - asked < QUICK_POLL
                 delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
@@ -252,11 +249,14 @@ class DataPlane:
     async def ended(
         self, model_id: str, cursor: int, retrieved: Sequence[str]
     ) -> tuple[list[FinishedRequest], int]:
-        """One batch poll, no retry: what has ended of a model since a cursor, and the next one.
+        """Ask once, without a retry, which requests of a model have ended since a cursor.
+
+        Returns:
+            Those requests, and the next cursor.
 
         Raises:
             TrainerLost: the trainer's process is gone.
-            ApiError: no such answer.
+            ApiError: there was no such answer.
         """
         response = await self._transport.exchange(
             "POST",
@@ -270,8 +270,12 @@ class DataPlane:
         return decode_poll(await _parsed(response))
 
 
-def patient(undecided: frozenset[int]) -> Backoff:
-    """A budget of `PATIENCE` seconds, however many attempts; for what must not be given up."""
+def retry_budget(undecided: frozenset[int]) -> Backoff:
+    """Retries for `RETRY_SECONDS`, however many; for what must not be given up soon.
+
+    Args:
+        undecided: client-error statuses after which to send again.
+    """
 
     def retryable(error: ApiError) -> bool:
         if isinstance(error, ApiStatusError):
@@ -283,13 +287,13 @@ def patient(undecided: frozenset[int]) -> Backoff:
         base=RETRY_BASE,
         cap=10.0,
         spread=0.5,
-        max_elapsed=PATIENCE,
+        max_elapsed=RETRY_SECONDS,
         retryable=retryable,
     )
 
 
 class NotReady:
-    """The request is under way.
+    """The answer to a poll for a request that is not done.
 
     Attributes:
         reason: the server's queue state, for messages.
@@ -304,7 +308,7 @@ class NotReady:
 
 
 async def read_outcome(response: Response, request_id: str, what: str) -> Answer | NotReady:
-    """What one answer to a poll says: a JSON object, the bytes of a protobuf message, or not yet.
+    """Read the answer to a poll: a JSON object, the bytes of a protobuf message, or not ready.
 
     Raises:
         RequestFailed: the operation failed.
@@ -312,8 +316,7 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
         ApiStatusError: the poll itself failed.
     """
     if response.status == 408:
-        payload = _tolerant(response)
-        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+        return _not_ready(_tolerant(response))
     if response.status == 402:
         return NotReady("billing pause", BILLING_PAUSE)
     if response.status == 410:
@@ -330,10 +333,14 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
         return response.body
     payload = await _parsed(response)
     if payload.get("type") == "try_again":
-        return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
+        return _not_ready(payload)
     if "error" in payload:
         raise _failure(payload, request_id, what)
     return payload
+
+
+def _not_ready(payload: Mapping[str, Any]) -> NotReady:
+    return NotReady(str(payload.get("queue_state_reason") or payload.get("queue_state")))
 
 
 async def _parsed(response: Response) -> dict[str, Any]:
@@ -355,7 +362,7 @@ def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> Operatio
 
 
 def _tolerant(response: Response) -> Mapping[str, Any]:
-    """The body of a "not ready": it may be empty or plain text."""
+    """Read the body of a "not ready", which may be empty or plain text."""
     try:
         return response.object()
     except ProtocolError:
@@ -363,16 +370,16 @@ def _tolerant(response: Response) -> Mapping[str, Any]:
 
 
 def _lost(error: ApiStatusError) -> TrainerLost | None:
-    """The death of the trainer, if that is what a status says."""
+    """The error for a trainer that is gone, if a status means that."""
     if error.status != 410 or error.error_class != "ModelLost":
         return None
     return TrainerLost(f"the trainer is gone: {error.message}", cause=error)
 
 
 def is_conflict(error: ApiError) -> bool:
-    """Whether the place in the line is said to hold another request: no retry can mend that.
+    """Whether another request holds the place in the line: no retry can mend that.
 
-    Other servers answer 409 for passing states too, and say so in no way that can be relied on.
+    Other servers answer 409 for passing states too, so that only the `error_class` decides.
     """
     return (
         isinstance(error, ApiStatusError)
@@ -382,7 +389,7 @@ def is_conflict(error: ApiError) -> bool:
 
 
 def was_refused(error: BaseException) -> bool:
-    """Whether a submit was certainly not taken, so that its place in the server's line is empty."""
+    """Whether a submit was certainly refused, so that its place in the server's line is empty."""
     return (
         isinstance(error, ApiStatusError)
         and 400 <= error.status < 500

@@ -1,9 +1,8 @@
-"""Work for operations that is done before their turn comes: the encoding of large passes.
+"""Encodes the datums of large passes before the turn of their operations comes.
 
-One piece at a time, in call order, in a worker thread; as far ahead as the bound allows, so that a
-thousand operations called at once do not hold a second copy of all their data. Decoding goes the
-same way when its answer comes. A loop has one such worker for all of it: the work holds the
-interpreter, so a second one would make nothing faster, and the loop wait for both.
+One job at a time, in call order, in the loop's worker thread (`runtime.worker`); as far ahead as
+the bound allows, so that a thousand operations called at once do not hold a second copy of all
+their data.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from fireworks_training._async.runtime.worker import INLINE_TOKENS, in_worker
 
 T = TypeVar("T")
 
-AHEAD_TOKENS = 4_000_000
+ENCODED_TOKENS = 4_000_000
 """Tokens whose operations may lie encoded, not yet sent; one operation always may."""
 
 
 @dataclass(eq=False, slots=True)
 class EncodingJob(Generic[T]):
-    """Work for one operation.
+    """The encoding that one operation needs.
 
     Attributes:
-        work: what to do, until it is done; its error, too, comes out of `result()`.
+        work: does it, until it is done; its error, too, comes out of `result()`.
         tokens: its size.
-        done: holds the result, if it is done ahead.
+        done: holds the result, if the queue does it.
         ready: the result or the error, if it was done at once.
     """
 
@@ -39,7 +38,7 @@ class EncodingJob(Generic[T]):
     ready: T | Exception | None = field(default=None, init=False)
 
     def do(self) -> None:
-        """Do it now, and let go of what it took."""
+        """Encode now, and let go of the datums."""
         assert self.work is not None
         try:
             self.ready = self.work()
@@ -48,7 +47,7 @@ class EncodingJob(Generic[T]):
         self.work = None
 
     async def result(self) -> T:
-        """What the work gives; done now if it was too small to be done ahead."""
+        """Wait for what the work gives; it is done now if it was too small for the queue."""
         if self.done is not None:
             return await self.done
         if self.work is not None:
@@ -59,37 +58,37 @@ class EncodingJob(Generic[T]):
 
 
 class EncodingQueue:
-    """The work ahead of one line; on its owner loop.
+    """The encoding jobs of one model; on its owner loop.
 
     Args:
-        bound: tokens of pieces that are done and not released.
+        bound: tokens of jobs that may be done and not released.
     """
 
-    def __init__(self, bound: int = AHEAD_TOKENS) -> None:
+    def __init__(self, bound: int = ENCODED_TOKENS) -> None:
         self._bound = bound
         self._held = 0
         self._waiting: deque[EncodingJob[Any]] = deque()
         self._released = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
-    def add(self, piece: EncodingJob[Any]) -> None:
-        """Start on a piece when those before it are done and the bound allows."""
-        if piece.tokens <= INLINE_TOKENS or piece.work is None:
+    def add(self, job: EncodingJob[Any]) -> None:
+        """Start a job when those before it are done and the bound allows."""
+        if job.tokens <= INLINE_TOKENS or job.work is None:
             return
-        piece.done = asyncio.get_running_loop().create_future()
-        piece.done.add_done_callback(_consume)
-        self._waiting.append(piece)
+        job.done = asyncio.get_running_loop().create_future()
+        job.done.add_done_callback(_consume)
+        self._waiting.append(job)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.get_running_loop().create_task(self._work(), name="encoding")
 
-    def release(self, piece: EncodingJob[Any]) -> None:
-        """The operation of a piece is over with it."""
-        if piece.done is not None:
-            if piece in self._waiting:
-                self._waiting.remove(piece)
-                piece.done.cancel()
+    def release(self, job: EncodingJob[Any]) -> None:
+        """Let go of a job that its operation needs no more."""
+        if job.done is not None:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.done.cancel()
             else:
-                self._held -= piece.tokens
+                self._held -= job.tokens
                 self._released.set()
 
     async def _work(self) -> None:
@@ -99,28 +98,28 @@ class EncodingQueue:
                 await self._released.wait()
                 if not self._waiting:
                     return
-            piece = self._waiting.popleft()
-            self._held += piece.tokens
-            assert piece.done is not None
-            assert piece.work is not None
-            work, piece.work = piece.work, None
+            job = self._waiting.popleft()
+            self._held += job.tokens
+            assert job.done is not None
+            assert job.work is not None
+            work, job.work = job.work, None
             try:
                 result = await in_worker(work)
             except Exception as error:
-                if not piece.done.done():
-                    piece.done.set_exception(error)
+                if not job.done.done():
+                    job.done.set_exception(error)
             else:
-                if not piece.done.done():  # its operation may have been cancelled meanwhile
-                    piece.done.set_result(result)
+                if not job.done.done():  # its operation may have been cancelled meanwhile
+                    job.done.set_result(result)
 
     async def stop(self) -> None:
-        """Stop, and leave no work behind; what waits for a piece is cancelled."""
+        """Stop, and leave no work behind; who waits for a job is cancelled."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
-        for piece in self._waiting:
-            if piece.done is not None:
-                piece.done.cancel()
+        for job in self._waiting:
+            if job.done is not None:
+                job.done.cancel()
         self._waiting.clear()
 
 

@@ -1,7 +1,8 @@
-"""The training clients of one trainer job: its session, and the models made in it.
+"""Makes the training clients of one trainer job: its session, and the models made in it.
 
-Knows which client there is already and which is to be made; what a client does is `trainer`'s. A
-service has one of these for its own trainer, and another for a separate reference trainer.
+Knows which client there is already and which is to be made; the client itself is in `client`, the
+model behind it in `model`. A service has one of these for its own trainer, and another for a
+separate reference trainer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import contextlib
 import contextvars
 import importlib
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
@@ -21,23 +21,18 @@ from fireworks_training._async.runtime.cancellation import finish_in_spite_of_ca
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.arguments import check_state
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import (
-    FireworksTrainingError,
-    InvalidArgument,
-    TrainerLost,
-)
-
-logger = logging.getLogger("fireworks_training.service")
+from fireworks_training.errors import FireworksTrainingError, InvalidArgument, TrainerLost
 
 Client = AsyncFiretitanTrainingClient
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """What the caller says of a model; None leaves it to the service's configuration."""
+    """The options of a model; None leaves one to the service's configuration."""
 
     base_model: str | None = None
     lora_rank: int | None = None
@@ -48,7 +43,7 @@ class ModelOptions:
     train_unembed: bool | None = None
 
     def given(self) -> dict[str, object]:
-        """What was said."""
+        """The options that are not left to the service."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -56,14 +51,14 @@ class ModelOptions:
 def configured(
     config: FiretitanProvisioningConfig, options: ModelOptions
 ) -> FiretitanProvisioningConfig:
-    """The configuration of one model.
+    """Make the configuration of one model.
 
     Raises:
-        InvalidArgument: what was said contradicts what the service was made for.
+        InvalidArgument: an option contradicts what the service was made for.
     """
-    said = options.given()
+    given = options.given()
     if config.max_lora_rank is None:
-        for name, value in said.items():
+        for name, value in given.items():
             mine = config.alpha if name == "lora_alpha" else getattr(config, name)
             if value != mine:
                 raise InvalidArgument(
@@ -71,7 +66,7 @@ def configured(
                     "from_firetitan_config, or make another service for another model"
                 )
         return config
-    if said.get("base_model", config.base_model) != config.base_model:
+    if given.get("base_model", config.base_model) != config.base_model:
         raise InvalidArgument(
             f"base_model={options.base_model!r}, but the service's trainer holds "
             f"{config.base_model!r}: make another service for another model"
@@ -83,55 +78,55 @@ def configured(
             f"{config.max_lora_rank}"
         )
     single = replace(config, max_lora_rank=None, lora_rank=rank)
-    return replace(single, **said)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    return replace(single, **given)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 class TrainingClients:
     """The training clients of one job; everything runs on the service's owner loop.
 
     Args:
-        connection: the service's platform.
+        platform: the service's platform.
         config: what the job was made for.
         resources: gets the job up.
         revive: starts the job again after its process was lost.
         owner: the service's loop.
-        publishing: brings what they save into the deployment.
+        publisher: brings the snapshots that they save into the deployment.
         user_metadata: noted with the session.
         pipeline_steps: as for `from_firetitan_config`.
     """
 
     def __init__(
         self,
-        connection: Platform,
+        platform: Platform,
         config: FiretitanProvisioningConfig,
         *,
         resources: Callable[[], Awaitable[Resources]],
         revive: Callable[[Resources], Awaitable[None]],
         owner: OwnerLoop,
-        publishing: WeightPublisher,
+        publisher: WeightPublisher,
         user_metadata: Mapping[str, str] = MappingProxyType({}),
         pipeline_steps: bool = False,
     ) -> None:
-        self._connection = connection
+        self._platform = platform
         self._config = config
         self._resources = resources
         self._revive = revive
         self._owner = owner
-        self._publishing = publishing
+        self._publisher = publisher
         self._user_metadata = dict(user_metadata)
         self._pipeline_steps = pipeline_steps
         self._making = asyncio.Lock()
         self._session: TrainerSession | None = None
         self._policy: Client | None = None
         self._base: Client | None = None
-        self._clients: list[Client] = []
+        self._models: dict[Client, RemoteModel] = {}
         self._recovered: set[Client] = set()
 
     async def policy(
         self, options: ModelOptions, user_metadata: Mapping[str, str] | None = None
     ) -> Client:
-        """The client of the service's model, the same at every call; with `max_lora_rank` a new
-        model at every call."""
+        """Return the client of the service's model, the same at every call; with `max_lora_rank`
+        make a new model at every call."""
         config = configured(self._config, options)
         await self._ready()
         async with self._making:
@@ -154,7 +149,7 @@ class TrainingClients:
         weights_access_token: str | None,
         user_metadata: Mapping[str, str] | None,
     ) -> Client:
-        """A new client whose model starts from a saved state; nothing is left if that fails."""
+        """Make a client whose model starts from a saved state; nothing is left if that fails."""
         if self._policy is not None and self._config.max_lora_rank is None:
             raise InvalidArgument(
                 "the service has its training client already, of which it makes one: call "
@@ -174,14 +169,15 @@ class TrainingClients:
         """Free a model that nobody was given."""
         if self._policy is client:
             self._policy = None
-        self._clients.remove(client)
+        model = self._models.pop(client)
         with contextlib.suppress(FireworksTrainingError):
             await client.unload_model()
-        await client._close(drain=False)  # pyright: ignore[reportPrivateUsage]
+        await model.close(drain=False)
 
     async def base(self, user_metadata: Mapping[str, str] | None = None) -> Client:
-        """A client of the base model that computes logprobs only, on the same trainer."""
-        await self._connection.open()
+        """Make a client of the base model, which computes logprobs only, on the same trainer; the
+        same one until it is released."""
+        await self._platform.open()
         await self._ready()
         async with self._making:
             if self._base is None:
@@ -194,10 +190,16 @@ class TrainingClients:
         async with self._making:
             base, self._base = self._base, None
             if base is not None and base.ended is None:
-                await finish_in_spite_of_cancellation(_unloaded(base))
+                await finish_in_spite_of_cancellation(self._unload(base))
+
+    async def _unload(self, client: Client) -> None:
+        try:
+            await client.unload_model()
+        finally:
+            await self._models[client].close(drain=True)
 
     async def recovered(self, lost: Client | None = None) -> Client:
-        """A client that goes on where the lost one last saved, in the job started again.
+        """Make a client that goes on where the lost one last saved, in the job started again.
 
         Args:
             lost: which one; default the one there is.
@@ -219,18 +221,18 @@ class TrainingClients:
             if state is None:
                 raise ended.with_traceback(None)
             # Another lost client may have had the job started again already.
-            if self._session is None or lost._session is self._session:  # pyright: ignore[reportPrivateUsage]
+            model = self._models[lost]
+            if self._session is None or model.session is self._session:
                 await self._restart()
-            client = await self._successor(lost, state)
+            client = await self._successor(model.config, state)
             self._recovered.add(lost)
             self._base = None
             if not several:
                 self._policy = client
             return client
 
-    async def _successor(self, lost: Client, state: str) -> Client:
-        """A new model with a lost one's saved state; nothing is left if that fails."""
-        config = lost._config  # pyright: ignore[reportPrivateUsage]
+    async def _successor(self, config: FiretitanProvisioningConfig, state: str) -> Client:
+        """Make a model with a lost one's saved state; nothing is left if that fails."""
         made: Client | None = None
         try:
             made = await self._make(config, None)
@@ -239,16 +241,15 @@ class TrainingClients:
             if made is not None:
                 await finish_in_spite_of_cancellation(self._forget(made))
             # A process that died again must be started again, not asked again.
-            if self._session is not None and not any(map(self._lives, self._clients)):
+            if self._session is not None and not any(map(self._lives, self._models.values())):
                 session, self._session = self._session, None
                 await finish_in_spite_of_cancellation(session.close())
             raise
         return made
 
-    def _lives(self, client: Client) -> bool:
-        """Whether a client is of the open session, and has not ended."""
-        mine = client._session is self._session  # pyright: ignore[reportPrivateUsage]
-        return mine and client.ended is None
+    def _lives(self, model: RemoteModel) -> bool:
+        """Whether a model is of the open session, and has not ended."""
+        return model.session is self._session and model.queue.ended is None
 
     async def _restart(self) -> None:
         """Start the job again; the models and the session of its last process are gone."""
@@ -269,7 +270,7 @@ class TrainingClients:
 
     def owns(self, client: Client) -> bool:
         """Whether a client is one of these."""
-        return client in self._clients
+        return client in self._models
 
     async def _make(
         self,
@@ -282,27 +283,27 @@ class TrainingClients:
         capabilities = await session.create_model(
             config, base_only=base_only, user_metadata=user_metadata
         )
-        client = Client(
+        model = RemoteModel(
             session,
             capabilities,
             config,
             owner=self._owner,
-            publishing=self._publishing,
             pipeline_steps=self._pipeline_steps,
             forward_only=base_only or config.forward_only,
         )
-        self._clients.append(client)
+        client = Client(model, self._publisher)
+        self._models[client] = model
         return client
 
     async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
         if self._session is None:
             resources = await self._resources()
-            url = await self._connection.trainer_url(resources.job_id)
+            url = await self._platform.trainer_url(resources.job_id)
             session = TrainerSession(
-                self._connection.transport,
-                self._connection.make_transport,
+                self._platform.transport,
+                self._platform.make_transport,
                 url,
-                tinker_only=self._connection.tinker_only,
+                tinker_only=self._platform.tinker_only,
             )
             try:
                 await session.open({**self._user_metadata, **(user_metadata or {})})
@@ -314,18 +315,18 @@ class TrainingClients:
 
     @property
     def made(self) -> Client | None:
-        """The client of the service's model, if it was made."""
+        """The client of the service's model, if there is one."""
         return self._policy
 
     @property
     def session_id(self) -> str | None:
-        """Of the open session; None before there is one."""
+        """The trainer's name for the open session; None before there is one."""
         return self._session.session_id if self._session is not None else None
 
     @property
     def saved_a_state(self) -> bool:
         """Whether some client has saved a state."""
-        return any(client.last_saved_state is not None for client in self._clients)
+        return any(model.states.newest is not None for model in self._models.values())
 
     async def close(self, *, drain: bool) -> BaseException | None:
         """Let accepted operations finish (or not), and end the session; idempotent.
@@ -336,31 +337,20 @@ class TrainingClients:
         async with contextlib.AsyncExitStack() as stack:
             if self._session is not None:
                 stack.push_async_callback(self._session.close)
-            await asyncio.gather(
-                *(client._close(drain=drain) for client in self._clients)  # pyright: ignore[reportPrivateUsage]
-            )
-        unseen = (
-            client._first_unseen_failure()  # pyright: ignore[reportPrivateUsage]
-            for client in self._clients
-        )
+            await asyncio.gather(*(model.close(drain=drain) for model in self._models.values()))
+        unseen = (model.queue.unseen_failures.first for model in self._models.values())
         return next((failure for failure in unseen if failure is not None), None)
 
 
-async def _unloaded(client: Client) -> None:
-    try:
-        await client.unload_model()
-    finally:
-        await client._close(drain=True)  # pyright: ignore[reportPrivateUsage]
-
-
 def _lost(client: Client | None) -> TrainerLost | None:
-    """How a client's trainer was lost, if it was."""
+    """The error with which a client lost its trainer, if it did."""
     ended = None if client is None else client.ended
     return ended if isinstance(ended, TrainerLost) else None
 
 
 async def _import_tinker() -> None:
-    """In a daemon thread: an executor's would hold up a program that is interrupted meanwhile."""
+    """Import what a training client needs, in a daemon thread: an executor's would hold up a
+    program that is interrupted meanwhile."""
     from fireworks_training._async.training.custom_loss import in_daemon_thread
 
     def load() -> None:

@@ -1,7 +1,8 @@
-"""The operations of a training client that are one JSON request: checked, and made ready to run.
+"""The operations of a training client that are one JSON request: optimizer steps, saves, loads.
 
-Each function checks its arguments and returns an `Operation`. Its place in the queue is given by
-`OperationQueue.submit`. Passes over datums are in `pass_operations`.
+Each function checks its arguments and returns an `Operation`, ready to run. Its place in the line
+is given by `OperationQueue.submit`; its body is written in `_wire.training.bodies`. Passes over
+datums are in `pass_operations`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import orjson
-
 from fireworks_training._async.training.arguments import check_name, check_state
-from fireworks_training._async.training.queue import Operation, OperationContext, OperationQueue
+from fireworks_training._async.training.context import Operation, OperationContext
 from fireworks_training._async.training.requests import Request, WireRequest
+from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._checks import one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
-from fireworks_training._wire.training.bodies import decode_snapshot
+from fireworks_training._wire.training import bodies
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.models import Snapshot
 
@@ -37,27 +37,22 @@ Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
 GradNorms = Literal["off", "basic", "detailed"] | bool
 
 LossConfig = Mapping[str, Any] | None
-"""Options of a loss by name."""
+"""The options of a loss by name."""
 
 NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
 GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
 
 
-def _encoded(model_id: str, path: str, fields: Mapping[str, Any]) -> bytes:
-    """A request of one operation, but for its id."""
-    return orjson.dumps({**fields, "type": path, "model_id": model_id})
-
-
-def _with_id(path: str, encoded: bytes, seq_id: int) -> WireRequest:
-    return WireRequest(path, b'%b,"seq_id":%d}' % (encoded[:-1], seq_id))
-
-
-async def _one(turn: OperationContext, path: str, encoded: bytes) -> Mapping[str, Any]:
+async def _send(context: OperationContext, path: str, body: bytes) -> Mapping[str, Any]:
     """Send one JSON request and wait for its result."""
-    (answer,) = await turn.send([Request(partial(_with_id, path, encoded))])
+    (answer,) = await context.send([Request(partial(_with_seq_id, path, body))])
     if isinstance(answer, bytes):
         raise ProtocolError(f"{path}: the trainer answered protobuf where JSON is due")
     return answer
+
+
+def _with_seq_id(path: str, body: bytes, seq_id: int) -> WireRequest:
+    return WireRequest(path, bodies.with_seq_id(body, seq_id))
 
 
 def optim_step(
@@ -85,69 +80,65 @@ def optim_step(
     adam: dict[str, Any] = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
     if mode is not None:
         adam["emit_grad_norm_metrics"] = mode
-    fields: dict[str, Any] = {"adam_params": adam}
-    if normalization is not None:
-        fields["grad_accumulation_normalization"] = normalization
-    encoded = _encoded(model_id, "optim_step", fields)
-    return Operation(
-        Role.OPTIM, "optim_step", _optim_step, (encoded,), accept_partial=accept_partial
-    )
+    body = bodies.optim_step(model_id, adam, normalization)
+    return Operation(Role.OPTIM, "optim_step", _optim_step, (body,), accept_partial=accept_partial)
 
 
-async def _optim_step(turn: OperationContext, encoded: bytes) -> OptimStepResponse:
+async def _optim_step(context: OperationContext, body: bytes) -> OptimStepResponse:
     from tinker.types import OptimStepResponse
 
-    payload = await _one(turn, "optim_step", encoded)
+    payload = await _send(context, "optim_step", body)
     return OptimStepResponse(metrics=payload.get("metrics"))
 
 
 def save_state(
-    model_id: str, name: str, runner: OperationQueue, ttl_seconds: int | None, overwrite: bool
+    model_id: str, name: str, states: SavedStates, ttl_seconds: int | None, overwrite: bool
 ) -> Operation[SaveWeightsResponse]:
-    """Save weights and optimizer; `runner` is told the name."""
+    """Save weights and optimizer, and note the state in `states`."""
     check_name("name", name)
     _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
 
-    async def run(turn: OperationContext) -> SaveWeightsResponse:
+    async def run(context: OperationContext) -> SaveWeightsResponse:
         from tinker.types import SaveWeightsResponse
 
-        encoded = _encoded(model_id, "save_weights", {"path": name})
-        payload = await _one(turn, "save_weights", encoded)
+        payload = await _send(context, "save_weights", bodies.save_weights(model_id, name))
         path = payload.get("path")
         if not isinstance(path, str):
             raise ProtocolError("the trainer saved a state but named no path")
         if payload.get("replaced") is True:
             logger.warning("save_state(%r) replaced an earlier state of this name", name)
-        elif name in runner.saved_names:
+        elif name in states:
             logger.warning(
                 "save_state(%r): this client saved a state of this name before, and the trainer "
                 "does not say what became of it",
                 name,
             )
-        runner.saved_names.add(name)
-        runner.last_saved_state = path
+        states.saved(name, path)
         return SaveWeightsResponse(path=path)
 
     return Operation(Role.SAVE, "save_state", run)
 
 
 def load_state(
-    model_id: str, path: str, weights_access_token: str | None, *, optimizer: OperationQueue | None
+    model_id: str,
+    path: str,
+    states: SavedStates,
+    weights_access_token: str | None,
+    *,
+    optimizer: bool,
 ) -> Operation[LoadWeightsResponse]:
-    """Load a saved state; with the optimizer, a line that has saved none is told its name."""
+    """Load a saved state; with its optimizer, the client is noted to go on from it."""
     check_state("path", path)
-    with_optimizer = optimizer is not None
-    fields: dict[str, Any] = {"path": path, "optimizer": with_optimizer}
-    if weights_access_token is not None:
-        fields["weights_access_token"] = weights_access_token
 
-    async def run(turn: OperationContext) -> LoadWeightsResponse:
+    async def run(context: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        encoded = _encoded(model_id, "load_weights", fields)
-        payload = await _one(turn, "load_weights", encoded)
-        if optimizer is not None and optimizer.last_saved_state is None:
-            optimizer.last_saved_state = path
+        body = bodies.load_weights(
+            model_id, path, optimizer=optimizer, access_token=weights_access_token
+        )
+        payload = await _send(context, "load_weights", body)
+        if optimizer:
+            states.resumed(path)
         return LoadWeightsResponse(path=payload.get("path", path))
 
     return Operation(Role.LOAD, "load_state", run)
@@ -160,12 +151,12 @@ def load_adapter(model_id: str, adapter_path: str) -> Operation[LoadWeightsRespo
             f"adapter_path={adapter_path!r}: pass a model resource, a gs:// folder, or what the "
             "platform lets you load"
         )
-    encoded = _encoded(model_id, "load_adapter", {"adapter_path": adapter_path})
 
-    async def run(turn: OperationContext) -> LoadWeightsResponse:
+    async def run(context: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        payload = await _one(turn, "load_adapter", encoded)
+        body = bodies.load_adapter(model_id, adapter_path)
+        payload = await _send(context, "load_adapter", body)
         return LoadWeightsResponse(path=payload.get("adapter_path", adapter_path))
 
     return Operation(Role.LOAD, "load_adapter", run)
@@ -185,25 +176,27 @@ def save_weights_for_sampler(
     """Save a snapshot that a deployment can load, named with the session's suffix.
 
     Args:
-        chain: decides what is asked for, unless the caller does, and is told what was written.
+        chain: decides the type, unless the caller does, and notes what was written.
         tinker_only: for a Tinker server, whose snapshots are of one type.
     """
     check_name("name", name)
     one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
     _refuse(**refused, **({"checkpoint_type": checkpoint_type} if tinker_only else {}))
-    fields = {"path": f"{name}-{suffix}"}
-    if export_precision is not None:
-        if checkpoint_type != "merged_base":
-            raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
-        fields["export_precision"] = export_precision
+    if export_precision is not None and checkpoint_type != "merged_base":
+        raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
 
-    async def run(turn: OperationContext) -> SaveWeightsForSamplerResponse:
+    async def run(context: OperationContext) -> SaveWeightsForSamplerResponse:
         from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
         async def save(kind: CheckpointType) -> Snapshot:
-            sent = fields if tinker_only else {**fields, "checkpoint_type": kind}
-            encoded = _encoded(model_id, "save_weights_for_sampler", sent)
-            return decode_snapshot(await _one(turn, "save_weights_for_sampler", encoded))
+            body = bodies.save_weights_for_sampler(
+                model_id,
+                f"{name}-{suffix}",
+                checkpoint_type=None if tinker_only else kind,
+                export_precision=export_precision,
+            )
+            payload = await _send(context, "save_weights_for_sampler", body)
+            return bodies.decode_snapshot(payload)
 
         if checkpoint_type == "merged_base":
             snapshot = await save(checkpoint_type)  # stands alone, and is no link of the chain
@@ -211,7 +204,7 @@ def save_weights_for_sampler(
             # Chosen now, at this operation's turn: what came before it is on its way.
             asked = chain.take_next_type(checkpoint_type)
             try:
-                snapshot = chain.saved(await save(asked), asked, turn.ticket.step)
+                snapshot = chain.saved(await save(asked), asked, context.step)
             except BaseException:
                 chain.failed()
                 raise
@@ -226,13 +219,13 @@ def unload_model(model_id: str, *, tinker_only: bool = False) -> Operation[None]
     Args:
         tinker_only: for a Tinker server, to which it is no operation with a place in the line.
     """
-    encoded = _encoded(model_id, "unload_model", {})
+    body = bodies.unload_model(model_id)
 
-    async def run(turn: OperationContext) -> None:
+    async def run(context: OperationContext) -> None:
         if tinker_only:
-            await turn.send([Request(lambda _: WireRequest("unload_model", encoded))])
+            await context.send([Request(lambda _: WireRequest("unload_model", body))])
         else:
-            await _one(turn, "unload_model", encoded)
+            await _send(context, "unload_model", body)
 
     return Operation(Role.OTHER, "unload_model", run)
 

@@ -1,34 +1,51 @@
 """The operations of a training client that go over datums: checked, captured, ready to run.
 
-How a pass is sent is in `passes`; which datums, losses and outputs belong together is decided here.
+Which datums, losses and outputs belong together is decided here; how a pass is sent is in `passes`.
+
+A custom loss may take something else than logprobs: embeddings, projections, similarities. The
+trainer computes the output of each datum, the caller's loss runs on it, and the gradient by the
+output goes back as a loss input; the trainer computes the output again and differentiates through
+it. Shapes, for datum i of T tokens, a hidden size H, a head of D outputs and B datums: embedding
+`[H]`, projection `[T, D]`, cos_similarity_matrix `[B]`, row i of the matrix.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from fireworks_training._async.runtime.worker import INLINE_TOKENS
+import numpy as np
+
+from fireworks_training._async.runtime.worker import INLINE_TOKENS, off_loop
 from fireworks_training._async.training.arguments import check_datums, loss_config
+from fireworks_training._async.training.context import Operation, OperationContext
 from fireworks_training._async.training.custom_loss import require_torch
 from fireworks_training._async.training.encoding import EncodingJob
-from fireworks_training._async.training.outputs import GRADIENTS_OF, run_custom_output
 from fireworks_training._async.training.passes import (
+    Array,
     BuiltInLoss,
+    CustomLoss,
     EncodedData,
     Inputs,
     Passes,
+    combine,
     given_inputs,
+    output_of,
     target_inputs,
+    with_loss,
 )
-from fireworks_training._async.training.queue import Operation
 from fireworks_training._checks import one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._wire.training.bodies import PassKind
-from fireworks_training._wire.training.datums import capture, count_tokens
-from fireworks_training.errors import InvalidArgument
+from fireworks_training._wire.training.datums import (
+    Captured,
+    PassResult,
+    capture,
+    count_tokens,
+)
+from fireworks_training.errors import InvalidArgument, ProtocolError
 
 if TYPE_CHECKING:
     import tinker
@@ -42,15 +59,25 @@ if TYPE_CHECKING:
 Output = Literal["logprobs", "embedding", "projection", "cos_similarity_matrix"]
 Pooling = Literal["mean", "last"]
 
+GRADIENTS_OF = {
+    "embedding": "embedding_grads",
+    "projection": "projection_grads",
+    "cos_similarity_matrix": "embedding_grads",
+}
+"""The loss input that takes the gradient by each output."""
+
+OUTPUT_FIELDS = {"embedding": "embedding", "projection": "projection"}
+"""The field of the answer that holds an output; a row of the matrix comes as an embedding."""
+
 OUTPUTS = ("logprobs", *GRADIENTS_OF)
 POOLINGS = ("mean", "last")
 
 
 class PassOperations:
-    """The passes of one model.
+    """Makes the operations over datums of one model.
 
     Args:
-        passes: how they are sent.
+        passes: sends them.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -64,7 +91,7 @@ class PassOperations:
         loss_fn: str,
         loss_fn_config: Mapping[str, Any] | None,
     ) -> Operation[tinker.ForwardBackwardOutput]:
-        """`forward` or `forward_backward` with a built-in loss."""
+        """Make a `forward` or `forward_backward` with a built-in loss."""
         check_datums(data)
         if not isinstance(loss_fn, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidArgument(
@@ -72,25 +99,25 @@ class PassOperations:
                 "function goes to forward_backward_custom"
             )
         config = loss_config(loss_fn_config)
-        # Of a datum made for another loss, a plain forward needs only what it is about.
+        # A plain forward needs the targets only, whatever loss the datum was made for.
         output = (config or {}).get("output", "logprobs")
         plain = kind == "forward" and loss_fn == "cross_entropy" and output == "logprobs"
-        piece = self._piece(data, target_inputs if plain else given_inputs)
+        job = self._encoding(data, target_inputs if plain else given_inputs)
         role = Role.FORWARD if kind == "forward" else Role.GRADIENT
-        return Operation(
-            role, kind, self._run, (kind, piece, BuiltInLoss.of(loss_fn, config)), piece
-        )
+        return Operation(role, kind, self._run, (kind, job, BuiltInLoss.of(loss_fn, config)), job)
 
-    def _piece(
-        self, data: Sequence[tinker.Datum], inputs: Inputs, *, whole: bool = False
+    def _encoding(
+        self, data: Sequence[tinker.Datum], inputs: Inputs, *, single_request: bool = False
     ) -> EncodingJob[EncodedData]:
-        """Datums that nothing but their encoding is wanted of: a few are encoded at once."""
+        """Capture datums that are needed for nothing but their encoding; a few are encoded now."""
         at_once = count_tokens(data) <= INLINE_TOKENS
         captured = [capture(datum, copy=not at_once) for datum in data]
-        return self._passes.piece(captured, inputs, whole=whole, at_once=at_once)
+        return self._passes.encoding(
+            captured, inputs, single_request=single_request, at_once=at_once
+        )
 
     def projection(self, data: Sequence[tinker.Datum]) -> Operation[tinker.ForwardBackwardOutput]:
-        """A forward whose output is the projection head's."""
+        """Make a forward whose output is the projection head's."""
         config = {"output": "projection", "pooling": "mean"}
         return self.built_in("forward", data, "cross_entropy", config)
 
@@ -103,7 +130,7 @@ class PassOperations:
         pooling: Pooling,
         num_extra_negatives: int,
     ) -> Operation[tinker.ForwardBackwardOutput]:
-        """A forward_backward of InfoNCE, computed by the trainer."""
+        """Make a forward_backward of InfoNCE, computed by the trainer."""
         check_datums(data)
         one_of("pooling", pooling, POOLINGS)
         if num_queries < 1 or num_extra_negatives < 0:
@@ -126,9 +153,9 @@ class PassOperations:
             "pooling": pooling,
             "num_extra_negatives": num_extra_negatives,
         }
-        piece = self._piece(data, given_inputs, whole=True)
-        args = ("forward_backward", piece, BuiltInLoss.of("cross_entropy", config))
-        return Operation(Role.GRADIENT, "forward_backward_contrastive", self._run, args, piece)
+        job = self._encoding(data, given_inputs, single_request=True)
+        args = ("forward_backward", job, BuiltInLoss.of("cross_entropy", config))
+        return Operation(Role.GRADIENT, "forward_backward_contrastive", self._run, args, job)
 
     def custom(
         self,
@@ -140,7 +167,7 @@ class PassOperations:
         pooling: Pooling,
         precomputed_forward: tinker.ForwardBackwardOutput | None,
     ) -> Operation[tinker.ForwardBackwardOutput]:
-        """A forward, the caller's loss, and a backward."""
+        """Make a forward, the caller's loss, and a backward."""
         require_torch()
         check_datums(data)
         if not callable(loss_fn):
@@ -152,40 +179,73 @@ class PassOperations:
             raise InvalidArgument(
                 f"precomputed_forward holds logprobs, which {output=} has no use for"
             )
-        datums, context = list(data), contextvars.copy_context()
+        datums = list(data)
         captured = [capture(datum) for datum in datums]
+        loss = CustomLoss(loss_fn, datums, captured, contextvars.copy_context())
+        run: Callable[..., Awaitable[tinker.ForwardBackwardOutput]]
+        args: tuple[Any, ...]
         if output == "logprobs":
-            piece = self._passes.piece(captured, target_inputs, keep=True)
-            run = partial(
-                self._passes.run_custom,
-                data=datums,
-                loss_fn=loss_fn,
-                captured=captured,
-                piece=piece,
-                context=context,
-                precomputed=_brought(precomputed_forward),
-            )
+            job = self._passes.encoding(captured, target_inputs, keep=True)
+            run, args = self._passes.run_custom, (job, loss, _precomputed(precomputed_forward))
         else:
-            whole = output == "cos_similarity_matrix"
-            piece = self._passes.piece(captured, given_inputs, whole=whole)
-            run = partial(
-                run_custom_output,
-                self._passes,
-                data=datums,
-                loss_fn=loss_fn,
-                captured=captured,
-                piece=piece,
-                context=context,
-                config={"output": output, "pooling": pooling},
-            )
-        return Operation(Role.GRADIENT, "forward_backward_custom", run, ahead=piece)
+            single_request = output == "cos_similarity_matrix"
+            job = self._passes.encoding(captured, given_inputs, single_request=single_request)
+            run, args = self._run_custom_output, (job, loss, {"output": output, "pooling": pooling})
+        return Operation(Role.GRADIENT, "forward_backward_custom", run, args, job)
+
+    async def _run_custom_output(
+        self,
+        context: OperationContext,
+        job: EncodingJob[EncodedData],
+        custom: CustomLoss,
+        config: Mapping[str, str],
+    ) -> tinker.ForwardBackwardOutput:
+        """Carry out a forward, the caller's loss of an output, and a backward."""
+        passes, output = self._passes, config["output"]
+        encoded = await job.result()
+        fields = BuiltInLoss(config=config)
+        requests = passes.requests("forward", encoded.bodies, fields)
+        answers = await context.send(requests, last=False)
+        passes.usage.passed(job.tokens, trained=False)
+        first = await off_loop(job.tokens, partial(combine, answers, encoded.chunks))
+        values = [
+            _output_value(answered, output, config["pooling"], i)
+            for i, answered in enumerate(first.outputs)
+        ]
+        loss = await custom.run(values, context)
+
+        def inputs(_: Captured, index: int) -> Mapping[str, Array]:
+            return {GRADIENTS_OF[output]: loss.gradients[index]}
+
+        single_request = len(encoded.chunks) == 1
+        backward = passes.encoding(custom.captured, inputs, single_request=single_request)
+        await off_loop(job.tokens, backward.do)
+        again = await backward.result()
+        answers = await context.send(passes.requests("forward_backward", again.bodies, fields))
+        passes.usage.passed(job.tokens, trained=True)
+        second = combine(answers, again.chunks)
+        outputs: list[dict[str, Any]] = [
+            {OUTPUT_FIELDS.get(output, "embedding"): value} for value in values
+        ]
+        return output_of(with_loss(PassResult(second.output_type, outputs, second.metrics), loss))
 
 
-def _brought(forward: tinker.ForwardBackwardOutput | None) -> list[Any] | None:
-    """Copies of the logprobs that the caller brought."""
+def _precomputed(forward: tinker.ForwardBackwardOutput | None) -> list[Any] | None:
+    """Copy the logprobs that the caller brought."""
     if forward is None:
         return None
     missing = [i for i, o in enumerate(forward.loss_fn_outputs) if "logprobs" not in o]
     if missing:
         raise InvalidArgument(f"precomputed_forward has no logprobs for datum {missing[0]}")
     return [output["logprobs"].to_numpy().copy() for output in forward.loss_fn_outputs]
+
+
+def _output_value(fields: Mapping[str, Array], output: str, pooling: str, index: int) -> Array:
+    """Read the output of one datum; an embedding that comes token by token is pooled here."""
+    value = fields.get(OUTPUT_FIELDS.get(output, "embedding"), fields.get(output))
+    if value is None:
+        raise ProtocolError(f"datum {index}: the trainer answered no {output}")
+    if output == "embedding" and value.ndim == 2:
+        pooled: Array = value.mean(axis=0) if pooling == "mean" else value[-1]
+        return pooled.astype(np.float32)
+    return value

@@ -1,8 +1,10 @@
-"""Passes over datums: encode, cut into requests, send in one turn, put the answers together.
+"""Passes over datums: encoded, cut into requests, sent in one turn, the answers put together.
 
 `forward` and `forward_backward` are one pass each. `forward_backward_custom` is a forward, the
 caller's loss, and a backward, in one place in the line; the backward refers to the forward where
-the trainer offers that, and else is a cross-entropy pass that has the same gradient.
+the trainer offers that, and else is a cross-entropy pass that has the same gradient. Which datums,
+losses and outputs belong together is decided in `pass_operations`; bytes are made in
+`_wire.training`.
 """
 
 from __future__ import annotations
@@ -16,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from fireworks_training._async.runtime.usage_meter import UsageMeter
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.runtime.worker import off_loop
 from fireworks_training._async.training.client_config import ClientConfig
+from fireworks_training._async.training.context import OperationContext
 from fireworks_training._async.training.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.training.data_plane import Answer
 from fireworks_training._async.training.encoding import EncodingJob
-from fireworks_training._async.training.queue import OperationContext
 from fireworks_training._async.training.requests import Request, WireRequest
 from fireworks_training._core.chunking import combine_metrics, split
-from fireworks_training._wire.training.bodies import PassKind
+from fireworks_training._wire.training.bodies import PassKind, failing_pass
 from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
 from fireworks_training._wire.training.dialects import (
     ACCEPT,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Inputs = Callable[[Captured, int], Mapping[str, Array]]
-"""Which loss inputs of a datum go to the trainer."""
+"""Selects the loss inputs of a datum that go to the trainer."""
 
 _ACCEPT = {"Accept": ACCEPT}
 
@@ -56,10 +57,10 @@ class EncodedData:
     """The datums of a pass, encoded and cut into requests.
 
     Attributes:
-        bodies: the datums of each request, encoded.
-        chunks: ranges of datums, one a request.
-        responses: targets with a weight.
-        inputs: the loss inputs that were encoded; of a pass that needs them again.
+        bodies: the encoded datums of each request.
+        chunks: the ranges of datums, one a request.
+        responses: how many targets have a weight.
+        inputs: the loss inputs that were encoded, where the pass needs them again.
     """
 
     bodies: tuple[bytes, ...]
@@ -80,26 +81,55 @@ def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
 
 @dataclass(frozen=True, slots=True)
 class BuiltInLoss:
-    """A built-in loss, or the output that a pass is to give: what goes beside the datums."""
+    """A built-in loss by its name and options, one of which may name another output of the pass."""
 
     name: str = "cross_entropy"
     config: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, name: str, config: Mapping[str, Any] | None) -> BuiltInLoss:
-        """The loss; one object for all operations that take it without options."""
+        """Make the loss; all operations that take it without options share one object."""
         return _plain_loss(name) if config is None else cls(name, config)
 
 
 @dataclass(frozen=True, slots=True)
+class CustomLoss:
+    """A caller's loss function, and the datums that it is called with.
+
+    Attributes:
+        function: the caller's.
+        data: the datums as the caller gave them.
+        captured: what they held at the call.
+        caller_context: the context that the function runs in.
+    """
+
+    function: LossFunction
+    data: Sequence[tinker.Datum]
+    captured: Sequence[Captured]
+    caller_context: contextvars.Context
+
+    async def run(self, values: Sequence[Array], context: OperationContext) -> LossResult:
+        """Call the function in a thread of its own, with the trainer's output of each datum."""
+        context.hold_up(self.caller_context)
+        return await log_if_slow(
+            in_daemon_thread(
+                lambda: run_loss(self.function, self.data, values),
+                name="custom loss",
+                context=self.caller_context,
+            ),
+            lambda: "your loss function, which holds up the operations behind it",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Passes:
-    """How passes of one model are sent.
+    """Encodes and sends the passes of one model.
 
     Attributes:
         model_id: the model.
-        dialect: how requests are written.
+        dialect: writes the requests.
         backward: whether the trainer takes a backward by an earlier forward.
-        usage: counts what came back.
+        usage: counts the tokens of finished passes.
         limits: what one request may hold.
     """
 
@@ -109,41 +139,39 @@ class Passes:
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
 
-    def filler(self, seq_id: int) -> WireRequest:
-        """A request that changes nothing."""
-        return _sent(encode_filler(self.dialect, self.model_id, seq_id))
+    def filler_request(self, seq_id: int) -> WireRequest:
+        """Make a request that changes nothing."""
+        return _request(encode_filler(self.dialect, self.model_id, seq_id))
 
-    def failing(self, seq_id: int) -> WireRequest:
-        """A pass without datums: a trainer that enforces steps takes it as failed."""
-        nothing = {"data": (), "loss_fn": "cross_entropy"}
-        body = {"model_id": self.model_id, "seq_id": seq_id, "forward_backward_input": nothing}
-        return WireRequest("forward_backward", orjson.dumps(body))
+    def failing_request(self, seq_id: int) -> WireRequest:
+        """Make a request that a trainer which enforces steps takes as failed."""
+        return WireRequest("forward_backward", failing_pass(self.model_id, seq_id))
 
-    def piece(
+    def encoding(
         self,
         data: Sequence[Captured],
         inputs: Inputs,
         *,
-        whole: bool = False,
+        single_request: bool = False,
         keep: bool = False,
         at_once: bool = False,
     ) -> EncodingJob[EncodedData]:
-        """The encoding of a pass, to be done ahead of its turn.
+        """The job that encodes the datums of a pass, before its turn comes.
 
         Args:
-            inputs: which loss inputs of a datum are sent.
-            whole: the datums depend on each other, and must go in one request.
+            inputs: selects the loss inputs of a datum that are sent.
+            single_request: the datums depend on each other, and must go in one request.
             keep: the pass needs the inputs again.
             at_once: encode now.
         """
         tokens = sum(map(_length, data))
-        piece = EncodingJob(partial(self._encode, data, inputs, whole, keep), tokens)
+        job = EncodingJob(partial(self._encode, data, inputs, single_request, keep), tokens)
         if at_once:
-            piece.do()
-        return piece
+            job.do()
+        return job
 
     def _encode(
-        self, data: Sequence[Captured], inputs: Inputs, whole: bool, keep: bool
+        self, data: Sequence[Captured], inputs: Inputs, single_request: bool, keep: bool
     ) -> EncodedData:
         if not data:
             raise InvalidDatum("no datums: a pass needs at least one")
@@ -152,7 +180,7 @@ class Passes:
         sizes = [datum.size for datum in datums]
         limits = self.limits
         chunks = split(sizes, max_datums=limits.max_datums, max_bytes=limits.max_bytes)
-        if whole and len(chunks) > 1:
+        if single_request and len(chunks) > 1:
             size = sum(sizes)
             raise InvalidDatum(
                 f"{len(datums)} datums of {size} bytes do not fit in one request, which they must: "
@@ -173,56 +201,52 @@ class Passes:
 
     async def run(
         self,
-        turn: OperationContext,
+        context: OperationContext,
         kind: PassKind,
-        piece: EncodingJob[EncodedData],
+        job: EncodingJob[EncodedData],
         loss: BuiltInLoss,
     ) -> tinker.ForwardBackwardOutput:
-        """One built-in pass."""
-        encoded = await piece.result()
-        answers = await turn.send(self.requests(kind, encoded.bodies, loss))
-        self.usage.passed(piece.tokens, trained=kind == "forward_backward")
+        """Carry out a pass with a built-in loss."""
+        encoded = await job.result()
+        answers = await context.send(self.requests(kind, encoded.bodies, loss))
+        self.usage.passed(job.tokens, trained=kind == "forward_backward")
         counted = loss.name == "cross_entropy" and kind == "forward_backward"
-        return await off_loop(piece.tokens, partial(_finish, answers, encoded, counted))
+        return await off_loop(job.tokens, partial(_finish, answers, encoded, counted))
 
     async def run_custom(
         self,
-        turn: OperationContext,
-        *,
-        data: Sequence[tinker.Datum],
-        loss_fn: LossFunction,
-        captured: Sequence[Captured],
-        piece: EncodingJob[EncodedData],
-        context: contextvars.Context,
-        precomputed: Sequence[Array] | None = None,
+        context: OperationContext,
+        job: EncodingJob[EncodedData],
+        custom: CustomLoss,
+        precomputed: Sequence[Array] | None,
     ) -> tinker.ForwardBackwardOutput:
-        """A pass with the caller's loss, by the logprobs."""
-        encoded = await piece.result()
+        """Carry out a forward, the caller's loss of the logprobs, and a backward."""
+        encoded = await job.result()
         first: PassResult | None = None
         if precomputed is None:
             requests = self.requests("forward", encoded.bodies, BuiltInLoss())
-            answers = await turn.send(requests, last=False)
-            self.usage.passed(piece.tokens, trained=False)
-            first = await off_loop(piece.tokens, partial(combine, answers, encoded.chunks))
+            answers = await context.send(requests, last=False)
+            self.usage.passed(job.tokens, trained=False)
+            first = await off_loop(job.tokens, partial(combine, answers, encoded.chunks))
             logprobs = _logprobs(first.outputs, encoded.inputs)
         else:
             logprobs = _checked(precomputed, encoded.inputs)
-        forward_ids = turn.sent
-        loss = await run_in_thread(loss_fn, data, logprobs, turn, context)
-        linear = partial(self._linearised, captured, encoded.inputs, loss.gradients)
+        forward_ids = context.sent
+        loss = await custom.run(logprobs, context)
+        linear = partial(self._linearised, custom.captured, encoded.inputs, loss.gradients)
         if self.backward and forward_ids:
             bodies = await off_loop(
-                piece.tokens, partial(self._gradients, loss.gradients, encoded.chunks)
+                job.tokens, partial(self._gradients, loss.gradients, encoded.chunks)
             )
             requests = [
                 self._by_forward(forward_id, body, partial(linear, chunk))
                 for forward_id, body, chunk in zip(forward_ids, bodies, encoded.chunks, strict=True)
             ]
         else:
-            bodies = await off_loop(piece.tokens, lambda: [*map(linear, encoded.chunks)])
+            bodies = await off_loop(job.tokens, lambda: [*map(linear, encoded.chunks)])
             requests = self.requests("forward_backward", bodies, BuiltInLoss())
-        answers = await turn.send(requests)
-        self.usage.passed(piece.tokens, trained=True)
+        answers = await context.send(requests)
+        self.usage.passed(job.tokens, trained=True)
 
         def finish() -> tinker.ForwardBackwardOutput:
             second = combine(answers, encoded.chunks)
@@ -232,7 +256,7 @@ class Passes:
                 second = PassResult(second.output_type, outputs, second.metrics)
             return output_of(with_loss(second, loss))
 
-        return await off_loop(piece.tokens, finish)
+        return await off_loop(job.tokens, finish)
 
     def _linearised(
         self,
@@ -241,7 +265,7 @@ class Passes:
         gradients: Sequence[Array],
         chunk: range,
     ) -> bytes:
-        """Datums of a cross-entropy pass whose gradient is the loss's: weights -dL/dlogprob."""
+        """Encode a cross-entropy pass whose gradient is the loss's: weights -dL/dlogprob."""
         return self.dialect.join(
             self._datum(
                 captured[i],
@@ -257,30 +281,30 @@ class Passes:
 
     def _by_forward(self, forward_id: int, body: bytes, linear: Callable[[], bytes]) -> Request:
         def make(seq_id: int) -> WireRequest:
-            return _sent(
+            return _request(
                 self.dialect.encode_backward(
                     body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
                 )
             )
 
-        def instead(seq_id: int) -> WireRequest:
+        def fallback(seq_id: int) -> WireRequest:
             return self._chunk("forward_backward", linear(), BuiltInLoss(), seq_id)
 
-        return Request(make, _ACCEPT, instead, self._effort(body))
+        return Request(make, _ACCEPT, fallback, self._effort(body))
 
     def requests(self, kind: PassKind, bodies: Sequence[bytes], loss: BuiltInLoss) -> list[Request]:
-        """One request for each body."""
+        """Make one request for each body."""
         return [
             Request(partial(self._chunk, kind, body, loss), _ACCEPT, tokens=self._effort(body))
             for body in bodies
         ]
 
     def _effort(self, body: bytes) -> int:
-        """In tokens, what it takes to make a request of a body: nothing, or to compress it."""
+        """The effort to make a request of a body, in tokens: nothing, or that of compressing it."""
         return len(body) // 16 if self.dialect.compresses else 0
 
     def _chunk(self, kind: PassKind, body: bytes, loss: BuiltInLoss, seq_id: int) -> WireRequest:
-        return _sent(
+        return _request(
             self.dialect.encode_pass(
                 kind,
                 body,
@@ -292,29 +316,12 @@ class Passes:
         )
 
 
-async def run_in_thread(
-    loss_fn: LossFunction,
-    data: Sequence[tinker.Datum],
-    leaves: Sequence[Array],
-    turn: OperationContext,
-    context: contextvars.Context,
-) -> LossResult:
-    """The caller's loss, in a thread of its own and in the caller's context."""
-    turn.hold(context)
-    return await log_if_slow(
-        in_daemon_thread(
-            lambda: run_loss(loss_fn, data, leaves), name="custom loss", context=context
-        ),
-        lambda: "your loss function, which holds up the operations behind it",
-    )
-
-
 @lru_cache(maxsize=64)
 def _plain_loss(name: str) -> BuiltInLoss:
     return BuiltInLoss(name)
 
 
-def _sent(encoded: EncodedPass) -> WireRequest:
+def _request(encoded: EncodedPass) -> WireRequest:
     return WireRequest(encoded.path, encoded.body, encoded.headers)
 
 
@@ -323,7 +330,7 @@ def _length(datum: Captured) -> int:
 
 
 def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
-    """Targets with a weight; all of them where a datum has no weights."""
+    """Count the targets with a weight; all of them where a datum has no weights."""
     return float(
         sum(
             np.count_nonzero(given["weights"])
@@ -338,7 +345,7 @@ def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
 def _logprobs(
     outputs: Sequence[Mapping[str, Array]], inputs: Sequence[Mapping[str, Array]]
 ) -> list[Array]:
-    """The logprobs of each datum, in the shape of its targets."""
+    """Take the logprobs of each datum, in the shape of its targets."""
     logprobs: list[Array] = []
     for index, (output, given) in enumerate(zip(outputs, inputs, strict=True)):
         values = output.get("logprobs")
@@ -353,7 +360,7 @@ def _logprobs(
 
 
 def _checked(precomputed: Sequence[Array], inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
-    """Logprobs that the caller brought, in the shapes of the targets."""
+    """Check the logprobs that the caller brought, and give them the shapes of the targets."""
     if len(precomputed) != len(inputs):
         raise InvalidDatum(
             f"precomputed_forward has {len(precomputed)} outputs for {len(inputs)} datums"
@@ -372,7 +379,7 @@ def _checked(precomputed: Sequence[Array], inputs: Sequence[Mapping[str, Array]]
 
 
 def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
-    """The results of a pass's chunks, as one."""
+    """Put the results of a pass's chunks together."""
     parts = [decode_result(answer) for answer in answers]
     for part, chunk in zip(parts, chunks, strict=True):
         if len(part.outputs) != len(chunk):
@@ -389,7 +396,7 @@ def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
 def _finish(
     answers: list[Answer], encoded: EncodedData, counted: bool
 ) -> tinker.ForwardBackwardOutput:
-    """The result of a pass; `counted`: with its response tokens."""
+    """Read the result of a pass; `counted`: with its response tokens."""
     result = combine(answers, encoded.chunks)
     answers.clear()  # here, not on the loop: JSON's numbers take long to free
     if counted:
@@ -398,7 +405,7 @@ def _finish(
 
 
 def with_loss(result: PassResult, loss: LossResult) -> PassResult:
-    """The server's metrics with the caller's: its `loss:sum` is that of the surrogate."""
+    """Add the caller's metrics to the server's, whose `loss:sum` is that of the surrogate."""
     metrics = dict(result.metrics)
     if "loss:sum" in metrics:
         metrics["surrogate_loss:sum"] = metrics["loss:sum"]
@@ -408,7 +415,7 @@ def with_loss(result: PassResult, loss: LossResult) -> PassResult:
 
 
 def output_of(result: PassResult) -> tinker.ForwardBackwardOutput:
-    """A result as tinker's type."""
+    """Convert a result to tinker's type."""
     from tinker import ForwardBackwardOutput, TensorData
 
     return ForwardBackwardOutput(

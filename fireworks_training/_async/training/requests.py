@@ -1,8 +1,8 @@
-"""The requests of one model under way: each gets its id, is sent until it is taken, and polled.
+"""The requests of one model in flight: each gets its id, is sent until accepted, and polled.
 
 Ids are given in call order and nothing here decides that order; it only sees to it that each id
-reaches the server exactly once, or that its place is filled. What waits long is said, for all
-requests of the model together.
+reaches the server exactly once, or that its place is filled. One log line reports all requests of
+the model that have waited long.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fireworks_training._async.training.data_plane import (
     read_outcome,
     was_refused,
 )
+from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._core.waits.reports import WaitReporter
 from fireworks_training.errors import (
     ApiError,
@@ -37,15 +38,15 @@ from fireworks_training.errors import (
     SessionLost,
     UsageError,
 )
-from fireworks_training.events import AckEvent, FinishEvent, SubmitEvent
+from fireworks_training.events import AckEvent, Event, FinishEvent, SubmitEvent
 
 T = TypeVar("T")
 
-UPLOADS = 16
-"""Submits under way at a time, for one client."""
+MAX_UPLOADS = 16
+"""Submits in flight at a time, for one client."""
 
-POLLS = 16
-"""Polls under way at a time, for one client; the oldest operations come first."""
+MAX_POLLS = 16
+"""Polls in flight at a time, for one client; the oldest operations come first."""
 
 ALWAYS_IN_THREAD = 1 << 62
 """Tokens of a request that is never made on the loop."""
@@ -62,30 +63,34 @@ class WireRequest:
     headers: Mapping[str, str] | None = None
 
 
+MakeRequest = Callable[[int], WireRequest]
+"""Makes the request that has an id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of an operation, once it has an id.
 
     Attributes:
-        make: the request for an id; may raise, and its place is then filled.
+        make: makes the request for an id; may raise, and its place is then filled.
         accept: content types that its result may have; None: JSON.
-        instead: what to send under the same id if the server refuses it; made in a thread. For
-            requests whose refusal leaves their place free.
-        tokens: about how many `make` takes as long as to encode; many are made in a thread.
+        fallback: makes what is sent under the same id if the server refuses it; runs in a thread.
+            For requests whose refusal leaves their place free.
+        tokens: how many tokens take about as long to encode as `make`; many go to a thread.
     """
 
-    make: Callable[[int], WireRequest]
+    make: MakeRequest
     accept: Mapping[str, str] | None = None
-    instead: Callable[[int], WireRequest] | None = None
+    fallback: MakeRequest | None = None
     tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class InFlightRequest:
-    """A request under way: `taken` ends when the server has it or it failed."""
+    """A request that has its id: `accepted` is done when the server has it or it failed."""
 
     seq_id: int
-    taken: asyncio.Future[None]
+    accepted: asyncio.Future[None]
     task: asyncio.Task[Answer]
 
 
@@ -94,36 +99,42 @@ class RequestPipeline:
 
     Args:
         plane: the trainer's HTTP interface.
-        filler: makes a request that changes nothing, for a place that must not stay empty.
-        failing: the same, that the trainer takes as one which has failed its step; None: it
+        filler_request: makes a request that changes nothing, for a place that must not stay empty.
+        failing_request: makes one that fails its step in the trainer, too; None where the trainer
             enforces no steps.
         name: of the client, for messages.
-        saved_state: the newest state that the client saved, for messages.
-        uploads: submits under way at a time.
-        batch_polls: whether the trainer tells of all results of the model in one poll.
+        states: the states that the client saved, for messages.
+        on_session_end: called when a request finds that the session has ended.
+        uploads: submits in flight at a time.
+        batch_polls: whether one poll of this trainer gives all finished results of the model.
+
+    Attributes:
+        tasks: all that runs for the model.
     """
 
     def __init__(
         self,
         plane: DataPlane,
         *,
-        filler: Callable[[int], WireRequest],
-        failing: Callable[[int], WireRequest] | None,
+        filler_request: MakeRequest,
+        failing_request: MakeRequest | None,
         name: str,
-        saved_state: Callable[[], str | None],
-        uploads: int = UPLOADS,
+        states: SavedStates,
+        on_session_end: Callable[[SessionEnded], None],
+        uploads: int = MAX_UPLOADS,
         batch_polls: bool = False,
     ) -> None:
         self._plane = plane
-        self._filler = filler
-        self._failing = failing
+        self._filler_request = filler_request
+        self._failing_request = failing_request
         self._name = name
-        self._saved_state = saved_state
+        self._states = states
+        self._on_session_end = on_session_end
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(uploads)
-        self._polls = asyncio.Semaphore(POLLS)
-        self._watch = WaitReporter()
-        self._look: asyncio.TimerHandle | None = None
+        self._polls = asyncio.Semaphore(MAX_POLLS)
+        self._waits = WaitReporter()
+        self._next_report: asyncio.TimerHandle | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         self._batch = BatchPolls(plane, name, self.keep) if batch_polls else None
 
@@ -142,81 +153,67 @@ class RequestPipeline:
         """
         seq_id = self._next_seq
         self._next_seq += 1
-        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = self.keep(self._watched(request, seq_id, label, taken, adds), label)
-        task.add_done_callback(partial(_release, taken))
-        return InFlightRequest(seq_id, taken, task)
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = self.keep(self._carry_out(request, seq_id, label, accepted, adds), label)
+        task.add_done_callback(partial(self._ended, accepted))
+        return InFlightRequest(seq_id, accepted, task)
 
-    async def _watched(
+    def _ended(self, accepted: asyncio.Future[None], task: asyncio.Task[Answer]) -> None:
+        if not accepted.done():
+            accepted.set_result(None)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, SessionEnded):
+            self._on_session_end(error)  # others may wait for ever
+
+    async def _carry_out(
         self,
         request: Request,
         seq_id: int,
         label: str,
-        taken: asyncio.Future[None],
+        accepted: asyncio.Future[None],
         adds: bool,
     ) -> Answer:
         loop = asyncio.get_running_loop()
-        wait = self._watch.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
-        if self._look is None:
-            self._look = loop.call_at(self._watch.next_look(loop.time()), self._say_what_waits)
+        wait = self._waits.begin(seq_id, f"{label} ({seq_id})", "to be sent", loop.time())
+        if self._next_report is None:
+            self._next_report = loop.call_at(self._waits.next_look(loop.time()), self._report_waits)
         note = wait.note
         try:
             async with self._uploads:
                 note("no answer to its submit yet")
                 submitted = loop.time()
-                self._tell_submit(seq_id, label)
+                self._emit(SubmitEvent, seq_id, label)
                 request_id = await self._submit(request, seq_id, label, adds)
-            self._tell_ack(seq_id, label, request_id, loop.time() - submitted)
-            if not taken.done():
-                taken.set_result(None)
+            seconds = loop.time() - submitted
+            self._emit(AckEvent, seq_id, label, request_id=request_id, seconds=seconds)
+            if not accepted.done():
+                accepted.set_result(None)
             answer = await self._result(request_id, request, label, note)
-            self._tell_finish(seq_id, label, loop.time() - submitted)
+            self._emit(FinishEvent, seq_id, label, seconds=loop.time() - submitted)
             return answer
         except ApiStatusError as error:
-            if taken.done() or not was_refused(error):
+            if accepted.done() or not was_refused(error):
                 raise self._lost(seq_id, error) from error
             await self._fill(seq_id, error, adds)
             raise _refusal(error, label) from error
         except ApiError as error:
             raise self._lost(seq_id, error) from error
         finally:
-            self._watch.end(seq_id)
+            self._waits.end(seq_id)
 
-    def _tell_submit(self, seq_id: int, label: str) -> None:
+    def _emit(self, event: Callable[..., Event], seq_id: int, label: str, **fields: object) -> None:
         if (events := self._plane.events) is not None:
             request = f"{self._name}/{seq_id}"
-            events.emit(SubmitEvent(at=events.now(), kind="training", what=label, id=request))
-
-    def _tell_ack(self, seq_id: int, label: str, request_id: str, seconds: float) -> None:
-        if (events := self._plane.events) is not None:
-            events.emit(
-                AckEvent(
-                    at=events.now(),
-                    kind="training",
-                    what=label,
-                    id=f"{self._name}/{seq_id}",
-                    request_id=request_id,
-                    seconds=seconds,
-                )
-            )
-
-    def _tell_finish(self, seq_id: int, label: str, seconds: float) -> None:
-        if (events := self._plane.events) is not None:
-            request = f"{self._name}/{seq_id}"
-            events.emit(
-                FinishEvent(
-                    at=events.now(), kind="training", what=label, id=request, seconds=seconds
-                )
-            )
+            events.emit(event(at=events.now(), kind="training", what=label, id=request, **fields))
 
     async def _result(
         self, request_id: str, request: Request, label: str, note: Callable[[str], None]
     ) -> Answer:
         if self._batch is not None:
             note("the trainer's batch polls have not told of its result yet")
-            told = await self._batch.wait(request_id)
-            if told is not None:
-                answer = await read_outcome(told, request_id, label)
+            response = await self._batch.wait(request_id)
+            if response is not None:
+                answer = await read_outcome(response, request_id, label)
                 if not isinstance(answer, NotReady):
                     self._batch.retrieved(request_id)
                     return answer
@@ -231,20 +228,20 @@ class RequestPipeline:
         return answer
 
     async def _submit(self, request: Request, seq_id: int, label: str, adds: bool) -> str:
-        sent = await self._made(request.make, request.tokens, seq_id, label, adds)
+        wire = await self._made(request.make, request.tokens, seq_id, label, adds)
         try:
-            return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
+            return await self._plane.submit(wire.path, wire.body, what=label, headers=wire.headers)
         except ApiStatusError as error:
-            if request.instead is None or not was_refused(error):
+            if request.fallback is None or not was_refused(error):
                 raise
             logger.info("%s: %s; sent in full instead", label, error.message)
-        sent = await self._made(request.instead, ALWAYS_IN_THREAD, seq_id, label, adds)
-        return await self._plane.submit(sent.path, sent.body, what=label, headers=sent.headers)
+        wire = await self._made(request.fallback, ALWAYS_IN_THREAD, seq_id, label, adds)
+        return await self._plane.submit(wire.path, wire.body, what=label, headers=wire.headers)
 
     async def _made(
-        self, make: Callable[[int], WireRequest], tokens: int, seq_id: int, label: str, adds: bool
+        self, make: MakeRequest, tokens: int, seq_id: int, label: str, adds: bool
     ) -> WireRequest:
-        """The request, or its place filled: it has its id already, and others stand behind it."""
+        """Make a request, or else fill its place: it has its id, and others stand behind it."""
         try:
             return await off_loop(tokens, partial(make, seq_id))
         except Exception as error:
@@ -254,16 +251,14 @@ class RequestPipeline:
             raise InvalidArgument(f"{label} can't be sent: {error}", cause=error) from error
 
     async def _fill(self, seq_id: int, refusal: Exception, adds: bool) -> None:
-        """Fill the place of a request that is not taken, so that the server's line goes on.
+        """Fill the place of a request that is not accepted, so that the server's line goes on.
 
         An `optim_step` behind it may be there already: the step has to fail for the server too.
         """
-        failing = self._failing if adds else None
-        filler = (failing or self._filler)(seq_id)
+        failing = self._failing_request if adds else None
+        wire = (failing or self._filler_request)(seq_id)
         try:
-            await self._plane.fill(
-                filler.path, filler.body, filler.headers, fails=failing is not None
-            )
+            await self._plane.fill(wire.path, wire.body, wire.headers, fails=failing is not None)
         except ApiError as error:
             raise self._lost(seq_id, refusal) from error
 
@@ -276,25 +271,25 @@ class RequestPipeline:
         return SessionLost(
             f"the place {seq_id} in the trainer's line can't be accounted for: {why}. Make a new "
             "training client, and load the last saved state.",
-            last_saved_state=self._saved_state(),
+            last_saved_state=self._states.newest,
             cause=cause,
         )
 
-    def _say_what_waits(self) -> None:
-        self._look = None
-        if not len(self._watch):
+    def _report_waits(self) -> None:
+        self._next_report = None
+        if not len(self._waits):
             return
         loop = asyncio.get_running_loop()
-        line = self._watch.look(loop.time())
+        line = self._waits.look(loop.time())
         if line is not None:
             logger.warning("%s", line)
-        self._look = loop.call_at(self._watch.next_look(loop.time()), self._say_what_waits)
+        self._next_report = loop.call_at(self._waits.next_look(loop.time()), self._report_waits)
 
     def cancel(self) -> None:
         """Cancel everything that runs."""
-        if self._look is not None:
-            self._look.cancel()
-            self._look = None
+        if self._next_report is not None:
+            self._next_report.cancel()
+            self._next_report = None
         for task in list(self.tasks):
             task.cancel()
 
@@ -303,11 +298,6 @@ class RequestPipeline:
         tasks = [task for task in self.tasks if task is not asyncio.current_task()]
         if tasks:
             await asyncio.wait(tasks)
-
-
-def _release(taken: asyncio.Future[None], _: object) -> None:
-    if not taken.done():
-        taken.set_result(None)
 
 
 def nothing_added(outcome: Answer | BaseException) -> bool:

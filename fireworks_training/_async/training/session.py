@@ -1,43 +1,51 @@
-"""A session with a trainer: opened once for each service, and the models made in it.
+"""A session with a trainer: opened once for each service, kept alive, and the models made in it.
 
-What a trainer can do, it says when a model is made; `Capabilities` is that answer, read once.
+The trainer's answer to the making of a model lists what it can do; `Capabilities` is that answer,
+read once. The heartbeat runs on the portal's loop, over a connection pool of its own: users block
+their own loops in reward functions, and a trainer that hears nothing for minutes unloads the model.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import orjson
-
 from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
-from fireworks_training._async.training.heartbeat import Heartbeat
+from fireworks_training._core.waits.reports import ReportSchedule
+from fireworks_training._outcome import Outcome
+from fireworks_training._wire.training import bodies
 from fireworks_training.config import FiretitanProvisioningConfig, session_tags
-from fireworks_training.errors import OperationError, ProtocolError
-from fireworks_training.models import __version__
+from fireworks_training.errors import FireworksTrainingError, OperationError, ProtocolError
+from fireworks_training.futures import APIFuture
+
+HEARTBEAT_PERIOD = 10.0
+"""Seconds between heartbeats."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a trainer says of itself when it makes a model.
+    """The features of a trainer, as its answer to the making of a model lists them.
 
     Attributes:
         model_id: the model made.
         comms: "v1" or "v2" of the JSON dialect.
-        wire: the dialects it takes; empty where it does not say.
+        wire: the dialects it takes; empty where it lists none.
         step_protocol: whether it enforces atomic steps.
-        snapshot_protocol: whether its saves say what they wrote.
+        snapshot_protocol: whether its saves describe the snapshots they wrote.
         backward: whether it takes a backward that refers to an earlier forward.
-        batch_polls: whether it tells of all results of a model in one poll.
-        features: what else it said that it supports, or does not, by name.
+        batch_polls: whether one poll gives all finished results of a model.
+        features: the other `supports_...` flags, by name.
     """
 
     model_id: str
@@ -50,12 +58,12 @@ class Capabilities:
     features: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
     def supports(self, feature: str) -> bool | None:
-        """What the trainer said of a feature; None: nothing, or nothing that makes sense."""
+        """Whether the trainer supports a feature; None where its answer has no such flag."""
         return self.features.get(f"supports_{feature}")
 
     @classmethod
     def read(cls, payload: Mapping[str, Any]) -> Capabilities:
-        """From the result of create_model; what is absent or malformed counts as not offered."""
+        """Read the result of create_model; what is absent or malformed counts as not offered."""
         model_id = payload.get("model_id")
         if not isinstance(model_id, str) or not model_id:
             raise ProtocolError("the trainer made a model but named no model_id")
@@ -77,7 +85,7 @@ class Capabilities:
 
 
 class TrainerSession:
-    """One session, with its heartbeat.
+    """One session, with its heartbeat; models are made in it.
 
     Args:
         transport: the service's pool.
@@ -103,19 +111,14 @@ class TrainerSession:
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
         self._models = 0
-        self._unsettled: dict[bytes, int] = {}  # requests whose end is not known: their numbers
+        self._unsettled: dict[bytes, int] = {}  # models that may be there: their numbers
 
     async def open(self, user_metadata: Mapping[str, str] | None) -> None:
         """Open the session and start its heartbeat."""
         self.client_config = await read_client_config(self.plane)
         answer = await self.plane.call(
             "create_session",
-            {
-                "tags": session_tags(),
-                "user_metadata": dict(user_metadata or {}),
-                "sdk_version": __version__,
-                "type": "create_session",
-            },
+            bodies.create_session(session_tags(), user_metadata or {}),
             what="open a trainer session",
         )
         session_id = answer.get("session_id")
@@ -137,8 +140,8 @@ class TrainerSession:
     ) -> Capabilities:
         """Make a model; a repeated submit makes no second one.
 
-        Nor does a call after one that was cancelled, or lost the trainer from sight: it asks for
-        the same model again, which may be there.
+        Nor does a call after one that was cancelled, or got no answer: it asks for the same model
+        again, which may be there.
 
         Args:
             base_only: the base model without an adapter, beside the models that train one.
@@ -154,19 +157,16 @@ class TrainerSession:
             lora["alpha"] = config.alpha
         if config.seed is not None:
             lora["seed"] = config.seed
-        wanted = orjson.dumps(
-            {
-                "session_id": self.session_id,
-                "base_model": config.base_model,
-                "lora_config": lora,
-                **({"base_only": True} if base_only else {}),
-                **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
-                "type": "create_model",
-            }
+        wanted = bodies.create_model(
+            self.session_id,
+            config.base_model,
+            lora,
+            base_only=base_only,
+            user_metadata=user_metadata,
         )
         model_seq_id = self._unsettled.setdefault(wanted, self._models)
         self._models = max(self._models, model_seq_id + 1)
-        body = b'%b,"model_seq_id":%d}' % (wanted[:-1], model_seq_id)
+        body = bodies.with_model_seq_id(wanted, model_seq_id)
         try:
             request_id = await self.plane.submit("create_model", body, what="create the model")
             answer = await log_if_slow(
@@ -187,3 +187,67 @@ class TrainerSession:
         if self._heartbeat is not None:
             heartbeat, self._heartbeat = self._heartbeat, None
             await heartbeat.stop()
+
+
+class Heartbeat:
+    """The heartbeat of one session, from `start()` to `stop()`.
+
+    Args:
+        make_transport: makes a transport for the loop that it is given.
+        trainer_url: of the trainer, without `/api/v1`.
+        session_id: the session.
+    """
+
+    def __init__(
+        self,
+        make_transport: Callable[[OwnerLoop], Transport],
+        trainer_url: str,
+        session_id: str,
+        *,
+        period: float = HEARTBEAT_PERIOD,
+    ) -> None:
+        self._owner = OwnerLoop(portal=True)
+        self._transport = make_transport(self._owner)
+        self._plane = DataPlane(self._transport, trainer_url)
+        self._session_id = session_id
+        self._period = period
+        self._running: Outcome[None] | None = None
+
+    def start(self) -> None:
+        """Begin; from any thread."""
+        self._running = self._owner.spawn(self._beat, label="heartbeat")
+
+    async def stop(self) -> None:
+        """End, and close the heartbeat's connections; from any loop. Idempotent."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        running.request_cancel()
+        await finish_in_spite_of_cancellation(self._ended(running))
+
+    async def _ended(self, running: Outcome[None]) -> None:
+        with contextlib.suppress(FireworksTrainingError):
+            await APIFuture(running)
+        # Giving the portal back may end its thread, which is waited for off this loop.
+        await asyncio.to_thread(self._owner.release)
+
+    async def _beat(self) -> None:
+        """Beat until cancelled; failures are logged after 30 s and at doubling intervals."""
+        clock = asyncio.get_running_loop().time
+        failing, logged = ReportSchedule(clock()), False
+        async with self._transport:
+            while True:
+                await asyncio.sleep(self._period)
+                try:
+                    await self._plane.beat(self._session_id)
+                except FireworksTrainingError as error:
+                    due = failing.take_if_due(clock())
+                    if due or (was_refused(error) and not logged):  # a refusal is logged at once
+                        logged = True
+                        logger.warning(
+                            "the trainer has taken no heartbeat for %.0f s: %s",
+                            failing.age(clock()),
+                            error,
+                        )
+                else:
+                    failing, logged = ReportSchedule(clock()), False

@@ -47,169 +47,6 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         SessionLost, TrainerLost: the session has ended before.
     """
 
-    @property
-    def model_id(self) -> str:
-        """The trainer's name for the model."""
-        return self._async.model_id
-
-    @property
-    def session_id(self) -> str:
-        """The trainer's name for the session."""
-        return self._async.session_id
-
-    @property
-    def run_id(self) -> str | None:
-        """The training run that the model belongs to, where its id names one (`run-...`)."""
-        return self._async.run_id
-
-    @property
-    def dialect(self) -> str:
-        """ "json" or "protobuf": how passes are written."""
-        return self._async.dialect
-
-    @property
-    def comms(self) -> str:
-        """ "v1" or "v2" of the JSON dialect."""
-        return self._async.comms
-
-    @property
-    def supports_router_replay(self) -> bool | None:
-        """Whether the trainer can replay the routing of a mixture of experts; this client can't."""
-        return self._async.supports_router_replay
-
-    @property
-    def supports_target_logprob_support(self) -> bool | None:
-        """Whether the trainer takes the support of target logprobs."""
-        return self._async.supports_target_logprob_support
-
-    @property
-    def supports_reinforce(self) -> bool | None:
-        """Whether the trainer has the loss `reinforce`."""
-        return self._async.supports_reinforce
-
-    @property
-    def supports_score_centering(self) -> bool | None:
-        """Whether the trainer can center scores."""
-        return self._async.supports_score_centering
-
-    @property
-    def supports_policy_importance_sampling(self) -> bool | None:
-        """Whether the trainer can weight by the policy's importance."""
-        return self._async.supports_policy_importance_sampling
-
-    @property
-    def supports_policy_diagnostics(self) -> bool | None:
-        """Whether the trainer reports diagnostics of the policy."""
-        return self._async.supports_policy_diagnostics
-
-    @property
-    def supports_rdma_weight_sync(self) -> bool:
-        """False: this client brings weights live through the deployment's hot load."""
-        return self._async.supports_rdma_weight_sync
-
-    def save_weights_for_sampler(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        *,
-        checkpoint_type: CheckpointType | None = None,
-        export_precision: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Save a snapshot that a deployment can load; training goes on while it is written.
-
-        Args:
-            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
-                added, so that runs do not meet.
-            checkpoint_type: "base" saves all weights (or the whole adapter), "delta" the difference
-                to the save before, if that is smaller than 0.7 of the whole: the trainer decides,
-                and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
-                "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
-            export_precision: of "merged_base": "source" or "bf16" on the local platform.
-            ttl_seconds, metadata: refused.
-
-        Returns:
-            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
-            written.
-
-        Raises, through the future:
-            RequestFailed: it was not written, as with a full disk, which is seen before it starts.
-        """
-        return self._async.save_weights_for_sampler(
-            name,
-            ttl_seconds,
-            checkpoint_type=checkpoint_type,
-            export_precision=export_precision,
-            metadata=metadata,
-        )
-
-    async def save_weights_for_sampler_async(
-        self, name: str, *, checkpoint_type: CheckpointType | None = None
-    ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """`save_weights_for_sampler`, awaited for its future."""
-        return await self._async.save_weights_for_sampler_async(
-            name,
-            checkpoint_type=checkpoint_type,
-        )
-
-    def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: CheckpointType | None = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-    ) -> SaveSamplerResult:
-        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
-        return self._run(
-            self._async.save_weights_for_sampler_ext,
-            name,
-            checkpoint_type,
-            ttl_seconds,
-            export_precision,
-        )
-
-    def weight_sync(
-        self,
-        name: str | None = None,
-        *,
-        on_drift: OnDrift | None = None,
-        drift_bound: float = DRIFT_BOUND,
-        probe_tokens: Sequence[int] | None = None,
-    ) -> APIFuture[WeightSyncResult]:
-        """Bring the weights as they are at this place in the line into the deployment.
-
-        Returns at once; training goes on while the snapshot is written and loaded. The future ends
-        when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
-        and the others end with it (`superseded`). Where a difference does not fit what a replica
-        holds, a whole snapshot of the newest weights is saved and loaded in its place, with a
-        warning that says why.
-
-        Args:
-            name: of the snapshot; None numbers them (`weight-sync-000001`).
-            on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
-                snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
-            drift_bound: nats; of the mean absolute difference of a token's logprob.
-            probe_tokens: what to compare on; default 32 fixed ids.
-
-        Raises, through the future:
-            RequestFailed: the snapshot could not be saved.
-            HotLoadFailed: a replica refused it; the old weights keep serving.
-            HotLoadTimeout: not every replica reported it within `hotload_timeout_s`.
-            WeightsDrifted: with `on_drift="raise"`; the snapshot is live all the same.
-        """
-        return self._async.weight_sync(
-            name,
-            on_drift=on_drift,
-            drift_bound=drift_bound,
-            probe_tokens=probe_tokens,
-        )
-
-    async def weight_sync_async(
-        self, name: str | None = None, *, on_drift: OnDrift | None = None
-    ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
-        return await self._async.weight_sync_async(name, on_drift=on_drift)
-
     def forward(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
@@ -423,26 +260,123 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         """
         return self._async.load_adapter(adapter_path)
 
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Save a snapshot that a deployment can load; training goes on while it is written.
+
+        Args:
+            name: 1 to 200 characters of letters, digits, '.', '_' and '-'; the session's suffix is
+                added, so that runs do not meet.
+            checkpoint_type: "base" saves all weights (or the whole adapter), "delta" the difference
+                to the save before, if that is smaller than 0.7 of the whole: the trainer decides,
+                and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
+                "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
+            export_precision: of "merged_base": "source" or "bf16" on the local platform.
+            ttl_seconds, metadata: refused.
+
+        Returns:
+            `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was
+            written.
+
+        Raises, through the future:
+            RequestFailed: it was not written, as with a full disk, which is seen before it starts.
+        """
+        return self._async.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    def weight_sync(
+        self,
+        name: str | None = None,
+        *,
+        on_drift: OnDrift | None = None,
+        drift_bound: float = DRIFT_BOUND,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """Bring the weights as they are at this place in the line into the deployment.
+
+        Returns at once; training goes on while the snapshot is written and loaded. The future ends
+        when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
+        and the others end with it (`superseded`). Where a difference does not fit what a replica
+        holds, a whole snapshot of the newest weights is saved and loaded in its place, with a
+        warning that says why.
+
+        Args:
+            name: of the snapshot; None numbers them (`weight-sync-000001`).
+            on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
+                snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
+            drift_bound: nats; of the mean absolute difference of a token's logprob.
+            probe_tokens: what to compare on; default 32 fixed ids.
+
+        Raises, through the future:
+            RequestFailed: the snapshot could not be saved.
+            HotLoadFailed: a replica refused it; the old weights keep serving.
+            HotLoadTimeout: not every replica reported it within `hotload_timeout_s`.
+            WeightsDrifted: with `on_drift="raise"`; the snapshot is live all the same.
+        """
+        return self._async.weight_sync(
+            name,
+            on_drift=on_drift,
+            drift_bound=drift_bound,
+            probe_tokens=probe_tokens,
+        )
+
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
         return self._async.unload_model()
 
     def get_info(self) -> dict[str, Any]:
-        """What the trainer says of the model: `model_id`, `model_data`, `is_lora`, `lora_rank`."""
+        """Ask the trainer for `model_id`, `model_data`, `is_lora` and `lora_rank` of the model."""
         return self._run(self._async.get_info)
 
     def list_checkpoints(self) -> list[str]:
-        """Names of the states that this trainer can load."""
+        """List the names of the states that this trainer can load."""
         return self._run(self._async.list_checkpoints)
 
     def resolve_checkpoint_path(self, name: str, source_job_id: str | None = None) -> str:
-        """What `load_state` takes for a state of this trainer job, or of another one.
+        """Make the path by which `load_state` finds a state of this trainer job, or of another one.
 
         Args:
             name: of the state.
             source_job_id: the job that saved it; None: this one.
         """
         return self._async.resolve_checkpoint_path(name, source_job_id)
+
+    @property
+    def model_id(self) -> str:
+        """The trainer's name for the model."""
+        return self._async.model_id
+
+    @property
+    def session_id(self) -> str:
+        """The trainer's name for the session."""
+        return self._async.session_id
+
+    @property
+    def run_id(self) -> str | None:
+        """The training run that the model belongs to, where its id names one (`run-...`)."""
+        return self._async.run_id
+
+    @property
+    def dialect(self) -> str:
+        """ "json" or "protobuf": how passes are written."""
+        return self._async.dialect
+
+    @property
+    def comms(self) -> str:
+        """ "v1" or "v2" of the JSON dialect."""
+        return self._async.comms
 
     @property
     def lora_rank(self) -> int:
@@ -458,6 +392,41 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     def ended(self) -> FireworksTrainingError | None:
         """Why the client takes no more operations; None while it does."""
         return self._async.ended
+
+    @property
+    def supports_router_replay(self) -> bool | None:
+        """Whether the trainer can replay the routing of a mixture of experts; this client can't."""
+        return self._async.supports_router_replay
+
+    @property
+    def supports_target_logprob_support(self) -> bool | None:
+        """Whether the trainer takes the support of target logprobs."""
+        return self._async.supports_target_logprob_support
+
+    @property
+    def supports_reinforce(self) -> bool | None:
+        """Whether the trainer has the loss `reinforce`."""
+        return self._async.supports_reinforce
+
+    @property
+    def supports_score_centering(self) -> bool | None:
+        """Whether the trainer can center scores."""
+        return self._async.supports_score_centering
+
+    @property
+    def supports_policy_importance_sampling(self) -> bool | None:
+        """Whether the trainer can weight by the policy's importance."""
+        return self._async.supports_policy_importance_sampling
+
+    @property
+    def supports_policy_diagnostics(self) -> bool | None:
+        """Whether the trainer reports diagnostics of the policy."""
+        return self._async.supports_policy_diagnostics
+
+    @property
+    def supports_rdma_weight_sync(self) -> bool:
+        """False: this client brings weights live through the deployment's hot load."""
+        return self._async.supports_rdma_weight_sync
 
     async def forward_async(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
@@ -553,3 +522,53 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
         """`load_adapter`, awaited for its future."""
         return await self._async.load_adapter_async(adapter_path)
+
+    async def save_weights_for_sampler_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """`save_weights_for_sampler`, awaited for its future."""
+        return await self._async.save_weights_for_sampler_async(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        return self._run(
+            self._async.save_weights_for_sampler_ext,
+            name,
+            checkpoint_type,
+            ttl_seconds,
+            export_precision,
+        )
+
+    async def weight_sync_async(
+        self,
+        name: str | None = None,
+        *,
+        on_drift: OnDrift | None = None,
+        drift_bound: float = DRIFT_BOUND,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return await self._async.weight_sync_async(
+            name,
+            on_drift=on_drift,
+            drift_bound=drift_bound,
+            probe_tokens=probe_tokens,
+        )

@@ -1,22 +1,170 @@
-"""Answers of the trainer data plane other than passes, which are JSON in every dialect.
+"""The JSON bodies of the trainer's data plane: every request that is not a pass, and their answers.
 
-Nothing here knows of connections, retries or the order of operations; nothing here needs numpy, so
-that a service is built without loading it. Passes are in `_wire.dialects`.
+The whole protocol of sessions, models, saves and steps is written here; passes over datums are in
+`json_passes` and `protobuf`, batch polls in `batch_polls`. Knows nothing of connections, retries or
+the order of operations, and does without numpy, so that a service is made without loading it.
+
+An operation's body is encoded when it is called and gets its `seq_id` when it is sent
+(`with_seq_id`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import orjson
+
 from fireworks_training.errors import ProtocolError
-from fireworks_training.models import Snapshot, SnapshotKind
+from fireworks_training.models import Snapshot, SnapshotKind, __version__
 
 PassKind = Literal["forward", "forward_backward"]
 
 
+# -- sessions and models ---------------------------------------------------------------------------
+
+
+def client_config() -> dict[str, Any]:
+    """The question how a trainer wants its requests."""
+    return {"sdk_version": __version__}
+
+
+def create_session(tags: Sequence[str], user_metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The request that opens a session."""
+    return {
+        "tags": tags,
+        "user_metadata": dict(user_metadata),
+        "sdk_version": __version__,
+        "type": "create_session",
+    }
+
+
+def heartbeat(session_id: str) -> bytes:
+    """The request that keeps a session alive."""
+    return orjson.dumps({"session_id": session_id, "type": "session_heartbeat"})
+
+
+def create_model(
+    session_id: str,
+    base_model: str,
+    lora_config: Mapping[str, Any],
+    *,
+    base_only: bool = False,
+    user_metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """The request that makes a model, but for its number; equal bytes ask for equal models.
+
+    Args:
+        lora_config: of the adapter: its rank, which layers it has, its seed.
+        base_only: the base model without an adapter.
+        user_metadata: noted with the model.
+    """
+    return orjson.dumps(
+        {
+            "session_id": session_id,
+            "base_model": base_model,
+            "lora_config": lora_config,
+            **({"base_only": True} if base_only else {}),
+            **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
+            "type": "create_model",
+        }
+    )
+
+
+def with_model_seq_id(body: bytes, model_seq_id: int) -> bytes:
+    """The body of `create_model` with the model's number in its session."""
+    return b'%b,"model_seq_id":%d}' % (body[:-1], model_seq_id)
+
+
+def get_info(model_id: str) -> dict[str, Any]:
+    """The question what a model is."""
+    return {"model_id": model_id, "type": "get_info"}
+
+
+def retrieve_future(request_id: str) -> bytes:
+    """A poll for the result of one request."""
+    return orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def with_seq_id(body: bytes, seq_id: int) -> bytes:
+    """The body of an operation with its place in the model's line."""
+    return b'%b,"seq_id":%d}' % (body[:-1], seq_id)
+
+
+def _operation(kind: str, model_id: str, **fields: object) -> bytes:
+    """The body of an operation, but for its `seq_id`; fields that are None are left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return orjson.dumps({**given, "type": kind, "model_id": model_id})
+
+
+def optim_step(model_id: str, adam_params: Mapping[str, Any], normalization: str | None) -> bytes:
+    """Apply the gradients held, divided as `normalization` says."""
+    return _operation(
+        "optim_step",
+        model_id,
+        adam_params=adam_params,
+        grad_accumulation_normalization=normalization,
+    )
+
+
+def save_weights(model_id: str, name: str) -> bytes:
+    """Save weights and optimizer."""
+    return _operation("save_weights", model_id, path=name)
+
+
+def load_weights(model_id: str, path: str, *, optimizer: bool, access_token: str | None) -> bytes:
+    """Load a saved state, with its optimizer or without."""
+    return _operation(
+        "load_weights",
+        model_id,
+        path=path,
+        optimizer=optimizer,
+        weights_access_token=access_token,
+    )
+
+
+def load_adapter(model_id: str, adapter_path: str) -> bytes:
+    """Load the weights of an adapter."""
+    return _operation("load_adapter", model_id, adapter_path=adapter_path)
+
+
+def save_weights_for_sampler(
+    model_id: str, path: str, *, checkpoint_type: str | None, export_precision: str | None
+) -> bytes:
+    """Save a snapshot that a deployment can load; Tinker servers know no checkpoint types."""
+    return _operation(
+        "save_weights_for_sampler",
+        model_id,
+        path=path,
+        export_precision=export_precision,
+        checkpoint_type=checkpoint_type,
+    )
+
+
+def unload_model(model_id: str) -> bytes:
+    """Free the trainer's memory; to a Tinker server it is no operation, and takes no `seq_id`."""
+    return _operation("unload_model", model_id)
+
+
+def discard_gradients(model_id: str, seq_id: int) -> bytes:
+    """Drop the gradients of a failed step, in the place of its `optim_step`."""
+    return orjson.dumps({"model_id": model_id, "seq_id": seq_id})
+
+
+def failing_pass(model_id: str, seq_id: int) -> bytes:
+    """A pass without datums: a trainer that enforces steps takes it as failed."""
+    nothing = {"data": (), "loss_fn": "cross_entropy"}
+    return orjson.dumps({"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing})
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
 def decode_snapshot(payload: Mapping[str, Any]) -> Snapshot:
-    """What a sampler save wrote; servers that do not tell give the identity alone.
+    """Read the answer of a sampler save; servers that name only a path give an identity alone.
 
     Raises:
         ProtocolError: there is no path.
@@ -24,10 +172,10 @@ def decode_snapshot(payload: Mapping[str, Any]) -> Snapshot:
     path = payload.get("path")
     if not isinstance(path, str) or not path:
         raise ProtocolError("the trainer saved sampler weights but named no path")
-    told = payload.get("snapshot")
-    if not isinstance(told, Mapping):
+    written = payload.get("snapshot")
+    if not isinstance(written, Mapping):
         return Snapshot(path)
-    fields = cast(Mapping[str, Any], told)
+    fields = cast(Mapping[str, Any], written)
     return Snapshot(
         identity=str(fields.get("identity", path)),
         kind=cast("SnapshotKind | None", fields.get("kind")),

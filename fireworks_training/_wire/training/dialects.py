@@ -1,14 +1,15 @@
-"""The dialects of a trainer's data plane: how a pass becomes requests, and answers a result.
+"""The two dialects of passes, JSON and protobuf: which one a trainer gets, and its requests.
 
 Both have one shape: `encode_datum` for each datum, then one request a chunk, put together when its
-id is known. All other operations are JSON in either dialect.
+id is known. How arrays become bytes is in `json_passes` and `protobuf`; all other operations are
+JSON in either dialect (`bodies`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -32,8 +33,25 @@ class EncodedPass:
     headers: Mapping[str, str]
 
 
+class PassFields(TypedDict):
+    """What stands beside the datums of a pass."""
+
+    loss_fn: str
+    loss_fn_config: Mapping[str, Any] | None
+    model_id: str
+    seq_id: int
+
+
+class BackwardFields(TypedDict):
+    """What stands beside the gradients of a backward."""
+
+    model_id: str
+    seq_id: int
+    forward_seq_id: int
+
+
 class Dialect(Protocol):
-    """What a dialect does; `name` is "json" or "protobuf"."""
+    """Writes the requests of passes; `name` is "json" or "protobuf"."""
 
     @property
     def name(self) -> str: ...
@@ -44,36 +62,25 @@ class Dialect(Protocol):
         ...
 
     def encode_datum(
-        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
+        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int, /
     ) -> Encoding:
-        """One datum, by itself."""
+        """Encode one datum, by itself."""
         ...
 
-    def join(self, datums: Iterable[Encoding]) -> bytes:
-        """The datums or gradients of one chunk, end to end."""
+    def encode_gradient(self, gradient: Array, /) -> Encoding:
+        """Encode the gradient by the logprobs of one datum, by itself."""
         ...
 
-    def encode_pass(
-        self,
-        kind: PassKind,
-        data: bytes,
-        *,
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
-        model_id: str,
-        seq_id: int,
-    ) -> EncodedPass:
-        """One chunk of a pass, of joined datums."""
+    def join(self, datums: Iterable[Encoding], /) -> bytes:
+        """Put the datums or gradients of one chunk end to end."""
         ...
 
-    def encode_gradient(self, gradient: Array) -> Encoding:
-        """The gradient by the logprobs of one datum, by itself."""
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+        """Encode one chunk of a pass, of joined datums."""
         ...
 
-    def encode_backward(
-        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> EncodedPass:
-        """A backward by an earlier forward's logprobs, of joined gradients."""
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+        """Encode a backward by an earlier forward's logprobs, of joined gradients."""
         ...
 
 
@@ -85,44 +92,16 @@ class JsonDialect:
     name: str = "json"
     compresses: bool = False
 
-    def encode_datum(
-        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
-    ) -> Encoding:
-        return json_passes.encode_datum(tokens, inputs, index)
+    encode_datum = staticmethod(json_passes.encode_datum)
+    encode_gradient = staticmethod(json_passes.encode_gradient)
+    join = staticmethod(json_passes.join)
 
-    def join(self, datums: Iterable[Encoding]) -> bytes:
-        return json_passes.join(datums)
-
-    def encode_pass(
-        self,
-        kind: PassKind,
-        data: bytes,
-        *,
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
-        model_id: str,
-        seq_id: int,
-    ) -> EncodedPass:
-        body = json_passes.encode_request(
-            kind,
-            data,
-            loss_fn=loss_fn,
-            loss_fn_config=loss_fn_config,
-            model_id=model_id,
-            seq_id=seq_id,
-            comms=self.comms,
-        )
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+        body = json_passes.encode_request(kind, data, comms=self.comms, **fields)
         return EncodedPass(kind, body, {"Content-Type": JSON_TYPE})
 
-    def encode_gradient(self, gradient: Array) -> Encoding:
-        return json_passes.encode_gradient(gradient)
-
-    def encode_backward(
-        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> EncodedPass:
-        body = json_passes.encode_backward(
-            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
-        )
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+        body = json_passes.encode_backward(data, **fields)
         return EncodedPass("backward", body, {"Content-Type": JSON_TYPE})
 
 
@@ -133,44 +112,16 @@ class ProtobufDialect:
     compresses: bool = False
     name: str = "protobuf"
 
-    def encode_datum(
-        self, tokens: Sequence[int], inputs: Mapping[str, Array], index: int
-    ) -> Encoding:
-        return protobuf.encode_datum(tokens, inputs, index)
+    encode_datum = staticmethod(protobuf.encode_datum)
+    encode_gradient = staticmethod(protobuf.encode_gradient)
+    join = staticmethod(protobuf.join)
 
-    def join(self, datums: Iterable[Encoding]) -> bytes:
-        return protobuf.join(datums)
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+        # One path for both kinds: whether it is only a forward stands in the message.
+        return self._encoded("forward_backward", protobuf.encode_request(kind, data, **fields))
 
-    def encode_pass(
-        self,
-        kind: PassKind,
-        data: bytes,
-        *,
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None,
-        model_id: str,
-        seq_id: int,
-    ) -> EncodedPass:
-        body = protobuf.encode_request(
-            kind,
-            data,
-            loss_fn=loss_fn,
-            loss_fn_config=loss_fn_config,
-            model_id=model_id,
-            seq_id=seq_id,
-        )
-        return self._encoded("forward_backward", body)
-
-    def encode_gradient(self, gradient: Array) -> Encoding:
-        return protobuf.encode_datum((), {protobuf.GRADIENTS: gradient}, 0)
-
-    def encode_backward(
-        self, data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
-    ) -> EncodedPass:
-        body = protobuf.encode_backward(
-            data, model_id=model_id, seq_id=seq_id, forward_seq_id=forward_seq_id
-        )
-        return self._encoded("backward", body)
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+        return self._encoded("backward", protobuf.encode_backward(data, **fields))
 
     def _encoded(self, path: str, body: tuple[bytes, ...]) -> EncodedPass:
         if not self.compresses:

@@ -92,8 +92,13 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
     return framing.datum_parts(ids, inputs)
 
 
+def encode_gradient(gradient: Array) -> Encoding:
+    """Encode the gradient by the logprobs of one datum; to be joined with others."""
+    return encode_datum((), {GRADIENTS: gradient}, 0)
+
+
 def join(datums: Iterable[Encoding]) -> bytes:
-    """Datums from `encode_datum`, as the body of a request wants them."""
+    """Put datums from `encode_datum` end to end, as the body of a request has them."""
     return b"".join([part for datum in datums for part in datum.parts])
 
 

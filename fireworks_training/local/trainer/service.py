@@ -20,8 +20,8 @@ from fireworks_training.local.results import RequestOutcome
 from fireworks_training.local.trainer.queue.leases import Leases
 from fireworks_training.local.trainer.queue.line import (
     Failure,
+    ModelLine,
     NextOperation,
-    OperationLine,
     QueueLimits,
     Taken,
 )
@@ -188,7 +188,7 @@ class TrainerService:
             return model_id
         self._make_room()
         self._slots[model_id] = Slot(
-            model_id, session_id, request, OperationLine(self._limits), Leases()
+            model_id, session_id, request, ModelLine(self._limits), Leases()
         )
         self._work.set()
         return model_id

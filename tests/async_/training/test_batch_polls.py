@@ -15,13 +15,11 @@ from fireworks_training._async.training import batch_polls, data_plane
 from fireworks_training._async.training.client_config import ClientConfig
 from fireworks_training._wire.training.batch_polls import decode_poll
 from fireworks_training.errors import ProtocolError
-from tests.async_.training.test_client import ADAM, datum
+from tests.async_.training.support import ADAM, DIALECTS, datum
 from tests.stub_trainer import StubTrainer
 
-WIRES = pytest.mark.parametrize("wire", [[], ["json", "protobuf"]], ids=["json", "protobuf"])
 
-
-@WIRES
+@DIALECTS
 async def test_a_hundred_results_come_in_a_few_requests(connect: Any, wire: list[str]) -> None:
     stub = StubTrainer(batch=True, wire=wire)
     async with connect(stub) as client:
@@ -205,5 +203,5 @@ async def test_a_trainer_that_says_nothing_gets_the_defaults(
     with caplog.at_level(logging.WARNING):
         async with connect(stub) as client:
             await client.optim_step(ADAM)
-            assert client._session.client_config == ClientConfig()
+            assert client._model.session.client_config == ClientConfig()
     assert bool(caplog.records) == (status != 404)

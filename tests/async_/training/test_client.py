@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import threading
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from aiohttp import web
 
 from fireworks_training import (
+    AsyncFiretitanTrainingClient,
     ClientClosed,
     GradientsInDoubt,
     InvalidArgument,
@@ -25,21 +27,9 @@ from fireworks_training import (
     TrainerLost,
     WrongLoop,
 )
+from fireworks_training._async.training.official_names import OfficialTrainingNames
+from tests.async_.training.support import ADAM, datum, good_loss
 from tests.stub_trainer import StubTrainer
-
-ADAM = tinker.AdamParams(learning_rate=0.1)
-
-
-def datum(length: int = 3, weight: float = 1.0) -> tinker.Datum:
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(list(range(length))),
-        loss_fn_inputs={"target_tokens": [1] * length, "weights": [weight] * length},
-    )
-
-
-def good_loss(data: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-    loss = torch.stack([-values.sum() for values in logprobs]).sum()
-    return loss, {"mine": 7.0}
 
 
 async def test_call_order_is_wire_order_whatever_is_awaited_first(connect: Any) -> None:
@@ -393,3 +383,14 @@ async def test_after_close_everything_raises(connect: Any) -> None:
         pass
     with pytest.raises(ClientClosed):
         client.forward([datum()])
+
+
+@pytest.mark.parametrize(
+    "alias", [name for name in vars(OfficialTrainingNames) if name.endswith("_async")]
+)
+def test_an_alias_takes_and_returns_what_its_operation_does(alias: str) -> None:
+    own, other = (
+        inspect.signature(getattr(AsyncFiretitanTrainingClient, name))
+        for name in (alias.removesuffix("_async"), alias)
+    )
+    assert own == other

@@ -32,13 +32,11 @@ from fireworks_training._async.training.encoding import EncodingJob, EncodingQue
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
 from tests.async_.conftest import connected
-from tests.async_.training.test_client import ADAM, datum, good_loss
+from tests.async_.training.support import ADAM, DIALECTS, datum, good_loss
 from tests.stub_trainer import StubTrainer
 
-BOTH = pytest.mark.parametrize("wire", [[], ["json", "protobuf"]], ids=["json", "protobuf"])
 
-
-@BOTH
+@DIALECTS
 @pytest.mark.parametrize("enforced", [True, False])
 async def test_a_request_that_can_not_be_written_leaves_no_gap(
     connect: Any, wire: list[str], enforced: bool
@@ -114,7 +112,7 @@ async def test_options_that_no_dialect_takes_are_refused_at_the_call(
     assert stub.submitted == []
 
 
-@BOTH
+@DIALECTS
 async def test_options_may_be_numpy_numbers_and_none(connect: Any, wire: list[str]) -> None:
     stub = StubTrainer(wire=wire)
     given = {"a": np.float32(0.5), "b": np.int64(3), "c": None, "d": "text"}
@@ -192,7 +190,7 @@ async def test_what_a_loss_returns_is_checked(connect: Any, metrics: Any, words:
             await client.forward_backward_custom([datum()], loss)
 
 
-@BOTH
+@DIALECTS
 @pytest.mark.parametrize(("shape", "column"), [([3, 2], 7), ([2, 2], 0), ([3], 0)])
 async def test_a_sparse_tensor_that_contradicts_itself_fails_its_operation(
     connect: Any, wire: list[str], shape: list[int], column: int
@@ -287,7 +285,7 @@ def test_operations_on_a_loop_that_stands_still_fail_and_are_never_sent() -> Non
     loop = asyncio.new_event_loop()
     held = connected(stub)
     client = loop.run_until_complete(held.__aenter__())
-    client._owner._stopped_limit = 0.01
+    client._model.owner._stopped_limit = 0.01
     for _ in range(2):  # also after the first was told
         futures = [client.forward_backward([datum()], "cross_entropy") for _ in range(2)]
         for future in futures:
@@ -315,12 +313,12 @@ async def test_a_close_that_is_cancelled_leaves_nothing_running(connect: Any) ->
     async with connect(stub) as client:
         future = client.forward([datum()])
         await stub.until(lambda: bool(stub.submitted))
-        closing = asyncio.create_task(client._close(drain=True))
+        closing = asyncio.create_task(client._model.close(drain=True))
         await asyncio.sleep(0)
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        assert not client._runner._exchanges.tasks
+        assert not client._queue._requests.tasks
         with pytest.raises(ClientClosed):
             await future
         with pytest.raises(ClientClosed):
@@ -352,7 +350,7 @@ async def test_after_a_save_that_failed_a_whole_snapshot_is_asked_for(
                 with pytest.raises(RequestFailed, match="no room"):
                     await save
                 continue
-            client._publishing.chain.live((await save).path)
+            client._publisher.chain.live((await save).path)
     asked = [stub.bodies[number]["checkpoint_type"] for number in range(1, 5)]
     assert asked == ["base", "delta", "base", "delta"]
 

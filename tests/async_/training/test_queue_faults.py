@@ -8,7 +8,7 @@ import pytest
 
 from fireworks_training._async.training import data_plane
 from tests.async_.conftest import connected
-from tests.async_.training.test_client import ADAM, datum, good_loss
+from tests.async_.training.support import ADAM, datum, good_loss
 from tests.fault_proxy import FAULTS, FaultProxy
 from tests.stub_trainer import StubTrainer
 

@@ -27,15 +27,13 @@ from fireworks_training import (
 )
 from fireworks_training._async.http import transport
 from fireworks_training._async.training import data_plane, requests
-from fireworks_training._async.training.data_plane import patient
+from fireworks_training._async.training.data_plane import retry_budget
 from fireworks_training._core.waits.reports import WaitReporter
-from tests.async_.training.test_client import ADAM, datum, good_loss
+from tests.async_.training.support import ADAM, DIALECTS, datum, good_loss
 from tests.stub_trainer import StubTrainer
 
-BOTH = pytest.mark.parametrize("wire", [[], ["json", "protobuf"]], ids=["json", "protobuf"])
 
-
-@BOTH
+@DIALECTS
 async def test_each_dialect_carries_the_same_numbers(connect: Any, wire: list[str]) -> None:
     stub = StubTrainer(wire=wire)
     given = tinker.Datum(
@@ -64,7 +62,7 @@ async def test_each_dialect_carries_the_same_numbers(connect: Any, wire: list[st
     assert inputs["weights"]["data"] == [0.5, 1.0, 0.25, 0.0]
 
 
-@BOTH
+@DIALECTS
 async def test_arrays_changed_after_the_call_do_no_harm(connect: Any, wire: list[str]) -> None:
     stub = StubTrainer(wire=wire)
     weights = np.ones(4000, np.float32)  # encoded in a thread, later
@@ -116,7 +114,7 @@ async def test_a_failure_ahead_of_its_turn_comes_in_its_place(connect: Any) -> N
 # -- custom losses ---------------------------------------------------------------------------------
 
 
-@BOTH
+@DIALECTS
 async def test_backward_by_a_forward(connect: Any, wire: list[str]) -> None:
     stub = StubTrainer(wire=wire, backward=True)
     async with connect(stub) as client:
@@ -132,7 +130,7 @@ async def test_backward_by_a_forward(connect: Any, wire: list[str]) -> None:
     assert stub.steps == [2]
 
 
-@BOTH
+@DIALECTS
 async def test_a_forgotten_forward_falls_back_in_the_same_place(
     connect: Any, wire: list[str]
 ) -> None:
@@ -323,7 +321,7 @@ def test_time_limits_leave_a_hung_request_recovered_within_50_s() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0 - 1e-9])
 def test_a_storm_is_met_with_few_requests(share: float) -> None:
     """At most 5 requests in any second, whatever the dice say; and 10 s apart in the end."""
-    backoff = patient(frozenset())
+    backoff = retry_budget(frozenset())
     backoff._uniform = lambda: share
     times, now = [0.0], 0.0
     while now < 60.0:

@@ -14,8 +14,7 @@ from aiohttp import web
 from fireworks_training import FiretitanProvisioningConfig, RequestFailed
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.training.heartbeat import Heartbeat
-from fireworks_training._async.training.session import TrainerSession
+from fireworks_training._async.training.session import Heartbeat, TrainerSession
 from tests.stub_trainer import StubTrainer
 
 CONFIG = FiretitanProvisioningConfig(base_model="accounts/test/models/stub")

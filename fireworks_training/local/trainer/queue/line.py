@@ -1,49 +1,42 @@
 """One model's line of operations: order, idempotency, atomic steps, kept results. No I/O, no clock.
 
-Knows: sequence numbers, what each role of operation does to the step it stands in, and for how long
-results stay. Does not know what an operation does, HTTP, threads or torch.
+Knows sequence numbers, what an operation of each role (`_core.operations.Role`) does to the step it
+stands in, and for how long results stay. Does not know operations, HTTP, threads or torch. The
+client keeps the same rules by an implementation of its own (`_core.operations`); each tests the
+other.
 
 Rules:
 1. Operations run strictly in the order of `seq_id`, from 1, one at a time; gaps are waited for.
 2. The same `seq_id` with the same digest is the same operation; with another digest it is refused.
 3. A refused submit (bad content) takes its place as an operation that has failed already.
-4. A step is the operations up to and including one with role ENDS. Once a failure stands, those of
-   role ADDS, LOADS and ENDS fail with it as their cause, without running; ENDS then clears it.
-       role      fails by itself                     succeeds
-       ALONE     nothing else happens                nothing else happens
-       ADDS      the rest of the step fails          gradients were added
-       ENDS      the *next* step fails               a new step begins
-       LOADS     all up to the next ENDS fails       gradients were dropped
-       DISCARDS  (runs even while a failure stands)  a new step begins
+4. A step is the operations up to and including one of role OPTIM. Once a failure stands, those of
+   role GRADIENT, LOAD and OPTIM fail with it as their cause, without running; OPTIM then clears it.
+       role           fails by itself                     succeeds
+       FORWARD, SAVE  nothing else happens                nothing else happens
+       GRADIENT       the rest of the step fails          gradients were added
+       OPTIM          the *next* step fails               a new step begins
+       LOAD           all up to the next OPTIM fails      gradients were dropped
+       DISCARD        (runs even while a failure stands)  a new step begins
 5. After a failure the gradients are dropped before anything else runs.
-6. One of role ALONE may be detached once it has what it needs: the line moves on, and its result
-   comes later.
+6. One that stands alone (FORWARD, SAVE) may be detached once it has what it needs: the line moves
+   on, and its result comes later.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from enum import Enum
 from typing import Generic, TypeVar
+
+from fireworks_training._core.operations import Role
 
 OperationT = TypeVar("OperationT")
 ResultT = TypeVar("ResultT")
 
 
-class Role(Enum):
-    """What an operation does to the step it stands in."""
-
-    ALONE = "alone"
-    ADDS = "adds gradients"
-    ENDS = "ends the step"
-    LOADS = "replaces the weights"
-    DISCARDS = "drops the step"
-
-
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an operation failed.
+    """The failure of an operation.
 
     Attributes:
         message: what happened, why, what to do next.
@@ -64,10 +57,10 @@ class QueueLimits:
     """Bounds of one line.
 
     Attributes:
-        ahead: places that may be taken beyond the last one that has run.
-        ahead_bytes: of operations that wait, all together (the next one to run always fits).
-        results, result_bytes: finished results that are kept.
-        digests: places behind the last that ran for which a repeated submit is recognised.
+        ahead: how many places may be taken beyond the last one that has run.
+        ahead_bytes: bytes of all operations that wait (the next one to run always fits).
+        results, result_bytes: how many finished results are kept, and their bytes.
+        digests: for how many places behind the last that ran a repeated submit is recognised.
     """
 
     ahead: int = 4096
@@ -78,23 +71,23 @@ class QueueLimits:
 
 
 class Taken(Exception):
-    """The place holds another operation."""
+    """Raised for a place that holds another operation."""
 
 
 class TooFarAhead(Exception):
-    """The place is beyond what the line keeps waiting."""
+    """Raised for a place beyond those that the line keeps waiting."""
 
 
 class Closed(Exception):
-    """The line takes no new operations."""
+    """Raised by a line that takes no new operations."""
 
 
 class UnknownPlace(Exception):
-    """Nothing was submitted for this place."""
+    """Raised for a place for which nothing was submitted."""
 
 
 class Expired(Exception):
-    """The result was dropped to bound memory."""
+    """Raised for a result that was dropped to bound memory."""
 
 
 @dataclass(slots=True)
@@ -112,7 +105,7 @@ class _Done(Generic[ResultT]):
 
 @dataclass(frozen=True, slots=True)
 class NextOperation(Generic[OperationT]):
-    """An operation to run now.
+    """The operation to run now.
 
     Attributes:
         drop_gradients: whether accumulated gradients have to be dropped first.
@@ -125,14 +118,14 @@ class NextOperation(Generic[OperationT]):
 
 @dataclass(frozen=True, slots=True)
 class Advance(Generic[OperationT]):
-    """Places that finished without running, and what to run, if anything."""
+    """The places that finished without running, and the operation to run, if there is one."""
 
     finished: list[int]
     run: NextOperation[OperationT] | None
 
 
-class OperationLine(Generic[OperationT, ResultT]):
-    """See the module's rules. Every method returns at once; one caller at a time."""
+class ModelLine(Generic[OperationT, ResultT]):
+    """Keeps the module's rules for one model; every method returns at once, to one caller."""
 
     def __init__(self, limits: QueueLimits | None = None) -> None:
         self._limits = limits or QueueLimits()
@@ -151,7 +144,7 @@ class OperationLine(Generic[OperationT, ResultT]):
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, and nothing that could run waits."""
+        """Whether nothing runs, and nothing that could run waits."""
         return self._running is None and self._next not in self._waiting
 
     @property
@@ -160,11 +153,11 @@ class OperationLine(Generic[OperationT, ResultT]):
         return self._next if self._waiting and self.idle else None
 
     def close(self) -> None:
-        """Takes no new operations; those that wait still run. Idempotent."""
+        """Take no new operations; those that wait still run. Idempotent."""
         self._closed = True
 
     def abandon(self, failure: Failure) -> list[int]:
-        """What still waits fails without running: its turn will not come. Returns the places."""
+        """Fail what still waits, since its turn will not come. Returns the places."""
         left = sorted(self._waiting)
         for seq_id in left:
             entry = self._waiting.pop(seq_id)
@@ -185,11 +178,11 @@ class OperationLine(Generic[OperationT, ResultT]):
         operation: OperationT | Failure,
         size: int = 0,
     ) -> bool:
-        """Takes a place. True if the operation is new, False if it has that place already.
+        """Take a place. True if the operation is new, False if it has that place already.
 
         Args:
             seq_id: the place, at least 1.
-            digest: of the operation's content.
+            digest: hash of the operation's content.
             operation: what to run, or why it was refused.
             size: bytes that it occupies while it waits.
 
@@ -226,7 +219,7 @@ class OperationLine(Generic[OperationT, ResultT]):
             )
 
     def advance(self) -> Advance[OperationT]:
-        """Moves on to the next operation that has to run, settling those that don't run."""
+        """Move on to the next operation that has to run, settling those that don't run."""
         finished: list[int] = []
         while self._running is None and (entry := self._waiting.pop(self._next, None)) is not None:
             seq_id = self._next
@@ -235,7 +228,7 @@ class OperationLine(Generic[OperationT, ResultT]):
             if isinstance(operation, Failure):
                 self._settle(seq_id, entry.role, operation)
                 finished.append(seq_id)
-            elif self._failed is not None and entry.role in _STOPPED_BY_FAILURE:
+            elif self._failed is not None and entry.role.changes_model:
                 self._settle_preceded(seq_id, entry.role, self._failed)
                 finished.append(seq_id)
             else:
@@ -245,38 +238,38 @@ class OperationLine(Generic[OperationT, ResultT]):
         return Advance(finished, None)
 
     def succeed(self, result: ResultT, size: int = 0) -> int:
-        """The running operation is done. Returns its place."""
+        """Note that the running operation is done. Returns its place."""
         seq_id, role = self._take_running()
-        if role is Role.DISCARDS:
+        if role is Role.DISCARD:
             self._failed = None
         self._finish(seq_id, result, size)
         return seq_id
 
     def fail(self, failure: Failure) -> int:
-        """The running operation failed. Returns its place."""
+        """Note that the running operation failed. Returns its place."""
         seq_id, role = self._take_running()
         self._settle(seq_id, role, failure)
         return seq_id
 
     def detach(self) -> int:
-        """The running operation goes on beside the line, which moves on. Returns its place.
+        """Let the running operation go on beside the line, which moves on. Returns its place.
 
-        Only for one of role ALONE: how it ends concerns no other.
+        Only for one that stands alone: how it ends concerns no other.
         """
         seq_id, role = self._take_running()
-        if role is not Role.ALONE:
+        if not role.stands_alone:
             raise RuntimeError(f"an operation that {role.value} can't leave the line")
         self._detached.add(seq_id)
         self._next = seq_id + 1
         return seq_id
 
     def settle(self, seq_id: int, outcome: ResultT | Failure, size: int = 0) -> None:
-        """A detached operation has ended."""
+        """Note that a detached operation has ended."""
         self._detached.remove(seq_id)
         self._keep(seq_id, outcome, size)
 
     def result(self, seq_id: int) -> ResultT | Failure | None:
-        """What became of a place; None while it waits or runs.
+        """The result or failure of a place; None while it waits or runs.
 
         Raises:
             UnknownPlace, Expired.
@@ -293,7 +286,7 @@ class OperationLine(Generic[OperationT, ResultT]):
         raise UnknownPlace(f"nothing was submitted with seq_id {seq_id}")
 
     def delivered(self, seq_id: int) -> None:
-        """The result was handed out: among the first to be dropped when room is needed."""
+        """Note that a result was handed out: it is among the first to be dropped for room."""
         done = self._fresh.pop(seq_id, None)
         if done is not None:
             self._delivered[seq_id] = done
@@ -305,10 +298,10 @@ class OperationLine(Generic[OperationT, ResultT]):
         return running
 
     def _settle(self, seq_id: int, role: Role, failure: Failure) -> None:
-        """An operation failed by its own cause."""
-        if role in _STOPPED_BY_FAILURE:
-            # The first failure of a step is its cause; that of an ENDS belongs to the next step.
-            if self._failed is None or role is Role.ENDS:
+        """Settle an operation that failed by its own cause."""
+        if role.changes_model:
+            # The first failure of a step is its cause; that of an OPTIM belongs to the next step.
+            if self._failed is None or role is Role.OPTIM:
                 self._failed = (seq_id, failure)
             self._drop_first = True
         self._finish(seq_id, failure, 0)
@@ -327,7 +320,7 @@ class OperationLine(Generic[OperationT, ResultT]):
             ),
             0,
         )
-        if role is Role.ENDS:
+        if role is Role.OPTIM:
             self._failed = None
 
     def _finish(self, seq_id: int, outcome: ResultT | Failure, size: int) -> None:
@@ -348,6 +341,3 @@ class OperationLine(Generic[OperationT, ResultT]):
             self._result_bytes -= oldest.popitem(last=False)[1].size
         while self._digests and next(iter(self._digests)) < self._next - limits.digests:
             self._digests.popitem(last=False)
-
-
-_STOPPED_BY_FAILURE = frozenset({Role.ADDS, Role.LOADS, Role.ENDS})

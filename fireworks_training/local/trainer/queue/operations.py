@@ -13,9 +13,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fireworks_training._core.operations import Role
 from fireworks_training.local.model.optimizer import AdamSettings, Normalization
 from fireworks_training.local.store.tinker_store import Checkpoint
-from fireworks_training.local.trainer.queue.line import Role
 
 
 class OperationFailed(Exception):

@@ -15,7 +15,7 @@ from fireworks_training.local.trainer.queue.leases import Leases
 from fireworks_training.local.trainer.queue.line import (
     Expired,
     Failure,
-    OperationLine,
+    ModelLine,
     UnknownPlace,
 )
 from fireworks_training.local.trainer.queue.operations import Codec, EncodedResult, Operation
@@ -70,7 +70,7 @@ class Slot:
     model_id: str
     session_id: str
     request: CreateModel
-    line: OperationLine[Job, EncodedResult]
+    line: ModelLine[Job, EncodedResult]
     leases: Leases
     model: TrainedModel | None = None
     created: EncodedResult | Failure | None = None

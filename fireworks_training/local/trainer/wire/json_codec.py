@@ -20,8 +20,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from fireworks_training._core.operations import Role
 from fireworks_training.local.model.optimizer import NORMALIZATIONS, AdamSettings
-from fireworks_training.local.trainer.queue.line import Failure, Role
+from fireworks_training.local.trainer.queue.line import Failure
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
@@ -133,15 +134,15 @@ def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:
 
 
 _DECODERS: Mapping[str, tuple[Role, Callable[[Body, ModelLimits], Operation | BackwardRequest]]] = {
-    "forward": (Role.ALONE, _forward),
-    "forward_backward": (Role.ADDS, _forward_backward),
-    "backward": (Role.ADDS, _backward),
-    "optim_step": (Role.ENDS, _optim_step),
-    "save_weights": (Role.ALONE, json_states.save_weights),
-    "load_weights": (Role.LOADS, json_states.load_weights),
-    "load_adapter": (Role.LOADS, json_states.load_adapter),
-    "save_weights_for_sampler": (Role.ALONE, json_states.save_weights_for_sampler),
-    "discard_gradients": (Role.DISCARDS, _discard_gradients),
+    "forward": (Role.FORWARD, _forward),
+    "forward_backward": (Role.GRADIENT, _forward_backward),
+    "backward": (Role.GRADIENT, _backward),
+    "optim_step": (Role.OPTIM, _optim_step),
+    "save_weights": (Role.SAVE, json_states.save_weights),
+    "load_weights": (Role.LOAD, json_states.load_weights),
+    "load_adapter": (Role.LOAD, json_states.load_adapter),
+    "save_weights_for_sampler": (Role.SAVE, json_states.save_weights_for_sampler),
+    "discard_gradients": (Role.DISCARD, _discard_gradients),
 }
 KINDS = tuple(_DECODERS)
 OUTPUT_TYPE = "ArrayRecord"

@@ -13,10 +13,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from fireworks_training._core.operations import Role
 from fireworks_training._wire.training import protobuf
 from fireworks_training._wire.training.datums import PassResult as WireResult
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
-from fireworks_training.local.trainer.queue.line import Role
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     BackwardRequest,
@@ -70,7 +70,7 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
         if kind == "backward":
             raise  # takes no place: the client sends the whole pass under the same seq_id
         operation = refusal.with_traceback(None)
-    role = Role.ADDS if backward else Role.ALONE
+    role = Role.GRADIENT if backward else Role.FORWARD
     return Submission(
         request.model_id,
         request.seq_id,

@@ -8,24 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fireworks_training._core.operations import Role
 from fireworks_training.local.trainer.queue.line import (
     Closed,
     Expired,
     Failure,
-    OperationLine,
+    ModelLine,
     QueueLimits,
-    Role,
     Taken,
     TooFarAhead,
     UnknownPlace,
 )
 
-ADDS, ENDS, ALONE, LOADS, DISCARDS = (
-    Role.ADDS,
-    Role.ENDS,
-    Role.ALONE,
-    Role.LOADS,
-    Role.DISCARDS,
+GRADIENT, OPTIM, SAVE, LOAD, DISCARD = (
+    Role.GRADIENT,
+    Role.OPTIM,
+    Role.SAVE,
+    Role.LOAD,
+    Role.DISCARD,
 )
 
 
@@ -37,7 +37,7 @@ class Op:
     fate: str
 
 
-def put(line: OperationLine[Op, str], seq_id: int, op: Op, digest: bytes = b"x") -> bool:
+def put(line: ModelLine[Op, str], seq_id: int, op: Op, digest: bytes = b"x") -> bool:
     operation = Failure("refused") if op.fate == "refused" else op
     return line.submit(seq_id, digest, op.role, operation, 1)
 
@@ -50,7 +50,7 @@ class Weights:
         self.applied: list[tuple[int, ...]] = []
         self.order: list[int] = []
 
-    def drain(self, line: OperationLine[Op, str]) -> None:
+    def drain(self, line: ModelLine[Op, str]) -> None:
         while (run := line.advance().run) is not None:
             self.order.append(run.seq_id)
             if run.drop_gradients:
@@ -59,14 +59,14 @@ class Weights:
                 line.fail(Failure(f"{run.seq_id} failed"))
                 continue
             match run.operation.role:
-                case Role.ADDS:
+                case Role.GRADIENT:
                     self.accumulated.append(run.seq_id)
-                case Role.ENDS:
+                case Role.OPTIM:
                     self.applied.append(tuple(self.accumulated))
                     self.accumulated = []
-                case Role.LOADS | Role.DISCARDS:
+                case Role.LOAD | Role.DISCARD:
                     self.accumulated = []
-                case Role.ALONE:
+                case Role.FORWARD | Role.SAVE | Role.OTHER:
                     pass
             line.succeed("done")
 
@@ -78,27 +78,27 @@ def expected(ops: list[Op]) -> tuple[list[str], list[tuple[int, ...]]]:
     accumulated: list[int] = []
     broken = False
     for place, op in enumerate(ops, start=1):
-        stopped = broken and op.role in (ADDS, LOADS, ENDS) and op.fate != "refused"
+        stopped = broken and op.role in (GRADIENT, LOAD, OPTIM) and op.fate != "refused"
         outcomes.append("preceded" if stopped else "done" if op.fate == "works" else "failed")
         if stopped:
-            if op.role is ENDS:
+            if op.role is OPTIM:
                 broken = False
             continue
         if op.fate != "works":
-            if op.role in (ADDS, LOADS, ENDS):
+            if op.role in (GRADIENT, LOAD, OPTIM):
                 broken, accumulated = True, []
             continue
-        if op.role is ADDS:
+        if op.role is GRADIENT:
             accumulated.append(place)
-        elif op.role is ENDS:
+        elif op.role is OPTIM:
             applied.append(tuple(accumulated))
             accumulated = []
-        elif op.role in (LOADS, DISCARDS):
+        elif op.role in (LOAD, DISCARD):
             broken, accumulated = False, []
     return outcomes, applied
 
 
-def outcome(line: OperationLine[Op, str], seq_id: int) -> str:
+def outcome(line: ModelLine[Op, str], seq_id: int) -> str:
     result = line.result(seq_id)
     if isinstance(result, Failure):
         return "preceded" if result.error_class == "PrecedingOperationFailed" else "failed"
@@ -115,7 +115,7 @@ operations = st.builds(
 def test_any_arrival_gives_the_outcome_of_the_line_in_order(
     ops: list[Op], data: st.DataObject
 ) -> None:
-    line: OperationLine[Op, str] = OperationLine()
+    line: ModelLine[Op, str] = ModelLine()
     weights = Weights()
     arrivals = data.draw(st.permutations(range(1, len(ops) + 1)))
     for seq_id in arrivals:
@@ -139,7 +139,7 @@ def test_any_arrival_gives_the_outcome_of_the_line_in_order(
 @settings(deadline=None)
 @given(st.lists(operations, min_size=1, max_size=24))
 def test_an_applied_step_holds_all_of_its_passes_or_is_not_applied(ops: list[Op]) -> None:
-    line: OperationLine[Op, str] = OperationLine()
+    line: ModelLine[Op, str] = ModelLine()
     weights = Weights()
     for seq_id, op in enumerate(ops, start=1):
         put(line, seq_id, op)
@@ -147,18 +147,18 @@ def test_an_applied_step_holds_all_of_its_passes_or_is_not_applied(ops: list[Op]
     start = 0
     applied = iter(weights.applied)
     for place, op in enumerate(ops, start=1):
-        if op.role in (LOADS, DISCARDS) and outcome(line, place) == "done":
+        if op.role in (LOAD, DISCARD) and outcome(line, place) == "done":
             start = place
-        if op.role is ENDS:
+        if op.role is OPTIM:
             if outcome(line, place) == "done":
-                passes = [p for p in range(start + 1, place) if ops[p - 1].role is ADDS]
+                passes = [p for p in range(start + 1, place) if ops[p - 1].role is GRADIENT]
                 assert next(applied) == tuple(passes)
             start = place
     assert next(applied, None) is None
 
 
 def outcomes_of(*ops: Op) -> list[str]:
-    line: OperationLine[Op, str] = OperationLine()
+    line: ModelLine[Op, str] = ModelLine()
     for seq_id, op in enumerate(ops, start=1):
         put(line, seq_id, op)
     Weights().drain(line)
@@ -167,49 +167,50 @@ def outcomes_of(*ops: Op) -> list[str]:
 
 def test_a_failed_pass_takes_its_step_and_no_more() -> None:
     assert outcomes_of(
-        Op(ADDS, "works"),
-        Op(ADDS, "fails"),
-        Op(ALONE, "works"),
-        Op(ADDS, "works"),
-        Op(LOADS, "works"),
-        Op(ENDS, "works"),
-        Op(ADDS, "works"),
-        Op(ENDS, "works"),
+        Op(GRADIENT, "works"),
+        Op(GRADIENT, "fails"),
+        Op(SAVE, "works"),
+        Op(GRADIENT, "works"),
+        Op(LOAD, "works"),
+        Op(OPTIM, "works"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
     ) == ["done", "failed", "done", "preceded", "preceded", "preceded", "done", "done"]
 
 
 @pytest.mark.parametrize("fate", ["fails", "refused"])
 def test_a_step_that_fails_by_itself_takes_the_next_one(fate: str) -> None:
     assert outcomes_of(
-        Op(ADDS, "works"),
-        Op(ENDS, fate),
-        Op(ADDS, "works"),
-        Op(ENDS, "works"),
-        Op(ADDS, "works"),
-        Op(ENDS, "works"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, fate),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
     ) == ["done", "failed", "preceded", "preceded", "done", "done"]
 
 
 def test_a_refused_end_of_a_failed_step_takes_the_next_one_too() -> None:
     assert outcomes_of(
-        Op(ADDS, "fails"),
-        Op(ENDS, "refused"),
-        Op(ADDS, "works"),
-        Op(ENDS, "works"),
-        Op(ADDS, "works"),
+        Op(GRADIENT, "fails"),
+        Op(OPTIM, "refused"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
+        Op(GRADIENT, "works"),
     ) == ["failed", "failed", "preceded", "preceded", "done"]
 
 
 def test_discarding_begins_a_new_step() -> None:
     assert outcomes_of(
-        Op(ADDS, "fails"), Op(ADDS, "works"), Op(DISCARDS, "works"), Op(ADDS, "works")
+        Op(GRADIENT, "fails"), Op(GRADIENT, "works"), Op(DISCARD, "works"), Op(GRADIENT, "works")
     ) == ["failed", "preceded", "done", "done"]
 
 
 def test_the_cause_is_the_first_failure_of_the_step() -> None:
-    line: OperationLine[Op, str] = OperationLine()
+    line: ModelLine[Op, str] = ModelLine()
     for seq_id, op in enumerate(
-        [Op(ADDS, "works"), Op(ADDS, "fails"), Op(ADDS, "refused"), Op(ENDS, "works")], start=1
+        [Op(GRADIENT, "works"), Op(GRADIENT, "fails"), Op(GRADIENT, "refused"), Op(OPTIM, "works")],
+        start=1,
     ):
         put(line, seq_id, op)
     Weights().drain(line)
@@ -220,11 +221,11 @@ def test_the_cause_is_the_first_failure_of_the_step() -> None:
 
 
 def test_one_at_a_time_and_in_order() -> None:
-    line: OperationLine[Op, str] = OperationLine()
-    put(line, 2, Op(ALONE, "works"))
+    line: ModelLine[Op, str] = ModelLine()
+    put(line, 2, Op(SAVE, "works"))
     assert line.advance().run is None
     assert line.waits_for == 1
-    put(line, 1, Op(ALONE, "works"))
+    put(line, 1, Op(SAVE, "works"))
     first = line.advance().run
     assert first is not None
     assert first.seq_id == 1
@@ -238,10 +239,8 @@ def test_one_at_a_time_and_in_order() -> None:
 
 
 def test_bounds() -> None:
-    line: OperationLine[Op, str] = OperationLine(
-        QueueLimits(ahead=4, ahead_bytes=2, results=3, digests=4)
-    )
-    works = Op(ALONE, "works")
+    line: ModelLine[Op, str] = ModelLine(QueueLimits(ahead=4, ahead_bytes=2, results=3, digests=4))
+    works = Op(SAVE, "works")
     with pytest.raises(TooFarAhead):
         put(line, 5, works)
     put(line, 3, works)
@@ -267,12 +266,12 @@ def test_bounds() -> None:
 
 
 def test_results_that_were_delivered_are_dropped_first() -> None:
-    line: OperationLine[Op, str] = OperationLine(QueueLimits(results=3))
+    line: ModelLine[Op, str] = ModelLine(QueueLimits(results=3))
     for seq_id in range(1, 4):
-        put(line, seq_id, Op(ALONE, "works"))
+        put(line, seq_id, Op(SAVE, "works"))
     Weights().drain(line)
     line.delivered(3)
-    put(line, 4, Op(ALONE, "works"))
+    put(line, 4, Op(SAVE, "works"))
     Weights().drain(line)
     assert [outcome(line, seq_id) for seq_id in (1, 2, 4)] == ["done"] * 3
     with pytest.raises(Expired):
@@ -280,12 +279,12 @@ def test_results_that_were_delivered_are_dropped_first() -> None:
 
 
 def test_a_large_result_stays_until_the_next_one() -> None:
-    line: OperationLine[Op, str] = OperationLine(QueueLimits(result_bytes=10))
-    put(line, 1, Op(ALONE, "works"))
+    line: ModelLine[Op, str] = ModelLine(QueueLimits(result_bytes=10))
+    put(line, 1, Op(SAVE, "works"))
     assert line.advance().run is not None
     line.succeed("large", 100)
     assert line.result(1) == "large"
-    put(line, 2, Op(ALONE, "works"))
+    put(line, 2, Op(SAVE, "works"))
     assert line.advance().run is not None
     line.succeed("small", 1)
     assert line.result(2) == "small"
@@ -294,19 +293,19 @@ def test_a_large_result_stays_until_the_next_one() -> None:
 
 
 def test_a_closed_line_finishes_what_it_has() -> None:
-    line: OperationLine[Op, str] = OperationLine()
-    put(line, 1, Op(ALONE, "works"))
+    line: ModelLine[Op, str] = ModelLine()
+    put(line, 1, Op(SAVE, "works"))
     line.close()
-    assert not put(line, 1, Op(ALONE, "works"))
+    assert not put(line, 1, Op(SAVE, "works"))
     with pytest.raises(Closed):
-        put(line, 2, Op(ALONE, "works"))
+        put(line, 2, Op(SAVE, "works"))
     Weights().drain(line)
     assert outcome(line, 1) == "done"
 
 
 def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
-    line: OperationLine[Op, str] = OperationLine()
-    for seq_id, role in enumerate((ALONE, ADDS, ALONE), start=1):
+    line: ModelLine[Op, str] = ModelLine()
+    for seq_id, role in enumerate((SAVE, GRADIENT, SAVE), start=1):
         put(line, seq_id, Op(role, "works"))
     assert line.advance().run is not None
     assert line.detach() == 1
@@ -321,13 +320,13 @@ def test_a_detached_operation_ends_later_and_holds_nobody_up() -> None:
     line.settle(1, Failure("no room"))
     assert (outcome(line, 1), line.result(2), line.result(3)) == ("failed", "added", "second")
     # It concerns no other: the step goes on.
-    put(line, 4, Op(ENDS, "works"))
+    put(line, 4, Op(OPTIM, "works"))
     assert line.advance().run is not None
 
 
 def test_what_concerns_others_can_not_leave_the_line() -> None:
-    line: OperationLine[Op, str] = OperationLine()
-    put(line, 1, Op(ADDS, "works"))
+    line: ModelLine[Op, str] = ModelLine()
+    put(line, 1, Op(GRADIENT, "works"))
     assert line.advance().run is not None
     with pytest.raises(RuntimeError, match="adds gradients"):
         line.detach()

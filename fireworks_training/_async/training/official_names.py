@@ -1,0 +1,189 @@
+"""The official SDK's names for operations of the training client: coroutines, and `_ext`.
+
+The official SDK's operations are coroutines that give a future, beside methods that return it.
+Needs nothing of the client but the public methods that it declares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fireworks_training._async.training.operations import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    Normalization,
+)
+from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift
+from fireworks_training.futures import APIFuture
+from fireworks_training.models import SaveSamplerResult, WeightSyncResult
+
+if TYPE_CHECKING:
+    import tinker
+    from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
+
+    from fireworks_training._async.training.custom_loss import LossFunction
+    from fireworks_training._async.training.pass_operations import (
+        Datums,
+        Output,
+        PassFuture,
+        Pooling,
+    )
+    from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+
+
+class OfficialTrainingNames:
+    """The operations of a training client, by further names of the official SDK."""
+
+    forward: Callable[..., PassFuture]
+    forward_backward: Callable[..., PassFuture]
+    forward_backward_custom: Callable[..., PassFuture]
+    forward_backward_contrastive: Callable[..., PassFuture]
+    optim_step: Callable[..., APIFuture[OptimStepResponse]]
+    save_state: Callable[..., APIFuture[SaveWeightsResponse]]
+    load_state: Callable[..., APIFuture[LoadWeightsResponse]]
+    load_state_with_optimizer: Callable[..., APIFuture[LoadWeightsResponse]]
+    load_adapter: Callable[..., APIFuture[LoadWeightsResponse]]
+    save_weights_for_sampler: Callable[..., APIFuture[SaveWeightsForSamplerResponse]]
+    weight_sync: Callable[..., APIFuture[WeightSyncResult]]
+
+    async def forward_async(
+        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """`forward`, awaited for its future."""
+        return self.forward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+    ) -> PassFuture:
+        """`forward_backward`, awaited for its future."""
+        return self.forward_backward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_custom_async(
+        self,
+        data: Datums,
+        loss_fn: LossFunction,
+        *,
+        loss_type_input: str = "logprobs",
+        output: Output = "logprobs",
+        pooling: Pooling = "mean",
+        precomputed_forward: tinker.ForwardBackwardOutput | None = None,
+    ) -> PassFuture:
+        """`forward_backward_custom`, awaited for its future."""
+        return self.forward_backward_custom(
+            data,
+            loss_fn,
+            loss_type_input=loss_type_input,
+            output=output,
+            pooling=pooling,
+            precomputed_forward=precomputed_forward,
+        )
+
+    async def forward_backward_contrastive_async(
+        self,
+        data: Datums,
+        *,
+        num_queries: int,
+        temperature: float,
+        pooling: Pooling = "last",
+        num_extra_negatives: int = 0,
+    ) -> PassFuture:
+        """`forward_backward_contrastive`, awaited for its future."""
+        return self.forward_backward_contrastive(
+            data,
+            num_queries=num_queries,
+            temperature=temperature,
+            pooling=pooling,
+            num_extra_negatives=num_extra_negatives,
+        )
+
+    async def optim_step_async(
+        self,
+        adam_params: tinker.AdamParams,
+        grad_accumulation_normalization: Normalization | None = None,
+        emit_grad_norm_metrics: GradNorms | None = None,
+        *,
+        accept_partial: bool = False,
+    ) -> APIFuture[OptimStepResponse]:
+        """`optim_step`, awaited for its future."""
+        return self.optim_step(
+            adam_params,
+            grad_accumulation_normalization,
+            emit_grad_norm_metrics,
+            accept_partial=accept_partial,
+        )
+
+    async def save_state_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        future = self.save_state(name, ttl_seconds, overwrite)
+        if timeout is not None:
+            await future.result_async(timeout)
+        return future
+
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """`load_state`, awaited for its future."""
+        return self.load_state(path, weights_access_token)
+
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        """`load_state_with_optimizer`, awaited for its future."""
+        return self.load_state_with_optimizer(path, weights_access_token)
+
+    async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
+        """`load_adapter`, awaited for its future."""
+        return self.load_adapter(adapter_path)
+
+    async def save_weights_for_sampler_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        *,
+        checkpoint_type: CheckpointType | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """`save_weights_for_sampler`, awaited for its future."""
+        return self.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+
+    async def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+    ) -> SaveSamplerResult:
+        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        saved = await self.save_weights_for_sampler(
+            name, ttl_seconds, checkpoint_type=checkpoint_type, export_precision=export_precision
+        )
+        return SaveSamplerResult(path=saved.path, snapshot_name=saved.snapshot.identity)
+
+    async def weight_sync_async(
+        self,
+        name: str | None = None,
+        *,
+        on_drift: OnDrift | None = None,
+        drift_bound: float = DRIFT_BOUND,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> APIFuture[WeightSyncResult]:
+        """`weight_sync`, awaited for its future."""
+        return self.weight_sync(
+            name, on_drift=on_drift, drift_bound=drift_bound, probe_tokens=probe_tokens
+        )
