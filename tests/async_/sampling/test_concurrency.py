@@ -11,8 +11,8 @@ import pytest
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
-    Gate,
     SamplingConcurrencyController,
+    SlotQueue,
 )
 from fireworks_training._core.window.aimd import FixedWindow
 from fireworks_training.errors import InvalidArgument
@@ -178,13 +178,13 @@ class Held(FixedWindow):
         super().__init__(size)
         self.seconds = seconds
 
-    def delay(self, now: float) -> float:
+    def hold_back(self, now: float) -> float:
         assert now == 5.0
         return self.seconds
 
 
 async def test_a_waiter_that_is_held_back_has_its_slot_and_goes_on_later() -> None:
-    gate = Gate(Held(1, 0.01), ManualClock(5.0))
+    gate = SlotQueue(Held(1, 0.01), ManualClock(5.0))
     await gate.acquire()
     waiting = asyncio.create_task(gate.acquire())
     await settled()
@@ -197,7 +197,7 @@ async def test_a_waiter_that_is_held_back_has_its_slot_and_goes_on_later() -> No
 
 async def test_a_waiter_cancelled_while_it_is_held_back_passes_the_slot_on() -> None:
     window = Held(1, 3600.0)
-    gate = Gate(window, ManualClock(5.0))
+    gate = SlotQueue(window, ManualClock(5.0))
     await gate.acquire()
     first = asyncio.create_task(gate.acquire())
     second = asyncio.create_task(gate.acquire())

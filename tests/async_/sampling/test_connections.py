@@ -100,7 +100,7 @@ async def test_the_news_of_a_load_wakes_those_who_wait_for_it(
     server.otherwise = load_or_complete
     gate = FixedConcurrencyController(4)
     policy = type(quick())(hot_load=endless().transient)
-    sampler = shared(news=news, retries=policy, concurrency_controller=gate)
+    sampler = shared(hot_loads=news, retries=policy, concurrency_controller=gate)
     async with nothing_left(gate):
         with news.load():
             task = asyncio.ensure_future(_all(sampler.sample_with_prompt_tokens([1], n=4)))
