@@ -256,7 +256,7 @@ class _LoopFuture(asyncio.Future[None]):
 
 
 def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
-    """Make a future of the running loop that is done when the outcome is; cancelling it is safe.
+    """Make a future of the running loop that is done when the outcome is; its cancel is its own.
 
     Where the work ends on the same loop, it is woken without the write to the loop's own socket
     that `asyncio.wrap_future` costs.

@@ -1,7 +1,7 @@
-"""What all calls of one sampler share: connection pool, window, retry budgets, tokenizer, metrics.
+"""`SamplerContext`: holds the pool, window, budgets, tokenizer and metrics that calls share.
 
-`SamplerContext` holds them and checks the options of a call; `RequestLog` collects the attempts of
-one completion. Neither knows prompts, attempts under way (`run.py`) or tasks (`tasks.py`).
+It also checks the options of each call; `RequestLog` collects the attempts of one completion.
+Neither knows prompts, attempts under way (`run.py`) or tasks (`tasks.py`).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class HotLoadSignal:
                 waiter.set_result(None)
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep until a load ends, or for so many seconds; whether a load ended."""
+        """Sleep until a load ends, or for so many seconds; returns whether one ended."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:

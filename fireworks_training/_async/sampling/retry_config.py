@@ -81,7 +81,7 @@ class ProgressTimeout:
         self._progress = 0.0
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a call; its result.
+        """Run a call, and return its result.
 
         Raises:
             DeploymentSamplerTimeoutError: there was no progress; the call was cancelled.

@@ -254,7 +254,7 @@ class SamplingRun:
     def _give_up(
         self, failure: AttemptFailed, attempt: Attempt, request_id: str
     ) -> SamplingRequestError:
-        """End the call because a completion failed for good; the error to raise."""
+        """End the call because a completion failed for good; returns the error to raise."""
         self._given_up = True
         note = getattr(self._controller, "note_retry_exhausted", None)
         if note is not None and is_retryable(failure.error) and not is_hot_load(failure.error):

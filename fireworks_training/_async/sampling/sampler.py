@@ -54,7 +54,7 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 Prompts: TypeAlias = list[Ids] | Callable[[], Coroutine[Any, Any, list[Ids]]]
-"""Prompts as token ids, or what finds these on the owner loop."""
+"""Prompts as token ids, or a coroutine function that finds these on the owner loop."""
 
 logger = logging.getLogger("fireworks_training.sampling")
 
@@ -415,7 +415,7 @@ class DeploymentSampler:
         return self.context.request(max_tokens, temperature, options)
 
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
-        """Check one prompt as far as it can be at once; its ids, or what finds them."""
+        """Check one prompt as far as it can be at once; returns its ids, or what finds them."""
         if not is_conversation(prompt):
             return one_prompt(prompt)
         conversations = conversations_of(cast(Conversation, prompt))

@@ -104,7 +104,7 @@ class SamplerTasks:
             outcome.add_done_callback(lambda _: self._release())
 
     def _start_closing(self) -> bool:
-        """Refuse further calls; whether there is anything to end."""
+        """Refuse further calls; returns whether there is anything to end."""
         if self.closed:
             return False
         self.closed = True

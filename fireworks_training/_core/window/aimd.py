@@ -60,7 +60,7 @@ class FixedWindow:
         self._in_flight += 1
 
     def hold_back(self, now: float) -> float:  # noqa: ARG002
-        """Hold back a request that takes over a freed slot; for how many seconds."""
+        """Hold back a request that takes over a freed slot; returns for how many seconds."""
         return 0.0
 
     def withdraw(self) -> None:
@@ -133,7 +133,7 @@ class AdaptiveWindow(FixedWindow):
             self._full = True
 
     def hold_back(self, now: float) -> float:
-        """Hold back a request that takes over a freed slot; for how many seconds.
+        """Hold back a request that takes over a freed slot; returns for how many seconds.
 
         For none in slow start, when the window is smaller than what the server could take, and
         without queue times: full is then only found by being refused.
@@ -203,7 +203,7 @@ class AdaptiveWindow(FixedWindow):
             self._window = self._bounded(self._window + SLOW_START_GROWTH)
 
     def _end_round(self) -> bool:
-        """End the round; whether there was any evidence."""
+        """End the round; returns whether there was any evidence."""
         law = self._law
         if not law.observed:
             return False

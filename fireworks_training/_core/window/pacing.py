@@ -41,7 +41,7 @@ class Pacer:
         self._latency = old + SMOOTHING * (latency - old)
 
     def hold_back(self, window: float, now: float) -> float:
-        """Schedule the next request; for how many seconds it is held back."""
+        """Schedule the next request; returns for how many seconds it is held back."""
         if not self._latency:
             return 0.0
         gap = self._latency / (GAIN * window)

@@ -121,7 +121,7 @@ class QueueLaw:
             self._empty += 1
 
     def over(self, round_size: int) -> bool:
-        """Whether the round is over: it is complete, or its verdict is clear before."""
+        """Whether the round is over: complete, or clear in its verdict before."""
         answers = len(self._queues)
         if not (self._blind and self._over):
             return answers >= round_size or self._over > 0.5 * round_size
@@ -131,7 +131,7 @@ class QueueLaw:
         return ripe and self._over > max(TAIL_SHARE * round_size, self._occupancy.mean - 0.5)
 
     def end_round(self, window: float, *, bound: bool) -> float:
-        """End the round; the next window.
+        """End the round, and return the next window.
 
         Args:
             window: at present.

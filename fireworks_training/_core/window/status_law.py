@@ -63,7 +63,7 @@ class StatusLaw:
     def observe(
         self, metrics: ServerMetrics, *, window: float, sent: float, now: float
     ) -> float | None:
-        """Note an answer; the factor to shrink by at once, if it shows a new congestion."""
+        """Note an answer; returns the factor to shrink by at once, if it is a new congestion."""
         settings = self._settings
         if not is_congestion(metrics):
             # Other errors are no evidence: neither that it is crowded, nor that there is room.
@@ -89,7 +89,7 @@ class StatusLaw:
         return self._answers >= round_size
 
     def end_round(self, window: float, *, bound: bool) -> float:
-        """End the round; the next window.
+        """End the round, and return the next window.
 
         Args:
             window: at present.

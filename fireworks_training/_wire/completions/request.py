@@ -150,7 +150,7 @@ _PASSED: Final[dict[str, Callable[[str, object], Any]]] = {
 
 
 def normalise_stop(stop: object) -> list[str] | list[int] | None:
-    """Return `stop` as a list of strings or of token ids; None if not given, [] ignores its end.
+    """Return `stop` as a list of strings or of ids; None if not given, [] ignores end of text.
 
     A single string is one stop, never its characters.
 

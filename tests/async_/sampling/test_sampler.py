@@ -205,13 +205,13 @@ async def test_a_long_prompt_is_sent_without_a_warning(
 
 
 async def test_the_window_bounds_what_is_in_flight(server: CompletionServer, make: Make) -> None:
-    gate = FixedConcurrencyController(3)
-    found = await make(concurrency_controller=gate).sample_with_prompt_tokens(
+    controller = FixedConcurrencyController(3)
+    found = await make(concurrency_controller=controller).sample_with_prompt_tokens(
         [1], n=20, max_tokens=1
     )
     assert len(found) == 20
     assert server.peak <= 3
-    assert (gate.in_flight, gate.waiting) == (0, 0)
+    assert (controller.in_flight, controller.waiting) == (0, 0)
     assert len(server.peers) <= 3
 
 

@@ -76,9 +76,9 @@ async def test_leaving_early_stops_the_server(
     server: CompletionServer, either: Make, how: str
 ) -> None:
     server.otherwise = stub.hang_mid_stream
-    gate = FixedConcurrencyController(2)
-    sampler = either(concurrency_controller=gate)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(2)
+    sampler = either(concurrency_controller=controller)
+    async with nothing_left(controller):
         deltas = sampler.stream([1], max_tokens=9)
         assert (await anext(deltas)).text == "<5>"
         if how == "aclose":
