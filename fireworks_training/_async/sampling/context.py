@@ -27,7 +27,7 @@ from fireworks_training._wire.completions.request import (
     PATH,
     SamplingOptions,
     SamplingRequest,
-    check_context,
+    check_labels,
     sampling_request,
 )
 from fireworks_training.errors import InvalidArgument
@@ -85,7 +85,7 @@ class SamplerContext:
     ) -> None:
         if not model:
             raise InvalidArgument("model is empty: pass accounts/<account>/deployments/<name>")
-        check_context(labels or {})
+        check_labels(labels or {})
         if concurrency_controller is None:
             concurrency_controller = AdaptiveConcurrencyController()
         self.concurrency_controller = concurrency_controller

@@ -69,7 +69,7 @@ class SamplingRun:
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._given_up = False
-        self.labels = f" [{request.context}]" if request.context else ""
+        self.labels = f" [{request.labels}]" if request.labels else ""
         self.started = self._loop.time()
         self.total = total
         self.done = 0

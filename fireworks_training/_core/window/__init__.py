@@ -34,8 +34,8 @@ with allowance = 1 + 0.2 T / mean(s): a fifth of the target may queue. Where it 
     w  =  max(w + a, min(1.25 w, 0.75 w of the last refusal))     a round without any of these
 
 In slow start each answer adds two slots, so that w triples in a round trip, until the server is
-found full. A window that was never full in its round is not the bottleneck, and does not grow. It
-stays within `min_window` and `max_window`.
+found full; from then on, where q is reported, bursts are spread. A window that was never full in
+its round is not the bottleneck, and does not grow. It stays within `min_window` and `max_window`.
 
 The window is driven by four methods:
 

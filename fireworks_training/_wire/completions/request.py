@@ -20,7 +20,7 @@ from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOpti
 
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0
-CONTEXT_KEYS: Final = ("session", "run", "checkpoint", "step", "group", "item")
+LABELS: Final = ("session", "run", "checkpoint", "step", "group", "item")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -207,7 +207,7 @@ class SamplingRequest:
         full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
             no top_k), so that both kinds of logprobs are the same.
         http_timeout: seconds without a byte after which an attempt counts as lost.
-        context: labels for messages.
+        labels: those of the call, as messages show them.
         headers: HTTP headers of this call.
     """
 
@@ -219,7 +219,7 @@ class SamplingRequest:
     echo_last: int | None
     full_distribution: bool
     http_timeout: float
-    context: str
+    labels: str
     headers: Mapping[str, str]
     _head: bytes = field(init=False, repr=False)
 
@@ -319,7 +319,7 @@ def sampling_request(
             fields["temperature"] == 1.0 and fields["top_p"] == 1.0 and fields["top_k"] == 0
         ),
         http_timeout=number("http_timeout", given.get("http_timeout", DEFAULT_HTTP_TIMEOUT), 1e-3),
-        context=_context(given),
+        labels=_labels_text(given),
         headers=_headers(given.get("additional_headers_snapshot")),
     )
 
@@ -335,28 +335,28 @@ def _stop_fields(
     return {"stop": decode(integers) if integers and decode else stop}
 
 
-def check_context(labels: Mapping[str, object]) -> None:
+def check_labels(labels: Mapping[str, object]) -> None:
     """Refuse labels that messages would not show.
 
     Raises:
         InvalidArgument: names the labels that there are.
     """
-    _context({"sampling_context": labels})
+    _labels_text({"sampling_context": labels})
 
 
-def _context(given: Mapping[str, object]) -> str:
+def _labels_text(given: Mapping[str, object]) -> str:
     labels: dict[str, object] = {}
     for option in ("sampling_context", "timeout_diagnostic_context"):
         value = given.get(option, {})
         if not isinstance(value, Mapping):
             raise InvalidArgument(f"{option} must be a mapping, got {type(value).__name__}")
         labels.update(cast(Mapping[str, object], value))
-    unknown = [key for key in labels if key not in CONTEXT_KEYS]
+    unknown = [key for key in labels if key not in LABELS]
     if unknown:
         raise InvalidArgument(
-            f"sampling_context takes {', '.join(CONTEXT_KEYS)}; got {', '.join(map(str, unknown))}"
+            f"sampling_context takes {', '.join(LABELS)}; got {', '.join(map(str, unknown))}"
         )
-    return ", ".join(f"{key} {labels[key]}" for key in CONTEXT_KEYS if key in labels)
+    return ", ".join(f"{key} {labels[key]}" for key in LABELS if key in labels)
 
 
 def _headers(value: object) -> Mapping[str, str]:
