@@ -154,7 +154,7 @@ class SampleCall(Coroutine[Any, Any, T]):
 
     Args:
         start: starts the request on the loop that owns it, and returns its outcome.
-        args: what `start` is called with.
+        args: the arguments of `start`.
         label: names the request in messages.
     """
 

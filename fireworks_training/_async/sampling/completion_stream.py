@@ -82,7 +82,7 @@ class CompletionStream:
 
     Args:
         transport: the connection pool.
-        attempt: what to send.
+        attempt: holds the request to send.
         without_echo: takes the text of echoed prompt tokens off a text.
         keep_tokens: whether the deltas hold token ids.
     """

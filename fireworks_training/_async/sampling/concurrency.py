@@ -178,7 +178,7 @@ class SlotQueue:
         """Give a slot back, and admit as many waiters as there is room for.
 
         Args:
-            metrics: what the attempt cost; None if that is no evidence about the server.
+            metrics: those of the attempt; None if it gives no evidence about the server.
         """
         with self._lock:
             self._window.release(metrics, self._clock())
@@ -285,7 +285,7 @@ class AdaptiveConcurrencyController(SlotQueue):
         """Give a slot back, learn from the attempt, admit as many as there is room for.
 
         Args:
-            metrics: what the attempt cost; None if that is no evidence about the server.
+            metrics: those of the attempt; None if it gives no evidence about the server.
         """
         before = self.window_size
         super().release(metrics)

@@ -23,7 +23,7 @@ class CallInProgress(Protocol):
     """Describes one call that is under way.
 
     Attributes:
-        labels: those of the call, as messages end.
+        labels: those of the call, as the end of a message.
         started: when it began, by the loop's clock.
         total: completions that it asks for.
         done: completions that are there.

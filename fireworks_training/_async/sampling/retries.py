@@ -101,7 +101,7 @@ def final_error(
 
     Args:
         failure: the last one, after so many attempts.
-        labels: those of the call, as messages end.
+        labels: those of the call, as the end of a message.
     """
     error = failure.error
     status = error.status if isinstance(error, ApiStatusError) else None

@@ -41,12 +41,12 @@ class SamplingRun:
     """Samples the completions of one call, which is under way within the `with` block.
 
     Args:
-        context: what it shares with the sampler's other calls.
+        context: holds the state that the sampler's calls share.
         request: the checked options.
         total: completions that the call asks for.
 
     Attributes:
-        labels: those of the call, as messages end.
+        labels: those of the call, as the end of a message.
         started: when it began, by the loop's clock.
         done: completions that are there.
     """

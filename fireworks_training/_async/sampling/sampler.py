@@ -86,7 +86,7 @@ class DeploymentSampler:
             `from_firetitan_config` is.
 
     Attributes:
-        context: what its calls share, for the rest of the SDK.
+        context: holds the state that its calls share, for the rest of the SDK.
         tasks: its running calls, for the rest of the SDK.
 
     Raises:
@@ -228,7 +228,7 @@ class DeploymentSampler:
 
         Raises:
             InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
-            SamplingRequestError: from the result: one completion could not be had.
+            SamplingRequestError: from the result: one completion failed for good.
             SamplingClientClosedError: from the result: the sampler was closed under it.
         """
         request = self._request(max_tokens, temperature, options)
@@ -390,7 +390,7 @@ class DeploymentSampler:
 
         Raises:
             InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
-            SamplingRequestError: from the iteration: the completion could not be had, or the stream
+            SamplingRequestError: from the iteration: the completion failed for good, or the stream
                 broke after a delta had been handed over.
         """
         request = self._request(max_tokens, temperature, options)

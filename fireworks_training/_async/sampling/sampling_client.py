@@ -135,7 +135,7 @@ class FiretitanSamplingClient:
 
         Raises:
             InvalidArgument, NotSupported, ClientClosed: at the call.
-            SamplingRequestError: from the future: a completion could not be had.
+            SamplingRequestError: from the future: a completion failed for good.
             SamplingError: from the future: the server does not report the logprobs of the
                 distribution that it sampled.
         """
@@ -264,7 +264,7 @@ class FiretitanSamplingClient:
         """Make a client of the sampler behind a handle, with this process's credentials.
 
         Args:
-            handle: what `get_sampler_handle()` returned.
+            handle: a result of `get_sampler_handle()`.
             api_key: default `FIREWORKS_API_KEY`.
 
         Raises:

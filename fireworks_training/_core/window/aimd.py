@@ -146,7 +146,7 @@ class AdaptiveWindow(FixedWindow):
         """Count one request less, learn from its metrics, and end the round if that is complete.
 
         Args:
-            metrics: what the attempt cost; None if that is no evidence about the server. Its
+            metrics: those of the attempt; None if it gives no evidence about the server. Its
                 `client_latency` dates the sending.
             now: seconds of any steady clock.
         """
@@ -186,7 +186,7 @@ class AdaptiveWindow(FixedWindow):
         if queued is not None:
             self.signal = "prefill_queue"
             self._queue.note(queued)
-            if latency is not None:  # as it would be at the window that is aimed at
+            if latency is not None:  # less the queue that the aimed-at window would not have
                 spare = QUEUE_ALLOWANCE * self._settings.prefill_queue_target
                 # By a server's clock a request may have queued for longer than it took.
                 self._pacer.note(max(0.0, latency - max(0.0, queued - spare)))

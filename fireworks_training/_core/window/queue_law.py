@@ -1,7 +1,7 @@
 """The window's law where the server reports how long prompts queued (dedicated deployments).
 
-It notes the queue time of each answer, and at the end of a round sets the next window. It counts
-nobody in flight and admits nobody; `aimd.py` does.
+It notes the queue time of each answer, and at the end of a round sets the next window. It neither
+counts nor admits requests; `aimd.py` does.
 
 - Decrease: if more than one in twenty of a round queued for longer than the target, the window
   falls to the number that the server has in service, and a little more. By Little's law that number
@@ -177,7 +177,7 @@ class QueueLaw:
             aim = least
         self.slow_start = self._blind = False
         self._empty = 0
-        self.ema = None  # of the old window
+        self.ema = None  # it was the old window's
         return min(window - 1.0, aim)
 
     def summary(self) -> dict[str, float]:

@@ -7,7 +7,7 @@
   `additive_increase`; up to three quarters of the window that was refused last it grows by a
   quarter.
 
-It counts nobody in flight and admits nobody; `aimd.py` does.
+It neither counts nor admits requests; `aimd.py` does.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class CompletionAssembler:
         done: whether `[DONE]` came.
         response_id: the first id that the chunks bore.
         finish_reason: the server's, once it came.
-        perf_metrics: what the server reported at the end.
+        perf_metrics: the server's own figures, once they came.
         completion_tokens: the server's own count; None if it gave none.
     """
 

@@ -203,7 +203,7 @@ class SamplingRequest:
     Attributes:
         fields: those of the body, but prompt and seed.
         seed: seed of sample 0; None lets the server choose.
-        logprobs, top_logprobs, echo, echo_last: as asked for.
+        logprobs, top_logprobs, echo, echo_last: the options of these names.
         full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
             no top_k), so that both kinds of logprobs are the same.
         http_timeout: seconds without a byte after which an attempt counts as lost.
