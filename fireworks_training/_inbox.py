@@ -1,8 +1,8 @@
-"""What other threads want an event loop to do: one wake-up for all that has gathered.
+"""`call_on`: makes calls on an event loop from other threads, with one wake-up for many calls.
 
 `call_soon_threadsafe` writes to the loop's own socket at each call, and the loop reads that and
 makes a handle and a context of it. When a thousand requests start or end from another thread, most
-find the loop awake already. It knows loops, and nothing of what they are to do.
+find the loop awake already. It knows loops, and nothing of what the calls do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Call = Callable[[], object]
 
 
 class _Inbox:
-    """The calls that one loop has not made yet."""
+    """Queues the calls that one loop has not made yet."""
 
     __slots__ = ("_calls", "_due")
 

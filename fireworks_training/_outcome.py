@@ -1,11 +1,11 @@
-"""What becomes of some work, whoever does it and whoever waits: one small object a request.
+"""`Outcome`: a lock-free future that needs no event loop; one per request.
 
 Thousands of requests are in flight at a time, and few of them ever have a thread that waits. So an
 outcome has no lock and no condition of its own, and no list before there is a second callback: the
 collector visits every object of every request again and again. The parts that a thread needs to
 wait are made when one does.
 
-It knows neither loops nor tasks; `_portal.py` fills outcomes in, `futures.py` hands them out.
+It knows neither loops nor tasks; `_portal.py` settles outcomes, `futures.py` hands them out.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class Outcome(Generic[T]):
-    """What becomes of some work: a result or an error, given once, from any thread.
+    """Holds the result or the error of some work, which is given once, from any thread.
 
     Args:
-        loop: tells the loop that does the work, once known; a blocking wait on it would dead-lock.
+        loop: returns the loop that does the work, once known; a blocking wait on it would
+            dead-lock.
         cancel: asks the owner to cancel the work; True if it agreed. None: never.
-        label: what the work is, for messages.
+        label: names the work in messages.
         guard: raises if waiting here can never end, for a reason that the owner knows.
     """
 
@@ -82,24 +83,24 @@ class Outcome(Generic[T]):
     # -- for its owner -----------------------------------------------------------------------------
 
     def settle(self, result: T) -> None:
-        """Give the result, unless there is an outcome already."""
+        """Give the result, unless there is a result or an error already."""
         with changing:
             if self._done:
                 return
             self._result = result
             self._done = True
-        self._tell()
+        self._call_back()
 
     def fail(self, error: BaseException) -> None:
-        """Give the error, unless there is an outcome already."""
+        """Give the error, unless there is a result or an error already."""
         with changing:
             if self._done:
                 return
             self._error = error
             self._done = True
-        self._tell()
+        self._call_back()
 
-    def _tell(self) -> None:
+    def _call_back(self) -> None:
         first, self._callback = self._callback, None
         others, self._callbacks = self._callbacks, None
         if first is not None:
@@ -119,10 +120,10 @@ class Outcome(Generic[T]):
     def _cancel_work(self) -> bool:
         return self._cancel is not None and self._cancel()
 
-    # -- for those who wait ------------------------------------------------------------------------
+    # -- for its waiters ---------------------------------------------------------------------------
 
     def done(self) -> bool:
-        """Whether the result or the error is there."""
+        """Return whether the result or the error is there."""
         return self._done
 
     def add_done_callback(self, callback: _Callback) -> None:
@@ -139,7 +140,7 @@ class Outcome(Generic[T]):
         self._call(callback)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait in this thread; the error, or None if there is a result.
+        """Wait in this thread, and return the error, or None if there is a result.
 
         Raises:
             TimeoutError: neither was there within `timeout` seconds.
@@ -164,14 +165,14 @@ class Outcome(Generic[T]):
                 self._callbacks.remove(callback)
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait in this thread for the result; raises the error."""
+        """Wait in this thread, and return the result or raise the error."""
         error = self.exception(timeout)
         if error is not None:
             raise error
         return self._result
 
     def plain(self) -> concurrent.futures.Future[T]:
-        """The same as a future of the standard library, always the same one.
+        """Return a future of the standard library that settles with this; always the same one.
 
         It counts as running from the start: no waiter can cancel it.
         """
@@ -180,7 +181,7 @@ class Outcome(Generic[T]):
                 plain: concurrent.futures.Future[T] = concurrent.futures.Future()
                 plain.set_running_or_notify_cancel()
                 self.add_done_callback(partial(_hand_over, plain))
-                # Last, so that a Ctrl-C leaves none that nobody fills in.
+                # Last, so that a Ctrl-C leaves none that is never settled.
                 self._plain = plain
             return self._plain
 
@@ -201,12 +202,12 @@ class Outcome(Generic[T]):
             )
 
     def refuse_endless_wait(self) -> None:
-        """Raise if the owner knows that the work waits for whoever waits here."""
+        """Raise if the owner knows that the work waits for the caller."""
         if self._guard is not None and not self._done:
             self._guard()
 
     def request_cancel(self) -> bool:
-        """Ask the owner to cancel the work. True if it did."""
+        """Ask the owner to cancel the work; True if it did."""
         return not self._done and self._cancel_work()
 
 
@@ -222,7 +223,7 @@ def _hand_over(plain: concurrent.futures.Future[Any], outcome: Outcome[Any]) -> 
 
 
 class _Releases:
-    """Lets a thread go on that waits for a lock."""
+    """Releases the lock that a thread waits for."""
 
     __slots__ = ("_lock",)
 
@@ -233,8 +234,8 @@ class _Releases:
         self._lock.release()
 
 
-class _Waiter(asyncio.Future[None]):
-    """A future of one loop that an outcome wakes, from wherever that gets done."""
+class _LoopFuture(asyncio.Future[None]):
+    """Waits on one loop for an outcome, which may be settled in any thread."""
 
     __slots__ = ()
 
@@ -245,7 +246,7 @@ class _Waiter(asyncio.Future[None]):
                 self._wake()
                 return
         except RuntimeError:
-            pass  # it ended in a thread without a loop
+            pass  # it was settled in a thread without a loop
         with contextlib.suppress(RuntimeError):  # the waiter's loop is closed: nobody waits
             call_on(loop, self._wake)
 
@@ -255,11 +256,11 @@ class _Waiter(asyncio.Future[None]):
 
 
 def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
-    """A future of the running loop that is done when the outcome is, and may be cancelled alone.
+    """Make a future of the running loop that is done when the outcome is; its cancel is its own.
 
     Where the work ends on the same loop, it is woken without the write to the loop's own socket
     that `asyncio.wrap_future` costs.
     """
-    waiter = _Waiter(loop=asyncio.get_running_loop())
+    waiter = _LoopFuture(loop=asyncio.get_running_loop())
     outcome.add_done_callback(waiter)
     return waiter

@@ -1,8 +1,8 @@
-"""The two handles that calls return: `APIFuture` (an operation that runs by itself) and
-`SampleCall` (a request that starts when somebody wants it).
+"""`APIFuture` and `SampleCall`: the results of a running operation, and of a request that starts
+when its result is first wanted.
 
 Both can be awaited on any loop and waited for in any thread. Neither knows what runs behind it: it
-sees an `Outcome`, which the owner of the work fills in. Waiters come and go without touching the
+sees an `Outcome`, which the owner of the work settles. Waiters come and go without touching the
 work: cancelling or timing out a waiter never cancels an operation; only the last waiter of a
 `SampleCall`, when it is cancelled, takes the request with it.
 """
@@ -34,14 +34,14 @@ logger = logging.getLogger("fireworks_training.futures")
 
 
 def mark_retrieved(error: BaseException | None) -> None:
-    """Note that the caller has seen this error, and those it was caused by."""
+    """Mark this error, and those it was caused by, as seen by the caller."""
     while error is not None and "_fireworks_retrieved" not in error.__dict__:
         error.__dict__["_fireworks_retrieved"] = True
         error = getattr(error, "cause", None)
 
 
 def was_retrieved(error: BaseException | None) -> bool:
-    """Whether the caller has seen this error, or the one that it was caused by."""
+    """Return whether the caller has seen this error, or one that it was caused by."""
     while error is not None:
         if "_fireworks_retrieved" in error.__dict__:
             return True
@@ -50,7 +50,7 @@ def was_retrieved(error: BaseException | None) -> bool:
 
 
 class APIFuture(Generic[T_co]):
-    """The result of an operation that is under way.
+    """Stands for the result of an operation that is running.
 
     `future.result(timeout)` waits in a thread, `await future` on any loop. The operation goes on
     whatever its waiters do. A failure that nobody retrieves is logged when the future dies.
@@ -62,7 +62,7 @@ class APIFuture(Generic[T_co]):
         self._outcome = outcome
 
     def result(self, timeout: float | None = None) -> T_co:
-        """Wait for the result in this thread.
+        """Wait in this thread, and return the result.
 
         Args:
             timeout: seconds; None waits as long as the operation takes.
@@ -83,38 +83,38 @@ class APIFuture(Generic[T_co]):
         return _retrieve(self._outcome, 0)
 
     async def result_async(self, timeout: float | None = None) -> T_co:
-        """`await` with a time limit in seconds: on `TimeoutError` the operation goes on."""
+        """Await with a time limit in seconds: on `TimeoutError` the operation goes on."""
         async with asyncio.timeout(timeout):
             return await self
 
     def coroutine(self) -> Coroutine[Any, Any, T_co]:
-        """The wait as a coroutine, for calls that insist on one."""
+        """Return the wait as a coroutine, for calls that insist on one."""
         return self.result_async()
 
     def future(self) -> concurrent.futures.Future[T_co]:
-        """The plain `concurrent.futures.Future` behind this; `cancel()` on it has no effect."""
+        """Return a plain `concurrent.futures.Future`; `cancel()` on it has no effect."""
         self._outcome.add_done_callback(_mark_outcome)
         return self._outcome.plain()
 
     def cancel(self) -> bool:
-        """Cancel the operation if it has not been sent yet; True if that was so.
+        """Cancel the operation if it has not been sent yet; True if it was cancelled.
 
         It then fails with `OperationCancelled`, and counts as a failure of its step.
         """
         return self._outcome.request_cancel()
 
     def done(self) -> bool:
-        """Whether the result or the failure is there."""
+        """Return whether the result or the failure is there."""
         return self._outcome.done()
 
     def __repr__(self) -> str:
         return f"<APIFuture of {self._outcome.label}: {'done' if self.done() else 'pending'}>"
 
     def __del__(self) -> None:
-        _say_unretrieved(getattr(self, "_outcome", None))
+        _log_unretrieved(getattr(self, "_outcome", None))
 
 
-def _say_unretrieved(outcome: Outcome[Any] | None) -> None:
+def _log_unretrieved(outcome: Outcome[Any] | None) -> None:
     """Log a failure that nobody has seen and now nobody can; for finalizers."""
     if outcome is None or not outcome.done() or sys.is_finalizing():
         return
@@ -145,7 +145,7 @@ def _mark_outcome(outcome: Outcome[Any]) -> None:
 
 
 class SampleCall(Coroutine[Any, Any, T]):
-    """A sampling request that starts at its first `await` or `.result()`, once.
+    """Starts a sampling request at its first `await` or `.result()`, once.
 
     It is a coroutine for everything that takes one (`await`, `asyncio.gather`, `asyncio.wait_for`,
     `asyncio.run`, `create_task`), may be awaited again for the same result, and may be waited for
@@ -154,8 +154,8 @@ class SampleCall(Coroutine[Any, Any, T]):
 
     Args:
         start: starts the request on the loop that owns it, and returns its outcome.
-        args: what `start` is called with.
-        label: what is sampled, for messages.
+        args: the arguments of `start`.
+        label: names the request in messages.
     """
 
     __slots__ = (
@@ -188,7 +188,7 @@ class SampleCall(Coroutine[Any, Any, T]):
         if lock is not None:
             with lock:
                 if self._start is not None:
-                    self._abandoned = True  # a start that raises has said enough
+                    self._abandoned = True  # a start that raises needs no warning besides
                     start, args = self._start
                     try:
                         self._outcome = start(*args)
@@ -200,7 +200,7 @@ class SampleCall(Coroutine[Any, Any, T]):
         return self._outcome
 
     def _count_out(self) -> bool:
-        """One waiter less; whether it was the last."""
+        """Count one waiter less; whether it was the last."""
         with changing:
             self._waiters -= 1
             return self._waiters == 0
@@ -245,7 +245,7 @@ class SampleCall(Coroutine[Any, Any, T]):
         return result
 
     def done(self) -> bool:
-        """Whether the result or the failure is there."""
+        """Return whether the result or the failure is there."""
         return self._outcome is not None and self._outcome.done()
 
     def cancel(self) -> bool:
@@ -294,7 +294,7 @@ class SampleCall(Coroutine[Any, Any, T]):
     def __del__(self) -> None:
         outcome: Outcome[T] | SampleCall[T] | None = getattr(self, "_outcome", self)
         if isinstance(outcome, Outcome):
-            _say_unretrieved(outcome)
+            _log_unretrieved(outcome)
         elif outcome is None and not self._abandoned:
             warnings.warn(
                 f"{self._label} was never started: await it, or call .result()",

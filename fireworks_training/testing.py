@@ -105,7 +105,7 @@ class _Simulation:
             self.window.admit()
             attempt = self.retries.popleft() if self.retries else 1
             self.left -= 1
-            sent = self.now + self.window.delay(self.now) + self.lag
+            sent = self.now + self.window.hold_back(self.now) + self.lag
             self.at(sent + self.network, partial(self.arrive, sent, attempt))
 
     def arrive(self, sent: float, attempt: int) -> None:

@@ -554,9 +554,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
                 training_client=training_client,
                 concurrency_controller=controller,
             )
-        return FiretitanSamplingClient._with_retries(  # pyright: ignore[reportPrivateUsage]
-            sampler, retries
-        )
+        return FiretitanSamplingClient(sampler, retries=retries)
 
     async def hotload_sampler_snapshot(self, path: str) -> None:
         """Load a snapshot into the deployment, and wait until every replica serves it.

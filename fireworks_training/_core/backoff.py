@@ -1,7 +1,7 @@
-"""When to try again: retry decisions as a state machine without a clock.
+"""`Backoff`: decides whether and when a failed request is tried again, without a clock.
 
-It sees the typed error of an attempt and a time, and answers with a delay or with "no more". What
-is retryable follows from the error's type and status, never from its text. It sleeps for nobody and
+It takes the typed error of an attempt and a time, and answers with a delay or with None. What is
+retryable follows from the error's type and status, never from its text. It does not sleep, and
 knows no request.
 """
 
@@ -22,22 +22,22 @@ RETRY_AFTER_CAP = 30.0
 
 
 def is_retryable(error: ApiError) -> bool:
-    """Whether the same request may succeed later: by status where there is one, else by type."""
+    """Whether the same request may succeed later: by status if there is one, or by type."""
     if isinstance(error, ApiStatusError):
         return error.status in RETRYABLE_STATUS
     return error.retryable
 
 
 def parse_retry_after(value: str | None, *, date: str | None = None) -> float | None:
-    """Seconds that a Retry-After header asks to wait.
+    """Read the seconds that a Retry-After header asks to wait.
 
     Args:
         value: the header: seconds, or an HTTP date.
         date: the `Date` header of the same answer. A date is counted from it, so that a client's
-            wrong clock does no harm; without it a date says nothing.
+            wrong clock does no harm; without it a date is ignored.
 
     Returns:
-        Seconds, at least 0; None if there is no header, or none that can be read.
+        Seconds, at least 0; None if there is no header, or it can't be read.
     """
     if value is None:
         return None
@@ -56,7 +56,7 @@ def parse_retry_after(value: str | None, *, date: str | None = None) -> float | 
 def full_jitter(
     attempt: int, *, base: float, cap: float, spread: float, uniform: Callable[[], float]
 ) -> float:
-    """Delay before retry number `attempt` (from 0): exponential, then shortened at random.
+    """Compute the delay before retry `attempt` (from 0): exponential, then shortened at random.
 
     The ceiling is `min(cap, base * 2**attempt)`; the delay is uniform in
     `[(1 - spread) * ceiling, ceiling]`. A spread of 1 is "full jitter": many clients that failed
@@ -68,7 +68,7 @@ def full_jitter(
 
 
 class Backoff:
-    """The retry budget of one logical request.
+    """Keeps the retry budget of one logical request.
 
     Args:
         attempts: how many times it may be tried in all, the first included.
@@ -77,7 +77,7 @@ class Backoff:
         spread: share of the delay that is random, 0 to 1.
         max_elapsed: seconds from the first failure within which a retry may start; None: no limit.
         retry_after_cap: seconds that a server's Retry-After counts for at most.
-        retryable: tells whether an error may go away; `is_retryable` unless given.
+        retryable: returns whether an error may go away; `is_retryable` unless given.
         uniform: random source, uniform in [0, 1).
     """
 
@@ -118,7 +118,7 @@ class Backoff:
         """Note a failed attempt; seconds to wait before the next one, or None to give up.
 
         Args:
-            error: how the attempt failed. Its `retry_after`, where it has one, is a floor.
+            error: the failure of the attempt. Its `retry_after`, where it has one, is a floor.
             now: the time, in seconds of any steady clock.
         """
         self._failures += 1

@@ -1,12 +1,12 @@
-"""Server-sent events, decoded as the bytes arrive.
+"""`SseDecoder`: decodes server-sent events as the bytes arrive.
 
 It knows the line format (https://html.spec.whatwg.org/multipage/server-sent-events.html) and
 nothing of what the data means. However the bytes are split, the events are the same. `id:` and
 `retry:` are ignored: a completion is never resumed. An event that the stream leaves unfinished is
 not an event.
 
-Almost every piece of a completion is whole events of one `data:` line each: `plain` is a short path
-for these.
+Almost every chunk of a completion holds whole events of one `data:` line each: `plain` is a short
+path for these.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class ServerSentEvent(NamedTuple):
-    """One event.
+    """Holds one event.
 
     Attributes:
         data: the payload; several `data:` lines are joined by newlines.
-        event: its type, "message" unless the stream says another.
+        event: its type, "message" unless the stream names another.
     """
 
     data: bytes
@@ -40,7 +40,7 @@ _event: Callable[[type[ServerSentEvent], tuple[bytes, str]], ServerSentEvent] = 
 
 
 class SseDecoder:
-    """Turns pieces of a stream into events.
+    """Turns the bytes of a stream into events, however they are split.
 
     Args:
         max_event_bytes: an event (its lines, comments among them) over this size is refused, so
@@ -59,7 +59,7 @@ class SseDecoder:
         self._at_start = True
 
     def plain(self, data: bytes) -> list[bytes] | None:
-        """The data of the events, if these bytes are whole one-line messages and nothing else.
+        """Return the data of the events, if these bytes are whole one-line messages and no more.
 
         None if they are not, or come amid an event: then `feed` has to take them.
         """
@@ -74,7 +74,7 @@ class SseDecoder:
         return events
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
-        """The events that these bytes complete.
+        """Take bytes, and return the events that they complete.
 
         Raises:
             ProtocolError: an event is over the limit. The decoder is of no use afterwards.
@@ -124,7 +124,7 @@ class SseDecoder:
         return events
 
     def _field(self, line: bytes, held: list[bytes]) -> None:
-        """A line that is not `data: `."""
+        """Take a line that does not begin with `data: `."""
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
@@ -133,7 +133,7 @@ class SseDecoder:
             self._event = value
 
     def _with_plain_newlines(self, data: bytes) -> bytes:
-        """CR LF and CR become LF, also when a CR LF is split between two pieces."""
+        """Turn CR LF and CR into LF, also when a CR LF is split between two chunks."""
         if self._drop_newline and data:
             data = data.removeprefix(b"\n")
             self._drop_newline = False
@@ -143,7 +143,7 @@ class SseDecoder:
         return data
 
     def _hold(self, piece: bytes) -> None:
-        """Keep a piece of a line that is not finished."""
+        """Keep a part of a line that is not finished."""
         if self._line is None:
             self._line = []
         self._line.append(piece)

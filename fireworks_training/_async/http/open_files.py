@@ -1,4 +1,4 @@
-"""The limit of open files, which a thousand streams reach: raised, or told.
+"""Raises the limit of open files, which a thousand streams reach.
 
 Systems start programs with a soft limit (often 1,024, on macOS 256) far below the hard one, for
 programs that use select(). asyncio does not.
@@ -17,12 +17,12 @@ ENOUGH = 65_536
 
 
 def exhausted(error: BaseException | None) -> bool:
-    """Whether an error says that this process, or the system, has no descriptor left."""
+    """Return whether an error means that this process, or the system, has no descriptor left."""
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def limit() -> int:
-    """Files that this process may have open."""
+    """Return how many files this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
@@ -43,7 +43,7 @@ def raise_limit() -> bool:
 
 
 def advice() -> str:
-    """What to do when it can't be raised."""
+    """Return advice for when the limit can't be raised."""
     return (
         f"this process has reached its limit of {limit()} open files; raise it (`ulimit -n`), or "
         "lower the concurrency"

@@ -1,6 +1,6 @@
-"""The connections of a pool: aiohttp's own, less a call at every piece that is read.
+"""aiohttp's connection pool and connections, without a call for each chunk that is read.
 
-It knows what of aiohttp's flow control has no effect, and nothing of what is sent.
+It knows which calls of aiohttp's flow control have no effect, and nothing of what is sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aiohttp.client_proto import ResponseHandler
 
 
 class QuietResponseHandler(ResponseHandler):
-    """A connection that is resumed only if it was paused.
+    """Resumes reading from its connection only if that was paused.
 
     aiohttp 3.14 resumes its connection for each HTTP chunk that a reader takes, and runs the
     parser over no bytes to do so; a server of tokens sends a chunk for each few of them. Where
@@ -24,19 +24,19 @@ class QuietResponseHandler(ResponseHandler):
     paused = False
 
     def pause_reading(self) -> None:
-        """Stop reading: the reader is behind."""
+        """Stop reading from the connection: the reader is behind."""
         self.paused = True
         super().pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """Go on reading, if it was stopped."""
+        """Go on reading from the connection, if that was stopped."""
         if self.paused:
             self.paused = False  # before the parser goes on, which may stop it again
             super().resume_reading(resume_parser)
 
 
 class Connector(aiohttp.TCPConnector):
-    """A pool of such connections, without a limit of its own.
+    """Pools connections with `QuietResponseHandler`, without a limit of its own.
 
     Args:
         verify: how certificates are checked; False accepts any.

@@ -1,8 +1,8 @@
-"""Requests whose server has fallen silent: one timer for all of them.
+"""Fails requests whose server has sent nothing for too long: one timer for all of them.
 
-A timer for each would be made and set anew at every piece that comes, and a thousand cancelled ones
+A timer for each would be made and set anew at every chunk that comes, and a thousand cancelled ones
 would wait in the loop's heap. This one looks at all requests now and then, and compares how much
-each has received. It fails the silent ones; what that means is their owner's business.
+each has received. It fails the silent ones, and does not know what they were for.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Protocol
 import aiohttp
 
 LOOKS = 16
-"""Looks in the time that a request may be silent: it is failed at most an eighth of that late."""
+"""Looks within the time that a request may be silent: it fails at most an eighth of that late."""
 
 
 class Watched(Protocol):
-    """A request that is under way."""
+    """Declares what is needed of a request that waits for its server."""
 
     @property
     def received(self) -> int:
-        """Grows with everything that comes."""
+        """Bytes that have come so far."""
         ...
 
     def fail(self, error: TimeoutError) -> None:
-        """The server has been silent for too long; called once, on the loop."""
+        """Fail: the server has been silent for too long. Called once, on the loop."""
         ...
 
 
-class StallWatch:
-    """The requests of one loop that may be silent for the same time.
+class SilenceTimer:
+    """Watches the requests of one loop that may be silent for the same time.
 
     The timer outlives the last request by a look: requests that follow one another share it.
 
     Args:
-        limit: seconds.
+        limit: seconds that a request may be silent.
         loop: the loop.
-        idle: told when there is nothing to watch any more.
+        idle: called when there is nothing to watch any more.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class StallWatch:
         return len(self._seen)
 
     def add(self, watched: Watched) -> None:
-        """Watch a request."""
+        """Watch a request from now on."""
         self._seen[watched] = (watched.received, self._loop.time())
 
     def discard(self, watched: Watched) -> None:
-        """Watch it no longer."""
+        """Watch a request no longer."""
         self._seen.pop(watched, None)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _look(self) -> None:
@@ -85,29 +85,29 @@ class StallWatch:
             self._idle()
 
 
-class Stalls:
-    """The requests of a connection pool, by how long each may be silent."""
+class ReadTimeouts:
+    """Watches the requests of a connection pool, by how long each may be silent."""
 
     def __init__(self) -> None:
-        self._watches: dict[float, StallWatch] = {}
+        self._timers: dict[float, SilenceTimer] = {}
 
     def add(self, watched: Watched, limit: float) -> None:
-        """Watch a request; on the pool's loop."""
-        watch = self._watches.get(limit)
-        if watch is None:
+        """Watch a request from now on; call on the pool's loop."""
+        timer = self._timers.get(limit)
+        if timer is None:
             loop = asyncio.get_running_loop()
-            watch = StallWatch(limit, loop, partial(self._watches.pop, limit))
-            self._watches[limit] = watch
-        watch.add(watched)
+            timer = SilenceTimer(limit, loop, partial(self._timers.pop, limit))
+            self._timers[limit] = timer
+        timer.add(watched)
 
     def discard(self, watched: Watched, limit: float) -> None:
-        """Watch it no longer."""
-        watch = self._watches.get(limit)
-        if watch is not None:
-            watch.discard(watched)
+        """Watch a request no longer."""
+        timer = self._timers.get(limit)
+        if timer is not None:
+            timer.discard(watched)
 
     def close(self) -> None:
-        """Watch nothing any more."""
-        for watch in self._watches.values():
-            watch.stop()
-        self._watches.clear()
+        """Stop all timers."""
+        for timer in self._timers.values():
+            timer.stop()
+        self._timers.clear()

@@ -1,8 +1,8 @@
-"""One connection pool of one service: headers, one HTTP exchange, and its typed errors.
+"""`Transport`: the connection pool of a service; makes HTTP exchanges and their typed errors.
 
-The pool lives on the owner loop and has no limit of its own; what bounds the traffic is the gate
-(samples) and the line (training). It knows nothing of what the bodies mean: callers pass bytes or
-JSON and get status, headers and bytes back.
+The pool lives on the owner loop and has no limit of its own: the concurrency controllers bound the
+traffic of sampling, the operation queue that of training. It knows nothing of what the bodies mean:
+callers pass bytes or JSON and get status, headers and bytes back.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import aiohttp
 import orjson
 
 from fireworks_training._async.http.quiet_handler import Connector
-from fireworks_training._async.http.read_timeouts import Stalls
+from fireworks_training._async.http.read_timeouts import ReadTimeouts
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.usage_meter import UsageMeter
@@ -40,7 +39,7 @@ from fireworks_training.models import __version__
 T = TypeVar("T")
 
 Body = bytes | tuple[bytes, ...]
-"""What a request carries, whole or in pieces."""
+"""The body of a request, whole or in pieces."""
 
 CONNECT_TIMEOUT = 30.0
 """Seconds to make a connection."""
@@ -55,7 +54,7 @@ logger = logging.getLogger("fireworks_training.transport")
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer, read whole."""
+    """Holds one answer, read whole."""
 
     status: int
     headers: Mapping[str, str]
@@ -68,10 +67,10 @@ class Response:
         return 200 <= self.status < 300
 
     def json(self) -> Any:
-        """The body as JSON.
+        """Decode the body as JSON.
 
         Raises:
-            ProtocolError: it is none.
+            ProtocolError: it is not JSON.
         """
         try:
             return orjson.loads(self.body)
@@ -83,7 +82,7 @@ class Response:
             ) from error
 
     def object(self) -> dict[str, Any]:
-        """The body as a JSON object."""
+        """Decode the body as a JSON object; an empty body is an empty object."""
         value: object = self.json() if self.body else {}
         if not isinstance(value, dict):
             raise ProtocolError(
@@ -93,7 +92,7 @@ class Response:
         return cast(dict[str, Any], value)
 
     def error(self, what: str) -> ApiStatusError:
-        """The typed error of an answer that is not `ok`."""
+        """Make the typed error of an answer that is not `ok`."""
         message, error_class = _error_text(self.body)
         return for_status(
             self.status,
@@ -124,15 +123,15 @@ def _error_text(body: bytes) -> tuple[str, str | None]:
 
 
 class Transport:
-    """The connection pool of a service.
+    """Keeps the connection pool of a service, and makes its HTTP exchanges.
 
     Args:
-        owner: the loop it lives on.
+        owner: the loop that the pool lives on.
         base_url: scheme, host and optional path, without a trailing slash.
         api_key: sent as `X-API-Key` and as bearer token; never part of a message or a repr.
         additional_headers: sent with every request; they win over the SDK's own.
-        verify_ssl: False accepts any certificate; only if the caller says so.
-        events: told what happens; None where nobody listens.
+        verify_ssl: False accepts any certificate; only on the caller's request.
+        events: gets the events of retries; None where nobody listens.
     """
 
     def __init__(
@@ -154,11 +153,11 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
         self.usage = UsageMeter(time.monotonic)
-        self.stalls = Stalls()
+        self.read_timeouts = ReadTimeouts()
 
     @property
     def additional_headers(self) -> Mapping[str, str]:
-        """What the caller wants sent with every request."""
+        """The caller's own headers, which are sent with every request."""
         return self._additional_headers
 
     @property
@@ -167,7 +166,7 @@ class Transport:
         return self._verify_ssl
 
     def headers(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Authentication and identification, then `extra`, then the caller's own headers."""
+        """Build a request's headers: the SDK's own, then `extra`, then the caller's."""
         return {
             "X-API-Key": self._api_key,
             "Authorization": f"Bearer {self._api_key}",
@@ -177,7 +176,7 @@ class Transport:
         }
 
     def session(self) -> aiohttp.ClientSession:
-        """The session; made at first use. Call on the owner loop.
+        """Return the aiohttp session, made at first use. Call on the owner loop.
 
         Raises:
             ClientClosed: the transport was closed.
@@ -206,7 +205,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
     ) -> Response:
-        """One HTTP exchange, no retry; any status is an answer.
+        """Make one HTTP exchange, without retries; any status is an answer.
 
         Args:
             url: absolute, or a path below `base_url`.
@@ -265,14 +264,14 @@ class Transport:
         timeout: float = 30.0,
         backoff: Backoff | None = None,
     ) -> dict[str, Any]:
-        """A JSON exchange with retries; the answer's object.
+        """Make a JSON exchange with retries; the answer's object.
 
         Args:
             what: names the exchange in messages ("create the trainer job").
             backoff: the retry budget; None makes the usual one.
 
         Raises:
-            ApiError: what was left after the retries.
+            ApiError: the last failure, once the retry budget is used up.
         """
         body = None if json is None else orjson.dumps(json)
 
@@ -287,7 +286,7 @@ class Transport:
     async def close(self) -> None:
         """Close the pool; idempotent."""
         self._closed = True
-        self.stalls.close()
+        self.read_timeouts.close()
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
@@ -295,12 +294,7 @@ class Transport:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __repr__(self) -> str:
@@ -310,7 +304,7 @@ class Transport:
 async def _pieces(
     body: tuple[bytes, ...], limit: asyncio.Timeout, timeout: float
 ) -> AsyncIterator[memoryview]:
-    """A large body piece by piece; each one that is taken moves the time limit on."""
+    """Yield a large body piece by piece; each piece that is sent moves the time limit on."""
     loop = asyncio.get_running_loop()
     for part in body:
         view = memoryview(part)
@@ -320,7 +314,7 @@ async def _pieces(
 
 
 def _path(url: str) -> str:
-    """The path of a URL, for messages: hosts are said once, queries never."""
+    """Return the path of a URL, for messages, which name the host once and queries never."""
     rest = url.split("://", 1)[-1]
     return "/" + rest.partition("/")[2].partition("?")[0]
 
@@ -343,11 +337,11 @@ async def with_retries(
             if delay is None:
                 raise
             logger.warning("%s failed (%s); next try in %.1f s", what, type(error).__name__, delay)
-            tell_retry(events, kind, what, backoff.failures, delay, error)
+            report_retry(events, kind, what, backoff.failures, delay, error)
             await asyncio.sleep(delay)
 
 
-def tell_retry(
+def report_retry(
     events: EventHook | None,
     kind: EventKind,
     what: str,
@@ -356,7 +350,7 @@ def tell_retry(
     error: ApiError,
     request: str = "",
 ) -> None:
-    """Tell whoever listens that an exchange will be tried again."""
+    """Emit the event that an exchange will be tried again."""
     if events is not None:
         events.emit(
             RetryEvent(

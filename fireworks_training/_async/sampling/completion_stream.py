@@ -1,4 +1,4 @@
-"""One HTTP attempt at one completion: the request goes out, deltas come in as the bytes arrive.
+"""`CompletionStream`: makes one HTTP attempt at one completion, and reads deltas as bytes arrive.
 
 It runs on the owner loop, and knows nothing of slots and retries. Whatever ends it early, the
 connection is closed at once, which is how a server learns that it may stop. A stream that was read
@@ -46,12 +46,12 @@ _ERROR_BODY = 64 * 2**10
 
 
 class AttemptFailed(Exception):
-    """An attempt failed; internal: the caller retries, or tells the user in public terms.
+    """Reports that an attempt failed; internal: the caller retries, or raises a public error.
 
     Attributes:
         kind: where it failed.
-        error: why, typed.
-        metrics: what it cost.
+        error: why it failed, as a typed error.
+        metrics: those of the attempt.
     """
 
     def __init__(self, kind: ErrorKind, error: ApiError, metrics: ServerMetrics) -> None:
@@ -63,7 +63,7 @@ class AttemptFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """What one attempt sends, and what it is one of."""
+    """Holds what one attempt sends, and which completion of the call it is for."""
 
     url: str
     headers: Mapping[str, str]
@@ -76,15 +76,15 @@ class Attempt:
 
 
 class CompletionStream:
-    """`open()` sends the request and checks that a stream comes back; `read()` takes it.
+    """Sends the request in `open()`, which checks that a stream comes back; reads it in `read()`.
 
-    Whoever opened it closes it, however that went.
+    The caller closes it, however that went.
 
     Args:
         transport: the connection pool.
-        attempt: what to send.
+        attempt: holds the request to send.
         without_echo: takes the text of echoed prompt tokens off a text.
-        keep_tokens: whether the deltas tell token ids.
+        keep_tokens: whether the deltas hold token ids.
     """
 
     __slots__ = (
@@ -128,12 +128,12 @@ class CompletionStream:
 
     @property
     def response_id(self) -> str | None:
-        """The id in the stream's chunks; None if there is none."""
+        """The id that the stream's chunks bear; None if there is none."""
         return self._assembler.response_id
 
     @property
     def received(self) -> int:
-        """Bytes of the answer, and one for its headers."""
+        """Bytes received of the answer, and one for its headers."""
         return 0 if self._response is None else 1 + self._response.content.total_bytes
 
     def fail(self, error: TimeoutError) -> None:
@@ -146,21 +146,21 @@ class CompletionStream:
 
     def close(self) -> None:
         """Close the connection, unless the answer has ended and the pool has it again."""
-        self._transport.stalls.discard(self, self._attempt.request.http_timeout)
+        self._transport.read_timeouts.discard(self, self._attempt.request.http_timeout)
         if self._response is not None:
             self._response.close()
 
     async def open(self) -> None:
-        """Send the request, and see that a stream comes back.
+        """Send the request, and check that a stream comes back.
 
         Raises:
-            AttemptFailed: it does not.
+            AttemptFailed: the connection failed, or the answer is not a stream.
         """
         attempt = self._attempt
         session = self._transport.session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._loop.time()
-        self._transport.stalls.add(self, attempt.request.http_timeout)
+        self._transport.read_timeouts.add(self, attempt.request.http_timeout)
         try:
             response = await self._post(session, body)
         except (aiohttp.ClientError, OSError) as error:
@@ -204,7 +204,7 @@ class CompletionStream:
         try:
             body = await response.content.read(_ERROR_BODY)
         except (aiohttp.ClientError, OSError):
-            body = b""  # the status has been said; what it lacks is an explanation
+            body = b""  # the status is known; what it lacks is an explanation
         headers = response.headers
         return status_error(
             response.status,
@@ -213,14 +213,14 @@ class CompletionStream:
             request_id=request_id_of(headers),
         )
 
-    async def read(self, tell: Callable[[TokenDelta], None] | None = None) -> SampledCompletion:
-        """Read to the end.
+    async def read(self, on_delta: Callable[[TokenDelta], None] | None = None) -> SampledCompletion:
+        """Read the stream to its end.
 
         Args:
-            tell: is called with what each piece of the network added.
+            on_delta: is called with the tokens that each piece of the stream added.
 
         Raises:
-            AttemptFailed: the stream broke, or what came is no completion.
+            AttemptFailed: the stream broke, or its chunks make no completion.
         """
         response, assembler = self._response, self._assembler
         assert response is not None
@@ -232,20 +232,20 @@ class CompletionStream:
                 raise self._broken(error) from error
             if not piece:
                 break
-            if tell is None:
+            if on_delta is None:
                 self._take(response, piece)
                 continue
             mark = assembler.mark()
             self._take(response, piece)
             if assembler.mark() != mark:
-                tell(assembler.since(mark))
+                on_delta(assembler.since(mark))
         completion = self._finish()
         if not content.at_eof():
             await self._reach_the_end(response)
         return completion
 
     def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
-        """One piece of the network."""
+        """Take one piece of the stream, as it came from the network."""
         assembler, decoder = self._assembler, self._decoder
         try:
             if (messages := decoder.plain(piece)) is not None:

@@ -1,14 +1,18 @@
-"""The concurrency controllers: who may send the next sampling request.
+"""The concurrency controllers: they decide which sampling request may be sent next.
 
-A controller is a window (`_core/aimd.py`) and a line of waiters. It belongs to no loop and no
-thread: the same one may be used from one `asyncio.run` after another, or from two at once, and so
-keeps what it has learned. Its state is under a lock, and each waiter is woken on its own loop.
+A controller is a window (`_core/window`) with two queues before it: of retries and of new requests.
+Retries go before new requests: most of their work is done already. A controller belongs to no loop
+and no thread: the same one may be used from one `asyncio.run` after another, or from two at once,
+and so keeps what it has learned. Its state is under a lock, and each waiter is woken on its own
+loop.
 
-A slot is handed over, not announced: the release that frees it admits the first waiter in line
+A slot is handed over, not announced: the release that frees it admits the first waiter of the queue
 before it wakes it, so nobody overtakes, and a waiter that is cancelled after it was admitted gives
-the slot to the next one. Where the window says so, a waiter has its slot at once and goes on a
-little later, so that a burst of answers does not become a burst of requests (`_core/pacing.py`). A
-request that was tried before stands before all new ones: what is nearly paid for is finished first.
+the slot to the next one. Where the window asks for it, a waiter has its slot at once and goes on a
+little later, so that a burst of answers does not become a burst of requests
+(`_core/window/pacing.py`).
+
+It knows slots and waiters, and nothing of what a request samples.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ logger = logging.getLogger("fireworks_training.sampling")
 
 @runtime_checkable
 class SamplingConcurrencyController(Protocol):
-    """What a sampler needs of a controller; any object with these members will do."""
+    """Declares what a sampler needs of a controller; any object with these members will do."""
 
     @property
     def window_size(self) -> int:
@@ -43,28 +47,28 @@ class SamplingConcurrencyController(Protocol):
         ...
 
     def release(self, metrics: ServerMetrics | None = None) -> None:
-        """Give a slot back, with what the attempt cost (None: it tells nothing)."""
+        """Give a slot back, with what the attempt cost (None: no evidence of anything)."""
         ...
 
     def step_completed(self) -> dict[str, float]:
-        """End a step of the training loop; a summary of it."""
+        """End a step of the training loop, and summarise it."""
         ...
 
 
-class _Waiter:
-    """One `acquire` that has to wait."""
+class _SlotWaiter:
+    """Holds one `acquire` until it has its slot."""
 
-    __slots__ = ("admitted", "delay", "future", "line", "loop")
+    __slots__ = ("admitted", "delay", "future", "loop", "queue")
 
-    def __init__(self, line: OrderedDict[_Waiter, None]) -> None:
-        self.line = line
+    def __init__(self, queue: OrderedDict[_SlotWaiter, None]) -> None:
+        self.queue = queue
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.admitted = False
         self.delay = 0.0  # seconds from its admission until it goes on
 
     def wake(self) -> bool:
-        """Let it go on; False if its loop is closed. Not under the controller's lock."""
+        """Let the waiter go on; False if its loop is closed. Not under the controller's lock."""
         try:
             if asyncio.get_running_loop() is self.loop:
                 self._start()
@@ -88,15 +92,20 @@ class _Waiter:
             self.future.set_result(None)
 
 
-class Gate:
-    """The lines before a window: of retries, and of new requests. Base of both controllers."""
+class SlotQueue:
+    """Queues requests until the window has room: retries, then new ones. Base of both controllers.
+
+    Args:
+        window: counts the slots.
+        clock: returns the time in seconds, steadily.
+    """
 
     def __init__(self, window: FixedWindow, clock: Callable[[], float]) -> None:
         self._window = window
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiters: OrderedDict[_Waiter, None] = OrderedDict()
-        self._retries: OrderedDict[_Waiter, None] = OrderedDict()
+        self._waiters: OrderedDict[_SlotWaiter, None] = OrderedDict()
+        self._retries: OrderedDict[_SlotWaiter, None] = OrderedDict()
 
     @property
     def window_size(self) -> int:
@@ -110,7 +119,7 @@ class Gate:
 
     @property
     def waiting(self) -> int:
-        """Requests in line for a slot."""
+        """Requests that wait for a slot."""
         return len(self._waiters) + len(self._retries)
 
     async def acquire(self, *, retry: bool = False) -> None:
@@ -120,45 +129,45 @@ class Gate:
             retry: whether the request was tried before: it then goes before those that were not.
         """
         with self._lock:
-            # Room means that nobody waits: whatever makes room admits those in line first.
+            # Room means that nobody waits: whatever makes room admits the waiters first.
             if self._window.has_room:
                 self._window.admit()
                 return
-            waiter = _Waiter(self._retries if retry else self._waiters)
-            waiter.line[waiter] = None
+            waiter = _SlotWaiter(self._retries if retry else self._waiters)
+            waiter.queue[waiter] = None
         try:
             await waiter.future
         except BaseException:
             self._leave(waiter)
             raise
 
-    def _leave(self, waiter: _Waiter) -> None:
-        """A waiter goes away; a slot that it was given goes to the next one."""
+    def _leave(self, waiter: _SlotWaiter) -> None:
+        """Remove a waiter; a slot that it was given goes to the next one."""
         with self._lock:
             if not waiter.admitted:
-                waiter.line.pop(waiter, None)
+                waiter.queue.pop(waiter, None)
                 return
             admitted = self._pass_on()
         self._wake(admitted)
 
-    def _pass_on(self) -> list[_Waiter]:
+    def _pass_on(self) -> list[_SlotWaiter]:
         """Take a slot back that was handed over in vain. Under the lock."""
         self._window.withdraw()
         return self._admit_waiters()
 
-    def _admit_waiters(self) -> list[_Waiter]:
-        """Give the free slots to the first in line. Under the lock."""
+    def _admit_waiters(self) -> list[_SlotWaiter]:
+        """Give the free slots to the first waiters. Under the lock."""
         now = self._clock()
-        admitted: list[_Waiter] = []
-        while (line := self._retries or self._waiters) and self._window.has_room:
-            waiter, _ = line.popitem(last=False)
+        admitted: list[_SlotWaiter] = []
+        while (queue := self._retries or self._waiters) and self._window.has_room:
+            waiter, _ = queue.popitem(last=False)
             self._window.admit()
             waiter.admitted = True
-            waiter.delay = self._window.delay(now)
+            waiter.delay = self._window.hold_back(now)
             admitted.append(waiter)
         return admitted
 
-    def _wake(self, admitted: list[_Waiter]) -> None:
+    def _wake(self, admitted: list[_SlotWaiter]) -> None:
         pending = deque(admitted)
         while pending:
             if not pending.popleft().wake():
@@ -169,7 +178,7 @@ class Gate:
         """Give a slot back, and admit as many waiters as there is room for.
 
         Args:
-            metrics: what the attempt cost; None if it tells nothing about the server.
+            metrics: those of the attempt; None if it gives no evidence about the server.
         """
         with self._lock:
             self._window.release(metrics, self._clock())
@@ -195,8 +204,8 @@ class Gate:
         )
 
 
-class FixedConcurrencyController(Gate):
-    """At most `max_concurrency` sampling requests in flight.
+class FixedConcurrencyController(SlotQueue):
+    """Keeps at most `max_concurrency` sampling requests in flight.
 
     Args:
         max_concurrency: at least 1.
@@ -209,14 +218,14 @@ class FixedConcurrencyController(Gate):
         super().__init__(FixedWindow(max_concurrency), time.monotonic)
 
 
-class AdaptiveConcurrencyController(Gate):
-    """A window that follows what the server says about its load (AIMD).
+class AdaptiveConcurrencyController(SlotQueue):
+    """Follows what the server reports about its load, by a window that grows and shrinks (AIMD).
 
     With reported prefill queue times (dedicated deployments) it keeps all but one in twenty below
-    the target; without (serverless) it steers by 429, 503 and transport errors. It triples in a
-    round trip until the server is found full. From then on, where queue times are reported, a
+    the target; without (serverless) it steers by 429, 503 and transport errors. The window triples
+    in a round trip until the server is found full. From then on, where queue times are reported, a
     request that takes a freed slot over may be held back, by `prefill_queue_target` at most: those
-    that ended together don't begin together. See `_core/aimd.py` for the law.
+    that ended together don't begin together. The law stands in `_core/window`.
 
     Args:
         initial_window: requests in flight at the start.
@@ -265,7 +274,7 @@ class AdaptiveConcurrencyController(Gate):
             shrink_cooldown_s=shrink_cooldown_s,
         )
         super().__init__(AdaptiveWindow(settings), clock)
-        self._said_status = False
+        self._warned_of_statuses = False
 
     @property
     def ema_prefill_queue(self) -> float | None:
@@ -276,12 +285,12 @@ class AdaptiveConcurrencyController(Gate):
         """Give a slot back, learn from the attempt, admit as many as there is room for.
 
         Args:
-            metrics: what the attempt cost; None if it tells nothing about the server.
+            metrics: those of the attempt; None if it gives no evidence about the server.
         """
         before = self.window_size
         super().release(metrics)
-        if self._window.signal == "status" and not self._said_status:
-            self._said_status = True
+        if self._window.signal == "status" and not self._warned_of_statuses:
+            self._warned_of_statuses = True
             logger.warning(
                 "the server reports no prefill queue times: the concurrency window follows "
                 "429, 503 and transport errors instead"
@@ -290,6 +299,6 @@ class AdaptiveConcurrencyController(Gate):
             logger.debug("concurrency window %d -> %d", before, self.window_size)
 
     def note_retry_exhausted(self, metrics: ServerMetrics | None) -> None:
-        """A request used up its attempts; `metrics` is what the last one cost."""
+        """Note that a request used up its attempts; `metrics` is what the last one cost."""
         with self._lock:
             self._window.note_retry_exhausted(metrics)

@@ -1,7 +1,7 @@
-"""What a sampler tells an `on_event` hook of its requests.
+"""Emits the events of sampling requests to an `on_event` hook.
 
-Knows attempts and their outcomes; what becomes of them is `sampling_run`'s. The two that each
-completion needs take an `EventHook`, so that nothing is called where there is none.
+It knows attempts and their outcomes; `run.py` decides what becomes of them. `submitted` and
+`finished`, which each completion needs, take an `EventHook`: without one they are not called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _id(headers: Mapping[str, str]) -> str:
 def submitted(
     events: EventHook, attempt: Attempt, controller: SamplingConcurrencyController
 ) -> None:
-    """An attempt has its slot and goes out; also notes the window that it found."""
+    """Emit that an attempt has its slot and is sent, and the window if it has changed."""
     events.report_window(controller)
     events.emit(
         SubmitEvent(
@@ -39,7 +39,7 @@ def submitted(
 
 
 def finished(events: EventHook, attempt: Attempt, metrics: ServerMetrics) -> None:
-    """An attempt has made its completion."""
+    """Emit that an attempt has made its completion."""
     events.emit(
         FinishEvent(
             at=events.now(),
@@ -59,7 +59,7 @@ def retried(
     delay: float,
     error: ApiError,
 ) -> None:
-    """An attempt failed, and there will be another."""
+    """Emit that an attempt failed, and that there will be another."""
     if events is not None:
         events.emit(
             RetryEvent(
@@ -77,7 +77,7 @@ def retried(
 def failed(
     events: EventHook | None, headers: Mapping[str, str], error: SamplingRequestError
 ) -> None:
-    """The completion could not be had."""
+    """Emit that a completion failed for good."""
     if events is not None:
         events.emit(
             FailureEvent(at=events.now(), kind="sampling", what=_WHAT, id=_id(headers), error=error)

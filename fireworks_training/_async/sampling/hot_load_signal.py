@@ -1,8 +1,8 @@
-"""News of hot loads: who loads a snapshot says so, and requests that wait for it go on at once.
+"""`HotLoadSignal`: wakes the sampling requests that wait for a hot load to end.
 
 A deployment that loads a snapshot may answer 404 or 425 for as long as that takes. A sampler that
-shares this with the one who coordinates the load waits until the load's end instead of asking again
-and again. It knows neither snapshots nor requests, and all of it happens on the owner loop.
+shares the signal with the coordinator of the load waits until the load's end instead of asking
+again and again. It knows neither snapshots nor requests, and is used on the owner loop only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Generator
 
 
 class HotLoadSignal:
-    """Whether a hot load is under way, and the end of it.
+    """Counts the hot loads under way, and wakes the waiters when one ends.
 
     Attributes:
         loading: loads under way.
@@ -25,7 +25,7 @@ class HotLoadSignal:
 
     @contextlib.contextmanager
     def load(self) -> Generator[None]:
-        """A load is under way while this is entered; leaving wakes all who wait for it."""
+        """Mark a load as under way until the block is left, which wakes the waiters."""
         self.loading += 1
         try:
             yield
@@ -34,14 +34,14 @@ class HotLoadSignal:
             self.wake()
 
     def wake(self) -> None:
-        """The deployment changed: whoever waits may ask it again."""
+        """Let the waiters ask the deployment again: it has changed."""
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
     async def wait(self, seconds: float) -> bool:
-        """Sleep, at most until the news; whether there was news."""
+        """Sleep until a load ends, or for so many seconds; returns whether one ended."""
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:

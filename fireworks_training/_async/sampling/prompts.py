@@ -1,4 +1,4 @@
-"""What a sampler is given to complete: conversations or token ids, and the tokenizer between them.
+"""Reads the prompts of a call: conversations or token ids, and the tokenizer between them.
 
 It knows how the field spells prompts, and that fast tokenizers refuse use from two threads at once.
 It sends nothing.
@@ -18,11 +18,11 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 Ids: TypeAlias = tuple[int, ...]
-"""A prompt. Tuples of integers cost the garbage collector nothing; it walks lists of them."""
+"""The token ids of a prompt. The garbage collector walks lists of integers, not tuples of them."""
 
 
 class Tokenizer(Protocol):
-    """What the sampler needs of a tokenizer; those of `transformers` have it."""
+    """Declares what the sampler needs of a tokenizer; those of `transformers` have it."""
 
     @property
     def apply_chat_template(self) -> Callable[..., Any]:
@@ -36,10 +36,10 @@ class Tokenizer(Protocol):
 
 
 class LockedTokenizer:
-    """A tokenizer, used by one thread at a time.
+    """Uses a tokenizer in one thread at a time.
 
     Attributes:
-        tokenizer: the one that was passed.
+        tokenizer: the user's own object.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -47,7 +47,7 @@ class LockedTokenizer:
         self._lock = threading.Lock()
 
     def apply_template(self, conversations: Sequence[Conversation]) -> list[Ids]:
-        """Token ids of conversations, each with a generation prompt. Slow: not on an event loop."""
+        """Turn conversations into token ids, with a generation prompt each; too slow for a loop."""
         with self._lock:
             return [self._template_ids(conversation) for conversation in conversations]
 
@@ -61,12 +61,12 @@ class LockedTokenizer:
         return token_ids("the chat template's result", ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
+        """Turn token ids into text."""
         with self._lock:
             return str(self.tokenizer.decode(list(ids)))
 
     def without_echo(self, text: str, ids: Sequence[int]) -> str:
-        """A text without that of the prompt tokens at its beginning.
+        """Cut the text of echoed prompt tokens off the beginning of a text.
 
         Servers echo special tokens as text, or leave them out; a beginning that is neither stays.
         """
@@ -78,7 +78,7 @@ class LockedTokenizer:
         return text
 
     def stop_texts(self, ids: Sequence[int]) -> list[str]:
-        """Stop token ids as strings.
+        """Turn stop token ids into strings.
 
         Raises:
             InvalidArgument: one has no text of its own (a piece of a character, a special token
@@ -95,10 +95,10 @@ class LockedTokenizer:
 
 
 def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
-    """One conversation or several, as a list of conversations.
+    """Return one conversation or several as a list of conversations, checked.
 
     Raises:
-        InvalidArgument: none, an empty one, a mixture, or something else.
+        InvalidArgument: there is no conversation, an empty one, a mixture, or something else.
     """
     wanted = 'pass [{"role": "user", "content": "..."}], or a list of such lists'
     if isinstance(messages, (str, bytes, Mapping)) or not messages:
@@ -123,7 +123,7 @@ def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Co
 
 
 def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Ids]:
-    """One prompt or several, as a list of prompts."""
+    """Return one prompt or several as a list of prompts, checked."""
     if isinstance(prompt_token_ids, (str, bytes)):
         raise InvalidArgument(
             "prompt_token_ids takes token ids, not text; for text, sample_with_tokens takes "
@@ -147,7 +147,7 @@ def prompts_of(prompt_token_ids: Sequence[int] | Sequence[Sequence[int]]) -> lis
 
 
 def one_prompt(prompt_token_ids: Sequence[Any]) -> list[Ids]:
-    """A list of one prompt, for calls that take no more."""
+    """Return a list of one prompt, for calls that take no more."""
     prompts = prompts_of(prompt_token_ids)
     if len(prompts) != 1 or hasattr(prompt_token_ids[0], "__len__"):
         raise InvalidArgument(

@@ -1,6 +1,6 @@
-"""How often a completion is tried, and what is said when that was not often enough.
+"""Decides how often a completion is tried, and makes the error when that was not often enough.
 
-It knows failures and budgets; the attempts are made in `sampling_run.py`.
+It knows failures and retry budgets; `run.py` makes the attempts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOT_LOAD_STATUS = frozenset({404, 425})
 """Statuses of a deployment that is loading a snapshot, or that its gateway doesn't know yet."""
 
 HOT_LOAD_POLL = 8.0
-"""Seconds between two looks at a deployment of which a load is known to be under way."""
+"""Seconds between two attempts at a deployment of which a load is known to be under way."""
 
 _TIMEOUT_STATUS = frozenset({408, 504})
 
@@ -32,7 +32,8 @@ _TIMEOUT_STATUS = frozenset({408, 504})
 def is_hot_load(error: ApiError) -> bool:
     """Whether the deployment may be loading a snapshot.
 
-    Our platform says NOT_FOUND only of a deployment that does not exist: no wait mends that.
+    The local platform answers NOT_FOUND only for a deployment that does not exist: waiting does not
+    help there.
     """
     if not isinstance(error, ApiStatusError) or error.status not in HOT_LOAD_STATUS:
         return False
@@ -40,7 +41,7 @@ def is_hot_load(error: ApiError) -> bool:
 
 
 def _hot_load_budget() -> Backoff:
-    # About a minute; the ones that the coordinator knows of are waited for as long as they take.
+    # About a minute; loads that the coordinator knows of are waited for as long as they take.
     return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
 
 
@@ -57,23 +58,27 @@ class RetryPolicy:
 
 
 class Budgets:
-    """What a completion may still be tried for, once its first attempt has failed.
+    """Keeps the retry budgets of one completion, once its first attempt has failed.
+
+    Args:
+        policy: makes the budgets.
+        hot_loads: knows whether a load is under way.
 
     Attributes:
         loading: whether the last failure was that of a deployment that loads a snapshot.
     """
 
-    __slots__ = ("_hot_load", "_news", "_policy", "_transient", "loading")
+    __slots__ = ("_hot_load", "_hot_loads", "_policy", "_transient", "loading")
 
-    def __init__(self, policy: RetryPolicy, news: HotLoadSignal) -> None:
+    def __init__(self, policy: RetryPolicy, hot_loads: HotLoadSignal) -> None:
         self._policy = policy
-        self._news = news
+        self._hot_loads = hot_loads
         self._transient: Backoff | None = None
         self._hot_load: Backoff | None = None
         self.loading = False
 
-    def delay(self, error: ApiError, *, now: float) -> float | None:
-        """Seconds until the next attempt; None if there is none."""
+    def next_delay(self, error: ApiError, *, now: float) -> float | None:
+        """Note a failed attempt; seconds to wait before the next one, or None to give up."""
         self.loading = is_hot_load(error)
         if not self.loading:
             self._transient = self._transient or self._policy.transient()
@@ -81,22 +86,22 @@ class Budgets:
         self._hot_load = self._hot_load or self._policy.hot_load()
         delay = self._hot_load.next_delay(error, now=now)
         # A load that is known of is waited for as long as it takes.
-        return HOT_LOAD_POLL if delay is None and self._news.loading else delay
+        return HOT_LOAD_POLL if delay is None and self._hot_loads.loading else delay
 
     def loaded(self) -> None:
-        """The load is over: another one is waited for anew."""
+        """Note that the load is over: another one has a budget of its own."""
         if self._hot_load is not None:
             self._hot_load.reset()
 
 
 def final_error(
-    failure: AttemptFailed, attempts: int, request_id: str, model: str, context: str
+    failure: AttemptFailed, attempts: int, request_id: str, model: str, labels: str
 ) -> SamplingRequestError:
-    """What the caller is told of a completion that could not be had.
+    """Make the error of a completion that failed for good.
 
     Args:
         failure: the last one, after so many attempts.
-        context: labels of the call, as messages end.
+        labels: those of the call, as the end of a message.
     """
     error = failure.error
     status = error.status if isinstance(error, ApiStatusError) else None
@@ -105,7 +110,7 @@ def final_error(
     cls = DeploymentSamplerTimeoutError if timed_out else SamplingRequestError
     tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     return cls(
-        f"no completion from {model}{context} after {tries}: "
+        f"no completion from {model}{labels} after {tries}: "
         f"{error.message}.{_advice(failure, hot_loading)}",
         logical_request_id=request_id,
         model=model,

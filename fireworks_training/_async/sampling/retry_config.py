@@ -1,6 +1,6 @@
-"""What tinker's `RetryConfig` means for a sampler: its retry budget, window and patience.
+"""Translates tinker's `RetryConfig` into a sampler's retry budget, window and progress timeout.
 
-It translates, field by field, and refuses what has no counterpart. It retries nothing itself.
+It goes field by field, and refuses fields that have no counterpart. It retries nothing itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,28 @@ T = TypeVar("T")
 
 
 class RetryConfig(Protocol):
-    """The fields of `tinker.lib.retry_handler.RetryConfig`, of which nothing else is taken."""
+    """Types the `retry_config` of a sampling client: tinker's own class, by the fields that count.
+
+        from tinker.lib.retry_handler import RetryConfig
+
+        service.create_sampling_client(path, retry_config=RetryConfig(progress_timeout=600))
+
+    Nothing else is accepted at run time. What is retried stays the sampler's: 408, 429, 500, 502,
+    503, 504, and failures of the network.
+
+    Attributes:
+        max_connections: requests in flight at most, if it is not tinker's default, by a window of
+            the client's own; the default and None leave it to the service's.
+        progress_timeout: a request is tried again for so many seconds; and when no call of the
+            client has ended for so long, all fail with `DeploymentSamplerTimeoutError`.
+        retry_delay_base, retry_delay_max: delays in seconds double from the first to the second. A
+            server's Retry-After, up to 30 s, is a floor.
+        jitter_factor: share of a delay, 0 to 1, by which it may be shortened at random.
+        enable_retry_logic: False makes one attempt. A deployment that loads a snapshot is waited
+            for all the same.
+        enable_stuck_detection: must be True; set a large `progress_timeout` instead.
+        retryable_exceptions: must be tinker's default: an error's status decides.
+    """
 
     @property
     def max_connections(self) -> int | None: ...
@@ -45,11 +66,11 @@ class RetryConfig(Protocol):
     def retryable_exceptions(self) -> tuple[type[Exception], ...]: ...
 
 
-class Patience:
-    """Gives calls up when none of them has ended for so long.
+class ProgressTimeout:
+    """Cancels the running calls of a client when none of them has ended for so long.
 
     Args:
-        seconds: after the end of the last one, or after the first one began.
+        seconds: after the end of the last call, or after the first one began.
         model: the model string that is sampled, for the message.
     """
 
@@ -60,7 +81,7 @@ class Patience:
         self._progress = 0.0
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of a call.
+        """Run a call, and return its result.
 
         Raises:
             DeploymentSamplerTimeoutError: there was no progress; the call was cancelled.
@@ -92,12 +113,12 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """A `RetryConfig`, translated.
+    """Holds a translated `RetryConfig`.
 
     Attributes:
-        policy: the retry budgets.
+        policy: makes the retry budgets.
         most: requests in flight at most; None leaves that to the sampler's controller.
-        progress_timeout: seconds without the end of any call after which all are given up.
+        progress_timeout: seconds without the end of any call after which all are cancelled.
     """
 
     policy: RetryPolicy
@@ -106,7 +127,7 @@ class Retries:
 
 
 def window_of(retries: Retries | None, given: object) -> AdaptiveConcurrencyController | None:
-    """A window that keeps to `max_connections`, where there is one.
+    """Make a controller that keeps to `max_connections`; None if there is no such bound.
 
     Raises:
         InvalidArgument: the caller has given another.
@@ -123,24 +144,11 @@ def window_of(retries: Retries | None, given: object) -> AdaptiveConcurrencyCont
 
 
 def retries_of(config: RetryConfig | None) -> Retries | None:
-    """Translate tinker's retry configuration.
-
-    - `enable_retry_logic`: False makes one attempt. A deployment that loads a snapshot is waited
-      for all the same.
-    - `retry_delay_base`, `retry_delay_max`, `jitter_factor`: delays double from the first to the
-      second, each shortened at random by up to that share. A server's Retry-After, up to 30 s,
-      is a floor.
-    - `progress_timeout`: a request is tried again for so long; and when no call of the client has
-      ended for so long, all fail with `DeploymentSamplerTimeoutError`.
-    - `max_connections`: requests in flight at most, if it is not tinker's default, by a window of
-      the client's own; the default and None leave it to the service's.
-
-    What is retried is what the sampler retries: 408, 429, 500, 502, 503, 504, and failures of the
-    network.
+    """Translate tinker's retry configuration, as `RetryConfig` describes its fields.
 
     Raises:
         NotSupported: other `retryable_exceptions` than tinker's, or `enable_stuck_detection=False`.
-        InvalidArgument: it is no `RetryConfig`, or a value is out of range.
+        InvalidArgument: it is not a `RetryConfig`, or a value is out of range.
     """
     if config is None:
         return None

@@ -1,9 +1,12 @@
-"""The completions of one call: slots, attempts, retries.
+"""Runs the completions of one call: slots, attempts, retries.
 
 Each completion takes a slot for each HTTP attempt, gives it back during back-off, and goes on until
-it has its completion or its budget is used up. One that fails takes its siblings with it. Tokens
-are never spliced: an attempt that broke mid-stream starts again from the prompt, and a stream whose
-deltas were handed out already fails.
+it is there or its retry budget is used up. If one completion fails, the others of the call are
+cancelled. Tokens are never spliced: an attempt that broke mid-stream starts again from the prompt,
+and a stream whose deltas were handed out already fails.
+
+It knows what the sampler's calls share (`context.py`) and how one HTTP attempt is made
+(`completion_stream.py`); it does not know prompts as text, nor who waits for the result.
 """
 
 from __future__ import annotations
@@ -11,157 +14,78 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import replace
+from typing import Self
 
-from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.sampling import events
 from fireworks_training._async.sampling.completion_stream import (
     Attempt,
     AttemptFailed,
     CompletionStream,
 )
-from fireworks_training._async.sampling.concurrency import Gate, SamplingConcurrencyController
-from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
-from fireworks_training._async.sampling.progress import Progress
-from fireworks_training._async.sampling.retries import (
-    Budgets,
-    RetryPolicy,
-    final_error,
-    is_hot_load,
-)
+from fireworks_training._async.sampling.concurrency import SlotQueue
+from fireworks_training._async.sampling.context import RequestLog, SamplerContext
+from fireworks_training._async.sampling.retries import Budgets, final_error, is_hot_load
 from fireworks_training._async.sampling.token_stream import DeltaBuffer
 from fireworks_training._core.backoff import is_retryable
-from fireworks_training._core.window.aimd import is_congestion
+from fireworks_training._core.window.status_law import is_congestion
 from fireworks_training._wire.completions.request import EncodedRequest, SamplingRequest
 from fireworks_training.errors import SamplingRequestError
-from fireworks_training.models import SampledCompletion, SampledServerAttempt, ServerMetrics
+from fireworks_training.models import SampledCompletion, ServerMetrics
 
 logger = logging.getLogger("fireworks_training.sampling")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplerContext:
-    """What the calls of one sampler share.
-
-    Attributes:
-        transport: the connection pool.
-        url: the completions route.
-        model: model string, for messages.
-        retries: the retry budgets.
-        record: keeps what each attempt cost.
-        news: of hot loads.
-        distance: optimizer steps of the trainer since a snapshot; None where nobody counts them.
-        progress: what the sampler is busy with.
-        without_echo: takes the text of echoed prompt tokens off a text; None without a tokenizer.
-        warn_substituted: told when a server reports raw logprobs only.
-    """
-
-    transport: Transport
-    url: str
-    model: str
-    retries: RetryPolicy
-    record: deque[ServerMetrics]
-    news: HotLoadSignal
-    distance: Callable[[str | None], int | None] | None
-    progress: Progress
-    without_echo: Callable[[str, Sequence[int]], str] | None
-    warn_substituted: Callable[[], None]
-
-
-@dataclass(slots=True)
-class RequestLog:
-    """What happened to one completion, for those who ask for it.
-
-    Attributes:
-        request_id: sent as `X-Request-Id` by all attempts.
-        attempts: each of them.
-    """
-
-    request_id: str = field(default_factory=lambda: os.urandom(16).hex())
-    attempts: list[SampledServerAttempt] = field(default_factory=list[SampledServerAttempt])
-
-    def succeeded(self, metrics: ServerMetrics, response_id: str | None) -> None:
-        """The attempt that made the completion."""
-        self._add("succeeded", metrics, None, response_id)
-
-    def failed(self, failure: AttemptFailed, *, retried: bool) -> None:
-        """One that did not."""
-        self._add("retryable_error" if retried else "failed", failure.metrics, failure.kind, None)
-
-    def _add(
-        self,
-        outcome: Literal["succeeded", "retryable_error", "failed"],
-        metrics: ServerMetrics,
-        kind: str | None,
-        response_id: str | None,
-    ) -> None:
-        self.attempts.append(
-            SampledServerAttempt(
-                index=len(self.attempts),
-                outcome=outcome,
-                status_code=metrics.http_status_code,
-                error_kind=kind,
-                response_request_id=metrics.request_id,
-                upstream_response_id=response_id,
-                server_metrics=metrics,
-            )
-        )
-
-
 class SamplingRun:
-    """One call: completions of its prompts. It is under way within its `with` block.
+    """Samples the completions of one call, which is under way within the `with` block.
 
     Args:
-        source: what it shares with the sampler's other calls.
-        controller: bounds the attempts in flight.
-        request: what to sample.
-        total: completions that it asks for.
+        context: holds the state that the sampler's calls share.
+        request: the checked options.
+        total: completions that the call asks for.
+
+    Attributes:
+        labels: those of the call, as the end of a message.
+        started: when it began, by the loop's clock.
+        done: completions that are there.
     """
 
     __slots__ = (
+        "_context",
         "_controller",
         "_given_up",
         "_loop",
         "_request",
-        "_source",
-        "context",
         "done",
+        "labels",
         "started",
         "total",
     )
 
-    def __init__(
-        self,
-        source: SamplerContext,
-        controller: SamplingConcurrencyController,
-        request: SamplingRequest,
-        total: int = 1,
-    ) -> None:
-        self._source = source
-        self._controller = controller
+    def __init__(self, context: SamplerContext, request: SamplingRequest, total: int = 1) -> None:
+        self._context = context
+        self._controller = context.concurrency_controller
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._given_up = False
-        self.context = f" [{request.context}]" if request.context else ""
+        self.labels = f" [{request.labels}]" if request.labels else ""
         self.started = self._loop.time()
         self.total = total
         self.done = 0
 
     def __enter__(self) -> Self:
-        self._source.progress.begin(self)
+        self._context.progress.begin(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._source.progress.end(self)
+        self._context.progress.end(self)
 
     async def all(self, prompts: Sequence[EncodedRequest], n: int) -> list[SampledCompletion]:
-        """`n` completions of each prompt, prompt-major.
+        """Sample `n` completions of each prompt; those of the first prompt come first.
 
         Raises:
-            SamplingRequestError: one could not be had; the others were given up.
+            SamplingRequestError: one completion failed for good; the others were cancelled.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -180,23 +104,23 @@ class SamplingRun:
         self,
         prompt: EncodedRequest,
         sample: int = 0,
-        logged: RequestLog | None = None,
+        log: RequestLog | None = None,
         deltas: DeltaBuffer | None = None,
     ) -> SampledCompletion:
-        """One completion, however many attempts it takes.
+        """Sample one completion, however many attempts it takes.
 
         Args:
             sample: its place among those of the prompt.
-            logged: notes its attempts.
+            log: collects its attempts.
             deltas: gets its deltas.
 
         Raises:
-            SamplingRequestError: it could not be had.
+            SamplingRequestError: no attempt succeeded within the retry budget.
         """
-        source = self._source
-        request_id = os.urandom(16).hex() if logged is None else logged.request_id
+        context = self._context
+        request_id = os.urandom(16).hex() if log is None else log.request_id
         attempt = Attempt(
-            url=source.url,
+            url=context.url,
             headers=self._headers(request_id),
             body=prompt.body(sample),
             request=self._request,
@@ -209,49 +133,49 @@ class SamplingRun:
         while True:
             attempt.number += 1
             try:
-                completion = await self._attempt(attempt, logged, deltas)
+                completion = await self._attempt(attempt, log, deltas)
                 self.done += 1
                 return completion
             except AttemptFailed as failure:
-                budgets = budgets or Budgets(source.retries, source.news)
-                delay = budgets.delay(failure.error, now=self._loop.time())
+                budgets = budgets or Budgets(context.retries, context.hot_loads)
+                delay = budgets.next_delay(failure.error, now=self._loop.time())
                 if deltas is not None and not deltas.restart():
                     delay = None
-                if logged is not None:
-                    logged.failed(failure, retried=delay is not None)
+                if log is not None:
+                    log.failed(failure, retried=delay is not None)
                 if delay is None:
                     raise self._give_up(failure, attempt, request_id) from failure.error
-                self._say_retry(failure, attempt, request_id, delay)
+                self._report_retry(failure, attempt, request_id, delay)
             await self._back_off(delay, budgets)
 
     async def _back_off(self, delay: float, budgets: Budgets) -> None:
         """Wait before the next attempt, or for the end of a hot load."""
-        progress = self._source.progress
+        progress = self._context.progress
         progress.backing_off(1)
         try:
             if not budgets.loading:
                 await asyncio.sleep(delay)
-            elif await self._source.news.wait(delay):
+            elif await self._context.hot_loads.wait(delay):
                 budgets.loaded()
         finally:
             progress.backing_off(-1)
 
     def _slot(self, number: int) -> Awaitable[None]:
-        """A slot for an attempt; a retry goes before new work, where the controller knows both."""
-        if number > 1 and isinstance(self._controller, Gate):
+        """Wait for a slot; a retry goes before new requests, if the controller knows of retries."""
+        if number > 1 and isinstance(self._controller, SlotQueue):
             return self._controller.acquire(retry=True)
         return self._controller.acquire()
 
     async def _attempt(
-        self, attempt: Attempt, logged: RequestLog | None, deltas: DeltaBuffer | None
+        self, attempt: Attempt, log: RequestLog | None, deltas: DeltaBuffer | None
     ) -> SampledCompletion:
-        """One HTTP attempt, in a slot of the controller."""
-        source = self._source
-        hook = source.transport.events
+        """Make one HTTP attempt, in a slot of the controller."""
+        context = self._context
+        hook = context.transport.events
         await self._slot(attempt.number)
-        told: ServerMetrics | None = None
+        reported: ServerMetrics | None = None
         stream: CompletionStream | None = None
-        source.progress.attempt(attempt, self._loop.time())
+        context.progress.attempt(attempt, self._loop.time())
         try:
             if self._given_up:
                 # The slot is that of a sibling that failed: the call is over, send nothing.
@@ -259,44 +183,44 @@ class SamplingRun:
             if hook is not None:
                 events.submitted(hook, attempt, self._controller)
             stream = CompletionStream(
-                source.transport,
+                context.transport,
                 attempt,
-                without_echo=source.without_echo,
+                without_echo=context.without_echo,
                 keep_tokens=deltas is not None,
             )
             await stream.open()
             completion = await stream.read(None if deltas is None else deltas.put)
             completion = self._with_distance(completion)
-            told = completion.metrics
-            source.record.append(told)
-            source.transport.usage.sampled(
-                told.prompt_tokens, told.cached_prompt_tokens, told.completion_tokens
+            reported = completion.metrics
+            context.metrics.append(reported)
+            context.transport.usage.sampled(
+                reported.prompt_tokens, reported.cached_prompt_tokens, reported.completion_tokens
             )
             if stream.sampling_substituted:
-                source.warn_substituted()
-            if logged is not None:
-                logged.succeeded(told, stream.response_id)
+                context.warn_substituted()
+            if log is not None:
+                log.succeeded(reported, stream.response_id)
             if hook is not None:
-                events.finished(hook, attempt, told)
+                events.finished(hook, attempt, reported)
             return completion
         except AttemptFailed as failure:
-            source.record.append(failure.metrics)
-            # Other failures say nothing about how crowded the server is.
-            told = failure.metrics if is_congestion(failure.metrics) else None
+            context.metrics.append(failure.metrics)
+            # Other failures are no evidence of how crowded the server is.
+            reported = failure.metrics if is_congestion(failure.metrics) else None
             raise
         finally:
             if stream is not None:
                 stream.close()
-            source.progress.attempt_over(attempt)
-            self._controller.release(told)
+            context.progress.attempt_over(attempt)
+            self._controller.release(reported)
             if hook is not None:
                 hook.report_window(self._controller)
 
     def _with_distance(self, completion: SampledCompletion) -> SampledCompletion:
-        """Notes how far the trainer has gone since the weights that began the completion."""
-        if self._source.distance is None:
+        """Note how far the trainer has gone since the weights that began the completion."""
+        if self._context.distance is None:
             return completion
-        steps = self._source.distance(completion.snapshot_identity_first)
+        steps = self._context.distance(completion.snapshot_identity_first)
         if steps is None:
             return completion
         return replace(completion, metrics=replace(completion.metrics, snapshot_distance=steps))
@@ -310,22 +234,17 @@ class SamplingRun:
             **self._request.headers,
             "X-Request-Id": request_id,
         }
-        return self._source.transport.headers(extra)
+        return self._context.transport.headers(extra)
 
-    def _say_retry(
+    def _report_retry(
         self, failure: AttemptFailed, attempt: Attempt, request_id: str, delay: float
     ) -> None:
-        events.retried(
-            self._source.transport.events,
-            attempt.headers,
-            attempt.number,
-            delay,
-            failure.error,
-        )
+        hook = self._context.transport.events
+        events.retried(hook, attempt.headers, attempt.number, delay, failure.error)
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
-            self._source.model,
-            self.context,
+            self._context.model,
+            self.labels,
             attempt.number,
             failure.error.message,
             delay,
@@ -335,11 +254,11 @@ class SamplingRun:
     def _give_up(
         self, failure: AttemptFailed, attempt: Attempt, request_id: str
     ) -> SamplingRequestError:
-        """The end of a completion, and with it of its call; the error that says so."""
+        """End the call because a completion failed for good; returns the error to raise."""
         self._given_up = True
         note = getattr(self._controller, "note_retry_exhausted", None)
         if note is not None and is_retryable(failure.error) and not is_hot_load(failure.error):
             note(failure.metrics)
-        error = final_error(failure, attempt.number, request_id, self._source.model, self.context)
-        events.failed(self._source.transport.events, attempt.headers, error)
+        error = final_error(failure, attempt.number, request_id, self._context.model, self.labels)
+        events.failed(self._context.transport.events, attempt.headers, error)
         return error

@@ -2,27 +2,40 @@
 
 One class for plain functions and for coroutines: its calls return a `SampleCall`, which is awaited
 or asked for its `.result()`. It checks arguments when it is called, and turns conversations into
-token ids in a worker thread; what happens on the wire is `sampling_run`'s.
+token ids in a worker thread. What its calls share stands in `context.py`, its running calls in
+`tasks.py`; `run.py` sends the requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 
-from fireworks_training._async.sampling.context import SamplerBase
+from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.event_hook import EventHook
+from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.sampling.concurrency import (
+    FixedConcurrencyController,
+    SamplingConcurrencyController,
+)
+from fireworks_training._async.sampling.context import RequestLog, SamplerContext
 from fireworks_training._async.sampling.prompts import (
     Conversation,
     Ids,
+    Tokenizer,
     conversations_of,
     is_conversation,
     one_prompt,
     prompts_of,
 )
-from fireworks_training._async.sampling.run import RequestLog, SamplingRun
+from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._async.sampling.run import SamplingRun
+from fireworks_training._async.sampling.tasks import SamplerTasks
 from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenStream
 from fireworks_training._checks import integer
 from fireworks_training._outcome import Outcome
@@ -33,6 +46,7 @@ from fireworks_training._wire.completions.request import (
     SamplingRequest,
 )
 from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
+from fireworks_training.events import OnEvent
 from fireworks_training.futures import SampleCall
 from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
 
@@ -40,12 +54,12 @@ T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 Prompts: TypeAlias = list[Ids] | Callable[[], Coroutine[Any, Any, list[Ids]]]
-"""Prompts as token ids, or what finds these on the owner loop."""
+"""Prompts as token ids, or a coroutine function that finds these on the owner loop."""
 
 logger = logging.getLogger("fireworks_training.sampling")
 
 
-class DeploymentSampler(SamplerBase):
+class DeploymentSampler:
     """Samples completions from a serving deployment.
 
     `service.create_deployment_sampler(...)` makes one that shares the service's connections; this
@@ -68,11 +82,124 @@ class DeploymentSampler(SamplerBase):
         retries: retry budgets, for tests.
         request_context: labels for error messages and logs of all calls; `sampling_context` of a
             call adds to them. Never sent.
-        on_event: told of requests, retries, windows and failures; see `from_firetitan_config`.
+        on_event: is called with requests, retries, windows and failures, as the `on_event` of
+            `from_firetitan_config` is.
+
+    Attributes:
+        context: holds the state that its calls share, for the rest of the SDK.
+        tasks: its running calls, for the rest of the SDK.
 
     Raises:
         InvalidArgument: an argument is missing or contradicts another.
     """
+
+    context: SamplerContext
+    tasks: SamplerTasks
+
+    def __init__(
+        self,
+        inference_url: str,
+        model: str,
+        api_key: str,
+        tokenizer: Tokenizer | None = None,
+        concurrency_controller: SamplingConcurrencyController | None = None,
+        max_concurrency: int | None = None,
+        additional_headers: Mapping[str, str] | None = None,
+        *,
+        integer_stops: bool = False,
+        verify_ssl: bool = True,
+        retries: RetryPolicy | None = None,
+        request_context: Mapping[str, object] | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        if max_concurrency is not None:
+            warnings.warn(
+                "max_concurrency is deprecated: pass "
+                f"concurrency_controller=FixedConcurrencyController({max_concurrency})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            if concurrency_controller is not None:
+                raise InvalidArgument("pass concurrency_controller or max_concurrency, not both")
+            concurrency_controller = FixedConcurrencyController(max_concurrency)
+        if not inference_url.startswith(("http://", "https://")):
+            raise InvalidArgument(f"inference_url must begin with http(s)://, got {inference_url}")
+        if not api_key:
+            raise InvalidArgument("api_key is empty: pass the key of the inference API")
+        events = EventHook.of(on_event)
+        transport = Transport(
+            owner=OwnerLoop(portal=True, on_blocked=None if events is None else events.blocked),
+            base_url=inference_url,
+            api_key=api_key,
+            additional_headers=additional_headers,
+            verify_ssl=verify_ssl,
+            events=events,
+        )
+        self.context = SamplerContext(
+            transport=transport,
+            inference_url=inference_url,
+            model=model,
+            tokenizer=tokenizer,
+            concurrency_controller=concurrency_controller,
+            integer_stops=integer_stops,
+            retries=retries,
+            labels=request_context,
+        )
+        self.tasks = SamplerTasks(transport, owns_transport=True, label=f"sampler of {model}")
+
+    # -- what it is --------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """Model string of the deployment."""
+        return self.context.model
+
+    @property
+    def account_id(self) -> str | None:
+        """Account of the deployment; None where the model string names none."""
+        found = re.match(r"accounts/([^/]+)/", self.context.model)
+        return found[1] if found else None
+
+    @property
+    def inference_url(self) -> str:
+        """Scheme and host of the inference API."""
+        return self.context.inference_url
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that turns messages into token ids."""
+        return None if self.context.tokenizer is None else self.context.tokenizer.tokenizer
+
+    @property
+    def additional_headers(self) -> Mapping[str, str]:
+        """HTTP headers that are sent with every request."""
+        return self.context.transport.additional_headers
+
+    @property
+    def integer_stops(self) -> bool:
+        """Whether the server takes token ids in `stop`."""
+        return self.context.integer_stops
+
+    @property
+    def verify_ssl(self) -> bool:
+        """Whether the server's certificate is checked."""
+        return self.context.transport.verify_ssl
+
+    @property
+    def concurrency_controller(self) -> SamplingConcurrencyController:
+        """Bounds the requests in flight; may be replaced for the calls that follow."""
+        return self.context.concurrency_controller
+
+    @concurrency_controller.setter
+    def concurrency_controller(self, controller: SamplingConcurrencyController) -> None:
+        self.context.concurrency_controller = controller
+
+    @property
+    def current_snapshot(self) -> str | None:
+        """Identity of the snapshot that the service synced last; None if it synced none."""
+        return self.context.current_snapshot
+
+    # -- sampling ----------------------------------------------------------------------------------
 
     def sample_with_tokens(
         self,
@@ -97,16 +224,16 @@ class DeploymentSampler(SamplerBase):
 
         Returns:
             A call whose result is the list of completions, the ones of the first conversation
-            first; `prompt_index` and `sample_index` tell which is which.
+            first; `prompt_index` and `sample_index` number them.
 
         Raises:
             InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
-            SamplingRequestError: from the result: one completion could not be had.
+            SamplingRequestError: from the result: one completion failed for good.
             SamplingClientClosedError: from the result: the sampler was closed under it.
         """
         request = self._request(max_tokens, temperature, options)
         conversations = conversations_of(messages)
-        tokenizer = self._needed_tokenizer()
+        tokenizer = self.context.needed_tokenizer()
         return self._call(
             lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
             len(conversations),
@@ -145,7 +272,7 @@ class DeploymentSampler(SamplerBase):
         logical_request_id: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> SampleCall[SampledRequestResult]:
-        """Sample one completion of a prompt, with the facts of its request and all its attempts.
+        """Sample one completion of a prompt, and return its request and all its attempts with it.
 
         Args:
             max_seq_len: a prompt of this many tokens or more is refused; a completion that ends up
@@ -162,30 +289,30 @@ class DeploymentSampler(SamplerBase):
                 "could be sampled"
             )
 
-        logged = RequestLog() if logical_request_id is None else RequestLog(logical_request_id)
+        log = RequestLog() if logical_request_id is None else RequestLog(logical_request_id)
         label = "sampling a completion"
         return SampleCall(
             self._begin,
-            self._sample_logged,
-            (ids, request, max_seq_len, logged),
+            self._sample_with_log,
+            (ids, request, max_seq_len, log),
             label,
             label=label,
         )
 
-    async def _sample_logged(
-        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, logged: RequestLog
+    async def _sample_with_log(
+        self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, log: RequestLog
     ) -> SampledRequestResult:
         started = time.monotonic()
-        with SamplingRun(self._source, self._controller, request) as run:
-            one = await run.one(request.encode(ids), logged=logged)
+        with SamplingRun(self.context, request) as run:
+            one = await run.one(request.encode(ids), log=log)
         return SampledRequestResult(
             completions=self._within([one], max_seq_len),
             server_metrics=one.metrics,
-            logical_request_id=logged.request_id,
-            attempts=len(logged.attempts),
+            logical_request_id=log.request_id,
+            attempts=len(log.attempts),
             wall_seconds=time.monotonic() - started,
-            upstream_response_id=logged.attempts[-1].upstream_response_id,
-            server_attempts=tuple(logged.attempts),
+            upstream_response_id=log.attempts[-1].upstream_response_id,
+            server_attempts=tuple(log.attempts),
         )
 
     async def async_completions_stream(
@@ -200,9 +327,9 @@ class DeploymentSampler(SamplerBase):
         additional_headers_snapshot: Mapping[str, str] | None = None,
         **options: Any,
     ) -> tuple[dict[str, Any], ServerMetrics]:
-        """One completion as the route's own JSON, with what it cost.
+        """Sample one completion, as the route's own JSON and the metrics of its attempt.
 
-        For scripts that read that JSON; `sample_with_prompt_tokens_result` has the same as values.
+        For scripts that read that JSON; `sample_with_prompt_tokens_result` gives values.
 
         Args:
             prompt: token ids.
@@ -263,14 +390,14 @@ class DeploymentSampler(SamplerBase):
 
         Raises:
             InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
-            SamplingRequestError: from the iteration: the completion could not be had, or the stream
+            SamplingRequestError: from the iteration: the completion failed for good, or the stream
                 broke after a delta had been handed over.
         """
         request = self._request(max_tokens, temperature, options)
         find = self._finder(prompt)
         label = "streaming a completion"
         return TokenStream(
-            lambda buffer: self._tasks.spawn(self._stream, find, request, buffer, label=label),
+            lambda buffer: self.tasks.spawn(self._stream, find, request, buffer, label=label),
             label=label,
         )
 
@@ -278,24 +405,31 @@ class DeploymentSampler(SamplerBase):
         self, find: Prompts, request: SamplingRequest, buffer: DeltaBuffer
     ) -> SampledCompletion:
         (ids,) = await find() if callable(find) else find
-        with SamplingRun(self._source, self._controller, request) as run:
+        with SamplingRun(self.context, request) as run:
             return await run.one(request.encode(ids), deltas=buffer)
 
+    def _request(
+        self, max_tokens: int, temperature: float, options: SamplingOptions
+    ) -> SamplingRequest:
+        self.tasks.check_open()
+        return self.context.request(max_tokens, temperature, options)
+
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
-        """The ids of one prompt, or what finds them, checked as far as it can be at once."""
+        """Check one prompt as far as it can be at once; returns its ids, or what finds them."""
         if not is_conversation(prompt):
             return one_prompt(prompt)
         conversations = conversations_of(cast(Conversation, prompt))
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
-        tokenizer = self._needed_tokenizer()
+        tokenizer = self.context.needed_tokenizer()
         return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
 
     def drain_metrics(self) -> list[ServerMetrics]:
-        """What each attempt since the last drain cost, oldest first; the newest 65,536."""
+        """Take the metrics of attempts since the last drain, oldest first; the newest 65,536."""
+        metrics = self.context.metrics
         drained: list[ServerMetrics] = []
-        while self._metrics:
-            drained.append(self._metrics.popleft())
+        while metrics:
+            drained.append(metrics.popleft())
         return drained
 
     def _call(
@@ -321,7 +455,7 @@ class DeploymentSampler(SamplerBase):
         label: str,
     ) -> Outcome[T]:
         try:
-            return self._tasks.spawn(work, *args, label=label)
+            return self.tasks.spawn(work, *args, label=label)
         except UsageError as error:
             # The call has started, and this is its result: also for later awaits.
             outcome = Outcome[T](label=label)
@@ -336,7 +470,7 @@ class DeploymentSampler(SamplerBase):
         if not fitting:
             return []
         total = len(fitting) * n
-        with SamplingRun(self._source, self._controller, request, total) as run:
+        with SamplingRun(self.context, request, total) as run:
             found = [await run.one(fitting.pop())] if total == 1 else await run.all(fitting, n)
         return self._within(found, max_seq_len)
 
@@ -344,7 +478,7 @@ class DeploymentSampler(SamplerBase):
     def _within(
         completions: list[SampledCompletion], max_seq_len: int | None
     ) -> list[SampledCompletion]:
-        """Those that are no longer than `max_seq_len` with their prompt."""
+        """Keep the completions that are no longer than `max_seq_len` with their prompt."""
         if max_seq_len is None:
             return completions
         kept = [one for one in completions if len(one.full_tokens) <= max_seq_len]
@@ -357,11 +491,50 @@ class DeploymentSampler(SamplerBase):
             )
         return kept
 
+    # -- the end -----------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Cancel the running calls, and close the connections if they are the sampler's own.
+
+        The calls fail with `SamplingClientClosedError`. Idempotent.
+        """
+        await self.tasks.aclose()
+
+    def close(self) -> None:
+        """Do as `aclose()`, for plain functions; not for the loop that runs the sampler."""
+        self.tasks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        self.context.transport.owner.use_running()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.model}: {self.concurrency_controller!r}>"
+
+
+def shared_sampler(context: SamplerContext) -> DeploymentSampler:
+    """Make a sampler over the pool and the loop of a service, which closes them."""
+    sampler = DeploymentSampler.__new__(DeploymentSampler)
+    sampler.context = context
+    sampler.tasks = SamplerTasks(
+        context.transport, owns_transport=False, label=f"sampler of {context.model}"
+    )
+    return sampler
+
 
 def _fitting(
     prompts: list[Ids], n: int, request: SamplingRequest, max_seq_len: int | None
 ) -> list[EncodedRequest]:
-    """Those that leave room for a token, encoded."""
+    """Encode the prompts that leave room for a token."""
     fitting = [
         request.encode(ids, index=index, earlier=index * n)
         for index, ids in enumerate(prompts)

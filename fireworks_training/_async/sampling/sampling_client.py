@@ -10,7 +10,6 @@ import base64
 import json
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import orjson
@@ -21,7 +20,7 @@ from fireworks_training._async.sampling.concurrency import (
 )
 from fireworks_training._async.sampling.prompts import Tokenizer
 from fireworks_training._async.sampling.retry_config import (
-    Patience,
+    ProgressTimeout,
     Retries,
     RetryConfig,
     retries_of,
@@ -60,20 +59,18 @@ class FiretitanSamplingClient:
 
     Args:
         deployment_sampler: does the work; `close()` closes it.
+        retries: replace the sampler's own, for the rest of the SDK; users pass a `retry_config` to
+            what makes the client.
     """
 
-    def __init__(self, deployment_sampler: DeploymentSampler) -> None:
+    def __init__(
+        self, deployment_sampler: DeploymentSampler, *, retries: Retries | None = None
+    ) -> None:
         self.deployment_sampler = deployment_sampler
-        self._patience: Patience | None = None
-
-    @classmethod
-    def _with_retries(cls, sampler: DeploymentSampler, retries: Retries | None) -> Self:
-        """A client of a sampler that is its own, with retries of its own."""
-        client = cls(sampler)
+        self._timeout: ProgressTimeout | None = None
         if retries is not None:
-            sampler._set_retries(retries.policy)  # pyright: ignore[reportPrivateUsage]
-            client._patience = Patience(retries.progress_timeout, sampler.model)
-        return client
+            deployment_sampler.context.retries = retries.policy
+            self._timeout = ProgressTimeout(retries.progress_timeout, deployment_sampler.model)
 
     @classmethod
     def create(
@@ -89,10 +86,10 @@ class FiretitanSamplingClient:
         on_event: OnEvent | None = None,
         retry_config: RetryConfig | None = None,
     ) -> Self:
-        """A client with connections of its own; the arguments are those of `DeploymentSampler`.
+        """Make a client with connections of its own; it takes the arguments of `DeploymentSampler`.
 
         Args:
-            retry_config: tinker's; see `create_sampling_client` of a service.
+            retry_config: tinker's; `RetryConfig` describes what its fields do here.
         """
         retries = retries_of(retry_config)
         window = window_of(retries, concurrency_controller or max_concurrency)
@@ -106,7 +103,7 @@ class FiretitanSamplingClient:
             additional_headers,
             on_event=on_event,
         )
-        return cls._with_retries(sampler, retries)
+        return cls(sampler, retries=retries)
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -138,7 +135,7 @@ class FiretitanSamplingClient:
 
         Raises:
             InvalidArgument, NotSupported, ClientClosed: at the call.
-            SamplingRequestError: from the future: a completion could not be had.
+            SamplingRequestError: from the future: a completion failed for good.
             SamplingError: from the future: the server does not report the logprobs of the
                 distribution that it sampled.
         """
@@ -181,7 +178,7 @@ class FiretitanSamplingClient:
         *,
         images: Sequence[str] | None = None,
     ) -> SampleResponse:
-        """`sample`, awaited; cancelling it cancels the requests."""
+        """Await `sample`; cancelling the caller cancels the requests."""
         future = self.sample(
             prompt,
             num_samples,
@@ -193,7 +190,7 @@ class FiretitanSamplingClient:
         return await _cancelling(future)
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        """Natural logprobs of a prompt's tokens under the raw model; None for the first.
+        """Compute the natural logprobs of a prompt under the raw model; None for the first token.
 
         It samples one token with an echo. For training, `forward` of the training client gives the
         trainer's own.
@@ -209,14 +206,13 @@ class FiretitanSamplingClient:
         return self._start(work, "computing logprobs")
 
     async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
-        """`compute_logprobs`, awaited."""
+        """Await `compute_logprobs`; cancelling the caller cancels the request."""
         return await _cancelling(self.compute_logprobs(prompt))
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> APIFuture[T]:
-        tasks = self.deployment_sampler._tasks  # pyright: ignore[reportPrivateUsage]
-        patience = self._patience
-        patient = work if patience is None else lambda: patience.run(work)
-        return APIFuture(tasks.spawn(patient, label=label))
+        timeout = self._timeout
+        timed = work if timeout is None else lambda: timeout.run(work)
+        return APIFuture(self.deployment_sampler.tasks.spawn(timed, label=label))
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -232,17 +228,17 @@ class FiretitanSamplingClient:
         return tokenizer
 
     def get_base_model(self) -> str:
-        """The model string that is sampled."""
+        """Return the model string that is sampled."""
         return self.deployment_sampler.model
 
     async def get_base_model_async(self) -> str:
-        """`get_base_model`, for callers that await it."""
+        """Return `get_base_model()`, for callers that await it."""
         return self.get_base_model()
 
     # -- other processes ---------------------------------------------------------------------------
 
     def get_sampler_handle(self) -> str:
-        """Where this client samples, as a string without credentials and tokenizer."""
+        """Encode where this client samples in a string without credentials and tokenizer."""
         sampler = self.deployment_sampler
         controller = sampler.concurrency_controller
         fixed = isinstance(controller, FixedConcurrencyController)
@@ -265,14 +261,14 @@ class FiretitanSamplingClient:
     def from_sampler_handle(
         cls, handle: str, *, api_key: str | None = None, tokenizer: Tokenizer | None = None
     ) -> Self:
-        """A client of the sampler behind a handle, with this process's credentials.
+        """Make a client of the sampler behind a handle, with this process's credentials.
 
         Args:
-            handle: what `get_sampler_handle()` returned.
+            handle: a result of `get_sampler_handle()`.
             api_key: default `FIREWORKS_API_KEY`.
 
         Raises:
-            InvalidArgument: the handle is none, or there is no key.
+            InvalidArgument: this is not a handle, or there is no key.
         """
         try:
             fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(handle))
@@ -313,38 +309,28 @@ class FiretitanSamplingClient:
     # -- the end -----------------------------------------------------------------------------------
 
     def close(self, drain_timeout_s: float = DRAIN_TIMEOUT) -> None:
-        """Refuse new requests, and return; those under way finish in the background.
+        """Refuse new requests, and return; those that are running finish in the background.
 
         They go on with the snapshot that they began with, as far as the deployment allows. What
         still runs after `drain_timeout_s` seconds is cancelled, and fails with
         `SamplingClientClosedError`. Idempotent.
         """
-        self.deployment_sampler._tasks.close_later(drain_timeout_s)  # pyright: ignore[reportPrivateUsage]
+        self.deployment_sampler.tasks.close_later(drain_timeout_s)
 
     async def aclose(self, drain_timeout_s: float = DRAIN_TIMEOUT) -> None:
-        """`close()` that waits until nothing is under way any more."""
-        await self.deployment_sampler._tasks.aclose(drain_timeout_s)  # pyright: ignore[reportPrivateUsage]
+        """Refuse new requests, and wait until none is running any more."""
+        await self.deployment_sampler.tasks.aclose(drain_timeout_s)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __repr__(self) -> str:
@@ -367,7 +353,7 @@ async def _cancelling(future: APIFuture[T]) -> T:
 
 
 def _text_tokens(prompt: ModelInput) -> list[int]:
-    """The token ids of a prompt without images."""
+    """Return the token ids of a prompt without images."""
     tokens: list[int] = []
     for index, chunk in enumerate(prompt.chunks):
         ids = getattr(chunk, "tokens", None)

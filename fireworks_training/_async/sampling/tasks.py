@@ -1,6 +1,6 @@
-"""The tasks of a sampler, and their end: what runs, what `close()` cancels, what a drain waits for.
+"""`SamplerTasks`: runs a sampler's calls as tasks, waits for them in a drain, cancels the rest.
 
-It knows the owner loop and the transport; what the tasks do is not its business.
+It knows the owner loop and the transport, and nothing of what the tasks do.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ logger = logging.getLogger("fireworks_training.sampling")
 
 
 class SamplerTasks:
-    """What a sampler runs on its owner loop.
+    """Runs the calls of a sampler on its owner loop.
 
     Args:
         transport: the connection pool, and the loop it lives on.
-        owns_transport: whether it ends with the sampler.
+        owns_transport: whether the pool is closed with the sampler.
         label: names the sampler in messages.
 
     Attributes:
-        closed: whether new work is refused.
+        closed: whether new calls are refused.
     """
 
     def __init__(self, transport: Transport, *, owns_transport: bool, label: str) -> None:
@@ -43,7 +43,7 @@ class SamplerTasks:
         self._forget_exit: Callable[[], None] | None = None
 
     def check_open(self) -> None:
-        """Refuse work after the close.
+        """Refuse calls after the close.
 
         Raises:
             ClientClosed: the sampler was closed.
@@ -84,13 +84,13 @@ class SamplerTasks:
             self._running.discard(task)
 
     async def aclose(self, drain: float = 0.0) -> None:
-        """Refuse new work, wait `drain` seconds for what is under way, cancel the rest."""
+        """Refuse new calls, wait `drain` seconds for the running ones, cancel the rest."""
         if self._start_closing():
             await self._transport.owner.run(self._end, drain, label="closing a sampler")
             self._release()
 
     def close(self) -> None:
-        """`aclose()` for plain functions; not for the loop that runs the sampler."""
+        """Do as `aclose()`, for plain functions; not for the loop that runs the sampler."""
         if self._start_closing():
             outcome = self._transport.owner.spawn(self._end, 0.0, label="closing a sampler")
             outcome.refuse_dead_lock()
@@ -98,13 +98,13 @@ class SamplerTasks:
             self._release()
 
     def close_later(self, drain: float) -> None:
-        """Refuse new work and return; the rest of `aclose(drain)` happens in the background."""
+        """Refuse new calls and return; the rest of `aclose(drain)` happens in the background."""
         if self._start_closing():
             outcome = self._transport.owner.spawn(self._end, drain, label="draining a sampler")
             outcome.add_done_callback(lambda _: self._release())
 
     def _start_closing(self) -> bool:
-        """Refuse further work; whether there is anything to end."""
+        """Refuse further calls; returns whether there is anything to end."""
         if self.closed:
             return False
         self.closed = True

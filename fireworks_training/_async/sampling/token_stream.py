@@ -1,4 +1,4 @@
-"""A completion, delta by delta, for a consumer on any loop or in any thread.
+"""`TokenStream`: iterates over a completion's deltas, on any loop or in any thread.
 
 The request runs on its owner loop and leaves its deltas in a buffer; the consumer takes all that
 came since it looked last, so that one wake-up carries many tokens across, and a slow consumer finds
@@ -11,7 +11,6 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from fireworks_training._outcome import Outcome, done_here
@@ -21,7 +20,7 @@ from fireworks_training.models import SampledCompletion, TokenDelta
 
 
 class DeltaBuffer:
-    """What the request has produced and nobody has taken yet."""
+    """Holds the tokens that the request has produced and the consumer has not taken yet."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,31 +28,31 @@ class DeltaBuffer:
         self._tokens: list[int] = []
         self._logprobs = array("d")
         self._sampling = array("d")
-        self._news: Outcome[None] | None = None
+        self._more: Outcome[None] | None = None
         self._taken = False
         self._over = False
 
     def put(self, delta: TokenDelta) -> None:
-        """Add what came."""
+        """Add a delta."""
         with self._lock:
             self._text.append(delta.text)
             self._tokens.extend(delta.tokens)
             self._logprobs.extend(delta.logprobs)
             self._sampling.extend(delta.sampling_logprobs)
-            news, self._news = self._news, None
-        if news is not None:
-            news.settle(None)
+            more, self._more = self._more, None
+        if more is not None:
+            more.settle(None)
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """Note that no delta will follow."""
         with self._lock:
             self._over = True
-            news, self._news = self._news, None
-        if news is not None:
-            news.settle(None)
+            more, self._more = self._more, None
+        if more is not None:
+            more.settle(None)
 
     def restart(self) -> bool:
-        """Forget all for another attempt; False if the consumer has a part of it already."""
+        """Forget all for another attempt; False if the consumer has a part already."""
         with self._lock:
             if self._taken:
                 return False
@@ -63,7 +62,7 @@ class DeltaBuffer:
             return True
 
     def take(self) -> TokenDelta | Outcome[None] | None:
-        """All that is there; or what tells that there is more; or None at the end."""
+        """Take all deltas as one; an outcome that settles when one comes; or None at the end."""
         with self._lock:
             if self._text:
                 self._taken = True
@@ -75,15 +74,15 @@ class DeltaBuffer:
                 return delta
             if self._over:
                 return None
-            if self._news is None:
-                self._news = Outcome(label="the next tokens")
-            return self._news
+            if self._more is None:
+                self._more = Outcome(label="the next tokens")
+            return self._more
 
 
 class TokenStream:
-    """A completion that is being sampled: iterate over it, `async for` or `for`.
+    """Iterates over a completion while it is sampled, by `async for` or `for`.
 
-    Each item is a `TokenDelta` with all that came since the last. After the last, `completion`
+    Each item is a `TokenDelta` with all tokens since the last one. After the last, `completion`
     holds the whole. The request starts at the first iteration, and takes a slot of the concurrency
     controller until it is over. `close()`, `aclose()`, leaving the `with` block, cancelling the
     task that waits for the next delta, and dropping the object close the connection at once, so
@@ -170,13 +169,13 @@ class TokenStream:
             self._outcome.request_cancel()
 
     async def aclose(self) -> None:
-        """End the request, if it is under way, and wait until its connection is closed."""
+        """Cancel the request, if it is running, and wait until its connection is closed."""
         self._cancel()
         if self._outcome is not None and not self._outcome.done():
             await done_here(self._outcome)
 
     def close(self) -> None:
-        """`aclose()` for plain functions."""
+        """Do as `aclose()`, for plain functions."""
         self._cancel()
         if self._outcome is not None:
             self._outcome.refuse_dead_lock()
@@ -186,23 +185,13 @@ class TokenStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

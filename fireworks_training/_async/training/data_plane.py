@@ -18,7 +18,7 @@ from fireworks_training._async.http.transport import (
     Body,
     Response,
     Transport,
-    tell_retry,
+    report_retry,
     with_retries,
 )
 from fireworks_training._async.runtime.worker import in_worker
@@ -235,7 +235,7 @@ class DataPlane:
                 if delay is None:
                     raise
                 note(f"polls fail: {type(error).__name__}: {error}")
-                tell_retry(self.events, "training", what, backoff.failures, delay, error)
+                report_retry(self.events, "training", what, backoff.failures, delay, error)
             else:
                 if not isinstance(outcome, NotReady):
                     return outcome

@@ -22,8 +22,9 @@ from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     SamplingConcurrencyController,
 )
+from fireworks_training._async.sampling.context import SamplerContext
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
-from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
 from fireworks_training._async.weights.weight_sync import Target, WeightSync
 from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
@@ -96,7 +97,7 @@ class ServedDeployment:
     def _note_live(self, identity: str) -> None:
         self._provisioner.resources.stale = False
         for sampler in self._made:
-            sampler._set_snapshot(identity)  # pyright: ignore[reportPrivateUsage]
+            sampler.context.current_snapshot = identity
 
     async def close(self) -> None:
         """Let the load under way end; idempotent."""
@@ -134,7 +135,7 @@ class ServedDeployment:
         tokenizer: PreTrainedTokenizerBase | None,
         controller: SamplingConcurrencyController,
     ) -> DeploymentSampler:
-        sampler = DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+        context = SamplerContext(
             transport=self._connection.transport,
             inference_url=self._connection.inference_url,
             model=(await self.deployment()).name,
@@ -142,9 +143,10 @@ class ServedDeployment:
             concurrency_controller=controller,
             current_snapshot=weights.current,
             integer_stops=await self._integer_stops(),
-            news=self._news,
+            hot_loads=self._news,
             distance=self.chain.distance,
         )
+        sampler = shared_sampler(context)
         self._made.add(sampler)
         return sampler
 
@@ -157,7 +159,7 @@ class ServedDeployment:
     ) -> DeploymentSampler:
         """A sampler of any model string; it has a window of its own unless one is given."""
         await self._connection.open()
-        return DeploymentSampler._shared(  # pyright: ignore[reportPrivateUsage]
+        context = SamplerContext(
             transport=self._connection.transport,
             inference_url=inference_url or self._connection.inference_url,
             model=model,
@@ -165,6 +167,7 @@ class ServedDeployment:
             concurrency_controller=controller or AdaptiveConcurrencyController(),
             integer_stops=await self._integer_stops(),
         )
+        return shared_sampler(context)
 
     async def of_inference(
         self,

@@ -1,33 +1,9 @@
-"""How many sampling requests may be in flight: a fixed window, and one that follows the server.
+"""`FixedWindow` and `AdaptiveWindow`: count the requests in flight against a window.
 
-Pure state machines: they take events (an admission, a release with what the attempt cost) and a
-time, and keep a count and a window. They hold no lock, wake nobody and read no clock; the gate in
-`_async` does.
-
-The invariant: nothing is admitted unless fewer than `size` requests are in flight. A shrink below
-what is in flight therefore leaves a debt, `in_flight - size`, that releases repay before anything
-is admitted again; growth cancels it.
-
-The adaptive law is additive increase, multiplicative decrease, with what TCP learned since:
-
-- Evidence has an age. A request that was admitted before the last decrease met the queue of the old
-  window, and says nothing about the new one: each congestion costs one decrease. Requests that were
-  sent before the first admission after it are such; while there is a debt, nobody is admitted.
-- Slow start: until the server is found full each answer adds two slots, so that the window triples
-  in a round trip. It starts again when a window that was congested once shows an empty queue.
-- A window that was never full is not the bottleneck, and does not grow.
-- Bursts are spread out once the server has been found full (`pacing.py`).
-
-What congestion is depends on what the server reports:
-
-- how long prompts queued (`prefill_queue_duration`, dedicated deployments): the law of
-  `queue_law.py`. Statuses say nothing then;
-- nothing of the kind (serverless): a 429, a 503 or a transport error is congestion, and shrinks the
-  window at once, but only once a cooldown; from the third attempt of a request on, twice as hard.
-  An interval of answers without congestion grows it by `additive_increase`. Nothing is spread out:
-  full is only found by being refused.
-
-Where both were seen within a round, the queue decides.
+They know the count, the debt after a decrease, slow start and the age of evidence; the laws that
+set the window at the end of a round stand in `queue_law.py` (where the server reports how long
+prompts queued: then statuses count for nothing) and `status_law.py`. Where both kinds of evidence
+were seen within a round, the queue decides. The package's text has the symbols and the formulas.
 """
 
 from __future__ import annotations
@@ -39,24 +15,18 @@ from typing import Literal
 from fireworks_training._core.window.pacing import Pacer
 from fireworks_training._core.window.queue_law import QUEUE_ALLOWANCE, QueueLaw
 from fireworks_training._core.window.settings import AimdSettings
+from fireworks_training._core.window.status_law import StatusLaw, is_congestion
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 
-CONGESTION_STATUS = frozenset({429, 503})
-DEEP_RETRY = 3
-
-OPENING = 2.0
+SLOW_START_GROWTH = 2.0
 """Slots that each answer adds in slow start."""
-
-RECOVERY = 0.75
-"""Share of the window that was refused last up to which a window without queue times recovers fast.
-"""
 
 Signal = Literal["prefill_queue", "status"]
 
 
 class FixedWindow:
-    """A window that stays as it is.
+    """Keeps a window that stays as it is.
 
     Args:
         size: requests in flight at most, at least 1.
@@ -89,8 +59,8 @@ class FixedWindow:
             raise AssertionError("admitted beyond the window")
         self._in_flight += 1
 
-    def delay(self, now: float) -> float:  # noqa: ARG002
-        """Seconds for which a request that takes a freed slot over is held back."""
+    def hold_back(self, now: float) -> float:  # noqa: ARG002
+        """Hold back a request that takes over a freed slot; returns for how many seconds."""
         return 0.0
 
     def withdraw(self) -> None:
@@ -98,93 +68,17 @@ class FixedWindow:
         self._in_flight -= 1
 
     def release(self, metrics: ServerMetrics | None, now: float) -> None:  # noqa: ARG002
-        """One attempt is over; a fixed window has nothing to learn from it."""
+        """Count one request less; a fixed window has nothing to learn from it."""
         self._in_flight -= 1
 
     def step_completed(self) -> dict[str, float]:
-        """The summary of a step: `window` alone."""
+        """Summarise a step: `window` alone."""
         return {"window": float(self._size)}
-
-
-class _StatusLaw:
-    """The law on statuses, for servers that report no queue."""
-
-    def __init__(self, settings: AimdSettings) -> None:
-        self._settings = settings
-        self._last_shrink = -math.inf
-        self._refused_at = 0.0  # the window that was refused last
-        self.slow_start = True
-        self.exhaustions = 0
-        self._answers = 0
-        self._congested = 0
-        self._events = 0
-        self._step_answers = 0
-        self._step_congested = 0
-
-    @property
-    def observed(self) -> bool:
-        return self._answers > 0
-
-    def observe(
-        self, metrics: ServerMetrics, *, window: float, sent: float, now: float
-    ) -> float | None:
-        """Note an answer; the factor to shrink by at once, if it is news of congestion."""
-        settings = self._settings
-        if not is_congestion(metrics):
-            # Other errors tell nothing: neither that it is crowded, nor that there is room.
-            if metrics.http_status_code is not None and 200 <= metrics.http_status_code < 300:
-                self._answers += 1
-                self._step_answers += 1
-            return None
-        self._answers += 1
-        self._congested += 1
-        self._step_answers += 1
-        self._step_congested += 1
-        if sent <= self._last_shrink or now - self._last_shrink < settings.shrink_cooldown_s:
-            return None
-        self._last_shrink = now
-        self._refused_at = window
-        self._events += 1
-        self.slow_start = False
-        deep = metrics.retry_attempt >= DEEP_RETRY
-        return settings.multiplicative_decrease ** (2 if deep else 1)
-
-    def over(self, round_size: int) -> bool:
-        return self._answers >= round_size
-
-    def adjusted(self, window: float, *, bound: bool) -> float:
-        """The next window; ends the round."""
-        clean = self._answers > 0 and self._congested == 0
-        self._answers = self._congested = 0
-        if not (clean and bound):
-            return window
-        near = RECOVERY * self._refused_at
-        return max(window + self._settings.additive_increase, min(near, 1.25 * window))
-
-    def summary(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        if self._step_answers:
-            figures["status_responses"] = float(self._step_answers)
-            figures["congestion_responses"] = float(self._step_congested)
-            figures["congestion_rate"] = self._step_congested / self._step_answers
-        if self._events:
-            figures["congestion_events"] = float(self._events)
-        if self.exhaustions:
-            figures["retry_exhaustions"] = float(self.exhaustions)
-        return figures
-
-    def start_step(self) -> None:
-        self._events = self._step_answers = self._step_congested = self.exhaustions = 0
-
-
-def is_congestion(metrics: ServerMetrics) -> bool:
-    """Whether an attempt failed as attempts fail on a crowded server."""
-    return metrics.transport_error is not None or metrics.http_status_code in CONGESTION_STATUS
 
 
 @dataclass(slots=True)
 class _Step:
-    """What one step has seen, for its summary."""
+    """Counts what happened in one step, for its summary."""
 
     metrics: int = 0
     releases: int = 0
@@ -195,10 +89,10 @@ class _Step:
 
 
 class AdaptiveWindow(FixedWindow):
-    """A window that follows the server's congestion.
+    """Keeps a window that follows the server's congestion.
 
     Attributes:
-        signal: what it steers by: "prefill_queue" or "status"; None before the first metrics.
+        signal: the evidence that it follows, "prefill_queue" or "status"; None before any.
     """
 
     def __init__(self, settings: AimdSettings) -> None:
@@ -206,7 +100,7 @@ class AdaptiveWindow(FixedWindow):
         self._settings = settings
         self._window = self._bounded(settings.initial_window)
         self._queue = QueueLaw(settings)
-        self._statuses = _StatusLaw(settings)
+        self._statuses = StatusLaw(settings)
         self._step = _Step()
         self._pacer = Pacer(settings.prefill_queue_target)
         self._fresh_from = -math.inf  # requests sent before were admitted before the last decrease
@@ -238,21 +132,22 @@ class AdaptiveWindow(FixedWindow):
         if self._in_flight >= self.size:
             self._full = True
 
-    def delay(self, now: float) -> float:
-        """Seconds for which a request that takes a freed slot over is held back.
+    def hold_back(self, now: float) -> float:
+        """Hold back a request that takes over a freed slot; returns for how many seconds.
 
-        None while the window opens fast: it is then smaller than what the server could take.
+        For none in slow start, when the window is smaller than what the server could take, and
+        without queue times: full is then only found by being refused.
         """
         if self.signal != "prefill_queue" or self._queue.slow_start:
             return 0.0
-        return self._pacer.delay(self._window, now)
+        return self._pacer.hold_back(self._window, now)
 
     def release(self, metrics: ServerMetrics | None, now: float) -> None:
-        """One attempt is over.
+        """Count one request less, learn from its metrics, and end the round if that is complete.
 
         Args:
-            metrics: what it cost; None if it tells nothing about the server. Its `client_latency`
-                tells when it was sent.
+            metrics: those of the attempt; None if it gives no evidence about the server. Its
+                `client_latency` dates the sending.
             now: seconds of any steady clock.
         """
         super().release(metrics, now)
@@ -262,21 +157,21 @@ class AdaptiveWindow(FixedWindow):
             self._observe(metrics, now)
         interval = self._settings.adjustment_interval
         if interval > 0 and self._law.over(min(interval, self.size)):
-            self._adjust()
+            self._end_round()
         if self._fresh_from == math.inf and self.has_room:
             # Here the first one since the decrease is admitted: until now there was a debt. One
             # that was handed its slot before may still be held back.
             self._fresh_from = max(now, self._pacer.due)
 
     def note_retry_exhausted(self, metrics: ServerMetrics | None) -> None:
-        """A request gave up; counted where congestion was the cause and statuses are the signal."""
+        """Count a request that gave up, if congestion was the cause and statuses are the signal."""
         if metrics is None or metrics.prefill_queue_duration is not None:
             return
         if is_congestion(metrics):
             self._statuses.exhaustions += 1
 
     @property
-    def _law(self) -> QueueLaw | _StatusLaw:
+    def _law(self) -> QueueLaw | StatusLaw:
         return self._queue if self.signal == "prefill_queue" else self._statuses
 
     def _observe(self, metrics: ServerMetrics, now: float) -> None:
@@ -287,13 +182,13 @@ class AdaptiveWindow(FixedWindow):
         sent = now - (latency or 0.0)
         queued = metrics.prefill_queue_duration
         if queued is not None and not 0.0 <= queued < math.inf:
-            queued = None  # no time at all: a NaN would stay in every average
+            queued = None  # not a time: a NaN would stay in every average
         if queued is not None:
             self.signal = "prefill_queue"
             self._queue.note(queued)
-            if latency is not None:  # as it would be at the window that is aimed at
+            if latency is not None:  # less the queue that the aimed-at window would not have
                 spare = QUEUE_ALLOWANCE * self._settings.prefill_queue_target
-                # A server's clock may say that a request queued for longer than it took.
+                # By a server's clock a request may have queued for longer than it took.
                 self._pacer.note(max(0.0, latency - max(0.0, queued - spare)))
             if sent > self._fresh_from:
                 self._queue.observe(queued, latency, window=self._window, now=now)
@@ -305,22 +200,22 @@ class AdaptiveWindow(FixedWindow):
                 return
         starting = self._law.slow_start and self._full and self._settings.adjustment_interval > 0
         if starting and not is_congestion(metrics):
-            self._window = self._bounded(self._window + OPENING)
+            self._window = self._bounded(self._window + SLOW_START_GROWTH)
 
-    def _adjust(self) -> bool:
-        """End the round; whether there was anything to go by."""
+    def _end_round(self) -> bool:
+        """End the round; returns whether there was any evidence."""
         law = self._law
         if not law.observed:
             return False
         before = self._window
-        self._window = self._bounded(law.adjusted(before, bound=self._full))
+        self._window = self._bounded(law.end_round(before, bound=self._full))
         if self._window < before:
             self._fresh_from = math.inf
         self._full = self._in_flight >= self.size
         return True
 
     def step_completed(self) -> dict[str, float]:
-        """Adjust by what the round has so far, and summarise the step.
+        """End the round with the evidence so far, and summarise the step.
 
         Returns:
             `window` (before), `requests`; `avg_pq`, `ema_pq` or `status_responses`,
@@ -336,7 +231,7 @@ class AdaptiveWindow(FixedWindow):
         if step.releases:
             summary["avg_window"] = step.window_sum / step.releases
         summary["max_in_flight"] = float(step.max_in_flight)
-        if self._adjust():
+        if self._end_round():
             summary["window_after"] = float(self.size)
         summary |= self._queue.summary() if by_queue else self._statuses.summary()
         if step.prompt_tokens:

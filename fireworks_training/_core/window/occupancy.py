@@ -1,10 +1,8 @@
-"""How many requests a server had in service at once, from what each answer tells of its own.
+"""`Occupancy`: measures how many requests a server had in service at once.
 
-An answer that says how long its request queued tells when it was in service: from then until it
-ended. A request that queued found the server full, and so, while it did, those in service are what
-the server can take of this client's.
-
-Pure: it takes times, and holds the answers of the last few round trips.
+The queue time of an answer dates its service: from the end of the queue to the end of the answer. A
+request that queued found the server full: the number in service while it queued is what the server
+can take of this client's requests. It keeps the answers of the last few round trips.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections import deque
 
 
 class Occupancy:
-    """Mean number in service over a span of time that is chosen after the fact."""
+    """Measures the mean number in service over a span of time that is chosen after the fact."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, float]] = deque()  # begin and end of each service
@@ -21,14 +19,14 @@ class Occupancy:
         self._total = 0.0
 
     def note(self, begin: float, end: float, *, keep: int) -> None:
-        """A request was in service from `begin` to `end`; the last `keep` are remembered."""
+        """Note that a request was in service from `begin` to `end`; the last `keep` are kept."""
         self._recent.append((begin, end))
         while len(self._recent) > keep:
             self._recent.popleft()
         self._total += self._overlap(begin, end)
 
     def measure(self, begin: float, end: float) -> None:
-        """From now on `mean` is that of this span."""
+        """Choose the span that `mean` is of from now on."""
         self._begin, self._end = begin, end
         self._total = sum(self._overlap(*one) for one in self._recent)
 
@@ -37,6 +35,6 @@ class Occupancy:
 
     @property
     def mean(self) -> float:
-        """Requests in service over the span, as far as they have been answered; 0 without one."""
+        """Mean number in service over the span, as far as answers have come; 0 without a span."""
         length = self._end - self._begin
         return self._total / length if length > 0 else 0.0

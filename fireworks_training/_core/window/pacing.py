@@ -1,11 +1,11 @@
-"""How requests are spread over time, so that an engine's slots don't turn over in step.
+"""`Pacer`: spreads requests over time, so that an engine's slots don't turn over in step.
 
 An engine whose requests all take about as long, and that were sent together, answers them together,
 again and again: what does not fit into one such wave queues for a whole one, however little it is.
 A request that takes a slot over in the midst of a wave is therefore held back a little, so that the
 waves flatten out within a round trip or two.
 
-Pure: it takes times and answers with delays. The gate in `_async` waits.
+It takes times and answers with delays; the controllers in `_async/sampling/concurrency.py` wait.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 
 GAIN = 1.1
-"""Requests are let through this much faster than a steady window would let them through."""
+"""Factor by which requests are let through faster than a steady window would let them."""
 
 BURST = 0.25
-"""Share of the window that may be sent at once: less is chance, and no wave."""
+"""Share of the window that may be sent at once: so few are chance, not a wave."""
 
 SMOOTHING = 0.05
 """Weight of the newest latency in their moving average."""
@@ -36,12 +36,12 @@ class Pacer:
         self.due = -math.inf  # when the request before would have been sent without bursts
 
     def note(self, latency: float) -> None:
-        """How long a request was in flight, in seconds."""
+        """Note how long a request was in flight, in seconds."""
         old = latency if self._latency is None else self._latency
         self._latency = old + SMOOTHING * (latency - old)
 
-    def delay(self, window: float, now: float) -> float:
-        """Seconds for which the next request is held back; it counts as sent after them."""
+    def hold_back(self, window: float, now: float) -> float:
+        """Schedule the next request; returns for how many seconds it is held back."""
         if not self._latency:
             return 0.0
         gap = self._latency / (GAIN * window)

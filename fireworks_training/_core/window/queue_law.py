@@ -1,21 +1,21 @@
-"""The window's law where the server reports how long prompts queued.
+"""The window's law where the server reports how long prompts queued (dedicated deployments).
 
-It sees the queue time of each answer, judges a round of as many answers as the window has slots,
-and says what the next window is. It counts nobody in flight and admits nobody; `aimd.py` does.
+It notes the queue time of each answer, and at the end of a round sets the next window. It neither
+counts nor admits requests; `aimd.py` does.
 
-- More than one in twenty of a round queued for longer than the target: the window falls to what the
-  server has in service, with a little to spare. By Little's law that is
-  `window * service / (service + queue)`, on the means of the round. It falls to no less than
+- Decrease: if more than one in twenty of a round queued for longer than the target, the window
+  falls to the number that the server has in service, and a little more. By Little's law that number
+  is `window * service / (service + queue)`, on the means of the round. It falls to no less than
   `multiplicative_decrease` of itself.
-- The first decrease after slow start is the exception, because a blind start may be too high by any
-  factor, and while its queue drains, nothing can be learned of it. It falls to the number that was
-  in service while the first of those requests queued (`occupancy.py`), however deep that is; where
-  latencies are unknown, by the factor. It waits for a service time, and until as many answers as
-  that have queued for too long: those that were in service then have then been counted.
-- Nineteen of twenty, and the moving average of the means, queued for less than half the target, the
-  set-point: the window grows. What lies between the two is left alone.
-- A queue that was there at this window and is gone for a whole round: the server can take more than
-  it could. The window doubles, and slow start begins again.
+- First decrease after slow start: a blind start may be too high by any factor, and while its queue
+  drains, nothing can be learned. The window falls to the number that was in service while the first
+  of those requests queued (`occupancy.py`), however deep that is; by the factor if latencies are
+  unknown. The round ends after a service time, and not before as many answers as that number have
+  queued for too long: the requests that were in service then have then been counted.
+- Increase: if nineteen of twenty, and the moving average of the means, queued for at most half the
+  target, the set-point, the window grows. Between the two it stays.
+- Restart: if there was a queue at this window and none for a whole round now, the server can take
+  more than it could. The window doubles, and slow start begins again.
 """
 
 from __future__ import annotations
@@ -38,27 +38,30 @@ QUEUED_SHARE = 0.1
 """Share of the target above which the mean of a round shows a queue."""
 
 QUEUE_ALLOWANCE = 0.2
-"""Share of the target for which a window that falls to what is in service lets requests queue."""
+"""Share of the target that requests may still queue for in a window that has been decreased."""
 
 MIN_ANSWERS_PER_ROUND = 16
-"""Answers that a round of empty queues counts at least: fewer may be chance."""
+"""Answers without a queue that make a round at least: fewer may be chance."""
 
 ROUNDS_BEFORE_FAST_GROWTH = 1
-"""Rounds with an empty queue, without exception, after which growth is an eighth of the window."""
+"""Rounds without any queue after which a round's growth is an eighth of the window."""
 
 ROUNDS_BEFORE_SLOW_START = 2
-"""Rounds of the same kind that start slow start again at a window below those that showed a queue.
-"""
+"""Rounds without any queue after which slow start begins again, in a window below any that showed a
+queue."""
 
 GROWTH_SCALE = 64
-"""From this window on growth is a share of the window, not `additive_increase` itself."""
+"""Window from which on growth is proportional to the window: `additive_increase` for each 64."""
 
 
 class QueueLaw:
-    """The law on queue times.
+    """Sets the window by the queue times of answers.
+
+    Args:
+        settings: the constants.
 
     Attributes:
-        slow_start: whether the window opens with each answer.
+        slow_start: whether each answer opens the window.
         ema: moving average of the rounds' mean queue times in seconds; None before the first.
     """
 
@@ -74,7 +77,7 @@ class QueueLaw:
         self.slow_start = True
         self.ema: float | None = None
         self._now = 0.0
-        self._full_at = 0.0  # when the first one of the round that had queued for too long began
+        self._full_at = 0.0  # when the service of the round's first overlong queuer began
         self._start_round()
 
     def _start_round(self) -> None:
@@ -88,12 +91,12 @@ class QueueLaw:
         return bool(self._queues)
 
     def note(self, queued: float) -> None:
-        """A queue time, fresh or stale: for the summary of the step."""
+        """Note a queue time, fresh or stale, for the summary of the step."""
         self._step_sum += queued
         self._step_count += 1
 
     def observe(self, queued: float, latency: float | None, *, window: float, now: float) -> None:
-        """An answer to a request that was admitted since the last decrease.
+        """Note an answer to a request that was admitted since the last decrease.
 
         Args:
             queued: seconds that it queued.
@@ -118,7 +121,7 @@ class QueueLaw:
             self._empty += 1
 
     def over(self, round_size: int) -> bool:
-        """Whether the round is over: it is complete, or its verdict is clear before."""
+        """Whether the round is over: complete, or clear in its verdict before."""
         answers = len(self._queues)
         if not (self._blind and self._over):
             return answers >= round_size or self._over > 0.5 * round_size
@@ -127,8 +130,8 @@ class QueueLaw:
         ripe = self._now >= self._full_at + self._service / answers
         return ripe and self._over > max(TAIL_SHARE * round_size, self._occupancy.mean - 0.5)
 
-    def adjusted(self, window: float, *, bound: bool) -> float:
-        """The next window; ends the round.
+    def end_round(self, window: float, *, bound: bool) -> float:
+        """End the round, and return the next window.
 
         Args:
             window: at present.
@@ -174,11 +177,11 @@ class QueueLaw:
             aim = least
         self.slow_start = self._blind = False
         self._empty = 0
-        self.ema = None  # of the old window
+        self.ema = None  # it was the old window's
         return min(window - 1.0, aim)
 
     def summary(self) -> dict[str, float]:
-        """What the step has seen."""
+        """Summarise the step."""
         figures: dict[str, float] = {}
         if self._step_count:
             figures["avg_pq"] = self._step_sum / self._step_count
@@ -187,6 +190,6 @@ class QueueLaw:
         return figures
 
     def start_step(self) -> None:
-        """The summary begins anew."""
+        """Begin another step's summary."""
         self._step_sum = 0.0
         self._step_count = 0

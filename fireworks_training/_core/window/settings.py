@@ -1,4 +1,7 @@
-"""The constants of the adaptive concurrency window, checked."""
+"""`AimdSettings`: checks and holds the constants of the adaptive window.
+
+The bounds of several depend on another one or exclude an end, which `_checks` does not express.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from fireworks_training.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AimdSettings:
-    """The constants of the adaptive law; see `AdaptiveConcurrencyController` for their meaning."""
+    """Holds the constants of the law, which `AdaptiveConcurrencyController` describes.
+
+    Raises:
+        InvalidArgument: a value is out of range.
+    """
 
     initial_window: int = 8
     min_window: int = 1

@@ -1,4 +1,4 @@
-"""A sampled completion as the JSON of the completions route, for those who read that."""
+"""Builds the JSON of the completions route from a sampled completion, for scripts that read it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fireworks_training.models import SampledCompletion
 
 
 def completion_body(completion: SampledCompletion, response_id: str | None) -> dict[str, Any]:
-    """The body of a route that does not stream."""
+    """Build the body of an answer that is not streamed."""
     choice: dict[str, Any] = {
         "index": 0,
         "text": completion.text,
@@ -33,7 +33,7 @@ def completion_body(completion: SampledCompletion, response_id: str | None) -> d
 
 
 def _content(completion: SampledCompletion) -> list[dict[str, Any]]:
-    """An entry for each position that has logprobs: the row's last tokens."""
+    """Build an entry for each position that has logprobs: the last tokens of the row."""
     logprobs = completion.inference_logprobs or ()
     tokens = list(completion.full_tokens)[len(completion.full_tokens) - len(logprobs) :]
     entries: list[dict[str, Any]] = [

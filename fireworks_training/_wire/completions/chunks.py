@@ -1,4 +1,4 @@
-"""A completion from the chunks of its stream, and what it cost.
+"""`CompletionAssembler`: builds a completion and its metrics from the chunks of its stream.
 
 It knows what a chunk may hold and what a completion must have; it knows neither sockets nor
 retries. Logprobs go into arrays of doubles as they arrive: eight bytes a token, and they read as
@@ -36,10 +36,10 @@ _LAST = frozenset({"raw_output", "prompt_token_ids"})
 def server_metrics(
     headers: Mapping[str, str], perf_metrics: Mapping[str, Any], **client: Any
 ) -> ServerMetrics:
-    """What the server reports; `perf_metrics` of the stream win over headers.
+    """Build the metrics of an attempt; `perf_metrics` of the stream win over headers.
 
     Args:
-        client: the fields that the client measured.
+        client: the fields that this client measured.
     """
     figures: dict[str, Any] = {}
     measured(headers, figures)
@@ -48,20 +48,20 @@ def server_metrics(
 
 
 class CompletionAssembler:
-    """Collects the chunks of one completion.
+    """Builds one completion from its chunks.
 
     Args:
-        request: what was asked for.
+        request: the options that were sent.
         prompt_ids: the prompt that was sent.
         without_echo: takes the text of echoed prompt tokens off a text. None leaves the text as the
             server sent it.
-        keep_tokens: whether `since` is to tell the tokens' ids.
+        keep_tokens: whether `since` returns token ids too.
 
     Attributes:
         done: whether `[DONE]` came.
         response_id: the first id that the chunks bore.
         finish_reason: the server's, once it came.
-        perf_metrics: what the server reported at the end.
+        perf_metrics: the server's own figures, once they came.
         completion_tokens: the server's own count; None if it gave none.
     """
 
@@ -124,11 +124,11 @@ class CompletionAssembler:
         return self.finish_reason is None or not (self.done or self._raw_output)
 
     def mark(self) -> tuple[int, int]:
-        """A place in the completion, for `since`."""
+        """Return the present end of the completion, for `since`."""
         return len(self._text), len(self._logprobs)
 
     def since(self, mark: tuple[int, int]) -> TokenDelta:
-        """What was added after a place."""
+        """Return what was added after a mark."""
         start = mark[1]
         return TokenDelta(
             "".join(self._text[mark[0] :]),
@@ -138,7 +138,7 @@ class CompletionAssembler:
         )
 
     def feed(self, data: bytes, event: str = "message") -> None:
-        """Take one event of the stream: its data and its type.
+        """Take the data and the type of one event of the stream.
 
         Raises:
             ApiError: the stream reports an error, or is not one that the contract allows.
@@ -153,7 +153,7 @@ class CompletionAssembler:
         """Take events of the usual type: the data of each.
 
         This is where the client spends its time. So each chunk is decoded, taken and let go of
-        before the next, and what is seldom in one is looked for all at once.
+        before the next, and what is seldom in a chunk is looked for all at once.
 
         Raises:
             ApiError: the stream reports an error, or is not one that the contract allows.
@@ -192,7 +192,7 @@ class CompletionAssembler:
             ) from error
 
     def _take_seldom(self, chunk: dict[str, Any]) -> None:
-        """What few chunks hold beside choices."""
+        """Take the fields that few chunks have beside choices."""
         if (error := chunk.get("error")) is not None:
             raise stream_error(error)
         if usage := chunk.get("usage"):
@@ -205,7 +205,7 @@ class CompletionAssembler:
         self._take_snapshot(chunk)
 
     def _take_ids(self, choice: dict[str, Any]) -> None:
-        """The token ids of completion and prompt."""
+        """Take the token ids of completion and prompt."""
         if raw_output := choice.get("raw_output"):
             self._raw_output = {**raw_output}
         if (prompt := choice.get("prompt_token_ids")) is not None:
@@ -239,13 +239,13 @@ class CompletionAssembler:
                 self._snapshot[name] = int(value) if name == _SWITCH_INDEX else str(value)
 
     def snapshot_identity(self) -> str | None:
-        """The snapshot that sampled the last token; None if not reported."""
+        """Return the snapshot that sampled the last token; None if not reported."""
         return self._snapshot.get("snapshot-identity")
 
     def completion(
         self, *, prompt_index: int, sample_index: int, metrics: ServerMetrics
     ) -> SampledCompletion:
-        """The completion, checked.
+        """Check and return the completion.
 
         Raises:
             ProtocolError: something that it must have is missing, or lengths disagree.
@@ -286,7 +286,7 @@ class CompletionAssembler:
         )
 
     def _ids(self) -> tuple[list[int], list[int]]:
-        """Prompt and answer as token ids: the prompt that the server used, if it says."""
+        """Return prompt and answer as token ids; the prompt as the server used it, if reported."""
         raw_output = self._raw_output or {}
         answered = raw_output.get("completion_token_ids")
         if not _is_ids(answered):
@@ -310,7 +310,7 @@ class CompletionAssembler:
     def _token_arrays(
         self, answered: int, echoed: int, dropped: int
     ) -> tuple[array[float] | None, array[float] | None, list[dict[int, float]] | None]:
-        """Raw, sampling and top logprobs, trained-on positions only."""
+        """Return raw, sampling and top logprobs, of the positions that are trained on."""
         if not self._request.logprobs:
             return None, None, None
         if len(self._logprobs) != answered:
@@ -350,7 +350,7 @@ class CompletionAssembler:
 
 
 def _doubles(values: list[Any]) -> array[float]:
-    """An array of doubles; null becomes NaN."""
+    """Turn numbers into an array of doubles; null becomes NaN."""
     return array("d", [math.nan if value is None else value for value in values])
 
 
@@ -359,7 +359,7 @@ def _is_ids(value: object) -> bool:
 
 
 def _decoded(data: bytes) -> object:
-    """Data as JSON; None if it is none."""
+    """Decode JSON; None if the data is not JSON."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -367,6 +367,6 @@ def _decoded(data: bytes) -> object:
 
 
 def _error_in(data: bytes) -> object:
-    """What an event of type "error" reports."""
+    """Return the error in an event of type "error"."""
     fields = object_in(_decoded(data))
     return fields.get("error") or fields

@@ -1,4 +1,4 @@
-"""Errors of the completions route, in a stream and instead of one, as typed errors.
+"""Turns errors of the completions route, in a stream and instead of one, into typed errors.
 
 It knows how servers spell them, and repeats nothing of a payload that may hold tokens or a key.
 """
@@ -14,12 +14,12 @@ from fireworks_training.errors import ApiError, ProtocolError, for_status
 
 
 def object_in(value: object) -> dict[str, Any]:
-    """A JSON object; an empty one for anything else."""
+    """Return a JSON object; an empty one for anything else."""
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
 def stream_error(error: object) -> ApiError:
-    """The typed form of an error that a stream reports; its text is not repeated."""
+    """Make the typed error of one that a stream reports; its text is not repeated."""
     fields = object_in(error)
     status = fields.get("status_code", fields.get("status"))
     code = fields.get("code", fields.get("type"))
@@ -40,7 +40,7 @@ _SECRETS = re.compile(r"(?i)(bearer\s+\S+|\b(?:fw|sk|tml|key)[-_]\w{6,})")
 def status_error(
     status: int, body: bytes, *, retry_after: float | None, request_id: str | None
 ) -> ApiError:
-    """The typed error of an answer that is not a stream.
+    """Make the typed error of an answer that is not a stream.
 
     Of the body only a JSON error's own message is repeated, short, and without lists of numbers
     (token ids of the prompt) and what looks like a key.
@@ -60,7 +60,7 @@ def status_error(
     text = _SECRETS.sub("***", _LISTS.sub("...", message))[:300] if isinstance(message, str) else ""
     code = payload.get("error_class", fields.get("code"))
     if code == "NOT_FOUND" and "object" in fields:
-        # The cloud's inference gateway says this also while a deployment loads a snapshot.
+        # The cloud's inference gateway answers this also while a deployment loads a snapshot.
         code = None
     return for_status(
         status,

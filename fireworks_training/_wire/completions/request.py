@@ -1,8 +1,8 @@
-"""Requests to the completions route: options checked, bodies encoded.
+"""Checks the options of a sampling call and encodes its requests to the completions route.
 
 The prompt is turned into JSON once, however many samples are asked for; a seed is the only thing in
-which the samples' bodies differ. `n` is always 1 on the wire: n samples are n requests. Answers are
-read in `completion_chunks`.
+which the samples' bodies differ. `n` is always 1 on the wire: n samples are n requests. `chunks.py`
+reads the answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOpti
 
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0
-CONTEXT_KEYS: Final = ("session", "run", "checkpoint", "step", "group", "item")
+LABELS: Final = ("session", "run", "checkpoint", "step", "group", "item")
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options of a sampling call beyond `n`, `max_tokens`, `temperature` and `max_seq_len`.
+    """Names the options of a sampling call beyond `n`, `max_tokens`, `temperature`, `max_seq_len`.
+
+        options: SamplingOptions = {"top_p": 0.9, "stop": ["\\n"], "logprobs": True}
+        sampler.sample_with_tokens(messages, n=8, **options)
+
+    All are optional, and an option that is None counts as not given. Each is checked at the call:
+    an unknown name raises `UnknownOption` with the near ones, a value out of range
+    `InvalidArgument`.
 
     Keys:
         top_p: nucleus mass in (0, 1]; default 1, sent always (a server's own default would bias
@@ -38,9 +45,9 @@ class SamplingOptions(TypedDict, total=False):
         ignore_eos: do not end at the model's own end of text.
         min_tokens: sample no end before this many tokens.
         logprobs: return natural log probabilities; default False.
-        top_logprobs: also those of this many likeliest tokens; needs `logprobs=True`.
+        top_logprobs: return also those of this many likeliest tokens; needs `logprobs=True`.
         echo: treat the prompt as part of the answer, for its logprobs.
-        echo_last: the same for this many tokens at the prompt's end.
+        echo_last: treat only this many tokens at the prompt's end so.
         frequency_penalty, presence_penalty: -2 to 2.
         repetition_penalty: over 0; 1 is off.
         logit_bias: `{token id: bias}`.
@@ -48,9 +55,9 @@ class SamplingOptions(TypedDict, total=False):
         user: session affinity; give each trajectory its own.
         prompt_cache_key: cache affinity.
         http_timeout: seconds without a byte after which an attempt counts as lost; default 600.
-        sampling_context: labels for error messages and logs, among session, run, checkpoint, step,
+        sampling_context: labels in error messages and logs, among session, run, checkpoint, step,
             group, item; never sent.
-        timeout_diagnostic_context: another spelling of `sampling_context`.
+        timeout_diagnostic_context: the same as `sampling_context`, under the official SDK's name.
         additional_headers_snapshot: HTTP headers of this call.
     """
 
@@ -97,8 +104,8 @@ def check_names(options: Iterable[str]) -> None:
     """Refuse options that this call does not know.
 
     Raises:
-        UnknownOption: nobody knows it, or the SDK sets it itself; names the near ones.
-        NotSupported: the field knows it, this version refuses it.
+        UnknownOption: there is no such option, or the SDK sets it itself; names the near ones.
+        NotSupported: the official SDK has it, this version refuses it.
     """
     for name in options:
         if name in _REFUSED:
@@ -143,7 +150,7 @@ _PASSED: Final[dict[str, Callable[[str, object], Any]]] = {
 
 
 def normalise_stop(stop: object) -> list[str] | list[int] | None:
-    """`stop` as a list of strings or of token ids; None if there is none, [] ignores end of text.
+    """Return `stop` as a list of strings or of ids; None if not given, [] ignores end of text.
 
     A single string is one stop, never its characters.
 
@@ -173,7 +180,7 @@ def normalise_stop(stop: object) -> list[str] | list[int] | None:
 
 
 def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
-    """A prompt as plain integers; numpy arrays and their integers count.
+    """Return a prompt as plain integers; numpy arrays and their integers are accepted.
 
     Raises:
         InvalidArgument: it is empty, or holds something other than integers from 0 on.
@@ -191,16 +198,16 @@ def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRequest:
-    """A checked sampling call, without its prompts.
+    """Holds a checked sampling call, without its prompts.
 
     Attributes:
-        fields: what goes into the body, but prompt and seed.
+        fields: those of the body, but prompt and seed.
         seed: seed of sample 0; None lets the server choose.
-        logprobs, top_logprobs, echo, echo_last: as asked for.
+        logprobs, top_logprobs, echo, echo_last: the options of these names.
         full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
             no top_k), so that both kinds of logprobs are the same.
         http_timeout: seconds without a byte after which an attempt counts as lost.
-        context: labels for messages.
+        labels: those of the call, as messages show them.
         headers: HTTP headers of this call.
     """
 
@@ -212,7 +219,7 @@ class SamplingRequest:
     echo_last: int | None
     full_distribution: bool
     http_timeout: float
-    context: str
+    labels: str
     headers: Mapping[str, str]
     _head: bytes = field(init=False, repr=False)
 
@@ -223,7 +230,7 @@ class SamplingRequest:
     def encode(
         self, prompt_ids: Sequence[int], *, index: int = 0, earlier: int = 0
     ) -> EncodedRequest:
-        """The bodies for one prompt.
+        """Encode the bodies for one prompt.
 
         Args:
             index: place of the prompt in its call.
@@ -234,7 +241,7 @@ class SamplingRequest:
         return EncodedRequest(prompt_ids, index, body, seed)
 
     def echoed(self, prompt_len: int) -> int:
-        """How many prompt tokens the answer repeats."""
+        """Return how many prompt tokens the answer repeats."""
         if self.echo_last is not None:
             return min(self.echo_last, prompt_len)
         return prompt_len if self.echo else 0
@@ -242,7 +249,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRequest:
-    """The request bodies of one prompt, and which it is."""
+    """Holds the request bodies of one prompt, and its place in the call."""
 
     ids: Sequence[int]
     index: int
@@ -250,7 +257,7 @@ class EncodedRequest:
     seed: int | None
 
     def body(self, sample_index: int) -> bytes:
-        """The JSON body of one sample; without a seed the same object for all."""
+        """Return the JSON body of one sample; without a seed the same object for all."""
         if self.seed is None:
             return self.unseeded
         return b'%b,"seed":%d}' % (self.unseeded[:-1], self.seed + sample_index)
@@ -264,7 +271,7 @@ def sampling_request(
     options: SamplingOptions,
     decode_stop: Callable[[list[int]], list[str]] | None,
 ) -> SamplingRequest:
-    """Check a call and make its request.
+    """Check the options of a call and make its request.
 
     Args:
         model: model string of the deployment.
@@ -312,7 +319,7 @@ def sampling_request(
             fields["temperature"] == 1.0 and fields["top_p"] == 1.0 and fields["top_k"] == 0
         ),
         http_timeout=number("http_timeout", given.get("http_timeout", DEFAULT_HTTP_TIMEOUT), 1e-3),
-        context=_context(given),
+        labels=_labels_text(given),
         headers=_headers(given.get("additional_headers_snapshot")),
     )
 
@@ -328,28 +335,28 @@ def _stop_fields(
     return {"stop": decode(integers) if integers and decode else stop}
 
 
-def check_context(labels: Mapping[str, object]) -> None:
-    """Refuse labels for messages that nobody would see.
+def check_labels(labels: Mapping[str, object]) -> None:
+    """Refuse labels that messages would not show.
 
     Raises:
-        InvalidArgument: names the ones that there are.
+        InvalidArgument: names the labels that there are.
     """
-    _context({"sampling_context": labels})
+    _labels_text({"sampling_context": labels})
 
 
-def _context(given: Mapping[str, object]) -> str:
+def _labels_text(given: Mapping[str, object]) -> str:
     labels: dict[str, object] = {}
     for option in ("sampling_context", "timeout_diagnostic_context"):
         value = given.get(option, {})
         if not isinstance(value, Mapping):
             raise InvalidArgument(f"{option} must be a mapping, got {type(value).__name__}")
         labels.update(cast(Mapping[str, object], value))
-    unknown = [key for key in labels if key not in CONTEXT_KEYS]
+    unknown = [key for key in labels if key not in LABELS]
     if unknown:
         raise InvalidArgument(
-            f"sampling_context takes {', '.join(CONTEXT_KEYS)}; got {', '.join(map(str, unknown))}"
+            f"sampling_context takes {', '.join(LABELS)}; got {', '.join(map(str, unknown))}"
         )
-    return ", ".join(f"{key} {labels[key]}" for key in CONTEXT_KEYS if key in labels)
+    return ", ".join(f"{key} {labels[key]}" for key in LABELS if key in labels)
 
 
 def _headers(value: object) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fireworks_training._async.http.read_timeouts import LOOKS, Stalls, StallWatch
+from fireworks_training._async.http.read_timeouts import LOOKS, ReadTimeouts, SilenceTimer
 
 
 class StillLoop(asyncio.SelectorEventLoop):
@@ -55,7 +55,7 @@ class Request:
         self.failed.set()
 
 
-class Watch(StallWatch):
+class Watch(SilenceTimer):
     """A watch over a limit of 10 s that notes when it is idle."""
 
     def __init__(self, loop: StillLoop) -> None:
@@ -108,14 +108,14 @@ def test_the_timer_ends_soon_after_the_last_request(loop: StillLoop) -> None:
 
 
 async def test_each_limit_has_its_watch_for_as_long_as_it_is_needed() -> None:
-    stalls = Stalls()
+    stalls = ReadTimeouts()
     soon, late = Request(), Request()
     stalls.add(soon, 0.001)
     stalls.add(late, 600.0)
     await soon.failed.wait()
     await asyncio.sleep(0)  # the watch over none is idle after its look
-    assert list(stalls._watches) == [600.0]
+    assert list(stalls._timers) == [600.0]
     stalls.discard(late, 600.0)
     stalls.discard(soon, 0.001)
     stalls.close()
-    assert stalls._watches == {}
+    assert stalls._timers == {}

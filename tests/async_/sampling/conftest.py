@@ -10,8 +10,8 @@ import pytest
 
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.sampling.concurrency import AdaptiveConcurrencyController
-from fireworks_training._async.sampling.sampler import DeploymentSampler
+from fireworks_training._async.sampling.context import SamplerContext
+from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
 from tests import stub_completions as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, quick
 from tests.stub_completions import CompletionServer
@@ -45,14 +45,14 @@ async def shared(server: CompletionServer) -> AsyncIterator[Make]:
     transport = Transport(owner=owner, base_url=server.url, api_key=KEY)
 
     def maker(**options: Any) -> DeploymentSampler:
-        retries = options.pop("retries", quick())
-        return DeploymentSampler._shared(
-            transport=transport,
-            inference_url=options.pop("url", server.url),
-            model=MODEL,
-            tokenizer=None,
-            retries=retries,
-            **{"concurrency_controller": AdaptiveConcurrencyController(), **options},
+        url = options.pop("url", server.url)
+        return shared_sampler(
+            SamplerContext(
+                transport=transport,
+                inference_url=url,
+                model=MODEL,
+                **{"retries": quick(), **options},
+            )
         )
 
     yield maker

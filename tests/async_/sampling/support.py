@@ -92,10 +92,10 @@ class CharacterTokenizer:
 
 
 @contextlib.asynccontextmanager
-async def nothing_left(gate: FixedConcurrencyController) -> AsyncIterator[None]:
+async def nothing_left(controller: FixedConcurrencyController) -> AsyncIterator[None]:
     """No slot, no waiter and no task of ours is left behind."""
     yield
-    await until(lambda: (gate.in_flight, gate.waiting) == (0, 0))
+    await until(lambda: (controller.in_flight, controller.waiting) == (0, 0))
 
     def ours() -> list[str]:
         names = [task.get_name() for task in asyncio.all_tasks()]

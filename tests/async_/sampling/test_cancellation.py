@@ -28,9 +28,9 @@ async def test_cancelled_while_the_server_works(
     server: CompletionServer, either: Make, hang: stub.Behaviour
 ) -> None:
     server.otherwise = hang
-    gate = FixedConcurrencyController(8)
-    sampler = either(concurrency_controller=gate)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(8)
+    sampler = either(concurrency_controller=controller)
+    async with nothing_left(controller):
         task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=5, max_tokens=2))
         await until(lambda: server.generating == 5)
         await server.reached.wait()
@@ -40,16 +40,16 @@ async def test_cancelled_while_the_server_works(
 
 
 async def test_cancelled_while_it_waits_for_a_slot(server: CompletionServer, either: Make) -> None:
-    gate = FixedConcurrencyController(1)
-    sampler = either(concurrency_controller=gate)
-    await gate.acquire()
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(1)
+    sampler = either(concurrency_controller=controller)
+    await controller.acquire()
+    async with nothing_left(controller):
         task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=3))
-        await until(lambda: gate.waiting == 3)
+        await until(lambda: controller.waiting == 3)
         await cancel(task)
-        await until(lambda: gate.waiting == 0)
-        assert gate.in_flight == 1
-        gate.release()
+        await until(lambda: controller.waiting == 0)
+        assert controller.in_flight == 1
+        controller.release()
     assert server.bodies == []
 
 
@@ -65,9 +65,9 @@ async def test_cancelled_while_it_connects(either: Make) -> None:
 
     silent = await asyncio.start_server(never_shake_hands, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
-    gate = FixedConcurrencyController(2)
-    sampler = either(url=f"https://127.0.0.1:{port}", concurrency_controller=gate)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(2)
+    sampler = either(url=f"https://127.0.0.1:{port}", concurrency_controller=controller)
+    async with nothing_left(controller):
         task = asyncio.create_task(sampler.sample_with_prompt_tokens([1]))
         await reached.wait()
         await cancel(task)
@@ -80,11 +80,11 @@ async def test_cancelled_in_back_off_which_holds_no_slot(
     server: CompletionServer, either: Make
 ) -> None:
     server.otherwise = stub.status(503)
-    gate = FixedConcurrencyController(2)
-    sampler = either(concurrency_controller=gate, retries=endless())
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(2)
+    sampler = either(concurrency_controller=controller, retries=endless())
+    async with nothing_left(controller):
         task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=4))
-        await until(lambda: len(server.bodies) == 4 and gate.in_flight == 0)
+        await until(lambda: len(server.bodies) == 4 and controller.in_flight == 0)
         await cancel(task)
     assert len(server.bodies) == 4
 
@@ -93,8 +93,8 @@ async def test_only_the_last_waiter_takes_the_request_with_it(
     server: CompletionServer, either: Make
 ) -> None:
     server.otherwise = stub.pause_mid_stream
-    gate = FixedConcurrencyController(2)
-    call = either(concurrency_controller=gate).sample_with_prompt_tokens([1], max_tokens=2)
+    controller = FixedConcurrencyController(2)
+    call = either(concurrency_controller=controller).sample_with_prompt_tokens([1], max_tokens=2)
     first, second = asyncio.ensure_future(_wait(call)), asyncio.ensure_future(_wait(call))
     await server.reached.wait()
     await cancel(first)
@@ -112,10 +112,10 @@ async def test_a_time_limit_around_a_call_cancels_it(
     server: CompletionServer, either: Make
 ) -> None:
     server.otherwise = stub.hang_mid_stream
-    gate = FixedConcurrencyController(2)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(2)
+    async with nothing_left(controller):
         with pytest.raises(TimeoutError):
-            call = either(concurrency_controller=gate).sample_with_prompt_tokens([1])
+            call = either(concurrency_controller=controller).sample_with_prompt_tokens([1])
             await asyncio.wait_for(call, 0.05)
         if server.bodies:
             await asyncio.wait_for(server.idle.wait(), 5)
@@ -123,9 +123,9 @@ async def test_a_time_limit_around_a_call_cancels_it(
 
 async def test_closing_ends_what_is_under_way(server: CompletionServer, either: Make) -> None:
     server.otherwise = stub.hang_mid_stream
-    gate = FixedConcurrencyController(4)
-    sampler = either(concurrency_controller=gate)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(4)
+    sampler = either(concurrency_controller=controller)
+    async with nothing_left(controller):
         task = asyncio.create_task(sampler.sample_with_prompt_tokens([1], n=2))
         await until(lambda: server.generating == 2)
         await sampler.aclose()

@@ -11,8 +11,8 @@ import pytest
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
-    Gate,
     SamplingConcurrencyController,
+    SlotQueue,
 )
 from fireworks_training._core.window.aimd import FixedWindow
 from fireworks_training.errors import InvalidArgument
@@ -41,134 +41,134 @@ def test_arguments_are_checked() -> None:
 
 
 async def test_at_most_the_window_is_in_flight() -> None:
-    gate = FixedConcurrencyController(3)
+    controller = FixedConcurrencyController(3)
     peak = 0
 
     async def work() -> None:
         nonlocal peak
-        await gate.acquire()
-        peak = max(peak, gate.in_flight)
+        await controller.acquire()
+        peak = max(peak, controller.in_flight)
         await asyncio.sleep(0)
-        gate.release()
+        controller.release()
 
     await asyncio.gather(*(work() for _ in range(50)))
-    assert (peak, gate.in_flight, gate.waiting) == (3, 0, 0)
+    assert (peak, controller.in_flight, controller.waiting) == (3, 0, 0)
 
 
 async def test_first_come_first_served() -> None:
-    gate = FixedConcurrencyController(1)
-    await gate.acquire()
+    controller = FixedConcurrencyController(1)
+    await controller.acquire()
     order: list[int] = []
 
     async def work(index: int) -> None:
-        await gate.acquire()
+        await controller.acquire()
         order.append(index)
-        gate.release()
+        controller.release()
 
     tasks = [asyncio.create_task(work(index)) for index in range(5)]
     await settled()
-    gate.release()
-    await gate.acquire()  # in line behind the five
+    controller.release()
+    await controller.acquire()  # in line behind the five
     assert order == [0, 1, 2, 3, 4]
-    gate.release()
+    controller.release()
     await asyncio.gather(*tasks)
 
 
 async def test_a_grown_window_admits_as_many_as_fit() -> None:
-    gate = AdaptiveConcurrencyController(initial_window=4, adjustment_interval=0)
+    controller = AdaptiveConcurrencyController(initial_window=4, adjustment_interval=0)
     for _ in range(4):
-        await gate.acquire()
-    gate.release(ServerMetrics(prefill_queue_duration=0.0))
-    tasks = [asyncio.create_task(gate.acquire()) for _ in range(10)]
+        await controller.acquire()
+    controller.release(ServerMetrics(prefill_queue_duration=0.0))
+    tasks = [asyncio.create_task(controller.acquire()) for _ in range(10)]
     await settled()
-    assert (gate.window_size, gate.in_flight, gate.waiting) == (4, 4, 9)
-    gate.step_completed()
+    assert (controller.window_size, controller.in_flight, controller.waiting) == (4, 4, 9)
+    controller.step_completed()
     await settled()
-    assert (gate.window_size, gate.in_flight, gate.waiting) == (8, 8, 5)
+    assert (controller.window_size, controller.in_flight, controller.waiting) == (8, 8, 5)
     assert sum(task.done() for task in tasks) == 5
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert gate.in_flight == 8
+    assert controller.in_flight == 8
 
 
 async def test_growth_at_a_step_admits_too() -> None:
-    gate = AdaptiveConcurrencyController(initial_window=2, adjustment_interval=0)
-    await gate.acquire()
-    await gate.acquire()
-    gate.release(ServerMetrics(prefill_queue_duration=0.0))
-    await gate.acquire()
-    waiting = asyncio.create_task(gate.acquire())
+    controller = AdaptiveConcurrencyController(initial_window=2, adjustment_interval=0)
+    await controller.acquire()
+    await controller.acquire()
+    controller.release(ServerMetrics(prefill_queue_duration=0.0))
+    await controller.acquire()
+    waiting = asyncio.create_task(controller.acquire())
     await settled()
     assert not waiting.done()
-    gate.step_completed()
+    controller.step_completed()
     await waiting
-    assert gate.in_flight == 3
+    assert controller.in_flight == 3
 
 
 async def test_a_shrink_holds_admissions_until_its_debt_is_repaid() -> None:
     clock = ManualClock()
-    gate = AdaptiveConcurrencyController(initial_window=4, clock=clock)
+    controller = AdaptiveConcurrencyController(initial_window=4, clock=clock)
     for _ in range(4):
-        await gate.acquire()
-    waiting = asyncio.create_task(gate.acquire())
-    gate.release(BUSY)
-    gate.release()
+        await controller.acquire()
+    waiting = asyncio.create_task(controller.acquire())
+    controller.release(BUSY)
+    controller.release()
     await settled()
-    assert (gate.window_size, gate.in_flight) == (2, 2)
+    assert (controller.window_size, controller.in_flight) == (2, 2)
     assert not waiting.done()
-    gate.release(BUSY)  # within the cooldown: no further shrink
+    controller.release(BUSY)  # within the cooldown: no further shrink
     await waiting
-    assert gate.window_size == 2
+    assert controller.window_size == 2
     clock.advance(1.0)
-    gate.release(BUSY)
-    assert gate.window_size == 1
+    controller.release(BUSY)
+    assert controller.window_size == 1
 
 
 async def test_retries_go_before_new_requests() -> None:
-    gate = FixedConcurrencyController(1)
-    await gate.acquire()
+    controller = FixedConcurrencyController(1)
+    await controller.acquire()
     order: list[str] = []
 
     async def work(name: str, *, retry: bool) -> None:
-        await gate.acquire(retry=retry)
+        await controller.acquire(retry=retry)
         order.append(name)
-        gate.release()
+        controller.release()
 
     names = [("new 1", False), ("new 2", False), ("again 1", True), ("again 2", True)]
     tasks = [asyncio.create_task(work(name, retry=retry)) for name, retry in names]
     await settled()
-    assert gate.waiting == 4
-    gate.release()
+    assert controller.waiting == 4
+    controller.release()
     await asyncio.gather(*tasks)
     assert order == ["again 1", "again 2", "new 1", "new 2"]
 
 
 async def test_a_cancelled_waiter_leaves_the_line() -> None:
-    gate = FixedConcurrencyController(1)
-    await gate.acquire()
-    first = asyncio.create_task(gate.acquire())
-    second = asyncio.create_task(gate.acquire())
+    controller = FixedConcurrencyController(1)
+    await controller.acquire()
+    first = asyncio.create_task(controller.acquire())
+    second = asyncio.create_task(controller.acquire())
     await settled()
     first.cancel()
     await settled()
-    gate.release()
+    controller.release()
     await second
-    assert (gate.in_flight, gate.waiting) == (1, 0)
+    assert (controller.in_flight, controller.waiting) == (1, 0)
 
 
 async def test_a_waiter_cancelled_after_it_was_admitted_passes_the_slot_on() -> None:
-    gate = FixedConcurrencyController(1)
-    await gate.acquire()
-    first = asyncio.create_task(gate.acquire())
-    second = asyncio.create_task(gate.acquire())
+    controller = FixedConcurrencyController(1)
+    await controller.acquire()
+    first = asyncio.create_task(controller.acquire())
+    second = asyncio.create_task(controller.acquire())
     await settled()
-    gate.release()  # the slot is first's from here on
+    controller.release()  # the slot is first's from here on
     first.cancel()  # before it ran
     with pytest.raises(asyncio.CancelledError):
         await first
     await asyncio.wait_for(second, 5)
-    assert (gate.in_flight, gate.waiting) == (1, 0)
+    assert (controller.in_flight, controller.waiting) == (1, 0)
 
 
 class Held(FixedWindow):
@@ -178,78 +178,78 @@ class Held(FixedWindow):
         super().__init__(size)
         self.seconds = seconds
 
-    def delay(self, now: float) -> float:
+    def hold_back(self, now: float) -> float:
         assert now == 5.0
         return self.seconds
 
 
 async def test_a_waiter_that_is_held_back_has_its_slot_and_goes_on_later() -> None:
-    gate = Gate(Held(1, 0.01), ManualClock(5.0))
-    await gate.acquire()
-    waiting = asyncio.create_task(gate.acquire())
+    controller = SlotQueue(Held(1, 0.01), ManualClock(5.0))
+    await controller.acquire()
+    waiting = asyncio.create_task(controller.acquire())
     await settled()
-    gate.release()
+    controller.release()
     await settled()
     assert not waiting.done()
-    assert (gate.in_flight, gate.waiting) == (1, 0)
+    assert (controller.in_flight, controller.waiting) == (1, 0)
     await asyncio.wait_for(waiting, 5)
 
 
 async def test_a_waiter_cancelled_while_it_is_held_back_passes_the_slot_on() -> None:
     window = Held(1, 3600.0)
-    gate = Gate(window, ManualClock(5.0))
-    await gate.acquire()
-    first = asyncio.create_task(gate.acquire())
-    second = asyncio.create_task(gate.acquire())
+    controller = SlotQueue(window, ManualClock(5.0))
+    await controller.acquire()
+    first = asyncio.create_task(controller.acquire())
+    second = asyncio.create_task(controller.acquire())
     await settled()
-    gate.release()
+    controller.release()
     await settled()
     window.seconds = 0.0
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     await asyncio.wait_for(second, 5)
-    assert (gate.in_flight, gate.waiting) == (1, 0)
+    assert (controller.in_flight, controller.waiting) == (1, 0)
 
 
 async def test_a_slot_given_to_nobody_is_free_again() -> None:
-    gate = FixedConcurrencyController(1)
-    await gate.acquire()
-    only = asyncio.create_task(gate.acquire())
+    controller = FixedConcurrencyController(1)
+    await controller.acquire()
+    only = asyncio.create_task(controller.acquire())
     await settled()
-    gate.release()
+    controller.release()
     only.cancel()
     await asyncio.gather(only, return_exceptions=True)
-    assert gate.in_flight == 0
-    await asyncio.wait_for(gate.acquire(), 5)
+    assert controller.in_flight == 0
+    await asyncio.wait_for(controller.acquire(), 5)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_one_controller_serves_twenty_runs_under_contention(adaptive: bool) -> None:
-    gate = AdaptiveConcurrencyController() if adaptive else FixedConcurrencyController(2)
+    controller = AdaptiveConcurrencyController() if adaptive else FixedConcurrencyController(2)
 
     async def work() -> None:
-        await gate.acquire()
+        await controller.acquire()
         await asyncio.sleep(0)
-        gate.release(ServerMetrics(prefill_queue_duration=1.0))
+        controller.release(ServerMetrics(prefill_queue_duration=1.0))
 
     async def step() -> None:
         await asyncio.gather(*(work() for _ in range(20)))
 
     for _ in range(20):
         asyncio.run(step())
-        gate.step_completed()
-        assert (gate.in_flight, gate.waiting) == (0, 0)
+        controller.step_completed()
+        assert (controller.in_flight, controller.waiting) == (0, 0)
 
 
 def test_loops_of_several_threads_share_a_window() -> None:
-    gate = FixedConcurrencyController(2)
+    controller = FixedConcurrencyController(2)
     lock = threading.Lock()
     running, peak, done = 0, 0, 0
 
     async def work() -> None:
         nonlocal running, peak, done
-        await gate.acquire()
+        await controller.acquire()
         with lock:
             running += 1
             peak = max(peak, running)
@@ -257,7 +257,7 @@ def test_loops_of_several_threads_share_a_window() -> None:
         with lock:
             running -= 1
             done += 1
-        gate.release()
+        controller.release()
 
     async def many() -> None:
         await asyncio.gather(*(work() for _ in range(100)))
@@ -267,58 +267,58 @@ def test_loops_of_several_threads_share_a_window() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert (done, gate.in_flight, gate.waiting) == (400, 0, 0)
+    assert (done, controller.in_flight, controller.waiting) == (400, 0, 0)
     assert peak <= 2
 
 
 def test_a_slot_for_a_waiter_on_a_closed_loop_goes_to_the_next() -> None:
-    gate = FixedConcurrencyController(1)
+    controller = FixedConcurrencyController(1)
     abandoned = asyncio.new_event_loop()
 
     async def hold_and_wait() -> asyncio.Task[None]:
-        await gate.acquire()
-        task = asyncio.ensure_future(gate.acquire())
+        await controller.acquire()
+        task = asyncio.ensure_future(controller.acquire())
         await settled()
         return task
 
     task = abandoned.run_until_complete(hold_and_wait())
     abandoned.close()
-    assert gate.waiting == 1
+    assert controller.waiting == 1
 
     async def after() -> None:
-        waiting = asyncio.create_task(gate.acquire())
+        waiting = asyncio.create_task(controller.acquire())
         await settled()
-        gate.release()
+        controller.release()
         await asyncio.wait_for(waiting, 5)
 
     asyncio.run(after())
-    assert gate.in_flight == 1
+    assert controller.in_flight == 1
     task.get_coro().close()
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # abandoned on purpose
 
 
 def test_a_thread_without_a_loop_may_release() -> None:
-    gate = FixedConcurrencyController(1)
+    controller = FixedConcurrencyController(1)
 
     async def wait_for_the_thread() -> None:
-        await gate.acquire()
-        waiting = asyncio.create_task(gate.acquire())
+        await controller.acquire()
+        waiting = asyncio.create_task(controller.acquire())
         await settled()
-        thread = threading.Thread(target=gate.release)
+        thread = threading.Thread(target=controller.release)
         thread.start()
         await asyncio.wait_for(waiting, 5)
         thread.join()
 
     asyncio.run(wait_for_the_thread())
-    assert gate.in_flight == 1
+    assert controller.in_flight == 1
 
 
 async def test_no_queue_times_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    gate = AdaptiveConcurrencyController()
+    controller = AdaptiveConcurrencyController()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            await gate.acquire()
-            gate.release(ServerMetrics(http_status_code=200))
+            await controller.acquire()
+            controller.release(ServerMetrics(http_status_code=200))
     assert caplog.text.count("no prefill queue times") == 1
 
 

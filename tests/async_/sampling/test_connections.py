@@ -98,13 +98,13 @@ async def test_the_news_of_a_load_wakes_those_who_wait_for_it(
         return await (stub.status(425) if loading else stub.complete)(*args)
 
     server.otherwise = load_or_complete
-    gate = FixedConcurrencyController(4)
+    controller = FixedConcurrencyController(4)
     policy = type(quick())(hot_load=endless().transient)
-    sampler = shared(news=news, retries=policy, concurrency_controller=gate)
-    async with nothing_left(gate):
+    sampler = shared(hot_loads=news, retries=policy, concurrency_controller=controller)
+    async with nothing_left(controller):
         with news.load():
             task = asyncio.ensure_future(_all(sampler.sample_with_prompt_tokens([1], n=4)))
-            await until(lambda: len(server.bodies) == 4 and gate.in_flight == 0)
+            await until(lambda: len(server.bodies) == 4 and controller.in_flight == 0)
             loading = False
         assert len(await asyncio.wait_for(task, 10)) == 4
     assert news.loading == 0

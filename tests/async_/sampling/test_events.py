@@ -59,14 +59,14 @@ async def test_a_completion_given_up_is_told(server: CompletionServer, make: Mak
 
 async def test_each_change_of_the_window_is_told(server: CompletionServer, make: Make) -> None:
     heard = list[Event]()
-    gate = AdaptiveConcurrencyController(initial_window=2)
-    sampler = make(on_event=heard.append, concurrency_controller=gate)
+    controller = AdaptiveConcurrencyController(initial_window=2)
+    sampler = make(on_event=heard.append, concurrency_controller=controller)
     await sampler.sample_with_prompt_tokens([[1], [2], [3], [4]], n=4, max_tokens=1)
     changes = [event for event in heard if isinstance(event, WindowEvent)]
     assert changes
     sizes = [changes[0].before, *(change.after for change in changes)]
     assert sizes[0] == 2
-    assert sizes[-1] == gate.window_size > 2
+    assert sizes[-1] == controller.window_size > 2
     assert [change.before for change in changes] == sizes[:-1]  # none is missing
 
 

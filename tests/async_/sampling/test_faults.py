@@ -50,12 +50,14 @@ async def test_a_passing_fault_costs_one_attempt(
     server: CompletionServer, make: Make, fault: stub.Behaviour, kind: str
 ) -> None:
     server.script = [fault]
-    gate = FixedConcurrencyController(2)
-    (one,) = await make(concurrency_controller=gate).sample_with_prompt_tokens([1], max_tokens=2)
+    controller = FixedConcurrencyController(2)
+    (one,) = await make(concurrency_controller=controller).sample_with_prompt_tokens(
+        [1], max_tokens=2
+    )
     assert one.text == "<2><3>"  # nothing of the broken attempt is in it
     assert len(server.bodies) == 2
     assert len({headers["X-Request-Id"] for headers in server.headers}) == 1
-    assert gate.in_flight == 0
+    assert controller.in_flight == 0
 
     server.script = [fault] * 2
     with pytest.raises(SamplingRequestError) as caught:
@@ -129,14 +131,14 @@ async def test_errors_hold_neither_prompt_nor_key_and_pickle(
 async def test_seven_attempts_and_their_delays(server: CompletionServer, make: Make) -> None:
     delays: list[float] = []
     server.otherwise = stub.status(503)
-    gate = AdaptiveConcurrencyController()
+    controller = AdaptiveConcurrencyController()
     with pytest.raises(SamplingRequestError, match="after 7 attempts"):
-        await make(retries=quick(delays), concurrency_controller=gate).sample_with_prompt_tokens(
-            [1]
-        )
+        await make(
+            retries=quick(delays), concurrency_controller=controller
+        ).sample_with_prompt_tokens([1])
     assert len(server.bodies) == 7
     assert delays == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
-    assert gate.step_completed()["retry_exhaustions"] == 1.0
+    assert controller.step_completed()["retry_exhaustions"] == 1.0
 
 
 async def test_retry_after_is_a_floor(server: CompletionServer, make: Make) -> None:
@@ -233,10 +235,10 @@ async def test_the_first_failure_takes_its_siblings_with_it(
 
     server.script = [stub.hang_mid_stream, stub.hang_before_headers, fail_once_the_others_are_there]
     server.otherwise = stub.hang_headers_only
-    gate = FixedConcurrencyController(4)
+    controller = FixedConcurrencyController(4)
     with pytest.raises(SamplingRequestError, match="400"):
-        await make(concurrency_controller=gate).sample_with_prompt_tokens([1], n=6)
+        await make(concurrency_controller=controller).sample_with_prompt_tokens([1], n=6)
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 3
     assert len(server.bodies) == 4  # those that waited for a slot were never sent
-    assert (gate.in_flight, gate.waiting) == (0, 0)
+    assert (controller.in_flight, controller.waiting) == (0, 0)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fireworks_training._async.sampling import progress
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
 )
+from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training.errors import (
     ApiError,
@@ -81,7 +81,7 @@ async def test_conversations_go_through_the_chat_template(
     assert "".join(map(chr, one.prompt_tokens)) == "u:hi;a:"
     both = await sampler.sample_with_tokens(messages=[hello, hello + hello], max_tokens=1)
     assert [one.prompt_len for one in both] == [7, 12]
-    loop = sampler._transport.owner.bound
+    loop = sampler.context.transport.owner.bound
     assert loop is not None
 
     async def where() -> int:
@@ -205,13 +205,13 @@ async def test_a_long_prompt_is_sent_without_a_warning(
 
 
 async def test_the_window_bounds_what_is_in_flight(server: CompletionServer, make: Make) -> None:
-    gate = FixedConcurrencyController(3)
-    found = await make(concurrency_controller=gate).sample_with_prompt_tokens(
+    controller = FixedConcurrencyController(3)
+    found = await make(concurrency_controller=controller).sample_with_prompt_tokens(
         [1], n=20, max_tokens=1
     )
     assert len(found) == 20
     assert server.peak <= 3
-    assert (gate.in_flight, gate.waiting) == (0, 0)
+    assert (controller.in_flight, controller.waiting) == (0, 0)
     assert len(server.peers) <= 3
 
 
@@ -296,7 +296,7 @@ def test_what_it_tells_of_itself() -> None:
     sampler = DeploymentSampler("http://h/", MODEL, KEY)
     assert (sampler.model, sampler.inference_url) == (MODEL, "http://h")
     seen = [sampler.current_snapshot]
-    sampler._set_snapshot("step-1")
+    sampler.context.current_snapshot = "step-1"
     seen.append(sampler.current_snapshot)
     assert seen == [None, "step-1"]
     assert isinstance(sampler.concurrency_controller, AdaptiveConcurrencyController)
@@ -305,15 +305,12 @@ def test_what_it_tells_of_itself() -> None:
 
 
 async def test_a_long_wait_says_what_it_waits_for(
-    server: CompletionServer,
-    make: Make,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    server: CompletionServer, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_REPORT", 0.01)
     server.script = [stub.complete]
     server.otherwise = stub.hang_mid_stream
     sampler = make(concurrency_controller=FixedConcurrencyController(2))
+    sampler.context.progress = Progress(lambda: 2, first_report=0.01)
     with caplog.at_level(logging.WARNING):
         call = sampler.sample_with_prompt_tokens(
             [1], n=4, max_tokens=1, sampling_context={"step": 7}

@@ -76,9 +76,9 @@ async def test_leaving_early_stops_the_server(
     server: CompletionServer, either: Make, how: str
 ) -> None:
     server.otherwise = stub.hang_mid_stream
-    gate = FixedConcurrencyController(2)
-    sampler = either(concurrency_controller=gate)
-    async with nothing_left(gate):
+    controller = FixedConcurrencyController(2)
+    sampler = either(concurrency_controller=controller)
+    async with nothing_left(controller):
         deltas = sampler.stream([1], max_tokens=9)
         assert (await anext(deltas)).text == "<5>"
         if how == "aclose":
@@ -165,7 +165,7 @@ async def test_a_slow_consumer_finds_deltas_merged(server: CompletionServer, mak
     deltas = sampler.stream([1], max_tokens=50, logprobs=True)
     first = await anext(deltas)
     await until(lambda: server.idle.is_set())
-    await until(lambda: bool(sampler._metrics))
+    await until(lambda: bool(sampler.context.metrics))
     rest = [delta async for delta in deltas]
     assert len(rest) <= 1
     assert first.text + "".join(delta.text for delta in rest) == deltas.completion.text
@@ -174,4 +174,4 @@ async def test_a_slow_consumer_finds_deltas_merged(server: CompletionServer, mak
 async def test_async_with_runs_the_sampler_on_this_loop(server: CompletionServer) -> None:
     async with DeploymentSampler(server.url, MODEL, KEY) as sampler:
         await sampler.sample_with_prompt_tokens([1], max_tokens=1)
-        assert sampler._transport.owner.bound is asyncio.get_running_loop()
+        assert sampler.context.transport.owner.bound is asyncio.get_running_loop()

@@ -322,7 +322,7 @@ def test_a_server_whose_clock_is_wrong_holds_nobody_back() -> None:
     for _ in range(3):
         turn(adaptive, queued(0.2, latency=0.001), now=10.0)
         turn(adaptive, queued(60.0, latency=0.001), now=10.0)
-    assert adaptive.delay(10.0) <= 0.001
+    assert adaptive.hold_back(10.0) <= 0.001
 
 
 def test_interval_zero_adjusts_at_steps_only() -> None:
@@ -543,7 +543,7 @@ def test_waves_that_are_not_spread_queue_whole_waves(
     initial: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: what does not fit into a wave waits for most of the next one."""
-    monkeypatch.setattr(AdaptiveWindow, "delay", FixedWindow.delay)
+    monkeypatch.setattr(AdaptiveWindow, "hold_back", FixedWindow.hold_back)
     run = simulate_engine(
         window(initial_window=initial), slots=32, service=0.64, requests=2000, jitter=0.0
     )
@@ -555,15 +555,15 @@ def test_nothing_is_held_back_where_no_queue_is_reported_or_found() -> None:
     adaptive = window()
     turn(adaptive, OK)
     adaptive.release(BUSY, 1.0)
-    assert [adaptive.delay(1.0) for _ in range(50)] == [0.0] * 50
+    assert [adaptive.hold_back(1.0) for _ in range(50)] == [0.0] * 50
     fast = window()
     turn(fast, queued(0.0, latency=1.0))
-    assert [fast.delay(0.0) for _ in range(50)] == [0.0] * 50
+    assert [fast.hold_back(0.0) for _ in range(50)] == [0.0] * 50
     full = after_congestion(8)
     for _ in range(8):
         fill(full)
         full.release(queued(0.1, latency=1.0), 10.0)
-    assert max(full.delay(10.0) for _ in range(50)) == 0.5
+    assert max(full.hold_back(10.0) for _ in range(50)) == 0.5
 
 
 def test_the_field_s_law_does_not() -> None:

@@ -18,30 +18,30 @@ def paced(latency: float, longest: float = 10.0) -> Pacer:
 
 def test_nothing_is_held_back_before_a_latency_is_known() -> None:
     pacer = Pacer(0.5)
-    assert [pacer.delay(8, 0.0) for _ in range(20)] == [0.0] * 20
+    assert [pacer.hold_back(8, 0.0) for _ in range(20)] == [0.0] * 20
 
 
 def test_a_wave_is_spread_and_a_steady_stream_is_not() -> None:
     pacer = paced(1.0)
-    delays = [pacer.delay(40, 0.0) for _ in range(40)]
+    delays = [pacer.hold_back(40, 0.0) for _ in range(40)]
     free = int(BURST * 40)
     assert delays[:free] == pytest.approx([0.0] * free)
     assert delays == sorted(delays)
     assert delays[-1] == pytest.approx((40 - free) / 40 / GAIN)
     steady = paced(1.0)
-    assert max(steady.delay(40, index / 40) for index in range(200)) == pytest.approx(0.0)
+    assert max(steady.hold_back(40, index / 40) for index in range(200)) == pytest.approx(0.0)
 
 
 def test_nobody_is_held_back_for_longer_than_the_target() -> None:
     pacer = paced(30.0, longest=0.5)
-    assert max(pacer.delay(256, 0.0) for _ in range(256)) == pytest.approx(0.5)
+    assert max(pacer.hold_back(256, 0.0) for _ in range(256)) == pytest.approx(0.5)
 
 
 def test_the_latency_follows() -> None:
     pacer = paced(1.0)
     for _ in range(200):
         pacer.note(4.0)
-    assert [pacer.delay(40, 0.0) for _ in range(40)][-1] == pytest.approx(
+    assert [pacer.hold_back(40, 0.0) for _ in range(40)][-1] == pytest.approx(
         4.0 * 30 / 40 / GAIN, rel=0.01
     )
 
@@ -51,7 +51,7 @@ def test_no_span_sees_more_than_a_burst_beyond_the_rate(gaps: list[float], windo
     pacer, now, sent = paced(1.0, longest=1e6), 0.0, list[float]()
     for gap in gaps:
         now += gap
-        sent.append(now + pacer.delay(window, now))
+        sent.append(now + pacer.hold_back(window, now))
     assert sent == sorted(sent)
     allowance = max(1.0, BURST * window) + 1e-6
     for first in range(len(sent)):
