@@ -21,6 +21,9 @@ from fireworks_training.local.limits import Limits
 
 ACCOUNT = "local"
 MODEL_PREFIX = f"accounts/{ACCOUNT}/models/"
+JOB_PREFIX = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
+DEPLOYMENT_PREFIX = f"accounts/{ACCOUNT}/deployments/"
+OPERATION_PREFIX = f"accounts/{ACCOUNT}/operations/"
 TRAINING_SHAPE = f"accounts/{ACCOUNT}/trainingShapes/cpu"
 DEPLOYMENT_SHAPE = f"accounts/{ACCOUNT}/deploymentShapes/cpu"
 

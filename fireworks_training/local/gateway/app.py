@@ -31,15 +31,12 @@ from fireworks_training.local.gateway.control_plane.promotions import (
     run_promotion,
 )
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE, ControlPlane
-from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
+from fireworks_training.local.gateway.control_plane.trainer_jobs import TrainerJobs
 from fireworks_training.local.gateway.control_plane.workers import Spawner, Workers
 from fireworks_training.local.gateway.faults import CONDITIONS, fault_middleware
 from fireworks_training.local.gateway.inference import tokenizer_route
-from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
-    ModelEntry,
-    ServingRegistry,
-)
+from fireworks_training.local.gateway.inference.registry import ModelEntry, ServingRegistry
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.auth import host_middleware, key_middleware
 from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
@@ -104,12 +101,10 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     state_dir, runtime_dir = Path(settings.state_dir), Path(settings.runtime_dir)
     database = Database(state_dir / FILE)
     registry = load_registry(settings)
-    workers = Workers(database, parts.spawner, runtime_dir)
     conditions = Conditions(Limits().changed(settings.limits))
+    workers = Workers(database, parts.spawner, runtime_dir, conditions)
     jobs = TrainerJobs(database, workers, registry, state_dir, conditions)
-    deployments = Deployments(
-        database, workers, registry, state_dir, parts.connect_engine, conditions
-    )
+    deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
         middlewares=[

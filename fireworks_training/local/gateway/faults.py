@@ -17,7 +17,7 @@ from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.conditions import MAX_FAULTS, Conditions, Fault
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.web.bodies import read_object
+from fireworks_training.local.gateway.web.bodies import int_field, read_object, text_field
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.limits import camel, seconds
 from fireworks_training.local.settings import ACCOUNT
@@ -64,7 +64,7 @@ class RouteFault:
 class RouteFaults:
     """Those that are still due."""
 
-    due: list[RouteFault] = field(default_factory=list)
+    due: list[RouteFault] = field(default_factory=list[RouteFault])
 
     def take(self, request: web.Request) -> RouteFault | None:
         """The first that a request meets, counted down."""
@@ -166,22 +166,21 @@ async def delete_faults(request: web.Request) -> web.Response:
 
 async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> web.Response:
     _check_names(body, ("resource", "delayS", "pending", "fail", "killReplica"))
-    name = resources.text_field(body, "resource")
+    name = text_field(body, "resource")
     kind, id_ = _parse_resource(name)
     delay = body.get("delayS")
     fault = Fault(
         delay_s=None if delay is None else _seconds("delayS", delay),
-        pending=_text(body, "pending"),
-        fail=_text(body, "fail"),
+        pending=text_field(body, "pending", most=MAX_TEXT),
+        fail=text_field(body, "fail", most=MAX_TEXT),
     )
     conditions, plane = request.app[CONDITIONS], request.app[CONTROL_PLANE]
     _check_room(len(conditions.faults()))
     if "killReplica" in body:
         if kind != "deployments":
             raise HttpProblem(400, "killReplica goes with a deployment")
-        await plane.deployments.kill_replica(
-            id_, resources.int_field(body, "killReplica", 0, 0, 63)
-        )
+        number = int_field(body, "killReplica", 0, 63, default=0)
+        await plane.deployments.kill_replica(id_, number)
     running = plane.jobs if kind == "rlorTrainerJobs" else plane.deployments
     if fault.fail and running.lives(id_):
         await plane.finish(running.fail(id_, fault.fail))
@@ -192,7 +191,8 @@ async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> w
 
 def _route_fault(body: Mapping[str, object]) -> RouteFault:
     _check_names(body, ("method", "path", "status", "times", "after", "retryAfterS"))
-    method, path = _text(body, "method").upper() or hdrs.METH_GET, _text(body, "path")
+    method = text_field(body, "method", most=MAX_TEXT).upper() or hdrs.METH_GET
+    path = text_field(body, "path", most=MAX_TEXT)
     if not path.startswith("/"):
         raise HttpProblem(400, "a fault needs a `resource`, or a `path` that starts with a slash")
     if method not in hdrs.METH_ALL:
@@ -203,8 +203,8 @@ def _route_fault(body: Mapping[str, object]) -> RouteFault:
     return RouteFault(
         method=method,
         path=path,
-        status=resources.int_field(body, "status", 503, 400, 599),
-        times=resources.int_field(body, "times", 1, 1, MAX_TIMES),
+        status=int_field(body, "status", 400, 599, default=503),
+        times=int_field(body, "times", 1, MAX_TIMES, default=1),
         after=after,
         retry_after_s=None if retry is None else _seconds("retryAfterS", retry),
     )
@@ -228,13 +228,6 @@ def _check_names(body: Mapping[str, object], known: tuple[str, ...]) -> None:
 def _check_room(used: int) -> None:
     if used >= MAX_FAULTS:
         raise HttpProblem(429, f"{used} faults are set already; DELETE {FAULTS} removes them")
-
-
-def _text(body: Mapping[str, object], name: str) -> str:
-    text = resources.text_field(body, name)
-    if len(text) > MAX_TEXT:
-        raise HttpProblem(400, f"{name} is over {MAX_TEXT} characters")
-    return text
 
 
 def _seconds(name: str, value: object) -> float:

@@ -14,19 +14,24 @@ from fireworks_training.local.gateway.control_plane.promotions import (
     DONE,
     FAILED,
     RUNNING,
-    operation_name,
 )
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
     STAND_IN_PREFIX,
     ModelEntry,
     ServingRegistry,
     UnknownModel,
 )
-from fireworks_training.local.gateway.web.bodies import page, read_object
+from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.web.bodies import page, read_object, required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT, MODEL_PREFIX, TRAINING_SHAPE
+from fireworks_training.local.settings import (
+    ACCOUNT,
+    JOB_PREFIX,
+    MODEL_PREFIX,
+    OPERATION_PREFIX,
+    TRAINING_SHAPE,
+)
 from fireworks_training.local.store.database import Body, ResourceRow
 
 LATEST = "latest"
@@ -84,7 +89,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 def _shown_model(request: web.Request, name: str, entry: ModelEntry, notice: str | None) -> Body:
-    row = request.app[CONTROL_PLANE].promotions.model(name.rsplit("/", 1)[-1])
+    row = request.app[CONTROL_PLANE].promotions.models.find(name.rsplit("/", 1)[-1])
     promoted = row if row is not None and name == f"{MODEL_PREFIX}{row.id}" else None
     return resources.show_model(name, entry, notice, promoted)
 
@@ -110,14 +115,14 @@ async def delete_model(request: web.Request) -> web.Response:
 async def get_operation(request: web.Request) -> web.Response:
     """GET an operation: `done` with a `response` or an `error`, else its progress."""
     resources.check_account(request.match_info["account"])
-    row = request.app[CONTROL_PLANE].promotions.operation(request.match_info["operation"])
+    row = request.app[CONTROL_PLANE].promotions.operations.get(request.match_info["operation"])
     return web.json_response(show_operation(request, row))
 
 
 def show_operation(request: web.Request, row: ResourceRow) -> Body:
     """An operation as the API shows it."""
     shown: Body = {
-        "name": operation_name(row.id),
+        "name": f"{OPERATION_PREFIX}{row.id}",
         "done": row.state != RUNNING,
         "metadata": {"statusMessage": row.message, "createTime": row.created},
     }
@@ -142,17 +147,14 @@ async def promote_checkpoint(request: web.Request) -> web.Response:
     """POST checkpoints/<c>:promote; the body says whose checkpoint it is."""
     resources.check_account(request.match_info["account"])
     body = await read_object(request)
-    given = resources.text_field(body, "trainer_job_id") or resources.text_field(
-        body, "trainerJobId"
-    )
-    job = given.removeprefix(f"accounts/{ACCOUNT}/rlorTrainerJobs/")
+    job = required_text(body, "trainer_job_id", "trainerJobId").removeprefix(JOB_PREFIX)
     return await _promote(request, resources.check_id(job, "trainer_job_id"), body)
 
 
 async def _promote(request: web.Request, job: str, body: Mapping[str, object]) -> web.Response:
     """Answers with the operation, or waits for it unless `async_promotion` was asked for."""
     plane = request.app[CONTROL_PLANE]
-    plane.jobs.get(job)
+    plane.jobs.table.get(job)
     operation = plane.promotions.start(job, request.match_info["checkpoint"], body)
     if body.get("async_promotion", body.get("asyncPromotion")) is not True:
         operation = await plane.promotions.finished(operation.id)

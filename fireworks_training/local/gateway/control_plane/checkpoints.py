@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.settings import JOB_PREFIX
 from fireworks_training.local.store.database import Body
 from fireworks_training.local.store.snapshots import InvalidName, check_name
 
@@ -82,7 +82,7 @@ def _row(job: str, folder: Path, kind: str, *, promotable: bool = False) -> tupl
     time = datetime.fromtimestamp(changed, UTC).isoformat(timespec="microseconds")
     time = time.replace("+00:00", "Z")
     return changed, {
-        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{job}/checkpoints/{folder.name}",
+        "name": f"{JOB_PREFIX}{job}/checkpoints/{folder.name}",
         "createTime": time,
         "updateTime": time,
         "checkpointType": kind,

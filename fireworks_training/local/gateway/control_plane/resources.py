@@ -18,11 +18,14 @@ from fireworks_training.local.gateway.inference.registry import (
     ServingRegistry,
     UnknownModel,
 )
+from fireworks_training.local.gateway.web.bodies import int_field, object_field, text_field
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.limits import parse_duration
+from fireworks_training.local.limits import camel, parse_duration
 from fireworks_training.local.settings import (
     ACCOUNT,
+    DEPLOYMENT_PREFIX,
     DEPLOYMENT_SHAPE,
+    JOB_PREFIX,
     RESOURCE_ID_RULE,
     TRAINING_SHAPE,
     is_resource_id,
@@ -85,7 +88,7 @@ _VERSION = re.compile(r"/versions/[A-Za-z0-9._-]+$")
 class StatusNotices:
     """What a creator should know; shown as `statusMessage`."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list[str])
 
     def add(self, text: str | None) -> None:
         """Take a notice; None is none."""
@@ -122,36 +125,6 @@ def check_account(account: str) -> None:
     """Only one account exists."""
     if account != ACCOUNT:
         raise HttpProblem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
-
-
-def text_field(body: Mapping[str, object], name: str, default: str = "") -> str:
-    """A string of a body."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, str):
-        raise HttpProblem(400, f"{name} must be a string")
-    return value
-
-
-def int_field(body: Mapping[str, object], name: str, default: int, low: int, high: int) -> int:
-    """A bounded integer of a body."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise HttpProblem(400, f"{name} must be an integer from {low} to {high}")
-    return value
-
-
-def object_field(body: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """An object of a body; empty when absent."""
-    value = body.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise HttpProblem(400, f"{name} must be an object")
-    return cast("dict[str, object]", value)
 
 
 def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) -> ModelEntry:
@@ -210,8 +183,8 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
         shape_field(shape, TRAINING_SHAPE, notices)
     extra = object_field(training, "extraValues")
     context = _context_length(training, entry, base_model, notices)
-    lora_rank = int_field(training, "loraRank", 0, 0, MAX_LORA_RANK)
-    seed = int_field(extra, "seed", 0, 0, 2**63 - 1)
+    lora_rank = int_field(training, "loraRank", 0, MAX_LORA_RANK, default=0)
+    seed = int_field(extra, "seed", 0, 2**63 - 1, default=0)
     dtype = dtype_field(extra) or SNAPSHOT_DTYPES[0]
     notices.add_ignored(body, _JOB_OPTIONS_WITHOUT_EFFECT)
     notices.add_ignored(training, _TRAINING_OPTIONS_WITHOUT_EFFECT)
@@ -260,7 +233,7 @@ def _context_length(
     training: Mapping[str, object], entry: ModelEntry, asked_model: str, notices: StatusNotices
 ) -> int:
     most = entry.max_context_length
-    asked = int_field(training, "maxContextLength", most, 1, 1 << 24)
+    asked = int_field(training, "maxContextLength", 1, 1 << 24, default=most)
     if asked <= most:
         return asked
     if asked_model == entry.name:
@@ -272,7 +245,7 @@ def _context_length(
 def show_job(row: ResourceRow) -> Body:
     """A job as the API shows it."""
     return {
-        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{row.id}",
+        "name": f"{JOB_PREFIX}{row.id}",
         "state": row.state,
         "statusMessage": row.message,
         "createTime": row.created,
@@ -302,17 +275,17 @@ def deployment_body(body: Mapping[str, object], registry: ServingRegistry) -> tu
     notices.add_ignored(body, _DEPLOYMENT_OPTIONS_WITHOUT_EFFECT)
     resource: Body = {name: body[name] for name in _DEPLOYMENT_FIELDS if body.get(name) is not None}
     resource["baseModel"] = base_model
-    resource["minReplicaCount"], resource["maxReplicaCount"] = replica_fields(body, 0, 1)
+    least, most = replica_fields(body, 0, 1)
+    resource["minReplicaCount"], resource["maxReplicaCount"] = least, most
     resource["hotLoadTransitionType"] = transition_field(body, "ASYNC")
     check_trainer_job(text_field(body, "hotLoadTrainerJob"))
-    awake = max(1, cast(int, resource["maxReplicaCount"]))
-    return {"resource": resource, "model": entry.name, "awake": awake}, notices.text()
+    return {"resource": resource, "model": entry.name, "awake": max(1, most)}, notices.text()
 
 
 def replica_fields(body: Mapping[str, object], low: int, high: int) -> tuple[int, int]:
-    """Minimum and maximum of replicas; `low` and `high` are the defaults."""
-    least = int_field(body, "minReplicaCount", low, 0, MAX_REPLICAS)
-    most = int_field(body, "maxReplicaCount", max(high, least), 0, MAX_REPLICAS)
+    """Return the minimum and maximum of replicas; `low` and `high` are the defaults."""
+    least = int_field(body, "minReplicaCount", 0, MAX_REPLICAS, default=low)
+    most = int_field(body, "maxReplicaCount", 0, MAX_REPLICAS, default=max(high, least))
     if least > most:
         raise HttpProblem(400, f"minReplicaCount {least} is above maxReplicaCount {most}")
     return least, most
@@ -328,9 +301,9 @@ def transition_field(body: Mapping[str, object], default: str) -> str:
 
 def check_trainer_job(name: str) -> None:
     """The resource name of a trainer job, or empty; the job may be created later."""
-    prefix = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
-    if name and not (name.startswith(prefix) and is_resource_id(name.removeprefix(prefix))):
-        raise HttpProblem(400, f"hotLoadTrainerJob must be {prefix}<id>")
+    id_ = name.removeprefix(JOB_PREFIX)
+    if name and (id_ == name or not is_resource_id(id_)):
+        raise HttpProblem(400, f"hotLoadTrainerJob must be {JOB_PREFIX}<id>")
 
 
 _PATCHABLE = (
@@ -346,7 +319,7 @@ _PATCHABLE = (
 
 def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Body:
     """The stored body after a PATCH; without a mask every field of the body counts."""
-    names = [_camel(name) for name in mask.split(",") if name] or list(body)
+    names = [camel(name.strip()) for name in mask.split(",") if name] or list(body)
     for name in names:
         if name not in _PATCHABLE:
             raise HttpProblem(400, f"{name!r} can't be changed; these can: {', '.join(_PATCHABLE)}")
@@ -354,26 +327,22 @@ def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Bod
     resource = dict(cast(Body, stored["resource"]))
     # A maximum given alone pulls the minimum down with it, so that it can't contradict.
     if "maxReplicaCount" in changes and "minReplicaCount" not in changes:
-        most = int_field(changes, "maxReplicaCount", 1, 0, MAX_REPLICAS)
+        most = int_field(changes, "maxReplicaCount", 0, MAX_REPLICAS, default=1)
         resource["minReplicaCount"] = min(cast(int, resource["minReplicaCount"]), most)
     merged = {**resource, **changes}
-    least, most = cast(int, resource["minReplicaCount"]), cast(int, resource["maxReplicaCount"])
-    merged["minReplicaCount"], merged["maxReplicaCount"] = replica_fields(merged, least, most)
+    defaults = cast(int, resource["minReplicaCount"]), cast(int, resource["maxReplicaCount"])
+    least, most = replica_fields(merged, *defaults)
+    merged["minReplicaCount"], merged["maxReplicaCount"] = least, most
     merged["hotLoadTransitionType"] = transition_field(merged, "ASYNC")
     check_trainer_job(text_field(merged, "hotLoadTrainerJob"))
-    awake = cast(int, merged["maxReplicaCount"]) or cast(int, stored["awake"])
+    awake = most or cast(int, stored["awake"])
     resource = {name: value for name, value in merged.items() if value is not None}
     return {**stored, "resource": resource, "awake": awake}
 
 
-def _camel(name: str) -> str:
-    first, *rest = name.strip().split("_")
-    return first + "".join(part.capitalize() for part in rest)
-
-
 def show_deployment(row: ResourceRow, replicas: int) -> Body:
     """A deployment as the API shows it."""
-    name = f"accounts/{ACCOUNT}/deployments/{row.id}"
+    name = f"{DEPLOYMENT_PREFIX}{row.id}"
     return {
         "name": name,
         "state": row.state,

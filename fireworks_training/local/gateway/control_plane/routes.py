@@ -19,10 +19,11 @@ from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.checkpoints import list_checkpoints
 from fireworks_training.local.gateway.control_plane.deployments import Deployments
 from fireworks_training.local.gateway.control_plane.promotions import Promotions
-from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
-from fireworks_training.local.gateway.inference.registry import REGISTRY
-from fireworks_training.local.gateway.web.bodies import page, read_object
-from fireworks_training.local.gateway.web.holding import Waiters, answer
+from fireworks_training.local.gateway.control_plane.trainer_jobs import TrainerJobs
+from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.web.bodies import page, read_object, text_field
+from fireworks_training.local.gateway.web.long_polls import Waiters, answer
+from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.store.database import Body
 
 
@@ -43,14 +44,11 @@ class ControlPlane:
     promotions: Promotions
     snapshots_dir: Path
     waiters: Waiters = field(default_factory=Waiters)
-    _detached: set[asyncio.Task[None]] = field(default_factory=set)
+    _changes: RunningTasks[object] = field(default_factory=RunningTasks[object])
 
     async def finish(self, work: Coroutine[None, None, None]) -> None:
         """Run a change to its end, also when the request that asked for it is cut off."""
-        task = asyncio.create_task(work)
-        self._detached.add(task)
-        task.add_done_callback(self._detached.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._changes.start(object(), work))
 
 
 CONTROL_PLANE: web.AppKey[ControlPlane] = web.AppKey("control_plane", ControlPlane)
@@ -96,7 +94,7 @@ async def create_job(request: web.Request) -> web.Response:
     given = request.query.get("rlorTrainerJobId")
     id_ = resources.check_id(given or f"job-{secrets.token_hex(4)}", "rlorTrainerJobId")
     body = await read_object(request)
-    shape = request.query.get("trainingShape") or resources.text_field(body, "trainingShape")
+    shape = request.query.get("trainingShape") or text_field(body, "trainingShape")
     stored, notice = resources.job_body(body, shape, request.app[REGISTRY])
     return web.json_response(resources.show_job(_plane(request).jobs.create(id_, stored, notice)))
 
@@ -107,7 +105,7 @@ async def get_job(request: web.Request) -> web.Response:
     plane, id_ = _plane(request), _ids(request, "job")
 
     def show() -> Body:
-        return resources.show_job(plane.jobs.get(id_))
+        return resources.show_job(plane.jobs.table.get(id_))
 
     return await answer(request, plane.waiters, ("job", id_), show)
 
@@ -115,7 +113,7 @@ async def get_job(request: web.Request) -> web.Response:
 async def list_jobs(request: web.Request) -> web.Response:
     """GET the jobs that are not deleted, oldest first."""
     resources.check_account(request.match_info["account"])
-    rows = [resources.show_job(row) for row in _plane(request).jobs.rows()]
+    rows = [resources.show_job(row) for row in _plane(request).jobs.table.present()]
     return page(request, rows, "rlorTrainerJobs")
 
 
@@ -135,7 +133,7 @@ async def delete_job(request: web.Request) -> web.Response:
 async def list_job_checkpoints(request: web.Request) -> web.Response:
     """GET the saved states and snapshots of a job, of a deleted one too."""
     plane, id_ = _plane(request), _ids(request, "job")
-    plane.jobs.get(id_)
+    plane.jobs.table.get(id_)
     states = plane.jobs.states_dir(id_)
     rows = await asyncio.to_thread(list_checkpoints, id_, states, plane.snapshots_dir)
     return page(request, rows, "checkpoints")
@@ -145,7 +143,7 @@ async def list_job_checkpoints(request: web.Request) -> web.Response:
 
 
 def _shown(plane: ControlPlane, id_: str) -> Body:
-    row = plane.deployments.get(id_)
+    row = plane.deployments.table.get(id_)
     return resources.show_deployment(row, plane.deployments.replicas(id_))
 
 
@@ -171,7 +169,8 @@ async def list_deployments(request: web.Request) -> web.Response:
     resources.check_account(request.match_info["account"])
     deployments = _plane(request).deployments
     rows = [
-        resources.show_deployment(row, deployments.replicas(row.id)) for row in deployments.rows()
+        resources.show_deployment(row, deployments.replicas(row.id))
+        for row in deployments.table.present()
     ]
     return page(request, rows, "deployments")
 
@@ -181,7 +180,7 @@ async def patch_deployment(request: web.Request) -> web.Response:
     id_, plane = _ids(request, "deployment"), _plane(request)
     body = await read_object(request)
     mask = request.query.get("updateMask", "")
-    changed = resources.deployment_patch(plane.deployments.get(id_).body, body, mask)
+    changed = resources.deployment_patch(plane.deployments.table.get(id_).body, body, mask)
     plane.deployments.patch(id_, changed)
     return web.json_response(_shown(plane, id_))
 

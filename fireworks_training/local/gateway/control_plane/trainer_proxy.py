@@ -19,7 +19,7 @@ from yarl import URL
 
 from fireworks_training.local.gateway.control_plane.resources import check_account, check_id
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.control_plane.trainers import (
+from fireworks_training.local.gateway.control_plane.trainer_jobs import (
     CREATING,
     DELETED,
     DELETING,
@@ -96,7 +96,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise _too_long()
     jobs = request.app[CONTROL_PLANE].jobs
-    trainer, row = jobs.trainer(id_), jobs.get(id_)
+    trainer, row = jobs.trainer(id_), jobs.table.get(id_)
     if trainer is None:
         if row.state in (PENDING, CREATING, RUNNING):
             raise HttpProblem(503, f"trainer job {id_!r} is starting", headers={"Retry-After": "1"})
@@ -198,7 +198,7 @@ async def after_failure(
         raise HttpProblem(
             502, f"the trainer of job {id_!r} broke the connection ({type(error).__name__})"
         ) from error
-    row = request.app[CONTROL_PLANE].jobs.get(id_)
+    row = request.app[CONTROL_PLANE].jobs.table.get(id_)
     return model_lost(_lost_text(id_, row.state, row.message))
 
 

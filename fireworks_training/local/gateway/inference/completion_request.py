@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fireworks_training.local.gateway.web.bodies import parse_object
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 DEFAULT_MAX_TOKENS = 1024
@@ -98,12 +98,7 @@ def parse_body(data: bytes) -> CompletionBody:
     Raises:
         Problem: 400 with the field's name; never with its value, which may be a prompt.
     """
-    try:
-        found = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise HttpProblem(400, "the body is not JSON") from None
-    if not isinstance(found, dict):
-        raise HttpProblem(400, "the body is not a JSON object")
+    found = parse_object(data)
     if found.get("images"):
         raise HttpProblem(400, "images are not supported by this platform, field: 'images'")
     found.pop("images", None)

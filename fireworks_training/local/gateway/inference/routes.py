@@ -40,8 +40,9 @@ from fireworks_training.local.gateway.inference.engine_stream import (
     EngineStream,
     Generation,
 )
-from fireworks_training.local.gateway.inference.registry import REGISTRY, LiveDeployment, ModelEntry
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ModelEntry
 from fireworks_training.local.gateway.inference.serving import (
+    REGISTRY,
     RETRY_SOON,
     add_waking,
     choose_engine,
@@ -107,7 +108,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         raise _busy(live, error) from None
     except EngineGone as error:
         raise _gone(live) from error
-    answer = _Answer(
+    answer = _CompletionAnswer(
         request, body, live, engine, prompt, codec, stream, received, encoded, patience
     )
     try:
@@ -118,7 +119,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         stream.cancel()
 
 
-class _Answer:
+class _CompletionAnswer:
     """One request from its first token to its last byte."""
 
     def __init__(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-from fireworks_training.local.gateway.inference.registry import REGISTRY, UnknownModel
+from fireworks_training.local.gateway.inference.registry import UnknownModel
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 # config.json names the architecture, by which the tokenizer's class is found.

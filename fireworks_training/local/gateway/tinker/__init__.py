@@ -13,7 +13,7 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.inference.registry import REGISTRY
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.tinker import (
     records,
     refusals,

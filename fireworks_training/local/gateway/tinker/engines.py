@@ -21,9 +21,9 @@ from fireworks_training.local.gateway.inference.registry import (
 )
 from fireworks_training.local.gateway.tinker.turns import SnapshotTurns
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.settings import DEPLOYMENT_PREFIX
 
-DEPLOYMENT_PREFIX = "tinker-"
+ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 
@@ -83,10 +83,10 @@ class TinkerEngines:
         if not deployments.lives(id_):
             asked = {"baseModel": entry.name, "minReplicaCount": 1, "maxReplicaCount": 1}
             body, notice = resources.deployment_body(asked, self._registry)
-            if id_ in {row.id for row in deployments.rows()}:
+            if any(row.id == id_ for row in deployments.table.present()):
                 await self._plane.finish(deployments.delete(id_, hard=True))
             deployments.create(id_, body, notice)
-        name = f"accounts/{ACCOUNT}/deployments/{id_}"
+        name = f"{DEPLOYMENT_PREFIX}{id_}"
         try:
             async with asyncio.timeout(START_WITHIN_S):
                 while True:
@@ -110,11 +110,11 @@ class TinkerEngines:
             raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
         if ended.outcome != "loaded":
             raise HttpProblem(503, f"{live.resource}: {identity!r} was superseded by another load")
-        self._registry.record_loaded(live.resource, identity)
+        live.keeper.record_loaded(live.resource, identity)
 
 
 def _id_of(entry: ModelEntry, *, base: bool) -> str:
-    name = f"{DEPLOYMENT_PREFIX}{entry.name.rpartition('/')[2]}"
+    name = f"{ID_PREFIX}{entry.name.rpartition('/')[2]}"
     return f"{name[:58]}-base" if base else name[:63]
 
 

@@ -21,9 +21,9 @@ from typing import Any
 from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.inference.registry import REGISTRY
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
@@ -37,6 +37,8 @@ from fireworks_training.local.store.tinker_store import (
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler"}
 MAX_PAGE = 1000
+MAX_TTL_S = 10**11
+"""Seconds in the year 5000 that a time can still hold."""
 
 
 def add_routes(app: web.Application) -> None:
@@ -168,7 +170,7 @@ async def _list_all(request: web.Request) -> web.Response:
 
 
 async def _weights_info(request: web.Request) -> web.Response:
-    path = text(await read_json(request), "tinker_path")
+    path = required_text(await read_object(request), "tinker_path")
     try:
         checkpoint = parse_path(path)
     except BadTinkerPath as error:
@@ -209,7 +211,7 @@ def _folder(request: web.Request, checkpoint: Checkpoint) -> Path | None:
     if checkpoint.kind == "sampler_weights":
         found = [plane.snapshots_dir / checkpoint.identity]
     else:
-        jobs = [row.id for row in plane.jobs.rows() if row.body.get("tinker")]
+        jobs = [row.id for row in plane.jobs.table.present() if row.body.get("tinker")]
         found = [plane.jobs.states_dir(job) / checkpoint.identity for job in jobs]
     return next((folder for folder in found if folder.is_dir()), None)
 
@@ -233,11 +235,8 @@ async def _delete(request: web.Request) -> web.Response:
 
 async def _set_ttl(request: web.Request) -> web.Response:
     note = _note(request)
-    seconds = (await read_json(request)).get("ttl_seconds")
-    if seconds is not None and (
-        not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1
-    ):
-        raise HttpProblem(400, "ttl_seconds must be a whole number from 1, or null")
+    body = await read_object(request)
+    seconds = int_field(body, "ttl_seconds", 1, MAX_TTL_S, default=0) or None
     _store(request).write_checkpoint(replace(note, expires_at=expiry(seconds)))
     return web.json_response({})
 

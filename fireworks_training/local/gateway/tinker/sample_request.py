@@ -17,19 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from fireworks_training._wire.training import schema
 from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
-from fireworks_training.local.gateway.inference.engine_client import EngineLimits
+from fireworks_training.local.gateway.inference.engine_client import EngineCapacity
 from fireworks_training.local.gateway.inference.engine_stream import (
     Delta,
     EngineStream,
     Generation,
     TopLogprobs,
 )
-from fireworks_training.local.gateway.tinker.prompt_asks import (
+from fireworks_training.local.gateway.tinker.prompt_probes import (
     MAX_A_PLACE,
-    PromptAsks,
+    PromptProbes,
     Targets,
-    read_asks,
+    read_probes,
 )
+from fireworks_training.local.gateway.web.bodies import invalid_body
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 MAX_SAMPLES = 1024
@@ -93,9 +94,7 @@ def parse_sample(raw: bytes) -> SampleBody:
     try:
         body = SampleBody.model_validate_json(raw)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise invalid_body(error) from None
     if body.record_stability_info:
         text = (
             "record_stability_info is not supported here: the formula of the loss that it serves,"
@@ -124,12 +123,12 @@ class SamplePlan:
     stop_texts: list[str]
     prompt_tokens: int
     echo: int
-    asks: PromptAsks
+    asks: PromptProbes
     top_prompt: int
     top_sample: int
 
 
-def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
+def plan_samples(body: SampleBody, limits: EngineCapacity) -> SamplePlan:
     """The generations of a request.
 
     Raises:
@@ -154,7 +153,7 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         )
     wanted = bool(body.prompt_logprobs) or body.topk_prompt_logprobs > 0
     echo = (last or len(prompt)) if wanted else 0
-    asks = read_asks(
+    asks = read_probes(
         body.target_prompt_logprobs, body.prompt_alt_tokens_k, len(prompt), limits.vocab_size
     )
     places = max(echo, asks.echo)

@@ -24,7 +24,6 @@ from fireworks_training.local.gateway.inference.engine_stream import (
     Generation,
 )
 from fireworks_training.local.gateway.inference.registry import ModelEntry
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.results import Result, SampleResults
 from fireworks_training.local.gateway.tinker.sample_request import (
@@ -37,6 +36,7 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
+from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import (
     MAX_BODY_BYTES,
@@ -81,10 +81,9 @@ class TinkerSampling:
         Raises:
             Problem: 400, 404.
         """
-        session, number = text(body, "session_id"), body.get("sampling_session_seq_id")
+        session = required_text(body, "session_id")
         self._training.session(session)
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**9:
-            raise HttpProblem(400, "sampling_session_seq_id must be a whole number from 0")
+        number = int_field(body, "sampling_session_seq_id", 0, 10**9 - 1)
         named = body.get("base_model"), body.get("model_path")
         note = self._note(sampling_session_id(session, number), *named)
         known = self._training.store.sampler(note.session)
@@ -245,7 +244,7 @@ async def _dynamic_config(request: web.Request) -> web.Response:
 
 
 async def _create_sampling_session(request: web.Request) -> web.Response:
-    id_ = await request.app[SAMPLING].create_session(await read_json(request))
+    id_ = await request.app[SAMPLING].create_session(await read_object(request))
     return web.json_response({"sampling_session_id": id_, "type": "create_sampling_session"})
 
 
@@ -264,13 +263,13 @@ async def _asample(request: web.Request) -> web.Response:
 
 
 async def _cancel_future(request: web.Request) -> web.Response:
-    request.app[SAMPLING].results.cancel(text(await read_json(request), "request_id"))
+    request.app[SAMPLING].results.cancel(required_text(await read_object(request), "request_id"))
     return web.json_response({})
 
 
 async def _retrieve_future(request: web.Request) -> web.StreamResponse:
     raw = await request.read()
-    request_id = text(await read_json(request), "request_id")
+    request_id = required_text(await read_object(request), "request_id")
     owner = request_id.rpartition(":")[0]
     if ":sampler:" not in owner:
         return await pass_to_trainer(request, raw, owner)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from fireworks_training.local.gateway.tinker.records import kept, page
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import invalid_body
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import SessionNote, session_of
 
@@ -103,9 +104,7 @@ async def _search(request: web.Request) -> web.Response:
     try:
         wanted = _Search.model_validate_json(await request.read())
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise invalid_body(error) from None
     training = request.app[TRAINING]
     notes = (await asyncio.to_thread(training.store.sessions))[::-1]
     statuses = {note.session: _status(note, training.active(note.session)) for note in notes}

@@ -20,7 +20,12 @@ from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.routes import ControlPlane
-from fireworks_training.local.gateway.control_plane.trainers import FAILED, PAUSED, RUNNING, Trainer
+from fireworks_training.local.gateway.control_plane.trainer_jobs import (
+    FAILED,
+    PAUSED,
+    RUNNING,
+    Trainer,
+)
 from fireworks_training.local.gateway.inference.registry import (
     ModelEntry,
     ServingRegistry,
@@ -30,7 +35,7 @@ from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import OFFERS
 from fireworks_training.local.store.tinker_store import SessionNote, TinkerStore, session_of
 
-JOB_PREFIX = "tinker-"
+ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 MAX_SESSIONS = 4096
@@ -99,27 +104,28 @@ class TinkerTraining:
         Raises:
             Problem: 503 when it does not start.
         """
-        id_ = f"{JOB_PREFIX}{entry.name.rpartition('/')[2]}"[:63]
+        id_ = f"{ID_PREFIX}{entry.name.rpartition('/')[2]}"[:63]
         jobs = self._plane.jobs
-        if id_ not in {row.id for row in jobs.rows()}:
+        if all(row.id != id_ for row in jobs.table.present()):
             training = {"baseModel": entry.name, "loraRank": resources.MAX_LORA_RANK}
             asked = {"trainingConfig": training, "disableInactivityCleanup": True}
             body, notice = resources.job_body(asked, "", self._registry)
             jobs.create(id_, {**body, "tinker": True}, notice)
-        elif jobs.get(id_).state in (FAILED, PAUSED):
+        elif jobs.table.get(id_).state in (FAILED, PAUSED):
             jobs.resume(id_)
         try:
             async with asyncio.timeout(START_WITHIN_S):
                 while (trainer := jobs.trainer(id_)) is None:
-                    if jobs.get(id_).state == FAILED:
-                        raise HttpProblem(503, f"trainer job {id_!r}: {jobs.get(id_).message}")
+                    row = jobs.table.get(id_)
+                    if row.state == FAILED:
+                        raise HttpProblem(503, f"trainer job {id_!r}: {row.message}")
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
             raise HttpProblem(503, f"trainer job {id_!r} has not started within 120 s") from None
         return id_, trainer
 
     def _trainers(self) -> Iterable[tuple[str, Trainer]]:
-        for row in self._plane.jobs.rows():
+        for row in self._plane.jobs.table.present():
             trainer = self._plane.jobs.trainer(row.id)
             if row.body.get("tinker") and row.state == RUNNING and trainer is not None:
                 yield row.id, trainer

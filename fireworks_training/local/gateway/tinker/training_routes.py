@@ -12,15 +12,19 @@ import zstandard
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
+from fireworks_training.local.gateway.control_plane.trainer_jobs import Trainer
 from fireworks_training.local.gateway.control_plane.trainer_proxy import (
     after_failure,
     answer_of,
     passed_headers,
 )
-from fireworks_training.local.gateway.control_plane.trainers import Trainer
 from fireworks_training.local.gateway.inference.registry import ModelEntry
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import (
+    parse_object,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem, model_lost
 
 FINISHES = ("success", "errored", "interrupted")
@@ -76,7 +80,7 @@ async def _telemetry(request: web.Request) -> web.Response:
 
 
 async def _create_session(request: web.Request) -> web.Response:
-    body = await read_json(request)
+    body = await read_object(request)
     name, metadata = body.get("display_name"), body.get("user_metadata") or {}
     if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
         raise HttpProblem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
@@ -88,12 +92,12 @@ async def _create_session(request: web.Request) -> web.Response:
 
 
 async def _heartbeat(request: web.Request) -> web.Response:
-    await request.app[TRAINING].heartbeat(text(await read_json(request), "session_id"))
+    await request.app[TRAINING].heartbeat(required_text(await read_object(request), "session_id"))
     return web.json_response({"type": "session_heartbeat"})
 
 
 async def _finish(request: web.Request) -> web.Response:
-    body = await read_json(request)
+    body = await read_object(request)
     reason, detail = body.get("reason"), body.get("detail")
     given = reason.get("type") if isinstance(reason, dict) else None
     if given not in (None, *FINISHES):
@@ -107,22 +111,24 @@ async def _finish(request: web.Request) -> web.Response:
 
 
 async def _create_model(request: web.Request) -> web.StreamResponse:
-    raw, body = await request.read(), await read_json(request)
+    raw, body = await request.read(), await read_object(request)
     training = request.app[TRAINING]
-    return await _begin_run(request, raw, body, training.model(text(body, "base_model")))
+    return await _begin_run(request, raw, body, training.model(required_text(body, "base_model")))
 
 
 async def _load_weights(request: web.Request) -> web.StreamResponse:
     """Into a run that is there, or as the beginning of a new one."""
-    raw, body = await request.read(), await read_json(request)
+    raw, body = await request.read(), await read_object(request)
     if body.get("session_id") is None:
         return await _pass_to_run(request)
     training = request.app[TRAINING]
     named = body.get("base_model")
     if not isinstance(named, str):
-        note = training.store.run(text(body, "path").removeprefix("tinker://").partition("/")[0])
+        note = training.store.run(
+            required_text(body, "path").removeprefix("tinker://").partition("/")[0]
+        )
         if note is None:
-            raise HttpProblem(404, f"no checkpoint {text(body, 'path')[:200]!r}")
+            raise HttpProblem(404, f"no checkpoint {required_text(body, 'path')[:200]!r}")
         named = note.base_model
         body["base_model"] = named
         raw = orjson.dumps(body)
@@ -133,7 +139,7 @@ async def _begin_run(
     request: web.Request, raw: bytes, body: dict[str, object], entry: ModelEntry
 ) -> web.StreamResponse:
     training = request.app[TRAINING]
-    session_id = text(body, "session_id")
+    session_id = required_text(body, "session_id")
     training.session(session_id)
     id_, trainer = await training.trainer_of_model(entry)
     await training.adopt(session_id, id_, trainer)
@@ -182,11 +188,7 @@ async def forward(
 def _run_of(request: web.Request, raw: bytes) -> str:
     """The run that a body is about: `model_id` in JSON, the first field of a protobuf message."""
     if request.content_type != "application/x-protobuf":
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            raise HttpProblem(400, "the body is not JSON") from None
-        return text(body if isinstance(body, dict) else {}, "model_id")
+        return required_text(parse_object(raw), "model_id")
     head = raw[:512]
     if request.headers.get(hdrs.CONTENT_ENCODING) == _ZSTD:
         try:

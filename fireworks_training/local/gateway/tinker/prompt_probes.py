@@ -36,7 +36,7 @@ class Targets(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PromptAsks:
+class PromptProbes:
     """What is asked of a prompt.
 
     Attributes:
@@ -94,9 +94,9 @@ class PromptAsks:
         return tensor
 
 
-def read_asks(
+def read_probes(
     targets: Targets | None, draws: int, prompt_tokens: int, vocab_size: int
-) -> PromptAsks:
+) -> PromptProbes:
     """What is asked of a prompt.
 
     Raises:
@@ -106,7 +106,7 @@ def read_asks(
     if draws and not places:
         raise HttpProblem(400, "prompt_alt_tokens_k: a prompt of one token has no place to draw at")
     if targets is None:
-        return PromptAsks(rows=[[]] * places, draws=draws)
+        return PromptProbes(rows=[[]] * places, draws=draws)
     rows = _rows(targets, places)
     columns = max(map(len, rows), default=0)
     if not any(map(_named, rows)):
@@ -117,7 +117,7 @@ def read_asks(
         if row and not -1 <= min(row) <= max(row) < vocab_size:
             text = f"target_prompt_logprobs: token ids must be from 0 to {vocab_size - 1}, or -1"
             raise HttpProblem(400, text)
-    return PromptAsks(rows, targets, draws, columns)
+    return PromptProbes(rows, targets, draws, columns)
 
 
 def _rows(targets: Targets, places: int) -> list[list[int]]:
