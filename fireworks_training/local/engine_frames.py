@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -217,7 +217,7 @@ class FrameDecoder:
         return frames
 
 
-class _Reader:
+class _PayloadReader:
     """Takes arrays off a payload, front to back."""
 
     def __init__(self, payload: bytes) -> None:
@@ -255,16 +255,17 @@ def _frame(kind: bytes, *parts: bytes) -> bytes:
 
 def _decode_control(payload: bytes) -> Control:
     try:
-        message = orjson.loads(payload)
+        found: object = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
         raise FrameError(f"a control frame is not JSON: {error}") from None
-    if not isinstance(message, dict) or not isinstance(message.get("op"), str):
+    message = cast("dict[str, object]", found) if isinstance(found, dict) else {}
+    if not isinstance(message.get("op"), str):
         raise FrameError("a control frame is not an object with an op")
     return Control(message)
 
 
 def _decode_step(payload: bytes) -> Step:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     rows, k, version, active, waiting = reader.head(_STEP)
     streams = reader.array("<u4", rows).astype(np.uint32, copy=False)
     tokens = reader.array("<i4", rows).astype(np.int32, copy=False)
@@ -291,7 +292,7 @@ def _decode_step(payload: bytes) -> Step:
 
 
 def _decode_begun(payload: bytes) -> Begun:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     rows, version = reader.head(_BEGUN)
     streams = reader.array("<u4", rows).astype(np.uint32, copy=False)
     queued = reader.array("<f4", rows).astype(np.float32, copy=False)
@@ -303,7 +304,7 @@ def _decode_begun(payload: bytes) -> Begun:
 
 
 def _decode_prompt_logprobs(payload: bytes) -> PromptLogprobs:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     stream, count, k, m = reader.head(_PROMPT)
     logprobs = reader.array("<f4", count).astype(np.float32, copy=False)
     top_ids = reader.array("<i4", count, k).astype(np.int32, copy=False)

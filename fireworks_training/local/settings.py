@@ -116,14 +116,14 @@ class PlatformSettings:
     port: int = 0
     api_key: str = field(default_factory=_new_key, repr=False)
     state_dir: str | None = None
-    models: dict[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict[str, str])
     embedded: bool = False
     until_eof: bool = False
     output: Output = "json"
     worker_start: WorkerStart = field(default_factory=default_worker_start)
     entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))
     preload: tuple[str, ...] = PRELOAD
-    limits: dict[str, float | None] = field(default_factory=dict)
+    limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class GatewaySettings:
     state_dir: str
     models: dict[str, str]
     default_model: str
-    limits: dict[str, float | None] = field(default_factory=dict)
+    limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
 
 
@@ -231,12 +231,12 @@ def parse(cls: type[Settings], line: bytes | str) -> Settings:
 
 def _checked(name: str, value: object, kind: str) -> object:
     right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if right and isinstance(value, dict):
+    if right and kind.startswith("dict"):
         pairs = cast(Mapping[object, object], value).items()
         # The values of `limits` are checked by `Limits` itself, with a better message.
         items = (str,) if kind == "dict[str, str]" else (int, float, type(None))
         right = all(isinstance(key, str) and isinstance(item, items) for key, item in pairs)
-    if right and isinstance(value, list):
+    if right and kind.startswith("tuple"):
         texts = cast(list[object], value)
         right = all(isinstance(text, str) for text in texts)
         value = tuple(texts)

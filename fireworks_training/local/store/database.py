@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -74,7 +74,7 @@ class ResourceRow:
     id: str
     state: str
     message: str = ""
-    body: Body = field(default_factory=dict)
+    body: Body = field(default_factory=dict[str, object])
     loaded_identity: str | None = None
     created: str = field(default_factory=now)
     updated: str = field(default_factory=now)
@@ -147,7 +147,7 @@ class Database:
         self._connection.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Generator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import zstandard
-from fireworks_delta_compression.backends.arc2 import Arc2Backend
+from fireworks_delta_compression.backends.arc2 import (  # pyright: ignore[reportMissingTypeStubs]
+    Arc2Backend,
+)
 from torch import Tensor
 
 FORMAT = "arc_v2"
@@ -104,7 +106,7 @@ def encode(
     for name, tensor in new.items():
         backend = _coder(_changed(old[name], tensor), effort)
         frame, checksum = backend.compress(src=old[name], dst=tensor)
-        tensors[name], checksums[name] = frame, cast(str, checksum)
+        tensors[name], checksums[name] = frame, checksum
         total += frame.numel()
         if total >= most:
             return None

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -153,7 +153,7 @@ def check_space(folder: Path, needed: int, what: str, free_bytes: FreeBytes) -> 
 
 
 @contextmanager
-def written_or_gone(what: str) -> Iterator[None]:
+def written_or_gone(what: str) -> Generator[None]:
     """Names a failure to write: a disk that fills up, a limit, a folder that is gone.
 
     Raises:
@@ -290,7 +290,7 @@ class SnapshotStore:
             SnapshotCorrupt: the file can't be read.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
         try:
             return load_file(self.path(manifest.identity) / _FILE_OF_KIND[manifest.kind])
@@ -416,7 +416,7 @@ class SnapshotStore:
         tensors: Mapping[str, torch.Tensor],
         metadata: Mapping[str, str] | None = None,
     ) -> Manifest:
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
         self.check_room(manifest.identity, manifest.bytes)
         scratch = self.folder / f".tmp-{self._writer}.{uuid.uuid4().hex}"

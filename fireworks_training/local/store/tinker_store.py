@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from fireworks_training.local.store.snapshots import sync_file
 
 Kind = Literal["weights", "sampler_weights"]
+KINDS = get_args(Kind)
 
 SCHEME = "tinker://"
 _RUN = re.compile(r"(ts-[0-9a-f]{32}):train:([0-9]{1,9})")
@@ -66,13 +67,12 @@ def parse_path(path: str) -> Checkpoint:
         BadTinkerPath.
     """
     parts = path.removeprefix(SCHEME).split("/")
-    kind = parts[1] if len(parts) == 3 else ""
-    if not path.startswith(SCHEME) or kind not in ("weights", "sampler_weights"):
+    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
         raise BadTinkerPath(
             f"{path[:80]!r} is not a checkpoint: it must be {SCHEME}<run>/weights/<name> or"
             f" {SCHEME}<run>/sampler_weights/<name>"
         )
-    return Checkpoint(parts[0], cast(Kind, kind), parts[2])
+    return Checkpoint(parts[0], cast(Kind, parts[1]), parts[2])
 
 
 def session_of(id_: str) -> str | None:
@@ -156,7 +156,7 @@ class SessionNote:
 
     session: str
     display_name: str | None = None
-    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    user_metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     created: str = field(default_factory=lambda: now().isoformat())
     finished: str | None = None
     detail: str | None = None

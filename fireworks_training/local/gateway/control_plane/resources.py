@@ -107,8 +107,8 @@ class StatusNotices:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an option's value asks for nothing: off, empty, or one of what there is one of."""
-    return value is False or value in ("", [], {}) or (value in (0, 1) and value is not True)
+    """Say whether an option asks for nothing: off, empty, or one of what there is one of."""
+    return value is not True and value in ("", [], {}, 0, 1)
 
 
 # -- fields --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Knows `tokenizers` files; no torch, no HTTP. The pieces of a stream joined are t
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -163,8 +163,8 @@ def _overlap(text: str, stop: str) -> int:
 
 def _byte_table(tokenizer: Tokenizer, special: frozenset[int]) -> dict[int, bytes] | None:
     """The bytes of each id, for a byte-level tokenizer; None for any other."""
-    decoder = orjson.loads(tokenizer.to_str()).get("decoder")
-    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+    decoder: Mapping[str, object] | None = orjson.loads(tokenizer.to_str()).get("decoder")
+    if decoder is None or decoder.get("type") != "ByteLevel":
         return None
     byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
     table: dict[int, bytes] = {}

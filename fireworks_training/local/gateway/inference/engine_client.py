@@ -359,6 +359,7 @@ class EngineClient(asyncio.Protocol):
         streams = self._streams
         # The newest streams come last, and their readers are woken first: a first token would
         # otherwise wait until all others of the step are written.
+        row: int
         rows = zip(
             range(len(step.streams) - 1, -1, -1),
             step.streams[::-1].tolist(),
@@ -375,7 +376,7 @@ class EngineClient(asyncio.Protocol):
                 continue
             delta = streams[number].push(step.version, token, logprob, sampling, finish)
             if token != NO_TOKEN:
-                delta.top.append(tops[row] if tops is not None else [])
+                delta.top.append([] if tops is None else tops[row])
             if finish:
                 del streams[number]
 

@@ -7,7 +7,7 @@ weights have an engine of their own, so that a reference never waits for a snaps
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fireworks_training.local.gateway.control_plane import resources
@@ -50,7 +50,9 @@ class TinkerEngines:
         return (await self._ready(_id_of(entry, base=base), entry))[1]
 
     @asynccontextmanager
-    async def serving(self, entry: ModelEntry, identity: str | None) -> AsyncIterator[EngineClient]:
+    async def serving(
+        self, entry: ModelEntry, identity: str | None
+    ) -> AsyncGenerator[EngineClient]:
         """An engine that serves a snapshot, or the base model, for as long as the block runs.
 
         Raises:

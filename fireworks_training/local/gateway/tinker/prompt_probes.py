@@ -106,7 +106,7 @@ def read_probes(
     if draws and not places:
         raise HttpProblem(400, "prompt_alt_tokens_k: a prompt of one token has no place to draw at")
     if targets is None:
-        return PromptProbes(rows=[[]] * places, draws=draws)
+        return PromptProbes(rows=[()] * places, draws=draws)
     rows = _rows(targets, places)
     columns = max(map(len, rows), default=0)
     if not any(map(_named, rows)):

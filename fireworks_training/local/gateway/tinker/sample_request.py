@@ -43,7 +43,7 @@ class _Chunk(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: StrictStr = "encoded_text"
-    tokens: list[StrictInt] = Field(default_factory=list)
+    tokens: list[StrictInt] = Field(default_factory=list[int])
 
 
 class _Prompt(BaseModel):
@@ -211,9 +211,9 @@ def _seed(seed: int | None, index: int) -> int | None:
 class Sample:
     """One sample as it grows."""
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[TopLogprobs] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    top: list[TopLogprobs] = field(default_factory=list[TopLogprobs])
     stopped: bool = False
 
     def push(self, delta: Delta, text: StopText | None) -> bool:

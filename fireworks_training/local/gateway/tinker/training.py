@@ -53,7 +53,7 @@ class Session:
         seen: when it last showed life, on the monotonic clock.
     """
 
-    jobs: set[str] = field(default_factory=set)
+    jobs: set[str] = field(default_factory=set[str])
     finished: bool = False
     seen: float = field(default_factory=time.monotonic)
 

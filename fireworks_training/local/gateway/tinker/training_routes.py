@@ -6,6 +6,8 @@ reads; sessions and the way to a run's trainer are `training`'s.
 
 from __future__ import annotations
 
+from typing import cast
+
 import aiohttp
 import orjson
 import zstandard
@@ -21,6 +23,8 @@ from fireworks_training.local.gateway.control_plane.trainer_proxy import (
 from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.training import TRAINING
 from fireworks_training.local.gateway.web.bodies import (
+    object_field,
+    optional_text,
     parse_object,
     read_object,
     required_text,
@@ -81,12 +85,11 @@ async def _telemetry(request: web.Request) -> web.Response:
 
 async def _create_session(request: web.Request) -> web.Response:
     body = await read_object(request)
-    name, metadata = body.get("display_name"), body.get("user_metadata") or {}
-    if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
-        raise HttpProblem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
-    if not isinstance(metadata, dict) or len(orjson.dumps(metadata)) > MAX_TEXT:
+    name = optional_text(body, "display_name", MAX_TEXT)
+    metadata = object_field(body, "user_metadata")
+    if len(orjson.dumps(metadata)) > MAX_TEXT:
         raise HttpProblem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
-    shown = {str(key): str(value) for key, value in metadata.items()}
+    shown = {key: str(value) for key, value in metadata.items()}
     session_id = request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
@@ -98,14 +101,12 @@ async def _heartbeat(request: web.Request) -> web.Response:
 
 async def _finish(request: web.Request) -> web.Response:
     body = await read_object(request)
-    reason, detail = body.get("reason"), body.get("detail")
-    given = reason.get("type") if isinstance(reason, dict) else None
+    reason, detail = body.get("reason"), optional_text(body, "detail")
+    given = cast("dict[str, object]", reason).get("type") if isinstance(reason, dict) else None
     if given not in (None, *FINISHES):
         raise HttpProblem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
-    if not (detail is None or isinstance(detail, str)):
-        raise HttpProblem(400, "detail must be a string")
     await request.app[TRAINING].finish(
-        request.match_info["session_id"], given or "success", detail and detail[:MAX_TEXT]
+        request.match_info["session_id"], str(given or "success"), detail and detail[:MAX_TEXT]
     )
     return web.json_response({})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 Load = Callable[[str], Awaitable[None]]
@@ -31,7 +31,7 @@ class SnapshotTurns:
         self._changing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def turn(self, identity: str) -> AsyncIterator[None]:
+    async def turn(self, identity: str) -> AsyncGenerator[None]:
         """Holds the engine on a snapshot for as long as the block runs."""
         await self._begin(identity)
         try:

@@ -69,9 +69,15 @@ def text_field(
     Raises:
         HttpProblem: 400.
     """
+    value = optional_text(body, name, most)
+    return default if value is None else value
+
+
+def optional_text(body: Mapping[str, object], name: str, most: int | None = None) -> str | None:
+    """Return a string of a body as `text_field` does; None when it is absent or null."""
     value = body.get(name)
     if value is None:
-        return default
+        return None
     if not isinstance(value, str):
         raise HttpProblem(400, f"{name} must be a string")
     if most is not None and len(value) > most:

@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -41,7 +41,7 @@ class Waiters:
             event.set()
 
     @contextmanager
-    def place(self, kind: ResourceKind, id_: str) -> Iterator[asyncio.Event | None]:
+    def place(self, kind: ResourceKind, id_: str) -> Generator[asyncio.Event | None]:
         """An event that is set at each change; None where too many wait already."""
         if self._count >= MOST_WAITERS:
             yield None
