@@ -1,4 +1,4 @@
-"""Frames between the gateway and an engine worker: how they look on the socket, and nothing else.
+"""Frames between the gateway and an engine worker: their bytes on the socket.
 
 A frame is `u32 payload length | u8 type | payload`, little-endian throughout. The types:
 
@@ -41,11 +41,12 @@ NO_TOKEN = -1
 
 
 class FrameError(ValueError):
-    """The bytes are not frames of this protocol: the connection can't be used any further."""
+    """Raised for bytes that are no frames of this protocol: the connection can't be used any
+    further."""
 
 
 class Finish(IntEnum):
-    """State of a stream after a step."""
+    """Names the state of a stream after a step."""
 
     RUNNING = 0
     STOP = 1
@@ -56,14 +57,14 @@ class Finish(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A JSON control message."""
+    """Holds a JSON control message."""
 
     message: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One decode step. Arrays have n entries, one a stream; the top arrays are `[n, k]`.
+    """Holds one decode step. Arrays have n entries, one a stream; the top arrays are `[n, k]`.
 
     Attributes:
         version: counter of the weights that sampled these tokens.
@@ -71,8 +72,8 @@ class Step:
         waiting: requests admitted to the queue but not begun.
         streams: stream ids.
         tokens: sampled ids; NO_TOKEN in a row that only ends its stream.
-        logprobs: of the raw model.
-        sampling_logprobs: of the distribution sampled from.
+        logprobs: logprobs of the raw model.
+        sampling_logprobs: logprobs in the distribution sampled from.
         finished: `Finish` values.
         top_ids: most likely tokens, best first, padded with NO_TOKEN.
         top_logprobs: their raw logprobs.
@@ -92,7 +93,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Requests that got their slot. Arrays have one entry a request; durations in seconds.
+    """Lists requests that got their slot. Arrays have one entry a request; durations in seconds.
 
     Attributes:
         version: counter of the weights that read the prompts.
@@ -113,7 +114,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Raw logprobs of the last n prompt tokens of one stream.
+    """Holds raw logprobs of the last n prompt tokens of one stream.
 
     Attributes:
         logprobs: `[n]`.
@@ -133,12 +134,12 @@ Frame: TypeAlias = Control | Step | Begun | PromptLogprobs
 
 
 def encode_control(message: Mapping[str, object]) -> bytes:
-    """A `J` frame."""
+    """Encode a `J` frame."""
     return _frame(b"J", orjson.dumps(message))
 
 
 def encode_step(step: Step) -> bytes:
-    """An `S` frame."""
+    """Encode an `S` frame."""
     rows, k = step.top_ids.shape
     head = _STEP.pack(rows, k, step.version, step.active, step.waiting)
     arrays = (
@@ -154,7 +155,7 @@ def encode_step(step: Step) -> bytes:
 
 
 def encode_begun(begun: Begun) -> bytes:
-    """A `B` frame."""
+    """Encode a `B` frame."""
     arrays = (
         begun.streams.astype("<u4"),
         begun.queued.astype("<f4"),
@@ -167,7 +168,7 @@ def encode_begun(begun: Begun) -> bytes:
 
 
 def encode_prompt_logprobs(rows: PromptLogprobs) -> bytes:
-    """A `P` frame."""
+    """Encode a `P` frame."""
     count, k = rows.top_ids.shape
     arrays = (
         rows.logprobs.astype("<f4"),
@@ -191,7 +192,7 @@ class FrameDecoder:
         self._max_payload = max_payload
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
-        """The frames that `data` completes, in order.
+        """Return the frames that `data` completes, in order.
 
         Raises:
             FrameError: an unknown type, a payload over the limit, or contents that don't fit.

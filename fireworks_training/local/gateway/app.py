@@ -1,7 +1,7 @@
-"""The gateway's application: its parts put together, its middlewares, its start and its end.
+"""The gateway's application: joins its parts, middlewares, start and end.
 
-Knows which part needs which; the routes live in modules of their own. Tests build the same
-application with other workers behind it.
+Knows which part needs which. Does not know the routes: each module of routes has an `add_routes`,
+which `create_app` calls. Tests build the same application with other workers behind it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What stands behind the gateway.
+    """Holds what differs between the platform and a test of its routes.
 
     Attributes:
         spawner: makes worker processes.
@@ -78,7 +78,7 @@ class Parts:
 
 
 async def _pages(_: web.Application) -> AsyncIterator[None]:
-    """Gives freed memory back while the gateway runs: the buffers of a busy hour are large."""
+    """Give freed memory back while the gateway runs: the buffers of a busy hour are large."""
     returned = PageReturn(c_library_trim())
 
     async def now_and_then() -> None:
@@ -93,7 +93,7 @@ async def _pages(_: web.Application) -> AsyncIterator[None]:
 
 
 def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
-    """The application over one state folder; it recovers what is in there when it starts.
+    """Build the application over one state folder; when it starts, it recovers what is in there.
 
     Raises:
         LocalPlatformError: the state folder or a model can't be used.
@@ -150,7 +150,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
-    """The runner with the server options that the routes rely on."""
+    """Return the runner with the server options that the routes rely on."""
     return web.AppRunner(
         app,
         access_log=None,
@@ -163,12 +163,12 @@ def make_runner(app: web.Application) -> web.AppRunner:
 
 
 async def healthz(_: web.Request) -> web.Response:
-    """GET /healthz: the gateway answers."""
+    """GET /healthz: say that the gateway answers."""
     return web.json_response({"status": "ok"})
 
 
 def load_registry(settings: GatewaySettings) -> ServingRegistry:
-    """The models of the settings, with what their config.json says.
+    """Return a registry of the models of the settings, with what their config.json says.
 
     Raises:
         LocalPlatformError: a model's config.json can't be read.
@@ -222,11 +222,11 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 
 def _kept_headers(error: web.HTTPException) -> dict[str, str]:
-    """Those that mean something beside the body, such as Allow and Retry-After."""
+    """Return those headers that mean something beside the body, such as Allow and Retry-After."""
     return {name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers}
 
 
 async def _mark_response(request: web.Request, response: web.StreamResponse) -> None:
-    """The id goes out with the first byte; from then on an error can't be an answer any more."""
+    """Send the id with the first byte; from then on an error can't be an answer any more."""
     request[STARTED] = True
     response.headers.setdefault("x-request-id", request.get(REQUEST_ID, uuid.uuid4().hex))

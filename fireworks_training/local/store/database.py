@@ -1,7 +1,8 @@
-"""What the platform remembers across restarts: its resources, and the workers that serve them.
+"""The platform's memory across restarts: rows of resources, and of the workers that serve them.
 
-Knows SQLite and rows; the meaning of a state is the control plane's. Calls are short (one row, no
-disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's thread.
+Knows SQLite and rows. Does not know what a state means: the control plane does. Calls are short
+(one row, no disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's
+thread.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ CREATE TABLE counters (
 
 
 def now() -> str:
-    """The time as resources show it: RFC 3339, UTC, microseconds."""
+    """Return the time as resources show it: RFC 3339, UTC, microseconds."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceRow:
-    """A job, a deployment, a promoted model, or an operation.
+    """Stores a job, a deployment, a promoted model, or an operation.
 
     Attributes:
         kind: which of them.
         id: last part of its resource name.
-        state: as the control plane reports it.
+        state: state that the control plane reports.
         message: its status message.
-        body: what the creator asked for, in the wire's spelling.
+        body: fields that the creator asked for, in the wire's spelling.
         loaded_identity: deployments: the snapshot that all engines loaded last.
         created: RFC 3339.
         updated: RFC 3339.
@@ -82,7 +83,7 @@ class ResourceRow:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker process, from before it is spawned until it is known to be gone.
+    """Stores a worker process, from before it is spawned until it is known to be gone.
 
     Attributes:
         socket: path of its Unix socket; names the worker.
@@ -102,14 +103,14 @@ class WorkerRow:
 
 
 class AlreadyExists(LookupError):
-    """A resource of this kind and id is there, perhaps as a tombstone."""
+    """Raised when a resource of this kind and id is there, perhaps as a tombstone."""
 
 
 class Database:
-    """The tables of one state folder. Not thread-safe: one thread owns it.
+    """Holds the tables of one state folder. Not thread-safe: one thread owns it.
 
     Attributes:
-        on_change: told the kind and id of each resource that was created, updated or forgotten.
+        on_change: called with kind and id of each resource that was created, updated or forgotten.
     """
 
     def __init__(self, path: Path) -> None:
@@ -183,21 +184,21 @@ class Database:
         self.on_change(row.kind, row.id)
 
     def get(self, kind: ResourceKind, id_: str) -> ResourceRow | None:
-        """A resource, or None."""
+        """Return a resource, or None."""
         found = self._connection.execute(
             "SELECT * FROM resources WHERE kind = ? AND id = ?", (kind, id_)
         ).fetchone()
         return None if found is None else _resource(found)
 
     def rows(self, kind: ResourceKind) -> list[ResourceRow]:
-        """All resources of a kind, oldest first, tombstones too."""
+        """Return all resources of a kind, oldest first, tombstones too."""
         rows = self._connection.execute(
             "SELECT * FROM resources WHERE kind = ? ORDER BY created, id", (kind,)
         )
         return [_resource(row) for row in rows]
 
     def update(self, row: ResourceRow) -> ResourceRow:
-        """Write a changed resource; returns it with its new time."""
+        """Write a changed resource; return it with its new time."""
         row = replace(row, updated=now())
         self._connection.execute(
             "UPDATE resources SET state = ?, message = ?, body = ?, loaded_identity = ?,"
@@ -230,7 +231,7 @@ class Database:
         )
 
     def workers(self) -> list[WorkerRow]:
-        """All workers that were not yet known to be gone."""
+        """Return all workers that were not yet known to be gone."""
         rows = self._connection.execute("SELECT * FROM workers ORDER BY socket")
         return [
             WorkerRow(

@@ -1,6 +1,6 @@
-"""The checkpoints of a job, as they lie on disk: saved states and sampler snapshots.
+"""The checkpoints of a job as they lie on disk: saved states and sampler snapshots.
 
-Reads names, times and manifests; never a tensor. What is on disk is the truth, so nothing is kept
+Knows names, times and manifests. Does not read tensors. The disk is the truth, so nothing is kept
 in the database, and a deleted job's checkpoints are listed as long as its folder is there.
 """
 
@@ -27,7 +27,7 @@ PROMOTABLE = frozenset({"base", "lora"})
 
 
 def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Body]:
-    """The checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
+    """List the checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
     found = [_row(job, folder, STATE_TYPE) for folder in _folders(states_dir)]
     for folder in _folders(snapshots_dir):
         manifest = _manifest(folder)
@@ -38,10 +38,10 @@ def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Bo
 
 
 def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
-    """The manifest of a job's snapshot that can become a model.
+    """Return the manifest of a job's snapshot, if it can become a model.
 
     Raises:
-        Problem: 404 without such a snapshot; 400 for one that can't be promoted.
+        HttpProblem: 404 without such a snapshot; 400 for one that can't be promoted.
     """
     try:
         folder = snapshots_dir / check_name(identity)
@@ -63,7 +63,7 @@ def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Finished ones: a writer works under a name that starts with a dot."""
+    """List the finished folders: a writer works under a name that starts with a dot."""
     if not parent.is_dir():
         return []
     return [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]

@@ -110,7 +110,7 @@ class Deployments:
         return len(live.engines) if live is not None else 0
 
     def lives(self, id_: str) -> bool:
-        """Say whether a deployment is there and has not ended."""
+        """Return whether a deployment is there and has not ended."""
         live = self._live(id_)
         return live is not None and live.state not in _ENDED
 

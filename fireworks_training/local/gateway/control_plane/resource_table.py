@@ -1,4 +1,4 @@
-"""The rows of one kind of resource, and the answers to requests for those that are not there.
+"""The rows of one kind of resource; answers requests for those that are not there.
 
 Knows the database, tombstones and the words of a 404 and a 409. What a state means, and who may
 change it, its owner knows: `TrainerJobs`, `Deployments`, `Promotions`.
@@ -20,7 +20,7 @@ from fireworks_training.local.store.database import (
 
 
 def is_tombstone(row: ResourceRow) -> bool:
-    """Say whether a row only keeps the id of a resource that was deleted."""
+    """Return whether a row only keeps the id of a resource that was deleted."""
     return row.state.endswith("DELETED")
 
 

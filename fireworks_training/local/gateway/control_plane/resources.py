@@ -1,4 +1,4 @@
-"""The control plane's bodies: what a creator may ask for, checked, and how resources are shown.
+"""The bodies of the control plane's resources: checks what a creator asks for, shows what is there.
 
 Pure functions over JSON objects; no state and no I/O. Options of the cloud that change nothing here
 (accelerators, regions, images) are taken with a notice in `statusMessage`, so that a script written
@@ -86,12 +86,12 @@ _VERSION = re.compile(r"/versions/[A-Za-z0-9._-]+$")
 
 @dataclass(slots=True)
 class StatusNotices:
-    """What a creator should know; shown as `statusMessage`."""
+    """Collects what a creator should know; shown as `statusMessage`."""
 
     texts: list[str] = field(default_factory=list[str])
 
     def add(self, text: str | None) -> None:
-        """Take a notice; None is none."""
+        """Take a notice; None adds nothing."""
         if text is not None:
             self.texts.append(text.removeprefix("Warning: "))
 
@@ -102,12 +102,12 @@ class StatusNotices:
             self.add(f"without effect on the local platform: {', '.join(given)}")
 
     def text(self) -> str:
-        """All of them, in the form that clients log as a warning; empty if there is none."""
+        """Return all notices in the form that clients log as a warning; empty if there is none."""
         return f"Warning: {'; '.join(self.texts)}" if self.texts else ""
 
 
 def _is_plain(value: object) -> bool:
-    """Say whether an option asks for nothing: off, empty, or one of what there is one of."""
+    """Return whether an option asks for nothing: off, empty, or one of what there is one of."""
     return value is not True and value in ("", [], {}, 0, 1)
 
 
@@ -115,20 +115,20 @@ def _is_plain(value: object) -> bool:
 
 
 def check_id(name: str, what: str) -> str:
-    """A resource id, or a problem: it becomes part of paths."""
+    """Return a resource id that may become part of a path; refuse any other."""
     if not is_resource_id(name):
         raise HttpProblem(400, f"{what} {name[:80]!r} is not {RESOURCE_ID_RULE}")
     return name
 
 
 def check_account(account: str) -> None:
-    """Only one account exists."""
+    """Refuse every account but the one there is."""
     if account != ACCOUNT:
         raise HttpProblem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
 
 
 def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) -> ModelEntry:
-    """The model behind `baseModel`."""
+    """Return the model behind `baseModel`."""
     try:
         entry, notice = registry.find_model(name)
     except UnknownModel as error:
@@ -138,7 +138,7 @@ def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) ->
 
 
 def shape_field(name: str, local: str, notices: StatusNotices) -> None:
-    """A shape: the local one, or one of the cloud's as a stand-in."""
+    """Check a shape: the local one, or one of the cloud's for which it stands in."""
     parent = _VERSION.sub("", name)
     if parent == local:
         return
@@ -148,7 +148,7 @@ def shape_field(name: str, local: str, notices: StatusNotices) -> None:
 
 
 def dtype_field(values: Mapping[str, object]) -> str | None:
-    """`snapshot_dtype` of an `extraValues`."""
+    """Return the `snapshot_dtype` of an `extraValues`; None when it has none."""
     value = values.get("snapshot_dtype")
     if value is None:
         return None
@@ -158,7 +158,7 @@ def dtype_field(values: Mapping[str, object]) -> str | None:
 
 
 def _delta_field(values: Mapping[str, object]) -> Body:
-    """`delta_compression` of an `extraValues`, as far as a trainer has to be told."""
+    """Return the `delta_compression` of an `extraValues`, if a trainer needs it."""
     value = values.get("delta_compression", "fast")
     if value not in ("fast", "small"):
         raise HttpProblem(400, "delta_compression must be one of fast, small")
@@ -169,9 +169,9 @@ def _delta_field(values: Mapping[str, object]) -> Body:
 
 
 def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) -> tuple[Body, str]:
-    """What is stored of a job, and its notice.
+    """Check the body of a new job; return what is stored of it, and its notice.
 
-    Returns `{"resource": fields to show, "worker": what its trainer is told}`.
+    What is stored is `{"resource": fields to show, "worker": settings of its trainer}`.
     """
     notices = StatusNotices()
     training = object_field(body, "trainingConfig")
@@ -215,7 +215,8 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
 
 
 def _inactivity(body: Mapping[str, object]) -> Body:
-    """`{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the platform."""
+    """Return `{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the
+    platform."""
     if body.get("disableInactivityCleanup") is True:
         return {"inactivity_s": None}
     asked = body.get("inactivityTimeout")
@@ -243,7 +244,7 @@ def _context_length(
 
 
 def show_job(row: ResourceRow) -> Body:
-    """A job as the API shows it."""
+    """Return a job as the API shows it."""
     return {
         "name": f"{JOB_PREFIX}{row.id}",
         "state": row.state,
@@ -258,9 +259,9 @@ def show_job(row: ResourceRow) -> Body:
 
 
 def deployment_body(body: Mapping[str, object], registry: ServingRegistry) -> tuple[Body, str]:
-    """What is stored of a deployment, and its notice.
+    """Check the body of a new deployment; return what is stored of it, and its notice.
 
-    Returns `{"resource": fields to show, "model": name of the model really served,
+    What is stored is `{"resource": fields to show, "model": name of the model really served,
     "awake": replicas to start when a request wakes it}`.
     """
     notices = StatusNotices()
@@ -292,7 +293,7 @@ def replica_fields(body: Mapping[str, object], low: int, high: int) -> tuple[int
 
 
 def transition_field(body: Mapping[str, object], default: str) -> str:
-    """How a hot load treats streams in flight."""
+    """Return how a hot load treats the streams in flight."""
     value = text_field(body, "hotLoadTransitionType", default).upper() or default
     if value not in ("ASYNC", "SYNC"):
         raise HttpProblem(400, "hotLoadTransitionType must be ASYNC or SYNC")
@@ -300,7 +301,7 @@ def transition_field(body: Mapping[str, object], default: str) -> str:
 
 
 def check_trainer_job(name: str) -> None:
-    """The resource name of a trainer job, or empty; the job may be created later."""
+    """Check the resource name of a trainer job, or an empty text; the job may be created later."""
     id_ = name.removeprefix(JOB_PREFIX)
     if name and (id_ == name or not is_resource_id(id_)):
         raise HttpProblem(400, f"hotLoadTrainerJob must be {JOB_PREFIX}<id>")
@@ -318,7 +319,7 @@ _PATCHABLE = (
 
 
 def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Body:
-    """The stored body after a PATCH; without a mask every field of the body counts."""
+    """Return the stored body after a PATCH; without a mask every field of the body counts."""
     names = [camel(name.strip()) for name in mask.split(",") if name] or list(body)
     for name in names:
         if name not in _PATCHABLE:
@@ -341,7 +342,7 @@ def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Bod
 
 
 def show_deployment(row: ResourceRow, replicas: int) -> Body:
-    """A deployment as the API shows it."""
+    """Return a deployment as the API shows it."""
     name = f"{DEPLOYMENT_PREFIX}{row.id}"
     return {
         "name": name,
@@ -362,7 +363,7 @@ def show_deployment(row: ResourceRow, replicas: int) -> Body:
 def show_model(
     name: str, entry: ModelEntry, notice: str | None, promoted: ResourceRow | None = None
 ) -> Body:
-    """A model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
+    """Return a model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
     made: Body = {}
     if promoted is not None:
         made = {"createTime": promoted.created, "kind": promoted.body["kind"]}
@@ -382,12 +383,12 @@ def show_model(
 
 
 def show_shape(name: str, notice: str) -> Body:
-    """A training shape as the API shows it."""
+    """Return a training shape as the API shows it."""
     return {"name": name, "state": "READY", "statusMessage": notice}
 
 
 def show_shape_version(shape: str, version: str, context_length: int, notice: str) -> Body:
-    """A version of a training shape; there is one."""
+    """Return a version of a training shape; there is one."""
     return {
         "name": f"{shape}/versions/{version}",
         "latestValidated": True,

@@ -1,8 +1,19 @@
-"""The control plane's routes for what runs: trainer jobs and deployments.
+"""Control-plane routes for trainer jobs and deployments.
 
-Turns requests into calls of `TrainerJobs` and `Deployments`, and their rows into answers. It holds
-no state; a request that is cut off half-way leaves no half-done change, since changes that take
-time run in tasks of their own.
+Knows how requests become calls of `TrainerJobs` and `Deployments`, and their rows answers. Holds no
+state; a request that is cut off half-way leaves no half-done change, since changes that take time
+run in tasks of their own (`ControlPlane.finish`).
+
+A new control-plane route takes three steps:
+
+1. Its path and its handler go here, or into `catalog` for what only shows models, shapes and
+   operations, or `hot_load` for what an engine loads: one row in that module's `add_routes`, one
+   function below. The handler's docstring begins with the method and the path.
+2. The check of its body and the form of its answer go into `resources`, as pure functions, with the
+   field checks of `web.bodies`.
+3. The change itself goes to the owner of the state: `TrainerJobs`, `Deployments` or `Promotions`.
+
+`app.create_app` registers a new module of routes; tests are in `tests/local/gateway/control_plane`.
 """
 
 from __future__ import annotations
@@ -29,7 +40,7 @@ from fireworks_training.local.store.database import Body
 
 @dataclass(slots=True, eq=False)
 class ControlPlane:
-    """What the routes act on.
+    """Holds what the control plane's routes act on.
 
     Attributes:
         jobs: the trainer jobs.
@@ -89,7 +100,7 @@ def _plane(request: web.Request) -> ControlPlane:
 
 
 async def create_job(request: web.Request) -> web.Response:
-    """POST rlorTrainerJobs?rlorTrainerJobId=<id>[&trainingShape=<shape>]."""
+    """POST rlorTrainerJobs?rlorTrainerJobId=<id>[&trainingShape=<shape>]: create a job."""
     resources.check_account(request.match_info["account"])
     given = request.query.get("rlorTrainerJobId")
     id_ = resources.check_id(given or f"job-{secrets.token_hex(4)}", "rlorTrainerJobId")
@@ -100,7 +111,7 @@ async def create_job(request: web.Request) -> web.Response:
 
 
 async def get_job(request: web.Request) -> web.Response:
-    """GET a job, at once or once it has changed (`holding`); a deleted one shows
+    """GET a job: show it, at once or once it has changed (`long_polls`); a deleted one shows
     JOB_STATE_DELETED."""
     plane, id_ = _plane(request), _ids(request, "job")
 
@@ -111,27 +122,27 @@ async def get_job(request: web.Request) -> web.Response:
 
 
 async def list_jobs(request: web.Request) -> web.Response:
-    """GET the jobs that are not deleted, oldest first."""
+    """GET rlorTrainerJobs: list the jobs that are not deleted, oldest first."""
     resources.check_account(request.match_info["account"])
     rows = [resources.show_job(row) for row in _plane(request).jobs.table.present()]
     return page(request, rows, "rlorTrainerJobs")
 
 
 async def resume_job(request: web.Request) -> web.Response:
-    """POST <job>:resume: a new worker with an empty memory; its saved states are there."""
+    """POST <job>:resume: start a new worker with an empty memory; saved states are still there."""
     row = _plane(request).jobs.resume(_ids(request, "job"))
     return web.json_response(resources.show_job(row))
 
 
 async def delete_job(request: web.Request) -> web.Response:
-    """DELETE a job; returns when its worker is gone."""
+    """DELETE a job; answer when its worker is gone."""
     plane = _plane(request)
     await plane.finish(plane.jobs.delete(_ids(request, "job")))
     return web.json_response({})
 
 
 async def list_job_checkpoints(request: web.Request) -> web.Response:
-    """GET the saved states and snapshots of a job, of a deleted one too."""
+    """GET <job>/checkpoints: list the saved states and snapshots of a job, of a deleted one too."""
     plane, id_ = _plane(request), _ids(request, "job")
     plane.jobs.table.get(id_)
     states = plane.jobs.states_dir(id_)
@@ -148,7 +159,7 @@ def _shown(plane: ControlPlane, id_: str) -> Body:
 
 
 async def create_deployment(request: web.Request) -> web.Response:
-    """POST deployments?deploymentId=<id>."""
+    """POST deployments?deploymentId=<id>: create a deployment."""
     resources.check_account(request.match_info["account"])
     given = request.query.get("deploymentId")
     id_ = resources.check_id(given or f"deployment-{secrets.token_hex(4)}", "deploymentId")
@@ -159,13 +170,13 @@ async def create_deployment(request: web.Request) -> web.Response:
 
 
 async def get_deployment(request: web.Request) -> web.Response:
-    """GET a deployment, at once or once it has changed (`holding`)."""
+    """GET a deployment: show it, at once or once it has changed (`long_polls`)."""
     plane, id_ = _plane(request), _ids(request, "deployment")
     return await answer(request, plane.waiters, ("deployment", id_), lambda: _shown(plane, id_))
 
 
 async def list_deployments(request: web.Request) -> web.Response:
-    """GET the deployments that are not deleted, oldest first."""
+    """GET deployments: list those that are not deleted, oldest first."""
     resources.check_account(request.match_info["account"])
     deployments = _plane(request).deployments
     rows = [
@@ -176,7 +187,8 @@ async def list_deployments(request: web.Request) -> web.Response:
 
 
 async def patch_deployment(request: web.Request) -> web.Response:
-    """PATCH a deployment[?updateMask=<snake_case,...>]: scale, transition, linked trainer."""
+    """PATCH a deployment[?updateMask=<snake_case,...>]: change scale, transition, linked
+    trainer."""
     id_, plane = _ids(request, "deployment"), _plane(request)
     body = await read_object(request)
     mask = request.query.get("updateMask", "")
@@ -186,7 +198,7 @@ async def patch_deployment(request: web.Request) -> web.Response:
 
 
 async def delete_deployment(request: web.Request) -> web.Response:
-    """DELETE a deployment[?hard=true]; returns when its engines are gone."""
+    """DELETE a deployment[?hard=true]; answer when its engines are gone."""
     id_, plane = _ids(request, "deployment"), _plane(request)
     hard = request.query.get("hard", "").lower() == "true"
     await plane.finish(plane.deployments.delete(id_, hard=hard))

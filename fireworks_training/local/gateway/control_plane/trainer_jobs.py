@@ -61,7 +61,7 @@ class Trainer:
         worker: the process.
         session: HTTP over its Unix socket; every request to it goes through here.
         lost: set once its process is known to be dead.
-        last_used: when something was last sent to it, in the loop's time.
+        last_used: time of the last request to it, on the loop's clock.
         in_use: requests that are on their way through it.
     """
 
@@ -117,7 +117,7 @@ class TrainerJobs:
         return self._running.get(id_)
 
     def lives(self, id_: str) -> bool:
-        """Say whether a job waits, starts or runs."""
+        """Return whether a job waits, starts or runs."""
         return id_ in self._lives
 
     def states_dir(self, id_: str) -> Path:

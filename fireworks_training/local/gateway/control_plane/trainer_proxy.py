@@ -1,6 +1,6 @@
-"""The way to a job's trainer: bytes through a Unix socket, both ways, unread.
+"""The proxy to a job's trainer: passes bytes through a Unix socket, both ways, unread.
 
-Knows which job a request is for and whether its worker lives; knows nothing of operations. The key
+Knows which job a request is for and whether its worker lives. Does not know operations. The key
 ends here: the worker never sees it. A worker that is gone answers 410 with ModelLost, at once for
 requests in flight too.
 """
@@ -74,7 +74,7 @@ def add_routes(app: web.Application) -> None:
 
 
 def forwarded_headers(headers: CIMultiDict[str]) -> CIMultiDict[str]:
-    """The headers that go on: not those of one connection, nor the key."""
+    """Return the headers that are passed on: not those of one connection, nor the key."""
     named = {
         name.strip().lower()
         for value in headers.getall(hdrs.CONNECTION, [])
@@ -141,14 +141,14 @@ async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.Str
 
 
 def passed_headers(request: web.Request) -> CIMultiDict[str]:
-    """What goes on of a request's headers, with the request's id."""
+    """Return the headers of a request that are passed on, with the request's id."""
     headers = forwarded_headers(CIMultiDict(request.headers))
     headers["X-Request-Id"] = request[REQUEST_ID]
     return headers
 
 
 async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    """A worker's answer, passed on."""
+    """Pass a worker's answer on."""
     response = web.StreamResponse(
         status=upstream.status,
         reason=upstream.reason,
@@ -163,7 +163,7 @@ async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> w
 
 
 class _Body:
-    """A request's body as it arrives; one without a length is counted on the way."""
+    """Passes a request's body on as it arrives, and counts one without a length on the way."""
 
     def __init__(self, request: web.Request) -> None:
         self._content = request.content
@@ -187,7 +187,7 @@ def _too_long() -> HttpProblem:
 async def after_failure(
     request: web.Request, trainer: Trainer, id_: str, error: aiohttp.ClientError
 ) -> web.StreamResponse:
-    """The connection to the worker broke: it died, or only this exchange did."""
+    """Answer when the connection to the worker broke: it died, or only this exchange did."""
     if request.get(STARTED):
         # Half an answer is out; only closing the connection says that it is not whole.
         raise ConnectionResetError("the trainer's answer broke off") from error

@@ -250,7 +250,7 @@ class Workers:
                     self._database.forget_worker(row.socket)
 
     def begun(self, kind: WorkerKind, owner: str) -> bool:
-        """Say whether a spawn was begun for this owner on this platform."""
+        """Return whether a spawn was begun for this owner on this platform."""
         return self._row(kind, owner, 0) is not None
 
     async def connect(

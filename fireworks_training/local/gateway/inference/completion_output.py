@@ -1,4 +1,4 @@
-"""What a completion looks like on the wire, chunk by chunk or whole.
+"""The answer of a completion, as JSON: in chunks of a stream, or whole.
 
 Knows text streams, stop strings and the names of the fields; no engine, no HTTP. Rows of logprobs
 go out with their tokens, text as soon as it is certain: a piece that could still turn out to be
@@ -27,7 +27,7 @@ KEEPALIVE = b": keepalive\n\n"
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What the request asked to see.
+    """Holds what the request asked to see.
 
     Attributes:
         stop_texts: strings that end the text, without being part of it.
@@ -55,12 +55,12 @@ class _Unsent:
 
 
 class CompletionOutput:
-    """One completion in the making.
+    """Builds the answer of one completion while its tokens arrive.
 
     Args:
         head: fields of every chunk (`id`, `object`, `created`, `model`).
         prompt: the prompt's ids.
-        options: what to show.
+        options: parts of the answer that the request asked for.
         codec: the model's tokenizer.
 
     Attributes:
@@ -123,17 +123,17 @@ class CompletionOutput:
             self._unsent.text += rest
 
     def chunk(self, *, even_if_empty: bool = False) -> bytes:
-        """The event for what is new; b"" if there is nothing to show yet."""
+        """Return the event for what is new; b"" if there is nothing to show yet."""
         if not self._unsent.text and not self._unsent.rows and not even_if_empty:
             return b""
         return _event({**self._head, "choices": [self._choice()]})
 
     def last_chunks(self, metrics: Mapping[str, object] | None, cached_tokens: int) -> bytes:
-        """The final event and the end mark."""
+        """Return the final event and the end mark."""
         return _event(self.whole(metrics, cached_tokens)) + DONE
 
     def whole(self, metrics: Mapping[str, object] | None, cached_tokens: int) -> dict[str, object]:
-        """The answer with everything that no chunk has taken yet.
+        """Return the answer with everything that no chunk has taken yet.
 
         Args:
             metrics: `perf_metrics`, where asked for.
@@ -158,7 +158,7 @@ class CompletionOutput:
         return answer
 
     def _match(self, delta: Delta, matcher: StopMatcher) -> None:
-        """Token by token, so that it is known which one completed a stop string."""
+        """Take the tokens one by one, so that it is known which one completed a stop string."""
         spoken = len(_spoken(delta))
         for index, token in enumerate(delta.tokens):
             self._keep(delta, index, index + 1)
@@ -202,7 +202,7 @@ class CompletionOutput:
 
 
 def error_event(problem: HttpProblem) -> bytes:
-    """An event that ends a stream which has begun, where a status can't be sent any more."""
+    """Return an event that ends a stream which has begun, where a status can't be sent any more."""
     error = {
         "status_code": problem.status,
         "code": problem.code,
@@ -212,7 +212,7 @@ def error_event(problem: HttpProblem) -> bytes:
 
 
 def _spoken(delta: Delta) -> list[int]:
-    """The tokens that have text: a stop token ends it without being part of it."""
+    """Return the tokens that have text: a stop token ends it without being part of it."""
     return delta.tokens[:-1] if delta.finish is Finish.STOP else delta.tokens
 
 

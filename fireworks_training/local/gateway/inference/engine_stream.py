@@ -1,4 +1,4 @@
-"""One request in an engine, as its reader sees it: tokens in batches, then an end.
+"""One request in an engine, on the gateway's side: a stream of tokens in batches, then an end.
 
 Knows how tokens are collected and when their reader is woken: at the first token, then every few
 tokens or when the owner flushes, not all streams at once, and at the end. With hundreds of streams,
@@ -27,20 +27,22 @@ _no_rows = cast("Callable[[], list[TopLogprobs]]", list)
 
 
 class EngineGone(ConnectionError):
-    """The engine's connection ended: its streams are lost, and a new request may succeed."""
+    """Raised when the engine's connection ended: its streams are lost, a new request may
+    succeed."""
 
 
 class EngineFull(Exception):
-    """The engine's admission queue is full."""
+    """Raised when the engine's admission queue is full."""
 
 
 class EngineRefused(Exception):
-    """The engine refused a request; the message says why."""
+    """Raised when the engine refused a request; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What to sample; fields as in `engine.requests.SamplingRequest`, `stop_ids` without EOS."""
+    """Describes what to sample; fields as in `engine.requests.SamplingRequest`, `stop_ids` without
+    EOS."""
 
     prompt: list[int]
     max_tokens: int
@@ -59,12 +61,12 @@ class Generation:
 
 @dataclass(slots=True)
 class Delta:
-    """Tokens of one stream since its reader last looked; parallel lists.
+    """Collects the tokens of one stream since its reader last looked; parallel lists.
 
     Attributes:
         tokens: ids.
-        logprobs: raw.
-        sampling_logprobs: of the distribution sampled from.
+        logprobs: raw logprobs.
+        sampling_logprobs: logprobs in the distribution sampled from.
         top: most likely tokens with raw logprobs, best first; [] where none were asked for.
         finish: how the stream ended, with this delta; RUNNING before.
     """
@@ -77,22 +79,22 @@ class Delta:
 
 
 class StreamOwner(Protocol):
-    """What a stream asks of the client that made it."""
+    """Frees a stream and names snapshots; the client that made the stream."""
 
     def cancel(self, number: int) -> None:
-        """Frees the slot of a stream; nothing happens when it has ended."""
+        """Free the slot of a stream; nothing happens when it has ended."""
         ...
 
     def identity_of(self, version: int) -> str | None:
-        """The snapshot behind a weights version; None = the model's own weights."""
+        """Return the snapshot behind a weights version; None = the model's own weights."""
         ...
 
 
 class EngineStream:
-    """One request in an engine.
+    """Collects the tokens of one request in an engine for its reader.
 
     Attributes:
-        began_at: when its first token came, on the monotonic clock; then the figures below are
+        began_at: time of its first token, on the monotonic clock; then the figures below are
             set. None before.
         queued: seconds it waited in the engine.
         prefill: seconds of the prefill.
@@ -131,7 +133,7 @@ class EngineStream:
         self._reader: asyncio.Future[None] | None = None
 
     async def next(self) -> Delta:
-        """The next tokens, at least one of them or the end; not to be called after the end.
+        """Return the next tokens, at least one of them or the end; not to be called after the end.
 
         Raises:
             EngineGone: the engine died or was closed; tokens not yet read are lost with it.
@@ -156,7 +158,7 @@ class EngineStream:
         return delta
 
     def cancel(self) -> None:
-        """Frees its slot; nothing happens when it has ended."""
+        """Free the stream's slot; nothing happens when it has ended."""
         self._engine.cancel(self._number)
 
     def push(self, version: int, token: int, logprob: float, sampling: float, finish: int) -> Delta:

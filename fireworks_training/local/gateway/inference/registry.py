@@ -58,7 +58,7 @@ class LiveDeployment:
         model: the model that is really served.
         engines: connected engines; empty while scaled to zero or starting.
         transition: how a hot load treats streams in flight.
-        state: as the control plane reports it.
+        state: state that the control plane reports.
         desired_replicas: engines it should have; 0 = scaled to zero.
         loaded_identity: the last snapshot that every engine took; a new engine loads it before it
             joins. None = the model's own weights. Only `keeper.record_loaded` sets it.

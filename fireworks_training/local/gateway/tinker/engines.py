@@ -1,4 +1,4 @@
-"""The engines behind the Tinker API: a deployment for each model's checkpoints, one for its base.
+"""The engines behind the Tinker API: one deployment for each model's checkpoints, one for its base.
 
 Knows the platform's deployments and turns between snapshots. Does not know requests. A model's own
 weights have an engine of their own, so that a reference never waits for a snapshot's turn.
@@ -29,7 +29,7 @@ LOOK_S = 0.02
 
 
 class TinkerEngines:
-    """See the module.
+    """Makes deployments when they are needed, and turns their engines between snapshots.
 
     Args:
         plane: the platform's deployments.
@@ -42,10 +42,10 @@ class TinkerEngines:
         self._turns: dict[str, SnapshotTurns] = {}
 
     async def engine(self, entry: ModelEntry, *, base: bool) -> EngineClient:
-        """A ready engine; its deployment is made when there is none.
+        """Return a ready engine; make its deployment when there is none.
 
         Raises:
-            Problem: 503 when it does not start.
+            HttpProblem: 503 when it does not start.
         """
         return (await self._ready(_id_of(entry, base=base), entry))[1]
 
@@ -53,10 +53,10 @@ class TinkerEngines:
     async def serving(
         self, entry: ModelEntry, identity: str | None
     ) -> AsyncGenerator[EngineClient]:
-        """An engine that serves a snapshot, or the base model, for as long as the block runs.
+        """Hold an engine on a snapshot, or on the base model, for as long as the block runs.
 
         Raises:
-            Problem: 503 when no engine is there, 400 when the snapshot can't be loaded.
+            HttpProblem: 503 when no engine is there, 400 when the snapshot can't be loaded.
         """
         id_ = _id_of(entry, base=identity is None)
         live, engine = await self._ready(id_, entry)
@@ -77,7 +77,7 @@ class TinkerEngines:
             raise
 
     async def close(self) -> None:
-        """Gives up loads that are under way."""
+        """Give up loads that are under way."""
         await asyncio.gather(*(turns.close() for turns in self._turns.values()))
 
     async def _ready(self, id_: str, entry: ModelEntry) -> tuple[LiveDeployment, EngineClient]:

@@ -1,4 +1,4 @@
-"""What a request asks of its prompt's places beside the prompt's own tokens, and the answer to it.
+"""Logprobs of tokens that a sampling request names, or has drawn, at its prompt's places.
 
 Knows `target_prompt_logprobs`, a tensor of token ids dense or sparse, and `prompt_alt_tokens_k`,
 tokens to draw; both as rows for the prompt tokens after the first. Does not know engines.
@@ -24,7 +24,8 @@ MAX_A_PLACE = 20
 
 
 class Targets(BaseModel):
-    """An int64 tensor `[len(prompt) - 1, K]`; -1, or what a sparse one leaves out, is no token."""
+    """Parses an int64 tensor `[len(prompt) - 1, K]`; -1, or what a sparse one leaves out, is no
+    token."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +38,7 @@ class Targets(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class PromptProbes:
-    """What is asked of a prompt.
+    """Holds what is asked of a prompt's places, and writes the answer.
 
     Attributes:
         rows: named tokens for each prompt token after the first; empty lists where none are.
@@ -60,7 +61,7 @@ class PromptProbes:
         return len(self.rows) - first
 
     def targets(self, echo: int) -> list[list[int]]:
-        """Named tokens of the last `echo` places, as many at each, filled up with -1."""
+        """Return the named tokens of the last `echo` places, as many at each, filled up with -1."""
         if not self.columns:
             return []
         rows = self.rows[max(len(self.rows) - echo, 0) :]
@@ -72,7 +73,7 @@ class PromptProbes:
         ids_nm: npt.NDArray[np.int32],
         logprobs_nm: npt.NDArray[np.float32],
     ) -> None:
-        """Puts what an engine said of the last n places into an answer."""
+        """Put an engine's logprobs of the last n places into an answer."""
         columns = self.columns
         if self.layout is not None:
             values = np.zeros((len(self.rows), columns), np.float32)
@@ -97,10 +98,10 @@ class PromptProbes:
 def read_probes(
     targets: Targets | None, draws: int, prompt_tokens: int, vocab_size: int
 ) -> PromptProbes:
-    """What is asked of a prompt.
+    """Check what is asked of a prompt's places, and return it.
 
     Raises:
-        Problem: 400 when the tensor does not fit the prompt or the vocabulary.
+        HttpProblem: 400 when the tensor does not fit the prompt or the vocabulary.
     """
     places = prompt_tokens - 1
     if draws and not places:

@@ -1,7 +1,7 @@
-"""What was trained and saved, listed and removed through the Tinker API.
+"""Routes of the Tinker API that list, show and remove runs and checkpoints.
 
-Knows the notes of runs and checkpoints, and the folders that they are about. A checkpoint whose
-time is over is removed when somebody next looks.
+Knows the notes of runs and checkpoints, and their folders. A checkpoint whose time is over is
+removed at the next request that lists checkpoints.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str,
 
 
 async def kept(request: web.Request, run: str | None = None) -> list[CheckpointNote]:
-    """The checkpoints that are there, oldest first, after removing those whose time is over."""
+    """Return the checkpoints that are there, oldest first, and remove those whose time is over."""
     store = _store(request)
     notes = await asyncio.to_thread(store.checkpoints, run)
     for note in notes:
@@ -217,7 +217,7 @@ def _folder(request: web.Request, checkpoint: Checkpoint) -> Path | None:
 
 
 async def _remove(request: web.Request, checkpoint: Checkpoint) -> None:
-    """The note first: what is not listed is not looked for."""
+    """Remove the note, then the files: what is not listed is not looked for."""
     _store(request).forget_checkpoint(checkpoint)
     folder = _folder(request, checkpoint)
     if folder is not None:
@@ -248,7 +248,7 @@ async def _archive(request: web.Request) -> web.Response:
 
 
 async def _download(request: web.Request) -> web.StreamResponse:
-    """A tar.gz of the checkpoint's files."""
+    """Answer with a tar.gz of the checkpoint's files."""
     checkpoint = _note(request).checkpoint
     folder = _folder(request, checkpoint)
     if folder is None:

@@ -1,8 +1,8 @@
 """Sampling through the Tinker API: sampling sessions, asample, and the polls for all results.
 
-Knows which snapshot a sampling session samples and how a request becomes engine streams. What a
-request means is `sample_request`'s, which engine serves it `engines`', and what becomes of it is
-kept by `results`.
+Knows which snapshot a sampling session samples and how a request becomes engine streams. Does not
+know the fields of a request (`sample_request`), the choice of its engine (`engines`) or how its
+result is kept (`results`).
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ FLUSH_TOKENS = 1 << 30
 
 
 class TinkerSampling:
-    """See the module.
+    """Makes sampling sessions, and turns their requests into engine streams.
 
     Args:
-        training: the sessions and notes.
-        engines: what samples.
+        training: has the sessions and notes.
+        engines: has the engines that sample.
     """
 
     def __init__(self, training: TinkerTraining, engines: TinkerEngines) -> None:
@@ -76,10 +76,10 @@ class TinkerSampling:
     # -- sampling sessions -----------------------------------------------------------------------
 
     async def create_session(self, body: dict[str, object]) -> str:
-        """A sampling session for a base model or a checkpoint; its id.
+        """Make a sampling session for a base model or a checkpoint; return its id.
 
         Raises:
-            Problem: 400, 404.
+            HttpProblem: 400, 404.
         """
         session = required_text(body, "session_id")
         self._training.session(session)
@@ -117,7 +117,11 @@ class TinkerSampling:
         return SamplerNote(id_, base_model, None)
 
     def session(self, id_: str) -> SamplerNote:
-        """A sampling session. Raises Problem 404."""
+        """Return a sampling session.
+
+        Raises:
+            HttpProblem: 404.
+        """
         note = self._training.store.sampler(id_)
         if note is None:
             raise HttpProblem(404, f"no sampling session {id_[:100]!r}")
@@ -126,10 +130,10 @@ class TinkerSampling:
     # -- requests --------------------------------------------------------------------------------
 
     async def submit(self, raw: bytes) -> tuple[str, int]:
-        """Takes a request; its id, and how many samples it has.
+        """Take a request; return its id, and how many samples it has.
 
         Raises:
-            Problem: 400, 404, 409 for an id with another content, 429 when too much waits.
+            HttpProblem: 400, 404, 409 for an id with another content, 429 when too much waits.
         """
         body = parse_sample(raw)
         if body.sampling_session_id is None or body.seq_id is None:
@@ -151,7 +155,7 @@ class TinkerSampling:
         return request_id, body.num_samples
 
     async def close(self) -> None:
-        """Ends everything that runs."""
+        """Cancel everything that runs."""
         await self.results.close()
         await self._engines.close()
 
@@ -195,7 +199,7 @@ def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
 
 
 async def _open(engine: EngineClient, generation: Generation, every_token: bool) -> EngineStream:
-    """A stream, as soon as the engine has room for it."""
+    """Open a stream, as soon as the engine has room for it."""
     while True:
         try:
             return engine.generate(generation, flush_tokens=1 if every_token else FLUSH_TOKENS)
@@ -225,7 +229,7 @@ async def _read(stream: EngineStream, stops: StopText | None) -> Sample:
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers sampling and the polls for all results; the app holds TRAINING and SAMPLING."""
+    """Register sampling and the polls for all results; the app holds TRAINING and SAMPLING."""
     for name, handler in {
         "client/dynamic_config": _dynamic_config,
         "create_sampling_session": _create_sampling_session,
@@ -282,7 +286,7 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
 
 
 async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
-    """Batch polling; see `local.ended`."""
+    """Answer a batch poll, as `local.results` describes."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
     raw = await request.read()

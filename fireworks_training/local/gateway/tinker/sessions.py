@@ -1,4 +1,4 @@
-"""The sessions of clients of the Tinker API: one, all, and those that a search finds.
+"""Routes of the Tinker API that show the sessions of clients: one, all, and those of a search.
 
 Knows the notes of sessions and which of them are running. There is one owner and one project here:
 whatever a client asks of either, it is all of them.
@@ -52,7 +52,7 @@ class _Search(BaseModel):
     cursor: _Cursor | None = None
 
     def fits(self, note: SessionNote, status: dict[str, Any] | None) -> bool:
-        """Whether a session is one of those that are looked for."""
+        """Return whether a session is one of those that are looked for."""
         named = self.session_id is None and self.display_name is None
         named = named or note.session == self.session_id
         if self.display_name is not None and note.display_name is not None:
@@ -67,7 +67,7 @@ class _Search(BaseModel):
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers the routes; the app holds TRAINING."""
+    """Register the routes; the app holds TRAINING."""
     app.add_routes(
         [
             web.get("/api/v1/sessions", _list),

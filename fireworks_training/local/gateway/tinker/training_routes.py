@@ -1,7 +1,7 @@
-"""Routes of the Tinker API that make sessions and train: their bodies checked, and passed on.
+"""Routes of the Tinker API that make sessions and train: check bodies, and pass them on.
 
-Knows which requests are about a run, and where a body says which. What is passed on, a trainer
-reads; sessions and the way to a run's trainer are `training`'s.
+Knows which requests are about a run, and where a body names it. Does not know sessions and the way
+to a run's trainer (`training`), nor the bodies that it passes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ZSTD = "zstd"
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers sessions and training; the app holds `TRAINING`."""
+    """Register sessions and training; the app holds `TRAINING`."""
     router = app.router
     router.add_get("/api/v1/healthz", _ok)
     for name, handler in {
@@ -72,13 +72,13 @@ async def _ok(_: web.Request) -> web.Response:
 
 
 async def _client_config(request: web.Request) -> web.Response:
-    """What differs from the clients' defaults."""
+    """Show what differs from the clients' defaults."""
     await request.read()
     return web.json_response(request.app[TRAINING].offered)
 
 
 async def _telemetry(request: web.Request) -> web.Response:
-    """Taken so that official clients work, and dropped."""
+    """Accept telemetry, so that official clients work, and drop it."""
     await request.read()
     return web.json_response({"status": "accepted"})
 
@@ -118,7 +118,7 @@ async def _create_model(request: web.Request) -> web.StreamResponse:
 
 
 async def _load_weights(request: web.Request) -> web.StreamResponse:
-    """Into a run that is there, or as the beginning of a new one."""
+    """Load weights into a run that is there, or as the beginning of a new one."""
     raw, body = await request.read(), await read_object(request)
     if body.get("session_id") is None:
         return await _pass_to_run(request)
@@ -154,7 +154,7 @@ async def _pass_to_run(request: web.Request) -> web.StreamResponse:
 
 
 async def pass_to_trainer(request: web.Request, raw: bytes, run: str) -> web.StreamResponse:
-    """One request to the trainer of a run, and its answer."""
+    """Pass one request to the trainer of a run, and its answer back."""
     found = await request.app[TRAINING].trainer_of_run(run)
     if found is None:
         return model_lost(
@@ -167,7 +167,7 @@ async def pass_to_trainer(request: web.Request, raw: bytes, run: str) -> web.Str
 async def forward(
     request: web.Request, id_: str, trainer: Trainer, raw: bytes
 ) -> web.StreamResponse:
-    """The request under its own path, with `raw` for a body."""
+    """Pass the request on under its own path, with `raw` for a body."""
     headers: CIMultiDict[str] = passed_headers(request)
     headers.pop(hdrs.CONTENT_LENGTH, None)
     try:
@@ -187,7 +187,8 @@ async def forward(
 
 
 def _run_of(request: web.Request, raw: bytes) -> str:
-    """The run that a body is about: `model_id` in JSON, the first field of a protobuf message."""
+    """Return the run that a body is about: `model_id` in JSON, the first field of a protobuf
+    message."""
     if request.content_type != "application/x-protobuf":
         return required_text(parse_object(raw), "model_id")
     head = raw[:512]
