@@ -11,7 +11,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -167,17 +167,9 @@ class Database:
         """
         try:
             self._connection.execute(
-                "INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    row.kind,
-                    row.id,
-                    row.state,
-                    row.message,
-                    json.dumps(row.body),
-                    row.loaded_identity,
-                    row.created,
-                    row.updated,
-                ),
+                "INSERT INTO resources VALUES"
+                " (:kind, :id, :state, :message, :body, :loaded_identity, :created, :updated)",
+                asdict(row) | {"body": json.dumps(row.body)},
             )
         except sqlite3.IntegrityError:
             raise AlreadyExists(f"{row.kind} {row.id!r} exists already") from None
@@ -201,17 +193,10 @@ class Database:
         """Write a changed resource; return it with its new time."""
         row = replace(row, updated=now())
         self._connection.execute(
-            "UPDATE resources SET state = ?, message = ?, body = ?, loaded_identity = ?,"
-            " updated = ? WHERE kind = ? AND id = ?",
-            (
-                row.state,
-                row.message,
-                json.dumps(row.body),
-                row.loaded_identity,
-                row.updated,
-                row.kind,
-                row.id,
-            ),
+            "UPDATE resources SET state = :state, message = :message, body = :body,"
+            " loaded_identity = :loaded_identity, updated = :updated"
+            " WHERE kind = :kind AND id = :id",
+            asdict(row) | {"body": json.dumps(row.body)},
         )
         self.on_change(row.kind, row.id)
         return row
@@ -226,24 +211,13 @@ class Database:
     def put_worker(self, row: WorkerRow) -> None:
         """Insert or replace a worker."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)",
-            (row.socket, row.kind, row.owner, row.replica, row.pid, row.started),
+            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)", astuple(row)
         )
 
     def workers(self) -> list[WorkerRow]:
         """Return all workers that were not yet known to be gone."""
         rows = self._connection.execute("SELECT * FROM workers ORDER BY socket")
-        return [
-            WorkerRow(
-                socket=row["socket"],
-                kind=row["kind"],
-                owner=row["owner"],
-                replica=row["replica"],
-                pid=row["pid"],
-                started=row["started"],
-            )
-            for row in rows
-        ]
+        return [WorkerRow(**dict(row)) for row in rows]
 
     def forget_worker(self, socket: str) -> None:
         """Remove a worker that is gone."""
@@ -260,13 +234,4 @@ class Database:
 
 
 def _resource(row: sqlite3.Row) -> ResourceRow:
-    return ResourceRow(
-        kind=row["kind"],
-        id=row["id"],
-        state=row["state"],
-        message=row["message"],
-        body=json.loads(row["body"]),
-        loaded_identity=row["loaded_identity"],
-        created=row["created"],
-        updated=row["updated"],
-    )
+    return ResourceRow(**dict(row) | {"body": json.loads(row["body"])})

@@ -106,48 +106,49 @@ async def proxy(request: web.Request) -> web.StreamResponse:
         text = f"{MAX_IN_FLIGHT} requests of job {id_!r} are in flight already"
         raise HttpProblem(429, text, headers={"Retry-After": "1"})
     in_flight[id_] = in_flight.get(id_, 0) + 1
-    # Looking at a trainer does not keep it from being idle.
-    activity = trainer.used() if request.method != hdrs.METH_GET else nullcontext()
+    query = request.raw_path.partition("?")[2]
+    body = _Body(request) if request.can_read_body else None
     try:
-        with activity:
-            return await _pass_on(request, trainer, tail)
-    except aiohttp.ClientError as error:
-        return await after_failure(request, trainer, id_, error)
-    except TimeoutError:
-        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
+        return await exchange(request, trainer, id_, f"/{tail}{'?' if query else ''}{query}", body)
     finally:
         in_flight[id_] -= 1
 
 
-async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.StreamResponse:
-    query = request.raw_path.partition("?")[2]
-    url = URL(f"http://trainer/{tail}{'?' if query else ''}{query}", encoded=True)
-    headers = passed_headers(request)
-    body = _Body(request) if request.can_read_body else None
-    try:
-        async with trainer.session.request(
-            request.method,
-            url,
-            headers=headers,
-            data=body.chunks() if body is not None else None,
-            allow_redirects=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        ) as upstream:
-            return await answer_of(request, upstream)
-    except aiohttp.ClientError:
-        if body is not None and body.too_long and not request.get(STARTED):
-            raise _too_long() from None
-        raise
+async def exchange(
+    request: web.Request, trainer: Trainer, id_: str, path: str, body: _Body | bytes | None
+) -> web.StreamResponse:
+    """Pass one request on to the trainer of a job, and its answer back.
 
-
-def passed_headers(request: web.Request) -> CIMultiDict[str]:
-    """Return the headers of a request that are passed on, with the request's id."""
+    Args:
+        request: gives the method and the headers.
+        path: path and query on the trainer.
+        body: body on its way, or one that was read before and may have been changed.
+    """
     headers = forwarded_headers(CIMultiDict(request.headers))
     headers["X-Request-Id"] = request[REQUEST_ID]
-    return headers
+    if isinstance(body, bytes):
+        headers.popall(hdrs.CONTENT_LENGTH, None)
+    try:
+        # A GET does not keep a trainer from being idle.
+        with trainer.used() if request.method != hdrs.METH_GET else nullcontext():
+            async with trainer.session.request(
+                request.method,
+                URL(f"http://trainer{path}", encoded=True),
+                headers=headers,
+                data=body.chunks() if isinstance(body, _Body) else body,
+                allow_redirects=False,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            ) as upstream:
+                return await _answer_of(request, upstream)
+    except aiohttp.ClientError as error:
+        if isinstance(body, _Body) and body.too_long and not request.get(STARTED):
+            raise _too_long() from None
+        return await _after_failure(request, trainer, id_, error)
+    except TimeoutError:
+        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
 
 
-async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+async def _answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
     """Pass a worker's answer on."""
     response = web.StreamResponse(
         status=upstream.status,
@@ -184,7 +185,7 @@ def _too_long() -> HttpProblem:
     return HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
 
 
-async def after_failure(
+async def _after_failure(
     request: web.Request, trainer: Trainer, id_: str, error: aiohttp.ClientError
 ) -> web.StreamResponse:
     """Answer when the connection to the worker broke: it died, or only this exchange did."""

@@ -23,7 +23,12 @@ from aiohttp import web
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
+from fireworks_training.local.gateway.web.bodies import (
+    int_field,
+    int_query,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
@@ -32,7 +37,6 @@ from fireworks_training.local.store.tinker_store import (
     RunNote,
     TinkerStore,
     expiry,
-    parse_path,
 )
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler"}
@@ -115,13 +119,9 @@ async def _capabilities(request: web.Request) -> web.Response:
 
 
 def page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str, int]]:
-    try:
-        limit = min(int(request.query.get("limit", "100")), MAX_PAGE)
-        offset = int(request.query.get("offset", "0"))
-    except ValueError:
-        raise HttpProblem(400, "limit and offset must be whole numbers") from None
-    if limit < 0 or offset < 0:
-        raise HttpProblem(400, "limit and offset must not be below 0")
+    """Return one page of a list, and the cursor that the API shows with it."""
+    limit = min(int_query(request, "limit", 0, default=100), MAX_PAGE)
+    offset = int_query(request, "offset", 0, default=0)
     cursor = {"offset": offset, "limit": limit, "total_count": len(rows)}
     return rows[offset : offset + limit], cursor
 
@@ -171,12 +171,7 @@ async def _list_all(request: web.Request) -> web.Response:
 
 async def _weights_info(request: web.Request) -> web.Response:
     path = required_text(await read_object(request), "tinker_path")
-    try:
-        checkpoint = parse_path(path)
-    except BadTinkerPath as error:
-        raise HttpProblem(400, str(error)) from None
-    if _store(request).checkpoint(checkpoint) is None:
-        raise HttpProblem(404, f"no checkpoint {path[:200]!r}")
+    checkpoint = request.app[TRAINING].checkpoint(path)
     run = _run(request, checkpoint.run)
     answer: dict[str, Any] = {"base_model": run.base_model, "is_lora": run.lora is not None}
     if run.lora is not None:

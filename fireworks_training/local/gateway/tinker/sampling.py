@@ -46,12 +46,7 @@ from fireworks_training.local.results import (
     answer,
     parse_poll,
 )
-from fireworks_training.local.store.tinker_store import (
-    BadTinkerPath,
-    SamplerNote,
-    parse_path,
-    sampling_session_id,
-)
+from fireworks_training.local.store.tinker_store import SamplerNote, sampling_session_id
 
 HOLD_S = 30.0
 FULL_WAIT_S = 0.05
@@ -98,18 +93,13 @@ class TinkerSampling:
 
     def _note(self, id_: str, base_model: object, model_path: object) -> SamplerNote:
         if isinstance(model_path, str):
-            try:
-                checkpoint = parse_path(model_path)
-            except BadTinkerPath as error:
-                raise HttpProblem(400, str(error)) from None
-            run = self._training.store.run(checkpoint.run)
-            found = self._training.store.checkpoint(checkpoint)
+            checkpoint = self._training.checkpoint(model_path)
             if checkpoint.kind != "sampler_weights":
-                raise HttpProblem(
-                    400, f"{model_path} is a training state; sample from sampler weights"
-                )
-            if run is None or found is None:
-                raise HttpProblem(404, f"no checkpoint {model_path[:200]!r}")
+                text = f"{model_path} is a training state; sample from sampler weights"
+                raise HttpProblem(400, text)
+            run = self._training.store.run(checkpoint.run)
+            if run is None:
+                raise HttpProblem(404, f"no training run {checkpoint.run!r}")
             return SamplerNote(id_, run.base_model, checkpoint.identity, model_path)
         if not isinstance(base_model, str):
             raise HttpProblem(400, "either base_model or model_path must be given")

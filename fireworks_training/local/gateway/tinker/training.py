@@ -33,7 +33,14 @@ from fireworks_training.local.gateway.inference.registry import (
 )
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import OFFERS
-from fireworks_training.local.store.tinker_store import SessionNote, TinkerStore, session_of
+from fireworks_training.local.store.tinker_store import (
+    BadTinkerPath,
+    Checkpoint,
+    SessionNote,
+    TinkerStore,
+    parse_path,
+    session_of,
+)
 
 ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
@@ -188,7 +195,21 @@ class TinkerTraining:
         await _post(trainer, "internal/sessions", {"session_id": session_id})
         session.jobs.add(id_)
 
-    # -- runs ------------------------------------------------------------------------------------
+    # -- runs and checkpoints --------------------------------------------------------------------
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Return the checkpoint of a path.
+
+        Raises:
+            HttpProblem: 400 for a text that is no such path, 404 when there is no checkpoint.
+        """
+        try:
+            checkpoint = parse_path(path)
+        except BadTinkerPath as error:
+            raise HttpProblem(400, str(error)) from None
+        if self.store.checkpoint(checkpoint) is None:
+            raise HttpProblem(404, f"no checkpoint {path[:200]!r}")
+        return checkpoint
 
     def note_run(self, run: str, id_: str) -> None:
         """Remember which job a run went to."""

@@ -8,18 +8,11 @@ from __future__ import annotations
 
 from typing import cast
 
-import aiohttp
 import orjson
 import zstandard
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
 
-from fireworks_training.local.gateway.control_plane.trainer_jobs import Trainer
-from fireworks_training.local.gateway.control_plane.trainer_proxy import (
-    after_failure,
-    answer_of,
-    passed_headers,
-)
+from fireworks_training.local.gateway.control_plane.trainer_proxy import exchange
 from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.training import TRAINING
 from fireworks_training.local.gateway.web.bodies import (
@@ -145,7 +138,7 @@ async def _begin_run(
     id_, trainer = await training.trainer_of_model(entry)
     await training.adopt(session_id, id_, trainer)
     training.note_run(f"{session_id}:train:{body.get('model_seq_id')}", id_)
-    return await forward(request, id_, trainer, raw)
+    return await exchange(request, trainer, id_, request.rel_url.raw_path, raw)
 
 
 async def _pass_to_run(request: web.Request) -> web.StreamResponse:
@@ -161,29 +154,8 @@ async def pass_to_trainer(request: web.Request, raw: bytes, run: str) -> web.Str
             f"no trainer holds {run[:100]!r}: the process that held it is gone. Make a new training"
             " client from a saved state"
         )
-    return await forward(request, *found, raw)
-
-
-async def forward(
-    request: web.Request, id_: str, trainer: Trainer, raw: bytes
-) -> web.StreamResponse:
-    """Pass the request on under its own path, with `raw` for a body."""
-    headers: CIMultiDict[str] = passed_headers(request)
-    headers.pop(hdrs.CONTENT_LENGTH, None)
-    try:
-        with trainer.used():
-            async with trainer.session.request(
-                request.method,
-                f"http://trainer{request.path}",
-                headers=headers,
-                data=raw,
-                allow_redirects=False,
-            ) as upstream:
-                return await answer_of(request, upstream)
-    except aiohttp.ClientError as error:
-        return await after_failure(request, trainer, id_, error)
-    except TimeoutError:
-        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
+    id_, trainer = found
+    return await exchange(request, trainer, id_, request.rel_url.raw_path, raw)
 
 
 def _run_of(request: web.Request, raw: bytes) -> str:

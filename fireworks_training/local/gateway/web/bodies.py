@@ -130,6 +130,21 @@ def object_field(body: Mapping[str, object], name: str) -> Mapping[str, object]:
     return cast("dict[str, object]", value)
 
 
+def int_query(request: web.Request, name: str, low: int, default: int) -> int:
+    """Return an integer of a query from `low`; `default` when it is absent or empty.
+
+    Raises:
+        HttpProblem: 400.
+    """
+    try:
+        value = int(request.query.get(name) or default)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise HttpProblem(400, f"{name} must be an integer from {low}")
+    return value
+
+
 # -- answers -------------------------------------------------------------------------------------
 
 
@@ -139,13 +154,8 @@ def page(request: web.Request, rows: Sequence[Body], name: str) -> web.Response:
     Raises:
         HttpProblem: 400.
     """
-    try:
-        size = min(int(request.query.get("pageSize") or MAX_PAGE), MAX_PAGE)
-        start = int(request.query.get("pageToken") or 0)
-    except ValueError:
-        raise HttpProblem(400, "pageSize and pageToken must be numbers") from None
-    if size < 1 or start < 0:
-        raise HttpProblem(400, "pageSize must be at least 1, and pageToken one that a page gave")
+    size = min(int_query(request, "pageSize", 1, default=MAX_PAGE), MAX_PAGE)
+    start = int_query(request, "pageToken", 0, default=0)
     more = start + size < len(rows)
     return web.json_response(
         {
