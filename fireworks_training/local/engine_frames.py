@@ -1,4 +1,4 @@
-"""Frames between the gateway and an engine worker: how they look on the socket, and nothing else.
+"""Frames between the gateway and an engine worker: their bytes on the socket.
 
 A frame is `u32 payload length | u8 type | payload`, little-endian throughout. The types:
 
@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +41,12 @@ NO_TOKEN = -1
 
 
 class FrameError(ValueError):
-    """The bytes are not frames of this protocol: the connection can't be used any further."""
+    """Raised for bytes that are no frames of this protocol: the connection can't be used any
+    further."""
 
 
 class Finish(IntEnum):
-    """State of a stream after a step."""
+    """Names the state of a stream after a step."""
 
     RUNNING = 0
     STOP = 1
@@ -56,14 +57,14 @@ class Finish(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A JSON control message."""
+    """Holds a JSON control message."""
 
     message: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One decode step. Arrays have n entries, one a stream; the top arrays are `[n, k]`.
+    """Holds one decode step. Arrays have n entries, one a stream; the top arrays are `[n, k]`.
 
     Attributes:
         version: counter of the weights that sampled these tokens.
@@ -71,8 +72,8 @@ class Step:
         waiting: requests admitted to the queue but not begun.
         streams: stream ids.
         tokens: sampled ids; NO_TOKEN in a row that only ends its stream.
-        logprobs: of the raw model.
-        sampling_logprobs: of the distribution sampled from.
+        logprobs: logprobs of the raw model.
+        sampling_logprobs: logprobs in the distribution sampled from.
         finished: `Finish` values.
         top_ids: most likely tokens, best first, padded with NO_TOKEN.
         top_logprobs: their raw logprobs.
@@ -92,7 +93,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Requests that got their slot. Arrays have one entry a request; durations in seconds.
+    """Lists requests that got their slot. Arrays have one entry a request; durations in seconds.
 
     Attributes:
         version: counter of the weights that read the prompts.
@@ -113,7 +114,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Raw logprobs of the last n prompt tokens of one stream.
+    """Holds raw logprobs of the last n prompt tokens of one stream.
 
     Attributes:
         logprobs: `[n]`.
@@ -133,12 +134,12 @@ Frame: TypeAlias = Control | Step | Begun | PromptLogprobs
 
 
 def encode_control(message: Mapping[str, object]) -> bytes:
-    """A `J` frame."""
+    """Encode a `J` frame."""
     return _frame(b"J", orjson.dumps(message))
 
 
 def encode_step(step: Step) -> bytes:
-    """An `S` frame."""
+    """Encode an `S` frame."""
     rows, k = step.top_ids.shape
     head = _STEP.pack(rows, k, step.version, step.active, step.waiting)
     arrays = (
@@ -154,7 +155,7 @@ def encode_step(step: Step) -> bytes:
 
 
 def encode_begun(begun: Begun) -> bytes:
-    """A `B` frame."""
+    """Encode a `B` frame."""
     arrays = (
         begun.streams.astype("<u4"),
         begun.queued.astype("<f4"),
@@ -167,7 +168,7 @@ def encode_begun(begun: Begun) -> bytes:
 
 
 def encode_prompt_logprobs(rows: PromptLogprobs) -> bytes:
-    """A `P` frame."""
+    """Encode a `P` frame."""
     count, k = rows.top_ids.shape
     arrays = (
         rows.logprobs.astype("<f4"),
@@ -191,7 +192,7 @@ class FrameDecoder:
         self._max_payload = max_payload
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
-        """The frames that `data` completes, in order.
+        """Return the frames that `data` completes, in order.
 
         Raises:
             FrameError: an unknown type, a payload over the limit, or contents that don't fit.
@@ -217,7 +218,7 @@ class FrameDecoder:
         return frames
 
 
-class _Reader:
+class _PayloadReader:
     """Takes arrays off a payload, front to back."""
 
     def __init__(self, payload: bytes) -> None:
@@ -255,16 +256,17 @@ def _frame(kind: bytes, *parts: bytes) -> bytes:
 
 def _decode_control(payload: bytes) -> Control:
     try:
-        message = orjson.loads(payload)
+        found: object = orjson.loads(payload)
     except orjson.JSONDecodeError as error:
         raise FrameError(f"a control frame is not JSON: {error}") from None
-    if not isinstance(message, dict) or not isinstance(message.get("op"), str):
+    message = cast("dict[str, object]", found) if isinstance(found, dict) else {}
+    if not isinstance(message.get("op"), str):
         raise FrameError("a control frame is not an object with an op")
     return Control(message)
 
 
 def _decode_step(payload: bytes) -> Step:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     rows, k, version, active, waiting = reader.head(_STEP)
     streams = reader.array("<u4", rows).astype(np.uint32, copy=False)
     tokens = reader.array("<i4", rows).astype(np.int32, copy=False)
@@ -291,7 +293,7 @@ def _decode_step(payload: bytes) -> Step:
 
 
 def _decode_begun(payload: bytes) -> Begun:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     rows, version = reader.head(_BEGUN)
     streams = reader.array("<u4", rows).astype(np.uint32, copy=False)
     queued = reader.array("<f4", rows).astype(np.float32, copy=False)
@@ -303,7 +305,7 @@ def _decode_begun(payload: bytes) -> Begun:
 
 
 def _decode_prompt_logprobs(payload: bytes) -> PromptLogprobs:
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     stream, count, k, m = reader.head(_PROMPT)
     logprobs = reader.array("<f4", count).astype(np.float32, copy=False)
     top_ids = reader.array("<i4", count, k).astype(np.int32, copy=False)

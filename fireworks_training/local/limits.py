@@ -1,4 +1,4 @@
-"""What the platform pretends to be short of: places, time and patience.
+"""The limits of the platform: places for workers, delays of their starts, and timeouts.
 
 A laptop gives a trainer at once and keeps it for ever; a cloud does neither. These figures make the
 platform behave like one, so that a script meets the waits here that it will meet there. Knows their
@@ -20,7 +20,7 @@ MOST_PLACES = 64
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The figures; as JSON they are spelt in camel case (`maxTrainers`).
+    """Holds the limits; as JSON they are spelt in camel case (`maxTrainers`).
 
     Attributes:
         max_trainers: trainer jobs that have a trainer at a time; a further one waits in
@@ -42,7 +42,7 @@ class Limits:
     session_timeout_s: float = 300.0
 
     def changed(self, values: Mapping[str, object]) -> Self:
-        """With some of them replaced; null is the default.
+        """Return the limits with some of them replaced; null is the default.
 
         Raises:
             LocalPlatformError: an unknown name, or a value out of range.
@@ -57,7 +57,7 @@ class Limits:
         return replace(self, **given)  # type: ignore[arg-type]  # each was checked just above
 
     def shown(self) -> dict[str, object]:
-        """As JSON."""
+        """Return the limits as JSON."""
         return {camel(f.name): getattr(self, f.name) for f in fields(self)}
 
 
@@ -70,7 +70,7 @@ def _checked(name: str, value: object) -> int | float:
 
 
 def seconds(name: str, value: object) -> float:
-    """A duration from JSON.
+    """Return a duration from JSON.
 
     Raises:
         LocalPlatformError: not a number of seconds, or too many.
@@ -82,13 +82,13 @@ def seconds(name: str, value: object) -> float:
 
 
 def camel(name: str) -> str:
-    """`max_trainers` as `maxTrainers`."""
+    """Spell `max_trainers` as `maxTrainers`."""
     first, *rest = name.split("_")
     return first + "".join(part.capitalize() for part in rest)
 
 
 def parse_duration(text: object) -> float | None:
-    """A duration as the API spells it, `"1800s"`; None if it is not one."""
+    """Parse a duration as the API spells it, `"1800s"`; return None if it is not one."""
     if not (isinstance(text, str) and text.endswith("s")):
         return None
     try:

@@ -1,3 +1,4 @@
+# pyright: standard
 """`python -m fireworks_training.local.pretrain --out DIR`: makes the small model that ships.
 
 Writes a Hugging Face directory, `pretrain.json` beside the weights (what was run, the loss curve,

@@ -1,4 +1,4 @@
-"""Batch polling, `POST /api/v1/retrieve_futures`: what has ended since a client last asked.
+"""Batch polling, `POST /api/v1/retrieve_futures`: reports what has ended since a client last asked.
 
 Knows the request, a log of what ended in its order, and the answer. Does not know what a result is
 or who holds it: the gateway answers for sampling sessions, a trainer for its models, both by this.
@@ -55,11 +55,11 @@ MAX_INLINE_BYTES = 1 << 20
 
 
 class BadPoll(ValueError):
-    """Not a request for batch polling; the message names the field."""
+    """Raised for a body that is no request for batch polling; names the field."""
 
 
 class SamplingTarget(BaseModel):
-    """The requests of one sampling session whose `seq_id` is in the block of one clone."""
+    """Names the requests of one sampling session whose `seq_id` is in the block of one clone."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,7 +69,7 @@ class SamplingTarget(BaseModel):
 
 
 class ModelTarget(BaseModel):
-    """The operations of one model."""
+    """Names the operations of one model."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class ModelTarget(BaseModel):
 
 
 class Poll(BaseModel):
-    """A request; see the module."""
+    """Parses a request, whose fields the head of the module shows."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,12 +89,12 @@ class Poll(BaseModel):
     inline_bytes: StrictInt = Field(default=0, ge=0, le=MAX_INLINE_BYTES)
 
     def hold_s(self, longest_s: float) -> float:
-        """Seconds to hold it for."""
+        """Return the seconds to hold the request for."""
         return longest_s if self.timeout is None else min(float(self.timeout), longest_s)
 
 
 def parse_poll(raw: bytes) -> Poll:
-    """A request's body.
+    """Parse a request's body.
 
     Raises:
         BadPoll: the first field that is wrong; never with what it held.
@@ -110,7 +110,7 @@ def parse_poll(raw: bytes) -> Poll:
 
 
 class FinishedRequests:
-    """The ids of requests in the order in which they ended. Belongs to one event loop.
+    """Keeps the ids of requests in the order in which they ended. Belongs to one event loop.
 
     Args:
         kept: ids that are kept; the oldest go first.
@@ -123,25 +123,25 @@ class FinishedRequests:
 
     @property
     def cursor(self) -> int:
-        """The place of the last one; 0 while there is none."""
+        """Place of the last request that ended; 0 while there is none."""
         return self._cursor
 
     def add(self, request_id: str) -> None:
-        """One more has ended; wakes those who wait."""
+        """Add a request that has ended; wake those who wait."""
         self._ids.append(request_id)
         self._cursor += 1
         self._news.set()
         self._news = asyncio.Event()
 
     def after(self, cursor: int) -> tuple[list[str], int]:
-        """A page of what ended after a cursor, and the cursor behind that."""
+        """Return a page of what ended after a cursor, and the cursor behind that."""
         oldest = self._cursor - len(self._ids)
         skipped = max(cursor - oldest, 0)
         ids = list(itertools.islice(self._ids, skipped, skipped + PAGE))
         return ids, max(cursor, oldest) + len(ids)
 
     async def wait(self, cursor: int, within_s: float) -> None:
-        """Returns when something has ended after a cursor, or after so many seconds."""
+        """Return when something has ended after a cursor, or after so many seconds."""
         try:
             async with asyncio.timeout(within_s):
                 while self._cursor <= cursor:
@@ -152,7 +152,7 @@ class FinishedRequests:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """One completion.
+    """Holds the outcome of one request.
 
     Attributes:
         body: the result, a failure's words included; None where it is not kept any more.
@@ -167,7 +167,7 @@ class RequestOutcome:
 def answer(
     completions: list[RequestOutcome], cursor: int, inline_bytes: int
 ) -> Mapping[str, object]:
-    """The body of an answer."""
+    """Return the body of an answer."""
     room = MAX_INLINE_BYTES
     shown: list[Mapping[str, object]] = []
     for ended in completions:

@@ -1,4 +1,4 @@
-"""The settings line of the platform, and what each process is told.
+"""The settings of the platform's processes, one JSON line each.
 
 Settings travel as one JSON line over a pipe, since arguments and environment show in `ps`. This
 module knows their fields, defaults and checks; it reads no environment and starts nothing.
@@ -21,6 +21,9 @@ from fireworks_training.local.limits import Limits
 
 ACCOUNT = "local"
 MODEL_PREFIX = f"accounts/{ACCOUNT}/models/"
+JOB_PREFIX = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
+DEPLOYMENT_PREFIX = f"accounts/{ACCOUNT}/deployments/"
+OPERATION_PREFIX = f"accounts/{ACCOUNT}/operations/"
 TRAINING_SHAPE = f"accounts/{ACCOUNT}/trainingShapes/cpu"
 DEPLOYMENT_SHAPE = f"accounts/{ACCOUNT}/deploymentShapes/cpu"
 
@@ -76,12 +79,12 @@ WORKER_ENVIRONMENT = {
 
 
 def is_resource_id(name: str) -> bool:
-    """Whether a name may be the last part of a resource: no path tricks, no case, bounded."""
+    """Return whether a name may be the last part of a resource: no path tricks, bounded."""
     return RESOURCE_ID.fullmatch(name) is not None
 
 
 def default_worker_start() -> WorkerStart:
-    """Fork on Linux; elsewhere the system's libraries do not survive a fork."""
+    """Return "fork" on Linux; elsewhere the system's libraries do not survive a fork."""
     return "fork" if sys.platform == "linux" else "exec"
 
 
@@ -91,10 +94,10 @@ def _new_key() -> str:
 
 @dataclass(frozen=True, slots=True)
 class PlatformSettings:
-    """What the supervisor is told.
+    """Holds the settings of the supervisor.
 
     Attributes:
-        host: address to listen on; loopback unless told otherwise.
+        host: address to listen on; loopback by default.
         port: TCP port; 0 takes a free one.
         api_key: the key that every request must carry; made when absent.
         state_dir: folder of snapshots, states and the database; None = temporary.
@@ -106,21 +109,21 @@ class PlatformSettings:
         entry_points: `module:function` of each worker kind; tests put small ones here.
         preload: modules that the template imports before it forks.
         limits: changes to the defaults of `limits.Limits`, in its JSON spelling.
-        offers: of `OFFERS`, what clients of the Tinker API are told to use.
+        offers: names in `OFFERS` that clients of the Tinker API are asked to use.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str = field(default_factory=_new_key, repr=False)
     state_dir: str | None = None
-    models: dict[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict[str, str])
     embedded: bool = False
     until_eof: bool = False
     output: Output = "json"
     worker_start: WorkerStart = field(default_factory=default_worker_start)
     entry_points: dict[str, str] = field(default_factory=lambda: dict(ENTRY_POINTS))
     preload: tuple[str, ...] = PRELOAD
-    limits: dict[str, float | None] = field(default_factory=dict)
+    limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,7 +156,7 @@ class PlatformSettings:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """What the gateway process is told; `socket_fd` and `lifetime_fd` are inherited."""
+    """Holds the settings of the gateway process; it inherits `socket_fd` and `lifetime_fd`."""
 
     socket_fd: int
     lifetime_fd: int
@@ -164,13 +167,13 @@ class GatewaySettings:
     state_dir: str
     models: dict[str, str]
     default_model: str
-    limits: dict[str, float | None] = field(default_factory=dict)
+    limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSettings:
-    """What the template process is told; `socket_fd` and `lifetime_fd` are inherited."""
+    """Holds the settings of the template process; it inherits `socket_fd` and `lifetime_fd`."""
 
     socket_fd: int
     lifetime_fd: int
@@ -196,12 +199,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def dump(settings: PlatformSettings | GatewaySettings | TemplateSettings) -> bytes:
-    """The settings as one JSON line."""
+    """Return the settings as one JSON line."""
     return json.dumps(asdict(settings)).encode() + b"\n"
 
 
 def parse(cls: type[Settings], line: bytes | str) -> Settings:
-    """The settings in one JSON line; null stands for a field's default.
+    """Parse the settings in one JSON line; null stands for a field's default.
 
     Raises:
         LocalPlatformError: not a JSON object, an unknown field, or a value of the wrong kind.
@@ -228,12 +231,12 @@ def parse(cls: type[Settings], line: bytes | str) -> Settings:
 
 def _checked(name: str, value: object, kind: str) -> object:
     right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if right and isinstance(value, dict):
+    if right and kind.startswith("dict"):
         pairs = cast(Mapping[object, object], value).items()
         # The values of `limits` are checked by `Limits` itself, with a better message.
         items = (str,) if kind == "dict[str, str]" else (int, float, type(None))
         right = all(isinstance(key, str) and isinstance(item, items) for key, item in pairs)
-    if right and isinstance(value, list):
+    if right and kind.startswith("tuple"):
         texts = cast(list[object], value)
         right = all(isinstance(text, str) for text in texts)
         value = tuple(texts)
@@ -243,7 +246,7 @@ def _checked(name: str, value: object, kind: str) -> object:
 
 
 def read_line(fd: int) -> bytes:
-    """The bytes up to a newline or EOF of a blocking descriptor; nothing behind it is consumed.
+    """Read up to a newline or EOF of a blocking descriptor; nothing behind it is consumed.
 
     Raises:
         LocalPlatformError: the line is empty or longer than 1 MiB.

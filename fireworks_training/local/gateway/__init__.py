@@ -1,1 +1,2 @@
-"""The gateway process: control plane, trainer data plane and inference on one port. No torch."""
+"""The gateway process: serves the control plane, the trainers' data plane and inference on one
+port, without torch."""

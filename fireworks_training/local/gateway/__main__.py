@@ -27,26 +27,26 @@ from fireworks_training.local.settings import GatewaySettings, parse, read_line
 
 
 async def connect_engine(engine_socket: Path, name: str) -> EngineClient:
-    """A connected client of an engine."""
+    """Return a connected client of an engine."""
     client = EngineClient(engine_socket, name)
     await client.connect()
     return client
 
 
 def add_serving_routes(app: web.Application) -> None:
-    """Completions and hot load."""
+    """Register completions and hot load."""
     inference.add_routes(app)
     hot_load.add_routes(app)
 
 
 def real_parts(settings: GatewaySettings) -> Parts:
-    """Workers of the template process."""
+    """Return the parts that make workers in the template process."""
     template = Path(settings.runtime_dir) / "template.sock"
     return Parts(TemplateSpawner(template), connect_engine, add_serving_routes)
 
 
 async def serve(settings: GatewaySettings) -> bool:
-    """Serve until SIGTERM or the end of the lifetime pipe; returns whether it was the latter."""
+    """Serve until SIGTERM or the end of the lifetime pipe; return whether it was the latter."""
     ending = asyncio.Event()
     orphaned = False
     loop = asyncio.get_running_loop()

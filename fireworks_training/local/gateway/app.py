@@ -1,7 +1,7 @@
-"""The gateway's application: its parts put together, its middlewares, its start and its end.
+"""The gateway's application: joins its parts, middlewares, start and end.
 
-Knows which part needs which; the routes live in modules of their own. Tests build the same
-application with other workers behind it.
+Knows which part needs which. Does not know the routes: each module of routes has an `add_routes`,
+which `create_app` calls. Tests build the same application with other workers behind it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ from fireworks_training.local.gateway.control_plane.promotions import (
     run_promotion,
 )
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE, ControlPlane
-from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
+from fireworks_training.local.gateway.control_plane.trainer_jobs import TrainerJobs
 from fireworks_training.local.gateway.control_plane.workers import Spawner, Workers
 from fireworks_training.local.gateway.faults import CONDITIONS, fault_middleware
 from fireworks_training.local.gateway.inference import tokenizer_route
-from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
-    ModelEntry,
-    ServingRegistry,
-)
+from fireworks_training.local.gateway.inference.registry import ModelEntry, ServingRegistry
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.auth import host_middleware, key_middleware
 from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
@@ -65,7 +62,7 @@ _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What stands behind the gateway.
+    """Holds what differs between the platform and a test of its routes.
 
     Attributes:
         spawner: makes worker processes.
@@ -81,7 +78,7 @@ class Parts:
 
 
 async def _pages(_: web.Application) -> AsyncIterator[None]:
-    """Gives freed memory back while the gateway runs: the buffers of a busy hour are large."""
+    """Give freed memory back while the gateway runs: the buffers of a busy hour are large."""
     returned = PageReturn(c_library_trim())
 
     async def now_and_then() -> None:
@@ -96,7 +93,7 @@ async def _pages(_: web.Application) -> AsyncIterator[None]:
 
 
 def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
-    """The application over one state folder; it recovers what is in there when it starts.
+    """Build the application over one state folder; when it starts, it recovers what is in there.
 
     Raises:
         LocalPlatformError: the state folder or a model can't be used.
@@ -104,12 +101,10 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     state_dir, runtime_dir = Path(settings.state_dir), Path(settings.runtime_dir)
     database = Database(state_dir / FILE)
     registry = load_registry(settings)
-    workers = Workers(database, parts.spawner, runtime_dir)
     conditions = Conditions(Limits().changed(settings.limits))
+    workers = Workers(database, parts.spawner, runtime_dir, conditions)
     jobs = TrainerJobs(database, workers, registry, state_dir, conditions)
-    deployments = Deployments(
-        database, workers, registry, state_dir, parts.connect_engine, conditions
-    )
+    deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
         middlewares=[
@@ -155,7 +150,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
-    """The runner with the server options that the routes rely on."""
+    """Return the runner with the server options that the routes rely on."""
     return web.AppRunner(
         app,
         access_log=None,
@@ -168,12 +163,12 @@ def make_runner(app: web.Application) -> web.AppRunner:
 
 
 async def healthz(_: web.Request) -> web.Response:
-    """GET /healthz: the gateway answers."""
+    """GET /healthz: say that the gateway answers."""
     return web.json_response({"status": "ok"})
 
 
 def load_registry(settings: GatewaySettings) -> ServingRegistry:
-    """The models of the settings, with what their config.json says.
+    """Return a registry of the models of the settings, with what their config.json says.
 
     Raises:
         LocalPlatformError: a model's config.json can't be read.
@@ -227,11 +222,11 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 
 def _kept_headers(error: web.HTTPException) -> dict[str, str]:
-    """Those that mean something beside the body, such as Allow and Retry-After."""
+    """Return those headers that mean something beside the body, such as Allow and Retry-After."""
     return {name: error.headers[name] for name in ("Allow", "Retry-After") if name in error.headers}
 
 
 async def _mark_response(request: web.Request, response: web.StreamResponse) -> None:
-    """The id goes out with the first byte; from then on an error can't be an answer any more."""
+    """Send the id with the first byte; from then on an error can't be an answer any more."""
     request[STARTED] = True
     response.headers.setdefault("x-request-id", request.get(REQUEST_ID, uuid.uuid4().hex))

@@ -1,8 +1,8 @@
-"""`/local/v1/limits` and `/local/v1/faults`: what is to go wrong, on demand.
+"""`/local/v1/limits` and `/local/v1/faults`: routes that set limits and make the platform fail.
 
-The routes exist on the local platform alone, under its key. They set what `conditions` carries out,
-fail and kill what runs, and answer requests with an error in place of the answer. Nothing here
-lasts beyond the gateway process.
+The routes exist on the local platform alone, under its key. They set the limits and faults that
+`conditions` carries out, fail jobs and deployments, kill replicas, and replace answers by errors.
+Nothing here lasts beyond the gateway process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.conditions import MAX_FAULTS, Conditions, Fault
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.web.bodies import read_object
+from fireworks_training.local.gateway.web.bodies import int_field, read_object, text_field
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.limits import camel, seconds
 from fireworks_training.local.settings import ACCOUNT
@@ -33,13 +33,13 @@ CONDITIONS: web.AppKey[Conditions] = web.AppKey("conditions", Conditions)
 
 @dataclass(frozen=True, slots=True)
 class RouteFault:
-    """Answers that are replaced by an error.
+    """Describes answers that are replaced by an error.
 
     Attributes:
-        method: of the requests that it is about.
-        path: their path, without the query; a `*` at its end takes what begins with it.
+        method: HTTP method of the requests.
+        path: path of the requests, without the query; a `*` at its end matches any rest.
         status: HTTP status to answer with.
-        times: how often, still.
+        times: answers that are still to be replaced.
         after: the request is carried out first, and only its answer is lost.
         retry_after_s: sent as Retry-After; None = not sent.
     """
@@ -52,7 +52,7 @@ class RouteFault:
     retry_after_s: float | None = None
 
     def matches(self, request: web.Request) -> bool:
-        """Whether a request is one of those."""
+        """Return whether a request is one of those."""
         if self.method != request.method:
             return False
         if self.path.endswith("*"):
@@ -62,12 +62,12 @@ class RouteFault:
 
 @dataclass(slots=True, eq=False)
 class RouteFaults:
-    """Those that are still due."""
+    """Keeps the faults of routes that are still due."""
 
-    due: list[RouteFault] = field(default_factory=list)
+    due: list[RouteFault] = field(default_factory=list[RouteFault])
 
     def take(self, request: web.Request) -> RouteFault | None:
-        """The first that a request meets, counted down."""
+        """Return the first fault that a request meets, and count it down."""
         for index, fault in enumerate(self.due):
             if fault.matches(request):
                 left = replace(fault, times=fault.times - 1)
@@ -114,12 +114,12 @@ async def fault_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 
 async def get_limits(request: web.Request) -> web.Response:
-    """GET: the limits in force."""
+    """GET: show the limits in force."""
     return web.json_response(request.app[CONDITIONS].limits.shown())
 
 
 async def patch_limits(request: web.Request) -> web.Response:
-    """PATCH: change the limits that the body names; null is the default. Who waits, looks again."""
+    """PATCH: change the limits that the body names; null is the default."""
     conditions = request.app[CONDITIONS]
     try:
         conditions.limits = conditions.limits.changed(await read_object(request))
@@ -132,7 +132,7 @@ async def patch_limits(request: web.Request) -> web.Response:
 
 
 async def list_faults(request: web.Request) -> web.Response:
-    """GET: what is set and has not come due."""
+    """GET: list the faults that are set and have not come due."""
     resources_ = [
         {"resource": name, **_camel(asdict(fault))}
         for name, fault in request.app[CONDITIONS].faults().items()
@@ -142,7 +142,7 @@ async def list_faults(request: web.Request) -> web.Response:
 
 
 async def post_fault(request: web.Request) -> web.Response:
-    """POST: one fault, of a resource (`resource`) or of a route (`method`, `path`)."""
+    """POST: set one fault, of a resource (`resource`) or of a route (`method`, `path`)."""
     body = await read_object(request)
     if "resource" in body:
         return await _resource_fault(request, body)
@@ -154,7 +154,7 @@ async def post_fault(request: web.Request) -> web.Response:
 
 
 async def delete_faults(request: web.Request) -> web.Response:
-    """DELETE[?resource=<name>]: the faults of a resource, or all faults there are."""
+    """DELETE[?resource=<name>]: remove the faults of a resource, or all faults there are."""
     conditions, wanted = request.app[CONDITIONS], request.query.get("resource")
     for name in conditions.faults():
         if wanted in (None, name):
@@ -166,22 +166,21 @@ async def delete_faults(request: web.Request) -> web.Response:
 
 async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> web.Response:
     _check_names(body, ("resource", "delayS", "pending", "fail", "killReplica"))
-    name = resources.text_field(body, "resource")
+    name = text_field(body, "resource")
     kind, id_ = _parse_resource(name)
     delay = body.get("delayS")
     fault = Fault(
         delay_s=None if delay is None else _seconds("delayS", delay),
-        pending=_text(body, "pending"),
-        fail=_text(body, "fail"),
+        pending=text_field(body, "pending", most=MAX_TEXT),
+        fail=text_field(body, "fail", most=MAX_TEXT),
     )
     conditions, plane = request.app[CONDITIONS], request.app[CONTROL_PLANE]
     _check_room(len(conditions.faults()))
     if "killReplica" in body:
         if kind != "deployments":
             raise HttpProblem(400, "killReplica goes with a deployment")
-        await plane.deployments.kill_replica(
-            id_, resources.int_field(body, "killReplica", 0, 0, 63)
-        )
+        number = int_field(body, "killReplica", 0, 63, default=0)
+        await plane.deployments.kill_replica(id_, number)
     running = plane.jobs if kind == "rlorTrainerJobs" else plane.deployments
     if fault.fail and running.lives(id_):
         await plane.finish(running.fail(id_, fault.fail))
@@ -192,7 +191,8 @@ async def _resource_fault(request: web.Request, body: Mapping[str, object]) -> w
 
 def _route_fault(body: Mapping[str, object]) -> RouteFault:
     _check_names(body, ("method", "path", "status", "times", "after", "retryAfterS"))
-    method, path = _text(body, "method").upper() or hdrs.METH_GET, _text(body, "path")
+    method = text_field(body, "method", most=MAX_TEXT).upper() or hdrs.METH_GET
+    path = text_field(body, "path", most=MAX_TEXT)
     if not path.startswith("/"):
         raise HttpProblem(400, "a fault needs a `resource`, or a `path` that starts with a slash")
     if method not in hdrs.METH_ALL:
@@ -203,15 +203,15 @@ def _route_fault(body: Mapping[str, object]) -> RouteFault:
     return RouteFault(
         method=method,
         path=path,
-        status=resources.int_field(body, "status", 503, 400, 599),
-        times=resources.int_field(body, "times", 1, 1, MAX_TIMES),
+        status=int_field(body, "status", 400, 599, default=503),
+        times=int_field(body, "times", 1, MAX_TIMES, default=1),
         after=after,
         retry_after_s=None if retry is None else _seconds("retryAfterS", retry),
     )
 
 
 def _parse_resource(name: str) -> tuple[str, str]:
-    """Collection and id of a resource that may have faults."""
+    """Return collection and id of a resource that may have faults."""
     parts = name.split("/")
     if len(parts) != 4 or parts[:2] != ["accounts", ACCOUNT] or parts[2] not in KINDS:
         allowed = " or ".join(f"accounts/{ACCOUNT}/{kind}/<id>" for kind in KINDS)
@@ -228,13 +228,6 @@ def _check_names(body: Mapping[str, object], known: tuple[str, ...]) -> None:
 def _check_room(used: int) -> None:
     if used >= MAX_FAULTS:
         raise HttpProblem(429, f"{used} faults are set already; DELETE {FAULTS} removes them")
-
-
-def _text(body: Mapping[str, object], name: str) -> str:
-    text = resources.text_field(body, name)
-    if len(text) > MAX_TEXT:
-        raise HttpProblem(400, f"{name} is over {MAX_TEXT} characters")
-    return text
 
 
 def _seconds(name: str, value: object) -> float:

@@ -75,7 +75,7 @@ class Template:
     settings: TemplateSettings
     listener: socket.socket
     alive_fd: int
-    children: dict[int, tuple[str, str]] = field(default_factory=dict)
+    children: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
 
     # -- requests --------------------------------------------------------------------------------
 

@@ -1,16 +1,17 @@
-"""What the platform remembers across restarts: its resources, and the workers that serve them.
+"""The platform's memory across restarts: rows of resources, and of the workers that serve them.
 
-Knows SQLite and rows; the meaning of a state is the control plane's. Calls are short (one row, no
-disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's thread.
+Knows SQLite and rows. Does not know what a state means: the control plane does. Calls are short
+(one row, no disk flush but at a checkpoint of the write-ahead log), so they run on the event loop's
+thread.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -51,20 +52,20 @@ CREATE TABLE counters (
 
 
 def now() -> str:
-    """The time as resources show it: RFC 3339, UTC, microseconds."""
+    """Return the time as resources show it: RFC 3339, UTC, microseconds."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceRow:
-    """A job, a deployment, a promoted model, or an operation.
+    """Stores a job, a deployment, a promoted model, or an operation.
 
     Attributes:
         kind: which of them.
         id: last part of its resource name.
-        state: as the control plane reports it.
+        state: state that the control plane reports.
         message: its status message.
-        body: what the creator asked for, in the wire's spelling.
+        body: fields that the creator asked for, in the wire's spelling.
         loaded_identity: deployments: the snapshot that all engines loaded last.
         created: RFC 3339.
         updated: RFC 3339.
@@ -74,7 +75,7 @@ class ResourceRow:
     id: str
     state: str
     message: str = ""
-    body: Body = field(default_factory=dict)
+    body: Body = field(default_factory=dict[str, object])
     loaded_identity: str | None = None
     created: str = field(default_factory=now)
     updated: str = field(default_factory=now)
@@ -82,7 +83,7 @@ class ResourceRow:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker process, from before it is spawned until it is known to be gone.
+    """Stores a worker process, from before it is spawned until it is known to be gone.
 
     Attributes:
         socket: path of its Unix socket; names the worker.
@@ -102,14 +103,14 @@ class WorkerRow:
 
 
 class AlreadyExists(LookupError):
-    """A resource of this kind and id is there, perhaps as a tombstone."""
+    """Raised when a resource of this kind and id is there, perhaps as a tombstone."""
 
 
 class Database:
-    """The tables of one state folder. Not thread-safe: one thread owns it.
+    """Holds the tables of one state folder. Not thread-safe: one thread owns it.
 
     Attributes:
-        on_change: told the kind and id of each resource that was created, updated or forgotten.
+        on_change: called with kind and id of each resource that was created, updated or forgotten.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,7 +148,7 @@ class Database:
         self._connection.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> Generator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -166,51 +167,36 @@ class Database:
         """
         try:
             self._connection.execute(
-                "INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    row.kind,
-                    row.id,
-                    row.state,
-                    row.message,
-                    json.dumps(row.body),
-                    row.loaded_identity,
-                    row.created,
-                    row.updated,
-                ),
+                "INSERT INTO resources VALUES"
+                " (:kind, :id, :state, :message, :body, :loaded_identity, :created, :updated)",
+                asdict(row) | {"body": json.dumps(row.body)},
             )
         except sqlite3.IntegrityError:
             raise AlreadyExists(f"{row.kind} {row.id!r} exists already") from None
         self.on_change(row.kind, row.id)
 
     def get(self, kind: ResourceKind, id_: str) -> ResourceRow | None:
-        """A resource, or None."""
+        """Return a resource, or None."""
         found = self._connection.execute(
             "SELECT * FROM resources WHERE kind = ? AND id = ?", (kind, id_)
         ).fetchone()
         return None if found is None else _resource(found)
 
     def rows(self, kind: ResourceKind) -> list[ResourceRow]:
-        """All resources of a kind, oldest first, tombstones too."""
+        """Return all resources of a kind, oldest first, tombstones too."""
         rows = self._connection.execute(
             "SELECT * FROM resources WHERE kind = ? ORDER BY created, id", (kind,)
         )
         return [_resource(row) for row in rows]
 
     def update(self, row: ResourceRow) -> ResourceRow:
-        """Write a changed resource; returns it with its new time."""
+        """Write a changed resource; return it with its new time."""
         row = replace(row, updated=now())
         self._connection.execute(
-            "UPDATE resources SET state = ?, message = ?, body = ?, loaded_identity = ?,"
-            " updated = ? WHERE kind = ? AND id = ?",
-            (
-                row.state,
-                row.message,
-                json.dumps(row.body),
-                row.loaded_identity,
-                row.updated,
-                row.kind,
-                row.id,
-            ),
+            "UPDATE resources SET state = :state, message = :message, body = :body,"
+            " loaded_identity = :loaded_identity, updated = :updated"
+            " WHERE kind = :kind AND id = :id",
+            asdict(row) | {"body": json.dumps(row.body)},
         )
         self.on_change(row.kind, row.id)
         return row
@@ -225,24 +211,13 @@ class Database:
     def put_worker(self, row: WorkerRow) -> None:
         """Insert or replace a worker."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)",
-            (row.socket, row.kind, row.owner, row.replica, row.pid, row.started),
+            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)", astuple(row)
         )
 
     def workers(self) -> list[WorkerRow]:
-        """All workers that were not yet known to be gone."""
+        """Return all workers that were not yet known to be gone."""
         rows = self._connection.execute("SELECT * FROM workers ORDER BY socket")
-        return [
-            WorkerRow(
-                socket=row["socket"],
-                kind=row["kind"],
-                owner=row["owner"],
-                replica=row["replica"],
-                pid=row["pid"],
-                started=row["started"],
-            )
-            for row in rows
-        ]
+        return [WorkerRow(**dict(row)) for row in rows]
 
     def forget_worker(self, socket: str) -> None:
         """Remove a worker that is gone."""
@@ -259,13 +234,4 @@ class Database:
 
 
 def _resource(row: sqlite3.Row) -> ResourceRow:
-    return ResourceRow(
-        kind=row["kind"],
-        id=row["id"],
-        state=row["state"],
-        message=row["message"],
-        body=json.loads(row["body"]),
-        loaded_identity=row["loaded_identity"],
-        created=row["created"],
-        updated=row["updated"],
-    )
+    return ResourceRow(**dict(row) | {"body": json.loads(row["body"])})

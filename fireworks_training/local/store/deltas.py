@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import zstandard
-from fireworks_delta_compression.backends.arc2 import Arc2Backend
+from fireworks_delta_compression.backends.arc2 import (  # pyright: ignore[reportMissingTypeStubs]
+    Arc2Backend,
+)
 from torch import Tensor
 
 FORMAT = "arc_v2"
@@ -35,7 +37,7 @@ changed, and a quarter of the bytes less."""
 
 
 class DeltaCorrupt(Exception):
-    """A difference can't be read, or does not give what it should."""
+    """Raised when a difference can't be read, or does not give what it should."""
 
 
 Coder = Callable[[bytes], bytes]
@@ -43,12 +45,12 @@ Coder = Callable[[bytes], bytes]
 
 @dataclass(frozen=True, slots=True)
 class EncodedDelta:
-    """A difference.
+    """Holds an encoded difference.
 
     Attributes:
         tensors: by name, the compressed XOR as bytes (uint8 `[n]`).
         checksums: by name, the Adler-32 of the tensor that it leads to.
-        bytes: of all frames together.
+        bytes: size of all frames together.
     """
 
     tensors: Mapping[str, Tensor]
@@ -91,11 +93,11 @@ _SMALL = Arc2Backend(
 def encode(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor], effort: Effort = "fast"
 ) -> EncodedDelta | None:
-    """The difference that leads from `old` to `new`; None if it would not pay.
+    """Encode the difference that leads from `old` to `new`; return None if it would not pay.
 
     Args:
         old, new: the same names, with the same shapes and dtypes. On the CPU.
-        effort: of the search.
+        effort: effort of the search.
     """
     most = PAYS_BELOW * sum(tensor.numel() * tensor.element_size() for tensor in new.values())
     tensors: dict[str, Tensor] = {}
@@ -104,7 +106,7 @@ def encode(
     for name, tensor in new.items():
         backend = _coder(_changed(old[name], tensor), effort)
         frame, checksum = backend.compress(src=old[name], dst=tensor)
-        tensors[name], checksums[name] = frame, cast(str, checksum)
+        tensors[name], checksums[name] = frame, checksum
         total += frame.numel()
         if total >= most:
             return None
@@ -118,12 +120,12 @@ def _coder(changed: float, effort: Effort) -> Arc2Backend:
 
 
 def _changed(old: Tensor, new: Tensor) -> float:
-    """Share of the values that differ."""
+    """Return the share of the values that differ."""
     return (old != new).float().mean().item() if new.numel() else 0.0
 
 
 def apply(old: Tensor, frame: Tensor, name: str) -> Tensor:
-    """The tensor that a compressed XOR leads to, a new one; `old` stays as it is.
+    """Return the tensor that a compressed XOR leads to, a new one; `old` stays as it is.
 
     What comes out has to be checked against a hash: the frame may be of another tensor.
 
@@ -133,7 +135,7 @@ def apply(old: Tensor, frame: Tensor, name: str) -> Tensor:
     before = old.contiguous().reshape(-1).view(torch.uint8)
     raw = frame.numpy().tobytes()
     try:
-        # Its size is said in its head: one of another size is not decompressed.
+        # Its head names its size: one of another size is not decompressed.
         if zstandard.frame_content_size(raw) != before.numel():
             raise DeltaCorrupt(f"the difference of {name} is of another size")
         xor = bytearray(zstandard.ZstdDecompressor().decompress(raw))

@@ -1,4 +1,4 @@
-"""Which snapshots may go: decided from what is on disk and what is in use; and their removal.
+"""Retention: decides from what is on disk and in use which snapshots may go, and removes them.
 
 Kept are: what a deployment serves or is loading; the newest snapshots of each job; what is young;
 and, of all these, the chain that they are built up from. Snapshots that `weight_sync()` named
@@ -28,10 +28,10 @@ YOUNG_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A snapshot on disk.
+    """Describes a snapshot on disk.
 
     Attributes:
-        predecessor: what it is a difference to; None if it stands alone.
+        predecessor: identity that it is a difference to; None if it stands alone.
         job: the job that wrote it.
         written: when, in seconds of the clock that `to_remove` is given.
     """
@@ -43,7 +43,7 @@ class Stored:
 
 
 def to_remove(stored: Sequence[Stored], in_use: Collection[str], now: float) -> list[str]:
-    """The snapshots that nothing needs any more."""
+    """Return the snapshots that nothing needs any more."""
     by_name = {one.identity: one for one in stored}
     kept = set(in_use) | {one.identity for one in stored if now - one.written < YOUNG_S}
     groups: dict[tuple[str, bool], list[Stored]] = defaultdict(list)
@@ -62,7 +62,7 @@ def to_remove(stored: Sequence[Stored], in_use: Collection[str], now: float) -> 
 
 
 def clean(store: SnapshotStore, in_use: Collection[str], now: float) -> list[str]:
-    """Removes what may go; blocks on the disk, so call it in a thread.
+    """Remove the snapshots that may go; blocks on the disk, so call it in a thread.
 
     Args:
         in_use: identities that deployments serve or are loading.

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,35 +46,35 @@ FreeBytes = Callable[[Path], int]
 
 
 class SnapshotError(Exception):
-    """A snapshot can't be written or read; the message says which and why."""
+    """Raised when a snapshot can't be written or read; says which and why."""
 
 
 class InvalidName(SnapshotError):
-    """The name could not be a folder name of ours."""
+    """Raised when a name could not be a folder name of ours."""
 
 
 class SnapshotMissing(SnapshotError):
-    """No snapshot has this identity."""
+    """Raised when no snapshot has an identity."""
 
 
 class SnapshotCorrupt(SnapshotError):
-    """The files do not hold what the manifest says."""
+    """Raised when the files do not hold what the manifest says."""
 
 
 class SnapshotMismatch(SnapshotError):
-    """The snapshot is whole, and of another model."""
+    """Raised when a snapshot is whole, and of another model."""
 
 
 class NoSpace(SnapshotError):
-    """The disk has no room for the save; nothing was written."""
+    """Raised when the disk has no room for a save; nothing was written."""
 
 
 class NotWritten(SnapshotError):
-    """The save failed on its way to the disk; nothing is left of it."""
+    """Raised when a save failed on its way to the disk; nothing is left of it."""
 
 
 class LoraBlock(BaseModel):
-    """What a manifest says about an adapter: the effective weight is `W + (alpha / rank) B @ A`."""
+    """Describes an adapter in a manifest: the effective weight is `W + (alpha / rank) B @ A`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,7 +84,7 @@ class LoraBlock(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a snapshot says about itself.
+    """Describes a snapshot, in its `manifest.json`.
 
     Attributes:
         format: version of this file's shape.
@@ -95,8 +95,8 @@ class Manifest(BaseModel):
         predecessor_sha256: `sha256` of that one.
         base_model: resource name of the model it was trained from.
         job: the trainer job that wrote it; "" for another writer.
-        dtype: of the tensors, "bfloat16" or "float32".
-        bytes: of all tensors as they are stored.
+        dtype: dtype of the tensors, "bfloat16" or "float32".
+        bytes: size of all tensors as they are stored.
         sha256: over one line `name:hash` a tensor, in the order of names.
         tensors: sha256 of each tensor's little-endian bytes; of a delta, once it is applied.
         lora: the adapter's settings, for kind "lora".
@@ -127,7 +127,7 @@ class Manifest(BaseModel):
 
 
 def check_name(name: str, what: str = "snapshot") -> str:
-    """`name`, if it can be a folder of ours; else raises InvalidName."""
+    """Return `name`, if it can be a folder of ours; else raise InvalidName."""
     if NAME.fullmatch(name) is None:
         raise InvalidName(
             f"{name[:80]!r} can't name a {what}: use 1 to 255 letters, digits, '.', '_' and '-',"
@@ -137,12 +137,12 @@ def check_name(name: str, what: str = "snapshot") -> str:
 
 
 def disk_free_bytes(folder: Path) -> int:
-    """Bytes that the file system of `folder` has free for us."""
+    """Return the bytes that the file system of `folder` has free for us."""
     return shutil.disk_usage(folder).free
 
 
 def check_space(folder: Path, needed: int, what: str, free_bytes: FreeBytes) -> None:
-    """Raises NoSpace unless `needed` bytes and a small margin are free under `folder`."""
+    """Raise NoSpace unless `needed` bytes and a small margin are free under `folder`."""
     free = free_bytes(folder)
     if free < needed + SPARE_BYTES:
         raise NoSpace(
@@ -153,8 +153,8 @@ def check_space(folder: Path, needed: int, what: str, free_bytes: FreeBytes) -> 
 
 
 @contextmanager
-def written_or_gone(what: str) -> Iterator[None]:
-    """Names a failure to write: a disk that fills up, a limit, a folder that is gone.
+def written_or_gone(what: str) -> Generator[None]:
+    """Turn a failure to write into NotWritten: a full disk, a limit, a folder that is gone.
 
     Raises:
         NotWritten: the block raised an error of the operating system or of safetensors.
@@ -171,7 +171,7 @@ def written_or_gone(what: str) -> Iterator[None]:
 
 
 def sync_file(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -180,7 +180,7 @@ def sync_file(path: Path) -> None:
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 (hex) of a tensor's little-endian bytes in row-major order."""
+    """Return the sha256 (hex) of a tensor's little-endian bytes in row-major order."""
     import torch
 
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -193,19 +193,19 @@ def total_sha256(tensors: Mapping[str, str]) -> str:
 
 
 def hashes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """sha256 of each tensor."""
+    """Return the sha256 of each tensor."""
     return {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
 
 
 def stored_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of all tensors together."""
+    """Return the bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def apply_delta(
     manifest: Manifest, frames: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors that a delta leads to from `old`, new ones, not yet checked.
+    """Return the tensors that a delta leads to from `old`, new ones, not yet checked.
 
     Raises:
         SnapshotCorrupt: it is damaged, or of other tensors.
@@ -222,7 +222,7 @@ def apply_delta(
 
 
 def check_hashes(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises SnapshotCorrupt unless the tensors are those of the manifest, each by its hash."""
+    """Raise SnapshotCorrupt unless the tensors are those of the manifest, each by its hash."""
     hashes = hashes_of(tensors)
     if hashes != manifest.tensors or total_sha256(hashes) != manifest.sha256:
         names = hashes.keys() | manifest.tensors.keys()
@@ -234,12 +234,13 @@ def check_hashes(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 class SnapshotStore:
-    """The snapshots of one folder. Several processes may read; one trainer writes a given name.
+    """Writes and reads the snapshots of one folder. Several processes may read; one trainer writes
+    a given name.
 
     Args:
         folder: made if it is missing.
         writer: who writes here, so that `clean` leaves other writers' work alone.
-        free_bytes: how to measure free space (a fake in tests).
+        free_bytes: measures free space (a fake in tests).
     """
 
     def __init__(
@@ -251,17 +252,17 @@ class SnapshotStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path(self, identity: str) -> Path:
-        """The snapshot's folder, whether or not it exists. Raises InvalidName."""
+        """Return the snapshot's folder, whether or not it exists. Raises InvalidName."""
         return self.folder / check_name(identity)
 
     def identities(self) -> list[str]:
-        """What is there, in the order of names."""
+        """Return the identities of all snapshots, in the order of names."""
         return sorted(
             p.parent.name for p in self.folder.glob("*/manifest.json") if p.parent.name[0] != "."
         )
 
     def clean(self) -> None:
-        """Removes what this writer, or a removal, left unfinished when it died."""
+        """Remove what this writer, or a removal, left unfinished when it died."""
         leftover = re.compile(rf"\.tmp-({re.escape(self._writer)}|removed)\.[0-9a-f]{{32}}")
         for folder in self.folder.iterdir():
             if leftover.fullmatch(folder.name):
@@ -269,7 +270,7 @@ class SnapshotStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, identity: str) -> Manifest:
-        """The manifest alone. Raises InvalidName, SnapshotMissing, SnapshotCorrupt."""
+        """Read the manifest alone. Raises InvalidName, SnapshotMissing, SnapshotCorrupt."""
         folder = self.path(identity)
         try:
             raw = (folder / "manifest.json").read_bytes()
@@ -284,13 +285,13 @@ class SnapshotStore:
         return manifest
 
     def tensors(self, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """A snapshot's tensors as they are stored, unchecked.
+        """Read a snapshot's tensors as they are stored, unchecked.
 
         Raises:
             SnapshotCorrupt: the file can't be read.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
         try:
             return load_file(self.path(manifest.identity) / _FILE_OF_KIND[manifest.kind])
@@ -300,7 +301,7 @@ class SnapshotStore:
             ) from error
 
     def load(self, identity: str) -> tuple[Manifest, dict[str, torch.Tensor]]:
-        """Manifest and tensors, in the dtype they were stored in, every hash checked.
+        """Read manifest and tensors, in the dtype they were stored in, and check every hash.
 
         A delta is applied to its predecessor, and that one to its own, back to a whole snapshot.
 
@@ -317,7 +318,7 @@ class SnapshotStore:
         return manifest, tensors
 
     def chain(self, identity: str) -> list[Manifest]:
-        """The manifests from the last whole snapshot up to this one, in the order of loading.
+        """Read the manifests from the last whole snapshot up to this one, in the order of loading.
 
         Raises:
             InvalidName, SnapshotMissing: as `read`; also for a predecessor.
@@ -338,7 +339,7 @@ class SnapshotStore:
         return links[::-1]
 
     def check_room(self, name: str, size: int) -> None:
-        """Raises InvalidName or NoSpace if a snapshot of `size` bytes could not be written."""
+        """Raise InvalidName or NoSpace if a snapshot of `size` bytes could not be written."""
         check_space(self.folder, size, f"snapshot {check_name(name)!r}", self._free_bytes)
 
     def write(
@@ -351,12 +352,12 @@ class SnapshotStore:
         lora: LoraBlock | None = None,
         hashes: Mapping[str, str] | None = None,
     ) -> Manifest:
-        """Writes a whole snapshot under `name`, or `name-2`, `name-3`, ... if that is taken.
+        """Write a whole snapshot under `name`, or `name-2`, `name-3`, ... if that is taken.
 
         Args:
             tensors: by Hugging Face name (peft's for an adapter), already in `dtype`.
             lora: the adapter's settings; makes it a snapshot of kind "lora".
-            hashes: of the tensors, where they are known already.
+            hashes: sha256 of the tensors, where they are known already.
 
         Raises:
             InvalidName: before anything is written.
@@ -387,10 +388,10 @@ class SnapshotStore:
         predecessor: Manifest,
         hashes: Mapping[str, str],
     ) -> Manifest:
-        """Writes the difference to `predecessor`, under a name as `write`.
+        """Write the difference to `predecessor`, under a name as `write` does.
 
         Args:
-            frames, checksums: of `deltas.encode`.
+            frames, checksums: output of `deltas.encode`.
             hashes: sha256 of each tensor once the difference is applied.
 
         Raises:
@@ -416,7 +417,7 @@ class SnapshotStore:
         tensors: Mapping[str, torch.Tensor],
         metadata: Mapping[str, str] | None = None,
     ) -> Manifest:
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
         self.check_room(manifest.identity, manifest.bytes)
         scratch = self.folder / f".tmp-{self._writer}.{uuid.uuid4().hex}"
@@ -432,7 +433,7 @@ class SnapshotStore:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _publish(self, scratch: Path, manifest: Manifest) -> Manifest:
-        """Renames the scratch folder to the first free identity, its manifest in it."""
+        """Rename the scratch folder to the first free identity, its manifest in it."""
         name, number = manifest.identity, 1
         while True:
             identity = name if number == 1 else check_name(f"{name}-{number}")

@@ -1,4 +1,4 @@
-"""Tinker's names for runs and checkpoints, and what the platform remembers of them.
+"""Tinker's names for runs and checkpoints, and the notes that the platform keeps of them.
 
 A *run* is a model in training, `<session>:train:<n>`; its checkpoints are
 `tinker://<run>/weights/<name>` (states) and `tinker://<run>/sampler_weights/<name>` (snapshots). On
@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from fireworks_training.local.store.snapshots import sync_file
 
 Kind = Literal["weights", "sampler_weights"]
+KINDS = get_args(Kind)
 
 SCHEME = "tinker://"
 _RUN = re.compile(r"(ts-[0-9a-f]{32}):train:([0-9]{1,9})")
@@ -31,12 +32,12 @@ NAME_RULE = "1 to 128 letters, digits, '.', '_' and '-', starting with a letter 
 
 
 class BadTinkerPath(ValueError):
-    """Not a path, name or run of ours; the message says what one looks like."""
+    """Raised for a text that is no path, name or run of ours; shows what one looks like."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint by its parts."""
+    """Names a checkpoint by its parts."""
 
     run: str
     kind: Kind
@@ -50,44 +51,43 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        """As users know it."""
+        """`tinker://` path under which users know it."""
         return f"{SCHEME}{self.run}/{self.kind}/{self.name}"
 
     @property
     def identity(self) -> str:
-        """Its folder's name; a run has three parts without dots, so names can't collide."""
+        """Name of its folder; a run has three parts without dots, so names can't collide."""
         return f"{self.run.replace(':', '.')}.{self.name}"
 
 
 def parse_path(path: str) -> Checkpoint:
-    """The checkpoint that a path names.
+    """Return the checkpoint that a path names.
 
     Raises:
         BadTinkerPath.
     """
     parts = path.removeprefix(SCHEME).split("/")
-    kind = parts[1] if len(parts) == 3 else ""
-    if not path.startswith(SCHEME) or kind not in ("weights", "sampler_weights"):
+    if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
         raise BadTinkerPath(
             f"{path[:80]!r} is not a checkpoint: it must be {SCHEME}<run>/weights/<name> or"
             f" {SCHEME}<run>/sampler_weights/<name>"
         )
-    return Checkpoint(parts[0], cast(Kind, kind), parts[2])
+    return Checkpoint(parts[0], cast(Kind, parts[1]), parts[2])
 
 
 def session_of(id_: str) -> str | None:
-    """The session in the id of a run, of a sampling session, or of one of their requests."""
+    """Return the session in the id of a run, of a sampling session, or of one of their requests."""
     session, separator, _ = id_.partition(":")
     return session if separator else None
 
 
 def sampling_session_id(session: str, seq_id: int) -> str:
-    """The id of a sampling session, the same for the same request."""
+    """Return the id of a sampling session, the same for the same request."""
     return f"{session}:sampler:{seq_id}"
 
 
 def ephemeral_identity(sampling_session: str) -> str:
-    """The snapshot that is saved for one sampling session alone."""
+    """Return the identity of the snapshot that is saved for one sampling session alone."""
     if _SAMPLER.fullmatch(sampling_session) is None:
         raise BadTinkerPath(f"{sampling_session[:80]!r} is not a sampling session of this platform")
     return sampling_session.replace(":", ".")
@@ -95,7 +95,7 @@ def ephemeral_identity(sampling_session: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunNote:
-    """What is remembered of a run; `lora` holds the adapter's settings, None without one."""
+    """Stores what is remembered of a run; `lora` holds the adapter's settings, None without one."""
 
     run: str
     base_model: str
@@ -106,7 +106,7 @@ class RunNote:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointNote:
-    """What is remembered of a checkpoint; times are RFC 3339 in UTC."""
+    """Stores what is remembered of a checkpoint; times are RFC 3339 in UTC."""
 
     path: str
     size_bytes: int
@@ -116,7 +116,7 @@ class CheckpointNote:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Its parts."""
+        """Run, kind and name of the checkpoint."""
         return parse_path(self.path)
 
     @property
@@ -127,7 +127,7 @@ class CheckpointNote:
 
 @dataclass(frozen=True, slots=True)
 class SamplerNote:
-    """What a sampling session samples from.
+    """Stores what a sampling session samples from.
 
     Attributes:
         session: its id.
@@ -144,36 +144,36 @@ class SamplerNote:
 
 @dataclass(frozen=True, slots=True)
 class SessionNote:
-    """What is remembered of a client's session.
+    """Stores what is remembered of a client's session.
 
     Attributes:
         session: its id.
         display_name, user_metadata: the client's own words.
-        finished: how it ended by its client's account: "success", "errored" or "interrupted"; None
-            until it says so.
-        detail: what the client said of that.
+        finished: outcome that its client reported: "success", "errored" or "interrupted"; None
+            before.
+        detail: the client's words about that outcome.
     """
 
     session: str
     display_name: str | None = None
-    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    user_metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     created: str = field(default_factory=lambda: now().isoformat())
     finished: str | None = None
     detail: str | None = None
 
 
 def now() -> datetime:
-    """The time, in UTC."""
+    """Return the time, in UTC."""
     return datetime.now(UTC)
 
 
 def expiry(ttl_seconds: int | None) -> str | None:
-    """When a checkpoint saved now expires."""
+    """Return when a checkpoint saved now expires."""
     return None if ttl_seconds is None else (now() + timedelta(seconds=ttl_seconds)).isoformat()
 
 
 class TinkerStore:
-    """The notes of one platform. Several processes may read; a run has one writer.
+    """Keeps the notes of one platform. Several processes may read; a run has one writer.
 
     Args:
         folder: made if it is missing.
@@ -188,81 +188,82 @@ class TinkerStore:
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def write_run(self, note: RunNote) -> None:
-        """Remembers a run."""
+        """Write the note of a run."""
         _write(self._runs / f"{note.run.replace(':', '.')}.json", asdict(note))
 
     def run(self, run: str) -> RunNote | None:
-        """A run by its id."""
+        """Return a run by its id."""
         if _RUN.fullmatch(run) is None:
             return None
         raw = _read(self._runs / f"{run.replace(':', '.')}.json")
         return None if raw is None else RunNote(**raw)
 
     def runs(self) -> list[RunNote]:
-        """All runs, oldest first."""
+        """Return all runs, oldest first."""
         notes = (_read(path) for path in self._runs.glob("*.json"))
         return sorted((RunNote(**raw) for raw in notes if raw), key=lambda note: note.created)
 
     def write_session(self, note: SessionNote) -> None:
-        """Remembers a session, in the place of an older note of it."""
+        """Write the note of a session, in the place of an older one."""
         _write(self._sessions / f"{note.session}.json", asdict(note))
 
     def session(self, session: str) -> SessionNote | None:
-        """A session by its id."""
+        """Return a session by its id."""
         if _SESSION.fullmatch(session) is None:
             return None
         raw = _read(self._sessions / f"{session}.json")
         return None if raw is None else SessionNote(**raw)
 
     def sessions(self) -> list[SessionNote]:
-        """All sessions, oldest first."""
+        """Return all sessions, oldest first."""
         notes = (_read(path) for path in self._sessions.glob("*.json"))
         made = [SessionNote(**raw) for raw in notes if raw]
         return sorted(made, key=lambda note: (note.created, note.session))
 
     def write_sampler(self, note: SamplerNote) -> None:
-        """Remembers a sampling session."""
+        """Write the note of a sampling session."""
         _write(self._samplers / f"{note.session.replace(':', '.')}.json", asdict(note))
 
     def sampler(self, session: str) -> SamplerNote | None:
-        """A sampling session by its id."""
+        """Return a sampling session by its id."""
         if _SAMPLER.fullmatch(session) is None:
             return None
         raw = _read(self._samplers / f"{session.replace(':', '.')}.json")
         return None if raw is None else SamplerNote(**raw)
 
     def samplers_of(self, session: str) -> list[str]:
-        """Ids of the sampling sessions of a client's session."""
+        """Return the ids of the sampling sessions of a client's session."""
         if _SAMPLER.fullmatch(f"{session}:sampler:0") is None:
             return []
         notes = map(_read, self._samplers.glob(f"{session}.sampler.*.json"))
         return sorted(str(raw["session"]) for raw in notes if raw is not None)
 
     def write_checkpoint(self, note: CheckpointNote) -> None:
-        """Remembers a checkpoint, in the place of an older one of its path."""
+        """Write the note of a checkpoint, in the place of an older one of its path."""
         _write(self._note(note.checkpoint), asdict(note), sync=True)
 
     def checkpoint(self, checkpoint: Checkpoint) -> CheckpointNote | None:
-        """A checkpoint's note; None when there is none, or its time is over."""
+        """Return a checkpoint's note; None when there is none, or its time is over."""
         raw = _read(self._note(checkpoint))
         note = None if raw is None else CheckpointNote(**raw)
         return None if note is None or note.expired else note
 
     def checkpoints(self, run: str | None = None) -> list[CheckpointNote]:
-        """Those of a run, or all, oldest first; also those whose time is over."""
+        """Return the checkpoints of a run, or all, oldest first; also those whose time is over."""
         found: Iterator[dict[str, Any] | None] = map(_read, self._checkpoints.glob("*.json"))
         notes = [CheckpointNote(**raw) for raw in found if raw is not None]
         chosen = [note for note in notes if run is None or note.checkpoint.run == run]
         return sorted(chosen, key=lambda note: note.time)
 
     def named_snapshots(self) -> set[str]:
-        """Identities of the sampler checkpoints that have a name and are still to be kept."""
+        """Return the identities of the sampler checkpoints that have a name and are still to be
+        kept."""
         notes = (note for note in self.checkpoints() if not note.expired)
         of = (note.checkpoint for note in notes)
         return {one.identity for one in of if one.kind == "sampler_weights"}
 
     def forget_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Drops the note alone. Idempotent."""
+        """Drop the note alone. Idempotent."""
         self._note(checkpoint).unlink(missing_ok=True)
 
     def _note(self, checkpoint: Checkpoint) -> Path:

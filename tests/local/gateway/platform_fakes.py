@@ -19,9 +19,12 @@ import aiohttp
 from aiohttp import web
 
 from fireworks_training.local.gateway.app import Parts, create_app, make_runner
+from fireworks_training.local.gateway.control_plane.deployments import Deployments
+from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.control_plane.workers import WorkerFailed
 from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
-from fireworks_training.local.gateway.inference.registry import REGISTRY, ServingRegistry
+from fireworks_training.local.gateway.inference.registry import ServingRegistry
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.model.promotion import Order
 from fireworks_training.local.processes import lifetime
 from fireworks_training.local.settings import GatewaySettings
@@ -210,6 +213,10 @@ class Gateway:
     @property
     def registry(self) -> ServingRegistry:
         return self.app[REGISTRY]
+
+    @property
+    def deployments(self) -> Deployments:
+        return self.app[CONTROL_PLANE].deployments
 
     async def call(
         self,

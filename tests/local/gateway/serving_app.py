@@ -21,12 +21,12 @@ from fireworks_training.local.gateway.control_plane import hot_load
 from fireworks_training.local.gateway.inference import routes as inference
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
 from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
     LiveDeployment,
     ModelEntry,
     ServingRegistry,
 )
 from fireworks_training.local.gateway.inference.routes import KEEPALIVE_AFTER
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.problems import HttpProblem, render
 from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, tiny_qwen3
@@ -65,7 +65,7 @@ class Served:
     live: LiveDeployment
     client: EngineClient
     store: SnapshotStore
-    woken: list[str] = field(default_factory=list)
+    woken: list[str]
 
     async def post(self, **body: object) -> aiohttp.ClientResponse:
         body = {"model": DEPLOYMENT, **body}
@@ -110,6 +110,20 @@ class Served:
                 await asyncio.sleep(0.002)
 
 
+@dataclass
+class Keeper:
+    """Does what the control plane does for these routes, without a database."""
+
+    deployments: dict[str, LiveDeployment]
+    woken: list[str] = field(default_factory=list)
+
+    async def wake(self, resource: str) -> None:
+        self.woken.append(resource)
+
+    def record_loaded(self, resource: str, identity: str) -> None:
+        self.deployments[resource].loaded_identity = identity
+
+
 def chunks_of(events: list[bytes]) -> list[dict[str, Any]]:
     """The JSON events of a complete stream."""
     assert events[-1] == b"data: [DONE]"
@@ -138,8 +152,10 @@ async def gateway(
 ) -> AsyncIterator[Served]:
     """The routes over a connected engine client."""
     model = ModelEntry(BASE_MODEL, model_path, 256)
-    live = LiveDeployment(DEPLOYMENT, BASE_MODEL, model, [client], state="READY")
-    registry = ServingRegistry(models={BASE_MODEL: model}, deployments={DEPLOYMENT: live})
+    registry = ServingRegistry(models={BASE_MODEL: model})
+    keeper = Keeper(registry.deployments)
+    live = LiveDeployment(keeper, DEPLOYMENT, BASE_MODEL, model, [client], state="READY")
+    registry.deployments[DEPLOYMENT] = live
     app = web.Application(middlewares=[render_problems])
     app[REGISTRY] = registry
     inference.add_routes(app)
@@ -149,13 +165,7 @@ async def gateway(
     await server.start_server()
     try:
         async with aiohttp.ClientSession(server.make_url("/")) as session:
-            served = Served(session, registry, live, client, store)
-
-            async def wake(resource: str) -> None:
-                served.woken.append(resource)
-
-            registry.waker = wake
-            yield served
+            yield Served(session, registry, live, client, store, keeper.woken)
     finally:
         await server.close()
 

@@ -1,6 +1,7 @@
-"""The control plane's routes for what there is: accounts, models, training shapes, operations.
+"""Control-plane routes for accounts, models, training shapes and operations.
 
-Turns the registry and the rows of promotions into answers; holds no state.
+Knows how the registry and the rows of promotions become answers; holds no state. `routes` tells
+where a new route goes.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ from fireworks_training.local.gateway.control_plane.promotions import (
     DONE,
     FAILED,
     RUNNING,
-    operation_name,
 )
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
 from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
     STAND_IN_PREFIX,
     ModelEntry,
     ServingRegistry,
     UnknownModel,
 )
-from fireworks_training.local.gateway.web.bodies import page, read_object
+from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.web.bodies import page, read_object, required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT, MODEL_PREFIX, TRAINING_SHAPE
+from fireworks_training.local.settings import (
+    ACCOUNT,
+    JOB_PREFIX,
+    MODEL_PREFIX,
+    OPERATION_PREFIX,
+    TRAINING_SHAPE,
+)
 from fireworks_training.local.store.database import Body, ResourceRow
 
 LATEST = "latest"
@@ -61,12 +67,12 @@ _ACCOUNT: Body = {"name": f"accounts/{ACCOUNT}", "displayName": "local", "state"
 
 
 async def list_accounts(request: web.Request) -> web.Response:
-    """GET /v1/accounts: there is one."""
+    """GET /v1/accounts: list the one account there is."""
     return page(request, [_ACCOUNT], "accounts")
 
 
 async def get_account(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>."""
+    """GET /v1/accounts/<a>: show the account."""
     resources.check_account(request.match_info["account"])
     return web.json_response(_ACCOUNT)
 
@@ -76,7 +82,7 @@ def _registry(request: web.Request) -> ServingRegistry:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/models."""
+    """GET /v1/accounts/<a>/models: list the models."""
     resources.check_account(request.match_info["account"])
     models = _registry(request).models
     rows = [_shown_model(request, name, entry, None) for name, entry in sorted(models.items())]
@@ -84,13 +90,13 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 def _shown_model(request: web.Request, name: str, entry: ModelEntry, notice: str | None) -> Body:
-    row = request.app[CONTROL_PLANE].promotions.model(name.rsplit("/", 1)[-1])
+    row = request.app[CONTROL_PLANE].promotions.models.find(name.rsplit("/", 1)[-1])
     promoted = row if row is not None and name == f"{MODEL_PREFIX}{row.id}" else None
     return resources.show_model(name, entry, notice, promoted)
 
 
 async def get_model(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/models/<m>; a name of the cloud answers with its stand-in."""
+    """GET /v1/accounts/<a>/models/<m>: show a model; a name of the cloud shows its stand-in."""
     name = f"accounts/{request.match_info['account']}/models/{request.match_info['model']}"
     try:
         entry, notice = _registry(request).find_model(name)
@@ -108,16 +114,16 @@ async def delete_model(request: web.Request) -> web.Response:
 
 
 async def get_operation(request: web.Request) -> web.Response:
-    """GET an operation: `done` with a `response` or an `error`, else its progress."""
+    """GET an operation: show it as `done` with a `response` or an `error`, else its progress."""
     resources.check_account(request.match_info["account"])
-    row = request.app[CONTROL_PLANE].promotions.operation(request.match_info["operation"])
+    row = request.app[CONTROL_PLANE].promotions.operations.get(request.match_info["operation"])
     return web.json_response(show_operation(request, row))
 
 
 def show_operation(request: web.Request, row: ResourceRow) -> Body:
-    """An operation as the API shows it."""
+    """Return an operation as the API shows it."""
     shown: Body = {
-        "name": operation_name(row.id),
+        "name": f"{OPERATION_PREFIX}{row.id}",
         "done": row.state != RUNNING,
         "metadata": {"statusMessage": row.message, "createTime": row.created},
     }
@@ -131,7 +137,7 @@ def show_operation(request: web.Request, row: ResourceRow) -> Body:
 
 
 async def promote_job_checkpoint(request: web.Request) -> web.Response:
-    """POST <job>/checkpoints/<c>:promote, the name as the list of checkpoints gives it."""
+    """POST <job>/checkpoints/<c>:promote: promote a checkpoint named as in its job's list."""
     resources.check_account(request.match_info["account"])
     return await _promote(
         request, resources.check_id(request.match_info["job"], "job id"), await read_object(request)
@@ -139,20 +145,17 @@ async def promote_job_checkpoint(request: web.Request) -> web.Response:
 
 
 async def promote_checkpoint(request: web.Request) -> web.Response:
-    """POST checkpoints/<c>:promote; the body says whose checkpoint it is."""
+    """POST checkpoints/<c>:promote: promote a checkpoint of the job that the body names."""
     resources.check_account(request.match_info["account"])
     body = await read_object(request)
-    given = resources.text_field(body, "trainer_job_id") or resources.text_field(
-        body, "trainerJobId"
-    )
-    job = given.removeprefix(f"accounts/{ACCOUNT}/rlorTrainerJobs/")
+    job = required_text(body, "trainer_job_id", "trainerJobId").removeprefix(JOB_PREFIX)
     return await _promote(request, resources.check_id(job, "trainer_job_id"), body)
 
 
 async def _promote(request: web.Request, job: str, body: Mapping[str, object]) -> web.Response:
-    """Answers with the operation, or waits for it unless `async_promotion` was asked for."""
+    """Answer with the operation at once when `async_promotion` was asked for, else at its end."""
     plane = request.app[CONTROL_PLANE]
-    plane.jobs.get(job)
+    plane.jobs.table.get(job)
     operation = plane.promotions.start(job, request.match_info["checkpoint"], body)
     if body.get("async_promotion", body.get("asyncPromotion")) is not True:
         operation = await plane.promotions.finished(operation.id)
@@ -163,7 +166,7 @@ async def _promote(request: web.Request, job: str, body: Mapping[str, object]) -
 
 
 def _shape(request: web.Request) -> tuple[str, str]:
-    """Name of the shape that a path asks for, and the notice for it."""
+    """Return the name of the shape that a path asks for, and the notice for it."""
     account, shape = request.match_info["account"], request.match_info["shape"]
     name = f"accounts/{account}/trainingShapes/{shape}"
     notices = resources.StatusNotices()
@@ -175,13 +178,13 @@ def _shape(request: web.Request) -> tuple[str, str]:
 
 
 async def list_shapes(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/trainingShapes."""
+    """GET /v1/accounts/<a>/trainingShapes: list the one shape there is."""
     resources.check_account(request.match_info["account"])
     return page(request, [resources.show_shape(TRAINING_SHAPE, "")], "trainingShapes")
 
 
 async def get_shape(request: web.Request) -> web.Response:
-    """GET a training shape."""
+    """GET a training shape: show it."""
     return web.json_response(resources.show_shape(*_shape(request)))
 
 
@@ -196,7 +199,8 @@ def _shape_version(request: web.Request, version: str) -> Body:
 
 
 async def list_shape_versions(request: web.Request) -> web.Response:
-    """GET the versions of a shape; `filter=latest_validated=true` gives the one there is."""
+    """GET the versions of a shape: list the one there is, also with
+    `filter=latest_validated=true`."""
     wanted = request.query.get("filter", "").replace(" ", "")
     rows = [_shape_version(request, resources.SHAPE_VERSION)]
     if wanted not in ("", "latest_validated=true", "latestValidated=true", "public=true"):
@@ -205,7 +209,7 @@ async def list_shape_versions(request: web.Request) -> web.Response:
 
 
 async def get_shape_version(request: web.Request) -> web.Response:
-    """GET one version of a shape; the cloud's version names go with the cloud's shape names."""
+    """GET one version of a shape: show it; the cloud's version names go with the cloud's shapes."""
     version = request.match_info["version"]
     known = version in (resources.SHAPE_VERSION, LATEST)
     if not known and request.match_info["account"] == ACCOUNT:

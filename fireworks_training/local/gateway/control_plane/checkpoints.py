@@ -1,6 +1,6 @@
-"""The checkpoints of a job, as they lie on disk: saved states and sampler snapshots.
+"""The checkpoints of a job as they lie on disk: saved states and sampler snapshots.
 
-Reads names, times and manifests; never a tensor. What is on disk is the truth, so nothing is kept
+Knows names, times and manifests. Does not read tensors. The disk is the truth, so nothing is kept
 in the database, and a deleted job's checkpoints are listed as long as its folder is there.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.settings import JOB_PREFIX
 from fireworks_training.local.store.database import Body
 from fireworks_training.local.store.snapshots import InvalidName, check_name
 
@@ -27,7 +27,7 @@ PROMOTABLE = frozenset({"base", "lora"})
 
 
 def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Body]:
-    """The checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
+    """List the checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
     found = [_row(job, folder, STATE_TYPE) for folder in _folders(states_dir)]
     for folder in _folders(snapshots_dir):
         manifest = _manifest(folder)
@@ -38,10 +38,10 @@ def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Bo
 
 
 def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
-    """The manifest of a job's snapshot that can become a model.
+    """Return the manifest of a job's snapshot, if it can become a model.
 
     Raises:
-        Problem: 404 without such a snapshot; 400 for one that can't be promoted.
+        HttpProblem: 404 without such a snapshot; 400 for one that can't be promoted.
     """
     try:
         folder = snapshots_dir / check_name(identity)
@@ -63,7 +63,7 @@ def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Finished ones: a writer works under a name that starts with a dot."""
+    """List the finished folders: a writer works under a name that starts with a dot."""
     if not parent.is_dir():
         return []
     return [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -82,7 +82,7 @@ def _row(job: str, folder: Path, kind: str, *, promotable: bool = False) -> tupl
     time = datetime.fromtimestamp(changed, UTC).isoformat(timespec="microseconds")
     time = time.replace("+00:00", "Z")
     return changed, {
-        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{job}/checkpoints/{folder.name}",
+        "name": f"{JOB_PREFIX}{job}/checkpoints/{folder.name}",
         "createTime": time,
         "updateTime": time,
         "checkpointType": kind,

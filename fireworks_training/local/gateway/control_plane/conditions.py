@@ -1,28 +1,29 @@
-"""Capacity, delays and failures: what a start has to get past before a worker is made.
+"""Capacity, delays and failures that the start of a worker has to get past.
 
-Knows places and faults by resource name; knows no worker and no state. Who starts something asks
-here first, and says what the answer is while it waits; a change of the limits or of a fault wakes
-everybody who waits, so that nothing sleeps on an old figure.
+Knows places and faults by resource name; knows no worker and no state. `Workers` asks here before
+it spawns, and reports the reason while it waits; a change of the limits or of a fault wakes all
+starts that wait, so that none sleeps on an old figure.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
 
 from fireworks_training.local.limits import Limits
+from fireworks_training.local.settings import WorkerKind
 
 MAX_FAULTS = 256
 
-PlaceKind = Literal["trainer", "replica"]
+_PLACES: dict[WorkerKind, str] = {"trainer": "trainer", "engine": "replica"}
+"""What messages call the places of a kind of worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is to go wrong with one resource; it may be set before the resource exists.
+    """Describes what is to go wrong with one resource, which need not exist yet.
 
     Attributes:
         delay_s: seconds before its workers start, instead of the platform's; None = as the limits.
@@ -36,25 +37,25 @@ class Fault:
 
 
 class Conditions:
-    """The limits in force, who holds a place, who waits for one, and the faults.
+    """Keeps the limits in force, the holders of places, the queues for them, and the faults.
 
     Args:
-        limits: to begin with.
+        limits: the limits to begin with.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._faults: dict[str, Fault] = {}
-        self._holders: dict[PlaceKind, list[str]] = {"trainer": [], "replica": []}
+        self._holders: dict[WorkerKind, list[str]] = {"trainer": [], "engine": []}
         # Holder and resource, first come first.
-        self._waiting: dict[PlaceKind, list[tuple[str, str]]] = {"trainer": [], "replica": []}
+        self._waiting: dict[WorkerKind, list[tuple[str, str]]] = {"trainer": [], "engine": []}
         self._changed = asyncio.Event()
 
     # -- limits and faults -----------------------------------------------------------------------
 
     @property
     def limits(self) -> Limits:
-        """The limits in force; setting them wakes who waits."""
+        """The limits in force; setting them wakes all starts that wait."""
         return self._limits
 
     @limits.setter
@@ -63,7 +64,7 @@ class Conditions:
         self._wake()
 
     def faults(self) -> dict[str, Fault]:
-        """All faults, by resource name."""
+        """Return all faults, by resource name."""
         return dict(self._faults)
 
     def set_fault(self, resource: str, fault: Fault | None) -> None:
@@ -75,7 +76,7 @@ class Conditions:
         self._wake()
 
     def take_failure(self, resource: str) -> str:
-        """The failure that is due to a resource, once; empty if there is none."""
+        """Remove and return the failure that is due to a resource; empty if there is none."""
         fault = self._faults.get(resource)
         if fault is None or not fault.fail:
             return ""
@@ -86,17 +87,20 @@ class Conditions:
 
     @asynccontextmanager
     async def place(
-        self, kind: PlaceKind, holder: str, resource: str, waits: Callable[[str], None]
-    ) -> AsyncIterator[None]:
-        """Hold a place, in the order of asking; `waits` is told why there is none yet."""
+        self, kind: WorkerKind, holder: str, resource: str, report: Callable[[str], None]
+    ) -> AsyncGenerator[None]:
+        """Hold a place while the block runs, in the order of asking.
+
+        `report` is called with the reason why there is none yet, each time it is another one.
+        """
         queue, me = self._waiting[kind], (holder, resource)
         queue.append(me)
         try:
-            told = ""
+            reported = ""
             while reason := self._why_not(kind, me):
-                if reason != told:
-                    told = reason
-                    waits(reason)
+                if reason != reported:
+                    reported = reason
+                    report(reason)
                 await self.change()
         except BaseException:
             queue.remove(me)
@@ -104,16 +108,22 @@ class Conditions:
             raise
         # From waiting to holding without a moment in between.
         queue.remove(me)
-        with self._held(kind, holder):
+        with self.kept_place(kind, holder):
             yield
 
-    @asynccontextmanager
-    async def kept_place(self, kind: PlaceKind, holder: str) -> AsyncIterator[None]:
+    @contextmanager
+    def kept_place(self, kind: WorkerKind, holder: str) -> Generator[None]:
         """Hold a place for a worker that runs already, also when there is none left."""
-        with self._held(kind, holder):
+        holders = self._holders[kind]
+        holders.append(holder)
+        self._wake()
+        try:
             yield
+        finally:
+            holders.remove(holder)
+            self._wake()
 
-    async def delay(self, kind: PlaceKind, resource: str) -> None:
+    async def delay(self, kind: WorkerKind, resource: str) -> None:
         """Wait as long as a start takes; a change of that time counts from the beginning."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -126,14 +136,14 @@ class Conditions:
             async with asyncio.timeout(within_s):
                 await self._changed.wait()
 
-    def _delay_s(self, kind: PlaceKind, resource: str) -> float:
+    def _delay_s(self, kind: WorkerKind, resource: str) -> float:
         fault = self._faults.get(resource)
         if fault is not None and fault.delay_s is not None:
             return fault.delay_s
         limits = self._limits
         return limits.trainer_delay_s if kind == "trainer" else limits.deployment_delay_s
 
-    def _why_not(self, kind: PlaceKind, me: tuple[str, str]) -> str:
+    def _why_not(self, kind: WorkerKind, me: tuple[str, str]) -> str:
         if pending := self._held_back(me[1]):
             return pending
         most = self._limits.max_trainers if kind == "trainer" else self._limits.max_replicas
@@ -146,24 +156,13 @@ class Conditions:
             return ""
         by = f" (by {', '.join(holders)})" if holders else ""
         return (
-            f"waiting for capacity: {len(holders)} of {most} {kind} places are taken{by},"
+            f"waiting for capacity: {len(holders)} of {most} {_PLACES[kind]} places are taken{by},"
             f" {ahead} ahead in the queue"
         )
 
     def _held_back(self, resource: str) -> str:
         fault = self._faults.get(resource)
         return fault.pending if fault is not None else ""
-
-    @contextmanager
-    def _held(self, kind: PlaceKind, holder: str) -> Iterator[None]:
-        holders = self._holders[kind]
-        holders.append(holder)
-        self._wake()
-        try:
-            yield
-        finally:
-            holders.remove(holder)
-            self._wake()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -1,9 +1,9 @@
-"""`/hot_load/v1/models/hot_load`: ask a deployment to serve a snapshot, and see what it serves.
+"""`/hot_load/v1/models/hot_load`: hot-loads a snapshot into a deployment, and shows what it serves.
 
-Knows which deployment is meant and that every replica has to take the snapshot; the engines do the
-loading and refuse what they can't vouch for. Nothing here reads a snapshot.
+Knows which deployment is meant and that every replica has to take the snapshot. Does not read
+snapshots: the engines do the loading, and refuse what they can't vouch for.
 
-A look at the status may wait (`?wait_for=<identity>&timeout_s=<seconds>`) until a load of that
+A GET of the status may wait (`?wait_for=<identity>&timeout_s=<seconds>`) until a load of that
 snapshot, if one is under way, has ended on every replica.
 """
 
@@ -12,24 +12,22 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fireworks_training.local.gateway.inference.engine_client import EngineClient, LoadEnded
 from fireworks_training.local.gateway.inference.engine_stream import EngineGone
-from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
-    LiveDeployment,
-    ServingRegistry,
-)
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ServingRegistry
 from fireworks_training.local.gateway.inference.serving import (
+    REGISTRY,
     RETRY_SOON,
     add_waking,
     find_deployment,
     ready_engines,
 )
+from fireworks_training.local.gateway.web.bodies import invalid_body, parse_object
 from fireworks_training.local.gateway.web.problems import HttpProblem
+from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.store.snapshots import InvalidName, check_name
 
 log = logging.getLogger(__name__)
@@ -38,14 +36,14 @@ PATH = "/hot_load/v1/models/hot_load"
 DEPLOYMENT_HEADER = "fireworks-deployment"
 
 LONGEST_WAIT_S = 25.0
-"""Seconds that a look at the status may wait."""
+"""Seconds that a GET of the status may wait."""
 
-RECORDING: web.AppKey[dict[tuple[str, str], asyncio.Task[None]]] = web.AppKey("recording_loads")
+RECORDING: web.AppKey[RunningTasks[tuple[str, str]]] = web.AppKey("recording_loads", RunningTasks)
 """The loads under way, by deployment and identity."""
 
 
 class IncrementalMetadata(BaseModel):
-    """What a client says about a delta; only the predecessor is compared here."""
+    """Parses what a client says about a delta; only the predecessor is compared here."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -55,7 +53,7 @@ class IncrementalMetadata(BaseModel):
 
 
 class HotLoadBody(BaseModel):
-    """The body of a hot load."""
+    """Parses the body of a hot load."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -65,8 +63,8 @@ class HotLoadBody(BaseModel):
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers the hot load routes."""
-    app[RECORDING] = {}
+    """Register the hot load routes; the app holds `REGISTRY`."""
+    app[RECORDING] = RunningTasks()
     app.on_cleanup.append(_stop_recording)
     add_waking(app)
     app.router.add_post(PATH, post_hot_load)
@@ -74,7 +72,7 @@ def add_routes(app: web.Application) -> None:
 
 
 async def post_hot_load(request: web.Request) -> web.Response:
-    """POST: every replica is asked to load; the answer comes before they have."""
+    """POST: ask every replica to load; the answer comes before they have."""
     live = _deployment(request)
     body = _parse(await request.read())
     engines = ready_engines(request.app, live)
@@ -92,24 +90,15 @@ async def post_hot_load(request: web.Request) -> web.Response:
         ]
     except EngineGone as error:
         raise HttpProblem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
-    recording = asyncio.create_task(
-        _record(request.app[REGISTRY], live, engines, body.identity, loads)
-    )
-    running, key = request.app[RECORDING], (live.resource, body.identity)
-    running[key] = recording
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if running.get(key) is task:
-            del running[key]
-
-    recording.add_done_callback(ended)
+    recording = _record(request.app[REGISTRY], live, engines, body.identity, loads)
+    request.app[RECORDING].start((live.resource, body.identity), recording)
     return web.json_response(
         {"identity": body.identity, "replicas": len(engines), "long_poll": True}
     )
 
 
 async def get_hot_load(request: web.Request) -> web.Response:
-    """GET: a row for each replica that the deployment should have."""
+    """GET: show a row for each replica that the deployment should have."""
     live = _deployment(request)
     recording = request.app[RECORDING].get((live.resource, request.query.get("wait_for", "")))
     if recording is not None:
@@ -139,26 +128,20 @@ def _deployment(request: web.Request) -> LiveDeployment:
 
 def _parse(data: bytes) -> HotLoadBody:
     try:
-        body = HotLoadBody.model_validate(orjson.loads(data))
+        body = HotLoadBody.model_validate(parse_object(data))
         check_name(body.identity)
-    except orjson.JSONDecodeError:
-        raise HttpProblem(400, "the body is not JSON") from None
     except InvalidName as error:
         raise HttpProblem(400, f"{error}, field: 'identity'") from None
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        extra = fault["type"] == "extra_forbidden"
-        what = "Extra inputs are not permitted" if extra else fault["msg"]
-        raise HttpProblem(400, f"{what}, field: '{name}'") from None
+        raise invalid_body(error) from None
     return body
 
 
 def _check_predecessor(engines: list[EngineClient], identity: str, previous: str) -> None:
-    """A delta only fits what it was made against.
+    """Check that every engine holds the snapshot that a delta was made against.
 
     Raises:
-        Problem: 409 with what the replica holds.
+        HttpProblem: 409 with what the replica holds.
     """
     for engine in engines:
         held = engine.state.identity
@@ -174,7 +157,7 @@ def _check_predecessor(engines: list[EngineClient], identity: str, previous: str
 
 
 def _absent_row(live: LiveDeployment) -> dict[str, object]:
-    """A replica that is not there yet; it loads what the deployment has before it serves."""
+    """Show a replica that is not there yet; it loads what the deployment has before it serves."""
     return {
         "current_snapshot_identity": None,
         "readiness": False,
@@ -195,11 +178,11 @@ async def _record(
     identity: str,
     loads: list[asyncio.Future[LoadEnded]],
 ) -> None:
-    """Once every replica has the snapshot, a replica that joins later gets it too."""
+    """Record a snapshot once every replica has it; a replica that joins later gets it too."""
     outcomes = await asyncio.gather(*loads)
     if all(ended.outcome == "loaded" for ended in outcomes):
         if registry.deployments.get(live.resource) is live:
-            registry.record_loaded(live.resource, identity)
+            live.keeper.record_loaded(live.resource, identity)
         return
     for engine, ended in zip(engines, outcomes, strict=True):
         if ended.outcome == "failed":
@@ -207,7 +190,4 @@ async def _record(
 
 
 async def _stop_recording(app: web.Application) -> None:
-    tasks = list(app[RECORDING].values())
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await app[RECORDING].close()

@@ -1,8 +1,9 @@
-"""Promotion: a sampler snapshot becomes a model of the account, by way of an operation.
+"""Promotions: operations that make a model of the account from a sampler snapshot.
 
 Knows which checkpoints can become models, and the rows of the models and operations that come of
-it; the weights are written by a process of its own (`local.promotion`). A promotion that a gateway
-did not see to its end is taken up by the next one: its result appears whole, or not at all.
+it. Does not know weights: a process of its own writes them (`local.model.promotion`). A promotion
+that a gateway did not see to its end is taken up by the next one: its result appears whole, or not
+at all.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ import re
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from fireworks_training.local.gateway.control_plane.checkpoints import find_snapshot
+from fireworks_training.local.gateway.control_plane.resource_table import (
+    ResourceTable,
+    is_tombstone,
+)
 from fireworks_training.local.gateway.inference.registry import (
     ModelEntry,
     ServingRegistry,
     UnknownModel,
 )
+from fireworks_training.local.gateway.web.bodies import required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
+from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.model.promotion import Order
-from fireworks_training.local.settings import ACCOUNT, MODEL_PREFIX, is_resource_id
-from fireworks_training.local.store.database import AlreadyExists, Body, Database, ResourceRow
+from fireworks_training.local.settings import MODEL_PREFIX, is_resource_id
+from fireworks_training.local.store.database import Body, Database, ResourceRow
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +41,15 @@ RUNNING, DONE, FAILED = "RUNNING", "DONE", "FAILED"
 BUDGET_S = 600.0
 
 MakeModel = Callable[[Order], Awaitable[str]]
-"""Carries out an order; returns why it failed, or an empty string."""
+"""Carries out an order, and returns why it failed, or an empty string."""
 
 
 class Promotions:
-    """All promotions, and the models that came of them.
+    """Runs promotions, and serves and deletes the models that came of them.
+
+    Attributes:
+        operations: the rows of the operations.
+        models: the rows of the promoted models; a model that came with the platform has none.
 
     Args:
         make_model: carries out an order.
@@ -48,17 +58,19 @@ class Promotions:
     def __init__(
         self, database: Database, registry: ServingRegistry, state_dir: Path, make_model: MakeModel
     ) -> None:
+        self.operations = ResourceTable(database, "operation", "operation")
+        self.models = ResourceTable(database, "model", "promoted model")
         self._database = database
         self._registry = registry
         self._snapshots_dir = state_dir / "snapshots"
         self._models_dir = state_dir / "models"
         self._make_model = make_model
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running = RunningTasks[str]()
 
     # -- promoting -------------------------------------------------------------------------------
 
     def start(self, job: str, checkpoint: str, body: Mapping[str, object]) -> ResourceRow:
-        """Begin a promotion; returns its operation.
+        """Begin a promotion, and return its operation.
 
         Args:
             job: id of the trainer job whose checkpoint it is.
@@ -66,87 +78,62 @@ class Promotions:
             body: `output_model` and `base_model`, in either spelling.
 
         Raises:
-            Problem: 404, 409 or 400; nothing was begun.
+            HttpProblem: 404, 409 or 400; nothing was begun.
         """
         manifest = find_snapshot(job, checkpoint, self._snapshots_dir)
-        base = self._base_model(_text(body, "base_model", "baseModel"), manifest)
-        model_id = _output_id(_text(body, "output_model", "outputModel"))
+        base = self._base_model(required_text(body, "base_model", "baseModel"), manifest)
+        model_id = _output_id(required_text(body, "output_model", "outputModel"))
         self._reserve(model_id, base, manifest)
         number = self._database.next_number("operations")
-        row = ResourceRow(
-            "operation",
+        row = self.operations.create(
             f"promote-{number}",
             RUNNING,
             f"making {MODEL_PREFIX}{model_id} of {checkpoint}",
             {"model": model_id, "identity": checkpoint, "base": base.name},
         )
-        self._database.create(row)
         self._begin(row)
         return row
 
     async def finished(self, id_: str) -> ResourceRow:
-        """An operation once it has ended."""
+        """Wait for the end of an operation, and return it."""
         task = self._running.get(id_)
         if task is not None:
             await asyncio.shield(task)
-        return self.operation(id_)
-
-    def operation(self, id_: str) -> ResourceRow:
-        """An operation.
-
-        Raises:
-            Problem: 404.
-        """
-        row = self._database.get("operation", id_)
-        if row is None:
-            raise HttpProblem(404, f"no operation {id_!r}")
-        return row
-
-    def model(self, id_: str) -> ResourceRow | None:
-        """The row of a promoted model; None for a model that came with the platform, and others."""
-        return self._database.get("model", id_)
+        return self.operations.get(id_)
 
     def delete_model(self, id_: str) -> None:
         """Remove a promoted model and its files.
 
         Raises:
-            Problem: 404; 409 while a job or a deployment uses it, or it is being made.
+            HttpProblem: 404; 409 while a job or a deployment uses it, or it is being made.
         """
-        row, name = self.model(id_), f"{MODEL_PREFIX}{id_}"
-        if row is None:
-            raise HttpProblem(404, f"no promoted model {id_!r}")
-        users = [
-            *(r.id for r in self._database.rows("job") if _uses(r, name)),
-            *(r.id for r in self._database.rows("deployment") if _uses(r, name)),
-        ]
+        row, name = self.models.get(id_), f"{MODEL_PREFIX}{id_}"
+        rows = [*self._database.rows("job"), *self._database.rows("deployment")]
+        users = [user.id for user in rows if _uses(user, name)]
         if users or row.state == "UPLOADING":
             by = f" by {', '.join(users)}" if users else ""
             raise HttpProblem(409, f"model {id_!r} is in use{by}", code="FAILED_PRECONDITION")
         self._registry.models.pop(name, None)
-        self._database.forget("model", id_)
+        self.models.forget(id_)
         shutil.rmtree(self._models_dir / id_, ignore_errors=True)
 
-    # -- lives -----------------------------------------------------------------------------------
+    # -- life cycle ------------------------------------------------------------------------------
 
     def recover(self) -> None:
         """Serve the models of earlier promotions, and go on with those that were cut off."""
-        for row in self._database.rows("model"):
+        for row in self.models.rows():
             if row.state == "READY":
                 self._serve(row)
-        for row in self._database.rows("operation"):
+        for row in self.operations.rows():
             if row.state == RUNNING:
                 self._begin(row)
 
     async def close(self) -> None:
         """Give up what runs; the next gateway begins it again."""
-        for task in self._running.values():
-            task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await self._running.close()
 
     def _begin(self, row: ResourceRow) -> None:
-        task = asyncio.create_task(self._run(row), name=f"operation {row.id}")
-        self._running[row.id] = task
-        task.add_done_callback(lambda _: self._running.pop(row.id, None))
+        self._running.start(row.id, self._run(row), f"operation {row.id}")
 
     async def _run(self, row: ResourceRow) -> None:
         id_, base = str(row.body["model"]), self._registry.models.get(str(row.body["base"]))
@@ -157,14 +144,13 @@ class Promotions:
         except Exception as error:
             log.exception("operation %s", row.id)
             failure = f"{type(error).__name__}: {error}"
-        model = self.model(id_)
-        if failure or model is None:
-            self._database.forget("model", id_)
-            self._database.update(replace(row, state=FAILED, message=failure or "it was deleted"))
+        if failure or self.models.find(id_) is None:
+            self.models.forget(id_)
+            self.operations.change(row.id, state=FAILED, message=failure or "it was deleted")
             log.warning("operation %s failed: %s", row.id, failure)
             return
-        self._serve(self._database.update(replace(model, state="READY")))
-        self._database.update(replace(row, state=DONE))
+        self._serve(self.models.change(id_, state="READY"))
+        self.operations.change(row.id, state=DONE)
 
     async def _make(self, id_: str, identity: str, base: ModelEntry) -> str:
         target = self._models_dir / id_
@@ -198,10 +184,7 @@ class Promotions:
                 "r": lora.get("rank"),
                 "targetModules": targets,
             }
-        try:
-            self._database.create(ResourceRow("model", id_, "UPLOADING", "", body))
-        except AlreadyExists:
-            raise HttpProblem(409, f"model {id_!r} exists already, or is being made") from None
+        self.models.create(id_, "UPLOADING", "", body)
 
     def _base_model(self, asked: str, manifest: Body) -> ModelEntry:
         try:
@@ -215,22 +198,10 @@ class Promotions:
         return entry
 
 
-def operation_name(id_: str) -> str:
-    """The full name of an operation."""
-    return f"accounts/{ACCOUNT}/operations/{id_}"
-
-
 def _uses(row: ResourceRow, model: str) -> bool:
     worker = cast(Body, row.body.get("worker") or {})
     used = model in (row.body.get("model"), worker.get("base_model"))
-    return used and not row.state.endswith("DELETED")
-
-
-def _text(body: Mapping[str, object], snake: str, camel: str) -> str:
-    value = body.get(snake, body.get(camel))
-    if not isinstance(value, str) or not value:
-        raise HttpProblem(400, f"{snake} is missing, or no string")
-    return value
+    return used and not is_tombstone(row)
 
 
 _MODEL_NAME = re.compile(rf"(?:{re.escape(MODEL_PREFIX)})?([^/]*)")
@@ -248,7 +219,7 @@ def _output_id(name: str) -> str:
 
 
 async def run_promotion(order: Order) -> str:
-    """See `MakeModel`: in a process that has torch."""
+    """Carry out an order as `MakeModel` says, in a process that has torch."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The control plane's bodies: what a creator may ask for, checked, and how resources are shown.
+"""The bodies of the control plane's resources: checks what a creator asks for, shows what is there.
 
 Pure functions over JSON objects; no state and no I/O. Options of the cloud that change nothing here
 (accelerators, regions, images) are taken with a notice in `statusMessage`, so that a script written
@@ -18,11 +18,14 @@ from fireworks_training.local.gateway.inference.registry import (
     ServingRegistry,
     UnknownModel,
 )
+from fireworks_training.local.gateway.web.bodies import int_field, object_field, text_field
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.limits import parse_duration
+from fireworks_training.local.limits import camel, parse_duration
 from fireworks_training.local.settings import (
     ACCOUNT,
+    DEPLOYMENT_PREFIX,
     DEPLOYMENT_SHAPE,
+    JOB_PREFIX,
     RESOURCE_ID_RULE,
     TRAINING_SHAPE,
     is_resource_id,
@@ -83,12 +86,12 @@ _VERSION = re.compile(r"/versions/[A-Za-z0-9._-]+$")
 
 @dataclass(slots=True)
 class StatusNotices:
-    """What a creator should know; shown as `statusMessage`."""
+    """Collects what a creator should know; shown as `statusMessage`."""
 
-    texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list[str])
 
     def add(self, text: str | None) -> None:
-        """Take a notice; None is none."""
+        """Take a notice; None adds nothing."""
         if text is not None:
             self.texts.append(text.removeprefix("Warning: "))
 
@@ -99,63 +102,33 @@ class StatusNotices:
             self.add(f"without effect on the local platform: {', '.join(given)}")
 
     def text(self) -> str:
-        """All of them, in the form that clients log as a warning; empty if there is none."""
+        """Return all notices in the form that clients log as a warning; empty if there is none."""
         return f"Warning: {'; '.join(self.texts)}" if self.texts else ""
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an option's value asks for nothing: off, empty, or one of what there is one of."""
-    return value is False or value in ("", [], {}) or (value in (0, 1) and value is not True)
+    """Return whether an option asks for nothing: off, empty, or one of what there is one of."""
+    return value is not True and value in ("", [], {}, 0, 1)
 
 
 # -- fields --------------------------------------------------------------------------------------
 
 
 def check_id(name: str, what: str) -> str:
-    """A resource id, or a problem: it becomes part of paths."""
+    """Return a resource id that may become part of a path; refuse any other."""
     if not is_resource_id(name):
         raise HttpProblem(400, f"{what} {name[:80]!r} is not {RESOURCE_ID_RULE}")
     return name
 
 
 def check_account(account: str) -> None:
-    """Only one account exists."""
+    """Refuse every account but the one there is."""
     if account != ACCOUNT:
         raise HttpProblem(404, f"no account {account[:80]!r}; this platform has one: {ACCOUNT!r}")
 
 
-def text_field(body: Mapping[str, object], name: str, default: str = "") -> str:
-    """A string of a body."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, str):
-        raise HttpProblem(400, f"{name} must be a string")
-    return value
-
-
-def int_field(body: Mapping[str, object], name: str, default: int, low: int, high: int) -> int:
-    """A bounded integer of a body."""
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise HttpProblem(400, f"{name} must be an integer from {low} to {high}")
-    return value
-
-
-def object_field(body: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """An object of a body; empty when absent."""
-    value = body.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise HttpProblem(400, f"{name} must be an object")
-    return cast("dict[str, object]", value)
-
-
 def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) -> ModelEntry:
-    """The model behind `baseModel`."""
+    """Return the model behind `baseModel`."""
     try:
         entry, notice = registry.find_model(name)
     except UnknownModel as error:
@@ -165,7 +138,7 @@ def model_field(registry: ServingRegistry, name: str, notices: StatusNotices) ->
 
 
 def shape_field(name: str, local: str, notices: StatusNotices) -> None:
-    """A shape: the local one, or one of the cloud's as a stand-in."""
+    """Check a shape: the local one, or one of the cloud's for which it stands in."""
     parent = _VERSION.sub("", name)
     if parent == local:
         return
@@ -175,7 +148,7 @@ def shape_field(name: str, local: str, notices: StatusNotices) -> None:
 
 
 def dtype_field(values: Mapping[str, object]) -> str | None:
-    """`snapshot_dtype` of an `extraValues`."""
+    """Return the `snapshot_dtype` of an `extraValues`; None when it has none."""
     value = values.get("snapshot_dtype")
     if value is None:
         return None
@@ -185,7 +158,7 @@ def dtype_field(values: Mapping[str, object]) -> str | None:
 
 
 def _delta_field(values: Mapping[str, object]) -> Body:
-    """`delta_compression` of an `extraValues`, as far as a trainer has to be told."""
+    """Return the `delta_compression` of an `extraValues`, if a trainer needs it."""
     value = values.get("delta_compression", "fast")
     if value not in ("fast", "small"):
         raise HttpProblem(400, "delta_compression must be one of fast, small")
@@ -196,9 +169,9 @@ def _delta_field(values: Mapping[str, object]) -> Body:
 
 
 def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) -> tuple[Body, str]:
-    """What is stored of a job, and its notice.
+    """Check the body of a new job; return what is stored of it, and its notice.
 
-    Returns `{"resource": fields to show, "worker": what its trainer is told}`.
+    What is stored is `{"resource": fields to show, "worker": settings of its trainer}`.
     """
     notices = StatusNotices()
     training = object_field(body, "trainingConfig")
@@ -210,8 +183,8 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
         shape_field(shape, TRAINING_SHAPE, notices)
     extra = object_field(training, "extraValues")
     context = _context_length(training, entry, base_model, notices)
-    lora_rank = int_field(training, "loraRank", 0, 0, MAX_LORA_RANK)
-    seed = int_field(extra, "seed", 0, 0, 2**63 - 1)
+    lora_rank = int_field(training, "loraRank", 0, MAX_LORA_RANK, default=0)
+    seed = int_field(extra, "seed", 0, 2**63 - 1, default=0)
     dtype = dtype_field(extra) or SNAPSHOT_DTYPES[0]
     notices.add_ignored(body, _JOB_OPTIONS_WITHOUT_EFFECT)
     notices.add_ignored(training, _TRAINING_OPTIONS_WITHOUT_EFFECT)
@@ -242,7 +215,8 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
 
 
 def _inactivity(body: Mapping[str, object]) -> Body:
-    """`{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the platform."""
+    """Return `{"inactivity_s": seconds}`, None for never; empty when the job leaves it to the
+    platform."""
     if body.get("disableInactivityCleanup") is True:
         return {"inactivity_s": None}
     asked = body.get("inactivityTimeout")
@@ -260,7 +234,7 @@ def _context_length(
     training: Mapping[str, object], entry: ModelEntry, asked_model: str, notices: StatusNotices
 ) -> int:
     most = entry.max_context_length
-    asked = int_field(training, "maxContextLength", most, 1, 1 << 24)
+    asked = int_field(training, "maxContextLength", 1, 1 << 24, default=most)
     if asked <= most:
         return asked
     if asked_model == entry.name:
@@ -270,9 +244,9 @@ def _context_length(
 
 
 def show_job(row: ResourceRow) -> Body:
-    """A job as the API shows it."""
+    """Return a job as the API shows it."""
     return {
-        "name": f"accounts/{ACCOUNT}/rlorTrainerJobs/{row.id}",
+        "name": f"{JOB_PREFIX}{row.id}",
         "state": row.state,
         "statusMessage": row.message,
         "createTime": row.created,
@@ -285,9 +259,9 @@ def show_job(row: ResourceRow) -> Body:
 
 
 def deployment_body(body: Mapping[str, object], registry: ServingRegistry) -> tuple[Body, str]:
-    """What is stored of a deployment, and its notice.
+    """Check the body of a new deployment; return what is stored of it, and its notice.
 
-    Returns `{"resource": fields to show, "model": name of the model really served,
+    What is stored is `{"resource": fields to show, "model": name of the model really served,
     "awake": replicas to start when a request wakes it}`.
     """
     notices = StatusNotices()
@@ -302,24 +276,24 @@ def deployment_body(body: Mapping[str, object], registry: ServingRegistry) -> tu
     notices.add_ignored(body, _DEPLOYMENT_OPTIONS_WITHOUT_EFFECT)
     resource: Body = {name: body[name] for name in _DEPLOYMENT_FIELDS if body.get(name) is not None}
     resource["baseModel"] = base_model
-    resource["minReplicaCount"], resource["maxReplicaCount"] = replica_fields(body, 0, 1)
+    least, most = replica_fields(body, 0, 1)
+    resource["minReplicaCount"], resource["maxReplicaCount"] = least, most
     resource["hotLoadTransitionType"] = transition_field(body, "ASYNC")
     check_trainer_job(text_field(body, "hotLoadTrainerJob"))
-    awake = max(1, cast(int, resource["maxReplicaCount"]))
-    return {"resource": resource, "model": entry.name, "awake": awake}, notices.text()
+    return {"resource": resource, "model": entry.name, "awake": max(1, most)}, notices.text()
 
 
 def replica_fields(body: Mapping[str, object], low: int, high: int) -> tuple[int, int]:
-    """Minimum and maximum of replicas; `low` and `high` are the defaults."""
-    least = int_field(body, "minReplicaCount", low, 0, MAX_REPLICAS)
-    most = int_field(body, "maxReplicaCount", max(high, least), 0, MAX_REPLICAS)
+    """Return the minimum and maximum of replicas; `low` and `high` are the defaults."""
+    least = int_field(body, "minReplicaCount", 0, MAX_REPLICAS, default=low)
+    most = int_field(body, "maxReplicaCount", 0, MAX_REPLICAS, default=max(high, least))
     if least > most:
         raise HttpProblem(400, f"minReplicaCount {least} is above maxReplicaCount {most}")
     return least, most
 
 
 def transition_field(body: Mapping[str, object], default: str) -> str:
-    """How a hot load treats streams in flight."""
+    """Return how a hot load treats the streams in flight."""
     value = text_field(body, "hotLoadTransitionType", default).upper() or default
     if value not in ("ASYNC", "SYNC"):
         raise HttpProblem(400, "hotLoadTransitionType must be ASYNC or SYNC")
@@ -327,10 +301,10 @@ def transition_field(body: Mapping[str, object], default: str) -> str:
 
 
 def check_trainer_job(name: str) -> None:
-    """The resource name of a trainer job, or empty; the job may be created later."""
-    prefix = f"accounts/{ACCOUNT}/rlorTrainerJobs/"
-    if name and not (name.startswith(prefix) and is_resource_id(name.removeprefix(prefix))):
-        raise HttpProblem(400, f"hotLoadTrainerJob must be {prefix}<id>")
+    """Check the resource name of a trainer job, or an empty text; the job may be created later."""
+    id_ = name.removeprefix(JOB_PREFIX)
+    if name and (id_ == name or not is_resource_id(id_)):
+        raise HttpProblem(400, f"hotLoadTrainerJob must be {JOB_PREFIX}<id>")
 
 
 _PATCHABLE = (
@@ -345,8 +319,8 @@ _PATCHABLE = (
 
 
 def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Body:
-    """The stored body after a PATCH; without a mask every field of the body counts."""
-    names = [_camel(name) for name in mask.split(",") if name] or list(body)
+    """Return the stored body after a PATCH; without a mask every field of the body counts."""
+    names = [camel(name.strip()) for name in mask.split(",") if name] or list(body)
     for name in names:
         if name not in _PATCHABLE:
             raise HttpProblem(400, f"{name!r} can't be changed; these can: {', '.join(_PATCHABLE)}")
@@ -354,26 +328,22 @@ def deployment_patch(stored: Body, body: Mapping[str, object], mask: str) -> Bod
     resource = dict(cast(Body, stored["resource"]))
     # A maximum given alone pulls the minimum down with it, so that it can't contradict.
     if "maxReplicaCount" in changes and "minReplicaCount" not in changes:
-        most = int_field(changes, "maxReplicaCount", 1, 0, MAX_REPLICAS)
+        most = int_field(changes, "maxReplicaCount", 0, MAX_REPLICAS, default=1)
         resource["minReplicaCount"] = min(cast(int, resource["minReplicaCount"]), most)
     merged = {**resource, **changes}
-    least, most = cast(int, resource["minReplicaCount"]), cast(int, resource["maxReplicaCount"])
-    merged["minReplicaCount"], merged["maxReplicaCount"] = replica_fields(merged, least, most)
+    defaults = cast(int, resource["minReplicaCount"]), cast(int, resource["maxReplicaCount"])
+    least, most = replica_fields(merged, *defaults)
+    merged["minReplicaCount"], merged["maxReplicaCount"] = least, most
     merged["hotLoadTransitionType"] = transition_field(merged, "ASYNC")
     check_trainer_job(text_field(merged, "hotLoadTrainerJob"))
-    awake = cast(int, merged["maxReplicaCount"]) or cast(int, stored["awake"])
+    awake = most or cast(int, stored["awake"])
     resource = {name: value for name, value in merged.items() if value is not None}
     return {**stored, "resource": resource, "awake": awake}
 
 
-def _camel(name: str) -> str:
-    first, *rest = name.strip().split("_")
-    return first + "".join(part.capitalize() for part in rest)
-
-
 def show_deployment(row: ResourceRow, replicas: int) -> Body:
-    """A deployment as the API shows it."""
-    name = f"accounts/{ACCOUNT}/deployments/{row.id}"
+    """Return a deployment as the API shows it."""
+    name = f"{DEPLOYMENT_PREFIX}{row.id}"
     return {
         "name": name,
         "state": row.state,
@@ -393,7 +363,7 @@ def show_deployment(row: ResourceRow, replicas: int) -> Body:
 def show_model(
     name: str, entry: ModelEntry, notice: str | None, promoted: ResourceRow | None = None
 ) -> Body:
-    """A model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
+    """Return a model as the API shows it; `promoted` is its row, if it was made of a snapshot."""
     made: Body = {}
     if promoted is not None:
         made = {"createTime": promoted.created, "kind": promoted.body["kind"]}
@@ -413,12 +383,12 @@ def show_model(
 
 
 def show_shape(name: str, notice: str) -> Body:
-    """A training shape as the API shows it."""
+    """Return a training shape as the API shows it."""
     return {"name": name, "state": "READY", "statusMessage": notice}
 
 
 def show_shape_version(shape: str, version: str, context_length: int, notice: str) -> Body:
-    """A version of a training shape; there is one."""
+    """Return a version of a training shape; there is one."""
     return {
         "name": f"{shape}/versions/{version}",
         "latestValidated": True,

@@ -1,8 +1,19 @@
-"""The control plane's routes for what runs: trainer jobs and deployments.
+"""Control-plane routes for trainer jobs and deployments.
 
-Turns requests into calls of `TrainerJobs` and `Deployments`, and their rows into answers. It holds
-no state; a request that is cut off half-way leaves no half-done change, since changes that take
-time run in tasks of their own.
+Knows how requests become calls of `TrainerJobs` and `Deployments`, and their rows answers. Holds no
+state; a request that is cut off half-way leaves no half-done change, since changes that take time
+run in tasks of their own (`ControlPlane.finish`).
+
+A new control-plane route takes three steps:
+
+1. Its path and its handler go here, or into `catalog` for what only shows models, shapes and
+   operations, or `hot_load` for what an engine loads: one row in that module's `add_routes`, one
+   function below. The handler's docstring begins with the method and the path.
+2. The check of its body and the form of its answer go into `resources`, as pure functions, with the
+   field checks of `web.bodies`.
+3. The change itself goes to the owner of the state: `TrainerJobs`, `Deployments` or `Promotions`.
+
+`app.create_app` registers a new module of routes; tests are in `tests/local/gateway/control_plane`.
 """
 
 from __future__ import annotations
@@ -19,16 +30,17 @@ from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.checkpoints import list_checkpoints
 from fireworks_training.local.gateway.control_plane.deployments import Deployments
 from fireworks_training.local.gateway.control_plane.promotions import Promotions
-from fireworks_training.local.gateway.control_plane.trainers import TrainerJobs
-from fireworks_training.local.gateway.inference.registry import REGISTRY
-from fireworks_training.local.gateway.web.bodies import page, read_object
-from fireworks_training.local.gateway.web.holding import Waiters, answer
+from fireworks_training.local.gateway.control_plane.trainer_jobs import TrainerJobs
+from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.web.bodies import page, read_object, text_field
+from fireworks_training.local.gateway.web.long_polls import Waiters, answer
+from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.store.database import Body
 
 
 @dataclass(slots=True, eq=False)
 class ControlPlane:
-    """What the routes act on.
+    """Holds what the control plane's routes act on.
 
     Attributes:
         jobs: the trainer jobs.
@@ -43,14 +55,11 @@ class ControlPlane:
     promotions: Promotions
     snapshots_dir: Path
     waiters: Waiters = field(default_factory=Waiters)
-    _detached: set[asyncio.Task[None]] = field(default_factory=set)
+    _changes: RunningTasks[object] = field(default_factory=RunningTasks[object])
 
     async def finish(self, work: Coroutine[None, None, None]) -> None:
         """Run a change to its end, also when the request that asked for it is cut off."""
-        task = asyncio.create_task(work)
-        self._detached.add(task)
-        task.add_done_callback(self._detached.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._changes.start(object(), work))
 
 
 CONTROL_PLANE: web.AppKey[ControlPlane] = web.AppKey("control_plane", ControlPlane)
@@ -91,51 +100,51 @@ def _plane(request: web.Request) -> ControlPlane:
 
 
 async def create_job(request: web.Request) -> web.Response:
-    """POST rlorTrainerJobs?rlorTrainerJobId=<id>[&trainingShape=<shape>]."""
+    """POST rlorTrainerJobs?rlorTrainerJobId=<id>[&trainingShape=<shape>]: create a job."""
     resources.check_account(request.match_info["account"])
     given = request.query.get("rlorTrainerJobId")
     id_ = resources.check_id(given or f"job-{secrets.token_hex(4)}", "rlorTrainerJobId")
     body = await read_object(request)
-    shape = request.query.get("trainingShape") or resources.text_field(body, "trainingShape")
+    shape = request.query.get("trainingShape") or text_field(body, "trainingShape")
     stored, notice = resources.job_body(body, shape, request.app[REGISTRY])
     return web.json_response(resources.show_job(_plane(request).jobs.create(id_, stored, notice)))
 
 
 async def get_job(request: web.Request) -> web.Response:
-    """GET a job, at once or once it has changed (`holding`); a deleted one shows
+    """GET a job: show it, at once or once it has changed (`long_polls`); a deleted one shows
     JOB_STATE_DELETED."""
     plane, id_ = _plane(request), _ids(request, "job")
 
     def show() -> Body:
-        return resources.show_job(plane.jobs.get(id_))
+        return resources.show_job(plane.jobs.table.get(id_))
 
     return await answer(request, plane.waiters, ("job", id_), show)
 
 
 async def list_jobs(request: web.Request) -> web.Response:
-    """GET the jobs that are not deleted, oldest first."""
+    """GET rlorTrainerJobs: list the jobs that are not deleted, oldest first."""
     resources.check_account(request.match_info["account"])
-    rows = [resources.show_job(row) for row in _plane(request).jobs.rows()]
+    rows = [resources.show_job(row) for row in _plane(request).jobs.table.present()]
     return page(request, rows, "rlorTrainerJobs")
 
 
 async def resume_job(request: web.Request) -> web.Response:
-    """POST <job>:resume: a new worker with an empty memory; its saved states are there."""
+    """POST <job>:resume: start a new worker with an empty memory; saved states are still there."""
     row = _plane(request).jobs.resume(_ids(request, "job"))
     return web.json_response(resources.show_job(row))
 
 
 async def delete_job(request: web.Request) -> web.Response:
-    """DELETE a job; returns when its worker is gone."""
+    """DELETE a job; answer when its worker is gone."""
     plane = _plane(request)
     await plane.finish(plane.jobs.delete(_ids(request, "job")))
     return web.json_response({})
 
 
 async def list_job_checkpoints(request: web.Request) -> web.Response:
-    """GET the saved states and snapshots of a job, of a deleted one too."""
+    """GET <job>/checkpoints: list the saved states and snapshots of a job, of a deleted one too."""
     plane, id_ = _plane(request), _ids(request, "job")
-    plane.jobs.get(id_)
+    plane.jobs.table.get(id_)
     states = plane.jobs.states_dir(id_)
     rows = await asyncio.to_thread(list_checkpoints, id_, states, plane.snapshots_dir)
     return page(request, rows, "checkpoints")
@@ -145,12 +154,12 @@ async def list_job_checkpoints(request: web.Request) -> web.Response:
 
 
 def _shown(plane: ControlPlane, id_: str) -> Body:
-    row = plane.deployments.get(id_)
+    row = plane.deployments.table.get(id_)
     return resources.show_deployment(row, plane.deployments.replicas(id_))
 
 
 async def create_deployment(request: web.Request) -> web.Response:
-    """POST deployments?deploymentId=<id>."""
+    """POST deployments?deploymentId=<id>: create a deployment."""
     resources.check_account(request.match_info["account"])
     given = request.query.get("deploymentId")
     id_ = resources.check_id(given or f"deployment-{secrets.token_hex(4)}", "deploymentId")
@@ -161,33 +170,35 @@ async def create_deployment(request: web.Request) -> web.Response:
 
 
 async def get_deployment(request: web.Request) -> web.Response:
-    """GET a deployment, at once or once it has changed (`holding`)."""
+    """GET a deployment: show it, at once or once it has changed (`long_polls`)."""
     plane, id_ = _plane(request), _ids(request, "deployment")
     return await answer(request, plane.waiters, ("deployment", id_), lambda: _shown(plane, id_))
 
 
 async def list_deployments(request: web.Request) -> web.Response:
-    """GET the deployments that are not deleted, oldest first."""
+    """GET deployments: list those that are not deleted, oldest first."""
     resources.check_account(request.match_info["account"])
     deployments = _plane(request).deployments
     rows = [
-        resources.show_deployment(row, deployments.replicas(row.id)) for row in deployments.rows()
+        resources.show_deployment(row, deployments.replicas(row.id))
+        for row in deployments.table.present()
     ]
     return page(request, rows, "deployments")
 
 
 async def patch_deployment(request: web.Request) -> web.Response:
-    """PATCH a deployment[?updateMask=<snake_case,...>]: scale, transition, linked trainer."""
+    """PATCH a deployment[?updateMask=<snake_case,...>]: change scale, transition, linked
+    trainer."""
     id_, plane = _ids(request, "deployment"), _plane(request)
     body = await read_object(request)
     mask = request.query.get("updateMask", "")
-    changed = resources.deployment_patch(plane.deployments.get(id_).body, body, mask)
+    changed = resources.deployment_patch(plane.deployments.table.get(id_).body, body, mask)
     plane.deployments.patch(id_, changed)
     return web.json_response(_shown(plane, id_))
 
 
 async def delete_deployment(request: web.Request) -> web.Response:
-    """DELETE a deployment[?hard=true]; returns when its engines are gone."""
+    """DELETE a deployment[?hard=true]; answer when its engines are gone."""
     id_, plane = _ids(request, "deployment"), _plane(request)
     hard = request.query.get("hard", "").lower() == "true"
     await plane.finish(plane.deployments.delete(id_, hard=hard))

@@ -1,6 +1,6 @@
-"""The way to a job's trainer: bytes through a Unix socket, both ways, unread.
+"""The proxy to a job's trainer: passes bytes through a Unix socket, both ways, unread.
 
-Knows which job a request is for and whether its worker lives; knows nothing of operations. The key
+Knows which job a request is for and whether its worker lives. Does not know operations. The key
 ends here: the worker never sees it. A worker that is gone answers 410 with ModelLost, at once for
 requests in flight too.
 """
@@ -19,7 +19,7 @@ from yarl import URL
 
 from fireworks_training.local.gateway.control_plane.resources import check_account, check_id
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.control_plane.trainers import (
+from fireworks_training.local.gateway.control_plane.trainer_jobs import (
     CREATING,
     DELETED,
     DELETING,
@@ -74,7 +74,7 @@ def add_routes(app: web.Application) -> None:
 
 
 def forwarded_headers(headers: CIMultiDict[str]) -> CIMultiDict[str]:
-    """The headers that go on: not those of one connection, nor the key."""
+    """Return the headers that are passed on: not those of one connection, nor the key."""
     named = {
         name.strip().lower()
         for value in headers.getall(hdrs.CONNECTION, [])
@@ -96,7 +96,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise _too_long()
     jobs = request.app[CONTROL_PLANE].jobs
-    trainer, row = jobs.trainer(id_), jobs.get(id_)
+    trainer, row = jobs.trainer(id_), jobs.table.get(id_)
     if trainer is None:
         if row.state in (PENDING, CREATING, RUNNING):
             raise HttpProblem(503, f"trainer job {id_!r} is starting", headers={"Retry-After": "1"})
@@ -106,49 +106,50 @@ async def proxy(request: web.Request) -> web.StreamResponse:
         text = f"{MAX_IN_FLIGHT} requests of job {id_!r} are in flight already"
         raise HttpProblem(429, text, headers={"Retry-After": "1"})
     in_flight[id_] = in_flight.get(id_, 0) + 1
-    # Looking at a trainer does not keep it from being idle.
-    activity = trainer.used() if request.method != hdrs.METH_GET else nullcontext()
+    query = request.raw_path.partition("?")[2]
+    body = _Body(request) if request.can_read_body else None
     try:
-        with activity:
-            return await _pass_on(request, trainer, tail)
-    except aiohttp.ClientError as error:
-        return await after_failure(request, trainer, id_, error)
-    except TimeoutError:
-        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
+        return await exchange(request, trainer, id_, f"/{tail}{'?' if query else ''}{query}", body)
     finally:
         in_flight[id_] -= 1
 
 
-async def _pass_on(request: web.Request, trainer: Trainer, tail: str) -> web.StreamResponse:
-    query = request.raw_path.partition("?")[2]
-    url = URL(f"http://trainer/{tail}{'?' if query else ''}{query}", encoded=True)
-    headers = passed_headers(request)
-    body = _Body(request) if request.can_read_body else None
-    try:
-        async with trainer.session.request(
-            request.method,
-            url,
-            headers=headers,
-            data=body.chunks() if body is not None else None,
-            allow_redirects=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        ) as upstream:
-            return await answer_of(request, upstream)
-    except aiohttp.ClientError:
-        if body is not None and body.too_long and not request.get(STARTED):
-            raise _too_long() from None
-        raise
+async def exchange(
+    request: web.Request, trainer: Trainer, id_: str, path: str, body: _Body | bytes | None
+) -> web.StreamResponse:
+    """Pass one request on to the trainer of a job, and its answer back.
 
-
-def passed_headers(request: web.Request) -> CIMultiDict[str]:
-    """What goes on of a request's headers, with the request's id."""
+    Args:
+        request: gives the method and the headers.
+        path: path and query on the trainer.
+        body: body on its way, or one that was read before and may have been changed.
+    """
     headers = forwarded_headers(CIMultiDict(request.headers))
     headers["X-Request-Id"] = request[REQUEST_ID]
-    return headers
+    if isinstance(body, bytes):
+        headers.popall(hdrs.CONTENT_LENGTH, None)
+    try:
+        # A GET does not keep a trainer from being idle.
+        with trainer.used() if request.method != hdrs.METH_GET else nullcontext():
+            async with trainer.session.request(
+                request.method,
+                URL(f"http://trainer{path}", encoded=True),
+                headers=headers,
+                data=body.chunks() if isinstance(body, _Body) else body,
+                allow_redirects=False,
+                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            ) as upstream:
+                return await _answer_of(request, upstream)
+    except aiohttp.ClientError as error:
+        if isinstance(body, _Body) and body.too_long and not request.get(STARTED):
+            raise _too_long() from None
+        return await _after_failure(request, trainer, id_, error)
+    except TimeoutError:
+        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
 
 
-async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    """A worker's answer, passed on."""
+async def _answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    """Pass a worker's answer on."""
     response = web.StreamResponse(
         status=upstream.status,
         reason=upstream.reason,
@@ -163,7 +164,7 @@ async def answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> w
 
 
 class _Body:
-    """A request's body as it arrives; one without a length is counted on the way."""
+    """Passes a request's body on as it arrives, and counts one without a length on the way."""
 
     def __init__(self, request: web.Request) -> None:
         self._content = request.content
@@ -184,10 +185,10 @@ def _too_long() -> HttpProblem:
     return HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes; send smaller chunks")
 
 
-async def after_failure(
+async def _after_failure(
     request: web.Request, trainer: Trainer, id_: str, error: aiohttp.ClientError
 ) -> web.StreamResponse:
-    """The connection to the worker broke: it died, or only this exchange did."""
+    """Answer when the connection to the worker broke: it died, or only this exchange did."""
     if request.get(STARTED):
         # Half an answer is out; only closing the connection says that it is not whole.
         raise ConnectionResetError("the trainer's answer broke off") from error
@@ -198,7 +199,7 @@ async def after_failure(
         raise HttpProblem(
             502, f"the trainer of job {id_!r} broke the connection ({type(error).__name__})"
         ) from error
-    row = request.app[CONTROL_PLANE].jobs.get(id_)
+    row = request.app[CONTROL_PLANE].jobs.table.get(id_)
     return model_lost(_lost_text(id_, row.state, row.message))
 
 

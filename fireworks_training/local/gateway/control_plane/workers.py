@@ -1,7 +1,9 @@
 """Worker processes as the gateway sees them: spawned through the template, found again, ended.
 
-Every worker is a row in the database before it is spawned, so that a gateway that starts again
-finds it by its socket. What a worker does is not known here.
+Knows the way to a running worker, the same for a trainer and for an engine: a place first, then the
+delay and the failure that somebody asked for (`conditions`), then the spawn. Every worker is a row
+in the database before it is spawned, so that a gateway that starts again finds it by its socket.
+Does not know what a worker does.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
+from fireworks_training.local.gateway.control_plane.conditions import Conditions
 from fireworks_training.local.processes.lifetime import ProcessIdentity
 from fireworks_training.local.processes.worker_entry import failure_reason
 from fireworks_training.local.settings import WorkerKind
@@ -33,15 +37,19 @@ Connected = TypeVar("Connected")
 
 
 class WorkerFailed(Exception):
-    """A worker could not be started, or ended before it was ready; the message says why."""
+    """Raised when a worker could not be started, or ended before it was ready; says why."""
 
 
-class TooManyWorkers(Exception):
-    """The platform runs as many workers as it allows."""
+class FailedOnDemand(WorkerFailed):
+    """Raised when the failure of a start is due that somebody has set as a fault."""
+
+
+class TooManyWorkers(WorkerFailed):
+    """Raised when the platform runs as many workers as it allows."""
 
 
 class Process(Protocol):
-    """A worker's process, recognised for certain (see `lifetime.ProcessIdentity`)."""
+    """Identifies a worker's process for certain (see `lifetime.ProcessIdentity`)."""
 
     @property
     def pid(self) -> int: ...
@@ -52,7 +60,7 @@ class Process(Protocol):
 
 
 class Spawner(Protocol):
-    """What makes worker processes; repeating a spawn for a living socket makes no second one."""
+    """Makes worker processes; repeating a spawn for a living socket makes no second one."""
 
     async def spawn(self, kind: str, settings: dict[str, object]) -> Process:
         """Start a worker that will serve `settings["socket"]`.
@@ -63,18 +71,18 @@ class Spawner(Protocol):
         ...
 
     def find(self, pid: int, started: str) -> Process:
-        """The process of an earlier spawn."""
+        """Return the process of an earlier spawn."""
         ...
 
 
 class TemplateSpawner:
-    """The template process, over its Unix socket."""
+    """Asks the template process for workers, over its Unix socket."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
 
     async def spawn(self, kind: str, settings: dict[str, object]) -> Process:
-        """See `Spawner.spawn`; waits while a template that died is being replaced."""
+        """Start a worker as `Spawner.spawn` says; wait while a dead template is being replaced."""
         request: dict[str, object] = {"op": "spawn", "kind": kind, "settings": settings}
         # A template that dies after it took the request answers with EOF: the spawn is repeated.
         for _ in range(3):
@@ -88,7 +96,7 @@ class TemplateSpawner:
         return ProcessIdentity(cast(int, answer["pid"]), str(answer["started"]))
 
     def find(self, pid: int, started: str) -> Process:
-        """See `Spawner.find`."""
+        """Return the process of an earlier spawn, as `Spawner.find` says."""
         return ProcessIdentity(pid, started)
 
     async def _ask(self, request: dict[str, object]) -> dict[str, object] | None:
@@ -111,7 +119,7 @@ class TemplateSpawner:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A spawned worker."""
+    """Joins the row and the process of a spawned worker."""
 
     row: WorkerRow
     process: Process
@@ -122,13 +130,68 @@ class Worker:
         return Path(self.row.socket)
 
 
-class Workers:
-    """The workers of this platform."""
+@dataclass(frozen=True, slots=True)
+class WorkerStart:
+    """Describes a worker that is to run.
 
-    def __init__(self, database: Database, spawner: Spawner, runtime_dir: Path) -> None:
+    Attributes:
+        kind: "trainer" or "engine".
+        owner: id of its job or deployment.
+        replica: 0 for trainers; the replica's number for engines.
+        resource: full name of the owner, under which faults are set.
+        report: called with the reason each time the start has to wait for a place, and with an
+            empty text once it has one.
+        settings: called when the worker is spawned; what its process is told.
+    """
+
+    kind: WorkerKind
+    owner: str
+    replica: int
+    resource: str
+    report: Callable[[str], None]
+    settings: Callable[[], dict[str, object]]
+
+
+class Workers:
+    """Starts, finds and ends the workers of this platform.
+
+    Args:
+        database: holds their rows.
+        spawner: makes their processes.
+        runtime_dir: folder of their sockets.
+        conditions: limits and faults that each start has to get past.
+    """
+
+    def __init__(
+        self, database: Database, spawner: Spawner, runtime_dir: Path, conditions: Conditions
+    ) -> None:
         self._database = database
         self._spawner = spawner
         self._runtime_dir = runtime_dir
+        self._conditions = conditions
+
+    @asynccontextmanager
+    async def running(self, start: WorkerStart) -> AsyncGenerator[Worker]:
+        """Hold a place for a worker while the block runs, with the worker in it.
+
+        The worker is the one that an earlier gateway left for this owner, or a new one.
+
+        Raises:
+            WorkerFailed: it could not be started.
+        """
+        kind, resource = start.kind, start.resource
+        holder = start.owner if kind == "trainer" else f"{start.owner}/{start.replica}"
+        found = self.find(kind, start.owner, start.replica)
+        if found is not None:
+            with self._conditions.kept_place(kind, holder):
+                yield found
+            return
+        async with self._conditions.place(kind, holder, resource, start.report):
+            start.report("")
+            await self._conditions.delay(kind, resource)
+            if failure := self._conditions.take_failure(resource):
+                raise FailedOnDemand(failure)
+            yield await self.spawn(kind, start.owner, start.replica, start.settings())
 
     async def spawn(
         self, kind: WorkerKind, owner: str, replica: int, settings: dict[str, object]
@@ -161,7 +224,7 @@ class Workers:
         return Worker(row, process)
 
     def find(self, kind: WorkerKind, owner: str, replica: int = 0) -> Worker | None:
-        """The living worker that an earlier gateway left for this owner, or None."""
+        """Return the living worker of this owner, or None."""
         row = self._row(kind, owner, replica)
         if row is None or row.pid is None or row.started is None:
             return None
@@ -187,7 +250,7 @@ class Workers:
                     self._database.forget_worker(row.socket)
 
     def begun(self, kind: WorkerKind, owner: str) -> bool:
-        """Whether a spawn was begun for this owner on this platform."""
+        """Return whether a spawn was begun for this owner on this platform."""
         return self._row(kind, owner, 0) is not None
 
     async def connect(
@@ -223,7 +286,7 @@ class Workers:
             await asyncio.gather(trying, return_exceptions=True)
 
     def why_ended(self, worker: Worker) -> str:
-        """What is known of the end of a worker, in one sentence."""
+        """Return what is known of the end of a worker, in one sentence."""
         reason = failure_reason(worker.socket)
         what = f"the {worker.row.kind} process (pid {worker.process.pid})"
         return f"{what} failed: {reason}" if reason else f"{what} was killed or ended by itself"
@@ -236,6 +299,14 @@ class Workers:
             worker.process.send(signal.SIGKILL)
             await _ended(worker.process, grace_s)
         self.gone(worker)
+
+    async def stop_of(
+        self, kind: WorkerKind, owner: str, replica: int = 0, grace_s: float = STOP_GRACE_S
+    ) -> None:
+        """End the worker of an owner, if it has one; its successor must not be taken for it."""
+        worker = self.find(kind, owner, replica)
+        if worker is not None:
+            await self.stop(worker, grace_s)
 
     def gone(self, worker: Worker) -> None:
         """Note that a worker has ended."""

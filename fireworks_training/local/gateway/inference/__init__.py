@@ -1,0 +1,1 @@
+"""Inference: completions, the engines that sample them, and the models' tokenizers."""

@@ -1,4 +1,4 @@
-"""What a completion looks like on the wire, chunk by chunk or whole.
+"""The answer of a completion, as JSON: in chunks of a stream, or whole.
 
 Knows text streams, stop strings and the names of the fields; no engine, no HTTP. Rows of logprobs
 go out with their tokens, text as soon as it is certain: a piece that could still turn out to be
@@ -7,8 +7,9 @@ half a character or the beginning of a stop string is held back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import orjson
 
@@ -19,13 +20,14 @@ from fireworks_training.local.gateway.web.problems import HttpProblem
 
 Row = dict[str, object]
 
+_no_rows = cast("Callable[[], list[Row]]", list)
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What the request asked to see.
+    """Holds what the request asked to see.
 
     Attributes:
         stop_texts: strings that end the text, without being part of it.
@@ -45,20 +47,20 @@ class OutputOptions:
 
 
 @dataclass(slots=True)
-class _Pending:
-    """What no chunk has taken yet."""
+class _Unsent:
+    """Collects the text and the rows that no chunk has taken yet."""
 
     text: str = ""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=_no_rows)
 
 
 class CompletionOutput:
-    """One completion in the making.
+    """Builds the answer of one completion while its tokens arrive.
 
     Args:
         head: fields of every chunk (`id`, `object`, `created`, `model`).
         prompt: the prompt's ids.
-        options: what to show.
+        options: parts of the answer that the request asked for.
         codec: the model's tokenizer.
 
     Attributes:
@@ -81,7 +83,7 @@ class CompletionOutput:
         self._codec = codec
         self._text = codec.stream()
         self._matcher = StopMatcher(options.stop_texts) if options.stop_texts else None
-        self._pending = _Pending()
+        self._unsent = _Unsent()
 
     def echo(self, logprobs: Sequence[float], top: Sequence[TopLogprobs]) -> None:
         """Puts the echoed end of the prompt first.
@@ -95,7 +97,7 @@ class CompletionOutput:
         if not count:
             return
         echoed = self._prompt[len(self._prompt) - count :]
-        self._pending.text += self._codec.decode(echoed)
+        self._unsent.text += self._codec.decode(echoed)
         if not self._options.logprobs:
             return
         first = len(echoed) - len(logprobs)
@@ -103,13 +105,13 @@ class CompletionOutput:
             known = index >= first
             value = logprobs[index - first] if known else 0.0
             best = top[index - first] if known else [(token, 0.0)]
-            self._pending.rows.append(self._row(token, value, None, best))
+            self._unsent.rows.append(self._row(token, value, None, best))
 
     def push(self, delta: Delta) -> None:
         """Takes the next tokens. After a stop string, what follows its last token is dropped."""
         if self._matcher is None:
             self._keep(delta, 0, len(delta.tokens))
-            self._pending.text += self._text.push(_spoken(delta))
+            self._unsent.text += self._text.push(_spoken(delta))
         else:
             self._match(delta, self._matcher)
         if self.finish_reason is None and delta.finish is not Finish.RUNNING:
@@ -118,20 +120,20 @@ class CompletionOutput:
             if self._matcher is not None:
                 certain, found = self._matcher.push(rest)
                 rest = certain if found else certain + self._matcher.finish()
-            self._pending.text += rest
+            self._unsent.text += rest
 
     def chunk(self, *, even_if_empty: bool = False) -> bytes:
-        """The event for what is new; b"" if there is nothing to show yet."""
-        if not self._pending.text and not self._pending.rows and not even_if_empty:
+        """Return the event for what is new; b"" if there is nothing to show yet."""
+        if not self._unsent.text and not self._unsent.rows and not even_if_empty:
             return b""
         return _event({**self._head, "choices": [self._choice()]})
 
     def last_chunks(self, metrics: Mapping[str, object] | None, cached_tokens: int) -> bytes:
-        """The final event and the end mark."""
+        """Return the final event and the end mark."""
         return _event(self.whole(metrics, cached_tokens)) + DONE
 
     def whole(self, metrics: Mapping[str, object] | None, cached_tokens: int) -> dict[str, object]:
-        """The answer with everything that no chunk has taken yet.
+        """Return the answer with everything that no chunk has taken yet.
 
         Args:
             metrics: `perf_metrics`, where asked for.
@@ -156,16 +158,16 @@ class CompletionOutput:
         return answer
 
     def _match(self, delta: Delta, matcher: StopMatcher) -> None:
-        """Token by token, so that it is known which one completed a stop string."""
+        """Take the tokens one by one, so that it is known which one completed a stop string."""
         spoken = len(_spoken(delta))
         for index, token in enumerate(delta.tokens):
             self._keep(delta, index, index + 1)
             text = self._text.push([token] if index < spoken else [])
             if len(self.tokens) < self._options.min_tokens:
-                self._pending.text += text
+                self._unsent.text += text
                 continue
             certain, found = matcher.push(text)
-            self._pending.text += certain
+            self._unsent.text += certain
             if found:
                 self.finish_reason = "stop"
                 return
@@ -173,7 +175,7 @@ class CompletionOutput:
     def _keep(self, delta: Delta, start: int, end: int) -> None:
         self.tokens += delta.tokens[start:end]
         if self._options.logprobs:
-            self._pending.rows += map(
+            self._unsent.rows += map(
                 self._row,
                 delta.tokens[start:end],
                 delta.logprobs[start:end],
@@ -190,17 +192,17 @@ class CompletionOutput:
         return row
 
     def _choice(self) -> dict[str, object]:
-        pending, self._pending = self._pending, _Pending()
+        unsent, self._unsent = self._unsent, _Unsent()
         return {
             "index": 0,
-            "text": pending.text,
-            "logprobs": {"content": pending.rows} if self._options.logprobs else None,
+            "text": unsent.text,
+            "logprobs": {"content": unsent.rows} if self._options.logprobs else None,
             "finish_reason": self.finish_reason,
         }
 
 
 def error_event(problem: HttpProblem) -> bytes:
-    """An event that ends a stream which has begun, where a status can't be sent any more."""
+    """Return an event that ends a stream which has begun, where a status can't be sent any more."""
     error = {
         "status_code": problem.status,
         "code": problem.code,
@@ -210,7 +212,7 @@ def error_event(problem: HttpProblem) -> bytes:
 
 
 def _spoken(delta: Delta) -> list[int]:
-    """The tokens that have text: a stop token ends it without being part of it."""
+    """Return the tokens that have text: a stop token ends it without being part of it."""
     return delta.tokens[:-1] if delta.finish is Finish.STOP else delta.tokens
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fireworks_training.local.gateway.web.bodies import parse_object
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 DEFAULT_MAX_TOKENS = 1024
@@ -30,11 +30,12 @@ _RULES = {
     "and token ids",
     "logprobs": f"true, false, or the number of top logprobs from 0 to {MAX_TOP_LOGPROBS}",
 }
-"""What to say of fields with several forms, where the checker would list each form's fault."""
+"""Rules of fields with several forms, where the checker would list each form's fault."""
 
 
 class CompletionBody(BaseModel):
-    """`POST /inference/v1/completions`, before anything is known of the model. None = default."""
+    """Parses `POST /inference/v1/completions`, before anything is known of the model. None =
+    default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -63,7 +64,7 @@ class CompletionBody(BaseModel):
 
     @property
     def stop_texts(self) -> list[str]:
-        """Stop strings."""
+        """Stop strings, of `stop`."""
         stops: Sequence[str | int] = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [stop for stop in stops if isinstance(stop, str)]
 
@@ -81,36 +82,31 @@ class CompletionBody(BaseModel):
 
     @property
     def top_count(self) -> int:
-        """How many most likely tokens each token comes with."""
+        """Most likely tokens that each token comes with."""
         given = 0 if isinstance(self.logprobs, bool) else self.logprobs or 0
         return max(given, self.top_logprobs or 0)
 
     def echo_count(self, prompt_tokens: int) -> int:
-        """How many prompt tokens, from the end, stand before the completion."""
+        """Return how many prompt tokens, from the end, stand before the completion."""
         if self.echo_last is not None:
             return min(self.echo_last, prompt_tokens)
         return prompt_tokens if self.echo else 0
 
 
 def parse_body(data: bytes) -> CompletionBody:
-    """The checked body.
+    """Parse and check the body.
 
     Raises:
-        Problem: 400 with the field's name; never with its value, which may be a prompt.
+        HttpProblem: 400 with the field's name; never with its value, which may be a prompt.
     """
-    try:
-        found = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise HttpProblem(400, "the body is not JSON") from None
-    if not isinstance(found, dict):
-        raise HttpProblem(400, "the body is not a JSON object")
+    found = parse_object(data)
     if found.get("images"):
         raise HttpProblem(400, "images are not supported by this platform, field: 'images'")
     found.pop("images", None)
     try:
         body = CompletionBody.model_validate(found)
     except ValidationError as error:
-        raise HttpProblem(400, _say(error)) from None
+        raise HttpProblem(400, _fault_text(error)) from None
     if (body.n or 1) != 1:
         raise HttpProblem(400, "n must be 1: send one request for each sample, field: 'n'")
     if body.max_tokens == 0 and not (body.echo or body.echo_last):
@@ -120,8 +116,8 @@ def parse_body(data: bytes) -> CompletionBody:
     return body
 
 
-def _say(error: ValidationError) -> str:
-    """The first fault, unknown fields before others."""
+def _fault_text(error: ValidationError) -> str:
+    """Return the text of the first fault, of an unknown field before others."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
     fault = (unknown or faults)[0]

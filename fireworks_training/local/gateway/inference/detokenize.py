@@ -1,4 +1,4 @@
-"""From token ids to text, piece by piece, and where a stop string ends it.
+"""Text streams: turn token ids into text piece by piece, and find where a stop string ends it.
 
 Knows `tokenizers` files; no torch, no HTTP. The pieces of a stream joined are the text that
 `Tokenizer.decode` gives for all its ids at once: a piece never holds half a character.
@@ -7,7 +7,7 @@ Knows `tokenizers` files; no torch, no HTTP. The pieces of a stream joined are t
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,16 +21,17 @@ class TextStream(Protocol):
     """Turns one stream's ids into text."""
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete; "" while a character is incomplete."""
+        """Return the text that `ids` complete; "" while a character is incomplete."""
         ...
 
     def finish(self) -> str:
-        """What is left: U+FFFD for bytes that never became a character."""
+        """Return what is left: U+FFFD for bytes that never became a character."""
         ...
 
 
 class TextCodec:
-    """The tokenizer of one model: encodes prompts, opens text streams. Special tokens are no text.
+    """Encodes prompts and opens text streams with the tokenizer of one model. Special tokens are no
+    text.
 
     Args:
         path: a `tokenizer.json`, or the folder that holds one.
@@ -52,24 +53,25 @@ class TextCodec:
         self._bytes = _byte_table(self._tokenizer, self._special)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer itself adds."""
+        """Return the token ids of a text, with the special tokens that the tokenizer itself
+        adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of all ids at once."""
+        """Return the text of all ids at once."""
         stream = self.stream()
         return stream.push(ids) + stream.finish()
 
     def stream(self) -> TextStream:
-        """A new stream of text."""
+        """Open a new stream of text."""
         if self._bytes is not None:
             return _ByteStream(self._bytes)
         return _WindowStream(self._tokenizer, self._special)
 
 
 class _ByteStream:
-    """For byte-level tokenizers: each id is some bytes, and UTF-8 says what is complete."""
+    """Decodes for byte-level tokenizers: each id is some bytes, and UTF-8 says what is complete."""
 
     def __init__(self, table: dict[int, bytes]) -> None:
         self._table = table
@@ -84,7 +86,7 @@ class _ByteStream:
 
 
 class _WindowStream:
-    """For any other tokenizer: decodes a short window twice and takes the difference.
+    """Decodes for any other tokenizer: a short window twice, whose difference is the piece.
 
     The window starts at the last piece given out, since a token's text may depend on the one
     before it (a leading space, a merged byte sequence).
@@ -134,7 +136,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Text that is certain not to belong to a stop string, and whether one was found.
+        """Return text that is certain not to belong to a stop string, and whether one was found.
 
         When one was found, the text ends before it, and what follows it is dropped.
         """
@@ -148,13 +150,13 @@ class StopMatcher:
         return text[: len(text) - keep], False
 
     def finish(self) -> str:
-        """What was held back, since no stop string can come any more."""
+        """Return what was held back, since no stop string can come any more."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that is a proper beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a proper beginning of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -162,9 +164,9 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _byte_table(tokenizer: Tokenizer, special: frozenset[int]) -> dict[int, bytes] | None:
-    """The bytes of each id, for a byte-level tokenizer; None for any other."""
-    decoder = orjson.loads(tokenizer.to_str()).get("decoder")
-    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+    """Return the bytes of each id, for a byte-level tokenizer; None for any other."""
+    decoder: Mapping[str, object] | None = orjson.loads(tokenizer.to_str()).get("decoder")
+    if decoder is None or decoder.get("type") != "ByteLevel":
         return None
     byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
     table: dict[int, bytes] = {}
@@ -179,7 +181,7 @@ def _byte_table(tokenizer: Tokenizer, special: frozenset[int]) -> dict[int, byte
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte, 0 to 255."""
+    """Return the printable character that byte-level tokenizers write for each byte, 0 to 255."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,6 +1,6 @@
 """The gateway's end of an engine's socket: opens streams, hands out tokens, asks for hot loads.
 
-Knows frames and asyncio; nothing of HTTP, text or processes. The streams are bounded by what the
+Knows frames and asyncio. Does not know HTTP, text or processes. The streams are bounded by what the
 engine takes.
 """
 
@@ -37,7 +37,7 @@ from fireworks_training.local.gateway.inference.states import Transition
 
 FLUSH_TOKENS = 8
 FLUSH_SECONDS = 0.05
-"""What a token waits for others at most."""
+"""Seconds that a token waits for others at most."""
 
 _FLUSH_SLICES = 4
 """Parts of the streams that are flushed in turn: all at once would hold up the loop."""
@@ -49,12 +49,12 @@ LoadOutcome = Literal["loaded", "superseded", "failed"]
 
 
 class LoadFailed(Exception):
-    """A hot load ended without its snapshot; the message says why."""
+    """Raised when a hot load ended without its snapshot; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEnded:
-    """How a hot load ended; `reason` says why it did not load."""
+    """Describes how a hot load ended; `reason` says why it did not load."""
 
     outcome: LoadOutcome
     reason: str | None = None
@@ -62,7 +62,7 @@ class LoadEnded:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What an engine last said about itself; see `engine.weights.Held` for the first four."""
+    """Holds what an engine last reported; the first four fields are as in `engine.weights.Held`."""
 
     identity: str | None = None
     kind: str | None = None
@@ -75,8 +75,8 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What an engine takes, from its hello."""
+class EngineCapacity:
+    """Holds what an engine takes, from its hello."""
 
     vocab_size: int
     max_context: int
@@ -85,14 +85,14 @@ class EngineLimits:
 
 
 class EngineClient(asyncio.Protocol):
-    """A connection to one engine.
+    """Holds the connection to one engine.
 
     Args:
         socket: the engine's Unix socket.
         name: for messages, e.g. `<deployment>/0`.
 
     Attributes:
-        state: what the engine last said about itself.
+        state: state that the engine last reported.
         active, waiting: streams with a slot and requests without, as of its last step.
     """
 
@@ -102,7 +102,7 @@ class EngineClient(asyncio.Protocol):
         self.active = 0
         self.waiting = 0
         self._socket = socket
-        self._limits: EngineLimits | None = None
+        self._limits: EngineCapacity | None = None
         self._transport: asyncio.Transport | None = None
         self._decoder = FrameDecoder()
         self._streams: dict[int, EngineStream] = {}
@@ -117,10 +117,10 @@ class EngineClient(asyncio.Protocol):
     # -- life ----------------------------------------------------------------------------------
 
     async def connect(self, timeout_s: float = 120.0) -> None:
-        """Connects, and waits until the engine has its model.
+        """Connect, and wait until the engine has its model.
 
         Raises:
-            TimeoutError: the socket did not appear, or the engine said nothing, in time.
+            TimeoutError: the socket did not appear, or the engine sent nothing, in time.
             EngineGone: the engine ended before it was ready.
         """
         try:
@@ -155,7 +155,7 @@ class EngineClient(asyncio.Protocol):
         return self._closed.is_set()
 
     async def close(self, *, stop: bool = False) -> None:
-        """Ends the connection; with `stop`, the engine's process too."""
+        """End the connection; with `stop`, the engine's process too."""
         if self._transport is not None and not self.is_closed:
             if stop:
                 self._send({"op": "stop"})
@@ -165,8 +165,8 @@ class EngineClient(asyncio.Protocol):
     # -- what it is ----------------------------------------------------------------------------
 
     @property
-    def limits(self) -> EngineLimits:
-        """What the engine takes. Only after `connect`."""
+    def limits(self) -> EngineCapacity:
+        """Capacity of the engine; only after `connect`."""
         if self._limits is None:
             raise EngineGone(f"engine {self.name} is not connected")
         return self._limits
@@ -183,11 +183,12 @@ class EngineClient(asyncio.Protocol):
         return limits is None or len(self._streams) < limits.max_slots + limits.max_waiting
 
     def identity_of(self, version: int) -> str | None:
-        """The snapshot behind a weights version; None = the model's own weights."""
+        """Return the snapshot behind a weights version; None = the model's own weights."""
         return self._identities.get(version)
 
     def status(self) -> dict[str, object]:
-        """The engine's row in the hot load route's `replicas`; `load` is as of its last step."""
+        """Return the engine's row in the hot load route's `replicas`; `load` is as of its last
+        step."""
         state = self.state
         loading: dict[str, object] = {
             "stage": state.stage,
@@ -218,7 +219,7 @@ class EngineClient(asyncio.Protocol):
         *,
         flush_tokens: int = FLUSH_TOKENS,
     ) -> EngineStream:
-        """Sends a request; its tokens come through the stream that is returned.
+        """Send a request; its tokens come through the stream that is returned.
 
         Args:
             generation: what to sample.
@@ -248,7 +249,7 @@ class EngineClient(asyncio.Protocol):
         transition: Transition = "SYNC",
         restore: bool = False,
     ) -> asyncio.Future[LoadEnded]:
-        """Asks for a hot load; the future tells how it ended. Cancelling it changes nothing.
+        """Ask for a hot load; the future gets its outcome. Cancelling it changes nothing.
 
         Args:
             transition: whether completions in flight finish on the old weights (SYNC) or go on with
@@ -274,7 +275,7 @@ class EngineClient(asyncio.Protocol):
         return ended
 
     async def load(self, identity: str) -> LoadEnded:
-        """Brings an engine to a snapshot, whatever it holds; waits for it or for a newer one.
+        """Bring an engine to a snapshot, whatever it holds; wait for it or for a newer one.
 
         Raises:
             LoadFailed: the engine refused it, or is gone.
@@ -285,7 +286,7 @@ class EngineClient(asyncio.Protocol):
         return ended
 
     def cancel(self, number: int) -> None:
-        """Frees the slot of a stream; nothing happens when it has ended."""
+        """Free the slot of a stream; nothing happens when it has ended."""
         if self._streams.pop(number, None) is not None and not self.is_closed:
             self._send({"op": "cancel", "streams": [number]})
 
@@ -359,6 +360,7 @@ class EngineClient(asyncio.Protocol):
         streams = self._streams
         # The newest streams come last, and their readers are woken first: a first token would
         # otherwise wait until all others of the step are written.
+        row: int
         rows = zip(
             range(len(step.streams) - 1, -1, -1),
             step.streams[::-1].tolist(),
@@ -375,7 +377,7 @@ class EngineClient(asyncio.Protocol):
                 continue
             delta = streams[number].push(step.version, token, logprob, sampling, finish)
             if token != NO_TOKEN:
-                delta.top.append(tops[row] if tops is not None else [])
+                delta.top.append([] if tops is None else tops[row])
             if finish:
                 del streams[number]
 
@@ -403,7 +405,7 @@ class EngineClient(asyncio.Protocol):
     def _take_control(self, message: dict[str, object]) -> None:
         match message:
             case {"op": "hello"}:
-                self._limits = EngineLimits(
+                self._limits = EngineCapacity(
                     *(
                         cast(int, message[name])
                         for name in ("vocab_size", "max_context", "max_slots", "max_waiting")

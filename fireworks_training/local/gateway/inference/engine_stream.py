@@ -1,4 +1,4 @@
-"""One request in an engine, as its reader sees it: tokens in batches, then an end.
+"""One request in an engine, on the gateway's side: a stream of tokens in batches, then an end.
 
 Knows how tokens are collected and when their reader is woken: at the first token, then every few
 tokens or when the owner flushes, not all streams at once, and at the end. With hundreds of streams,
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -19,22 +20,29 @@ from fireworks_training.local.engine_frames import F32, I32, NO_TOKEN, Finish
 
 TopLogprobs = list[tuple[int, float]]
 
+# `list[int]` as a factory takes six times as long as `list`, and every few tokens need a Delta.
+_no_ids = cast("Callable[[], list[int]]", list)
+_no_values = cast("Callable[[], list[float]]", list)
+_no_rows = cast("Callable[[], list[TopLogprobs]]", list)
+
 
 class EngineGone(ConnectionError):
-    """The engine's connection ended: its streams are lost, and a new request may succeed."""
+    """Raised when the engine's connection ended: its streams are lost, a new request may
+    succeed."""
 
 
 class EngineFull(Exception):
-    """The engine's admission queue is full."""
+    """Raised when the engine's admission queue is full."""
 
 
 class EngineRefused(Exception):
-    """The engine refused a request; the message says why."""
+    """Raised when the engine refused a request; says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What to sample; fields as in `engine.requests.SamplingRequest`, `stop_ids` without EOS."""
+    """Describes what to sample; fields as in `engine.requests.SamplingRequest`, `stop_ids` without
+    EOS."""
 
     prompt: list[int]
     max_tokens: int
@@ -42,51 +50,51 @@ class Generation:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
-    stop_ids: list[int] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list[int])
     ignore_eos: bool = False
     min_tokens: int = 0
     top_logprobs: int = 0
     echo: int = 0
-    targets: list[list[int]] = field(default_factory=list)
+    targets: list[list[int]] = field(default_factory=list[list[int]])
     draws: int = 0
 
 
 @dataclass(slots=True)
 class Delta:
-    """Tokens of one stream since its reader last looked; parallel lists.
+    """Collects the tokens of one stream since its reader last looked; parallel lists.
 
     Attributes:
         tokens: ids.
-        logprobs: raw.
-        sampling_logprobs: of the distribution sampled from.
+        logprobs: raw logprobs.
+        sampling_logprobs: logprobs in the distribution sampled from.
         top: most likely tokens with raw logprobs, best first; [] where none were asked for.
         finish: how the stream ended, with this delta; RUNNING before.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    top: list[TopLogprobs] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=_no_ids)
+    logprobs: list[float] = field(default_factory=_no_values)
+    sampling_logprobs: list[float] = field(default_factory=_no_values)
+    top: list[TopLogprobs] = field(default_factory=_no_rows)
     finish: Finish = Finish.RUNNING
 
 
 class StreamOwner(Protocol):
-    """What a stream asks of the client that made it."""
+    """Frees a stream and names snapshots; the client that made the stream."""
 
     def cancel(self, number: int) -> None:
-        """Frees the slot of a stream; nothing happens when it has ended."""
+        """Free the slot of a stream; nothing happens when it has ended."""
         ...
 
     def identity_of(self, version: int) -> str | None:
-        """The snapshot behind a weights version; None = the model's own weights."""
+        """Return the snapshot behind a weights version; None = the model's own weights."""
         ...
 
 
 class EngineStream:
-    """One request in an engine.
+    """Collects the tokens of one request in an engine for its reader.
 
     Attributes:
-        began_at: when its first token came, on the monotonic clock; then the figures below are
+        began_at: time of its first token, on the monotonic clock; then the figures below are
             set. None before.
         queued: seconds it waited in the engine.
         prefill: seconds of the prefill.
@@ -125,7 +133,7 @@ class EngineStream:
         self._reader: asyncio.Future[None] | None = None
 
     async def next(self) -> Delta:
-        """The next tokens, at least one of them or the end; not to be called after the end.
+        """Return the next tokens, at least one of them or the end; not to be called after the end.
 
         Raises:
             EngineGone: the engine died or was closed; tokens not yet read are lost with it.
@@ -150,7 +158,7 @@ class EngineStream:
         return delta
 
     def cancel(self) -> None:
-        """Frees its slot; nothing happens when it has ended."""
+        """Free the stream's slot; nothing happens when it has ended."""
         self._engine.cancel(self._number)
 
     def push(self, version: int, token: int, logprob: float, sampling: float, finish: int) -> Delta:

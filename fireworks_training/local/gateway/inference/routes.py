@@ -1,12 +1,18 @@
-"""`POST /inference/v1/completions`: one request, one stream in an engine, as SSE or as one answer.
+"""`POST /inference/v1/completions`: samples one stream in an engine, as SSE or as one JSON answer.
 
-Knows the order of things: check, find an engine, encode, sample, write. What fields mean is
-`completion_request`'s, what an answer looks like `completion_output`'s, which engine `serving`'s.
+Knows the order of the work: check, choose an engine, encode, sample, write. Does not know the
+fields of a request (`completion_request`), the form of an answer (`completion_output`) or the
+choice of an engine (`serving`).
 
 An engine that dies ends a begun SSE stream without a finish reason, which a client takes for a
 truncation and retries; a client that goes away cancels its stream in the engine. So does a
 deadline: a request with the header `x-request-timeout` (seconds) that has not ended by then is
 given up, as 504 or, once begun, as an error event.
+
+A new field of a completion takes three steps: `completion_request` gets the field and its bounds;
+`_generation` below passes it to the engine, or `OutputOptions` to the answer; `completion_output`
+shows it. A new route beside this one goes into a module of its own with an `add_routes`, as
+`tokenizer_route` does, which `app.create_app` calls.
 """
 
 from __future__ import annotations
@@ -40,8 +46,9 @@ from fireworks_training.local.gateway.inference.engine_stream import (
     EngineStream,
     Generation,
 )
-from fireworks_training.local.gateway.inference.registry import REGISTRY, LiveDeployment, ModelEntry
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ModelEntry
 from fireworks_training.local.gateway.inference.serving import (
+    REGISTRY,
     RETRY_SOON,
     add_waking,
     choose_engine,
@@ -55,7 +62,7 @@ TIMEOUT_HEADER = "x-request-timeout"
 MAX_TIMEOUT_SECONDS = 86_400
 _LONG_TEXT = 4096
 _WHOLE = 1 << 30
-"""Flush threshold of a reader that only wants the end."""
+"""Flush threshold of a reader that only waits for the end."""
 
 CODECS: web.AppKey[dict[Path, TextCodec]] = web.AppKey("codecs")
 KEEPALIVE_AFTER: web.AppKey[float] = web.AppKey("keepalive_after", float)
@@ -63,7 +70,7 @@ KEEPALIVE_AFTER: web.AppKey[float] = web.AppKey("keepalive_after", float)
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers the completions route."""
+    """Register the completions route; the app holds `REGISTRY`."""
     app[CODECS] = {}
     app[KEEPALIVE_AFTER] = KEEPALIVE_SECONDS
     add_waking(app)
@@ -71,7 +78,8 @@ def add_routes(app: web.Application) -> None:
 
 
 class NotFinite(HttpProblem):
-    """The logits hold NaN or infinity. A retry can't help, so the status is none of those."""
+    """Raised when the logits hold NaN or infinity. A retry can't help, so the status is none of
+    those that are retried."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -82,14 +90,14 @@ class NotFinite(HttpProblem):
 
 
 class DeadlinePassed(HttpProblem):
-    """The client would not wait any longer."""
+    """Raised when the client would not wait any longer."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(504, f"not done within the {seconds:g} s of {TIMEOUT_HEADER}")
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """POST /inference/v1/completions."""
+    """POST /inference/v1/completions: sample one completion."""
     received = time.monotonic()
     patience = _patience(request)
     body = parse_body(await request.read())
@@ -107,7 +115,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         raise _busy(live, error) from None
     except EngineGone as error:
         raise _gone(live) from error
-    answer = _Answer(
+    answer = _CompletionAnswer(
         request, body, live, engine, prompt, codec, stream, received, encoded, patience
     )
     try:
@@ -118,8 +126,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
         stream.cancel()
 
 
-class _Answer:
-    """One request from its first token to its last byte."""
+class _CompletionAnswer:
+    """Answers one request, from its first token to its last byte."""
 
     def __init__(
         self,
@@ -165,14 +173,15 @@ class _Answer:
         )
 
     async def whole(self) -> web.Response:
-        """One JSON answer."""
+        """Answer with one JSON object."""
         while self._output.finish_reason is None:
             await self._next()
         answer = self._output.whole(self._metrics(), self._stream.cached_tokens)
         return web.Response(body=orjson.dumps(answer), content_type="application/json")
 
     async def stream(self) -> web.StreamResponse:
-        """Server-sent events; the status waits for the first token, so that it can be an error."""
+        """Answer with server-sent events; the status waits for the first token, so that it can be
+        an error."""
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -222,7 +231,7 @@ class _Answer:
         Raises:
             NotFinite: the weights have diverged.
             DeadlinePassed: the client's patience has ended.
-            Problem: the engine is gone, full, or refused the request.
+            HttpProblem: the engine is gone, full, or refused the request.
         """
         try:
             # The loop's clock is the monotonic one.
@@ -244,7 +253,7 @@ class _Answer:
         self._output.push(delta)
 
     def _metrics(self) -> dict[str, object] | None:
-        """`perf_metrics` at the end; durations in seconds."""
+        """Return the `perf_metrics` of the end; durations in seconds."""
         if not self._body.perf_metrics_in_response:
             return None
         now = time.monotonic()
@@ -274,10 +283,10 @@ class _Answer:
 
 
 def _patience(request: web.Request) -> float | None:
-    """Seconds that the client waits, from the header; None for as long as it takes.
+    """Return the seconds that the client waits, from the header; None for as long as it takes.
 
     Raises:
-        Problem: 400, the header is no number of seconds.
+        HttpProblem: 400, the header is no number of seconds.
     """
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
@@ -294,10 +303,10 @@ def _patience(request: web.Request) -> float | None:
 
 
 def _generation(body: CompletionBody, prompt: list[int], engine: EngineClient) -> Generation:
-    """What the engine is asked for.
+    """Return what the engine is asked for.
 
     Raises:
-        Problem: 400, an id outside the vocabulary, or more tokens than the context has.
+        HttpProblem: 400, an id outside the vocabulary, or more tokens than the context has.
     """
     limits = engine.limits
     for name, ids in (("prompt", prompt), ("stop", body.stop_ids)):

@@ -1,27 +1,24 @@
-"""Which engine serves a request: deployments by name, their states, waking, and affinity.
+"""The choice of the engine that serves a request: deployment by name, state, waking, affinity.
 
-Knows the registry and what its states mean for a client; nothing of bodies or streams.
+Knows the registry and what a deployment's state means for a client. Does not know bodies or
+streams.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 
 from aiohttp import web
 
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
-from fireworks_training.local.gateway.inference.registry import (
-    REGISTRY,
-    LiveDeployment,
-    ServingRegistry,
-)
+from fireworks_training.local.gateway.inference.registry import LiveDeployment, ServingRegistry
 from fireworks_training.local.gateway.web.problems import HttpProblem
+from fireworks_training.local.gateway.web.tasks import RunningTasks
+from fireworks_training.local.settings import DEPLOYMENT_PREFIX
 
 log = logging.getLogger(__name__)
 
-DEPLOYMENT_PREFIX = "accounts/local/deployments/"
 SHORT_PREFIX = "local/"
 RETRY_SOON = {"Retry-After": "1"}
 
@@ -30,25 +27,29 @@ _FAIR_STREAMS = 8
 """With these, a key keeps its engine unless that one has a quarter more streams than the average,
 and eight: a few streams more are worth a known prompt."""
 
-WAKING: web.AppKey[dict[str, asyncio.Task[None]]] = web.AppKey("waking")
+REGISTRY: web.AppKey[ServingRegistry] = web.AppKey("registry", ServingRegistry)
+"""The models and deployments of an app, for the routes of all three APIs."""
+
+WAKING: web.AppKey[RunningTasks[str]] = web.AppKey("waking", RunningTasks)
+"""The deployments that are being woken, by resource name."""
 
 
 def add_waking(app: web.Application) -> None:
-    """Gives the app its memory of deployments that are being woken, once."""
+    """Give an app its memory of the deployments that are being woken, once."""
     if WAKING not in app:
-        app[WAKING] = {}
+        app[WAKING] = RunningTasks()
         app.on_cleanup.append(_stop_waking)
 
 
 def find_deployment(registry: ServingRegistry, name: str) -> LiveDeployment:
-    """The deployment of a model string.
+    """Return the deployment of a model string.
 
     Args:
-        registry: what is served.
+        registry: holds the live deployments.
         name: `accounts/local/deployments/<id>`, the same after `<model>#`, or `local/<id>`.
 
     Raises:
-        Problem: 404, with the deployments there are.
+        HttpProblem: 404, with the deployments there are.
     """
     resource = name.rpartition("#")[2]
     if resource.startswith(SHORT_PREFIX):
@@ -61,10 +62,10 @@ def find_deployment(registry: ServingRegistry, name: str) -> LiveDeployment:
 
 
 def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClient]:
-    """The engines that can take work now, at least one. A sleeping deployment is woken.
+    """Return the engines that can take work now, at least one; wake a sleeping deployment.
 
     Raises:
-        Problem: 503 with Retry-After while there is none; 400 when there will be none.
+        HttpProblem: 503 with Retry-After while there is none; 400 when there will be none.
     """
     engines = [engine for engine in live.engines if not engine.is_closed]
     if engines:
@@ -76,7 +77,8 @@ def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClie
             code="FAILED_PRECONDITION",
         )
     if live.desired_replicas == 0:
-        _wake(app, live.resource)
+        if live.resource not in app[WAKING]:
+            app[WAKING].start(live.resource, _wake(live))
         raise HttpProblem(
             503, f"{live.resource} was scaled to zero and is being woken", headers=RETRY_SOON
         )
@@ -86,14 +88,14 @@ def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClie
 
 
 def choose_engine(engines: list[EngineClient], affinity: str | None) -> EngineClient:
-    """The engine for a request: where its key's others are, or else the one with least to do.
+    """Choose the engine for a request: that of its affinity key, else the one with least to do.
 
     A key goes to the engine that it always goes to, as long as that one has no more than its share
     of all streams and some: a popular key must not make one replica work while others wait. An
     engine that is full is passed over while another has room.
 
     Args:
-        engines: the ones that are connected, at least one.
+        engines: the connected engines, at least one.
         affinity: `prompt_cache_key`, or `user`.
     """
     open_to_more = [engine for engine in engines if engine.has_room] or engines
@@ -111,23 +113,12 @@ def _weight(name: str, affinity: str) -> bytes:
     return hashlib.sha256(f"{name}\0{affinity}".encode()).digest()
 
 
-def _wake(app: web.Application, resource: str) -> None:
-    waking = app[WAKING]
-    if resource in waking:
-        return
-
-    def ended(task: asyncio.Task[None]) -> None:
-        del waking[resource]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("waking %s failed: %s", resource, error)
-
-    task = asyncio.ensure_future(app[REGISTRY].wake(resource))
-    waking[resource] = task
-    task.add_done_callback(ended)
+async def _wake(live: LiveDeployment) -> None:
+    try:
+        await live.keeper.wake(live.resource)
+    except Exception as error:
+        log.error("waking %s failed: %s", live.resource, error)
 
 
 async def _stop_waking(app: web.Application) -> None:
-    tasks = list(app[WAKING].values())
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await app[WAKING].close()

@@ -1,4 +1,4 @@
-"""What a deployment can be in, and how a hot load may treat the streams in flight."""
+"""The states of a deployment, and the ways in which a hot load may treat streams in flight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's tokenizer over HTTP, so that a client needs neither a download nor this machine's disk.
+"""`GET .../models/<m>/tokenizer`: serves a model's tokenizer to clients on other machines.
 
 Serves a fixed list of file names from the model's directory, and nothing else of it.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-from fireworks_training.local.gateway.inference.registry import REGISTRY, UnknownModel
+from fireworks_training.local.gateway.inference.registry import UnknownModel
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 # config.json names the architecture, by which the tokenizer's class is found.
@@ -33,7 +34,7 @@ MAX_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """The files of one tokenizer.
+    """Holds the files of one tokenizer.
 
     Attributes:
         files: content in base64, by name.
@@ -54,10 +55,10 @@ def add_routes(app: web.Application) -> None:
 
 
 def read_files(folder: Path) -> TokenizerFiles:
-    """The tokenizer's files of a model directory. Blocks on the disk: call it in a thread.
+    """Read the tokenizer's files of a model directory. Blocks on the disk: call it in a thread.
 
     Raises:
-        Problem: 404 when there is no tokenizer.json; 413 when a file is over 64 MiB.
+        HttpProblem: 404 when there is no tokenizer.json; 413 when a file is over 64 MiB.
     """
     files: dict[str, str] = {}
     total = hashlib.sha256()
@@ -76,7 +77,8 @@ def read_files(folder: Path) -> TokenizerFiles:
 
 
 async def get_tokenizer(request: web.Request) -> web.Response:
-    """GET /v1/accounts/<a>/models/<m>/tokenizer: `{"files": {name: base64}, "sha256", "model"}`.
+    """GET /v1/accounts/<a>/models/<m>/tokenizer: show `{"files": {name: base64}, "sha256",
+    "model"}`.
 
     The hash is the ETag too, so that a client that has it is answered 304.
     """

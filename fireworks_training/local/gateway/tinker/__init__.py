@@ -1,8 +1,18 @@
 """The Tinker API at the platform's root, so that `TINKER_BASE_URL` can point at it.
 
-Everything that trains goes to a trainer job of the model's own (`training`), everything that
-samples to a deployment of it (`sampling`); both are made when first needed. `records` lists and
-removes what was saved, `sessions` lists clients' sessions, `refusals` says what is not there.
+Requests that train go to a trainer job of their model (`training`), requests that sample to a
+deployment of it (`sampling`); both are made when first needed. `records` lists and removes runs and
+checkpoints, `sessions` lists clients' sessions, `refusals` answers what is not supported.
+
+A new route takes three steps:
+
+1. Its path and its handler go into the module of its subject: `training_routes`, `sampling`,
+   `records` or `sessions`; one row in that module's `add_routes`. One that only passes its body on
+   to the trainer of a run is a name in `training_routes._OF_A_RUN`.
+2. A small body is checked with `web.bodies`, a large one with a pydantic model, as `sample_request`
+   does.
+3. State that outlives the process is a note of `local.store.tinker_store`; a route that is not
+   supported is a row of `refusals.REFUSED`.
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.inference.registry import REGISTRY
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.tinker import (
     records,
     refusals,
@@ -28,10 +38,10 @@ from fireworks_training.local.store.tinker_store import TinkerStore
 
 
 def install(app: web.Application, state_dir: Path, offers: Sequence[str]) -> None:
-    """Registers all routes; the app holds `CONTROL_PLANE` and `REGISTRY`.
+    """Register all routes; the app holds `CONTROL_PLANE` and `REGISTRY`.
 
     Args:
-        offers: of `settings.OFFERS`, what clients are told to use.
+        offers: names in `settings.OFFERS` that clients are asked to use.
     """
     plane, registry = app[CONTROL_PLANE], app[REGISTRY]
     app[TRAINING] = TinkerTraining(plane, registry, TinkerStore(state_dir / "tinker"), offers)

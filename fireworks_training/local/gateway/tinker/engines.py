@@ -1,4 +1,4 @@
-"""The engines behind the Tinker API: a deployment for each model's checkpoints, one for its base.
+"""The engines behind the Tinker API: one deployment for each model's checkpoints, one for its base.
 
 Knows the platform's deployments and turns between snapshots. Does not know requests. A model's own
 weights have an engine of their own, so that a reference never waits for a snapshot's turn.
@@ -7,7 +7,7 @@ weights have an engine of their own, so that a reference never waits for a snaps
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fireworks_training.local.gateway.control_plane import resources
@@ -21,15 +21,15 @@ from fireworks_training.local.gateway.inference.registry import (
 )
 from fireworks_training.local.gateway.tinker.turns import SnapshotTurns
 from fireworks_training.local.gateway.web.problems import HttpProblem
-from fireworks_training.local.settings import ACCOUNT
+from fireworks_training.local.settings import DEPLOYMENT_PREFIX
 
-DEPLOYMENT_PREFIX = "tinker-"
+ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 
 
 class TinkerEngines:
-    """See the module.
+    """Makes deployments when they are needed, and turns their engines between snapshots.
 
     Args:
         plane: the platform's deployments.
@@ -42,19 +42,21 @@ class TinkerEngines:
         self._turns: dict[str, SnapshotTurns] = {}
 
     async def engine(self, entry: ModelEntry, *, base: bool) -> EngineClient:
-        """A ready engine; its deployment is made when there is none.
+        """Return a ready engine; make its deployment when there is none.
 
         Raises:
-            Problem: 503 when it does not start.
+            HttpProblem: 503 when it does not start.
         """
         return (await self._ready(_id_of(entry, base=base), entry))[1]
 
     @asynccontextmanager
-    async def serving(self, entry: ModelEntry, identity: str | None) -> AsyncIterator[EngineClient]:
-        """An engine that serves a snapshot, or the base model, for as long as the block runs.
+    async def serving(
+        self, entry: ModelEntry, identity: str | None
+    ) -> AsyncGenerator[EngineClient]:
+        """Hold an engine on a snapshot, or on the base model, for as long as the block runs.
 
         Raises:
-            Problem: 503 when no engine is there, 400 when the snapshot can't be loaded.
+            HttpProblem: 503 when no engine is there, 400 when the snapshot can't be loaded.
         """
         id_ = _id_of(entry, base=identity is None)
         live, engine = await self._ready(id_, entry)
@@ -75,7 +77,7 @@ class TinkerEngines:
             raise
 
     async def close(self) -> None:
-        """Gives up loads that are under way."""
+        """Give up loads that are under way."""
         await asyncio.gather(*(turns.close() for turns in self._turns.values()))
 
     async def _ready(self, id_: str, entry: ModelEntry) -> tuple[LiveDeployment, EngineClient]:
@@ -83,10 +85,10 @@ class TinkerEngines:
         if not deployments.lives(id_):
             asked = {"baseModel": entry.name, "minReplicaCount": 1, "maxReplicaCount": 1}
             body, notice = resources.deployment_body(asked, self._registry)
-            if id_ in {row.id for row in deployments.rows()}:
+            if any(row.id == id_ for row in deployments.table.present()):
                 await self._plane.finish(deployments.delete(id_, hard=True))
             deployments.create(id_, body, notice)
-        name = f"accounts/{ACCOUNT}/deployments/{id_}"
+        name = f"{DEPLOYMENT_PREFIX}{id_}"
         try:
             async with asyncio.timeout(START_WITHIN_S):
                 while True:
@@ -110,11 +112,11 @@ class TinkerEngines:
             raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
         if ended.outcome != "loaded":
             raise HttpProblem(503, f"{live.resource}: {identity!r} was superseded by another load")
-        self._registry.record_loaded(live.resource, identity)
+        live.keeper.record_loaded(live.resource, identity)
 
 
 def _id_of(entry: ModelEntry, *, base: bool) -> str:
-    name = f"{DEPLOYMENT_PREFIX}{entry.name.rpartition('/')[2]}"
+    name = f"{ID_PREFIX}{entry.name.rpartition('/')[2]}"
     return f"{name[:58]}-base" if base else name[:63]
 
 

@@ -1,7 +1,7 @@
-"""What was trained and saved, listed and removed through the Tinker API.
+"""Routes of the Tinker API that list, show and remove runs and checkpoints.
 
-Knows the notes of runs and checkpoints, and the folders that they are about. A checkpoint whose
-time is over is removed when somebody next looks.
+Knows the notes of runs and checkpoints, and their folders. A checkpoint whose time is over is
+removed at the next request that lists checkpoints.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from typing import Any
 from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.inference.registry import REGISTRY
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
+from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import (
+    int_field,
+    int_query,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
@@ -32,11 +37,12 @@ from fireworks_training.local.store.tinker_store import (
     RunNote,
     TinkerStore,
     expiry,
-    parse_path,
 )
 
 _TYPES = {"weights": "training", "sampler_weights": "sampler"}
 MAX_PAGE = 1000
+MAX_TTL_S = 10**11
+"""Seconds in the year 5000 that a time can still hold."""
 
 
 def add_routes(app: web.Application) -> None:
@@ -113,19 +119,15 @@ async def _capabilities(request: web.Request) -> web.Response:
 
 
 def page(request: web.Request, rows: list[Any]) -> tuple[list[Any], Mapping[str, int]]:
-    try:
-        limit = min(int(request.query.get("limit", "100")), MAX_PAGE)
-        offset = int(request.query.get("offset", "0"))
-    except ValueError:
-        raise HttpProblem(400, "limit and offset must be whole numbers") from None
-    if limit < 0 or offset < 0:
-        raise HttpProblem(400, "limit and offset must not be below 0")
+    """Return one page of a list, and the cursor that the API shows with it."""
+    limit = min(int_query(request, "limit", 0, default=100), MAX_PAGE)
+    offset = int_query(request, "offset", 0, default=0)
     cursor = {"offset": offset, "limit": limit, "total_count": len(rows)}
     return rows[offset : offset + limit], cursor
 
 
 async def kept(request: web.Request, run: str | None = None) -> list[CheckpointNote]:
-    """The checkpoints that are there, oldest first, after removing those whose time is over."""
+    """Return the checkpoints that are there, oldest first, and remove those whose time is over."""
     store = _store(request)
     notes = await asyncio.to_thread(store.checkpoints, run)
     for note in notes:
@@ -168,13 +170,8 @@ async def _list_all(request: web.Request) -> web.Response:
 
 
 async def _weights_info(request: web.Request) -> web.Response:
-    path = text(await read_json(request), "tinker_path")
-    try:
-        checkpoint = parse_path(path)
-    except BadTinkerPath as error:
-        raise HttpProblem(400, str(error)) from None
-    if _store(request).checkpoint(checkpoint) is None:
-        raise HttpProblem(404, f"no checkpoint {path[:200]!r}")
+    path = required_text(await read_object(request), "tinker_path")
+    checkpoint = request.app[TRAINING].checkpoint(path)
     run = _run(request, checkpoint.run)
     answer: dict[str, Any] = {"base_model": run.base_model, "is_lora": run.lora is not None}
     if run.lora is not None:
@@ -209,13 +206,13 @@ def _folder(request: web.Request, checkpoint: Checkpoint) -> Path | None:
     if checkpoint.kind == "sampler_weights":
         found = [plane.snapshots_dir / checkpoint.identity]
     else:
-        jobs = [row.id for row in plane.jobs.rows() if row.body.get("tinker")]
+        jobs = [row.id for row in plane.jobs.table.present() if row.body.get("tinker")]
         found = [plane.jobs.states_dir(job) / checkpoint.identity for job in jobs]
     return next((folder for folder in found if folder.is_dir()), None)
 
 
 async def _remove(request: web.Request, checkpoint: Checkpoint) -> None:
-    """The note first: what is not listed is not looked for."""
+    """Remove the note, then the files: what is not listed is not looked for."""
     _store(request).forget_checkpoint(checkpoint)
     folder = _folder(request, checkpoint)
     if folder is not None:
@@ -233,11 +230,8 @@ async def _delete(request: web.Request) -> web.Response:
 
 async def _set_ttl(request: web.Request) -> web.Response:
     note = _note(request)
-    seconds = (await read_json(request)).get("ttl_seconds")
-    if seconds is not None and (
-        not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1
-    ):
-        raise HttpProblem(400, "ttl_seconds must be a whole number from 1, or null")
+    body = await read_object(request)
+    seconds = int_field(body, "ttl_seconds", 1, MAX_TTL_S, default=0) or None
     _store(request).write_checkpoint(replace(note, expires_at=expiry(seconds)))
     return web.json_response({})
 
@@ -249,7 +243,7 @@ async def _archive(request: web.Request) -> web.Response:
 
 
 async def _download(request: web.Request) -> web.StreamResponse:
-    """A tar.gz of the checkpoint's files."""
+    """Answer with a tar.gz of the checkpoint's files."""
     checkpoint = _note(request).checkpoint
     folder = _folder(request, checkpoint)
     if folder is None:

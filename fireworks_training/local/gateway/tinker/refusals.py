@@ -38,7 +38,7 @@ REFUSED: dict[tuple[str, str], str] = {
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers the routes."""
+    """Register the routes."""
     for (method, path), reason in REFUSED.items():
         app.router.add_route(method, f"/api/v1/{path}", _refuser(path.rpartition("/")[2], reason))
 

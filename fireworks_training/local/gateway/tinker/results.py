@@ -1,11 +1,11 @@
-"""Requests for samples that were taken, and what became of them, until their clients have it.
+"""Sampling requests that were taken, and their results until their clients have them.
 
 Knows who asked for what, when it ended and for how long it is kept. Does not know what sampling is:
 a request is a coroutine that gives the body of an answer and its content type.
 
-A request is known by its id, and a repeated one finds the first. What an earlier process knew is
-gone: asked for by name, it is answered with 410, on which clients sample anew; and so is a batch
-poll that waits for what nobody here is at, since its client would wait for ever.
+A request is known by its id, and a repeated one finds the first. Results of an earlier process are
+gone: asked for by name, they are answered with 410, on which clients sample anew; and so is a batch
+poll for requests that are not under way here, since its client would wait for ever.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class _Pending:
 
 @dataclass(slots=True, eq=False)
 class _Log:
-    """Endings of one clone's requests; `open` are those that have not ended."""
+    """Keeps the endings of one clone's requests; `open` counts those that have not ended."""
 
     ended: FinishedRequests = field(default_factory=FinishedRequests)
     open: int = 0
 
 
 class SampleResults:
-    """See the module.
+    """Runs sampling requests in tasks, and keeps their results.
 
     Args:
         most: results that are kept; of those that have ended, delivered ones go first.
@@ -65,10 +65,10 @@ class SampleResults:
         self._waiting = 0
 
     def taken(self, session: str, seq_id: int, digest: bytes) -> tuple[str, bool]:
-        """The id of a request, and whether it was taken already.
+        """Return the id of a request, and whether it was taken already.
 
         Raises:
-            Problem: 409 when another request has this place.
+            HttpProblem: 409 when another request has this place.
         """
         request_id = f"{session}:sample-{seq_id}"
         known = self._pending.get(request_id)
@@ -84,10 +84,10 @@ class SampleResults:
         samples: int,
         run: Callable[[], Coroutine[None, None, Result]],
     ) -> str:
-        """Starts a request, if it was not taken meanwhile; its id.
+        """Start a request, if it was not taken meanwhile; return its id.
 
         Raises:
-            Problem: 409 as `taken`, 429 when too much waits.
+            HttpProblem: 409 as `taken`, 429 when too much waits.
         """
         request_id, known = self.taken(session, seq_id, digest)
         if known:
@@ -129,10 +129,10 @@ class SampleResults:
             del self._pending[key]
 
     async def result(self, request_id: str, hold_s: float) -> Result | None:
-        """A result and its content type; None when it is not there within `hold_s`.
+        """Return a result and its content type; None when it is not there within `hold_s`.
 
         Raises:
-            Problem: 410 when the request is not known (any more), or has to be sent again.
+            HttpProblem: 410 when the request is not known (any more), or has to be sent again.
         """
         pending = self._pending.get(request_id)
         if pending is None:
@@ -152,17 +152,18 @@ class SampleResults:
         server = not isinstance(error, HttpProblem) or error.status >= 500
         if server:
             log.error("sampling failed", exc_info=error)
-        told = {"error": str(error), "category": "server" if server else "user"}
-        return orjson.dumps(told), "application/json"
+        failure = {"error": str(error), "category": "server" if server else "user"}
+        return orjson.dumps(failure), "application/json"
 
     async def ended(
         self, target: SamplingTarget, cursor: int, hold_s: float
     ) -> tuple[list[RequestOutcome], int]:
-        """What has ended of a clone's requests after a cursor, waited for up to `hold_s` seconds.
+        """Return what has ended of a clone's requests after a cursor; wait for it up to `hold_s`
+        seconds.
 
         Raises:
-            Problem: 410 for a cursor that this process never gave, or when none of its requests is
-                under way that could end.
+            HttpProblem: 410 for a cursor that this process never gave, or when none of its requests
+                is under way that could end.
         """
         key = target.sampling_session_id, target.cloned_sampler_id
         log_ = self._logs.get(key, _Log())
@@ -188,20 +189,21 @@ class SampleResults:
         return RequestOutcome(request_id, False, *pending.task.result())
 
     def retrieved(self, session: str, request_ids: Iterable[str]) -> None:
-        """Results that their client has: among the first to be dropped. Others are ignored."""
+        """Mark results that their client has: they are among the first to be dropped. Others are
+        ignored."""
         for request_id in request_ids:
             pending = self._pending.get(request_id)
             if pending is not None and request_id.startswith(f"{session}:"):
                 pending.delivered = True
 
     def cancel(self, request_id: str) -> None:
-        """Frees what a request takes. Idempotent."""
+        """Free what a request takes. Idempotent."""
         pending = self._pending.get(request_id)
         if pending is not None:
             pending.task.cancel()
 
     async def close(self) -> None:
-        """Ends everything that runs."""
+        """Cancel everything that runs."""
         tasks = [pending.task for pending in self._pending.values()]
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""A sampling request of the Tinker API, checked, and its answer as a message.
+"""A sampling request of the Tinker API and its answer: checks the body, encodes the message.
 
 Knows fields, bounds and the protobuf form of a SampleResponse. Does not know engines' connections,
 sessions or HTTP.
@@ -17,19 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from fireworks_training._wire.training import schema
 from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
-from fireworks_training.local.gateway.inference.engine_client import EngineLimits
+from fireworks_training.local.gateway.inference.engine_client import EngineCapacity
 from fireworks_training.local.gateway.inference.engine_stream import (
     Delta,
     EngineStream,
     Generation,
     TopLogprobs,
 )
-from fireworks_training.local.gateway.tinker.prompt_asks import (
+from fireworks_training.local.gateway.tinker.prompt_probes import (
     MAX_A_PLACE,
-    PromptAsks,
+    PromptProbes,
     Targets,
-    read_asks,
+    read_probes,
 )
+from fireworks_training.local.gateway.web.bodies import invalid_body
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 MAX_SAMPLES = 1024
@@ -42,7 +43,7 @@ class _Chunk(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: StrictStr = "encoded_text"
-    tokens: list[StrictInt] = Field(default_factory=list)
+    tokens: list[StrictInt] = Field(default_factory=list[int])
 
 
 class _Prompt(BaseModel):
@@ -63,7 +64,7 @@ class _Params(BaseModel):
 
 
 class SampleBody(BaseModel):
-    """The body of asample. `prompt_logprobs_last_n` counts prompt tokens from the end."""
+    """Parses the body of asample. `prompt_logprobs_last_n` counts prompt tokens from the end."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -85,17 +86,15 @@ class SampleBody(BaseModel):
 
 
 def parse_sample(raw: bytes) -> SampleBody:
-    """The body of asample.
+    """Parse and check the body of asample.
 
     Raises:
-        Problem: 400 with the first field that is wrong; never with what it held.
+        HttpProblem: 400 with the first field that is wrong; never with what it held.
     """
     try:
         body = SampleBody.model_validate_json(raw)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise invalid_body(error) from None
     if body.record_stability_info:
         text = (
             "record_stability_info is not supported here: the formula of the loss that it serves,"
@@ -109,14 +108,14 @@ def parse_sample(raw: bytes) -> SampleBody:
 
 @dataclass(slots=True)
 class SamplePlan:
-    """What to ask an engine for.
+    """Holds what to ask an engine for.
 
     Attributes:
         generations: one a sample.
         stop_texts: strings that end a sample.
         prompt_tokens: length of the prompt.
         echo: prompt tokens, from the end, whose logprobs are wanted; 0 for none.
-        asks: what else is asked of the prompt.
+        probes: tokens that are named or to be drawn at the prompt's places.
         top_prompt, top_sample: most likely tokens to report.
     """
 
@@ -124,16 +123,16 @@ class SamplePlan:
     stop_texts: list[str]
     prompt_tokens: int
     echo: int
-    asks: PromptAsks
+    probes: PromptProbes
     top_prompt: int
     top_sample: int
 
 
-def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
-    """The generations of a request.
+def plan_samples(body: SampleBody, limits: EngineCapacity) -> SamplePlan:
+    """Return the generations of a request.
 
     Raises:
-        Problem: 400 when ids or lengths do not fit the engine.
+        HttpProblem: 400 when ids or lengths do not fit the engine.
     """
     prompt = [token for chunk in body.prompt.chunks for token in chunk.tokens]
     params = body.sampling_params
@@ -154,10 +153,10 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         )
     wanted = bool(body.prompt_logprobs) or body.topk_prompt_logprobs > 0
     echo = (last or len(prompt)) if wanted else 0
-    asks = read_asks(
+    probes = read_probes(
         body.target_prompt_logprobs, body.prompt_alt_tokens_k, len(prompt), limits.vocab_size
     )
-    places = max(echo, asks.echo)
+    places = max(echo, probes.echo)
     top = max(body.topk_prompt_logprobs, body.topk_sample_logprobs)
     seeds = (_seed(params.seed, index) for index in range(body.num_samples))
     generations = [
@@ -172,8 +171,8 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
             ignore_eos=params.stop is not None and not stops,
             top_logprobs=min(top, limits.vocab_size),
             echo=places if index == 0 else 0,
-            targets=asks.targets(places) if index == 0 else [],
-            draws=asks.draws if index == 0 else 0,
+            targets=probes.targets(places) if index == 0 else [],
+            draws=probes.draws if index == 0 else 0,
         )
         for index, seed in enumerate(seeds)
     ]
@@ -182,14 +181,14 @@ def plan_samples(body: SampleBody, limits: EngineLimits) -> SamplePlan:
         stop_texts,
         len(prompt),
         echo,
-        asks,
+        probes,
         body.topk_prompt_logprobs,
         body.topk_sample_logprobs,
     )
 
 
 def _max_tokens(asked: int | None, prompt: int, context: int) -> int:
-    """Tokens to sample; without a wish as many as there is room for."""
+    """Return the tokens to sample; without a wish as many as there is room for."""
     room = context - prompt
     if not prompt or room < 1:
         raise HttpProblem(400, f"the prompt must have 1 to {context - 1} tokens")
@@ -204,21 +203,21 @@ def _max_tokens(asked: int | None, prompt: int, context: int) -> int:
 
 
 def _seed(seed: int | None, index: int) -> int | None:
-    """Each sample of a seeded request has a stream of its own; the first one has the seed's."""
+    """Return the seed of one sample: each has a stream of its own, the first the request's."""
     return None if seed is None else (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
 
 
 @dataclass(slots=True)
 class Sample:
-    """One sample as it grows."""
+    """Collects the tokens of one sample."""
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[TopLogprobs] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    top: list[TopLogprobs] = field(default_factory=list[TopLogprobs])
     stopped: bool = False
 
     def push(self, delta: Delta, text: StopText | None) -> bool:
-        """Takes tokens in; True once a stop string is complete, with what follows dropped."""
+        """Take tokens in; return True once a stop string is complete, with what follows dropped."""
         for index, token in enumerate(delta.tokens):
             self.tokens.append(token)
             self.logprobs.append(delta.logprobs[index])
@@ -230,19 +229,19 @@ class Sample:
 
 
 class StopText:
-    """Whether the text of some tokens has met a stop string."""
+    """Finds whether the text of some tokens has met a stop string."""
 
     def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
         self._text = codec.stream()
         self._matcher = StopMatcher(stops)
 
     def ends_with(self, token: int) -> bool:
-        """Whether this token completes one."""
+        """Return whether this token completes one."""
         return self._matcher.push(self._text.push([token]))[1]
 
 
 def encode_samples(plan: SamplePlan, samples: Sequence[Sample], first: EngineStream) -> bytes:
-    """A SampleResponse.
+    """Encode a SampleResponse.
 
     Args:
         first: the stream of the first sample, which read the prompt for all.
@@ -267,7 +266,7 @@ def encode_samples(plan: SamplePlan, samples: Sequence[Sample], first: EngineStr
             rows: list[TopLogprobs] = [[] for _ in range(missing)]
             rows += first.prompt_top[-plan.echo :]
             _set_top(message.topk_prompt_logprobs, rows, plan.top_prompt)
-    plan.asks.fill(message, first.probed_ids, first.probed_logprobs)
+    plan.probes.fill(message, first.probed_ids, first.probed_logprobs)
     return message.SerializeToString()
 
 
@@ -283,5 +282,5 @@ def _set_top(message: schema.TopkLogprobs, rows: Sequence[TopLogprobs], k: int) 
 
 
 def failure(message: str, category: str) -> Mapping[str, str]:
-    """A failed sample as the body of a 200 answer."""
+    """Return the body of a 200 answer for a failed sample."""
     return {"error": message, "category": category}

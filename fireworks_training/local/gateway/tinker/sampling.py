@@ -1,8 +1,8 @@
 """Sampling through the Tinker API: sampling sessions, asample, and the polls for all results.
 
-Knows which snapshot a sampling session samples and how a request becomes engine streams. What a
-request means is `sample_request`'s, which engine serves it `engines`', and what becomes of it is
-kept by `results`.
+Knows which snapshot a sampling session samples and how a request becomes engine streams. Does not
+know the fields of a request (`sample_request`), the choice of its engine (`engines`) or how its
+result is kept (`results`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fireworks_training.local.gateway.inference.engine_stream import (
     Generation,
 )
 from fireworks_training.local.gateway.inference.registry import ModelEntry
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.engines import TinkerEngines
 from fireworks_training.local.gateway.tinker.results import Result, SampleResults
 from fireworks_training.local.gateway.tinker.sample_request import (
@@ -37,6 +36,7 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
+from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import (
     MAX_BODY_BYTES,
@@ -46,12 +46,7 @@ from fireworks_training.local.results import (
     answer,
     parse_poll,
 )
-from fireworks_training.local.store.tinker_store import (
-    BadTinkerPath,
-    SamplerNote,
-    parse_path,
-    sampling_session_id,
-)
+from fireworks_training.local.store.tinker_store import SamplerNote, sampling_session_id
 
 HOLD_S = 30.0
 FULL_WAIT_S = 0.05
@@ -60,11 +55,11 @@ FLUSH_TOKENS = 1 << 30
 
 
 class TinkerSampling:
-    """See the module.
+    """Makes sampling sessions, and turns their requests into engine streams.
 
     Args:
-        training: the sessions and notes.
-        engines: what samples.
+        training: has the sessions and notes.
+        engines: has the engines that sample.
     """
 
     def __init__(self, training: TinkerTraining, engines: TinkerEngines) -> None:
@@ -76,15 +71,14 @@ class TinkerSampling:
     # -- sampling sessions -----------------------------------------------------------------------
 
     async def create_session(self, body: dict[str, object]) -> str:
-        """A sampling session for a base model or a checkpoint; its id.
+        """Make a sampling session for a base model or a checkpoint; return its id.
 
         Raises:
-            Problem: 400, 404.
+            HttpProblem: 400, 404.
         """
-        session, number = text(body, "session_id"), body.get("sampling_session_seq_id")
+        session = required_text(body, "session_id")
         self._training.session(session)
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**9:
-            raise HttpProblem(400, "sampling_session_seq_id must be a whole number from 0")
+        number = int_field(body, "sampling_session_seq_id", 0, 10**9 - 1)
         named = body.get("base_model"), body.get("model_path")
         note = self._note(sampling_session_id(session, number), *named)
         known = self._training.store.sampler(note.session)
@@ -99,18 +93,13 @@ class TinkerSampling:
 
     def _note(self, id_: str, base_model: object, model_path: object) -> SamplerNote:
         if isinstance(model_path, str):
-            try:
-                checkpoint = parse_path(model_path)
-            except BadTinkerPath as error:
-                raise HttpProblem(400, str(error)) from None
-            run = self._training.store.run(checkpoint.run)
-            found = self._training.store.checkpoint(checkpoint)
+            checkpoint = self._training.checkpoint(model_path)
             if checkpoint.kind != "sampler_weights":
-                raise HttpProblem(
-                    400, f"{model_path} is a training state; sample from sampler weights"
-                )
-            if run is None or found is None:
-                raise HttpProblem(404, f"no checkpoint {model_path[:200]!r}")
+                text = f"{model_path} is a training state; sample from sampler weights"
+                raise HttpProblem(400, text)
+            run = self._training.store.run(checkpoint.run)
+            if run is None:
+                raise HttpProblem(404, f"no training run {checkpoint.run!r}")
             return SamplerNote(id_, run.base_model, checkpoint.identity, model_path)
         if not isinstance(base_model, str):
             raise HttpProblem(400, "either base_model or model_path must be given")
@@ -118,7 +107,11 @@ class TinkerSampling:
         return SamplerNote(id_, base_model, None)
 
     def session(self, id_: str) -> SamplerNote:
-        """A sampling session. Raises Problem 404."""
+        """Return a sampling session.
+
+        Raises:
+            HttpProblem: 404.
+        """
         note = self._training.store.sampler(id_)
         if note is None:
             raise HttpProblem(404, f"no sampling session {id_[:100]!r}")
@@ -127,10 +120,10 @@ class TinkerSampling:
     # -- requests --------------------------------------------------------------------------------
 
     async def submit(self, raw: bytes) -> tuple[str, int]:
-        """Takes a request; its id, and how many samples it has.
+        """Take a request; return its id, and how many samples it has.
 
         Raises:
-            Problem: 400, 404, 409 for an id with another content, 429 when too much waits.
+            HttpProblem: 400, 404, 409 for an id with another content, 429 when too much waits.
         """
         body = parse_sample(raw)
         if body.sampling_session_id is None or body.seq_id is None:
@@ -152,7 +145,7 @@ class TinkerSampling:
         return request_id, body.num_samples
 
     async def close(self) -> None:
-        """Ends everything that runs."""
+        """Cancel everything that runs."""
         await self.results.close()
         await self._engines.close()
 
@@ -196,7 +189,7 @@ def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
 
 
 async def _open(engine: EngineClient, generation: Generation, every_token: bool) -> EngineStream:
-    """A stream, as soon as the engine has room for it."""
+    """Open a stream, as soon as the engine has room for it."""
     while True:
         try:
             return engine.generate(generation, flush_tokens=1 if every_token else FLUSH_TOKENS)
@@ -226,7 +219,7 @@ async def _read(stream: EngineStream, stops: StopText | None) -> Sample:
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers sampling and the polls for all results; the app holds TRAINING and SAMPLING."""
+    """Register sampling and the polls for all results; the app holds TRAINING and SAMPLING."""
     for name, handler in {
         "client/dynamic_config": _dynamic_config,
         "create_sampling_session": _create_sampling_session,
@@ -245,7 +238,7 @@ async def _dynamic_config(request: web.Request) -> web.Response:
 
 
 async def _create_sampling_session(request: web.Request) -> web.Response:
-    id_ = await request.app[SAMPLING].create_session(await read_json(request))
+    id_ = await request.app[SAMPLING].create_session(await read_object(request))
     return web.json_response({"sampling_session_id": id_, "type": "create_sampling_session"})
 
 
@@ -264,13 +257,13 @@ async def _asample(request: web.Request) -> web.Response:
 
 
 async def _cancel_future(request: web.Request) -> web.Response:
-    request.app[SAMPLING].results.cancel(text(await read_json(request), "request_id"))
+    request.app[SAMPLING].results.cancel(required_text(await read_object(request), "request_id"))
     return web.json_response({})
 
 
 async def _retrieve_future(request: web.Request) -> web.StreamResponse:
     raw = await request.read()
-    request_id = text(await read_json(request), "request_id")
+    request_id = required_text(await read_object(request), "request_id")
     owner = request_id.rpartition(":")[0]
     if ":sampler:" not in owner:
         return await pass_to_trainer(request, raw, owner)
@@ -283,7 +276,7 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
 
 
 async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
-    """Batch polling; see `local.ended`."""
+    """Answer a batch poll, as `local.results` describes."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
     raw = await request.read()

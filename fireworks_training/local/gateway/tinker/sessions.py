@@ -1,4 +1,4 @@
-"""The sessions of clients of the Tinker API: one, all, and those that a search finds.
+"""Routes of the Tinker API that show the sessions of clients: one, all, and those of a search.
 
 Knows the notes of sessions and which of them are running. There is one owner and one project here:
 whatever a client asks of either, it is all of them.
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from fireworks_training.local.gateway.tinker.records import kept, page
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import invalid_body
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import SessionNote, session_of
 
@@ -51,7 +52,7 @@ class _Search(BaseModel):
     cursor: _Cursor | None = None
 
     def fits(self, note: SessionNote, status: dict[str, Any] | None) -> bool:
-        """Whether a session is one of those that are looked for."""
+        """Return whether a session is one of those that are looked for."""
         named = self.session_id is None and self.display_name is None
         named = named or note.session == self.session_id
         if self.display_name is not None and note.display_name is not None:
@@ -66,7 +67,7 @@ class _Search(BaseModel):
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers the routes; the app holds TRAINING."""
+    """Register the routes; the app holds TRAINING."""
     app.add_routes(
         [
             web.get("/api/v1/sessions", _list),
@@ -103,9 +104,7 @@ async def _search(request: web.Request) -> web.Response:
     try:
         wanted = _Search.model_validate_json(await request.read())
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise HttpProblem(400, f"{fault['msg']}, field: '{name}'") from None
+        raise invalid_body(error) from None
     training = request.app[TRAINING]
     notes = (await asyncio.to_thread(training.store.sessions))[::-1]
     statuses = {note.session: _status(note, training.active(note.session)) for note in notes}

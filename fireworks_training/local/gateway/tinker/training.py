@@ -1,4 +1,4 @@
-"""Training through the Tinker API: sessions, runs, and the way to the trainer that holds them.
+"""Training through the Tinker API: sessions, runs, and the choice of the trainer that holds them.
 
 Knows which job trains which model, and which session and run went to which job. Knows no bodies:
 `training_routes` passes them on.
@@ -20,7 +20,12 @@ from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane import resources
 from fireworks_training.local.gateway.control_plane.routes import ControlPlane
-from fireworks_training.local.gateway.control_plane.trainers import FAILED, PAUSED, RUNNING, Trainer
+from fireworks_training.local.gateway.control_plane.trainer_jobs import (
+    FAILED,
+    PAUSED,
+    RUNNING,
+    Trainer,
+)
 from fireworks_training.local.gateway.inference.registry import (
     ModelEntry,
     ServingRegistry,
@@ -28,39 +33,46 @@ from fireworks_training.local.gateway.inference.registry import (
 )
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import OFFERS
-from fireworks_training.local.store.tinker_store import SessionNote, TinkerStore, session_of
+from fireworks_training.local.store.tinker_store import (
+    BadTinkerPath,
+    Checkpoint,
+    SessionNote,
+    TinkerStore,
+    parse_path,
+    session_of,
+)
 
-JOB_PREFIX = "tinker-"
+ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 MAX_SESSIONS = 4096
 SILENT_S = 300.0
-"""A session without a heartbeat for so long is not known to be running."""
+"""Seconds after which a session without a heartbeat is not known to be running."""
 
 
 @dataclass(slots=True)
 class Session:
-    """A client's session.
+    """Holds the state of a client's session.
 
     Attributes:
-        jobs: those whose trainers have taken it up.
+        jobs: ids of the jobs whose trainers have taken it up.
         finished: a finished one is gone for heartbeats.
-        seen: when it last showed life, on the monotonic clock.
+        seen: time of its last sign of life, on the monotonic clock.
     """
 
-    jobs: set[str] = field(default_factory=set)
+    jobs: set[str] = field(default_factory=set[str])
     finished: bool = False
     seen: float = field(default_factory=time.monotonic)
 
 
 class TinkerTraining:
-    """See the module.
+    """Keeps clients' sessions, and finds or makes the trainer of a model and of a run.
 
     Args:
         plane: the platform's jobs.
         registry: its models.
         store: notes of runs and checkpoints.
-        offers: of `settings.OFFERS`, what clients are told to use.
+        offers: names in `settings.OFFERS` that clients are asked to use.
     """
 
     def __init__(
@@ -80,10 +92,10 @@ class TinkerTraining:
     # -- models and jobs -------------------------------------------------------------------------
 
     def model(self, name: str) -> ModelEntry:
-        """The served model of a name: its resource, its id, or its directory.
+        """Return the served model of a name: its resource, its id, or its directory.
 
         Raises:
-            Problem: 404.
+            HttpProblem: 404.
         """
         for entry in self._registry.models.values():
             if name in (entry.name, entry.name.rpartition("/")[2], str(entry.path)):
@@ -94,32 +106,33 @@ class TinkerTraining:
             raise HttpProblem(404, str(error)) from None
 
     async def trainer_of_model(self, entry: ModelEntry) -> tuple[str, Trainer]:
-        """The job that trains a model, and its trainer once it runs; made when there is none.
+        """Return the job that trains a model, and its running trainer; make it when there is none.
 
         Raises:
-            Problem: 503 when it does not start.
+            HttpProblem: 503 when it does not start.
         """
-        id_ = f"{JOB_PREFIX}{entry.name.rpartition('/')[2]}"[:63]
+        id_ = f"{ID_PREFIX}{entry.name.rpartition('/')[2]}"[:63]
         jobs = self._plane.jobs
-        if id_ not in {row.id for row in jobs.rows()}:
+        if all(row.id != id_ for row in jobs.table.present()):
             training = {"baseModel": entry.name, "loraRank": resources.MAX_LORA_RANK}
             asked = {"trainingConfig": training, "disableInactivityCleanup": True}
             body, notice = resources.job_body(asked, "", self._registry)
             jobs.create(id_, {**body, "tinker": True}, notice)
-        elif jobs.get(id_).state in (FAILED, PAUSED):
+        elif jobs.table.get(id_).state in (FAILED, PAUSED):
             jobs.resume(id_)
         try:
             async with asyncio.timeout(START_WITHIN_S):
                 while (trainer := jobs.trainer(id_)) is None:
-                    if jobs.get(id_).state == FAILED:
-                        raise HttpProblem(503, f"trainer job {id_!r}: {jobs.get(id_).message}")
+                    row = jobs.table.get(id_)
+                    if row.state == FAILED:
+                        raise HttpProblem(503, f"trainer job {id_!r}: {row.message}")
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
             raise HttpProblem(503, f"trainer job {id_!r} has not started within 120 s") from None
         return id_, trainer
 
     def _trainers(self) -> Iterable[tuple[str, Trainer]]:
-        for row in self._plane.jobs.rows():
+        for row in self._plane.jobs.table.present():
             trainer = self._plane.jobs.trainer(row.id)
             if row.body.get("tinker") and row.state == RUNNING and trainer is not None:
                 yield row.id, trainer
@@ -127,7 +140,7 @@ class TinkerTraining:
     # -- sessions --------------------------------------------------------------------------------
 
     def create_session(self, display_name: str | None, metadata: Mapping[str, str]) -> str:
-        """A new session's id."""
+        """Make a new session, and return its id."""
         while len(self._sessions) >= MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         session_id = f"ts-{uuid.uuid4().hex}"
@@ -136,15 +149,15 @@ class TinkerTraining:
         return session_id
 
     def active(self, session_id: str) -> bool:
-        """Whether a session is known to be running."""
+        """Return whether a session is known to be running."""
         known = self._sessions.get(session_id)
         return known is not None and not known.finished and time.monotonic() - known.seen < SILENT_S
 
     def session(self, session_id: str) -> Session:
-        """A session; one that an earlier gateway made is found again by its form.
+        """Return a session; one that an earlier gateway made is found again by its form.
 
         Raises:
-            Problem: 410 when it was finished, 404 when it can't have been ours.
+            HttpProblem: 410 when it was finished, 404 when it can't have been ours.
         """
         known = self._sessions.get(session_id)
         if known is None:
@@ -156,7 +169,7 @@ class TinkerTraining:
         return known
 
     async def heartbeat(self, session_id: str) -> None:
-        """Passes a sign of life on. Raises Problem as `session` does."""
+        """Pass a heartbeat on to the trainers of a session; raise HttpProblem as `session` does."""
         session = self.session(session_id)
         session.seen = time.monotonic()
         for id_ in session.jobs:
@@ -165,7 +178,7 @@ class TinkerTraining:
                 await _post(trainer, "api/v1/session_heartbeat", {"session_id": session_id})
 
     async def finish(self, session_id: str, reason: str, detail: str | None) -> None:
-        """Ends a session and its models. Idempotent; the first reason stands."""
+        """End a session and its models. Idempotent; the first reason stands."""
         note = self.store.session(session_id)
         if note is not None and note.finished is None:
             self.store.write_session(replace(note, finished=reason, detail=detail))
@@ -177,19 +190,33 @@ class TinkerTraining:
                 await _post(trainer, f"api/v1/sessions/{session_id}/finish", {})
 
     async def adopt(self, session_id: str, id_: str, trainer: Trainer) -> None:
-        """Makes a trainer take a session up."""
+        """Make a trainer take a session up."""
         session = self.session(session_id)
         await _post(trainer, "internal/sessions", {"session_id": session_id})
         session.jobs.add(id_)
 
-    # -- runs ------------------------------------------------------------------------------------
+    # -- runs and checkpoints --------------------------------------------------------------------
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Return the checkpoint of a path.
+
+        Raises:
+            HttpProblem: 400 for a text that is no such path, 404 when there is no checkpoint.
+        """
+        try:
+            checkpoint = parse_path(path)
+        except BadTinkerPath as error:
+            raise HttpProblem(400, str(error)) from None
+        if self.store.checkpoint(checkpoint) is None:
+            raise HttpProblem(404, f"no checkpoint {path[:200]!r}")
+        return checkpoint
 
     def note_run(self, run: str, id_: str) -> None:
-        """Remembers which job a run went to."""
+        """Remember which job a run went to."""
         self._runs[run] = id_
 
     async def trainer_of_run(self, run: str) -> tuple[str, Trainer] | None:
-        """The job and trainer that hold a run; None when no trainer does."""
+        """Return the job and trainer that hold a run; None when no trainer does."""
         id_ = self._runs.get(run)
         trainer = None if id_ is None else self._plane.jobs.trainer(id_)
         if id_ is not None and trainer is not None:

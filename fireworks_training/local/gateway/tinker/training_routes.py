@@ -1,26 +1,27 @@
-"""Routes of the Tinker API that make sessions and train: their bodies checked, and passed on.
+"""Routes of the Tinker API that make sessions and train: check bodies, and pass them on.
 
-Knows which requests are about a run, and where a body says which. What is passed on, a trainer
-reads; sessions and the way to a run's trainer are `training`'s.
+Knows which requests are about a run, and where a body names it. Does not know sessions and the way
+to a run's trainer (`training`), nor the bodies that it passes on.
 """
 
 from __future__ import annotations
 
-import aiohttp
+from typing import cast
+
 import orjson
 import zstandard
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
 
-from fireworks_training.local.gateway.control_plane.trainer_proxy import (
-    after_failure,
-    answer_of,
-    passed_headers,
-)
-from fireworks_training.local.gateway.control_plane.trainers import Trainer
+from fireworks_training.local.gateway.control_plane.trainer_proxy import exchange
 from fireworks_training.local.gateway.inference.registry import ModelEntry
-from fireworks_training.local.gateway.tinker.bodies import read_json, text
 from fireworks_training.local.gateway.tinker.training import TRAINING
+from fireworks_training.local.gateway.web.bodies import (
+    object_field,
+    optional_text,
+    parse_object,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem, model_lost
 
 FINISHES = ("success", "errored", "interrupted")
@@ -29,7 +30,7 @@ _ZSTD = "zstd"
 
 
 def add_routes(app: web.Application) -> None:
-    """Registers sessions and training; the app holds `TRAINING`."""
+    """Register sessions and training; the app holds `TRAINING`."""
     router = app.router
     router.add_get("/api/v1/healthz", _ok)
     for name, handler in {
@@ -64,65 +65,64 @@ async def _ok(_: web.Request) -> web.Response:
 
 
 async def _client_config(request: web.Request) -> web.Response:
-    """What differs from the clients' defaults."""
+    """Show what differs from the clients' defaults."""
     await request.read()
     return web.json_response(request.app[TRAINING].offered)
 
 
 async def _telemetry(request: web.Request) -> web.Response:
-    """Taken so that official clients work, and dropped."""
+    """Accept telemetry, so that official clients work, and drop it."""
     await request.read()
     return web.json_response({"status": "accepted"})
 
 
 async def _create_session(request: web.Request) -> web.Response:
-    body = await read_json(request)
-    name, metadata = body.get("display_name"), body.get("user_metadata") or {}
-    if not (name is None or (isinstance(name, str) and len(name) <= MAX_TEXT)):
-        raise HttpProblem(400, f"display_name must be a string of at most {MAX_TEXT} characters")
-    if not isinstance(metadata, dict) or len(orjson.dumps(metadata)) > MAX_TEXT:
+    body = await read_object(request)
+    name = optional_text(body, "display_name", MAX_TEXT)
+    metadata = object_field(body, "user_metadata")
+    if len(orjson.dumps(metadata)) > MAX_TEXT:
         raise HttpProblem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
-    shown = {str(key): str(value) for key, value in metadata.items()}
+    shown = {key: str(value) for key, value in metadata.items()}
     session_id = request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
 
 async def _heartbeat(request: web.Request) -> web.Response:
-    await request.app[TRAINING].heartbeat(text(await read_json(request), "session_id"))
+    await request.app[TRAINING].heartbeat(required_text(await read_object(request), "session_id"))
     return web.json_response({"type": "session_heartbeat"})
 
 
 async def _finish(request: web.Request) -> web.Response:
-    body = await read_json(request)
-    reason, detail = body.get("reason"), body.get("detail")
-    given = reason.get("type") if isinstance(reason, dict) else None
+    body = await read_object(request)
+    reason, detail = body.get("reason"), optional_text(body, "detail")
+    given = cast("dict[str, object]", reason).get("type") if isinstance(reason, dict) else None
     if given not in (None, *FINISHES):
         raise HttpProblem(400, f"reason: its type must be one of {', '.join(FINISHES)}")
-    if not (detail is None or isinstance(detail, str)):
-        raise HttpProblem(400, "detail must be a string")
     await request.app[TRAINING].finish(
-        request.match_info["session_id"], given or "success", detail and detail[:MAX_TEXT]
+        request.match_info["session_id"], str(given or "success"), detail and detail[:MAX_TEXT]
     )
     return web.json_response({})
 
 
 async def _create_model(request: web.Request) -> web.StreamResponse:
-    raw, body = await request.read(), await read_json(request)
+    raw, body = await request.read(), await read_object(request)
     training = request.app[TRAINING]
-    return await _begin_run(request, raw, body, training.model(text(body, "base_model")))
+    return await _begin_run(request, raw, body, training.model(required_text(body, "base_model")))
 
 
 async def _load_weights(request: web.Request) -> web.StreamResponse:
-    """Into a run that is there, or as the beginning of a new one."""
-    raw, body = await request.read(), await read_json(request)
+    """Load weights into a run that is there, or as the beginning of a new one."""
+    raw, body = await request.read(), await read_object(request)
     if body.get("session_id") is None:
         return await _pass_to_run(request)
     training = request.app[TRAINING]
     named = body.get("base_model")
     if not isinstance(named, str):
-        note = training.store.run(text(body, "path").removeprefix("tinker://").partition("/")[0])
+        note = training.store.run(
+            required_text(body, "path").removeprefix("tinker://").partition("/")[0]
+        )
         if note is None:
-            raise HttpProblem(404, f"no checkpoint {text(body, 'path')[:200]!r}")
+            raise HttpProblem(404, f"no checkpoint {required_text(body, 'path')[:200]!r}")
         named = note.base_model
         body["base_model"] = named
         raw = orjson.dumps(body)
@@ -133,12 +133,12 @@ async def _begin_run(
     request: web.Request, raw: bytes, body: dict[str, object], entry: ModelEntry
 ) -> web.StreamResponse:
     training = request.app[TRAINING]
-    session_id = text(body, "session_id")
+    session_id = required_text(body, "session_id")
     training.session(session_id)
     id_, trainer = await training.trainer_of_model(entry)
     await training.adopt(session_id, id_, trainer)
     training.note_run(f"{session_id}:train:{body.get('model_seq_id')}", id_)
-    return await forward(request, id_, trainer, raw)
+    return await exchange(request, trainer, id_, request.rel_url.raw_path, raw)
 
 
 async def _pass_to_run(request: web.Request) -> web.StreamResponse:
@@ -147,46 +147,22 @@ async def _pass_to_run(request: web.Request) -> web.StreamResponse:
 
 
 async def pass_to_trainer(request: web.Request, raw: bytes, run: str) -> web.StreamResponse:
-    """One request to the trainer of a run, and its answer."""
+    """Pass one request to the trainer of a run, and its answer back."""
     found = await request.app[TRAINING].trainer_of_run(run)
     if found is None:
         return model_lost(
             f"no trainer holds {run[:100]!r}: the process that held it is gone. Make a new training"
             " client from a saved state"
         )
-    return await forward(request, *found, raw)
-
-
-async def forward(
-    request: web.Request, id_: str, trainer: Trainer, raw: bytes
-) -> web.StreamResponse:
-    """The request under its own path, with `raw` for a body."""
-    headers: CIMultiDict[str] = passed_headers(request)
-    headers.pop(hdrs.CONTENT_LENGTH, None)
-    try:
-        with trainer.used():
-            async with trainer.session.request(
-                request.method,
-                f"http://trainer{request.path}",
-                headers=headers,
-                data=raw,
-                allow_redirects=False,
-            ) as upstream:
-                return await answer_of(request, upstream)
-    except aiohttp.ClientError as error:
-        return await after_failure(request, trainer, id_, error)
-    except TimeoutError:
-        raise HttpProblem(504, f"the trainer of job {id_!r} did not answer in time") from None
+    id_, trainer = found
+    return await exchange(request, trainer, id_, request.rel_url.raw_path, raw)
 
 
 def _run_of(request: web.Request, raw: bytes) -> str:
-    """The run that a body is about: `model_id` in JSON, the first field of a protobuf message."""
+    """Return the run that a body is about: `model_id` in JSON, the first field of a protobuf
+    message."""
     if request.content_type != "application/x-protobuf":
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError:
-            raise HttpProblem(400, "the body is not JSON") from None
-        return text(body if isinstance(body, dict) else {}, "model_id")
+        return required_text(parse_object(raw), "model_id")
     head = raw[:512]
     if request.headers.get(hdrs.CONTENT_ENCODING) == _ZSTD:
         try:

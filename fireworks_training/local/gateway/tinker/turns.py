@@ -1,26 +1,26 @@
-"""Whose weights an engine serves: requests for different snapshots take turns.
+"""Turns of snapshots on one engine: requests for different snapshots wait for each other.
 
 An engine holds one set of weights. Requests for the snapshot that it holds run together; those for
 another wait until these have ended, so that no sample ever sees weights it did not ask for. While
-others wait, no new request joins the current turn: every snapshot's turn comes. Knows order alone;
-how a snapshot is loaded is handed in.
+others wait, no new request joins the current turn: every snapshot's turn comes. Knows the order
+alone. Does not know how a snapshot is loaded: the loader is handed in.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 Load = Callable[[str], Awaitable[None]]
 
 
 class SnapshotTurns:
-    """The turns of one engine.
+    """Orders the requests for the snapshots of one engine.
 
     Args:
-        load: makes the engine hold a snapshot; what it raises, those who wait for it get.
+        load: makes the engine hold a snapshot; all requests that wait for it get what it raises.
     """
 
     def __init__(self, load: Load) -> None:
@@ -31,8 +31,8 @@ class SnapshotTurns:
         self._changing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def turn(self, identity: str) -> AsyncIterator[None]:
-        """Holds the engine on a snapshot for as long as the block runs."""
+    async def turn(self, identity: str) -> AsyncGenerator[None]:
+        """Hold the engine on a snapshot for as long as the block runs."""
         await self._begin(identity)
         try:
             yield
@@ -41,11 +41,11 @@ class SnapshotTurns:
             self._go_on()
 
     def forget(self) -> None:
-        """The engine was replaced: what it holds is not known any more."""
+        """Forget what the engine holds, since it was replaced."""
         self._held = None
 
     async def close(self) -> None:
-        """Gives up a change that is under way."""
+        """Give up a change that is under way."""
         if self._changing is not None:
             self._changing.cancel()
             await asyncio.gather(self._changing, return_exceptions=True)
@@ -66,7 +66,7 @@ class SnapshotTurns:
             raise
 
     def _go_on(self) -> None:
-        """Begins the next turn when the current one has ended."""
+        """Begin the next turn when the current one has ended."""
         while self._waiting and self._waiting[0][1].done():
             self._waiting.popleft()
         if self._running or self._changing is not None or not self._waiting:
@@ -91,7 +91,7 @@ class SnapshotTurns:
         self._go_on()
 
     def _let_in(self, identity: str, failure: Exception | None) -> None:
-        """All who wait for this snapshot, not only the first."""
+        """Let all in that wait for this snapshot, not only the first."""
         others: deque[tuple[str, asyncio.Future[None]]] = deque()
         for wanted, place in self._waiting:
             if place.done():

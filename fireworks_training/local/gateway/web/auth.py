@@ -1,4 +1,4 @@
-"""Who may talk to the gateway: the key on every route, and the Host header.
+"""Access to the gateway: checks the key on every route, and the Host header.
 
 The Host check defeats DNS rebinding: a web page that points its own name at 127.0.0.1 makes the
 browser send that name. There is no CORS, so a page can't read an answer either.
@@ -21,7 +21,7 @@ _ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - recognised, not boun
 
 
 def presented_keys(request: web.Request) -> list[str]:
-    """The keys that a request carries, in either spelling."""
+    """Return the keys that a request carries, in either spelling."""
     keys = list(request.headers.getall(KEY_HEADER, []))
     scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer" and token:
@@ -30,7 +30,7 @@ def presented_keys(request: web.Request) -> list[str]:
 
 
 def spellings(api_key: str) -> list[bytes]:
-    """The key, and the same secret as the other API's official client wants it spelt.
+    """Return the key, and the same secret as the other API's official client wants it spelt.
 
     Tinker's takes only keys that start with `tml-`, that of Fireworks only others: so a key
     `tml-<secret>` is also known as `fw_<secret>`, and the other way round.
@@ -68,7 +68,7 @@ def key_middleware(api_key: str) -> Middleware:
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, lower case, without port and brackets."""
+    """Return the name in a Host header, lower case, without port and brackets."""
     name = header.strip().lower()
     if name.startswith("["):
         return name[1:].partition("]")[0]
@@ -76,7 +76,7 @@ def host_name(header: str) -> str:
 
 
 def host_is_allowed(header: str, bound_host: str) -> bool:
-    """Whether a Host header names this platform.
+    """Return whether a Host header names this platform.
 
     Loopback names and the bound host do. A platform bound to every address also takes any literal
     address: only names can be rebound.

@@ -1,7 +1,7 @@
-"""What goes wrong, as an HTTP answer: `{"error": {"message", "code"}}`.
+"""Errors as HTTP answers: `{"error": {"message", "code"}}`.
 
-Codes are the ones of gRPC, as the cloud's control plane uses them. Messages say what happened and
-what to do; they hold no key, no prompt and no path of another user.
+Knows the codes, which are those of gRPC as the cloud's control plane uses them. A message names
+what happened and what to do; it holds no key, no prompt and no path of another user.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CODES = {
 
 
 class HttpProblem(Exception):
-    """An answer with an error status, raised anywhere below a handler.
+    """Raised anywhere below a handler to answer with an error status.
 
     Attributes:
         status: HTTP status.
@@ -59,16 +59,16 @@ class HttpProblem(Exception):
 
 
 def code_of(status: int) -> str:
-    """The code of an HTTP error status."""
+    """Return the code of an HTTP error status."""
     return _CODES.get(status, "INTERNAL" if status >= 500 else "FAILED_PRECONDITION")
 
 
 def render(problem: HttpProblem) -> web.Response:
-    """The answer of a problem."""
+    """Make the answer of a problem."""
     body = {"error": {"message": problem.message, "code": problem.code}}
     return web.json_response(body, status=problem.status, headers=problem.headers)
 
 
 def model_lost(message: str) -> web.Response:
-    """The answer for a trainer that is gone with the models in its memory."""
+    """Make the answer for a trainer that is gone with the models in its memory."""
     return web.json_response({"error": message, "error_class": "ModelLost"}, status=410)

@@ -327,21 +327,21 @@ async def test_a_soft_delete_leaves_a_tombstone_that_can_be_replaced(gateway: Ga
 async def test_scale_to_zero_and_wake(gateway: Gateway) -> None:
     row = await gateway.deployment(minReplicaCount=2, maxReplicaCount=2)
     name = row["name"]
-    gateway.registry.record_loaded(name, "step-1")
+    gateway.deployments.record_loaded(name, "step-1")
     body = {"maxReplicaCount": 0, "minReplicaCount": 0}
     status, _ = await gateway.call("PATCH", f"{DEPLOYMENTS}/d1", body)
     assert status == 200
     row = await gateway.until("deployments/d1", "READY")
     assert row["replicaCount"] == 0
     assert gateway.spawner.living("engine") == []
-    await gateway.registry.wake(name)
+    await gateway.deployments.wake(name)
     row = (await gateway.call("GET", f"{DEPLOYMENTS}/d1"))[1]
     assert (row["state"], row["replicaCount"], row["maxReplicaCount"]) == ("READY", 2, 2)
     assert [engine.loads for engine in gateway.engines[2:]] == [["step-1"], ["step-1"]]
-    await gateway.registry.wake(name)
+    await gateway.deployments.wake(name)
     assert len(gateway.spawner.living("engine")) == 2
     with pytest.raises(LookupError):
-        await gateway.registry.wake(f"{name}x")
+        await gateway.deployments.wake(f"{name}x")
 
 
 async def test_a_patch_changes_what_its_mask_names(gateway: Gateway) -> None:
@@ -375,7 +375,7 @@ async def test_a_dead_engine_is_replaced_and_holds_the_last_snapshot(gateway: Ga
     row = await gateway.deployment()
     live = gateway.registry.deployments[row["name"]]
     assert gateway.engines[0].loads == []
-    gateway.registry.record_loaded(row["name"], "step-7")
+    gateway.deployments.record_loaded(row["name"], "step-7")
     gateway.engines[0].die()
     await eventually(lambda: not live.engines, "the death is noticed")
     assert live.state == "UPDATING"
@@ -386,15 +386,15 @@ async def test_a_dead_engine_is_replaced_and_holds_the_last_snapshot(gateway: Ga
 
 async def test_an_engine_that_joined_during_a_hot_load_catches_up(gateway: Gateway) -> None:
     row = await gateway.deployment(minReplicaCount=2, maxReplicaCount=2)
-    gateway.registry.record_loaded(row["name"], "step-1")
+    gateway.deployments.record_loaded(row["name"], "step-1")
     gateway.engines[1].die()
     await eventually(lambda: len(gateway.engines) == 3, "a new engine")
     await gateway.until("deployments/d1", "READY")
     # The other engine was asked for step-2 before the new one joined.
-    gateway.registry.record_loaded(row["name"], "step-2")
+    gateway.deployments.record_loaded(row["name"], "step-2")
     await eventually(lambda: gateway.engines[2].loads == ["step-1", "step-2"], "catching up")
     # One that took part in the hot load itself is left alone.
-    gateway.registry.record_loaded(row["name"], "step-3")
+    gateway.deployments.record_loaded(row["name"], "step-3")
     assert gateway.engines[2].loads == ["step-1", "step-2"]
 
 
@@ -403,7 +403,7 @@ async def test_an_engine_that_dies_again_and_again_is_given_up(
 ) -> None:
     monkeypatch.setattr("fireworks_training.local.processes.restarts.FIRST_DELAY_S", 0.0)
     row = await gateway.deployment()
-    gateway.registry.record_loaded(row["name"], "step-1")
+    gateway.deployments.record_loaded(row["name"], "step-1")
     monkeypatch.setattr(
         "tests.local.gateway.platform_fakes.LoadEnded", lambda _: LoadEnded("failed", "it is gone")
     )
@@ -412,7 +412,7 @@ async def test_an_engine_that_dies_again_and_again_is_given_up(
     assert row["statusMessage"] == "the engine can't load step-1: it is gone"
     assert gateway.spawner.living("engine") == []
     with pytest.raises(RuntimeError, match="it is gone"):
-        await gateway.registry.wake(row["name"])
+        await gateway.deployments.wake(row["name"])
     assert (await gateway.call("DELETE", f"{DEPLOYMENTS}/d1?hard=true"))[0] == 200
 
 
@@ -431,7 +431,7 @@ async def test_a_new_gateway_finds_the_workers(folders: PlatformFolders) -> None
     async with folders.gateway() as gateway:
         trainer = await gateway.job()
         row = await gateway.deployment()
-        gateway.registry.record_loaded(row["name"], "step-1")
+        gateway.deployments.record_loaded(row["name"], "step-1")
         before = list(gateway.spawner.processes)
     assert all(process.running for process in before)
     async with folders.gateway() as gateway:
@@ -477,7 +477,7 @@ async def test_a_new_platform_on_an_old_state(folders: PlatformFolders) -> None:
     async with folders.gateway() as gateway:
         await gateway.job()
         row = await gateway.deployment()
-        gateway.registry.record_loaded(row["name"], "step-1")
+        gateway.deployments.record_loaded(row["name"], "step-1")
     await folders.end()
     later = PlatformFolders(lifetime.make_runtime_dir(), folders.state_dir, folders.model_dir)
     try:

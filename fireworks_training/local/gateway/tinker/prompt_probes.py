@@ -1,4 +1,4 @@
-"""What a request asks of its prompt's places beside the prompt's own tokens, and the answer to it.
+"""Logprobs of tokens that a sampling request names, or has drawn, at its prompt's places.
 
 Knows `target_prompt_logprobs`, a tensor of token ids dense or sparse, and `prompt_alt_tokens_k`,
 tokens to draw; both as rows for the prompt tokens after the first. Does not know engines.
@@ -24,7 +24,8 @@ MAX_A_PLACE = 20
 
 
 class Targets(BaseModel):
-    """An int64 tensor `[len(prompt) - 1, K]`; -1, or what a sparse one leaves out, is no token."""
+    """Parses an int64 tensor `[len(prompt) - 1, K]`; -1, or what a sparse one leaves out, is no
+    token."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,8 +37,8 @@ class Targets(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PromptAsks:
-    """What is asked of a prompt.
+class PromptProbes:
+    """Holds what is asked of a prompt's places, and writes the answer.
 
     Attributes:
         rows: named tokens for each prompt token after the first; empty lists where none are.
@@ -60,7 +61,7 @@ class PromptAsks:
         return len(self.rows) - first
 
     def targets(self, echo: int) -> list[list[int]]:
-        """Named tokens of the last `echo` places, as many at each, filled up with -1."""
+        """Return the named tokens of the last `echo` places, as many at each, filled up with -1."""
         if not self.columns:
             return []
         rows = self.rows[max(len(self.rows) - echo, 0) :]
@@ -72,7 +73,7 @@ class PromptAsks:
         ids_nm: npt.NDArray[np.int32],
         logprobs_nm: npt.NDArray[np.float32],
     ) -> None:
-        """Puts what an engine said of the last n places into an answer."""
+        """Put an engine's logprobs of the last n places into an answer."""
         columns = self.columns
         if self.layout is not None:
             values = np.zeros((len(self.rows), columns), np.float32)
@@ -94,19 +95,19 @@ class PromptAsks:
         return tensor
 
 
-def read_asks(
+def read_probes(
     targets: Targets | None, draws: int, prompt_tokens: int, vocab_size: int
-) -> PromptAsks:
-    """What is asked of a prompt.
+) -> PromptProbes:
+    """Check what is asked of a prompt's places, and return it.
 
     Raises:
-        Problem: 400 when the tensor does not fit the prompt or the vocabulary.
+        HttpProblem: 400 when the tensor does not fit the prompt or the vocabulary.
     """
     places = prompt_tokens - 1
     if draws and not places:
         raise HttpProblem(400, "prompt_alt_tokens_k: a prompt of one token has no place to draw at")
     if targets is None:
-        return PromptAsks(rows=[[]] * places, draws=draws)
+        return PromptProbes(rows=[()] * places, draws=draws)
     rows = _rows(targets, places)
     columns = max(map(len, rows), default=0)
     if not any(map(_named, rows)):
@@ -117,7 +118,7 @@ def read_asks(
         if row and not -1 <= min(row) <= max(row) < vocab_size:
             text = f"target_prompt_logprobs: token ids must be from 0 to {vocab_size - 1}, or -1"
             raise HttpProblem(400, text)
-    return PromptAsks(rows, targets, draws, columns)
+    return PromptProbes(rows, targets, draws, columns)
 
 
 def _rows(targets: Targets, places: int) -> list[list[int]]:

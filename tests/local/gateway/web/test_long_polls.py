@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fireworks_training.local.gateway.control_plane.routes import CONTROL_PLANE
-from fireworks_training.local.gateway.web import holding
-from fireworks_training.local.gateway.web.holding import Waiters
+from fireworks_training.local.gateway.web import long_polls
+from fireworks_training.local.gateway.web.long_polls import Waiters
 from tests.local.gateway.platform_fakes import HTTP, KEY, MODEL, Gateway, eventually
 
 AN_HOUR = 3600
@@ -91,7 +91,7 @@ async def test_what_was_seen_long_ago_is_no_reason_to_wait(gateway: Gateway) -> 
 async def test_the_places_are_bounded_and_come_back(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "MOST_WAITERS", 1)
+    monkeypatch.setattr(long_polls, "MOST_WAITERS", 1)
     tag = await slow_job(gateway)
     task = await held(gateway, JOB, tag)
     status, headers, _ = await look(gateway, JOB, If_None_Match=tag, Prefer="wait=30")

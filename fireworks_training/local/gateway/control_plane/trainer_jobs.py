@@ -1,7 +1,7 @@
 """Trainer jobs: one worker process each, from creation to its end.
 
-Knows the states of a job and how its worker is watched; the operations that clients send to the
-trainer pass through `trainer_proxy` unread. States:
+Knows the states of a job and how its worker is watched. Does not know the operations that clients
+send to a trainer: they pass through `trainer_proxy` unread. States:
 
     PENDING -> CREATING -> RUNNING         a place is free, the worker starts, it answers
     RUNNING -> FAILED                      the worker died
@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -25,17 +25,19 @@ from typing import cast
 import aiohttp
 
 from fireworks_training.local.gateway.control_plane.conditions import Conditions
+from fireworks_training.local.gateway.control_plane.resource_table import ResourceTable
 from fireworks_training.local.gateway.control_plane.workers import (
-    TooManyWorkers,
     Worker,
     WorkerFailed,
     Workers,
+    WorkerStart,
 )
 from fireworks_training.local.gateway.inference.registry import ServingRegistry
 from fireworks_training.local.gateway.web.problems import HttpProblem
+from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.processes.worker_entry import leave_reason
-from fireworks_training.local.settings import ACCOUNT
-from fireworks_training.local.store.database import AlreadyExists, Body, Database, ResourceRow
+from fireworks_training.local.settings import JOB_PREFIX
+from fireworks_training.local.store.database import Body, Database, ResourceRow
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +55,13 @@ HOLD_TIMEOUT_S = 120.0
 
 @dataclass(slots=True, eq=False)
 class Trainer:
-    """The worker of a job, connected.
+    """Holds the connection to the worker of a job.
 
     Attributes:
-        worker: its process.
+        worker: the process.
         session: HTTP over its Unix socket; every request to it goes through here.
         lost: set once its process is known to be dead.
-        last_used: when something was last sent to it, in the loop's time.
+        last_used: time of the last request to it, on the loop's clock.
         in_use: requests that are on their way through it.
     """
 
@@ -70,8 +72,8 @@ class Trainer:
     in_use: int = 0
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Count as activity, from here to the end of the block."""
+    def used(self) -> Generator[None]:
+        """Count the block as activity, up to its end."""
         self.in_use += 1
         try:
             yield
@@ -80,13 +82,17 @@ class Trainer:
             self.last_used = asyncio.get_running_loop().time()
 
 
-def resource_name(id_: str) -> str:
-    """The full name of a trainer job."""
-    return f"accounts/{ACCOUNT}/rlorTrainerJobs/{id_}"
-
-
 class TrainerJobs:
-    """All jobs of the platform."""
+    """Creates, watches and deletes the trainer jobs of the platform.
+
+    Attributes:
+        table: the rows of the jobs.
+
+    Args:
+        registry: the models that a job may train.
+        state_dir: folder of the platform's saved states and snapshots.
+        conditions: the limits that a running job is held to.
+    """
 
     def __init__(
         self,
@@ -96,41 +102,26 @@ class TrainerJobs:
         state_dir: Path,
         conditions: Conditions,
     ) -> None:
-        self._database = database
+        self.table = ResourceTable(database, "job", "trainer job")
         self._conditions = conditions
         self._workers = workers
         self._registry = registry
         self._state_dir = state_dir
         self._running: dict[str, Trainer] = {}
-        self._lives: dict[str, asyncio.Task[None]] = {}
+        self._lives = RunningTasks[str]()
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def get(self, id_: str) -> ResourceRow:
-        """A job, tombstones too.
-
-        Raises:
-            Problem: 404.
-        """
-        row = self._database.get("job", id_)
-        if row is None:
-            raise HttpProblem(404, f"no trainer job {id_!r}")
-        return row
-
-    def rows(self) -> list[ResourceRow]:
-        """All jobs but the deleted."""
-        return [row for row in self._database.rows("job") if row.state != DELETED]
-
     def trainer(self, id_: str) -> Trainer | None:
-        """The connected worker of a job that is RUNNING."""
+        """Return the connected worker of a job that is RUNNING, or None."""
         return self._running.get(id_)
 
     def lives(self, id_: str) -> bool:
-        """Whether a job waits, starts or runs."""
+        """Return whether a job waits, starts or runs."""
         return id_ in self._lives
 
     def states_dir(self, id_: str) -> Path:
-        """Where a job's trainer saves its states; kept when the job is deleted."""
+        """Return the folder of a job's saved states; it is kept when the job is deleted."""
         return self._state_dir / "jobs" / id_ / "states"
 
     # -- changing --------------------------------------------------------------------------------
@@ -139,14 +130,9 @@ class TrainerJobs:
         """Create a job and start its worker in the background.
 
         Raises:
-            Problem: 409 when the id is taken, by a tombstone too.
+            HttpProblem: 409 when the id is taken, by a tombstone too.
         """
-        row = ResourceRow("job", id_, CREATING, notice, {**body, "notice": notice})
-        try:
-            self._database.create(row)
-        except AlreadyExists:
-            state = self.get(id_).state
-            raise HttpProblem(409, f"trainer job {id_!r} exists already ({state})") from None
+        row = self.table.create(id_, CREATING, notice, {**body, "notice": notice})
         self._begin(id_)
         return row
 
@@ -154,25 +140,23 @@ class TrainerJobs:
         """Fail a job as if its trainer had; no effect on one that has ended.
 
         Raises:
-            Problem: 404.
+            HttpProblem: 404.
         """
-        self.get(id_)
-        trainer, life = self._running.get(id_), self._lives.get(id_)
+        self.table.get(id_)
+        trainer = self._running.get(id_)
         if trainer is not None:
             leave_reason(trainer.worker.row.socket, reason)
             trainer.worker.process.send(signal.SIGKILL)
-        elif life is not None:
-            life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
+        elif await self._lives.cancel(id_):
             await self._fail(id_, reason)
 
     def resume(self, id_: str) -> ResourceRow:
         """Start a new worker for a job whose worker is gone.
 
         Raises:
-            Problem: 404; 409 in a state that can't be resumed.
+            HttpProblem: 404; 409 in a state that can't be resumed.
         """
-        row = self.get(id_)
+        row = self.table.get(id_)
         if row.state not in RESUMABLE:
             raise HttpProblem(
                 409,
@@ -180,7 +164,7 @@ class TrainerJobs:
                 f" {' and '.join(sorted(RESUMABLE))} can be resumed",
                 code="FAILED_PRECONDITION",
             )
-        row = self._set(id_, CREATING, "")
+        row = self.table.change(id_, state=CREATING, message="")
         self._begin(id_)
         return row
 
@@ -188,97 +172,74 @@ class TrainerJobs:
         """Stop a job's worker and leave a tombstone; its saved states stay.
 
         Raises:
-            Problem: 404.
+            HttpProblem: 404.
         """
-        if self.get(id_).state == DELETED:
+        if self.table.get(id_).state == DELETED:
             return
-        self._set(id_, DELETING, "")
+        self.table.change(id_, state=DELETING, message="")
         trainer = self._running.get(id_)
         if trainer is not None:
             trainer.lost.set()
-        life = self._lives.pop(id_, None)
-        if life is not None:
-            life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
-        worker = self._workers.find("trainer", id_)
-        if worker is not None:
-            await self._workers.stop(worker)
-        self._set(id_, DELETED, "deleted")
+        await self._lives.cancel(id_)
+        await self._workers.stop_of("trainer", id_)
+        self.table.change(id_, state=DELETED, message="deleted")
 
     # -- a job's life ----------------------------------------------------------------------------
 
     async def recover(self) -> None:
         """Take up the jobs that an earlier gateway left."""
-        for row in self._database.rows("job"):
+        for row in self.table.present():
             if row.state == DELETING:
                 await self.delete(row.id)
             elif row.state == RUNNING and not self._workers.begun("trainer", row.id):
-                self._set(row.id, PAUSED, "the platform was stopped; :resume goes on")
+                message = "the platform was stopped; :resume goes on"
+                self.table.change(row.id, state=PAUSED, message=message)
             elif row.state in (PENDING, CREATING, RUNNING):
                 # One that had not started yet has lost nothing: it starts now.
                 self._begin(row.id)
 
     def owners(self) -> set[tuple[str, str]]:
-        """The (kind, owner) of the workers that jobs claim."""
+        """Return the (kind, owner) of the workers that jobs claim."""
         return {("trainer", id_) for id_ in self._lives}
 
     async def close(self) -> None:
         """Let go of all workers; they live on for the next gateway."""
-        lives = list(self._lives.values())
-        for life in lives:
-            life.cancel()
-        await asyncio.gather(*lives, return_exceptions=True)
+        await self._lives.close()
 
     def _begin(self, id_: str) -> None:
-        life = asyncio.create_task(self._live(id_), name=f"trainer job {id_}")
-        self._lives[id_] = life
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if self._lives.get(id_) is task:
-                del self._lives[id_]
-
-        life.add_done_callback(ended)
+        self._lives.start(id_, self._live(id_), f"trainer job {id_}")
 
     async def _live(self, id_: str) -> None:
         """Start or find the worker, watch it, and note its end."""
+        report, settings = partial(self._report, id_), partial(self._worker_settings, id_)
+        start = WorkerStart("trainer", id_, 0, f"{JOB_PREFIX}{id_}", report, settings)
         try:
-            found = self._workers.find("trainer", id_)
-            if found is not None:
-                async with self._conditions.kept_place("trainer", id_):
-                    await self._serve(id_, found)
-                return
-            if self.get(id_).state == RUNNING:
+            if self.table.get(id_).state == RUNNING and not self._workers.find("trainer", id_):
                 raise WorkerFailed("the trainer process died while the gateway was restarting")
-            resource = resource_name(id_)
-            async with self._conditions.place("trainer", id_, resource, partial(self._waits, id_)):
-                row = self._set(id_, CREATING, str(self.get(id_).body.get("notice", "")))
-                await self._conditions.delay("trainer", resource)
-                if failure := self._conditions.take_failure(resource):
-                    raise WorkerFailed(failure)
-                await self._serve(id_, await self._spawn(row))
-        except (WorkerFailed, TooManyWorkers) as error:
+            async with self._workers.running(start) as worker, _session(worker.socket) as session:
+                now = asyncio.get_running_loop().time()
+                await self._watch(id_, Trainer(worker, session, last_used=now))
+        except WorkerFailed as error:
             await self._fail(id_, str(error))
         except Exception as error:
             log.exception("trainer job %s", id_)
             await self._fail(id_, f"{type(error).__name__}: {error}")
 
-    def _waits(self, id_: str, reason: str) -> None:
-        self._set(id_, PENDING, reason)
-
-    async def _serve(self, id_: str, worker: Worker) -> None:
-        async with _session(worker.socket) as session:
-            await self._watch(
-                id_, Trainer(worker, session, last_used=asyncio.get_running_loop().time())
-            )
+    def _report(self, id_: str, reason: str) -> None:
+        """Show that a start waits for a place, or that it has one."""
+        if reason:
+            self.table.change(id_, state=PENDING, message=reason)
+        else:
+            notice = str(self.table.get(id_).body.get("notice", ""))
+            self.table.change(id_, state=CREATING, message=notice)
 
     async def _fail(self, id_: str, reason: str) -> None:
         """Note a failed start, once nothing of it is left: a resume may follow at once."""
-        worker = self._workers.find("trainer", id_)
-        if worker is not None:
-            await self._workers.stop(worker)
-        self._set(id_, FAILED, reason)
+        await self._workers.stop_of("trainer", id_)
+        self.table.change(id_, state=FAILED, message=reason)
 
-    async def _spawn(self, row: ResourceRow) -> Worker:
+    def _worker_settings(self, id_: str) -> dict[str, object]:
+        row = self.table.get(id_)
         states = self.states_dir(row.id)
         snapshots = self._state_dir / "snapshots"
         for folder in (states, snapshots):
@@ -297,10 +258,10 @@ class TrainerJobs:
         }
         if row.body.get("tinker"):
             settings["tinker_dir"] = str(self._state_dir / "tinker")
-        return await self._workers.spawn("trainer", row.id, 0, settings)
+        return settings
 
     async def _watch(self, id_: str, trainer: Trainer) -> None:
-        """RUNNING from the first answer to the end of the `alive` response."""
+        """Keep a job RUNNING from its trainer's first answer to the end of the `alive` response."""
         # Closed here whatever happens: a cancellation may fall between its arrival and its use.
         opened: list[aiohttp.ClientResponse] = []
 
@@ -323,9 +284,8 @@ class TrainerJobs:
             if response.status != 200:
                 raise WorkerFailed(f"the trainer's alive stream answered {response.status}")
             self._running[id_] = trainer
-            row = self.get(id_)
-            if row.state != RUNNING:
-                self._set(id_, RUNNING, row.message)
+            if self.table.get(id_).state != RUNNING:
+                self.table.change(id_, state=RUNNING)
             if await self._until_idle(id_, trainer, response):
                 await self._pause(id_, trainer)
                 return
@@ -335,7 +295,7 @@ class TrainerJobs:
             # The stream also ends with a process that is only on its way out: nothing may find it.
             trainer.worker.process.send(signal.SIGKILL)
             self._workers.gone(trainer.worker)
-            self._set(id_, FAILED, reason)
+            self.table.change(id_, state=FAILED, message=reason)
             log.warning("trainer job %s lost its worker: %s", id_, reason)
         finally:
             self._running.pop(id_, None)
@@ -363,8 +323,8 @@ class TrainerJobs:
             await asyncio.gather(ended, return_exceptions=True)
 
     def _inactivity_s(self, id_: str) -> float | None:
-        """What the job asked for, else what the platform does; None = it is never stopped."""
-        asked = self.get(id_).body
+        """Return what the job asked for, else the platform's limit; None = it is never stopped."""
+        asked = self.table.get(id_).body
         if "inactivity_s" in asked:
             return cast("float | None", asked["inactivity_s"])
         return self._conditions.limits.inactivity_timeout_s
@@ -374,17 +334,14 @@ class TrainerJobs:
         limit = self._inactivity_s(id_)
         reason = f"stopped after {limit:g} s without an operation or a heartbeat; :resume goes on"
         self._running.pop(id_, None)
-        self._set(id_, PAUSED, reason)
+        self.table.change(id_, state=PAUSED, message=reason)
         trainer.lost.set()
         await self._workers.stop(trainer.worker)
         log.info("trainer job %s %s", id_, reason)
 
-    def _set(self, id_: str, state: str, message: str) -> ResourceRow:
-        return self._database.update(replace(self.get(id_), state=state, message=message))
-
 
 def _session(socket: Path) -> aiohttp.ClientSession:
-    """HTTP to one worker. Its bodies pass through, so nothing is decoded."""
+    """Open HTTP to one worker; its bodies pass through, so nothing is decoded."""
     return aiohttp.ClientSession(
         connector=aiohttp.UnixConnector(str(socket), limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=HOLD_TIMEOUT_S),

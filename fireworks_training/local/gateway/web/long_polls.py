@@ -1,10 +1,10 @@
-"""Looks that wait: an answer is held back until the resource has changed.
+"""Long polls of a resource: a GET whose answer is held back until the resource has changed.
 
-A client that has seen a resource sends the answer's ETag back (`If-None-Match`) and says how long
+A client that has seen a resource sends the answer's ETag back (`If-None-Match`) and the time that
 it would wait for another one (`Prefer: wait=<seconds>`, RFC 7240). `Preference-Applied` in the
-answer tells it that the wait was made, so that it may ask again at once; without a place, or
-without the header, the answer comes as always. Knows tags and waiters; what a resource shows is
-the caller's.
+answer shows that the wait was made, so that the client may ask again at once; without a place, or
+without the header, the answer comes as always. Knows tags and waiters. Does not know resources: the
+caller shows them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -26,7 +26,7 @@ _WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,6})"?\s*(?:[,;]|$)', re.IGNORE
 
 
 class Waiters:
-    """The requests that wait, by the resource that they wait for."""
+    """Keeps the requests that wait, by the resource that they wait for."""
 
     def __init__(self) -> None:
         self._events: dict[tuple[ResourceKind, str], set[asyncio.Event]] = {}
@@ -36,13 +36,13 @@ class Waiters:
         return self._count
 
     def changed(self, kind: ResourceKind, id_: str) -> None:
-        """Wake those who wait for this resource."""
+        """Wake all who wait for this resource."""
         for event in self._events.get((kind, id_), ()):
             event.set()
 
     @contextmanager
-    def place(self, kind: ResourceKind, id_: str) -> Iterator[asyncio.Event | None]:
-        """An event that is set at each change; None where too many wait already."""
+    def place(self, kind: ResourceKind, id_: str) -> Generator[asyncio.Event | None]:
+        """Give an event that is set at each change; None where too many wait already."""
         if self._count >= MOST_WAITERS:
             yield None
             return
@@ -65,7 +65,8 @@ async def answer(
     resource: tuple[ResourceKind, str],
     show: Callable[[], Body],
 ) -> web.Response:
-    """The resource as `show` has it, at once or once it differs from what the client has seen."""
+    """Answer with the resource as `show` has it, at once or once it differs from what the client
+    has seen."""
     shown = show()
     seen = [tag.value for tag in request.if_none_match or ()]
     wait_s = _wait_s(request)
