@@ -14,10 +14,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
+
+if TYPE_CHECKING:
+    from platformdirs.unix import Unix
 
 logger = logging.getLogger("fireworks_training.config")
 
@@ -438,15 +441,19 @@ def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
 
 
 def cache_dir() -> Path:
-    """Folder for what can be fetched again (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fireworks-training"
+    """Folder for files that can be fetched again (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    return _user_folders().user_cache_path
 
 
 def state_dir() -> Path:
-    """Folder for what must outlive a process (`XDG_STATE_HOME`, else `~/.local/state`)."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "fireworks-training"
+    """Folder for files that outlive a process (`XDG_STATE_HOME`, else `~/.local/state`)."""
+    return _user_folders().user_state_path
+
+
+def _user_folders() -> Unix:
+    from platformdirs.unix import Unix  # not needed to build a service
+
+    return Unix("fireworks-training")
 
 
 def session_tags() -> list[str]:

@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Generator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from fireworks_training._core.ledger import LedgerEntry, compact, decode, encode
@@ -37,7 +38,12 @@ class LedgerFile:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path if path is not None else state_dir() / NAME
+        self._path = path
+
+    @cached_property
+    def path(self) -> Path:
+        """The file."""
+        return state_dir() / NAME if self._path is None else self._path
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
         """Write entries, all or (if this process dies) a part; on the disk when it returns.

@@ -19,8 +19,8 @@ from uuid import uuid4
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.processes import this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.processes import this_process
 from fireworks_training._core.ledger import (
     ANNOTATION,
     Event,

@@ -17,9 +17,9 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.ownership import delete, find, proves
-from fireworks_training._async.resources.processes import is_alive, this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.processes import is_alive, this_process
 from fireworks_training._core.ledger import (
     AskPlatform,
     Close,

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from fireworks_training._async.resources.processes import is_alive, this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.processes import is_alive, this_process
 from fireworks_training._core.ledger import Owner
 from fireworks_training.config import state_dir
 from fireworks_training.usage import RunState, RunUsage, Usage

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fireworks_training._async.runtime.processes import has_run_since
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.tito.evidence.debug_log import TITOLocalDebugSink
 from fireworks_training.tito.values.errors import TITOError
@@ -173,7 +174,9 @@ class FailureTraces:
     def _remove_stale(self, root: Path) -> None:
         oldest = time.time() - self._config.stale_writer_age_seconds
         for folder in root.glob("writer-*-*"):
-            if folder.stat().st_mtime < oldest and not _alive(folder.name.split("-")[1]):
+            written, number = folder.stat().st_mtime, folder.name.split("-")[1]
+            named = number.isdecimal()
+            if written < oldest and named and not has_run_since(int(number), written):
                 shutil.rmtree(folder)
 
 
@@ -186,16 +189,6 @@ def _default_traces() -> FailureTraces:
         if not _traces:
             _traces.append(FailureTraces(TITOFailureTraceConfig()))
         return _traces[0]
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    return True
 
 
 def _trace(
