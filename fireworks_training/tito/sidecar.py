@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.tito.evidence.journal import Journal, TITOEventObserver
-from fireworks_training.tito.evidence.waits import in_spite_of_cancellation
 from fireworks_training.tito.rendering.renderers import TITORenderer
 from fireworks_training.tito.turns.backend import Backend, Classifier, ExactTokenSampler
 from fireworks_training.tito.turns.registry import Trajectories
@@ -229,7 +230,8 @@ class TITOSidecar:
             self._closing = asyncio.create_task(self._close())
         elif self._closing.done():
             return
-        await in_spite_of_cancellation(self._closing, "the sidecar to close")
+        closing = log_if_slow(self._closing, lambda: "the sidecar closes")
+        await finish_in_spite_of_cancellation(closing)
 
     async def _close(self) -> None:
         ids = self._trajectories.open_ids

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.runtime.cancellation import first_to_end
-from fireworks_training._async.runtime.progress import shown
+from fireworks_training._async.runtime.terminal import shown_on_terminal
 from fireworks_training._core.backoff import is_retryable
 from fireworks_training._core.lifecycle import Again, GiveUp, Go, ReadinessWait, Resume, Seen
 from fireworks_training.errors import ApiError
@@ -66,7 +66,7 @@ async def until_ready(
         ApiError: the control plane refuses to be asked.
     """
     loop = asyncio.get_running_loop()
-    with shown(lambda: watch.describe(loop.time())):
+    with shown_on_terminal(lambda: watch.describe(loop.time())):
         return await _until_ready(watch, look, first, resume, answers)
 
 

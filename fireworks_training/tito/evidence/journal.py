@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from fireworks_training.tito.evidence.waits import until_done
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.tito.values.errors import TITOError, told
 
 logger = logging.getLogger("fireworks_training.tito")
@@ -90,7 +90,9 @@ class Journal:
         try:
             if close is not None:
                 work = asyncio.wrap_future(self._in_worker().submit(close))
-                closing: Any = await until_done(work, "the observer to close")
+                closing: Any = await log_if_slow(
+                    asyncio.shield(work), lambda: "the observer closes"
+                )
                 if inspect.isawaitable(closing):
                     await closing
         finally:
@@ -106,7 +108,7 @@ class Journal:
         telling = asyncio.wrap_future(self._in_worker().submit(tell))
         try:
             # Whoever is cancelled here has done what is told of: it must not be lost.
-            await until_done(telling, "the observer to take an event")
+            await log_if_slow(asyncio.shield(telling), lambda: "the observer takes an event")
         except asyncio.CancelledError:
             telling.add_done_callback(_say_unwritten)
             raise
