@@ -53,6 +53,10 @@ class TITOMetricSummary:
     counters: Mapping[str, int]
     distributions: Mapping[str, TITODistribution]
 
+    def __post_init__(self) -> None:
+        for name in ("counters", "distributions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
     def flattened(self, root: str = "tito") -> dict[str, float]:
         """Plain numbers for a metrics logger, each name under `root/`."""
         flat = {f"{root}/{name}": float(value) for name, value in self.counters.items()}
@@ -84,9 +88,7 @@ class Measured:
 
     def summary(self) -> TITOMetricSummary:
         """All of it as it is now."""
-        return TITOMetricSummary(
-            MappingProxyType(dict(self._counters)), MappingProxyType(dict(self._distributions))
-        )
+        return TITOMetricSummary(self._counters, self._distributions)
 
     def copy(self) -> Measured:
         """One that grows on its own."""

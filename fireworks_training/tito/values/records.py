@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import SampledServerAttempt, ServerMetrics
+from fireworks_training.tito.values.artifacts import packed, unpacked
 from fireworks_training.tito.values.metrics import TITOMetricSummary
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
@@ -157,8 +159,9 @@ class TITOTurn:
         inference_topk_token_ids, inference_topk_logprobs: a row a completion token, where
             `top_logprobs` was asked for.
 
-    Those that the other SDK fills for router replay and shared stores are None: `routing_matrices`,
-    `prompt_routing_*`, `top_sampling_references`, `sampling_mask_references`.
+    The other SDK fills `routing_matrices`, `prompt_routing_*`, `top_sampling_references` and
+    `sampling_mask_references` for router replay and shared stores. Here they are None; an artifact
+    of the other SDK keeps what they hold.
     """
 
     turn_id: str
@@ -168,7 +171,7 @@ class TITOTurn:
     exact_completion_ids: tuple[int, ...]
     inference_logprobs: tuple[float, ...] | None
     sampling_logprobs: tuple[float | None, ...] | None
-    routing_matrices: None
+    routing_matrices: Any
     response_id: str
     finish_reason: str
     prompt_disposition: TITOPromptDisposition
@@ -183,8 +186,8 @@ class TITOTurn:
     logical_request_id: str
     upstream_response_id: str | None
     upstream_attempts: int
-    prompt_routing_start: None = None
-    prompt_routing_matrices: None = None
+    prompt_routing_start: Any = None
+    prompt_routing_matrices: Any = None
     prompt_mode: TITOPromptMode = "full_history"
     incremental_contract_id: str | None = None
     incremental_junction_kind: str | None = None
@@ -194,8 +197,8 @@ class TITOTurn:
     parser_fallback: bool = False
     inference_topk_token_ids: tuple[tuple[int, ...], ...] | None = None
     inference_topk_logprobs: tuple[tuple[float, ...], ...] | None = None
-    top_sampling_references: None = None
-    sampling_mask_references: None = None
+    top_sampling_references: Any = None
+    sampling_mask_references: Any = None
 
     @property
     def exact_checkpoint_ids(self) -> tuple[int, ...]:
@@ -283,10 +286,11 @@ class TITOTrajectoryArtifact:
     started_at: float
     finished_at: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
     def pack(self) -> bytes:
         """The artifact in bytes, for a file: `unpack` gives an equal one."""
-        from fireworks_training.tito.values.artifacts import packed
-
         return packed(self)
 
     @classmethod
@@ -296,6 +300,4 @@ class TITOTrajectoryArtifact:
         Raises:
             TITOError: it is none, or of another version ("tito_artifact_invalid").
         """
-        from fireworks_training.tito.values.artifacts import unpacked
-
-        return unpacked(payload)
+        return unpacked(payload, cls)
