@@ -34,7 +34,7 @@ WireDialect = Literal["json", "protobuf"]
 
 
 class ProvisioningOptions(TypedDict, total=False):
-    """Lists the keywords of `from_firetitan_config`; `FiretitanProvisioningConfig` explains them."""
+    """Lists the keywords of `from_firetitan_config`, which `FiretitanProvisioningConfig` explains."""
 
     base_model: str
     model_name: str

@@ -80,9 +80,7 @@ def read_replicas(payload: Mapping[str, Any]) -> list[ReplicaStatus]:
     try:
         return [_read_row(row) for row in cast(list[Mapping[str, Any]], rows)]
     except (AttributeError, TypeError) as error:
-        raise ProtocolError(
-            f"the hot load status has a row that is not an object: {error}"
-        ) from error
+        raise ProtocolError(f"a row of the hot load status is not an object: {error}") from error
 
 
 def _read_row(row: Mapping[str, Any]) -> ReplicaStatus:

@@ -1,4 +1,4 @@
-"""Identifies processes across runs, and tells whether one still runs.
+"""Identifies processes across runs, and finds out whether one still runs.
 
 A process number alone identifies nothing: the system uses it again. Together with the time at which
 the process started, the machine and the machine's boot it does. It knows `psutil` and `/proc`; who
@@ -23,7 +23,7 @@ _PROC = Path("/proc")
 
 @functools.lru_cache(maxsize=1)
 def _machine() -> tuple[str, str]:
-    """The machine's name, with the namespace of its process numbers, and its boot."""
+    """Find the machine's name, with the namespace of its process numbers, and its boot."""
     node, boot = platform.node(), ""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
@@ -34,7 +34,7 @@ def _machine() -> tuple[str, str]:
 
 
 def _running(pid: int) -> psutil.Process | None:
-    """The process of a number; None if there is none, or it has ended and awaits its parent."""
+    """Find the process of a number; None if there is none, or it has ended and awaits its parent."""
     import psutil  # takes 5 ms, which a service that holds nothing need not spend
 
     try:
@@ -46,7 +46,7 @@ def _running(pid: int) -> psutil.Process | None:
 
 
 def start_of(pid: int) -> str | None:
-    """When a process started; None if it does not run.
+    """Find when a process started; None if it does not run.
 
     On Linux this counts clock ticks since the machine's boot, so that setting the clock does not
     change it; elsewhere it is Unix time in seconds.
@@ -70,7 +70,7 @@ def _owner(pid: int) -> Owner:
 
 
 def this_process() -> Owner:
-    """The process that calls, as the ledger names it; also after a fork."""
+    """Identify the calling process, also after a fork."""
     return _owner(os.getpid())
 
 

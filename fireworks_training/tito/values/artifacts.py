@@ -77,7 +77,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _as_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of an artifact, changed in place to what the records' constructors take."""
+    """Change the JSON of an artifact in place, into the fields that the records' classes take."""
     for row in _rows_with_metrics(raw):
         if row.get("server_metrics") is not None:
             row["server_metrics"] |= row.get("server_metrics_more", {})
