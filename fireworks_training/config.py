@@ -14,16 +14,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 
-if TYPE_CHECKING:
-    from platformdirs.unix import Unix
-
 logger = logging.getLogger("fireworks_training.config")
 
+_FOLDER = "fireworks-training"
 DEFAULT_BASE_URL = "https://api.fireworks.ai"
 RESOURCE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -34,7 +32,7 @@ WireDialect = Literal["json", "protobuf"]
 
 
 class ProvisioningOptions(TypedDict, total=False):
-    """Lists the keywords of `from_firetitan_config`, which `FiretitanProvisioningConfig` explains."""
+    """Types the keywords of `from_firetitan_config`, as `FiretitanProvisioningConfig` has them."""
 
     base_model: str
     model_name: str
@@ -442,18 +440,16 @@ def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
 
 def cache_dir() -> Path:
     """Find the folder for files that can be fetched again: `XDG_CACHE_HOME`, else `~/.cache`."""
-    return _user_folders().user_cache_path
+    from platformdirs.unix import Unix  # not needed to build a service
+
+    return Unix(_FOLDER).user_cache_path
 
 
 def state_dir() -> Path:
     """Find the folder for files that outlive a process: `XDG_STATE_HOME`, else `~/.local/state`."""
-    return _user_folders().user_state_path
+    from platformdirs.unix import Unix
 
-
-def _user_folders() -> Unix:
-    from platformdirs.unix import Unix  # not needed to build a service
-
-    return Unix("fireworks-training")
+    return Unix(_FOLDER).user_state_path
 
 
 def session_tags() -> list[str]:

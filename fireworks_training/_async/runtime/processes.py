@@ -34,7 +34,7 @@ def _machine() -> tuple[str, str]:
 
 
 def _running(pid: int) -> psutil.Process | None:
-    """Find the process of a number; None if there is none, or it has ended and awaits its parent."""
+    """Find the process of a number; None if there is none, or it is a zombie."""
     import psutil  # takes 5 ms, which a service that holds nothing need not spend
 
     try:

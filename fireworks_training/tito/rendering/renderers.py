@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from fireworks_training._checks import integer
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
@@ -67,10 +68,7 @@ class TITOIncrementalPrompt:
         object.__setattr__(self, "prompt_ids", tuple(map(int, self.prompt_ids)))
         if not (self.prompt_ids and self.contract_id and self.junction_kind):
             raise InvalidArgument("prompt_ids, contract_id and junction_kind must not be empty")
-        if self.checkpoint_trim_tokens < 0:
-            raise InvalidArgument(
-                f"checkpoint_trim_tokens must be at least 0, got {self.checkpoint_trim_tokens}"
-            )
+        integer("checkpoint_trim_tokens", self.checkpoint_trim_tokens, 0)
 
 
 @runtime_checkable

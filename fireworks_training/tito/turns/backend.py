@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
+from fireworks_training._checks import one_of
 from fireworks_training._wire.completions.request import check_names
 from fireworks_training.errors import InvalidArgument, UsageError
 from fireworks_training.models import SampledCompletion, SampledRequestResult
@@ -98,10 +99,7 @@ class Backend:
                 "a renderer has renderer_id, render_conversation_tokens(), parse_assistant(), "
                 f"render_contract_id() and stop_sequences(); {type(renderer).__name__} lacks some"
             )
-        if prompt_mode not in ("full_history", "incremental"):
-            raise InvalidArgument(
-                f"prompt_mode must be 'full_history' or 'incremental', got {prompt_mode!r}"
-            )
+        one_of("prompt_mode", prompt_mode, ("full_history", "incremental"))
         incremental = prompt_mode == "incremental"
         if incremental and not isinstance(renderer, TITOIncrementalRenderer):
             raise InvalidArgument(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from fireworks_training._checks import integer, one_of
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import SampledServerAttempt, ServerMetrics
 from fireworks_training.tito.values.artifacts import packed, unpacked
@@ -44,15 +45,8 @@ class TrajectoryDriftPolicy:
     on_other_mismatch: Literal["new_segment", "reject"] = "new_segment"
 
     def __post_init__(self) -> None:
-        if self.max_masked_tokens < 0:
-            raise InvalidArgument(
-                f"max_masked_tokens must be at least 0, got {self.max_masked_tokens}"
-            )
-        if self.on_other_mismatch not in ("new_segment", "reject"):
-            raise InvalidArgument(
-                "on_other_mismatch must be 'new_segment' or 'reject', got "
-                f"{self.on_other_mismatch!r}"
-            )
+        integer("max_masked_tokens", self.max_masked_tokens, 0)
+        one_of("on_other_mismatch", self.on_other_mismatch, ("new_segment", "reject"))
 
 
 @dataclass(frozen=True)
