@@ -40,7 +40,7 @@ def _running(pid: int) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
         ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except (psutil.NoSuchProcess, ValueError, OverflowError):
+    except (psutil.Error, ValueError, OverflowError):  # one that is hidden is of another user
         return None
     return None if ended else process
 

@@ -66,3 +66,13 @@ def test_a_number_that_is_used_again_is_another_process() -> None:
     assert has_run_since(os.getpid(), started + 1.0)
     assert not has_run_since(os.getpid(), started - 1.0)
     assert not has_run_since(UNUSED, started)
+
+
+def test_a_process_that_may_not_be_inspected_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    assert is_alive(this_process())
+    monkeypatch.setattr(psutil.Process, "status", hidden)
+    assert not is_alive(this_process())
+    assert not has_run_since(os.getpid(), time.time())
