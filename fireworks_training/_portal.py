@@ -1,11 +1,11 @@
-"""The background event loop behind the blocking classes, and what happens to it at exit.
+"""Runs the background event loop behind the blocking classes, and its clean-ups at exit.
 
 One daemon thread with one asyncio loop serves the whole process. It is leased: the first lease
 starts it, the last release ends it. At interpreter exit, before any thread is joined, the
 registered clean-ups run on it, all together within `EXIT_BUDGET` seconds, so that a script that
 forgets `close()` still ends, and still gives back what it holds.
 
-This module knows loops, threads and outcomes; it does not know what runs on them.
+This module knows loops, threads and outcomes; it does not know the work that runs on them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,16 @@ Args = TypeVarTuple("Args")
 EXIT_BUDGET = 1.5
 """Seconds that all clean-ups at interpreter exit may take together."""
 
+LOOP_ADVICE = (
+    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
+    "(without `Async`), whose loop lives as long as the service."
+)
+
 logger = logging.getLogger("fireworks_training.portal")
 
 
 class Lease:
-    """A claim on the background loop.
+    """Keeps the background loop running until it is released.
 
     Attributes:
         loop: the loop; it runs at least until `release()`.
@@ -56,7 +61,7 @@ class Lease:
         self._released = False
 
     def release(self) -> None:
-        """Give the claim back; idempotent. The last one waits for the thread to end."""
+        """Release the loop; idempotent. The last release waits for the thread to end."""
         if self._released:
             return
         if _running_loop() is self.loop:
@@ -69,7 +74,7 @@ class Lease:
 
 
 class _State:
-    """What the process has of the portal: one provider, and the clean-ups for its exit."""
+    """Holds the process's portal: one provider, and the clean-ups for its exit."""
 
     def __init__(self) -> None:
         self.provider = BlockingPortalProvider()
@@ -80,25 +85,25 @@ class _State:
             weakref.WeakKeyDictionary()
         )
         self._next = 0
-        self._registered = False
+        self.registered = False
         self._lock = threading.Lock()
 
     def loop_of(self, portal: BlockingPortal) -> asyncio.AbstractEventLoop:
-        """The loop that a portal runs; asked once, since it can't be asked on the loop itself."""
+        """Find the loop that a portal runs; once, since a portal can't be asked on its own loop."""
         if portal not in self._loops:
             self._loops[portal] = portal.call(asyncio.get_running_loop)
-            # The thread keeps the provider. A program may end with claims out; were the provider
+            # The thread keeps the provider. A program may end with leases open; were the provider
             # collected then, its end would wait for ever for a thread that no longer runs.
             cast(Any, portal)._kept_by_its_thread = self.provider
         return self._loops[portal]
 
     def prepare(self) -> None:
         with self._lock:
-            if not self._registered:
+            if not self.registered:
                 # Runs before threads are joined, unlike `atexit`. The private name is what
                 # concurrent.futures itself uses; the test of the exit fails if it goes away.
                 threading._register_atexit(_run_clean_ups)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-                self._registered = True
+                self.registered = True
 
     def add(self, what: str, clean_up: Callable[[], Awaitable[None]]) -> int:
         self.prepare()
@@ -114,9 +119,9 @@ _state = _State()
 def _after_fork() -> None:
     # The child has neither the thread nor a usable lock: it starts from nothing, and owes nothing.
     global _state
-    registered = _state._registered  # pyright: ignore[reportPrivateUsage]
+    registered = _state.registered
     _state = _State()
-    _state._registered = registered  # pyright: ignore[reportPrivateUsage]
+    _state.registered = registered
 
 
 if hasattr(os, "register_at_fork"):
@@ -124,13 +129,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def at_exit(what: str, clean_up: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-    """Register a clean-up for interpreter exit; returns the call that takes it back.
+    """Register a clean-up for interpreter exit; the function returned removes it again.
 
     It runs on the background loop, whatever loop its owner used: it must bring its own session.
 
     Args:
-        what: names the resources, for the warning if the clean-up fails or is out of time.
-        clean_up: the work; errors are logged.
+        what: names the resources, for the warning if the clean-up fails or runs out of time.
+        clean_up: the work; its errors are logged.
     """
     state = _state
     key = state.add(what, clean_up)
@@ -172,7 +177,7 @@ def _run_clean_ups() -> None:
 
 
 class _Spawned(Outcome[T]):
-    """A coroutine that runs as a task of a loop, and what becomes of it."""
+    """Runs a coroutine as a task of a loop, and is the outcome of that."""
 
     __slots__ = ("_args", "_asked", "_factory", "_owner", "_task")
 
@@ -191,7 +196,7 @@ class _Spawned(Outcome[T]):
         self._asked = False
 
     def start(self) -> None:
-        """Make the task; on its loop."""
+        """Make the task; call on its loop."""
         factory, args = self._factory, self._args
         assert factory is not None
         self._factory, self._args = None, ()
@@ -258,13 +263,16 @@ def spawn_on(
     try:
         call_on(loop, spawned.start, contextvars.copy_context())
     except RuntimeError as error:
-        raise OwnerLoopGone(
-            f"{label}: the event loop that owns this service is closed. Use it inside one "
-            "`asyncio.run`, as `async with AsyncFiretitanServiceClient...`, or take the "
-            "synchronous class (without `Async`), whose loop lives as long as the service.",
-            cause=error,
-        ) from error
+        raise closed_loop(label, cause=error) from error
     return spawned
+
+
+def closed_loop(label: str | None = None, *, cause: BaseException | None = None) -> OwnerLoopGone:
+    """Make the error for work on a loop that is closed; `label` names the work."""
+    prefix = "" if label is None else f"{label}: "
+    return OwnerLoopGone(
+        f"{prefix}the event loop that owns this service is closed. {LOOP_ADVICE}", cause=cause
+    )
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -275,7 +283,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def wait_for(outcome: Outcome[T]) -> T:
-    """Wait in this thread for work that has no other waiter: Ctrl-C cancels it."""
+    """Wait in this thread for work that has no other waiter; Ctrl-C cancels it."""
     outcome.refuse_dead_lock()
     try:
         error = outcome.exception()
@@ -302,13 +310,13 @@ class Blocking(Generic[A]):
 
     @classmethod
     def _wrap(cls, instance: A) -> Self:
-        """The blocking twin of an async object that exists already."""
+        """Make the blocking twin of an async object that exists already."""
         twin = cls.__new__(cls)
         twin._async = instance
         return twin
 
     def _bind(self) -> Self:
-        """Let the background loop own an async object that was just made."""
+        """Bind an async object that was just made to the background loop."""
         cast(Any, self._async)._bind_to_portal()
         return self
 
@@ -362,7 +370,7 @@ async def _next_of(iterator: AsyncIterator[T]) -> T:
 
 @contextlib.contextmanager
 def _leased() -> Generator[asyncio.AbstractEventLoop]:
-    """The background loop, for one call; also ends what could not be ended from inside it."""
+    """Lease the background loop for one call; also release leases that ended on the loop itself."""
     lease = Lease()
     try:
         yield lease.loop

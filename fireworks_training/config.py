@@ -1,7 +1,7 @@
-"""What the caller wants: the keywords of `from_firetitan_config`, checked, and the environment.
+"""Checks the keywords of `from_firetitan_config`, and reads the environment.
 
 This is the only module that reads environment variables. It knows which keywords exist, which
-exclude each other and which this version refuses; it knows nothing of how they are carried out.
+exclude each other and which this version refuses; it does not know how they are carried out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOpti
 
 logger = logging.getLogger("fireworks_training.config")
 
+_FOLDER = "fireworks-training"
 DEFAULT_BASE_URL = "https://api.fireworks.ai"
 RESOURCE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -31,7 +32,7 @@ WireDialect = Literal["json", "protobuf"]
 
 
 class ProvisioningOptions(TypedDict, total=False):
-    """The keywords of `from_firetitan_config`; see `FiretitanProvisioningConfig` for each."""
+    """Types the keywords of `from_firetitan_config`, as `FiretitanProvisioningConfig` has them."""
 
     base_model: str
     model_name: str
@@ -115,7 +116,7 @@ _REFUSED: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FiretitanProvisioningConfig:
-    """One trainer and one deployment, as the caller wants them.
+    """Describes one trainer and one deployment, as the caller wants them.
 
     Attributes:
         base_model: resource name of the model (alias `model_name`). Required.
@@ -128,18 +129,18 @@ class FiretitanProvisioningConfig:
         training_shape_id: name of the training shape (aliases `training_shape`,
             `training_shape_ref`); None lets the control plane choose.
         deployment_shape: name of the deployment shape; None takes the one of the training shape.
-        trainer_job_id: reuse this trainer job (alias `trainer_id`), resumed if it stands; one that
-            does not exist is created under this id.
+        trainer_job_id: reuse this trainer job (alias `trainer_id`), resumed if it has stopped; one
+            that does not exist is created under this id.
         deployment_id: reuse this deployment; one that does not exist is created under this id.
         create_deployment: False trains without a deployment.
         forward_only: the trainer computes logprobs only.
         reference_training_shape_id, reference_trainer_job_id: give a reference model a trainer of
-            its own, of this shape, or this job (which is resumed if it stands).
+            its own, of this shape, or this job (which is resumed if it has stopped).
         cleanup_reference_trainer_on_close: delete the reference trainer that this service made.
-        reference_required: get a separate reference trainer up together with the rest.
+        reference_required: start a separate reference trainer together with the rest.
         max_context_length: tokens; None takes the shape's.
         learning_rate: shown with the job; the rate of each step comes with `optim_step`.
-        seed: of the adapter's initialisation; None lets the trainer choose.
+        seed: seed of the adapter's initialisation; None lets the trainer choose.
         train_mlp, train_attn, train_unembed: which layers an adapter covers.
         trainer_replica_count, region, custom_image_tag, extra_args, extra_values, purpose,
             managed_by, preemptible, skip_validations, inactivity_timeout,
@@ -151,17 +152,17 @@ class FiretitanProvisioningConfig:
         trainer_pending_timeout_s: seconds to wait for capacity.
         deployment_timeout_s: seconds for the deployment to become ready.
         hotload_timeout_s: seconds for every replica to report a snapshot.
-        reattach_settle_timeout_s, reattach_poll_interval_s: seconds; budget and pace of the wait
-            after a deployment was pointed to another trainer.
+        reattach_settle_timeout_s, reattach_poll_interval_s: budget and pace, in seconds, of the
+            wait after a deployment was pointed to another trainer.
         cleanup_trainer_on_close: delete the trainer job if this service created it.
         cleanup_deployment_on_close: "delete" or "scale_to_zero" the deployment if this service
             created it; None leaves it.
         hot_load_transition_type: "ASYNC" or "SYNC", any case; None is the platform's own.
         wait_for_trainer_before_deployment: create them one after the other.
-        snapshot_dtype: of weights and snapshots; "float32" turns the rounding off. Local platform
-            only.
-        dialect: of the trainer's data plane: "json" (Fireworks) or "protobuf" (Tinker); None takes
-            protobuf where the trainer offers it, else JSON.
+        snapshot_dtype: type of weights and snapshots; "float32" turns the rounding off. Local
+            platform only.
+        dialect: wire format of the trainer's data plane: "json" (Fireworks) or "protobuf" (Tinker);
+            None takes protobuf where the trainer offers it, else JSON.
     """
 
     base_model: str
@@ -263,7 +264,7 @@ class FiretitanProvisioningConfig:
 
     @property
     def alpha(self) -> int:
-        """The adapter's scale that is in force."""
+        """The adapter's effective scale."""
         return 32 if self.lora_alpha is None else self.lora_alpha
 
     @classmethod
@@ -365,7 +366,7 @@ def _without_aliases(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the platform is and how to sign in. Its repr hides the key.
+    """Holds the platform's URLs and key; the repr hides the key.
 
     Attributes:
         base_url: an http(s) URL without a trailing slash, or "local" / "local:/path".
@@ -385,7 +386,7 @@ class Endpoint:
 
     @property
     def embedded(self) -> bool:
-        """Whether the platform is to be started in this process's care."""
+        """Whether this process starts the platform, and stops it."""
         return self.base_url == "local" or self.base_url.startswith("local:")
 
     @property
@@ -395,7 +396,7 @@ class Endpoint:
 
 
 def environment_api_key() -> str | None:
-    """`FIREWORKS_API_KEY`; None if it is not set."""
+    """Read `FIREWORKS_API_KEY`; None if it is not set."""
     return os.environ.get("FIREWORKS_API_KEY") or None
 
 
@@ -406,12 +407,12 @@ def resolve_endpoint(
     inference_url: str | None = None,
     hotload_api_url: str | None = None,
 ) -> Endpoint:
-    """Arguments first, then the environment, then the defaults.
+    """Find the platform from the arguments, then the environment, then the defaults.
 
     The environment's key is never handed to an embedded platform.
 
     Raises:
-        InvalidArgument: no key, or a URL that is none.
+        InvalidArgument: no key, or `base_url` is not a URL.
     """
     url = (base_url or os.environ.get("FIREWORKS_BASE_URL") or DEFAULT_BASE_URL).rstrip("/")
     endpoint = Endpoint(url, api_key)
@@ -441,10 +442,10 @@ def resolve_endpoint(
 
 
 def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpoint:
-    """A Tinker server: arguments first, then `TINKER_BASE_URL` and `TINKER_API_KEY`.
+    """Find a Tinker server from the arguments, then `TINKER_BASE_URL` and `TINKER_API_KEY`.
 
     Raises:
-        InvalidArgument: no key, no URL, or one that is none.
+        InvalidArgument: no key, or `base_url` is not a URL.
     """
     url = (base_url or os.environ.get("TINKER_BASE_URL") or "").rstrip("/")
     if not _URL.match(url):
@@ -458,22 +459,24 @@ def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpo
 
 
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
-    """The keywords as a plain mapping."""
+    """Type the keywords as a plain mapping."""
     return cast(Mapping[str, Any], options)
 
 
 def cache_dir() -> Path:
-    """Folder for what can be fetched again (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fireworks-training"
+    """Find the folder for files that can be fetched again: `XDG_CACHE_HOME`, else `~/.cache`."""
+    from platformdirs.unix import Unix  # not needed to build a service
+
+    return Unix(_FOLDER).user_cache_path
 
 
 def state_dir() -> Path:
-    """Folder for what must outlive a process (`XDG_STATE_HOME`, else `~/.local/state`)."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "fireworks-training"
+    """Find the folder for files that outlive a process: `XDG_STATE_HOME`, else `~/.local/state`."""
+    from platformdirs.unix import Unix
+
+    return Unix(_FOLDER).user_state_path
 
 
 def session_tags() -> list[str]:
-    """Tags of a new trainer session (`TINKER_TAGS`, comma-separated)."""
+    """Read the tags of a new trainer session from `TINKER_TAGS`, comma-separated."""
     return [tag for tag in os.environ.get("TINKER_TAGS", "").split(",") if tag]

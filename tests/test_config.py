@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fireworks_training import (
     NotSupported,
     UnknownOption,
 )
-from fireworks_training.config import ProvisioningOptions, resolve_endpoint
+from fireworks_training.config import ProvisioningOptions, cache_dir, resolve_endpoint, state_dir
 
 MODEL = "accounts/local/models/tiny-qwen3"
 
@@ -145,3 +146,18 @@ class TestEndpoint:
         monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
         with pytest.raises(InvalidArgument, match="FIREWORKS_API_KEY"):
             resolve_endpoint(base_url="https://x", api_key=None)
+
+
+def test_folders_are_where_xdg_says_else_below_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "s"))
+    name = "fireworks-training"
+    assert (cache_dir(), state_dir()) == (tmp_path / "c" / name, tmp_path / "s" / name)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("XDG_STATE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / name
+    assert state_dir() == tmp_path / ".local" / "state" / name
+    assert list(tmp_path.iterdir()) == []  # asking makes none

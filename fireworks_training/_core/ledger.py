@@ -1,14 +1,17 @@
-"""What this user's runs have made, and what of it may be taken away: decided without I/O.
+"""Decides which resources of this user's runs may be removed, from the ledger and without I/O.
 
-The ledger is a list of entries, one JSON object a line, in the order in which things happened. A
-*claim* is one run's relation to one resource: it begins with an intent (written before the create
-request is sent) or an adoption, and ends when the resource is gone. Rules:
+The ledger is a list of entries, one JSON object per line, in the order of the events. A *claim* is
+one run's relation to one resource: it begins with an intent (written before the create request is
+sent) or an adoption, and ends when the resource is gone. It has three forms: `LedgerEntry` is one
+line, `OpenClaim` is a claim as its lines add up to, read by any process, and
+`_async.resources.ownership.Claim` is its state in the memory of the run itself. Rules:
 
-1. The ledger only says where to look. That a resource is ours, it must say itself: it carries the
-   nonce of its claim, in a deployment's annotations or a job's display name.
-2. What a live process holds is never touched, by whichever claim it holds it.
-3. What was kept on purpose stays, unless the caller asks for that too.
-4. What can't be decided (another machine's process, another account) stays, with the reason.
+1. The ledger only shows where to look. The resource itself must prove that it is ours: it carries
+   the nonce of its claim, in a deployment's annotations or a job's display name.
+2. A resource that a live process holds is never touched, by whichever claim it holds it.
+3. A resource that was kept on purpose stays, unless the caller asks for those too.
+4. Where no decision is possible (another machine's process, another account) the resource stays,
+   with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ Kind = Literal["trainer", "deployment"]
 Event = Literal["intent", "created", "adopted", "kept", "gone"]
 
 ANNOTATION = "fireworks-training-run"
-"""Key of the annotation that holds the nonce of a deployment."""
+"""Key of the annotation that holds a deployment's nonce."""
 
 INTENT_GRACE = 120.0
 """Seconds after which a create request that nobody waits for can no longer take effect."""
@@ -36,13 +39,13 @@ NAME_LIMIT = 63
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process, told apart from any other that ever had its number.
+    """Identifies a process among all that ever had its number.
 
     Attributes:
         machine: the host and the namespace in which `pid` counts.
-        boot: of the machine; empty where it has no name.
-        pid: its number.
-        started: when it started, as the system writes it.
+        boot: the machine's boot; empty where it has no name.
+        pid: the process's number.
+        started: when it started, as `_async.runtime.processes.start_of` gives it.
     """
 
     machine: str
@@ -53,17 +56,17 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One line.
+    """Records one event of a claim: one line of the ledger.
 
     Attributes:
         at: seconds since the epoch.
-        event: what happened.
-        kind, resource_id, account, base_url: which resource.
-        nonce: of the run; proves ownership where the resource carries it.
-        owner: the process.
+        event: the event.
+        kind, resource_id, account, base_url: identify the resource.
+        nonce: the run's nonce; proves ownership where the resource carries it.
+        owner: the process that wrote the line.
         run: the run's name, for people.
-        embedded: the platform lived in the owner's process and ended with it.
-        note: why, for people.
+        embedded: whether the platform lived in the owner's process and ended with it.
+        note: the reason, for people.
     """
 
     at: float
@@ -80,12 +83,12 @@ class LedgerEntry:
 
 
 def encode(entry: LedgerEntry) -> bytes:
-    """One line, with its end."""
+    """Write an entry as one line, with its end."""
     return json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes) -> LedgerEntry | None:
-    """A line; None for one that is torn or not ours."""
+    """Read a line; None for one that is torn or not ours."""
     try:
         fields: object = json.loads(line)
         if not isinstance(fields, dict):
@@ -102,7 +105,7 @@ def decode(line: bytes) -> LedgerEntry | None:
 
 
 def marked_name(name: str, nonce: str) -> str:
-    """A job's display name that carries the nonce; a name too long for both is cut."""
+    """Make a job's display name that carries the nonce; a name too long for both is cut."""
     tag = f" ft-{nonce}"
     room = NAME_LIMIT - len(tag)
     return (name if len(name) <= room else name[: room - 1] + "…") + tag
@@ -123,10 +126,10 @@ def annotations_carry(annotations: Mapping[str, str], nonce: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OpenClaim:
-    """A run's relation to a resource, as the ledger has it.
+    """Sums up the entries of a claim that has not ended, of any run.
 
     Attributes:
-        last: the entry that counts.
+        last: its latest entry, which counts.
         since: when it began, seconds since the epoch.
     """
 
@@ -135,7 +138,7 @@ class OpenClaim:
 
     @property
     def place(self) -> tuple[str, str, str, str]:
-        """Which resource."""
+        """The resource that the claim is about."""
         entry = self.last
         return entry.base_url, entry.account, entry.kind, entry.resource_id
 
@@ -146,7 +149,7 @@ class OpenClaim:
 
 
 def fold(entries: Iterable[LedgerEntry]) -> list[OpenClaim]:
-    """The claims that are open, oldest first."""
+    """Sum up entries as open claims, oldest first."""
     claims: dict[tuple[object, ...], OpenClaim] = {}
     for entry in entries:
         key = _key(entry)
@@ -159,10 +162,10 @@ def fold(entries: Iterable[LedgerEntry]) -> list[OpenClaim]:
 
 
 def compact(lines: Sequence[bytes]) -> list[bytes]:
-    """The lines that still matter: of each open claim the first and the last entry.
+    """Keep the lines that still matter: of each open claim the first and the last entry.
 
-    `fold` finds the same in them. A JSON object that is no entry of this version is kept; what is
-    torn is not.
+    `fold` finds the same claims in them. A JSON object that is not an entry of this version is
+    kept; a torn line is not.
     """
     ends: dict[tuple[object, ...], tuple[int, int]] = {}
     unknown = set[int]()
@@ -182,7 +185,7 @@ def compact(lines: Sequence[bytes]) -> list[bytes]:
 
 
 def _key(entry: LedgerEntry) -> tuple[object, ...]:
-    """Which claim an entry is of."""
+    """Identify the claim that an entry belongs to."""
     return entry.base_url, entry.account, entry.kind, entry.resource_id, entry.nonce
 
 
@@ -200,21 +203,21 @@ class AskPlatform:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Touch nothing; `reason` for people."""
+    """Leave the resource; `reason` is for people."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """There is nothing to take away any more: note that, with the reason."""
+    """Note that the claim has ended: there is nothing to remove any more."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Delete the resource, and note it."""
+    """Delete the resource, and note that."""
 
 
 def judge(
@@ -227,13 +230,13 @@ def judge(
     kept: bool = False,
     elsewhere: bool = False,
 ) -> AskPlatform | Leave | Close:
-    """What to do about an open claim, before the platform is asked.
+    """Decide about an open claim, before the platform is asked.
 
     Args:
         others: all open claims; those on the same resource count.
         lives: whether a process is alive; None where this machine can't know.
         older_than: seconds that a claim must have been open.
-        kept: whether what was kept on purpose is wanted too.
+        kept: whether resources that were kept on purpose may be removed.
         elsewhere: whether owners of which nothing is known count as dead.
     """
     entry = claim.last
@@ -259,11 +262,11 @@ def judge(
 def judge_found(
     claim: OpenClaim, *, present: bool, carries: bool, now: float
 ) -> Remove | Leave | Close:
-    """What to do, given what the platform has under the claim's id.
+    """Decide about an open claim, given the resource that the platform has under its id.
 
     Args:
         present: whether there is such a resource, not deleted.
-        carries: whether it carries the claim's nonce.
+        carries: whether the resource carries the claim's nonce.
     """
     intent = claim.last.event == "intent"
     if not present:
@@ -278,5 +281,5 @@ def judge_found(
 
 
 def close(claim: OpenClaim, *, at: float, owner: Owner, note: str) -> LedgerEntry:
-    """The entry that ends a claim."""
+    """Make the entry that ends a claim."""
     return replace(claim.last, at=at, event="gone", owner=owner, note=note)

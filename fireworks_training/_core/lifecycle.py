@@ -1,14 +1,15 @@
-"""What the state of a trainer job or a deployment means for somebody who waits for it.
+"""Decides how a wait for a trainer job or a deployment goes on, from its states and times.
 
-A `ReadinessWait` is one wait for one resource. It is told what was seen and when, and answers with
-what to do: go on, look again in so many seconds, or give up with the error to raise. Its rules:
+A `ReadinessWait` is one wait for one resource. It takes each observation with its time, and gives
+the next step: go on, poll again in so many seconds, or give up with the error to raise. It knows no
+clock and no requests. Its rules:
 
 1. Time in the queue and time from placement to ready have budgets of their own.
-2. A state that only an old life explains (stopped, right after a resume) is borne for a while.
-3. The pace of polling is a small share of the time for which nothing has changed: a change is seen
-   late by that share at most, and a wait of hours asks rarely.
-4. Where the platform holds an answer back until something changes, it is asked again at once, and
-   told to hold no longer than the budget lasts; never more often than the quickest pace.
+2. A state that is left from before a resume (stopped, right after it) is tolerated for a while.
+3. The pause between polls is a small share of the time for which nothing has changed: a change is
+   seen late by that share at most, and a wait of hours polls rarely.
+4. Where the platform holds an answer back until something changes, it is polled again at once, and
+   asked to hold no longer than the budget lasts; never more often than the quickest pace.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
 
 QUICKEST, SLOWEST = 0.04, 5.0
-"""Seconds between two looks, at least and at most."""
+"""Seconds between two polls, at least and at most."""
 
 SHARE = 0.01
-"""Seconds between two looks for each second without a change."""
+"""Seconds between two polls for each second without a change."""
 
 LONGEST_HOLD = 10
-"""Seconds for which the platform is asked to hold an answer back: short enough to say in time what
-is waited for."""
+"""Seconds for which the platform is asked to hold an answer back: short enough to report a long
+wait in time."""
 
 SETTLE = 30.0
 """Seconds for which a resumed job may still show its old state."""
@@ -39,12 +40,12 @@ STOPPING_BUDGET = 120.0
 
 
 def pause(unchanged: float, slowest: float = SLOWEST) -> float:
-    """Seconds until the next look at something that has not changed for `unchanged` seconds."""
+    """Give the seconds until the next poll of a resource unchanged for `unchanged` seconds."""
     return min(max(SHARE * unchanged, QUICKEST), slowest)
 
 
 class Readiness(Enum):
-    """What to do with a resource in some state."""
+    """Classifies the states of a resource by what a wait does about them."""
 
     READY = "ready"
     STARTING = "starting"
@@ -81,18 +82,18 @@ _DEPLOYMENT: dict[str, Readiness] = {
 
 
 def job_readiness(state: str) -> Readiness:
-    """Of a trainer job; an unknown state counts as starting."""
+    """Classify the state of a trainer job; an unknown one counts as starting."""
     return _JOB.get(state, Readiness.STARTING)
 
 
 def deployment_readiness(state: str) -> Readiness:
-    """Of a deployment; an unknown state counts as starting."""
+    """Classify the state of a deployment; an unknown one counts as starting."""
     return _DEPLOYMENT.get(state, Readiness.STARTING)
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A resource at one look: its full name, state and message."""
+    """Holds a resource as one poll found it: its full name, state and message."""
 
     name: str
     state: str
@@ -101,12 +102,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """It is as wanted."""
+    """End the wait: the resource is ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Look again in `delay` seconds, and ask for an answer held back for `hold` seconds at most."""
+    """Poll again in `delay` seconds, and ask to hold the answer back for `hold` seconds at most."""
 
     delay: float
     hold: int = 0
@@ -114,12 +115,12 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Ask for it to be started again, then look again."""
+    """Start the resource again, then poll again."""
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The wait has ended with an error."""
+    """End the wait with an error."""
 
     error: ProvisioningError
 
@@ -128,19 +129,19 @@ Verdict = Go | Again | Resume | GiveUp
 
 
 class ReadinessWait:
-    """One wait for one resource.
+    """Decides about one wait for one resource.
 
     Args:
-        what: names it in messages ("trainer my-job").
-        read: what its states mean.
+        what: names the resource in messages ("trainer my-job").
+        read: classifies its states.
         started: the time when the wait began, in seconds of any monotonic clock.
         budget: seconds from placement to ready.
         queue_budget: seconds to wait for capacity.
-        resumable: whether it may be started again, where it stands: it was found, not made.
-        resumed: whether it may just have been started again by somebody else, and show its old
+        resumable: whether a stopped resource may be started again: it was found, not made.
+        resumed: whether somebody else may just have started it again, so that it shows its old
             state for a while.
-        slowest: the longest time between two looks, in seconds.
-        advice: what to do about a state that ends the wait, by what it means; for the error.
+        slowest: the longest pause between two polls, in seconds.
+        advice: remedies for states that end the wait, by class; for the error.
     """
 
     def __init__(
@@ -168,21 +169,21 @@ class ReadinessWait:
         self._placed_at: float | None = None
         self._last: Seen | None = None
         self._since = started
-        self._notices = ReportSchedule(started, first=FIRST_NOTICE)
+        self._reports = ReportSchedule(started, first=FIRST_NOTICE)
         self.changed = False
-        """Whether the last look differed from the one before in state or message."""
+        """Whether the last observation differed from the one before in state or message."""
 
     def see(
         self, row: Seen | None, now: float, *, answers: bool = True, held: float | None = None
     ) -> Verdict:
-        """Take one look into account.
+        """Take one observation into account, and decide the next step.
 
         Args:
-            row: the resource; None if it is not there.
-            now: the time of the look.
-            answers: whether it also answers requests, or settled as asked; counts where it is
-                ready.
-            held: seconds for which the platform held this look back; None if it can't do that.
+            row: the resource; None if it does not exist.
+            now: the time of the observation.
+            answers: whether it also answers requests, or settled as asked; counts where its state
+                is ready.
+            held: seconds for which the platform held the answer back; None if it can't do that.
         """
         self._note(row, now)
         readiness = Readiness.GONE if row is None else self._read(row.state)
@@ -199,18 +200,18 @@ class ReadinessWait:
         ):
             return self._give_up(ProvisioningError, self._reason(row), readiness)
         if readiness is Readiness.QUEUED:
-            self._placed_at = None  # also after CREATING: the place it had was not enough
+            self._placed_at = None  # also after CREATING: it has lost its place
         elif self._placed_at is None:
             self._placed_at = now
-        # Whether something answers is no part of the row: that is polled for.
+        # Whether it answers is no part of the row, so a held answer would not show it.
         hold = readiness is not Readiness.READY
-        return self._patience(now, STOPPING_BUDGET if stopping else None, hold=hold, held=held)
+        return self._within_budget(now, STOPPING_BUDGET if stopping else None, hold=hold, held=held)
 
     def unseen(self, now: float) -> Verdict:
-        """Take into account that a look was not possible: the wait goes on within its budget."""
-        return self._patience(now)
+        """Take into account that a poll failed: the wait goes on within its budget."""
+        return self._within_budget(now)
 
-    def _patience(
+    def _within_budget(
         self,
         now: float,
         stopping: float | None = None,
@@ -235,7 +236,7 @@ class ReadinessWait:
         return Again(pause(now - self._since, self._slowest), longest)
 
     def is_ready(self, state: str) -> bool:
-        """Whether a state is the one waited for."""
+        """Whether a state ends the wait with success."""
         return self._read(state) is Readiness.READY
 
     def _note(self, row: Seen | None, now: float) -> None:
@@ -264,9 +265,9 @@ class ReadinessWait:
         )
 
     def take_if_due(self, now: float) -> bool:
-        """Whether the wait has been silent for long enough to say a word."""
-        return self._notices.take_if_due(now)
+        """Decide whether to report the wait now; if so, the next report is due later."""
+        return self._reports.take_if_due(now)
 
     def describe(self, now: float) -> str:
-        """State, age and message, for people."""
-        return f"{self._reason(self._last)} ({self._notices.age(now):.1f} s)"
+        """Describe state, age and message, for people."""
+        return f"{self._reason(self._last)} ({self._reports.age(now):.1f} s)"

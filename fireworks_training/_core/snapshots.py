@@ -1,20 +1,20 @@
-"""Which snapshot to save, and which to load next: decided from what the replicas report.
+"""Decides which snapshot to save and which to hot load next, from the reports of the replicas.
 
-Knows snapshots, their predecessors, and reports of replicas with a time; no requests, no clock.
+It knows snapshots, their predecessors, and reports of replicas with a time; no requests, no clock.
 
-A hot load is done when each replica that serves reports the identity asked for. An error counts
-only if it is about that identity: one of an earlier load is stale. The rules of a chain:
+A hot load is done when each serving replica reports the identity asked for. An error counts only if
+it is about that identity: the error of an earlier load is stale. The rules of a chain:
 
-1. What a snapshot is a difference to, the snapshot says. Where a server does not tell, differences
-   are asked for only in an unbroken run of save, load, save, load of this client.
-2. A difference is loaded only when every replica reports its predecessor (or has it already). Else
-   the missing links are loaded in order, from the last whole snapshot on; where that one is not
-   known, or a link is refused, a whole snapshot is saved.
+1. A snapshot names its predecessor, to which it is a difference. Where a server does not name it,
+   differences are asked for only in an unbroken run of save, load, save, load of this client.
+2. A difference is loaded only when every replica reports its predecessor (or has it already).
+   Otherwise the missing links are loaded in order, from the last whole snapshot on; where that one
+   is not known, or a link is refused, a whole snapshot is saved.
 3. A whole snapshot is loaded over anything.
 4. A load that a replica has lost (it restarted, another client's load came between) is asked for
    again, a bounded number of times.
 5. After a difference did not fit, a save failed, or another trainer was attached, the next save is
-   whole: a server that does not tell may have written what it did not answer for.
+   whole: a server that names no predecessor may have written a snapshot without answering.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ EXTRA_POSTS = 6
 KNOWN_SNAPSHOTS = 4096
 """Snapshots whose predecessors are remembered."""
 
+NO_REPLICAS: Mapping[str, str] = {"-": "no replica is up yet"}
+"""Stands for the reports where there is no replica."""
+
 SaveType = Literal["base", "delta"]
 
 
@@ -44,19 +47,19 @@ SaveType = Literal["base", "delta"]
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """Every replica serves it."""
+    """Every replica serves the snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Not yet; `waiting_for` says what each late replica reports."""
+    """Some replicas do not serve the snapshot yet; `waiting_for` holds their reports."""
 
     waiting_for: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A replica can't load it."""
+    """A replica can't load the snapshot."""
 
     reason: str
     replicas: Mapping[str, str]
@@ -66,10 +69,10 @@ Progress = Live | Pending | Failed
 
 
 def read_replicas(payload: Mapping[str, Any]) -> list[ReplicaStatus]:
-    """The replica rows of a hot load status.
+    """Read the replica rows of a hot load status.
 
     Raises:
-        ProtocolError: there is no list of them.
+        ProtocolError: there is no list of them, or a row is not an object.
     """
     rows = payload.get("replicas")
     if not isinstance(rows, list):
@@ -77,7 +80,7 @@ def read_replicas(payload: Mapping[str, Any]) -> list[ReplicaStatus]:
     try:
         return [_read_row(row) for row in cast(list[Mapping[str, Any]], rows)]
     except (AttributeError, TypeError) as error:
-        raise ProtocolError(f"the hot load status has a row that is none: {error}") from error
+        raise ProtocolError(f"a row of the hot load status is not an object: {error}") from error
 
 
 def _read_row(row: Mapping[str, Any]) -> ReplicaStatus:
@@ -97,18 +100,13 @@ def _read_row(row: Mapping[str, Any]) -> ReplicaStatus:
 
 
 def judge(replicas: Sequence[ReplicaStatus], identity: str) -> Progress:
-    """How far the load of `identity` has come; no replicas at all means it has not begun."""
-    reports = _reports(replicas)
+    """Decide how far the load of `identity` has come; without replicas it has not begun."""
     for replica in replicas:
         if _failed(replica, identity):
-            return Failed(replica.error or "no reason given", reports)
-    late = {
-        str(index): reports[str(index)]
-        for index, replica in enumerate(replicas)
-        if not (replica.ready and replica.identity == identity)
-    }
+            return Failed(_reason(replica), _reports(replicas))
+    late = _late(replicas, identity)
     if late or not replicas:
-        return Pending(late or {"-": "no replica is up yet"})
+        return Pending(late or NO_REPLICAS)
     return Live()
 
 
@@ -116,8 +114,21 @@ def _failed(replica: ReplicaStatus, identity: str) -> bool:
     return replica.stage == "error" and replica.target == identity
 
 
+def _reason(replica: ReplicaStatus) -> str:
+    return replica.error or "no reason given"
+
+
 def _reports(replicas: Sequence[ReplicaStatus]) -> dict[str, str]:
     return {str(index): _describe(replica) for index, replica in enumerate(replicas)}
+
+
+def _late(replicas: Sequence[ReplicaStatus], identity: str) -> dict[str, str]:
+    """Collect the reports of the replicas that do not serve a snapshot."""
+    return {
+        str(index): _describe(replica)
+        for index, replica in enumerate(replicas)
+        if not (replica.ready and replica.identity == identity)
+    }
 
 
 def _describe(replica: ReplicaStatus) -> str:
@@ -131,10 +142,10 @@ def _describe(replica: ReplicaStatus) -> str:
 
 
 class Chain:
-    """The snapshots that one trainer session saved, as far as loads need them.
+    """Remembers the snapshots that one trainer session saved, as far as loads need them.
 
     Args:
-        whole_only: every snapshot stands alone (an adapter).
+        whole_only: whether every snapshot stands alone (an adapter).
 
     Attributes:
         last_saved: identity of the newest save whose answer is known.
@@ -149,13 +160,15 @@ class Chain:
         self._steps: dict[str, int] = {}
         self._now: Callable[[], int] = lambda: 0
         self._next_whole = True
-        self._tells = True
+        self._names_predecessors = True
 
     def take_next_type(self, wanted: SaveType | None = None) -> SaveType:
-        """What to ask the trainer for, at the moment when the request goes out.
+        """Choose the type of the next save; call it when the request goes out.
+
+        A pending order for a whole snapshot is used up by that.
 
         Args:
-            wanted: what the caller asks for; None chooses.
+            wanted: the caller's choice; None chooses here.
         """
         whole, self._next_whole = self._next_whole, False
         if self._whole_only:
@@ -165,20 +178,20 @@ class Chain:
         if whole:
             return "base"
         unbroken = self.last_saved is not None and self.last_saved == self.last_live
-        return "delta" if self._tells or unbroken else "base"
+        return "delta" if self._names_predecessors or unbroken else "base"
 
     def saved(self, snapshot: Snapshot, asked: SaveType, step: int | None = None) -> Snapshot:
-        """Note a save; gives it back with kind and predecessor, told or concluded.
+        """Note a save; gives the snapshot with kind and predecessor, as named or concluded.
 
         Args:
-            step: optimizer steps that came before it.
+            step: optimizer steps before the save.
         """
         if step is not None:
             self._steps[snapshot.identity] = step
             while len(self._steps) > KNOWN_SNAPSHOTS:
                 del self._steps[next(iter(self._steps))]
         if snapshot.kind is None:
-            self._tells = False
+            self._names_predecessors = False
             follows = asked == "delta" and not self._whole_only
             snapshot = replace(
                 snapshot,
@@ -193,29 +206,28 @@ class Chain:
         return snapshot
 
     def failed(self) -> None:
-        """A save failed, or nothing is known of it: the next one is whole."""
+        """Note that a save failed, or may have failed: the next one is whole."""
         self._next_whole = True
 
     def follow(self, steps: Callable[[], int]) -> None:
-        """From now on a model saves whose optimizer steps so far `steps` tells; the next save is
-        whole."""
+        """Follow another model, with `steps` for its optimizer steps; the next save is whole."""
         self.reset()
         self._steps.clear()
         self._now = steps
 
     def live(self, identity: str) -> None:
-        """Every replica was seen with it."""
+        """Note that every replica serves a snapshot."""
         self.last_live = identity
 
     def reset(self) -> None:
-        """The next save is whole: what the deployment holds is not what was thought."""
+        """Make the next save whole: the deployment may hold another snapshot than was noted."""
         self._next_whole = True
         self.last_live = None
 
     def path(self, identity: str) -> list[str]:
-        """Identities to load in order, the last one being `identity`.
+        """List the identities to load in order, the last one being `identity`.
 
-        The first is whole, or the predecessor of which nothing more is known.
+        The first is whole, or a predecessor of which nothing more is known.
         """
         path = [identity]
         while (known := self._known.get(path[-1])) is not None and known.predecessor is not None:
@@ -225,21 +237,21 @@ class Chain:
         return path[::-1]
 
     def stands_alone(self, identity: str) -> bool:
-        """Whether it may be loaded over anything, as far as is known; an unknown one may be."""
+        """Whether a snapshot may be loaded over anything; an unknown one may be."""
         known = self._known.get(identity)
         return known is None or known.predecessor is None
 
     def distance(self, identity: str | None) -> int | None:
-        """Optimizer steps that were asked for since a snapshot was saved; None if unknown."""
+        """Count the optimizer steps asked for since a snapshot was saved; None if unknown."""
         step = None if identity is None else self._steps.get(identity)
         return None if step is None else self._now() - step
 
     def step_of(self, identity: str) -> int | None:
-        """Optimizer steps before the save of a snapshot; None if this session did not save it."""
+        """Give the optimizer steps before a save; None if this session did not save it."""
         return self._steps.get(identity)
 
     def knows(self, identity: str) -> bool:
-        """Whether this session saved it."""
+        """Whether this session saved a snapshot."""
         return identity in self._known
 
 
@@ -253,11 +265,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Ask for a load, then look again.
+    """Request a hot load, then poll again.
 
     Attributes:
-        identity: what to load.
-        previous: the predecessor, for a difference.
+        identity: the snapshot to load.
+        previous: its predecessor, for a difference.
     """
 
     identity: str
@@ -266,14 +278,14 @@ class Post:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Look again later; `waiting_for` says what each late replica reports."""
+    """Poll again later; `waiting_for` holds the reports of the replicas that are late."""
 
     waiting_for: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class NeedWhole:
-    """The chain does not lead there; a whole snapshot would."""
+    """Save a whole snapshot: the chain does not lead to this one."""
 
     reason: str
     replicas: Mapping[str, str]
@@ -281,7 +293,7 @@ class NeedWhole:
 
 @dataclass(frozen=True, slots=True)
 class Unloadable:
-    """It can't be loaded."""
+    """Give up: the snapshot can't be loaded."""
 
     reason: str
     replicas: Mapping[str, str]
@@ -291,17 +303,17 @@ Decision = Done | Post | Wait | NeedWhole | Unloadable
 
 
 class Sync:
-    """One snapshot on its way to every replica.
+    """Decides how one snapshot gets to every replica.
 
     Args:
-        chain: what is known of snapshots.
+        chain: the snapshots that are known.
         identity: the snapshot.
     """
 
     def __init__(self, chain: Chain, identity: str) -> None:
         self.identity = identity
         self.loaded: list[str] = []
-        """What was asked for, in order."""
+        """The snapshots requested so far, in order."""
         self._chain = chain
         self._path = chain.path(identity)
         self._posted: str | None = None
@@ -311,7 +323,7 @@ class Sync:
         self._posts_left = len(self._path) + EXTRA_POSTS
 
     def look(self, replicas: Sequence[ReplicaStatus], now: float) -> Decision:
-        """What to do, given what the replicas report.
+        """Take the reports of the replicas into account, and decide the next step.
 
         Args:
             now: seconds of any steady clock.
@@ -322,19 +334,19 @@ class Sync:
             return Done()
         reports = _reports(replicas)
         if not replicas:
-            return Wait({"-": "no replica is up yet"})
+            return Wait(NO_REPLICAS)
         if self._posted is not None:
             refusal = self._refusal(replicas, self._posted, now)
             if refusal is not None:
                 return self._broken(self._posted, refusal, reports)
             if not self._over(replicas, self._posted, now):
-                return Wait(_late(replicas, reports, self._posted))
+                return Wait(_late(replicas, self._posted) or reports)
         if not all(replica.ready for replica in replicas):
-            return Wait(_late(replicas, reports, self.identity))
+            return Wait(_late(replicas, self.identity) or reports)
         return self._next(replicas, reports, now)
 
     def refused(self, message: str, *, conflict: bool) -> Decision | None:
-        """A request was refused; None: look again.
+        """Take a refused request into account; None is to poll again.
 
         Args:
             conflict: a replica does not hold the predecessor (any more).
@@ -346,23 +358,23 @@ class Sync:
         return self._broken(posted, message, {})
 
     def _refusal(self, replicas: Sequence[ReplicaStatus], posted: str, now: float) -> str | None:
-        """Why a replica could not load what was asked for."""
+        """Find why a replica could not load the requested snapshot."""
         for index, replica in enumerate(replicas):
             if _failed(replica, posted):
-                reason = replica.error or "no reason given"
-                # One that stood there before is of the last try, until it had time to change.
+                reason = _reason(replica)
+                # An error that was there before is of the last try, until it had time to change.
                 if self._stale.get(index) != reason or now - self._posted_at > LOST_AFTER:
                     return reason
         return None
 
     def _over(self, replicas: Sequence[ReplicaStatus], posted: str, now: float) -> bool:
-        """Whether the request has had its effect, or has none any more."""
+        """Whether the request has had its effect, or is lost."""
         late = [replica for replica in replicas if replica.identity != posted]
         if not late:
             return True
         if now - self._posted_at <= LOST_AFTER * 2.0**self._lost:
             return False
-        # One that reports neither a target nor a stage may be at it.
+        # A replica that reports neither a target nor a stage may be loading.
         idle = any(
             replica.ready
             and replica.target != posted
@@ -379,7 +391,7 @@ class Sync:
     ) -> Decision:
         first, target = self._path[0], self.identity
         if self._posts_left <= 0:
-            return Wait(_late(replicas, reports, target))
+            return Wait(_late(replicas, target) or reports)
         if len(self._path) == 1 or self._chain.stands_alone(target):
             return self._post(target, None, replicas, now)
         places = [
@@ -388,7 +400,7 @@ class Sync:
         ]
         lowest = min(places)
         if lowest >= 0 and max(places) <= lowest + 1:
-            # One that is a link ahead has nothing to do in this turn.
+            # A replica that is a link ahead has nothing to do in this turn.
             return self._post(self._path[lowest + 1], self._path[lowest], replicas, now)
         if self._chain.knows(first) and self._chain.stands_alone(first):
             return self._post(first, None, replicas, now)
@@ -402,7 +414,7 @@ class Sync:
         self, identity: str, previous: str | None, replicas: Sequence[ReplicaStatus], now: float
     ) -> Post:
         self._stale = {
-            index: replica.error or "no reason given"
+            index: _reason(replica)
             for index, replica in enumerate(replicas)
             if _failed(replica, identity)
         }
@@ -418,18 +430,8 @@ class Sync:
         return Unloadable(reason, reports)
 
 
-def _late(
-    replicas: Sequence[ReplicaStatus], reports: Mapping[str, str], identity: str
-) -> dict[str, str]:
-    return {
-        str(index): reports[str(index)]
-        for index, replica in enumerate(replicas)
-        if not (replica.ready and replica.identity == identity)
-    } or dict(reports)
-
-
 class Pace:
-    """How long to wait between two looks: 50 ms at first, longer each time, 2 s at most."""
+    """Paces the polls of one sync: pauses of 50 ms at first, longer each time, 2 s at most."""
 
     FIRST = 0.05
     LONGEST = 2.0
@@ -437,11 +439,11 @@ class Pace:
     def __init__(self) -> None:
         self._delay = self.FIRST
 
-    def next(self) -> float:
-        """Seconds until the next look."""
+    def take_next(self) -> float:
+        """Give the seconds until the next poll; the ones after it are longer."""
         delay, self._delay = self._delay, min(self._delay * 1.5, self.LONGEST)
         return delay
 
     def restart(self) -> None:
-        """Something new was asked for."""
+        """Poll quickly again, after a new request."""
         self._delay = self.FIRST

@@ -1,9 +1,9 @@
-"""Agents behind an OpenAI-compatible endpoint whose tokens are kept as they were sampled.
+"""Serves agents an OpenAI-compatible endpoint that keeps the tokens as they were sampled.
 
-An agent that talks to a model in text loses the tokens: text tokenizes otherwise than it was
-sampled, and a loss on that is one on what nobody sampled. `TITOSidecar` (token in, token out)
-stands between: agents send chat messages, the deployment gets token ids, and each trajectory leaves
-an artifact with tokens, logprobs and loss masks.
+An agent that exchanges text with a model loses the tokens: text tokenizes otherwise than it was
+sampled, and a loss on such tokens trains on what the policy never sampled. `TITOSidecar` (token in,
+token out) stands between the two: agents send chat messages, the deployment gets token ids, and
+each trajectory leaves an artifact with tokens, logprobs and loss masks.
 
 Names are loaded when they are first used.
 """
@@ -49,7 +49,7 @@ _HOMES = (
     *("evidence.debug_log", "evidence.failure_traces", "evidence.journal"),
     "sidecar",
 )
-"""The modules that have them."""
+"""The modules that define the names of `__all__`."""
 
 __all__ = [
     "ChatTemplateRenderer",

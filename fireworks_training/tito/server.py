@@ -1,6 +1,7 @@
-"""The HTTP side: OpenAI's chat route for each trajectory, behind that trajectory's key.
+"""Serves OpenAI's chat route for each trajectory over HTTP, behind that trajectory's key.
 
-It knows HTTP, server-sent events and clients that leave. What a call does is `turns`'.
+It knows HTTP, server-sent events and clients that leave. It does not know how a call is carried
+out: `turns` does.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from typing import Any, Protocol, cast
 
 from aiohttp import web
 
-from fireworks_training.tito.evidence.failures import typed
+from fireworks_training.tito.evidence.failures import as_tito_error
 from fireworks_training.tito.turns.trajectory import Trajectory
 from fireworks_training.tito.values.errors import TITOError, invalid
 from fireworks_training.tito.values.records import TITOCallResult
 from fireworks_training.tito.values.requests import TITOChatRequest
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
-"""A long history is more than a server's usual limit; tokens are bounded by the context."""
+"""Bytes of a request at most: histories are long, and tokens are bounded by the context anyway."""
 
 AUTHENTICATED: web.RequestKey[Trajectory] = web.RequestKey("trajectory", Trajectory)
-"""The trajectory whose key a request has."""
+"""Holds the trajectory whose key a request has."""
 
 STARTED = web.RequestKey("started", bool)
-"""Set when the answer's head may be on its way."""
+"""Is set when the head of the answer may have been sent."""
 
 _PATH = re.compile(r"^/trajectories/([A-Za-z0-9_.-]+)/")
 
@@ -41,18 +42,18 @@ class TrajectoryFinder(Protocol):
     """Finds trajectories and their keys."""
 
     def key_of(self, trajectory_id: str) -> str | None:
-        """The key of a trajectory, open or ended not long ago."""
+        """Give the key of a trajectory that is open, or ended recently."""
         ...
 
     def get(self, trajectory_id: str) -> Trajectory:
-        """The trajectory."""
+        """Find the trajectory."""
         ...
 
 
 def application(
     registry: TrajectoryFinder, keepalive_seconds: Callable[[], float]
 ) -> web.Application:
-    """The app. Every path, also one that is none, needs the key of its trajectory."""
+    """Make the application. Every path, an unknown one too, needs the key of its trajectory."""
 
     @web.middleware
     async def authenticated(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -70,7 +71,7 @@ def application(
         except Exception as error:
             if request.get(STARTED) or isinstance(error, ConnectionError):
                 raise  # a second answer would pass for that of the next request
-            failure = typed(error, "answer")
+            failure = as_tito_error(error, "answer")
             if failure is not error:
                 logger.error("a request could not be answered: %s", failure)
             return error_answer(failure)
@@ -90,12 +91,12 @@ def application(
 
 def _has_key(request: web.Request, wanted: str) -> bool:
     given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-    # Bytes that are no UTF-8 come as surrogates.
+    # Bytes that are not UTF-8 come as surrogates.
     return hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode())
 
 
 def error_answer(error: TITOError) -> web.Response:
-    """OpenAI's error body, with what a client needs to decide about a retry."""
+    """Write OpenAI's error body, with headers by which a client decides about a retry."""
     return web.json_response(
         error.openai_body(),
         status=error.status,
@@ -118,8 +119,8 @@ def _models(trajectory: Trajectory) -> web.Response:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A chat request and how its answer is to come."""
+class _ChatCall:
+    """Holds a chat request, whether its answer is streamed, and whether that has a usage chunk."""
 
     request: TITOChatRequest
     stream: bool
@@ -140,7 +141,7 @@ async def _chat(
         await trajectory.refused(error, started)
         return error_answer(error)
     trajectory.answer_under_way()
-    answer = _Answer(request, trajectory, call)
+    answer = _AnswerWriter(request, trajectory, call)
     try:
         if wanted.stream:
             return await answer.streamed(prepared, keepalive, usage=wanted.usage)
@@ -148,12 +149,12 @@ async def _chat(
     except TITOError as error:
         return error_answer(error)
     except BaseException:
-        # The agent has left, or the server stops: what it asked for is of no use to anyone.
+        # The agent has left, or the server stops: nobody can use the answer.
         await answer.drop()
         raise
 
 
-async def _read(request: web.Request) -> _Wanted:
+async def _read(request: web.Request) -> _ChatCall:
     try:
         body = (await request.read()).decode()
         payload: Any = await asyncio.to_thread(json.loads, body)
@@ -169,11 +170,11 @@ async def _read(request: web.Request) -> _Wanted:
     options: Any = fields.get("stream_options") or {}
     usage = isinstance(options, Mapping) and bool(cast(Any, options).get("include_usage"))
     wanted = TITOChatRequest.from_openai(fields, wire_request_body=body)
-    return _Wanted(wanted, bool(fields.get("stream")), usage)
+    return _ChatCall(wanted, bool(fields.get("stream")), usage)
 
 
-class _Answer:
-    """One call's way back to its agent, and the note of whether it got there."""
+class _AnswerWriter:
+    """Sends the answer of one call to its agent, and notes whether it got there."""
 
     def __init__(
         self, request: web.Request, trajectory: Trajectory, call: asyncio.Task[TITOCallResult]
@@ -184,7 +185,7 @@ class _Answer:
         self._written = False
 
     async def whole(self) -> web.StreamResponse:
-        """One JSON body."""
+        """Send the answer as one JSON body."""
         result = await self._result()
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         self._request[STARTED] = True
@@ -196,10 +197,10 @@ class _Answer:
     async def streamed(
         self, prepared: asyncio.Event, keepalive: float, *, usage: bool
     ) -> web.StreamResponse:
-        """Events: comments while it is sampled, then the answer.
+        """Send server-sent events: comments while the answer is sampled, then the answer.
 
-        The message is known when it is parsed as a whole, so it comes in one piece; until then
-        comments keep proxies and clients from giving up.
+        The message is parsed as a whole, so it comes in one piece; until then comments keep proxies
+        and clients from giving up.
         """
         call = self._call
         ready = asyncio.create_task(prepared.wait())
@@ -233,12 +234,12 @@ class _Answer:
         """Cancel the call of an agent that has left; a turn that it made counts as ambiguous."""
         self._call.cancel()
         (outcome,) = await asyncio.gather(self._call, return_exceptions=True)
-        # One that has read its answer may leave before that is noted.
+        # An agent that has read its answer may leave before that is noted.
         if isinstance(outcome, TITOCallResult) and not self._written:
             await self._trajectory.emitted(outcome.turn_id, "ambiguous")
 
     async def _result(self) -> TITOCallResult:
-        """The call's result, or its error; that of the trajectory's end if that cancelled it."""
+        """Await the call's result; a call that the trajectory's end cancelled raises a 410."""
         await asyncio.wait([self._call])
         if self._call.cancelled():
             raise TITOError("tito_trajectory_closed", 410, "the trajectory ended under this call")

@@ -1,7 +1,7 @@
-"""`TITOSidecar`: agents talk to it as to OpenAI's API, and leave exact tokens behind.
+"""Runs the sidecar: a server that agents use like OpenAI's API, and that keeps their exact tokens.
 
-It owns the server, and what all trajectories share. One event loop runs all of it. Which
-trajectories there are is `registry`'s.
+It owns the server and what all trajectories share; one event loop runs all of it. The trajectories
+themselves are held by `turns.registry`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.tito.evidence.journal import Journal, TITOEventObserver
-from fireworks_training.tito.evidence.waits import in_spite_of_cancellation
 from fireworks_training.tito.rendering.renderers import TITORenderer
 from fireworks_training.tito.turns.backend import Backend, Classifier, ExactTokenSampler
-from fireworks_training.tito.turns.registry import Trajectories
+from fireworks_training.tito.turns.registry import TrajectoryRegistry
 from fireworks_training.tito.turns.trajectory import Trajectory
-from fireworks_training.tito.values.errors import told
+from fireworks_training.tito.values.errors import safe_text
 from fireworks_training.tito.values.records import (
     TITOPromptMode,
     TITOTrajectoryArtifact,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     )
 
 STOP_GRACE = 1.0
-"""Seconds for requests to end when the server stops; their trajectories have ended by then."""
+"""Seconds for open requests when the server stops; their trajectories have ended by then."""
 
 _OWN_HEADERS = frozenset(
     {"authorization", "x-api-key", "x-request-id", "x-fireworks-session-id"}
@@ -51,7 +52,7 @@ logger = logging.getLogger("fireworks_training.tito")
 
 
 class TITOSidecar:
-    """Serves agents an OpenAI-compatible endpoint, and keeps the exact tokens of what they did.
+    """Serves agents an OpenAI-compatible endpoint, and keeps the exact tokens of their calls.
 
         async with TITOSidecar.from_deployment_sampler(
             sampler,
@@ -70,24 +71,24 @@ class TITOSidecar:
     `logprobs` and `loss_mask`, for `rollout_datum`.
 
     Args:
-        sampler: samples token ids; see `from_deployment_sampler`.
+        sampler: samples token ids; `from_deployment_sampler` takes the usual one.
         renderer: turns conversations into tokens and back: `ChatTemplateRenderer`, or your own.
         max_context_tokens: tokens of a prompt and its completion together.
-        max_output_tokens: tokens of a completion, whatever the agent asks for.
-        call_classifier: given a request, says "policy", or "auxiliary" for calls that are answered
+        max_output_tokens: tokens of a completion at most, whatever the agent asks for.
+        call_classifier: gives "policy" for a request, or "auxiliary" for calls that are answered
             and no part of the trajectory (titles, summaries).
         sampling_defaults: options of every call, which the agent can't change.
         backend_headers_snapshot: HTTP headers of every sampling.
-        observer: is told of events, such as a `TITOLocalDebugSink`; closed with the sidecar.
-        failure_trace_config: keep what failed on disk; None keeps nothing.
-        default_drift_policy: for trajectories without one of their own.
+        observer: receives events, such as a `TITOLocalDebugSink`; closed with the sidecar.
+        failure_trace_config: where failed trajectories are kept on disk; None keeps none.
+        default_drift_policy: the policy of trajectories without one of their own.
         prompt_mode: "full_history" renders all messages each time and compares the tokens;
-            "incremental" renders what is new and puts it behind the exact tokens.
-        keepalive_seconds: between comments on a stream that waits for its answer.
+            "incremental" renders new messages and appends them to the exact tokens.
+        keepalive_seconds: pause between comments on a stream that waits for its answer.
         bind_address: an address of this host; the loopback one unless containers must reach it.
 
     Raises:
-        InvalidArgument: limits, renderer, mode, address or options that can't be.
+        InvalidArgument: a limit, the renderer, the mode, the address or an option is not allowed.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class TITOSidecar:
         self._traces = _traces(failure_trace_config)
         self._policy = default_drift_policy
         self.keepalive_seconds = keepalive_seconds
-        self._trajectories = Trajectories(self._backend, self._traces)
+        self._trajectories = TrajectoryRegistry(self._backend, self._traces)
         self._runner: web.AppRunner | None = None
         self._port = 0
         self._closing: asyncio.Task[None] | None = None
@@ -147,13 +148,13 @@ class TITOSidecar:
         prompt_mode: TITOPromptMode = "full_history",
         bind_address: str = "127.0.0.1",
     ) -> Self:
-        """A sidecar that samples through a deployment's sampler, which stays the caller's.
+        """Make a sidecar that samples through a deployment's sampler, which the caller keeps.
 
-        Its headers are taken as they are now. The arguments are those of the class.
+        Later changes of the sampler's headers have no effect. The arguments are those of the class.
 
         Raises:
-            InvalidArgument: as the class; or the sampler has a header that says which calls belong
-                together or who calls, which is each trajectory's to say.
+            InvalidArgument: an argument is not allowed; or the sampler has a header that marks the
+                caller or calls that belong together, which the sidecar sets for each trajectory.
         """
         headers = {name.lower(): value for name, value in sampler.additional_headers.items()}
         if taken := sorted(_OWN_HEADERS & headers.keys()):
@@ -185,14 +186,14 @@ class TITOSidecar:
         return self._port
 
     async def start(self, port: int = 0) -> None:
-        """Listen. Started already, it goes on as it is.
+        """Listen; does nothing if the sidecar is started already.
 
         Args:
-            port: 0 takes a free one.
+            port: 0 takes a free port.
 
         Raises:
-            ClientClosed: it was closed.
-            OSError: the address or port can't be had.
+            ClientClosed: the sidecar was closed.
+            OSError: the address or port is not available.
         """
         if self._closing is not None:
             raise ClientClosed.of("sidecar")
@@ -218,18 +219,19 @@ class TITOSidecar:
         self._port = int(runner.addresses[0][1])
 
     async def close(self) -> None:
-        """End what is open as "abandoned", cancel its calls, and stop listening. Idempotent.
+        """End open trajectories as "abandoned", cancel their calls, and stop listening. Idempotent.
 
-        Cancelled, it still closes everything before it raises that.
+        When cancelled, it still closes everything before it raises the cancellation.
 
         Raises:
-            TITOError: the observer could not be told of an end (507); all is closed.
+            TITOError: the observer failed to take an end (507); everything is closed.
         """
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
         elif self._closing.done():
             return
-        await in_spite_of_cancellation(self._closing, "the sidecar to close")
+        closing = log_if_slow(self._closing, lambda: "the sidecar closes")
+        await finish_in_spite_of_cancellation(closing)
 
     async def _close(self) -> None:
         ids = self._trajectories.open_ids
@@ -264,8 +266,8 @@ class TITOSidecar:
         except Exception as error:
             if exc is None:
                 raise
-            # What is on its way says more.
-            logger.warning("the sidecar did not close in order: %s", told(error))
+            # The exception on its way matters more.
+            logger.warning("the sidecar did not close in order: %s", safe_text(error))
 
     # -- trajectories ------------------------------------------------------------------------------
 
@@ -277,23 +279,23 @@ class TITOSidecar:
         metadata: Mapping[str, Any] | None = None,
         drift_policy: TrajectoryDriftPolicy | None = None,
     ) -> TITOTrajectoryEndpoint:
-        """A new trajectory. With an observer this blocks until it is told; see the async form.
+        """Make a trajectory. With an observer this blocks, unlike `create_trajectory_async`.
 
         Args:
             trajectory_id: letters, digits, `_`, `.` and `-`, 128 at most; random unless given.
-            serving_affinity_key: keeps the calls on one replica, for its prompt cache; share it
-                among trajectories of one prompt, if you like.
+            serving_affinity_key: a key that keeps the calls on one replica, for its prompt cache;
+                trajectories of one prompt may share it.
             metadata: JSON for the artifact.
-            drift_policy: instead of the sidecar's.
+            drift_policy: overrides the sidecar's.
 
         Raises:
             ClientClosed: the sidecar is not started, or closed.
-            InvalidArgument: the id is taken, or no id.
-            TITOError: too many are open (429); or the observer failed (507).
+            InvalidArgument: the id is taken, or malformed.
+            TITOError: too many trajectories are open (429); or the observer failed (507).
         """
         made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
         with self._opening(made):
-            self._journal.record_now("trajectory_open", made.trajectory_id, made.opening())
+            self._journal.record_blocking("trajectory_open", made.trajectory_id, made.opening())
         return self._endpoint(made.trajectory_id)
 
     async def create_trajectory_async(
@@ -304,7 +306,7 @@ class TITOSidecar:
         metadata: Mapping[str, Any] | None = None,
         drift_policy: TrajectoryDriftPolicy | None = None,
     ) -> TITOTrajectoryEndpoint:
-        """`create_trajectory` without blocking the loop."""
+        """Make a trajectory as `create_trajectory` does, without blocking the loop."""
         made = self._make(trajectory_id, serving_affinity_key, metadata, drift_policy)
         with self._opening(made):
             await self._journal.record("trajectory_open", made.trajectory_id, made.opening())
@@ -329,7 +331,11 @@ class TITOSidecar:
         return await self._trajectories.end(trajectory_id, "abandoned", reason, cancel=True)
 
     async def fail_trajectory(self, trajectory_id: str, reason: str) -> TITOTrajectoryArtifact:
-        """The same for one that went wrong, such as an agent that crashed."""
+        """End a trajectory that went wrong, such as one whose agent crashed; calls are cancelled.
+
+        Raises:
+            TITOError: unknown (404), or ended before (410).
+        """
         return await self._trajectories.end(trajectory_id, "failed", reason, cancel=True)
 
     def dump_failure_trace(
@@ -343,11 +349,11 @@ class TITOSidecar:
     ) -> str | None:
         """Keep an artifact that the rollout rejected, within the bounds of `failure_trace_config`.
 
-        Blocks on files: in a coroutine call it by `asyncio.to_thread`. See
-        `dump_tito_failure_trace` for the arguments.
+        Blocks on files: in a coroutine call it by `asyncio.to_thread`. The arguments are those of
+        `dump_tito_failure_trace`.
 
         Returns:
-            The file; None where no configuration was given, or no room is left.
+            The file's path; None where no configuration was given, or no room is left.
         """
         if self._traces is None:
             return None
@@ -368,7 +374,7 @@ class TITOSidecar:
 
     @contextmanager
     def _opening(self, made: Trajectory) -> Generator[None]:
-        """While the observer is told: what nobody will be given is not left open."""
+        """Remove a trajectory that could not be opened, since nobody will get it."""
         try:
             yield
         except BaseException:

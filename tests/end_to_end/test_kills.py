@@ -16,7 +16,7 @@ import pytest
 
 from fireworks_training import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.processes import this_process
+from fireworks_training._async.runtime.processes import this_process
 from fireworks_training._core.ledger import LedgerEntry, fold
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import service_on

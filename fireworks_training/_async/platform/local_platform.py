@@ -1,9 +1,9 @@
-"""The embedded platform: a subprocess that this process owns, spoken to over HTTP like any other.
+"""Starts and stops the embedded platform, a subprocess that is reached over HTTP like any other.
 
-One a process, counted by its services, stopped with the last one. It holds the read end of a pipe
-whose write end only this process has: when this process ends, in whatever way, so does the
-platform.
-Nothing of `fireworks_training.local` is imported here.
+A process has at most one; its services share it, and the last one stops it. The platform holds the
+read end of a pipe whose write end only this process has: when this process ends, in whatever way,
+so does the platform. It knows the settings and the ready line of `fireworks_training.local`, and
+imports nothing of it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ START_TIMEOUT = 120.0
 """Seconds for the platform to print its ready line; it takes about 5."""
 
 STOP_TIMEOUT = 10.0
-"""Seconds for it to end by itself before it is killed."""
+"""Seconds for the platform to end by itself before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedPlatform:
-    """A running platform, as its ready line describes it; the repr hides the key."""
+    """Holds the ready line of a running platform; the repr hides the key."""
 
     base_url: str
     api_key: str
@@ -48,7 +48,7 @@ class EmbeddedPlatform:
 
 
 class _Embedded:
-    """The platform of this process, if it has one."""
+    """Holds the platform of this process, if it has one, and counts its users."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -87,7 +87,7 @@ class _Embedded:
         self.platform = None
 
     def disown(self) -> None:
-        """In a forked child: close the inherited pipe, so that the parent's end is what counts."""
+        """Close the inherited pipe in a forked child, so that only the parent's end counts."""
         self.lock = threading.Lock()
         process, self.users = self.process, 0
         self._forget()
@@ -104,12 +104,12 @@ if hasattr(os, "register_at_fork"):
 
 
 async def acquire(endpoint: Endpoint) -> EmbeddedPlatform:
-    """The embedded platform, started if it does not run; pair with `release`.
+    """Start the embedded platform, or share the running one; pair with `release`.
 
     Raises:
-        MissingExtra: what it needs is not installed.
-        LocalPlatformError: it did not start.
-        InvalidArgument: one with other settings runs in this process.
+        MissingExtra: a package that it needs is not installed.
+        LocalPlatformError: the platform did not start.
+        InvalidArgument: a platform with other settings runs in this process.
     """
     start = _Start(endpoint)
     try:
@@ -122,7 +122,7 @@ async def acquire(endpoint: Endpoint) -> EmbeddedPlatform:
 
 
 class _Start:
-    """One start in a thread, which can't be stopped: what nobody waits for is given back."""
+    """Runs one start in a thread, which can't be stopped: an abandoned start is released."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -148,7 +148,7 @@ class _Start:
 
 
 def release() -> None:
-    """Give the platform back; the last one stops it and waits. Blocks: call it in a thread."""
+    """Release the platform; the last release stops it and waits. Blocks: call it in a thread."""
     _embedded.release()
 
 
@@ -213,7 +213,7 @@ def _ready_line(process: subprocess.Popen[bytes], settings: bytes) -> dict[str, 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End it by closing its pipe; kill it if it does not listen."""
+    """Stop the platform by closing its pipe; kill it if it does not end."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError):

@@ -1,4 +1,7 @@
-"""How a service reaches its platform: a URL and a key, given or embedded, and one pool to it."""
+"""Connects a service to its platform: base URL, key and connection pool; starts an embedded one.
+
+It knows where the platform is and who stops it; it does not know what the service does with it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from fireworks_training.usage import Usage
 
 
 class Platform:
-    """The platform of one service.
+    """Connects one service to its platform.
 
     Args:
-        endpoint: where it is, or that it is to be embedded.
+        endpoint: the platform's URLs and key, or that it is embedded.
         owner: the loop of the pool.
-        additional_headers, verify_ssl, events: as for `Transport`.
+        additional_headers, verify_ssl, events: arguments of `Transport`.
     """
 
     def __init__(
@@ -52,12 +55,12 @@ class Platform:
 
     @property
     def inference_url(self) -> str:
-        """Where to sample."""
+        """URL for sampling."""
         return self._endpoint.inference_url or self._base_url
 
     @property
     def hotload_url(self) -> str:
-        """Where to hot load."""
+        """URL for hot loads."""
         return self._endpoint.hotload_api_url or self._base_url
 
     @property
@@ -67,11 +70,11 @@ class Platform:
         return self._transport
 
     async def open(self) -> AsyncControlPlane:
-        """Start the embedded platform if that is asked for; the control plane. Idempotent.
+        """Start the embedded platform if configured; gives the control plane. Idempotent.
 
         Raises:
             LocalPlatformError, MissingExtra: the embedded platform did not start.
-            NotSupported: there is a bare Tinker server.
+            NotSupported: the platform is a Tinker server.
         """
         if self.tinker_only:
             raise NotSupported(
@@ -82,7 +85,7 @@ class Platform:
         return await self._reached()
 
     async def trainer_url(self, job_id: str | None) -> str:
-        """Base URL of the data plane of a job, or of the one trainer that there is."""
+        """Find the base URL of a job's data plane, or of a Tinker server's one trainer."""
         plane = await self._reached()
         return self._base_url if self.tinker_only else await plane.trainer_url(job_id or "")
 
@@ -102,7 +105,7 @@ class Platform:
             return self._plane
 
     def make_transport(self, owner: OwnerLoop, events: EventHook | None = None) -> Transport:
-        """A pool of its own for another loop, where nobody is told of events; after `open()`."""
+        """Make a connection pool for a loop, with events only if given; after `open()`."""
         return Transport(
             owner=owner,
             base_url=self._base_url,
@@ -113,7 +116,7 @@ class Platform:
         )
 
     async def close(self) -> None:
-        """Close the pool, and give the embedded platform back; idempotent."""
+        """Close the pool, and release the embedded platform; idempotent."""
         if self._transport is not None:
             await self._transport.close()
         if self._embedded:
@@ -122,18 +125,18 @@ class Platform:
 
     @property
     def usage(self) -> Usage:
-        """What was used over the pool so far; nothing before `open()`."""
+        """Usage over the pool so far; none before `open()`."""
         return Usage() if self._transport is None else self._transport.usage.read()
 
     def release_usage(self) -> Usage:
-        """Nothing is held any more; what was used in all."""
+        """Stop counting the seconds of held resources; gives the whole usage."""
         if self._transport is not None:
             self._transport.usage.release()
         return self.usage
 
     @property
     def address(self) -> str:
-        """The platform as the user named it: a URL, "local" or "local:/path"."""
+        """The user's name of the platform: a URL, "local" or "local:/path"."""
         return self._endpoint.base_url
 
     @property
@@ -148,5 +151,5 @@ class Platform:
 
     @property
     def temporary(self) -> bool:
-        """Whether the platform's state goes away with it."""
+        """Whether the platform's state is deleted with it."""
         return self._endpoint.embedded and self._endpoint.state_dir is None

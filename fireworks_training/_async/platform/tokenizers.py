@@ -1,6 +1,7 @@
-"""Finds the tokenizer of a service: the platform's own where it serves one, else by name.
+"""Loads the tokenizer of a service: the platform's own where it serves one, else one by name.
 
-Files that a platform serves are cached by their hash, so that a changed tokenizer is a new folder.
+Files that a platform serves are cached by their hash, so that a changed tokenizer gets a new
+folder. It knows the control plane and the cache, and no chat templates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LOCAL_ACCOUNT = "local"
 
 
 async def load(source: str | Path) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`, in a thread: importing transformers takes seconds."""
+    """Load a tokenizer by name or folder, in a thread: importing transformers takes seconds."""
 
     def work() -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
@@ -41,13 +42,13 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
 async def find_tokenizer(
     plane: AsyncControlPlane, config: FiretitanProvisioningConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a service's model.
+    """Load the tokenizer of a service's model.
 
     Raises:
         InvalidArgument: the platform serves none, and no `tokenizer_model` was given.
     """
     if await plane.account() == LOCAL_ACCOUNT:
-        # Whatever name a script gives: only the served model's own tokenizer fits it.
+        # The name that a script gives is ignored: only the served model's own tokenizer fits.
         return await load(store(await plane.tokenizer_files(config.base_model)))
     if config.tokenizer_model is None:
         raise InvalidArgument(
@@ -58,10 +59,10 @@ async def find_tokenizer(
 
 
 def store(answer: Mapping[str, Any]) -> Path:
-    """Put served tokenizer files into the cache; their folder.
+    """Put served tokenizer files into the cache; gives their folder.
 
     Raises:
-        ProtocolError: the files are not what the answer says.
+        ProtocolError: a file has a name that is not allowed.
     """
     files = {str(name): base64.b64decode(text) for name, text in answer["files"].items()}
     digest = hashlib.sha256()

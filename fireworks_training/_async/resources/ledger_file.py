@@ -1,10 +1,11 @@
-"""The ledger's file: appended to under a lock, read whole, and replaced once most of it is past.
+"""Stores the ledger in a file: appends under a lock, reads it whole, compacts it when most is past.
 
-One line an entry (`_core.ledger`), in the user's state folder, so that what a killed run has made
-can be found again. A line that a crash tore is skipped, and the next one starts on a line of its
-own. When closed claims dominate, a file without them takes the place of this one, under its lock:
-who had waited for the lock finds that its file is no longer the ledger, and opens the new one.
-Everything here blocks on the disk: call it in a thread.
+The file has one line per entry and lies in the user's state folder, so that the resources of a
+killed run can be found again. A line that a crash tore is skipped, and the next one starts on a
+line of its own. When closed claims dominate, a file without them replaces this one, under its lock:
+a process that has waited for the lock finds that its file is no longer the ledger, and opens the
+new one. Everything here blocks on the disk: call it in a thread. It knows files and locks; the
+entries are `_core.ledger`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Generator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from fireworks_training._core.ledger import LedgerEntry, compact, decode, encode
@@ -26,21 +28,28 @@ logger = logging.getLogger("fireworks_training.ledger")
 NAME = "ledger.jsonl"
 
 COMPACT_EVERY = 64 << 10
-"""Bytes by which the file grows between two looks whether most of it is past."""
+"""Bytes by which the file grows between two checks whether to compact it."""
 
 
 class LedgerFile:
-    """The ledger of a user.
+    """Reads and appends to the ledger of a user.
 
     Args:
         path: the file; default `ledger.jsonl` in the user's state folder.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path if path is not None else state_dir() / NAME
+        self._path = path
+
+    @cached_property
+    def path(self) -> Path:
+        """The file."""
+        return state_dir() / NAME if self._path is None else self._path
 
     def append(self, entries: Sequence[LedgerEntry]) -> None:
-        """Write entries, all or (if this process dies) a part; on the disk when it returns.
+        """Append entries; they are on the disk when this returns.
+
+        If this process dies meanwhile, a part of them may be there.
 
         Raises:
             OSError: the folder can't be written.
@@ -58,7 +67,7 @@ class LedgerFile:
                 self._compact(file)
 
     def read(self) -> list[LedgerEntry]:
-        """All entries, in order; none where there is no file."""
+        """Read all entries, in order; none where there is no file."""
         try:
             with self._locked(os.O_RDONLY, fcntl.LOCK_SH) as file:
                 data = _whole(file)
@@ -87,7 +96,7 @@ class LedgerFile:
                 os.fsync(new.fileno())
             fresh.replace(self.path)
         except OSError as error:
-            # What had to be written stands in the old file.
+            # The old file has all entries.
             logger.warning("the ledger %s could not be compacted: %s", self.path, error)
 
     @contextlib.contextmanager
@@ -100,7 +109,7 @@ class LedgerFile:
                     yield file
                     return
             finally:
-                os.close(file)  # gives the lock back
+                os.close(file)  # releases the lock
 
     def _is_ledger(self, file: int) -> bool:
         """Whether an open file is still the one under the ledger's name."""

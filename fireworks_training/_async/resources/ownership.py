@@ -1,8 +1,9 @@
-"""What one run holds on the platform, and whether it made it; each change stands in the ledger.
+"""Keeps track of the resources of one run: which it holds, which it made, and their clean-up.
 
-A create request is preceded by an intent in the ledger, and carries the run's nonce, so that
-whatever happens to this process, what it made can be told from what was there. Only what was made
-is ever given back; what was found stays.
+Each change is written to the ledger. A create request is preceded by an intent in the ledger, and
+carries the run's nonce, so that the run's own resources can be recognized whatever happens to this
+process. Only resources that the run made are cleaned up; those that it found stay. It knows the
+control plane and the ledger; what a run needs, and how it is configured, is known to `plans`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from uuid import uuid4
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.processes import this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.processes import this_process
 from fireworks_training._core.ledger import (
     ANNOTATION,
     Event,
@@ -38,8 +39,8 @@ from fireworks_training.models import DeploymentInfo, TrainerJobInfo
 Row = TypeVar("Row", TrainerJobInfo, DeploymentInfo)
 
 CREATE_GRACE = 5.0
-"""Seconds that a cancelled call waits for the answer to its create request: only that tells what
-there is to clean up."""
+"""Seconds that a cancelled call waits for the answer to its create request: only the answer shows
+whether there is something to clean up."""
 
 CLEAN_UP_TIMEOUT = 60.0
 """Seconds for all clean-up of a service together."""
@@ -50,18 +51,21 @@ Standing = Literal["new", "intended", "created", "adopted", "released"]
 Role = Literal["reference", "inference", "deployment", "trainer"]
 
 _ORDER: tuple[Role, ...] = ("reference", "inference", "deployment", "trainer")
-"""In which things are given back: a trainer last, since others load what it saved."""
+"""Order of the clean-up: a trainer is last, since the others load what it saved."""
 
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """One resource that this run holds.
+    """Holds the state of one resource in the run that is going on, in this process's memory.
+
+    Each change of its standing is written to the ledger as a `_core.ledger.LedgerEntry`; a
+    `_core.ledger.OpenClaim` is what another process reads there.
 
     Attributes:
-        role: what the run uses it for.
+        role: the resource's use in the run.
         resource_id: its id.
-        clean_up: what to do with it at the end, if this run made it; None keeps it.
-        standing: how it came to be held.
+        clean_up: what is done with it at the end, if this run made it; None keeps it.
+        standing: how the run came to hold it.
     """
 
     role: Role
@@ -71,7 +75,7 @@ class Claim:
 
     @property
     def kind(self) -> Kind:
-        """A trainer job, or a deployment."""
+        """The kind of resource in this role."""
         return "trainer" if self.role in ("reference", "trainer") else "deployment"
 
     def __str__(self) -> str:
@@ -79,12 +83,12 @@ class Claim:
 
 
 class RunResources:
-    """The claims of one run.
+    """Holds the claims of one run.
 
     Args:
-        base_url: of the platform, as the user gave it.
+        base_url: the platform's URL, as the user gave it.
         embedded: whether the platform ends with this process.
-        run: name of the run, for people.
+        run: name of the run, for people; default the name of the script.
         ledger: default the user's.
     """
 
@@ -101,35 +105,30 @@ class RunResources:
         self.errors: list[BaseException] = []
         self._base_url = base_url
         self._embedded = embedded
-        self._run = run or PurePath(sys.argv[0] if sys.argv else "").name or "python"
+        self.run = run or PurePath(sys.argv[0] if sys.argv else "").name or "python"
         self._ledger = ledger if ledger is not None else LedgerFile()
         self._complained = False
 
     @property
-    def run(self) -> str:
-        """Name of the run."""
-        return self._run
-
-    @property
     def open(self) -> bool:
-        """Whether anything is held."""
+        """Whether the run holds a resource."""
         return any(claim.standing != "released" for claim in self.claims)
 
     # -- marks -------------------------------------------------------------------------------------
 
     def job_name(self, wanted: str | None) -> str:
-        """The display name of a job that this run makes."""
-        return marked_name(wanted or self._run[:40], self.nonce)
+        """Make the display name of a job that this run makes."""
+        return marked_name(wanted or self.run[:40], self.nonce)
 
     def annotations(self) -> dict[str, str]:
-        """The annotations of a deployment that this run makes."""
+        """Make the annotations of a deployment that this run makes."""
         return {ANNOTATION: self.nonce}
 
     def carries(self, row: TrainerJobInfo | DeploymentInfo) -> bool:
-        """Whether a resource says that this run made it."""
-        return proves(row, self.nonce)
+        """Whether a resource carries this run's nonce: this run made it."""
+        return carries_nonce(row, self.nonce)
 
-    # -- coming by resources -----------------------------------------------------------------------
+    # -- taking hold -------------------------------------------------------------------------------
 
     async def create(
         self,
@@ -137,10 +136,10 @@ class RunResources:
         claim: Claim,
         send: Callable[[], Awaitable[tuple[Row, bool]]],
     ) -> Row:
-        """Send a create request under an intent; what came of it decides the claim's standing.
+        """Note an intent, send a create request, and note whether the resource was made or found.
 
-        Cancelled meanwhile, it waits for the answer for up to `CREATE_GRACE` seconds; without one
-        the claim stays intended, to be looked at by `abandon` or by `reap`.
+        When cancelled meanwhile, it waits for the answer for up to `CREATE_GRACE` seconds; without
+        one the claim stays "intended", for `abandon` or `reap` to decide about.
         """
         self.claims.append(claim)
         await self._note(plane, "intent", claim)
@@ -157,7 +156,7 @@ class RunResources:
                 row, answered = request.result()
                 await self._made(plane, claim, made=answered or self.carries(row))
             raise
-        # "It was there" may be the echo of a request of ours whose answer was lost.
+        # "It exists" may answer a repeated request of ours whose first answer was lost.
         await self._made(plane, claim, made=answered or self.carries(row))
         return row
 
@@ -166,18 +165,18 @@ class RunResources:
         await self._note(plane, "created" if made else "adopted", claim)
 
     async def adopt(self, plane: AsyncControlPlane, claim: Claim) -> None:
-        """Hold a resource that was found."""
+        """Note that the run holds a resource that it found."""
         claim.standing = "adopted"
         self.claims.append(claim)
         await self._note(plane, "adopted", claim)
 
-    # -- giving them back --------------------------------------------------------------------------
+    # -- clean-up ----------------------------------------------------------------------------------
 
     async def give_back(self, plane: AsyncControlPlane, role: Role | None = None) -> None:
-        """The policies: delete, scale to zero or keep what was made; let go of what was found.
+        """Clean up as configured: delete, scale to zero or keep what was made; release the rest.
 
-        Claims go one after the other, each whatever happened to the one before; what went wrong is
-        logged and kept in `errors`.
+        Claims are cleaned up one after another, also after one that failed; failures are logged and
+        kept in `errors`.
 
         Args:
             role: only the claims of this role.
@@ -189,10 +188,10 @@ class RunResources:
     async def abandon(
         self, plane: AsyncControlPlane, claims: Sequence[Claim] | None = None
     ) -> None:
-        """Delete what was made, all at once: the call that made it failed, and nobody holds it.
+        """Delete the resources that a failed call has made, all at once.
 
         Args:
-            claims: only these.
+            claims: only these; default all.
         """
         wanted = list(self.claims if claims is None else claims)
         await self._in_time([(claim, "delete") for claim in wanted], plane, together=True)
@@ -262,7 +261,7 @@ class RunResources:
     async def _note(
         self, plane: AsyncControlPlane, event: Event, claim: Claim, note: str = ""
     ) -> None:
-        """Write to the ledger; one that can't be written is said once, and stops nobody."""
+        """Write an entry to the ledger; if that fails, log it once and go on."""
         account = await plane.account()
 
         def write() -> None:
@@ -275,14 +274,14 @@ class RunResources:
                 base_url=self._base_url,
                 nonce=self.nonce,
                 owner=this_process(),
-                run=self._run,
+                run=self.run,
                 embedded=self._embedded,
                 note=note,
             )
             self._ledger.append([entry])
 
         try:
-            # To its end, so that entries stand in the order in which things happened.
+            # To its end, so that the entries are in the order of the events.
             await finish_in_spite_of_cancellation(asyncio.to_thread(write))
         except OSError as error:
             if not self._complained:
@@ -295,8 +294,8 @@ class RunResources:
                 )
 
 
-def proves(row: TrainerJobInfo | DeploymentInfo, nonce: str) -> bool:
-    """Whether a resource carries a run's nonce."""
+def carries_nonce(row: TrainerJobInfo | DeploymentInfo, nonce: str) -> bool:
+    """Whether a resource carries a run's nonce, which proves that the run made it."""
     if isinstance(row, TrainerJobInfo):
         return name_carries(row.display_name, nonce)
     return annotations_carry(row.annotations, nonce)
@@ -305,7 +304,7 @@ def proves(row: TrainerJobInfo | DeploymentInfo, nonce: str) -> bool:
 async def find(
     plane: AsyncControlPlane, kind: Kind, resource_id: str
 ) -> TrainerJobInfo | DeploymentInfo | None:
-    """A resource as it is now; None where there is none, or only its tombstone."""
+    """Fetch a resource; None where there is none, or it is deleted."""
     if kind == "trainer":
         job = await plane.get_job(resource_id)
         return None if job is None or job_readiness(job.state) is Readiness.GONE else job

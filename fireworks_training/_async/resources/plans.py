@@ -1,7 +1,8 @@
-"""Gets a trainer, a deployment and a reference trainer up, together.
+"""Makes or finds a trainer, a deployment and a reference trainer as configured, all at once.
 
-All are made in one task group: when one fails, the waits for the others end at once, what this call
-made is deleted, and the first error is raised. What was found is never touched.
+They are made in one task group: when one fails, the waits for the others end at once, the caller
+deletes what was made, and the first error is raised. It knows configurations and the control plane;
+`ownership` keeps track of the resources, `readiness` waits for them.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ SERVING = ("READY", "UPDATING")
 
 @dataclass(slots=True)
 class Resources:
-    """What a service has.
+    """Holds a service's resources, as far as they exist.
 
     Attributes:
         profile: the training shape, resolved.
         job_id, job: the trainer job; its id is chosen before it exists.
-        deployment_id, deployment: the deployment.
+        deployment_id, deployment: the deployment; likewise.
         reference: the separate reference trainer, if there is one.
-        stale: whether the deployment was found and may serve the weights of another run.
+        stale: whether the deployment was found, and so may serve the weights of another run.
     """
 
     profile: TrainingProfile | None = None
@@ -65,14 +66,16 @@ class Resources:
 
 
 def separate_reference(config: FiretitanProvisioningConfig) -> bool:
-    """Whether a reference model needs a trainer of its own: without an adapter to turn off, or
-    where the caller names a shape or a job for it."""
+    """Whether a reference model needs a trainer of its own.
+
+    It does where there is no adapter to turn off, or the caller names a shape or a job for it.
+    """
     named = config.reference_training_shape_id or config.reference_trainer_job_id
     return bool(named) or (config.lora_rank == 0 and config.max_lora_rank is None)
 
 
 def reference_config(config: FiretitanProvisioningConfig) -> FiretitanProvisioningConfig:
-    """The forward-only trainer that serves a service's reference model."""
+    """Configure the forward-only trainer that serves a service's reference model."""
     return replace(
         config,
         create_deployment=False,
@@ -98,9 +101,9 @@ async def provision(
     *,
     role: Role = "trainer",
 ) -> None:
-    """Make or find what `config` describes, and wait until it is ready.
+    """Make or find the resources that `config` describes, and wait until they are ready.
 
-    `resources` is filled in as things come into being; what there is to clean up, `holdings` knows.
+    `resources` is filled in as they come into being; `holdings` keeps track of the clean-up.
     """
     if config.snapshot_dtype is not None and await plane.account() != LOCAL_ACCOUNT:
         raise NotSupported("snapshot_dtype is an option of the local platform: leave it out here")
@@ -164,8 +167,8 @@ async def until_running(
     """Wait until a trainer job runs and answers.
 
     Args:
-        first: a look at it that was just made.
-        resumable: start it again where it stands.
+        first: the job, if it was just fetched.
+        resumable: whether a job that has stopped is resumed.
     """
     watch = ReadinessWait(
         f"trainer {job_id}",
@@ -249,7 +252,7 @@ async def wait_for_deployment(
     budget: float,
     settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
-    """See `deployment_ready`."""
+    """Wait up to `budget` seconds until a deployment is ready, and `settled`."""
     watch = ReadinessWait(
         f"deployment {deployment_id}",
         deployment_readiness,
@@ -263,7 +266,7 @@ async def wait_for_deployment(
 async def _reattach(
     plane: AsyncControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
 ) -> DeploymentInfo:
-    """Point a deployment that was found to this service's trainer; only what differs is changed."""
+    """Point a deployment that was found to this service's trainer; change only what differs."""
     wanted, has = config.deployment_shape, found.deployment_shape
     if wanted and has and _parent(wanted) != _parent(has):
         raise InvalidArgument(
@@ -289,7 +292,7 @@ async def _reattach(
 def _changes(
     config: FiretitanProvisioningConfig, row: DeploymentInfo, job: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """What of a deployment differs from what is wanted: fields, and their mask."""
+    """Compare a deployment with the configuration; gives the fields to change, and their mask."""
     fields: dict[str, Any] = {}
     masks: list[str] = []
     if row.hot_load_trainer_job != job:

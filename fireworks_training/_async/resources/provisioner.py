@@ -1,7 +1,8 @@
-"""Holds what a service has on its platform: gets it up at the first need, gives it back at the end.
+"""Provisions a service's resources at the first need, and cleans them up at the end.
 
-An attempt runs in a task of its own, so that whoever ends it (a cancelled caller, `close()`, the
-interpreter's exit) can wait until what it made is deleted. What is made how is `provisioning`'s.
+An attempt runs in a task of its own, so that a cancelled caller, `close()` or the interpreter's
+exit can end it and wait until its resources are deleted. It does not know how resources are made:
+`plans` does.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from fireworks_training.errors import ClientClosed
 
 
 class Provisioner:
-    """What one service has on its platform, from the first need of it to the end.
+    """Provisions the resources of one service, once, and cleans them up.
 
     Args:
         connection: the platform.
-        config: what the service was made for.
+        config: the service's configuration.
     """
 
     def __init__(self, connection: Platform, config: FiretitanProvisioningConfig) -> None:
@@ -60,14 +61,14 @@ class Provisioner:
         self._forget_exit: Callable[[], None] = lambda: None
 
     async def provisioned(self) -> Resources:
-        """Provision once, whoever asks; a failed or cancelled attempt leaves nothing behind.
+        """Provision at the first call; a failed or cancelled attempt leaves nothing behind.
 
         With a bare Tinker server there is nothing to provision.
 
         Raises:
             ProvisioningError: a resource failed.
             ProvisioningTimeout: one was not ready within its budget.
-            NotSupported: an option that only the local platform has, elsewhere.
+            NotSupported: an option is known to the local platform only.
         """
         async with self._lock:
             if not self._ready and not self._connection.tinker_only:
@@ -84,7 +85,7 @@ class Provisioner:
         return self.resources
 
     async def reference(self) -> Resources:
-        """The separate reference trainer, made at first use."""
+        """Give the separate reference trainer; made at first use."""
         await self.provisioned()
         async with self._lock:
             if self.resources.reference is None:
@@ -96,7 +97,7 @@ class Provisioner:
     async def hold(
         self, claim: Claim, work: Callable[[AsyncControlPlane], Coroutine[Any, Any, None]]
     ) -> None:
-        """Make or find something else, beside the rest; what a failed attempt made is deleted."""
+        """Make or find a further resource; what a failed attempt made is deleted."""
         await self._run(work, lambda made: made is claim)
 
     async def revive(self, resources: Resources) -> None:
@@ -114,10 +115,10 @@ class Provisioner:
         """Carry out one attempt in a task of its own, which `close` and the exit can wait for.
 
         Args:
-            is_of: which of the claims that come up meanwhile are this attempt's.
+            is_of: recognizes this attempt's claims among those made meanwhile.
         """
         if self._closing:
-            raise _closed()
+            raise ClientClosed.of("service")
         attempt = asyncio.create_task(
             self._try(work, is_of), name="fireworks_training: provisioning"
         )
@@ -126,7 +127,7 @@ class Provisioner:
             await asyncio.shield(attempt)
         except asyncio.CancelledError:
             if attempt.cancelled() and self._is_closing():
-                raise _closed() from None
+                raise ClientClosed.of("service") from None
             attempt.cancel()
             await finish_in_spite_of_cancellation(ended(attempt))
             raise
@@ -168,14 +169,14 @@ class Provisioner:
         self.resources.reference = resources
 
     async def release_references(self) -> None:
-        """Give the separate reference trainer back."""
+        """Clean up the separate reference trainer."""
         async with self._lock:
             self.resources.reference = None
             plane = await self._connection.open()
             await finish_in_spite_of_cancellation(self.holdings.give_back(plane, "reference"))
 
     async def clean_up(self) -> list[BaseException]:
-        """End an attempt under way, give back what was made; what went wrong on the way."""
+        """End attempts under way and clean up what was made; gives the errors on the way."""
         self._closing = True
         await self._end_attempts()
         if self.holdings.open:
@@ -184,7 +185,7 @@ class Provisioner:
         return self.holdings.errors
 
     async def _end_attempts(self) -> None:
-        """Cancel those of this loop, and wait until what they made is deleted."""
+        """Cancel the attempts of this loop, and wait until what they made is deleted."""
         here = asyncio.get_running_loop()
         attempts = [attempt for attempt in self._attempts if attempt.get_loop() is here]
         for attempt in attempts:
@@ -193,7 +194,7 @@ class Provisioner:
             await ended(attempt)
 
     async def _clean_up_at_exit(self) -> None:
-        """The policies, at interpreter exit, on the portal's loop, over a pool of its own."""
+        """Clean up at interpreter exit, on the portal's loop, over a pool of its own."""
         await self._end_attempts()
         await self.recorder.finish(self._connection.release_usage())
         if self._connection.temporary or not self.holdings.open:
@@ -207,9 +208,5 @@ class Provisioner:
 
 
 def _managed(claim: Claim) -> bool:
-    """Whether a claim is of the service's own trainer, deployment or reference."""
+    """Whether a claim belongs to the service's own trainer, deployment or reference."""
     return claim.role != "inference"
-
-
-def _closed() -> ClientClosed:
-    return ClientClosed.of("service")

@@ -1,8 +1,9 @@
-"""Waits for one thing: looks, and does what `_core.lifecycle.Watch` decides.
+"""Waits for one resource: polls it, and does what `_core.lifecycle.ReadinessWait` decides.
 
-A change of state is logged as INFO, a long silence as WARNING, both with state, age and message; a
-terminal shows the same as it changes. A look that fails for a passing reason is no look: a control
-plane that is away for a minute must not end a wait of hours.
+A change of state is logged as INFO, a long wait as WARNING, both with state, age and message; a
+terminal shows the same. A poll that fails for a passing reason is ignored: a control plane that is
+away for a minute must not end a wait of hours. It knows the control plane's routes, and nothing of
+configurations.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from typing import Protocol, TypeVar
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.runtime.cancellation import first_to_end
-from fireworks_training._async.runtime.progress import shown
+from fireworks_training._async.runtime.terminal import shown_on_terminal
 from fireworks_training._core.backoff import is_retryable
 from fireworks_training._core.lifecycle import Again, GiveUp, Go, ReadinessWait, Resume, Seen
 from fireworks_training.errors import ApiError
 from fireworks_training.models import DeploymentInfo, Observation, TrainerJobInfo
 
 PROBE_EVERY = 5.0
-"""Seconds between two attempts to have a completion from a deployment that is CREATING."""
+"""Seconds between two attempts to get a completion from a deployment that is CREATING."""
 
 
-class Waited(Protocol):
-    """What can be waited for: a resource, or a `Seen` of anything else."""
+class HasState(Protocol):
+    """Names what the wait reads of a resource."""
 
     @property
     def name(self) -> str: ...
@@ -36,10 +37,10 @@ class Waited(Protocol):
     def message(self) -> str: ...
 
 
-Row = TypeVar("Row", bound=Waited)
+Row = TypeVar("Row", bound=HasState)
 
 LookAgain = Callable[[Observation[Row], int], Awaitable[Observation[Row]]]
-"""Looks at a resource again: the look before, and the seconds to wait for a change since then."""
+"""Fetches a resource, given the observation before and the seconds to wait for a change."""
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
@@ -52,21 +53,21 @@ async def until_ready(
     resume: Callable[[], Awaitable[None]] | None = None,
     answers: Callable[[Row], Awaitable[bool]] | None = None,
 ) -> Row:
-    """Look at a resource until it is ready.
+    """Poll a resource until it is ready.
 
     Args:
-        look: fetches it.
-        first: it, as it was just seen.
-        resume: asks for it to be started again, where the watch allows that.
-        answers: what must hold beyond the state; asked where that is ready.
+        look: fetches the resource.
+        first: the resource, if it was just fetched.
+        resume: starts the resource again, where `watch` allows that.
+        answers: a further condition, checked when the state is ready.
 
     Raises:
         ProvisioningError: it failed, or is not there.
         ProvisioningTimeout: not ready within its budget.
-        ApiError: the control plane refuses to be asked.
+        ApiError: the control plane refuses a request.
     """
     loop = asyncio.get_running_loop()
-    with shown(lambda: watch.describe(loop.time())):
+    with shown_on_terminal(lambda: watch.describe(loop.time())):
         return await _until_ready(watch, look, first, resume, answers)
 
 
@@ -122,7 +123,7 @@ async def trainer_ready(
     """Wait until a trainer job runs and answers.
 
     Args:
-        first: a look at it that was just made.
+        first: the job, if it was just fetched.
     """
 
     async def healthy(_: TrainerJobInfo) -> bool:
@@ -147,12 +148,12 @@ async def deployment_ready(
     *,
     settled: Callable[[DeploymentInfo], bool] | None = None,
 ) -> DeploymentInfo:
-    """Wait until a deployment is ready, and as it should be.
+    """Wait until a deployment is ready, and `settled`.
 
-    One that is CREATING and answers a completion counts as ready: its state may lag behind.
+    A deployment that is CREATING and answers a completion counts as ready: its state may lag.
 
     Args:
-        settled: what it should be; then only its state counts.
+        settled: a condition on the deployment; with it, only the state counts as ready.
     """
     last: Observation[DeploymentInfo] = Observation(None)
 

@@ -1,7 +1,8 @@
-"""What the runs of this user have made on one account, what of it is left, and its removal.
+"""Lists and removes resources that this user's runs have left behind on one account.
 
-The ledger says where to look, the rules in `_core.ledger` what may be touched, the resource itself
-whether it is ours. Nothing is removed that does not carry the nonce of a run without a live owner.
+The ledger shows where to look, the rules in `_core.ledger` decide what may be touched, and the
+resource itself proves whose it is: nothing is removed that does not carry the nonce of a run
+without a live owner. It knows the control plane and the ledger, and nothing of a running service.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Self
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.ownership import delete, find, proves
-from fireworks_training._async.resources.processes import is_alive, this_process
+from fireworks_training._async.resources.ownership import carries_nonce, delete, find
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.processes import is_alive, this_process
 from fireworks_training._core.ledger import (
     AskPlatform,
     Close,
@@ -36,14 +37,14 @@ from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.models import DeploymentInfo, HeldResource, TrainerJobInfo
 
 AT_ONCE = 8
-"""Resources that are looked at together."""
+"""Resources that are fetched at the same time."""
 
 Decision = AskPlatform | Leave | Close | Remove
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
-    """What the caller wants removed; see `AsyncResourceLedger.reap`."""
+class _ReapOptions:
+    """Holds the arguments of `AsyncResourceLedger.reap`."""
 
     older_than_s: float = 0.0
     kept: bool = False
@@ -51,7 +52,7 @@ class _Wish:
 
 
 class AsyncResourceLedger:
-    """The resources that runs of this user hold, on this machine's record.
+    """Lists and removes what runs of this user hold, as recorded on this machine.
 
     Make one with `connect`; use it as a context manager, or `close()` it.
     """
@@ -74,14 +75,14 @@ class AsyncResourceLedger:
         """Describe the connection; nothing is sent yet.
 
         Args:
-            api_key: default `FIREWORKS_API_KEY`. What other accounts hold is listed, and left.
-            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. What other platforms
-                hold is listed, and left.
+            api_key: default `FIREWORKS_API_KEY`. Resources of other accounts are listed, and left.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. Resources of other
+                platforms are listed, and left.
             additional_headers: sent with every request; they win over the SDK's own.
             verify_ssl: False accepts any TLS certificate.
 
         Raises:
-            InvalidArgument: no key, or a URL that is none.
+            InvalidArgument: no key, or `base_url` is not a URL.
         """
         endpoint = resolve_endpoint(base_url=base_url, api_key=api_key)
         owner = OwnerLoop()
@@ -97,14 +98,14 @@ class AsyncResourceLedger:
         return cls(AsyncControlPlane(transport), owner, endpoint.base_url)
 
     async def ps(self) -> list[HeldResource]:
-        """What is held or left, oldest first; changes nothing.
+        """List resources that are held or left behind, oldest first; changes nothing.
 
         Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
 
         Raises:
             ApiError: the platform can't be asked.
         """
-        return await self._owner.run(lambda: self._all(_Wish(), act=False), label="ps")
+        return await self._owner.run(lambda: self._all(_ReapOptions(), act=False), label="ps")
 
     async def reap(
         self,
@@ -114,16 +115,16 @@ class AsyncResourceLedger:
         kept: bool = False,
         other_machines: bool = False,
     ) -> list[HeldResource]:
-        """Remove what runs have left behind: what carries their nonce and has no live owner.
+        """Remove resources that runs have left behind: they carry a nonce, and no owner lives.
 
         Deployments go before trainers; a failure of one ("failed") does not stop the others.
 
         Args:
-            older_than_s: only what was asked for at least so many seconds ago.
-            dry_run: only say what would be done.
-            kept: also what was kept on purpose at the end of its run.
-            other_machines: also what runs of other machines made, whose processes can't be looked
-                at from here: say so only if you know that they have ended.
+            older_than_s: only resources that were asked for at least so many seconds ago.
+            dry_run: only list what would be done.
+            kept: also resources that were kept on purpose at the end of their run.
+            other_machines: also resources of runs on other machines, whose processes can't be seen
+                from here: pass it only if you know that they have ended.
 
         Returns:
             Everything that is held or left, with its `outcome`.
@@ -131,8 +132,8 @@ class AsyncResourceLedger:
         Raises:
             ApiError: the platform can't be asked.
         """
-        wish = _Wish(older_than_s, kept, other_machines)
-        return await self._owner.run(lambda: self._all(wish, act=not dry_run), label="reap")
+        options = _ReapOptions(older_than_s, kept, other_machines)
+        return await self._owner.run(lambda: self._all(options, act=not dry_run), label="reap")
 
     async def close(self) -> None:
         """Close the connections; idempotent."""
@@ -160,14 +161,14 @@ class AsyncResourceLedger:
     def _bind_to_portal(self) -> None:
         self._owner.use_portal()
 
-    async def _all(self, wish: _Wish, *, act: bool) -> list[HeldResource]:
+    async def _all(self, options: _ReapOptions, *, act: bool) -> list[HeldResource]:
         claims = await self._claims()
         account = await self._plane.account() if self._plane is not None and claims else None
         places = asyncio.Semaphore(AT_ONCE)
 
         async def one(claim: OpenClaim) -> HeldResource:
             async with places:
-                return await self._one(claim, claims, account, wish, act=act)
+                return await self._one(claim, claims, account, options, act=act)
 
         deployments = [claim for claim in claims if claim.last.kind == "deployment"]
         trainers = [claim for claim in claims if claim.last.kind == "trainer"]
@@ -185,12 +186,12 @@ class AsyncResourceLedger:
         claim: OpenClaim,
         claims: list[OpenClaim],
         account: str | None,
-        wish: _Wish,
+        options: _ReapOptions,
         *,
         act: bool,
     ) -> HeldResource:
         shown = self._shown(claim)
-        decision: Decision = await asyncio.to_thread(_judged, claim, claims, wish)
+        decision: Decision = await asyncio.to_thread(_judged, claim, claims, options)
         here = (claim.last.base_url, claim.last.account) == (self._base_url, account)
         if not here or self._plane is None:
             if isinstance(decision, AskPlatform):
@@ -203,14 +204,20 @@ class AsyncResourceLedger:
                 return replace(shown, outcome="failed", reason=str(error))
             shown = _with_state(shown, row)
             if isinstance(decision, AskPlatform):
-                carries = row is not None and proves(row, claim.last.nonce)
+                carries = row is not None and carries_nonce(row, claim.last.nonce)
                 decision = judge_found(
                     claim, present=row is not None, carries=carries, now=time.time()
                 )
-        return await self._carry_out(shown, claim, decision, wish, act=act)
+        return await self._carry_out(shown, claim, decision, options, act=act)
 
     async def _carry_out(
-        self, shown: HeldResource, claim: OpenClaim, decision: Decision, wish: _Wish, *, act: bool
+        self,
+        shown: HeldResource,
+        claim: OpenClaim,
+        decision: Decision,
+        options: _ReapOptions,
+        *,
+        act: bool,
     ) -> HeldResource:
         if isinstance(decision, Leave):
             return replace(shown, outcome="leave", reason=decision.reason)
@@ -221,8 +228,8 @@ class AsyncResourceLedger:
         reason = "its run has ended" if claim.last.event != "kept" else "it was kept"
         if not act:
             return replace(shown, outcome="remove", reason=reason)
-        # Somebody may have taken it up since the ledger was read.
-        again = await asyncio.to_thread(_judged, claim, await self._claims(), wish)
+        # Another run may have adopted it since the ledger was read.
+        again = await asyncio.to_thread(_judged, claim, await self._claims(), options)
         if isinstance(again, Leave):
             return replace(shown, outcome="leave", reason=again.reason)
         assert self._plane is not None
@@ -253,15 +260,17 @@ class AsyncResourceLedger:
         )
 
 
-def _judged(claim: OpenClaim, claims: list[OpenClaim], wish: _Wish) -> AskPlatform | Leave | Close:
+def _judged(
+    claim: OpenClaim, claims: list[OpenClaim], options: _ReapOptions
+) -> AskPlatform | Leave | Close:
     return judge(
         claim,
         claims,
         is_alive,
         now=time.time(),
-        older_than=wish.older_than_s,
-        kept=wish.kept,
-        elsewhere=wish.other_machines,
+        older_than=options.older_than_s,
+        kept=options.kept,
+        elsewhere=options.other_machines,
     )
 
 

@@ -1,8 +1,8 @@
-"""What runs have used, kept after they ended, in the user's state folder.
+"""Records the usage of runs in the user's state folder, and reads it back.
 
-`usage.jsonl` has one JSON line for each run whose service was closed. A run that goes on has a file
-of its own in `usage/`, replaced whole every few seconds: after a kill it says what was used up to
-then. The functions here block on the disk: call them in a thread.
+`usage.jsonl` has one JSON line for each run whose service was closed. A run that goes on has a note
+of its own in `usage/`, replaced whole every few seconds, which is left after a kill. The functions
+block on the disk: call them in a thread. It does not know how usage is counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from fireworks_training._async.resources.processes import is_alive, this_process
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.processes import is_alive, this_process
 from fireworks_training._core.ledger import Owner
 from fireworks_training.config import state_dir
 from fireworks_training.usage import RunState, RunUsage, Usage
@@ -30,12 +30,12 @@ logger = logging.getLogger("fireworks_training.usage")
 NAME, FOLDER = "usage.jsonl", "usage"
 
 NOTE_EVERY = 2.0
-"""Seconds between two notes of what a run has used so far: a kill loses so much at most."""
+"""Seconds between two notes of a run's usage: a kill loses that much at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run: its name, its id, its platform and its model."""
+    """Identifies a run: its name, its id, its platform and its model."""
 
     run: str
     run_id: str
@@ -47,7 +47,7 @@ class RunRecord:
 
 
 def note(run: RunRecord, usage: Usage) -> None:
-    """Say what a run that goes on has used so far; the whole note or none of it is there.
+    """Replace the note of a run that goes on; a reader finds the old note or the new one.
 
     Raises:
         OSError: the folder can't be written.
@@ -75,14 +75,16 @@ def write(run: RunRecord, usage: Usage) -> None:
         os.write(descriptor, _line(run, usage))
     finally:
         os.close(descriptor)
-    # A crash between the two leaves both: the record counts.
+    # A crash before this leaves record and note: the record counts.
     with contextlib.suppress(FileNotFoundError):
         _note_of(run.run_id).unlink()
 
 
 def read_usage_records(path: Path | None = None) -> list[RunUsage]:
-    """All records, oldest first, then the notes of runs whose service was not closed; what can't be
-    read is skipped, with a warning."""
+    """Read all records, oldest first, then the notes of runs whose service was not closed.
+
+    Lines that can't be read are skipped, with a warning.
+    """
     path = path if path is not None else state_dir() / NAME
     found: list[RunUsage] = []
     try:
@@ -130,11 +132,11 @@ def _note_of(run_id: str) -> Path:
 
 
 class UsageRecorder:
-    """Keeps the note of one run, and makes its record.
+    """Keeps the note of one run up to date, and makes its record.
 
     Args:
-        run: whose.
-        read: what it has used so far.
+        run: the run.
+        read: gives the run's usage so far.
     """
 
     def __init__(self, run: RunRecord, read: Callable[[], Usage]) -> None:
@@ -146,7 +148,7 @@ class UsageRecorder:
         self._complained = False
 
     def start(self) -> None:
-        """Keep notes from now on, on the loop that runs; once."""
+        """Keep the note up to date from now on, on the running loop; once."""
         if self._task is None:
             self._task = asyncio.create_task(self._keep(), name="fireworks_training: usage")
 
@@ -160,9 +162,9 @@ class UsageRecorder:
             await asyncio.sleep(NOTE_EVERY)
 
     async def finish(self, used: Usage) -> None:
-        """Make the record of the run, if it used anything."""
+        """Make the record of the run, unless it used nothing."""
         task, self._task = self._task, None
-        # At the interpreter's exit this is another loop, and that of the task is no more.
+        # At the interpreter's exit this is another loop, and the task's own has ended.
         if task is not None and task.get_loop() is asyncio.get_running_loop():
             task.cancel()
             await asyncio.wait([task])

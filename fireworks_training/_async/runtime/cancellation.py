@@ -1,4 +1,7 @@
-"""Clean-up that a cancellation does not cut, and the first of several failures."""
+"""Finishes clean-up in spite of a cancellation, and takes apart failures of several tasks.
+
+It knows asyncio's tasks; what they do is their callers' concern.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ async def ended(task: asyncio.Task[Any]) -> None:
 
 
 async def first_to_end(*works: Coroutine[Any, Any, T]) -> T:
-    """What whichever ends first comes to; the others are cancelled, and have ended too."""
+    """Run coroutines at once; give the result of the first that ends, and cancel the others.
+
+    All of them have ended when this returns or raises.
+    """
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -32,23 +38,25 @@ async def _all_ended(tasks: list[asyncio.Task[T]]) -> None:
 
 
 def first_of(error: BaseException) -> BaseException:
-    """The first failure in a group; the error itself if it is none."""
+    """Find the first failure in a group of exceptions; an exception alone is its own."""
     while isinstance(error, BaseExceptionGroup):
         error = cast(BaseExceptionGroup[BaseException], error).exceptions[0]
     return error
 
 
-async def finish_in_spite_of_cancellation(work: Coroutine[Any, Any, None]) -> None:
-    """Await clean-up to its end, even when the waiter is cancelled meanwhile."""
+async def finish_in_spite_of_cancellation(work: Coroutine[Any, Any, T]) -> T:
+    """Await work to its end, even when the waiter is cancelled meanwhile.
+
+    Such a cancellation is raised when the work has ended, with the work's own failure, if there is
+    one, as its cause.
+    """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.shield(task)
+            await ended(task)
         except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
             cancelled = error
     if cancelled is not None:
-        raise cancelled
-    task.result()
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()

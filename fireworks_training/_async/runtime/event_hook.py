@@ -1,8 +1,8 @@
-"""The user's `on_event` hook, called safely.
+"""Calls the user's `on_event` hook safely.
 
-Where no hook is set there is no `EventHook`, and whoever has something to tell asks for that first:
-events that nobody wants are not made. It knows the hook and what it was told of windows last; the
-events themselves are `fireworks_training.events`.
+Where no hook is set there is no `EventHook`; callers check for that first, so that events nobody
+wants are not made. It knows the hook and the window size that it reported last; the events
+themselves are defined in `fireworks_training.events`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fireworks_training.errors import InvalidArgument
 from fireworks_training.events import Event, LoopBlockedEvent, OnEvent, WindowEvent
 
 WINDOWS = 64
-"""Controllers whose window is remembered; the oldest goes first."""
+"""Controllers whose window size is remembered; the oldest is forgotten first."""
 
 logger = logging.getLogger("fireworks_training.events")
 
 
 class HasWindow(Protocol):
-    """A concurrency controller, as far as a hook is told of it."""
+    """Names what a hook reports of a concurrency controller."""
 
     @property
     def window_size(self) -> int:
@@ -37,7 +37,8 @@ class EventHook:
         hook: the user's function.
 
     Raises:
-        InvalidArgument: it can't be called, or is a coroutine function, which nobody would await.
+        InvalidArgument: `hook` can't be called, or is a coroutine function, which nobody would
+            await.
     """
 
     def __init__(self, hook: OnEvent) -> None:
@@ -56,16 +57,16 @@ class EventHook:
 
     @classmethod
     def of(cls, hook: OnEvent | None) -> EventHook | None:
-        """The hook, if there is one."""
+        """Wrap a hook; None where there is none."""
         return None if hook is None else cls(hook)
 
     @staticmethod
     def now() -> float:
-        """The clock of all events."""
+        """Read the clock of all events."""
         return time.monotonic()
 
     def emit(self, event: Event) -> None:
-        """Tell the hook. Call on the owner loop."""
+        """Call the hook with an event; only on the owner loop."""
         try:
             self._hook(event)
         except Exception:
@@ -78,7 +79,7 @@ class EventHook:
                 )
 
     def report_window(self, controller: HasWindow) -> None:
-        """Tell of a controller's window if it is another than at the last look."""
+        """Emit a `WindowEvent` if a controller's window has changed since the last call."""
         size = controller.window_size
         _, before = self._windows.get(id(controller), (controller, size))
         self._windows[id(controller)] = (controller, size)
@@ -88,5 +89,5 @@ class EventHook:
             self.emit(WindowEvent(at=self.now(), before=before, after=size))
 
     def blocked(self, seconds: float, where: str) -> None:
-        """Tell that the loop stood still."""
+        """Emit a `LoopBlockedEvent`."""
         self.emit(LoopBlockedEvent(at=self.now(), seconds=seconds, where=where))

@@ -1,9 +1,9 @@
-"""Watches the loops that do the SDK's work, and says which function held one up.
+"""Watches the loops that do the SDK's work, and logs which function has blocked one.
 
 A blocked loop sends nothing and reads nothing: streams stall, and syncs wait. One daemon thread
-asks all watched loops for a sign of life twice a second; when one does not answer, it looks at what
-the loop's thread is in. It starts with the first loop and ends with the last. What counts as a
-block is decided in `_core.pulse`.
+asks all watched loops for a sign of life twice a second; when one does not answer, it reads the
+stack of the loop's thread. It starts with the first loop and ends with the last. It does not decide
+what counts as a block: `_core.waits.loop_health` does.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from types import FrameType
 from fireworks_training._core.waits.loop_health import Block, LoopHealth
 
 BLOCKED_AFTER = 2.0
-"""Seconds without a sign of life that are worth a warning."""
+"""Seconds without a sign of life after which a warning is logged."""
 
 PERIOD = 0.5
-"""Seconds between two questions."""
+"""Seconds between two checks."""
 
 OnBlocked = Callable[[float, str], None]
-"""Told on the loop itself, when it goes on: for how many seconds it stood still, and where."""
+"""Is called on the loop itself when it goes on, with the seconds of the block and its place."""
 
 logger = logging.getLogger("fireworks_training.loop")
 
 
 class LoopWatch:
-    """The watched loops of a process.
+    """Watches the loops of a process.
 
     Args:
-        limit: see `BLOCKED_AFTER`.
-        period: see `PERIOD`.
-        clock: monotonic seconds.
+        limit: seconds without a sign of life that count as a block.
+        period: seconds between two checks.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class LoopWatch:
         self._stop = threading.Event()
 
     def watch(
-        self, loop: asyncio.AbstractEventLoop, told: OnBlocked | None = None
+        self, loop: asyncio.AbstractEventLoop, on_blocked: OnBlocked | None = None
     ) -> Callable[[], None]:
-        """Watch a loop until the call that this returns.
+        """Watch a loop; the function returned ends that.
 
         Args:
-            told: called at the end of each block.
+            on_blocked: called at the end of each block.
         """
         key = object()
         with self._lock:
@@ -72,7 +72,7 @@ class LoopWatch:
                 watched = self._loops[id(loop)] = _Watched(
                     loop, LoopHealth(self._limit), self._clock
                 )
-            watched.users[key] = told
+            watched.users[key] = on_blocked
             if self._thread is None:
                 self._stop = threading.Event()
                 self._thread = threading.Thread(
@@ -101,7 +101,7 @@ class LoopWatch:
             ended.join(1.0)
 
     def _end_if_idle(self) -> threading.Thread | None:
-        """Under the lock: the thread that ends, if no loop is left."""
+        """Stop the thread if no loop is left, and give it for joining; call under the lock."""
         if self._loops or self._thread is None:
             return None
         self._stop.set()
@@ -112,41 +112,41 @@ class LoopWatch:
         began = self._clock()
         while not stop.wait(self._period):
             now = self._clock()
-            self.look(now, now - began - self._period)
+            self.check(now, now - began - self._period)
             began = self._clock()
 
-    def look(self, now: float, overslept: float) -> None:
-        """Ask each loop, or note what it is in; `overslept` is how late this look comes."""
+    def check(self, now: float, overslept: float) -> None:
+        """Ask each loop, or note where it is; `overslept` is by how much this check is late."""
         with self._lock:
             for watched in list(self._loops.values()):
                 if watched.loop.is_closed():
                     del self._loops[id(watched.loop)]
                 else:
-                    watched.look(now, overslept)
+                    watched.check(now, overslept)
             self._end_if_idle()
 
 
 class _Watched:
-    """One loop; all its methods but `_answer` run in the watcher's thread."""
+    """Watches one loop; all its methods but `_answer` run in the watcher's thread."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, pulse: LoopHealth, clock: Callable[[], float]
+        self, loop: asyncio.AbstractEventLoop, health: LoopHealth, clock: Callable[[], float]
     ) -> None:
         self.loop = loop
         self.users: dict[object, OnBlocked | None] = {}
-        self._pulse = pulse
+        self._health = health
         self._clock = clock
         self._thread: int | None = None
         self._question = 0
 
-    def look(self, now: float, overslept: float) -> None:
+    def check(self, now: float, overslept: float) -> None:
         if not self.loop.is_running():
-            self._pulse.forget()
+            self._health.forget()
             return
-        if self._pulse.waiting:
-            self._pulse.overslept(overslept)
-            self._pulse.note(where_is(self._thread))
-            seconds = self._pulse.still_blocked(now)
+        if self._health.waiting:
+            self._health.overslept(overslept)
+            self._health.note(where_is(self._thread))
+            seconds = self._health.take_long_block(now)
             if seconds is not None:
                 logger.warning(
                     "the event loop has been blocked for %.0f s and still is, in %s: nothing is "
@@ -157,31 +157,31 @@ class _Watched:
             return
         self._question += 1
         question = self._question
-        self._pulse.ask(now)
+        self._health.ask(now)
         try:
             self.loop.call_soon_threadsafe(self._answer, question)
         except RuntimeError:
-            self._pulse.forget()  # closed just now
+            self._health.forget()  # closed just now
 
     def _answer(self, question: int) -> None:
-        """On the loop."""
+        """Note the answer to a question; runs on the loop."""
         self._thread = threading.get_ident()
         if question != self._question:
             return
         now = self._clock()
-        block = self._pulse.answer(now)
+        block = self._health.answer(now)
         if block is None:
             return
-        unsaid = self._pulse.worth_a_line(now)
-        if unsaid is not None:
-            logger.warning("%s", _line(block, unsaid))
-        for told in list(self.users.values()):
-            if told is not None:
-                told(block.seconds, block.where)
+        unreported = self._health.take_unreported(now)
+        if unreported is not None:
+            logger.warning("%s", _line(block, unreported))
+        for on_blocked in list(self.users.values()):
+            if on_blocked is not None:
+                on_blocked(block.seconds, block.where)
 
 
-def _line(block: Block, unsaid: int) -> str:
-    before = f" ({unsaid} more since the last such line)" if unsaid else ""
+def _line(block: Block, unreported: int) -> str:
+    before = f" ({unreported} more since the last such line)" if unreported else ""
     if block.frozen:
         return (
             f"the process stood still for {block.seconds:.1f} s{before}: a call held the "
@@ -196,9 +196,9 @@ def _line(block: Block, unsaid: int) -> str:
 
 
 def where_is(thread: int | None) -> str:
-    """The innermost function of a thread that is neither Python's nor a library's; with its place.
+    """Name the innermost function of a thread, with its place, leaving out Python's and libraries'.
 
-    Where all are, the innermost one.
+    Where all functions are theirs, this is the innermost one.
     """
     # The documented way, in spite of its name, to see what another thread is in.
     frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage]
@@ -214,7 +214,7 @@ def where_is(thread: int | None) -> str:
 
 
 _LOOP_FUNCTIONS = {"_run_once", "run_forever"}
-"""Of asyncio: what stands before them is what started the loop, and holds nothing up."""
+"""Functions of asyncio whose callers have started the loop, and block nothing."""
 
 _LIBRARIES = tuple(
     f"{path}{os.sep}"
@@ -235,13 +235,15 @@ def _foreign(filename: str) -> bool:
 _process = LoopWatch()
 
 
-def watch(loop: asyncio.AbstractEventLoop, told: OnBlocked | None = None) -> Callable[[], None]:
-    """`LoopWatch.watch` of the process's own watch."""
-    return _process.watch(loop, told)
+def watch(
+    loop: asyncio.AbstractEventLoop, on_blocked: OnBlocked | None = None
+) -> Callable[[], None]:
+    """Watch a loop with the process's own `LoopWatch`; the function returned ends that."""
+    return _process.watch(loop, on_blocked)
 
 
 def _after_fork() -> None:
-    # The thread is the parent's, and so are its loops.
+    # The thread and the loops are the parent's.
     global _process
     _process = LoopWatch()
 

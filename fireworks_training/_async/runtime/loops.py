@@ -1,7 +1,8 @@
-"""Which event loop does the work of a service: its owner loop.
+"""Binds a service to its owner loop, the one event loop that does its work.
 
 An `Async*` service is owned by the loop that runs at its first call, a blocking one by the
-portal's. Everything that touches a socket runs there; a call from elsewhere costs one hop.
+portal's. Everything that touches a socket runs there; a call from elsewhere costs one hop. It knows
+loops and threads, and nothing of services.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, TypeVarTuple
 from fireworks_training._async.runtime.loop_watch import OnBlocked, watch
 from fireworks_training._inbox import call_on
 from fireworks_training._outcome import Outcome, done_here
-from fireworks_training._portal import Lease, spawn_on
+from fireworks_training._portal import LOOP_ADVICE, Lease, closed_loop, spawn_on
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
 
 T = TypeVar("T")
@@ -25,19 +26,14 @@ Args = TypeVarTuple("Args")
 STOPPED_LIMIT = 5.0
 """Seconds after which work queued on a loop that does not run fails with `OwnerLoopGone`."""
 
-_ADVICE = (
-    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
-    "(without `Async`), whose loop lives as long as the service."
-)
-
 
 class OwnerLoop:
-    """The loop that owns a service; bound once, at first use.
+    """Holds the loop that owns a service; bound once, at first use.
 
     Args:
         portal: bind to the portal's loop instead of the running one.
         stopped_limit: seconds that a loop may stand still under queued work.
-        on_blocked: told when something has held the loop up; a warning is logged anyway.
+        on_blocked: called when a function has blocked the loop; a warning is logged anyway.
     """
 
     def __init__(
@@ -74,7 +70,7 @@ class OwnerLoop:
         return self._loop
 
     def get(self) -> asyncio.AbstractEventLoop:
-        """The loop; the first call binds it.
+        """Give the loop; the first call binds it.
 
         Raises:
             WrongLoop: an async service's first call came from outside a running loop.
@@ -90,7 +86,7 @@ class OwnerLoop:
                 self._loop = self._bind()
                 self._unwatch = watch(self._loop, self._on_blocked)
             if self._loop.is_closed():
-                raise _closed()
+                raise closed_loop()
             return self._loop
 
     def _bind(self) -> asyncio.AbstractEventLoop:
@@ -101,7 +97,7 @@ class OwnerLoop:
             return asyncio.get_running_loop()
         except RuntimeError:
             raise WrongLoop(
-                f"the first call of an async service must be made on a running loop. {_ADVICE}"
+                f"the first call of an async service must be made on a running loop. {LOOP_ADVICE}"
             ) from None
 
     def is_current(self) -> bool:
@@ -126,7 +122,7 @@ class OwnerLoop:
         return outcome
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Run a plain function on the owner loop, soon, from any thread, in the caller's context.
+        """Run a plain function soon on the owner loop, from any thread, in the caller's context.
 
         Raises:
             OwnerLoopGone: the loop is closed.
@@ -138,13 +134,13 @@ class OwnerLoop:
         try:
             call_on(loop, callback, contextvars.copy_context())
         except RuntimeError as error:  # closed since `get` looked
-            raise _closed(error) from error
+            raise closed_loop(cause=error) from error
 
     def watch(self, label: str, gone: Callable[[OwnerLoopGone], object]) -> None:
         """If the loop stands still now and in `stopped_limit` seconds, call `gone` from a thread.
 
         Args:
-            label: what was queued on it, for the message.
+            label: names the queued work in the message.
         """
         loop = self.get()
         if loop.is_running():
@@ -155,7 +151,7 @@ class OwnerLoop:
                 gone(
                     OwnerLoopGone(
                         f"{label}: the event loop that owns this service has stood still for "
-                        f"{self._stopped_limit:g} s. {_ADVICE}"
+                        f"{self._stopped_limit:g} s. {LOOP_ADVICE}"
                     )
                 )
 
@@ -184,7 +180,3 @@ class OwnerLoop:
             self._unwatch = None
         if self._lease is not None:
             self._lease.release()
-
-
-def _closed(cause: BaseException | None = None) -> OwnerLoopGone:
-    return OwnerLoopGone(f"the event loop that owns this service is closed. {_ADVICE}", cause=cause)

@@ -1,7 +1,7 @@
 """Counts what a run uses: tokens, and the seconds that trainers and replicas are held.
 
-It is told what happened, and when; knows no loop, no file and no price. Counts may come from
-several threads. The values it gives are those of `fireworks_training.usage`.
+Counts may come from several threads. It knows no loop, no file and no price; the values that it
+gives are defined in `fireworks_training.usage`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Held = Literal["trainer", "replica"]
 
 
 class UsageMeter:
-    """The counters of one connection pool.
+    """Counts the usage of one connection pool.
 
     Args:
-        clock: monotonic seconds.
+        clock: gives monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -27,11 +27,11 @@ class UsageMeter:
         self._lock = threading.Lock()
         self._trained = self._forward = 0
         self._prefilled = self._cached = self._sampled = 0
-        self._seconds: dict[Held, float] = {"trainer": 0.0, "replica": 0.0}  # of what was released
+        self._seconds: dict[Held, float] = {"trainer": 0.0, "replica": 0.0}  # already released
         self._held: list[tuple[Held, int, float]] = []
 
     def passed(self, tokens: int, *, trained: bool) -> None:
-        """A pass over so many tokens came back; `trained`: with gradients."""
+        """Count the tokens of a pass that came back; `trained`: with gradients."""
         with self._lock:
             if trained:
                 self._trained += tokens
@@ -39,7 +39,7 @@ class UsageMeter:
                 self._forward += tokens
 
     def sampled(self, prompt: int | None, cached: int | None, completion: int | None) -> None:
-        """A completion came back; what a server does not say counts as none."""
+        """Count the tokens of a completion; those that a server does not report count as none."""
         known = min(cached or 0, prompt or 0)
         with self._lock:
             self._prefilled += (prompt or 0) - known
@@ -47,18 +47,18 @@ class UsageMeter:
             self._sampled += completion or 0
 
     def hold(self, kind: Held, count: int) -> None:
-        """So many of a kind are held from now on."""
+        """Count the seconds of so many resources of a kind, from now on."""
         with self._lock:
             self._held.append((kind, count, self._clock()))
 
     def release(self) -> None:
-        """Nothing is held any more."""
+        """Stop counting the seconds of all resources."""
         with self._lock:
             self._seconds = self._held_seconds()
             self._held.clear()
 
     def read(self) -> Usage:
-        """What was used so far, with what is held up to now."""
+        """Give the usage so far, including the seconds of resources that are held."""
         with self._lock:
             held = self._held_seconds()
             return Usage(

@@ -1,4 +1,7 @@
-"""Waits that speak: after 30 s a log line says what is waited for, and again ever more rarely."""
+"""Logs a warning while an awaitable takes long: after 30 s, then at doubling intervals.
+
+It knows asyncio and the log; the times come from `_core.waits.reports`.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,21 @@ logger = logging.getLogger("fireworks_training")
 async def log_if_slow(
     work: Awaitable[T], what: Callable[[], str], *, first: float = FIRST_NOTICE
 ) -> T:
-    """Await `work`; a long wait is logged as a warning. Cancelling the wait cancels the work.
+    """Await `work`, and log a warning while it takes long.
+
+    Cancelling the wait cancels the work; `asyncio.shield(work)` goes on.
 
     Args:
-        what: says what is waited for, at the time it is said.
-        first: seconds until the first word.
+        what: describes what is waited for, when a line is due.
+        first: seconds until the first line.
     """
     loop = asyncio.get_running_loop()
-    notices = ReportSchedule(loop.time(), first=first)
+    schedule = ReportSchedule(loop.time(), first=first)
     task = asyncio.ensure_future(work)
     try:
-        while not task.done():
-            await asyncio.wait([task], timeout=first)
-            if not task.done() and notices.take_if_due(loop.time()):
-                logger.warning("waiting for %.0f s: %s", notices.age(loop.time()), what())
+        while not (await asyncio.wait([task], timeout=schedule.next - loop.time()))[0]:
+            if schedule.take_if_due(now := loop.time()):
+                logger.warning("waiting for %.0f s: %s", schedule.age(now), what())
     except asyncio.CancelledError:
         task.cancel()
         raise

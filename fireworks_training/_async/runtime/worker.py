@@ -1,7 +1,7 @@
 """Runs long computations off the event loop, in one worker thread a loop, one after another.
 
-Encoding and decoding of large passes go this way. The work holds the interpreter, so a second
-thread would make nothing faster, and the loop wait for both.
+It carries the encoding and decoding of large passes, and knows neither. The work holds the
+interpreter, so a second thread would make nothing faster, and the loop wait for both.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from weakref import WeakKeyDictionary
 T = TypeVar("T")
 
 INLINE_TOKENS = 2048
-"""Tokens that are encoded or decoded on the loop; more go to a thread, which costs about 0.1 ms."""
+"""Tokens up to which work runs on the loop; more go to a thread, which costs about 0.1 ms."""
 
 _LANES: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 async def in_worker(work: Callable[[], T]) -> T:
-    """Run `work` in a thread when what was asked for before it on this loop is done.
+    """Run `work` in a thread, after all work that this loop has submitted before.
 
-    Cancelled, it leaves work that has begun to end by itself, and lets the next begin.
+    When cancelled, it lets work that has begun end by itself, and the next work begin.
     """
     lane = _LANES.setdefault(asyncio.get_running_loop(), asyncio.Lock())
     async with lane:
@@ -30,5 +30,5 @@ async def in_worker(work: Callable[[], T]) -> T:
 
 
 async def off_loop(tokens: int, work: Callable[[], T]) -> T:
-    """Run `work`, which is about so many tokens, here or in a thread."""
+    """Run `work` on so many tokens, on the loop or in a thread."""
     return work() if tokens <= INLINE_TOKENS else await in_worker(work)

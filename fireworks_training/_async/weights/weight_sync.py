@@ -255,7 +255,7 @@ class WeightSync:
                     waited_for = decision.identity
                     pace.restart()
                     if not self._long_poll:
-                        await asyncio.sleep(pace.next())
+                        await asyncio.sleep(pace.take_next())
                 case Wait():
                     waited = notices.age(loop.time())
                     if self._events is not None:
@@ -272,7 +272,7 @@ class WeightSync:
                             _listed(decision.waiting_for),
                         )
                     if loop.time() - looked_at < Pace.LONGEST:
-                        await asyncio.sleep(min(pace.next(), max(self._timeout - waited, 0.0)))
+                        await asyncio.sleep(min(pace.take_next(), max(self._timeout - waited, 0.0)))
 
     def _tell(self, stage: SyncStage, identity: str, seconds: float, detail: str = "") -> None:
         if (events := self._events) is not None:

@@ -1,33 +1,33 @@
-"""Whether an event loop stands still: decided from questions that it should have answered.
+"""Decides whether an event loop is blocked, from questions that it should have answered.
 
-A watcher in a thread of its own asks the loop now and then for a sign of life. Knows times, in
-seconds of any monotonic clock, and nothing of threads, loops or stacks.
+A watcher in a thread of its own asks the loop now and then for a sign of life. This module knows
+times, in seconds of any monotonic clock, and nothing of threads, loops or stacks.
 
-- A question that stays unanswered means that the loop is in a call that does not return. Where, the
-  watcher looks up while it lasts, and notes here.
+- A question that stays unanswered means that the loop is in a call that does not return. The
+  watcher finds the call while it lasts, and notes it here.
 - If the watcher itself slept far too long, the whole process stood still (a call that holds the
-  interpreter's lock, or the machine was suspended): there was nobody to look.
-- The same is not said again and again: a warning is due at once, and the next one ever later.
+  interpreter's lock, or the machine was suspended), and no call could be found.
+- Blocks are not reported one by one: a warning is due at once, and the next ones ever later.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
+from fireworks_training._core.waits.reports import ReportSchedule
 
 OVERSLEPT = 1.0
-"""Seconds beyond its pause after which the watcher was kept from running."""
+"""Seconds beyond its pause after which the watcher counts as kept from running."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The loop stood still, and goes on.
+    """Holds the facts of a block that has ended.
 
     Attributes:
-        seconds: for how long, at least.
-        where: what it was in; "" where nobody could look.
-        frozen: whether the process stood still for most of it.
+        seconds: its duration, at least.
+        where: the function that blocked; "" where that is unknown.
+        frozen: whether the whole process stood still for most of it.
     """
 
     seconds: float
@@ -36,7 +36,7 @@ class Block:
 
 
 class LoopHealth:
-    """One loop's.
+    """Decides whether one loop is blocked, and when to report it.
 
     Args:
         limit: seconds without an answer that count as a block.
@@ -48,8 +48,8 @@ class LoopHealth:
         self._where = ""
         self._frozen = 0.0
         self._still = ReportSchedule(0.0)
-        self._spoken: ReportSchedule | None = None
-        self._unsaid = 0
+        self._reports: ReportSchedule | None = None
+        self._unreported = 0
 
     @property
     def waiting(self) -> bool:
@@ -57,43 +57,43 @@ class LoopHealth:
         return self._asked is not None
 
     def ask(self, now: float) -> None:
-        """A question goes out."""
+        """Note that a question was sent."""
         self._asked, self._where, self._frozen = now, "", 0.0
         self._still = ReportSchedule(now)
 
     def note(self, where: str) -> None:
-        """What the loop is in while it does not answer."""
+        """Note the function in which the loop is while it does not answer."""
         self._where = where
 
     def overslept(self, seconds: float) -> None:
-        """The watcher woke so much later than it wanted to."""
+        """Note by how many seconds the watcher woke too late."""
         if seconds > OVERSLEPT:
             self._frozen += seconds
 
     def forget(self) -> None:
-        """The loop does not run, so that it can't answer: no block."""
+        """Drop the question: the loop does not run, and that is no block."""
         self._asked = None
 
-    def still_blocked(self, now: float) -> float | None:
-        """Seconds of a block that goes on, when it is time to say so."""
+    def take_long_block(self, now: float) -> float | None:
+        """Give the seconds of a block that goes on, if a report of it is due; None otherwise."""
         if self._asked is None or not self._still.take_if_due(now):
             return None
         return now - self._asked
 
     def answer(self, now: float) -> Block | None:
-        """The loop answers; the block that this ends, if it was one."""
+        """Note the loop's answer; gives the block that it ends, if it was one."""
         asked, self._asked = self._asked, None
         if asked is None or now - asked < self._limit:
             return None
         seconds = now - asked
         return Block(seconds, self._where, self._frozen > seconds / 2)
 
-    def worth_a_line(self, now: float) -> int | None:
-        """For a block: how many before it were not said; None if this one is not to be either."""
-        if self._spoken is None or self._spoken.take_if_due(now):
-            if self._spoken is None:
-                self._spoken = ReportSchedule(now, first=FIRST_NOTICE)
-            unsaid, self._unsaid = self._unsaid, 0
-            return unsaid
-        self._unsaid += 1
-        return None
+    def take_unreported(self, now: float) -> int | None:
+        """Count a block; gives how many before it were not reported, or None to report nothing."""
+        if self._reports is None:
+            self._reports = ReportSchedule(now)
+        elif not self._reports.take_if_due(now):
+            self._unreported += 1
+            return None
+        unreported, self._unreported = self._unreported, 0
+        return unreported

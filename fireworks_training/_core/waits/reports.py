@@ -1,6 +1,6 @@
-"""When to say that something is still being waited for: once at 30 s, then ever more rarely.
+"""Decides when a long wait is reported: after 30 s, then at doubling intervals.
 
-Times are seconds of any monotonic clock; nothing here reads one.
+Times are seconds of any monotonic clock; nothing here reads one, and nothing here logs.
 """
 
 from __future__ import annotations
@@ -8,21 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST_NOTICE = 30.0
-"""Seconds of silence before the first word."""
+"""Seconds until the first report of a wait."""
 
 HEAD_START = 0.4
 """Seconds by which a `WaitReporter` reports early, so that a busy loop is not late."""
 
 LOOK_EVERY = 1.0
-"""Seconds between looks at what waits, at most, while something does."""
+"""Seconds between two looks at open waits, at most."""
 
 
 class ReportSchedule:
-    """Decides when a wait is worth a line.
+    """Decides when one wait is reported.
 
     Args:
-        started: the time when the wait began, in seconds of any monotonic clock.
-        first: seconds until the first notice; each later one waits twice as long as the last.
+        started: the time when the wait began.
+        first: seconds until the first report; each pause after it is twice as long as the last.
     """
 
     def __init__(self, started: float, *, first: float = FIRST_NOTICE) -> None:
@@ -31,16 +31,16 @@ class ReportSchedule:
         self._gap = first
 
     def age(self, now: float) -> float:
-        """Seconds waited so far."""
+        """Give the seconds waited so far."""
         return now - self._started
 
     @property
     def next(self) -> float:
-        """The time of the next notice."""
+        """The time of the next report."""
         return self._due
 
     def take_if_due(self, now: float) -> bool:
-        """Whether to speak now; speaking moves the next notice on."""
+        """Decide whether to report now; if so, the next report is due later."""
         if now < self._due:
             return False
         self._gap *= 2
@@ -50,12 +50,12 @@ class ReportSchedule:
 
 @dataclass(slots=True)
 class OpenWait:
-    """One thing waited for.
+    """Holds one operation that waits.
 
     Attributes:
-        what: names it.
-        doing: what it waits for just now.
-        notices: when to speak of it.
+        what: the operation's name.
+        doing: the event that it waits for now.
+        notices: when it is reported.
     """
 
     what: str
@@ -63,52 +63,52 @@ class OpenWait:
     notices: ReportSchedule
 
     def note(self, doing: str) -> None:
-        """It waits for something else now."""
+        """Note that it waits for another event now."""
         self.doing = doing
 
 
 class WaitReporter:
-    """Many waits of one client, of which the oldest is worth a line now and then.
+    """Reports the oldest of many waits of one client.
 
     A thousand operations behind one that hangs are one line, not a thousand.
 
     Args:
-        first: seconds until the first word about a wait, and at least between any two lines.
+        first: seconds until a wait is reported, and the shortest pause between two lines.
     """
 
     def __init__(self, *, first: float = FIRST_NOTICE - HEAD_START) -> None:
         self._first = first
         self._waits: dict[int, OpenWait] = {}
-        self._spoken = float("-inf")
+        self._reported_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._waits)
 
     def begin(self, key: int, what: str, doing: str, now: float) -> OpenWait:
-        """Note a wait; its `doing` may be changed while it lasts."""
+        """Note that a wait begins; its `doing` may be changed while it lasts."""
         wait = self._waits[key] = OpenWait(what, doing, ReportSchedule(now, first=self._first))
         return wait
 
     def end(self, key: int) -> None:
-        """It is over, in whatever way."""
+        """Note that a wait is over, in whatever way."""
         self._waits.pop(key, None)
 
     def next_look(self, now: float) -> float:
-        """When to look again: when a line is due, and every second, since waits come and go."""
+        """Give the time of the next look: when a line is due, and every second, as waits change."""
         oldest = next(iter(self._waits.values()), None)
-        due = now if oldest is None else max(oldest.notices.next, self._spoken + self._first)
+        due = now if oldest is None else max(oldest.notices.next, self._reported_at + self._first)
         return min(max(due, now), now + LOOK_EVERY)
 
     def look(self, now: float) -> str | None:
-        """A line about the oldest wait, if one is due: at most one in `first` seconds."""
+        """Give a line about the oldest wait, if one is due: at most one in `first` seconds."""
         oldest = next(iter(self._waits.values()), None)
         if (
             oldest is None
-            or now < self._spoken + self._first
+            or now < self._reported_at + self._first
             or not oldest.notices.take_if_due(now)
         ):
             return None
-        self._spoken = now
+        self._reported_at = now
         behind = len(self._waits) - 1
         others = f"; {behind} more wait behind it" if behind else ""
         return f"{oldest.what}: waiting for {oldest.notices.age(now):.0f} s: {oldest.doing}{others}"

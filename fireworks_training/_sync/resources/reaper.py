@@ -15,7 +15,7 @@ from fireworks_training.models import HeldResource
 
 
 class ResourceLedger(Blocking[AsyncResourceLedger]):
-    """The resources that runs of this user hold, on this machine's record.
+    """Lists and removes what runs of this user hold, as recorded on this machine.
 
     Make one with `connect`; use it as a context manager, or `close()` it.
     """
@@ -32,14 +32,14 @@ class ResourceLedger(Blocking[AsyncResourceLedger]):
         """Describe the connection; nothing is sent yet.
 
         Args:
-            api_key: default `FIREWORKS_API_KEY`. What other accounts hold is listed, and left.
-            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. What other platforms
-                hold is listed, and left.
+            api_key: default `FIREWORKS_API_KEY`. Resources of other accounts are listed, and left.
+            base_url: default `FIREWORKS_BASE_URL`, else the Fireworks cloud. Resources of other
+                platforms are listed, and left.
             additional_headers: sent with every request; they win over the SDK's own.
             verify_ssl: False accepts any TLS certificate.
 
         Raises:
-            InvalidArgument: no key, or a URL that is none.
+            InvalidArgument: no key, or `base_url` is not a URL.
         """
         instance = AsyncResourceLedger.connect(
             api_key=api_key,
@@ -50,7 +50,7 @@ class ResourceLedger(Blocking[AsyncResourceLedger]):
         return cls._wrap(instance)._bind()
 
     def ps(self) -> list[HeldResource]:
-        """What is held or left, oldest first; changes nothing.
+        """List resources that are held or left behind, oldest first; changes nothing.
 
         Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
 
@@ -67,16 +67,16 @@ class ResourceLedger(Blocking[AsyncResourceLedger]):
         kept: bool = False,
         other_machines: bool = False,
     ) -> list[HeldResource]:
-        """Remove what runs have left behind: what carries their nonce and has no live owner.
+        """Remove resources that runs have left behind: they carry a nonce, and no owner lives.
 
         Deployments go before trainers; a failure of one ("failed") does not stop the others.
 
         Args:
-            older_than_s: only what was asked for at least so many seconds ago.
-            dry_run: only say what would be done.
-            kept: also what was kept on purpose at the end of its run.
-            other_machines: also what runs of other machines made, whose processes can't be looked
-                at from here: say so only if you know that they have ended.
+            older_than_s: only resources that were asked for at least so many seconds ago.
+            dry_run: only list what would be done.
+            kept: also resources that were kept on purpose at the end of their run.
+            other_machines: also resources of runs on other machines, whose processes can't be seen
+                from here: pass it only if you know that they have ended.
 
         Returns:
             Everything that is held or left, with its `outcome`.

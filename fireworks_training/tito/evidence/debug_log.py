@@ -1,7 +1,7 @@
-"""An observer that writes events to files: one line of JSON each, a file for each trajectory.
+"""Writes a sidecar's events to files: one line of JSON per event, one file per trajectory.
 
-For looking at what happened, with `grep` and `jq`. It bounds its size, keeps secrets out and, asked
-to, texts; the record to train on is the artifact.
+The log is for reading with `grep` and `jq`. It is bounded in size and free of secrets, and leaves
+out texts if asked to; the record to train on is the artifact, of which nothing is known here.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _TEXTS = frozenset(
 
 
 class LogFull(OSError):
-    """The log's share of the disk is used up."""
+    """The log has used up its share of the disk."""
 
 
 @dataclass(frozen=True)
 class TITOLocalDebugConfig:
-    """Where an event log goes, and how much it may hold.
+    """Configures the place and the size of an event log.
 
     Attributes:
-        root_dir: absolute; made with permissions for this user alone.
-        max_local_bytes: of this log, at least 1.
-        min_free_bytes: that the disk keeps free.
+        root_dir: an absolute path; the folder is made for this user alone.
+        max_local_bytes: size of this log at most; at least 1.
+        min_free_bytes: space that the disk keeps free.
         run_id: name of the run's folder; random unless given.
         writer_id: name of this log's folder in it, which must not exist; random unless given.
-        redact_text: write length and SHA-256 of messages instead of their text.
+        redact_text: whether length and SHA-256 of messages are written instead of their text.
         metadata: JSON for the manifest.
 
     Raises:
@@ -81,7 +81,7 @@ class TITOLocalDebugSink:
     """Writes events below `run=<run>/writer=<writer>/trajectories/`. Usable from any thread.
 
     Args:
-        config: where and how much.
+        config: the place and the size.
 
     Raises:
         FileExistsError: another log has this run and writer.
@@ -122,7 +122,7 @@ class TITOLocalDebugSink:
         """Write an event; gives the bytes written.
 
         Raises:
-            OSError: its share of the disk is used up, or it was closed.
+            OSError: the log's share of the disk is used up, or the log was closed.
         """
         with self._lock:
             if self._closed:
@@ -159,16 +159,16 @@ class TITOLocalDebugSink:
             return self._append(self.writer_dir / "tombstones.jsonl", row)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the log: later events raise."""
         with self._lock:
             self._closed = True
 
     @classmethod
     def sanitize(cls, value: Any, *, key: str | None = None, redact_text: bool = False) -> Any:
-        """A value without secrets, by the names of its fields and the look of its texts.
+        """Copy a value without secrets, found by names of fields and by patterns in texts.
 
         Args:
-            key: the field that it is the value of.
+            key: name of the field that holds the value.
             redact_text: also replace messages' texts by their length and SHA-256.
         """
         if key is not None and _SECRET_NAME.search(key):
@@ -213,7 +213,7 @@ class TITOLocalDebugSink:
 
 
 def _private(folder: Path) -> None:
-    """Make a folder that is this user's alone; `mode` holds for the last of new ones only."""
+    """Make a folder for this user alone; `mode` holds for the last of several new folders only."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 

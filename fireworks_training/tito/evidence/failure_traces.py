@@ -1,7 +1,7 @@
-"""Keeps trajectories that went wrong on this disk, in a bounded number of files.
+"""Keeps failed trajectories on this disk, in a bounded number of files.
 
-A trace holds the error, and the artifact with its requests and tokens, so its folder is this user's
-alone, and nothing is kept unless asked for. What failed is others' to say.
+A trace holds the error, and the artifact with its requests and tokens. So its folder is for this
+user alone, and nothing is kept unless asked for. The callers decide what counts as a failure.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fireworks_training._async.runtime.processes import has_run_since
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.tito.evidence.debug_log import TITOLocalDebugSink
 from fireworks_training.tito.values.errors import TITOError
@@ -37,18 +38,20 @@ def _default_root() -> Path:
 
 @dataclass(frozen=True)
 class TITOFailureTraceConfig:
-    """Where failed trajectories are kept, and how many.
+    """Configures where failed trajectories are kept, and how many.
 
     Attributes:
-        root_dir: absolute; must be this user's alone if it is there. Default:
+        root_dir: an absolute path; an existing folder must be closed to other users. Default:
             `fireworks-tito-traces` in the folder for temporary files.
-        max_local_bytes: of all traces of a process; the oldest go first. Default 256 MiB.
-        max_trajectory_bytes: of one trace; a larger one is kept without its artifact. 32 MiB.
-        max_failed_traces: of a process; the oldest go first. Default 32.
-        max_active_traces: that are written at a time; further ones are left out. Default 128.
-        min_free_bytes: that the disk keeps free. Default 64 MiB.
+        max_local_bytes: size of all traces of a process; the oldest go first. Default 256 MiB.
+        max_trajectory_bytes: size of one trace; a larger one is kept without its artifact. Default
+            32 MiB.
+        max_failed_traces: number of traces of a process; the oldest go first. Default 32.
+        max_active_traces: traces written at a time; further ones are left out. Default 128.
+        min_free_bytes: space that the disk keeps free. Default 64 MiB.
         enabled: False keeps nothing.
-        stale_writer_age_seconds: traces of processes that ended are removed after it; a week.
+        stale_writer_age_seconds: age at which traces of ended processes are removed. Default a
+            week.
 
     Raises:
         InvalidArgument: a value out of range.
@@ -87,21 +90,21 @@ def dump_tito_failure_trace(
     """Keep an artifact that a rollout rejected, in the default folder. Blocks on files.
 
     Args:
-        artifact: the trajectory, as far as there is one.
-        error: why; its type and, without secrets, its text are kept.
+        artifact: the trajectory, if there is one.
+        error: the reason; its type and, without secrets, its text are kept.
         code: a stable tag, such as "reward_failed".
-        source_trace: a file to keep along, such as what an agent's container wrote. Links are not
+        source_trace: a file to keep with it, such as a log of the agent's container. Links are not
             followed.
-        source_trace_root: the folder that it must be in; its own unless given.
+        source_trace_root: the folder that must contain it; its own unless given.
 
     Returns:
-        The file; None where no room is left, which is logged.
+        The file's path; None where no room is left, which is logged.
     """
     return _default_traces().dump(artifact, error, code, source_trace, source_trace_root)
 
 
 class FailureTraces:
-    """The traces of one process, in one folder. Usable from any thread."""
+    """Writes the traces of one process into one folder. Usable from any thread."""
 
     def __init__(self, config: TITOFailureTraceConfig) -> None:
         self._config = config
@@ -118,7 +121,7 @@ class FailureTraces:
         source: Path | None = None,
         root: Path | None = None,
     ) -> str | None:
-        """See `dump_tito_failure_trace`."""
+        """Keep one trace; the arguments are those of `dump_tito_failure_trace`."""
         config = self._config
         if not config.enabled:
             return None
@@ -163,7 +166,7 @@ class FailureTraces:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = root.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-                raise OSError(f"{root} is no folder of this user")
+                raise OSError(f"{root} is not a folder of this user")
             if found.st_mode & 0o077:
                 raise OSError(f"others may enter {root}: chmod 700 it, or choose another root_dir")
             self._remove_stale(root)
@@ -173,7 +176,9 @@ class FailureTraces:
     def _remove_stale(self, root: Path) -> None:
         oldest = time.time() - self._config.stale_writer_age_seconds
         for folder in root.glob("writer-*-*"):
-            if folder.stat().st_mtime < oldest and not _alive(folder.name.split("-")[1]):
+            written, number = folder.stat().st_mtime, folder.name.split("-")[1]
+            named = number.isdecimal()
+            if written < oldest and named and not has_run_since(int(number), written):
                 shutil.rmtree(folder)
 
 
@@ -188,16 +193,6 @@ def _default_traces() -> FailureTraces:
         return _traces[0]
 
 
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    return True
-
-
 def _trace(
     artifact: TITOTrajectoryArtifact | None,
     error: BaseException,
@@ -206,15 +201,15 @@ def _trace(
     root: Path | None,
     most: int,
 ) -> bytes:
-    said: dict[str, Any] = {"type": type(error).__name__, "message": str(error)[:2000]}
+    record: dict[str, Any] = {"type": type(error).__name__, "message": str(error)[:2000]}
     if isinstance(error, TITOError):
-        said |= error.as_error_record()
+        record |= error.as_error_record()
     trace: dict[str, Any] = {
         "format": "fireworks-tito-failure-trace",
         "schema_version": 1,
         "recorded_at": time.time(),
         "code": code,
-        "error": TITOLocalDebugSink.sanitize(said),
+        "error": TITOLocalDebugSink.sanitize(record),
         "trajectory_id": None if artifact is None else artifact.trajectory_id,
         "status": None if artifact is None else artifact.status,
     }
@@ -233,7 +228,7 @@ def _trace(
 
 @contextmanager
 def _opened(source: Path, root: Path | None) -> Generator[Any, None, None]:
-    """A regular file below a folder, reached without following any link on the way."""
+    """Open a regular file below a folder without following any link on the way."""
     base = (source.parent if root is None else root).resolve(strict=True)
     outer = (source.parent if root is None else root).absolute()
     inside = source.absolute().is_relative_to(outer)
@@ -252,5 +247,5 @@ def _opened(source: Path, root: Path | None) -> Generator[Any, None, None]:
         os.close(folder)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("source_trace is no regular file")
+            raise OSError("source_trace is not a regular file")
         yield file

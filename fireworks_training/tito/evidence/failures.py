@@ -1,4 +1,7 @@
-"""What a failed sampling is to the agent's client: a status, a code, and whether to try again."""
+"""Turns the failure of a sampling into an answer to the agent's client: status, code, retry or not.
+
+It knows the SDK's errors and `TITOError`; it does not know HTTP servers.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from fireworks_training.errors import (
     SamplingRequestError,
     UsageError,
 )
-from fireworks_training.tito.values.errors import DISCARD, TITOError, invalid, told
+from fireworks_training.tito.values.errors import DISCARD, TITOError, invalid, safe_text
 
 
-def typed(error: Exception, phase: str) -> TITOError:
-    """A failure as the typed error of a call. Its text never holds a prompt or a key."""
+def as_tito_error(error: Exception, phase: str) -> TITOError:
+    """Turn a failure into the typed error of a call; its text never holds a prompt or a key."""
     if isinstance(error, TITOError):
         return error
     if isinstance(error, SamplingClientClosedError):
@@ -39,7 +42,7 @@ def typed(error: Exception, phase: str) -> TITOError:
     return TITOError(
         "tito_sdk_internal_error",
         500,
-        f"the sidecar failed ({told(error)}, {phase}){DISCARD}",
+        f"the sidecar failed ({safe_text(error)}, {phase}){DISCARD}",
         discard_trajectory=True,
         context={"phase": phase, "error_type": type(error).__name__},
     )

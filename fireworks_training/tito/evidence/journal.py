@@ -1,6 +1,7 @@
-"""Tells an observer what happens in trajectories, in order and off the event loop.
+"""Hands the events of trajectories to an observer, in order and off the event loop.
 
-It knows what an observer is. What it does with the events (a log on disk: `debug_log`) is its own.
+It knows the observer's protocol, and not what an observer does with events; `debug_log` is one that
+writes them to disk.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from fireworks_training.tito.evidence.waits import until_done
-from fireworks_training.tito.values.errors import TITOError, told
+from fireworks_training._async.runtime.waits import log_if_slow
+from fireworks_training.tito.values.errors import TITOError, safe_text
 
 logger = logging.getLogger("fireworks_training.tito")
 
 
 class TITOEventObserver(Protocol):
-    """Is told of events. Its methods run in one worker thread, in turn, and may block."""
+    """Receives events. Its methods run in one worker thread, one after another, and may block."""
 
     def record(
         self,
@@ -28,27 +29,27 @@ class TITOEventObserver(Protocol):
         payload: Mapping[str, Any],
         arrays: Mapping[str, Sequence[Any]] | None = None,
     ) -> int | None:
-        """An event of an open trajectory; `arrays` are its long parts, such as token ids."""
+        """Take an event of an open trajectory; `arrays` are its long parts, such as token ids."""
         ...
 
     def close_trajectory(
         self, trajectory_id: str, status: str, payload: Mapping[str, Any] | None = None
     ) -> int | None:
-        """A trajectory has ended."""
+        """Take the end of a trajectory."""
         ...
 
     def record_tombstone_event(
         self, event: str, trajectory_id: str, payload: Mapping[str, Any]
     ) -> int | None:
-        """An event of a trajectory that had ended, such as a call that came too late."""
+        """Take an event of a trajectory that had ended before, such as a late call."""
         ...
 
 
 class Journal:
-    """The way to an observer, or to nobody.
+    """Hands events to an observer; without one it drops them.
 
-    An observer that raises fails the call that it was told of: evidence that was asked for is not
-    left out in silence.
+    An observer that raises fails the call that the event is about: evidence that was asked for is
+    not left out in silence.
     """
 
     def __init__(self, observer: TITOEventObserver | None) -> None:
@@ -62,35 +63,37 @@ class Journal:
         payload: Mapping[str, Any],
         arrays: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        """Tell of an event of an open trajectory."""
+        """Hand over an event of an open trajectory."""
         if (observer := self._observer) is not None:
-            await self._tell(lambda: observer.record(event, trajectory_id, payload, arrays))
+            await self._send(lambda: observer.record(event, trajectory_id, payload, arrays))
 
-    def record_now(self, event: str, trajectory_id: str, payload: Mapping[str, Any]) -> None:
-        """The same for plain functions: blocks until it is told."""
+    def record_blocking(self, event: str, trajectory_id: str, payload: Mapping[str, Any]) -> None:
+        """Hand over an event of an open trajectory, and block until the observer has taken it."""
         if (observer := self._observer) is not None:
             try:
                 self._in_worker().submit(observer.record, event, trajectory_id, payload).result()
             except Exception as error:
                 raise _unwritten(error) from error
 
-    async def ended(self, trajectory_id: str, status: str, payload: Mapping[str, Any]) -> None:
-        """Tell that a trajectory has ended."""
+    async def record_end(self, trajectory_id: str, status: str, payload: Mapping[str, Any]) -> None:
+        """Hand over the end of a trajectory."""
         if (observer := self._observer) is not None:
-            await self._tell(lambda: observer.close_trajectory(trajectory_id, status, payload))
+            await self._send(lambda: observer.close_trajectory(trajectory_id, status, payload))
 
-    async def after_end(self, event: str, trajectory_id: str, payload: Mapping[str, Any]) -> None:
-        """Tell of an event of a trajectory that had ended."""
+    async def record_late(self, event: str, trajectory_id: str, payload: Mapping[str, Any]) -> None:
+        """Hand over an event of a trajectory that had ended before."""
         if (observer := self._observer) is not None:
-            await self._tell(lambda: observer.record_tombstone_event(event, trajectory_id, payload))
+            await self._send(lambda: observer.record_tombstone_event(event, trajectory_id, payload))
 
     async def close(self) -> None:
-        """Close the observer, if it has a `close()`, once it was told of everything."""
+        """Close the observer, if it has a `close()`, after it has taken all events."""
         close = getattr(self._observer, "close", None)
         try:
             if close is not None:
                 work = asyncio.wrap_future(self._in_worker().submit(close))
-                closing: Any = await until_done(work, "the observer to close")
+                closing: Any = await log_if_slow(
+                    asyncio.shield(work), lambda: "the observer closes"
+                )
                 if inspect.isawaitable(closing):
                     await closing
         finally:
@@ -102,21 +105,23 @@ class Journal:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="tito-observer")
         return self._worker
 
-    async def _tell(self, tell: Callable[[], object]) -> None:
-        telling = asyncio.wrap_future(self._in_worker().submit(tell))
+    async def _send(self, deliver: Callable[[], object]) -> None:
+        delivery = asyncio.wrap_future(self._in_worker().submit(deliver))
         try:
-            # Whoever is cancelled here has done what is told of: it must not be lost.
-            await until_done(telling, "the observer to take an event")
+            # A caller that is cancelled here has done what the event records: keep the event.
+            await log_if_slow(asyncio.shield(delivery), lambda: "the observer takes an event")
         except asyncio.CancelledError:
-            telling.add_done_callback(_say_unwritten)
+            delivery.add_done_callback(_log_unwritten)
             raise
         except Exception as error:
             raise _unwritten(error) from error
 
 
-def _say_unwritten(telling: asyncio.Future[object]) -> None:
-    if not telling.cancelled() and (error := telling.exception()) is not None:
-        logger.warning("an event of a call that was cancelled could not be told: %s", told(error))
+def _log_unwritten(delivery: asyncio.Future[object]) -> None:
+    if not delivery.cancelled() and (error := delivery.exception()) is not None:
+        logger.warning(
+            "an event of a call that was cancelled could not be told: %s", safe_text(error)
+        )
 
 
 def _unwritten(error: Exception) -> TITOError:

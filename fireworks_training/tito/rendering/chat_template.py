@@ -1,8 +1,8 @@
-"""A renderer for every model whose tokenizer has a chat template.
+"""Renders conversations by a tokenizer's chat template: a renderer for every model that has one.
 
-It renders whole conversations by the template, and joins new messages to exact tokens: what the
-template writes *after* an answer is found by rendering a marker in the answer's place, so that the
-answer itself is never decoded and tokenized again.
+It renders whole conversations, and joins new messages to exact tokens: it finds the text that the
+template writes *after* an answer by rendering a marker in the answer's place, so that the answer
+itself is never decoded and tokenized again. It knows nothing of trajectories.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class TemplateTokenizer(Protocol):
-    """What the renderer needs of a tokenizer; those of `transformers` have it."""
+    """Names what the renderer needs of a tokenizer; those of `transformers` have it."""
 
     @property
     def apply_chat_template(self) -> Callable[..., Any]:
@@ -43,14 +43,14 @@ class TemplateTokenizer(Protocol):
 
 
 class ChatTemplateRenderer:
-    """Renders by a tokenizer's chat template, in both prompt modes.
+    """Renders conversations by a tokenizer's chat template, in both prompt modes.
 
     Answers are plain text; where the request has tools, `<tool_call>{"name", "arguments"}
     </tool_call>` blocks in them become tool calls.
 
     Args:
         tokenizer: the model's, as `service.get_tokenizer()` gives it.
-        stop: strings that end an answer, beside the model's own end of turn.
+        stop: strings that end an answer, beside the model's own end-of-turn token.
         **template_options: further arguments of the template, such as `enable_thinking=False`.
 
     Raises:
@@ -75,7 +75,7 @@ class ChatTemplateRenderer:
         self.renderer_id = f"chat-template-{json_hash([template, template_options])[:16]}"
 
     def render_conversation_tokens(self, request: TITOChatRequest) -> list[int]:
-        """Token ids of all messages, with a generation prompt."""
+        """Render all messages into token ids, with a generation prompt."""
         ids = self._templated(request, request.messages, tokenize=True, return_dict=False)
         return [int(token) for token in cast(Sequence[int], ids)]
 
@@ -86,11 +86,11 @@ class ChatTemplateRenderer:
         completion_text: str,
         finish_reason: str,  # noqa: ARG002
     ) -> TITOParsedAssistant:
-        """The answer as a message.
+        """Parse an answer into a message.
 
         Raises:
-            TITOParseError: the request has tools, and a tool call is no JSON with a name, or is not
-                closed.
+            TITOParseError: the request has tools, and a tool call is not JSON with a name, or is
+                not closed.
         """
         if not request.tools or "<tool_call>" not in completion_text:
             return TITOParsedAssistant({"role": "assistant", "content": completion_text})
@@ -107,11 +107,11 @@ class ChatTemplateRenderer:
         )
 
     def render_contract_id(self, request: TITOChatRequest) -> str:
-        """Changes with the template, its options and the tools."""
+        """Name the rendering: the name changes with the template, its options and the tools."""
         return f"{self.renderer_id}-{json_hash([dict(tool) for tool in request.tools])[:16]}"
 
     def stop_sequences(self, request: TITOChatRequest) -> list[str] | None:  # noqa: ARG002
-        """As passed to the constructor; None without any."""
+        """Give the strings passed to the constructor; None without any."""
         return self._stop or None
 
     def prepare_incremental_prompt(
@@ -121,10 +121,10 @@ class ChatTemplateRenderer:
         appended_messages: Sequence[Mapping[str, Any]],
         exact_checkpoint_ids: Sequence[int],
     ) -> TITOIncrementalPrompt | None:
-        """The tokens so far and, behind them, what the template writes after the answer.
+        """Append to the tokens so far what the template writes after the answer.
 
-        None where that can't be told: the template does not write the answer as it is, or what
-        follows it does not start with a special token, at which tokens can be cut.
+        None where that is not safe: the template changes the answer, or the text after it does not
+        start with a special token, at which tokens can be cut.
         """
         marked = [*stored_messages[:-1], {"role": "assistant", "content": _MARKER}]
         text = self._templated(request, [*marked, *appended_messages], tokenize=False)

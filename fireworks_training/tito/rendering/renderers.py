@@ -1,7 +1,7 @@
-"""What a renderer is: it turns conversations into tokens, and sampled tokens into messages.
+"""Defines the protocols of a renderer, which turns conversations into tokens and back.
 
-Protocols, for renderers of one's own; `chat_template` has one for every tokenizer with a chat
-template.
+Users may write renderers of their own; `chat_template` has one for every tokenizer with a chat
+template. It knows no model and no tokenizer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from fireworks_training._checks import integer
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
@@ -21,7 +22,7 @@ class TITORenderer(Protocol):
     renderer_id: str
 
     def render_conversation_tokens(self, request: TITOChatRequest) -> Sequence[int]:
-        """Token ids of all messages and tools, with a generation prompt."""
+        """Render all messages and tools into token ids, with a generation prompt."""
         ...
 
     def parse_assistant(
@@ -31,30 +32,30 @@ class TITORenderer(Protocol):
         completion_text: str,
         finish_reason: str,
     ) -> TITOParsedAssistant:
-        """The message in sampled tokens.
+        """Parse sampled tokens into a message.
 
         Raises:
-            TITOParseError: they are malformed; the trajectory is discarded.
+            TITOParseError: the tokens are malformed; the trajectory is discarded.
         """
         ...
 
     def render_contract_id(self, request: TITOChatRequest) -> str:
-        """Names how this request is rendered; another name starts a new segment."""
+        """Name the way in which this request is rendered; another name starts a new segment."""
         ...
 
     def stop_sequences(self, request: TITOChatRequest) -> Sequence[str] | None:
-        """Strings that end an answer, beside the model's own end of turn."""
+        """Give the strings that end an answer, beside the model's own end of turn."""
         ...
 
 
 @dataclass(frozen=True)
 class TITOIncrementalPrompt:
-    """A prompt made by putting tokens behind those that were sent and sampled.
+    """Holds a prompt made by appending tokens to those that were sent and sampled.
 
     Attributes:
         prompt_ids: the exact tokens so far (without the trimmed ones), then the new ones.
-        contract_id: names the way of joining.
-        junction_kind: names this join, such as "sampled_end_of_turn".
+        contract_id: name of the way of joining.
+        junction_kind: name of this join, such as "sampled_end_of_turn".
         checkpoint_trim_tokens: tokens at the end of the last answer that were replaced.
     """
 
@@ -67,15 +68,12 @@ class TITOIncrementalPrompt:
         object.__setattr__(self, "prompt_ids", tuple(map(int, self.prompt_ids)))
         if not (self.prompt_ids and self.contract_id and self.junction_kind):
             raise InvalidArgument("prompt_ids, contract_id and junction_kind must not be empty")
-        if self.checkpoint_trim_tokens < 0:
-            raise InvalidArgument(
-                f"checkpoint_trim_tokens must be at least 0, got {self.checkpoint_trim_tokens}"
-            )
+        integer("checkpoint_trim_tokens", self.checkpoint_trim_tokens, 0)
 
 
 @runtime_checkable
 class TITOIncrementalRenderer(Protocol):
-    """A renderer that can also put new messages behind the exact tokens."""
+    """Extends a renderer so that it can append new messages to the exact tokens."""
 
     def prepare_incremental_prompt(
         self,
@@ -84,12 +82,12 @@ class TITOIncrementalRenderer(Protocol):
         appended_messages: Sequence[Mapping[str, Any]],
         exact_checkpoint_ids: Sequence[int],
     ) -> TITOIncrementalPrompt | None:
-        """The joined prompt; None where it can't be told, so that all is rendered instead.
+        """Join the prompt; None where that is not safe, so that all messages are rendered instead.
 
         Args:
-            stored_messages: the conversation up to the last answer, whose tokens are the
-                checkpoint's.
-            appended_messages: what the agent added.
+            stored_messages: the conversation up to the last answer, whose tokens end the
+                checkpoint.
+            appended_messages: the messages that the agent added.
             exact_checkpoint_ids: the tokens so far.
         """
         ...

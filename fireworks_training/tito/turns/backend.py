@@ -1,6 +1,7 @@
-"""What all trajectories of a sidecar share: the sampler, the renderer, limits and options.
+"""Holds what all trajectories of a sidecar share: sampler, renderer, limits and sampling options.
 
-It turns requests into prompts and options, and samples. Which prompt follows which is `planning`'s.
+It turns requests into prompts and options. It does not know trajectories: `planning` decides how a
+prompt follows the one before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
+from fireworks_training._checks import one_of
 from fireworks_training._wire.completions.request import check_names
 from fireworks_training.errors import InvalidArgument, UsageError
 from fireworks_training.models import SampledCompletion, SampledRequestResult
@@ -21,7 +23,13 @@ from fireworks_training.tito.rendering.renderers import (
     TITOIncrementalRenderer,
     TITORenderer,
 )
-from fireworks_training.tito.values.errors import DISCARD, TITOError, TITOParseError, invalid, told
+from fireworks_training.tito.values.errors import (
+    DISCARD,
+    TITOError,
+    TITOParseError,
+    invalid,
+    safe_text,
+)
 from fireworks_training.tito.values.records import TITOPromptMode
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
@@ -30,7 +38,7 @@ logger = logging.getLogger("fireworks_training.tito")
 T = TypeVar("T")
 
 AFFINITY = ("prompt_cache_key", "prompt_cache_isolation_key", "user")
-"""Options that say which calls belong together: the trajectory's, never the agent's."""
+"""Options that mark calls as belonging together: set for a trajectory, never by the agent."""
 
 INTERNAL = (
     *("additional_headers_snapshot", "logical_request_id", "max_seq_len", "n", "echo", "stop"),
@@ -43,11 +51,11 @@ Classifier = Callable[[TITOChatRequest], Any]
 
 
 class ExactTokenSampler(Protocol):
-    """What the sidecar needs of a sampler; `DeploymentSampler` has it."""
+    """Names what the sidecar needs of a sampler; `DeploymentSampler` has it."""
 
     @property
     def model(self) -> str:
-        """Model string, for the answers."""
+        """Model string for the answers."""
         ...
 
     @property
@@ -58,7 +66,7 @@ class ExactTokenSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Tokens that a call may sample: as asked for, as allowed, and the room that there is."""
+    """Holds the tokens that a call asks for, those that it may sample, and the room left."""
 
     requested: int
     effective: int
@@ -66,7 +74,7 @@ class Budget:
 
 
 class Backend:
-    """A sampler and a renderer with their limits; see `TITOSidecar` for the arguments."""
+    """Holds a sampler and a renderer with their limits; the arguments are `TITOSidecar`'s."""
 
     def __init__(
         self,
@@ -91,10 +99,7 @@ class Backend:
                 "a renderer has renderer_id, render_conversation_tokens(), parse_assistant(), "
                 f"render_contract_id() and stop_sequences(); {type(renderer).__name__} lacks some"
             )
-        if prompt_mode not in ("full_history", "incremental"):
-            raise InvalidArgument(
-                f"prompt_mode must be 'full_history' or 'incremental', got {prompt_mode!r}"
-            )
+        one_of("prompt_mode", prompt_mode, ("full_history", "incremental"))
         incremental = prompt_mode == "incremental"
         if incremental and not isinstance(renderer, TITOIncrementalRenderer):
             raise InvalidArgument(
@@ -117,18 +122,18 @@ class Backend:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tito-render")
 
     def classified(self, request: TITOChatRequest) -> tuple[str, str]:
-        """Whether a call is "policy" or "auxiliary", and who says so.
+        """Classify a call as "policy" or "auxiliary"; gives also the source of the decision.
 
-        A classifier that fails makes it a call of the policy: rather a turn too many than one whose
-        tokens are lost. That is said in the log, without what it was asked.
+        A call whose classifier fails counts as one of the policy: rather a turn too many than one
+        whose tokens are lost. The log reports it, without the request.
         """
         if self._classifier is None:
             return "policy", "default"
         try:
-            said = self._classifier(request)
+            given = self._classifier(request)
         except Exception as error:
             return self._unclassified(f"raised {type(error).__name__}")
-        answer = cast(tuple[object, ...], said) if isinstance(said, tuple) else (said, "adapter")
+        answer = cast(tuple[object, ...], given) if isinstance(given, tuple) else (given, "adapter")
         if len(answer) == 2 and answer[0] in ("policy", "auxiliary") and answer[1]:
             return str(answer[0]), str(answer[1])
         return self._unclassified("gave neither 'policy' nor 'auxiliary'")
@@ -139,11 +144,11 @@ class Backend:
         return "policy", "classifier_failed"
 
     async def contract(self, request: TITOChatRequest) -> str:
-        """The renderer's name for how it renders this request."""
+        """Ask the renderer for the name of its way of rendering this request."""
         return str(await self._rendering(self._renderer.render_contract_id, request))
 
     async def rendered(self, request: TITOChatRequest) -> tuple[int, ...]:
-        """The prompt of all messages."""
+        """Render all messages into a prompt."""
         render = self._renderer.render_conversation_tokens
         ids = tuple(int(i) for i in await self._rendering(render, request))
         if not ids:
@@ -156,7 +161,7 @@ class Backend:
         stored: Sequence[Mapping[str, Any]],
         checkpoint: Sequence[int],
     ) -> TITOIncrementalPrompt | None:
-        """The prompt of the new messages behind the exact tokens, where the renderer can tell."""
+        """Append the new messages to the exact tokens; None where the renderer declines."""
         join = self._renderer.prepare_incremental_prompt
         new = request.messages[len(stored) :]
         made: TITOIncrementalPrompt | None = await self._rendering(
@@ -167,10 +172,10 @@ class Backend:
     async def parsed(
         self, request: TITOChatRequest, completion: SampledCompletion
     ) -> TITOParsedAssistant:
-        """The message in a completion.
+        """Parse a completion into a message.
 
         Raises:
-            TITOError: the renderer finds it malformed; the trajectory is to be discarded (422).
+            TITOError: the completion is malformed; the trajectory is to be discarded (422).
         """
         ids = list(completion.completion_tokens)
         parse = self._renderer.parse_assistant
@@ -184,7 +189,7 @@ class Backend:
                 "tito_sdk_parse_error" if known else "tito_sdk_parser_internal_error",
                 422,
                 "the renderer could not read the sampled tokens as a message "
-                f"({told(error)}){DISCARD}",
+                f"({safe_text(error)}){DISCARD}",
                 origin="sdk_parser",
                 discard_trajectory=True,
                 context={
@@ -197,7 +202,7 @@ class Backend:
         return message
 
     def budget(self, request: TITOChatRequest, prompt_tokens: int) -> Budget:
-        """What may be sampled after a prompt.
+        """Compute how many tokens may be sampled after a prompt.
 
         Raises:
             TITOError: the prompt fills the context (400).
@@ -215,10 +220,10 @@ class Backend:
         return Budget(requested, min(requested, self.max_output_tokens, remaining), remaining)
 
     def options(self, request: TITOChatRequest) -> dict[str, Any]:
-        """Options of the sampling; the sidecar's own go before the agent's.
+        """Combine the options of the sampling; the sidecar's own override the agent's.
 
         Raises:
-            TITOError: an option that is not the agent's to set, or that nobody knows (400).
+            TITOError: an option is unknown, or the agent may not set it (400).
         """
         asked = dict(request.sampling_fields)
         if taken := [name for name in AFFINITY if name in asked]:
@@ -245,7 +250,7 @@ class Backend:
         return options
 
     async def stop(self, request: TITOChatRequest) -> list[str] | None:
-        """Strings that end the answer; None for the model's own end alone."""
+        """Ask the renderer for strings that end the answer; None for the model's own end alone."""
         stops = list(await self._rendering(self._renderer.stop_sequences, request) or ())
         if not all(isinstance(one, str) for one in stops):
             raise TITOError(
@@ -254,7 +259,7 @@ class Backend:
         return stops or None
 
     def close(self) -> None:
-        """Give up the worker thread."""
+        """Stop the worker thread."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     async def _in_worker(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -270,7 +275,7 @@ class Backend:
             raise TITOError(
                 "tito_render_error",
                 400,
-                f"the renderer can't render this request ({told(error)}): send messages "
+                f"the renderer can't render this request ({safe_text(error)}): send messages "
                 "that the model's chat template takes",
                 context={"renderer_error_type": type(error).__name__},
             ) from error

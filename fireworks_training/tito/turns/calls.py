@@ -1,4 +1,7 @@
-"""One call of an agent: what is known of it as it goes on, and the record that it ends as."""
+"""Tracks one call of an agent while it goes on, and makes its record, turn and answer at the end.
+
+It knows the records and OpenAI's chat completion; it neither renders nor samples.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fireworks_training.errors import SamplingRequestError
 from fireworks_training.models import SampledCompletion, SampledRequestResult
 from fireworks_training.tito.turns.planning import TurnPlan
 from fireworks_training.tito.values.errors import TITOError
-from fireworks_training.tito.values.metrics import Measured
+from fireworks_training.tito.values.metrics import RunningMetrics
 from fireworks_training.tito.values.records import (
     TITOCallKind,
     TITOCallOutcome,
@@ -24,10 +27,10 @@ from fireworks_training.tito.values.requests import TITOParsedAssistant
 
 @dataclass(slots=True, kw_only=True)
 class AgentCall:
-    """A call under way.
+    """Tracks a call under way.
 
     Attributes:
-        phase: what it is doing, for errors.
+        phase: the step that it is at, for errors.
         attempts: HTTP attempts of a sampling that failed.
     """
 
@@ -43,7 +46,7 @@ class AgentCall:
     attempts: int = 0
 
     def failed_by(self, error: Exception) -> None:
-        """Note what a failed sampling tells of itself."""
+        """Note the attempts and the id of a failed sampling."""
         if isinstance(error, SamplingRequestError):
             self.attempts = error.attempts
             self.request_id = error.logical_request_id or self.request_id
@@ -51,12 +54,12 @@ class AgentCall:
     def record(
         self,
         outcome: TITOCallOutcome,
-        measured: Measured,
+        measured: RunningMetrics,
         *,
         turn_id: str | None = None,
         error_code: str | None = None,
     ) -> TITOCallRecord:
-        """What it ended as, counted."""
+        """Make the call's record, and count its outcome."""
         ended, sampled = time.time(), self.sampled
         measured.count(f"calls/{outcome}")
         measured.observe("calls/request_wall_seconds", ended - self.started_at)
@@ -82,8 +85,8 @@ class AgentCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """The last answer that had an idempotency key, for a client that asks again."""
+class IdempotentAnswer:
+    """Holds the last answer that had an idempotency key, for a client that asks again."""
 
     key: str
     fingerprint: str | None
@@ -93,13 +96,13 @@ class Answered:
     @classmethod
     def of(
         cls, key: str | None, fingerprint: str | None, turn_id: str, response: Mapping[str, Any]
-    ) -> Answered | None:
-        """None without a key."""
+    ) -> IdempotentAnswer | None:
+        """Keep an answer under its key; None without a key."""
         return None if key is None else cls(key, fingerprint, turn_id, response)
 
 
 def outcome_of(error: TITOError) -> TITOCallOutcome:
-    """What a call with this error ended as."""
+    """Give the outcome of a call that ended with this error."""
     if error.origin == "sdk_parser":
         return "model_malformed"
     return "rejected" if error.origin == "sdk" and error.status < 500 else "failed"
@@ -112,7 +115,7 @@ def turn_of(
     assistant: TITOParsedAssistant,
     turn_id: str,
 ) -> TITOTurn:
-    """The turn that a sampled plan is."""
+    """Make the turn from its plan and its sampled completion."""
     placement, join = plan.placement, plan.join
     top = completion.top_logprobs
     return TITOTurn(
@@ -155,7 +158,7 @@ def _floats(row: Any) -> tuple[float, ...] | None:
 
 
 def _reported(row: Any) -> tuple[float | None, ...] | None:
-    """NaN is a token whose value was not reported."""
+    """Replace NaN, which stands for a value that was not reported, by None."""
     return None if row is None else tuple(None if v != v else float(v) for v in row)
 
 
@@ -165,7 +168,7 @@ def response_of(
     completion: SampledCompletion,
     model: str,
 ) -> Mapping[str, Any]:
-    """OpenAI's chat completion."""
+    """Write the answer as OpenAI's chat completion."""
     message = dict(assistant.response_message)
     called = bool(message.get("tool_calls")) and completion.finish_reason == "stop"
     return {

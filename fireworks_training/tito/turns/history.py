@@ -1,6 +1,7 @@
-"""What a trajectory holds: segments of turns, calls, and what became of their answers.
+"""Collects what a trajectory holds: segments of turns, calls, and attempts to send their answers.
 
-It grows by whole turns and turns into the artifact. Nothing here waits.
+It grows by whole turns, and makes the artifact. Nothing here awaits; it knows no sampler and no
+renderer.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fireworks_training.tito.turns.planning import Standing, TurnPlan
+from fireworks_training.tito.turns.planning import SegmentTip, TurnPlan
 from fireworks_training.tito.values.errors import TITOError
-from fireworks_training.tito.values.metrics import Measured
+from fireworks_training.tito.values.metrics import RunningMetrics
 from fireworks_training.tito.values.records import (
     TITOCallRecord,
     TITOEmission,
@@ -26,12 +27,12 @@ from fireworks_training.tito.values.records import (
 )
 
 MOST_CALLS = 1 << 16
-"""Calls of one trajectory in all: an agent that asks in an endless loop fills no memory."""
+"""Calls of one trajectory at most, so that an agent in an endless loop does not fill the memory."""
 
 
 @dataclass(slots=True)
 class Segment:
-    """A segment that may still grow."""
+    """Holds the turns of a segment that may still grow."""
 
     start_reason: str
     contract: str
@@ -41,32 +42,32 @@ class Segment:
 
 
 class History:
-    """See the module.
+    """Collects the segments, calls and sent answers of one trajectory.
 
     Attributes:
-        measured: counts of everything.
+        measured: the trajectory's metrics.
     """
 
     def __init__(self, policy: TrajectoryDriftPolicy) -> None:
-        self.measured = Measured()
+        self.measured = RunningMetrics()
         self._calls: list[TITOCallRecord] = []
         self._policy = policy
         self._segments: list[Segment] = []
         self._emissions: list[TITOResponseAttempt] = []
         self._started_at = time.time()
 
-    def standing(self) -> Standing:
-        """Where the next turn starts from."""
+    def tip(self) -> SegmentTip:
+        """Give the last turn, from which the next one starts."""
         if not self._segments:
-            return Standing(None, "", self._policy)
+            return SegmentTip(None, "", self._policy)
         segment = self._segments[-1]
-        return Standing(segment.turns[-1], segment.contract, self._policy)
+        return SegmentTip(segment.turns[-1], segment.contract, self._policy)
 
     def require_room(self) -> None:
-        """Refuse a call too many.
+        """Refuse a call beyond the limit.
 
         Raises:
-            TITOError: there were `MOST_CALLS` (429).
+            TITOError: there were `MOST_CALLS` calls (429).
         """
         if len(self._calls) >= MOST_CALLS:
             raise TITOError(
@@ -76,12 +77,12 @@ class History:
             )
 
     def note(self, record: TITOCallRecord) -> None:
-        """Take the record of a call; one too many is only counted."""
+        """Keep the record of a call; one beyond the limit is only counted."""
         if len(self._calls) < MOST_CALLS:
             self._calls.append(record)
 
     def append(self, plan: TurnPlan, turn: TITOTurn) -> None:
-        """Take a turn, into a new segment where its plan says so."""
+        """Add a turn, to a new segment where its plan starts one."""
         if (reason := plan.placement.reason) is not None:
             if self._segments:
                 self._segments[-1].closed_reason = reason
@@ -91,7 +92,7 @@ class History:
         self.measured.count("lineage/realigned_masked_tokens", turn.realigned_masked_tokens)
 
     def emitted(self, turn_id: str, emission: TITOEmission) -> None:
-        """Note what became of an answer."""
+        """Note whether an answer reached the agent."""
         attempt = TITOResponseAttempt(uuid.uuid4().hex, turn_id, emission, time.time())
         self._emissions.append(attempt)
         self.measured.count(f"transport/response_emission_{emission}")
@@ -104,7 +105,7 @@ class History:
         status: TITOStatus,
         reason: str | None,
     ) -> TITOTrajectoryArtifact:
-        """All of it, as it is now."""
+        """Make the artifact from all that was collected so far."""
         finished = time.time()
         return TITOTrajectoryArtifact(
             trajectory_id=trajectory_id,
@@ -129,7 +130,7 @@ class History:
             finished_at=finished,
         )
 
-    def _totals(self, finished: float) -> Measured:
+    def _totals(self, finished: float) -> RunningMetrics:
         turns = [turn for segment in self._segments for turn in segment.turns]
         totals = self.measured.copy()
         totals.observe("trajectory/policy_turns", len(turns))

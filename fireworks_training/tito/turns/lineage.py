@@ -1,8 +1,7 @@
-"""Where a prompt stands to the tokens so far: it continues them, realigns, or starts anew.
+"""Decides how a prompt follows the tokens so far: it continues them, realigns, or starts a segment.
 
-Decisions only: it compares messages and token ids, and neither renders nor samples. The rule that
-all of it serves: a token carries loss only if the policy sampled it after exactly the tokens that
-stand before it in its row.
+It compares messages and token ids, and neither renders nor samples. All decisions serve one rule: a
+token carries loss only if the policy sampled it after exactly the tokens before it in its row.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fireworks_training.tito.values.records import (
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a prompt is to its segment.
+    """Holds the decision about a prompt; the fields are those of `TITOTurn`.
 
     Attributes:
         reason: why a new segment starts; None if none does.
@@ -36,14 +35,14 @@ class Placement:
 
 
 def history_of(turn: TITOTurn) -> tuple[Mapping[str, Any], ...]:
-    """The conversation up to the end of a turn's answer."""
+    """Give the conversation up to the end of a turn's answer."""
     return (*turn.request.messages, turn.assistant.message)
 
 
 def break_reason(
     last: TITOTurn, contract: str, new_contract: str, messages: Sequence[Mapping[str, Any]]
 ) -> str | None:
-    """Why messages do not continue a conversation, or None if they do."""
+    """Find why messages do not continue a conversation; None if they do."""
     if contract != new_contract:
         return "contract_change"
     stored = history_of(last)
@@ -51,7 +50,7 @@ def break_reason(
 
 
 def rewrite_kind(last: TITOTurn, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Where an edited history first differs, for the metrics."""
+    """Find where an edited history first differs, for the metrics."""
     stored = history_of(last)
     for place, (was, now) in enumerate(zip(stored, messages, strict=False)):
         if was != now:
@@ -59,11 +58,13 @@ def rewrite_kind(last: TITOTurn, messages: Sequence[Mapping[str, Any]]) -> str:
     return "truncated"
 
 
-def fresh(reason: str, policy: TrajectoryDriftPolicy, matched: int | None = None) -> Placement:
-    """A new segment, where the policy allows one.
+def new_segment(
+    reason: str, policy: TrajectoryDriftPolicy, matched: int | None = None
+) -> Placement:
+    """Start a new segment, where the policy allows one.
 
     Raises:
-        TITOError: it does not (409).
+        TITOError: the policy rejects it (409).
     """
     if policy.on_other_mismatch == "reject":
         raise TITOError(
@@ -76,11 +77,13 @@ def fresh(reason: str, policy: TrajectoryDriftPolicy, matched: int | None = None
     return Placement("new_segment", matched, reason=reason)
 
 
-def placed(last: TITOTurn, prompt: Sequence[int], policy: TrajectoryDriftPolicy) -> Placement:
-    """Where a prompt rendered from all messages stands, whose messages continue the last turn.
+def place_rendered(
+    last: TITOTurn, prompt: Sequence[int], policy: TrajectoryDriftPolicy
+) -> Placement:
+    """Decide about a prompt that was rendered from all messages, which continue the last turn.
 
     Raises:
-        TITOError: it drifts, and the policy rejects that (409).
+        TITOError: the prompt drifts, and the policy rejects that (409).
     """
     checkpoint = last.exact_checkpoint_ids
     matched = common_prefix(checkpoint, prompt)
@@ -91,14 +94,14 @@ def placed(last: TITOTurn, prompt: Sequence[int], policy: TrajectoryDriftPolicy)
     masked = len(prompt) - answer_at
     if answer_at <= matched and masked < policy.max_masked_tokens:
         return Placement("realign", matched, answer_at, masked)
-    return fresh("token_drift", policy, matched)
+    return new_segment("token_drift", policy, matched)
 
 
-def joined(last: TITOTurn, prompt: TITOIncrementalPrompt) -> Placement:
-    """Where a prompt that a renderer put behind the exact tokens stands.
+def place_joined(last: TITOTurn, prompt: TITOIncrementalPrompt) -> Placement:
+    """Decide about a prompt that a renderer appended to the exact tokens.
 
     Raises:
-        TITOError: it does not begin with them, but for what it says it trimmed (500).
+        TITOError: it does not begin with them, apart from the tokens reported as trimmed (500).
     """
     checkpoint = last.exact_checkpoint_ids
     kept = len(checkpoint) - prompt.checkpoint_trim_tokens
@@ -113,7 +116,7 @@ def joined(last: TITOTurn, prompt: TITOIncrementalPrompt) -> Placement:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many entries two sequences share from their beginning."""
+    """Count the entries that two sequences share from their beginning."""
     shared = 0
     for one, other in zip(left, right, strict=False):
         if one != other:

@@ -1,6 +1,6 @@
-"""Prepares a turn: its prompt, how that stands to the tokens so far, and what may be sampled.
+"""Plans a turn: its prompt, how that follows the tokens so far, and how much may be sampled.
 
-It asks the renderer and `lineage`; it changes nothing, so that a call that fails later leaves the
+It asks the renderer and `lineage`. It changes nothing, so that a call that fails later leaves the
 trajectory as it was.
 """
 
@@ -14,25 +14,25 @@ from fireworks_training.tito.turns.backend import Backend, Budget
 from fireworks_training.tito.turns.lineage import (
     Placement,
     break_reason,
-    fresh,
     history_of,
-    joined,
-    placed,
+    new_segment,
+    place_joined,
+    place_rendered,
     rewrite_kind,
 )
 from fireworks_training.tito.values.errors import DISCARD, TITOError
-from fireworks_training.tito.values.metrics import Measured
+from fireworks_training.tito.values.metrics import RunningMetrics
 from fireworks_training.tito.values.records import TITOTurn, TrajectoryDriftPolicy
 from fireworks_training.tito.values.requests import TITOChatRequest
 
 
 @dataclass(frozen=True, slots=True)
 class TurnPlan:
-    """A turn before it is sampled.
+    """Holds a turn before it is sampled.
 
     Attributes:
         join: how an incremental prompt was made; None for one of all messages.
-        fallback_reason: why an incremental one was not made, where it was wanted.
+        fallback_reason: why an incremental prompt was not made, where it was wanted.
     """
 
     request: TITOChatRequest
@@ -45,36 +45,37 @@ class TurnPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a trajectory stands: its last turn, if any, that turn's contract, and its policy."""
+class SegmentTip:
+    """Holds a trajectory's last turn, if any, with its contract, and the trajectory's policy."""
 
     last: TITOTurn | None
     contract: str
     policy: TrajectoryDriftPolicy
 
 
-async def planned(
+async def plan_turn(
     backend: Backend,
-    standing: Standing,
+    tip: SegmentTip,
     request: TITOChatRequest,
     contract: str,
-    measured: Measured,
+    measured: RunningMetrics,
 ) -> TurnPlan:
-    """The next turn of a trajectory.
+    """Plan the next turn of a trajectory.
 
     Raises:
-        TITOError: it drifts and the policy rejects that (409), or does not fit the context (400).
+        TITOError: the prompt drifts and the policy rejects that (409), or it does not fit the
+            context (400).
     """
-    last = standing.last
+    last = tip.last
     join, fallback = None, None
     if last is None:
         prompt = await backend.rendered(request)
         placement = Placement("new_segment", reason="initial")
-    elif reason := break_reason(last, standing.contract, contract, request.messages):
+    elif reason := break_reason(last, tip.contract, contract, request.messages):
         measured.count(f"lineage/boundary_reason_{reason}")
         if reason == "history_rewrite":
             measured.count(f"lineage/history_rewrite_{rewrite_kind(last, request.messages)}")
-        placement = fresh(reason, standing.policy)
+        placement = new_segment(reason, tip.policy)
         prompt = await backend.rendered(request)
         fallback = reason if backend.incremental else None
     else:
@@ -82,10 +83,10 @@ async def planned(
             join = await backend.joined(request, history_of(last), last.exact_checkpoint_ids)
             fallback = None if join is not None else "renderer_declined"
         if join is not None:
-            prompt, placement = join.prompt_ids, joined(last, join)
+            prompt, placement = join.prompt_ids, place_joined(last, join)
         else:
             prompt = await backend.rendered(request)
-            placement = placed(last, prompt, standing.policy)
+            placement = place_rendered(last, prompt, tip.policy)
     return TurnPlan(
         request,
         contract,
@@ -97,11 +98,11 @@ async def planned(
     )
 
 
-def checked(plan: TurnPlan, sampled: SampledRequestResult) -> SampledCompletion:
-    """The completion of a plan, if it is one.
+def check_completion(plan: TurnPlan, sampled: SampledRequestResult) -> SampledCompletion:
+    """Check that a sampled completion belongs to its plan.
 
     Raises:
-        TITOError: its tokens are not what was asked for; the trajectory is to be discarded (422).
+        TITOError: its tokens do not fit the plan; the trajectory is to be discarded (422).
     """
     if len(sampled.completions) != 1:
         raise _mismatch("completions", f"{len(sampled.completions)} completions came, not one")

@@ -1,5 +1,7 @@
-"""The trajectories of a sidecar, and the key of each: those that are open, and those that ended not
-long ago."""
+"""Finds the trajectories of a sidecar and their keys: the open ones, and those that ended recently.
+
+It makes and ends trajectories; it does not know HTTP.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,16 @@ MAX_OPEN = 8192
 """Trajectories that may be open at a time."""
 
 REMEMBERED = 4096
-"""Ended trajectories whose late calls are told so (410); older ones are unknown (401)."""
+"""Ended trajectories whose late calls get a 410; older trajectories are unknown (401)."""
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
-class Trajectories:
-    """See the module.
+class TrajectoryRegistry:
+    """Holds the trajectories of one sidecar, each under its id.
 
     Args:
-        traces: keeps those that failed; None keeps none.
+        traces: keeps trajectories that failed; None keeps none.
     """
 
     def __init__(self, backend: Backend, traces: FailureTraces | None) -> None:
@@ -49,15 +51,15 @@ class Trajectories:
 
     @property
     def open_ids(self) -> list[str]:
-        """Ids of those that are open."""
+        """Ids of the open trajectories."""
         return list(self._open)
 
     def key_of(self, trajectory_id: str) -> str | None:
-        """The key of a trajectory; None for one that is not known (any more)."""
+        """Give the key of a trajectory; None for an unknown one."""
         return self._keys.get(trajectory_id)
 
     def get(self, trajectory_id: str) -> Trajectory:
-        """The trajectory of an id.
+        """Find the trajectory of an id.
 
         Raises:
             TITOError: there is none (404).
@@ -74,7 +76,7 @@ class Trajectories:
         metadata: Mapping[str, Any] | None,
         policy: TrajectoryDriftPolicy | None,
     ) -> Trajectory:
-        """A new one, open, with a key; see `TITOSidecar.create_trajectory`."""
+        """Make a trajectory with a key; the arguments are those of `create_trajectory`."""
         trajectory_id = uuid.uuid4().hex if trajectory_id is None else trajectory_id
         if not _ID.fullmatch(trajectory_id):
             raise InvalidArgument(
@@ -98,14 +100,14 @@ class Trajectories:
         return made
 
     def forget(self, trajectory_id: str) -> None:
-        """It never was: its maker could not be given it."""
+        """Remove an open trajectory that could not be handed to its maker."""
         if self._open.pop(trajectory_id, None) is not None:
             del self._keys[trajectory_id]
 
     async def end(
         self, trajectory_id: str, status: TITOStatus, reason: str | None, *, cancel: bool
     ) -> TITOTrajectoryArtifact:
-        """End one; see `Trajectory.end`."""
+        """End a trajectory as `Trajectory.end` does, and keep a trace of one that failed."""
         trajectory = self.get(trajectory_id)
         artifact = await trajectory.end(status, reason, cancel=cancel)
         del self._open[trajectory_id]

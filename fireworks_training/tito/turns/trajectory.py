@@ -1,6 +1,7 @@
-"""One trajectory: its calls under way, the answers on their way to the agent, and its end.
+"""Runs one trajectory: its calls under way, the answers on their way to the agent, and its end.
 
-What a call does is `turns`'; HTTP is `server`'s.
+It knows which calls there are. A single call is carried out in `turns.turns`; HTTP is known to
+`server` alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from fireworks_training.tito.evidence.failures import typed
+from fireworks_training.tito.evidence.failures import as_tito_error
 from fireworks_training.tito.turns.backend import Backend
 from fireworks_training.tito.turns.calls import AgentCall, outcome_of
 from fireworks_training.tito.turns.turns import Turns
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.messages import plain_json
-from fireworks_training.tito.values.metrics import Measured
+from fireworks_training.tito.values.metrics import RunningMetrics
 from fireworks_training.tito.values.records import (
     TITOCallResult,
     TITOEmission,
@@ -32,8 +33,8 @@ from fireworks_training.tito.values.records import (
 from fireworks_training.tito.values.requests import TITOChatRequest
 
 MAX_CALLS = 64
-"""Calls of one trajectory at a time, those included whose request is still being read; those of the
-policy wait for each other."""
+"""Calls of one trajectory at a time, including those whose request is still being read; calls of
+the policy wait for each other."""
 
 ANSWER_GRACE = 10.0
 """Seconds that the end of a trajectory waits for an agent to read its last answer."""
@@ -42,7 +43,7 @@ logger = logging.getLogger("fireworks_training.tito")
 
 
 class Trajectory:
-    """See the module. Made by `TITOSidecar.create_trajectory`."""
+    """Runs the calls of one agent; made by `TITOSidecar.create_trajectory`."""
 
     def __init__(
         self,
@@ -72,12 +73,12 @@ class Trajectory:
         return self._backend.sampler.model
 
     @property
-    def measured(self) -> Measured:
-        """Its counts."""
+    def measured(self) -> RunningMetrics:
+        """The trajectory's metrics."""
         return self._turns.history.measured
 
     def opening(self) -> Mapping[str, Any]:
-        """What the observer is told at its beginning."""
+        """Give the facts of the beginning, for the observer."""
         return {
             "metadata": dict(self._metadata),
             "serving_affinity_key_hash": self._affinity_hash(),
@@ -86,10 +87,10 @@ class Trajectory:
         }
 
     def require_active(self) -> None:
-        """Refuse what comes after the end.
+        """Refuse a call after the end.
 
         Raises:
-            TITOError: it has ended or is ending (410), or is to be discarded.
+            TITOError: the trajectory has ended or is ending (410), or is to be discarded.
         """
         if self._ending is not None:
             raise TITOError(
@@ -99,17 +100,17 @@ class Trajectory:
                 context={"terminal_status": self._ending},
             )
         if self._discarded is not None:
-            # A copy: an exception raised again and again keeps the frames of every time.
+            # A copy: an exception raised again and again keeps the frames of each time.
             raise copy.copy(self._discarded)
 
     # -- calls -------------------------------------------------------------------------------------
 
     @contextmanager
     def reading(self) -> Generator[None]:
-        """A request is being read: it has its place among the calls.
+        """Count a request as a call while it is being read.
 
         Raises:
-            TITOError: see `start`.
+            TITOError: the same errors as `start` raises.
         """
         self._require_room()
         self._reading += 1
@@ -128,13 +129,13 @@ class Trajectory:
         """Answer a call, in a task that the end of the trajectory cancels.
 
         Args:
-            idempotency_key: with that of the last answer, and the same request, that answer is
-                given again.
-            prepared: set once nothing but the sampling can refuse the call.
+            idempotency_key: the key of the last answer, with the same request, gives that answer
+                again.
+            prepared: set when nothing but the sampling can refuse the call any more.
 
         Raises:
             TITOError: too many calls are under way, or were made (429), or the trajectory has
-                ended. From the task: see its code; the trajectory is as it was.
+                ended. The task's own errors leave the trajectory as it was.
         """
         self._require_room()
         task = asyncio.create_task(self._complete(request, idempotency_key, prepared))
@@ -171,11 +172,11 @@ class Trajectory:
             raise
         except Exception as error:
             call.failed_by(error)
-            failure = typed(error, call.phase)
+            failure = as_tito_error(error, call.phase)
             if failure.discard_trajectory and kind == "policy":
                 self._discarded = copy.copy(failure)
             elif failure.discard_trajectory:
-                failure = failure.beside()
+                failure = failure.for_auxiliary_call()
             await self._note_failure(call, failure)
             if failure is error:
                 raise
@@ -185,13 +186,17 @@ class Trajectory:
         record = call.record(outcome_of(failure), self.measured, error_code=failure.code)
         self._turns.history.note(record)
         if failure.code != "tito_debug_storage_error":
-            said = {"call_id": call.call_id, "outcome": record.outcome, "error_code": failure.code}
-            await self._turns.tell("call_failed", {**said, "phase": call.phase})
+            payload = {
+                "call_id": call.call_id,
+                "outcome": record.outcome,
+                "error_code": failure.code,
+            }
+            await self._turns.record_event("call_failed", {**payload, "phase": call.phase})
 
     # -- answers -----------------------------------------------------------------------------------
 
     def answer_under_way(self) -> None:
-        """The current task answers a call: the end of the trajectory waits for it."""
+        """Note that the current task answers a call, so that the trajectory's end waits for it."""
         task = asyncio.current_task()
         assert task is not None
         self._answering.add(task)
@@ -201,25 +206,25 @@ class Trajectory:
         """Note whether an answer reached the agent; auxiliary calls have no turn."""
         if turn_id is not None:
             self._turns.history.emitted(turn_id, emission)
-            said = {"turn_id": turn_id, "emission": emission}
+            payload = {"turn_id": turn_id, "emission": emission}
             try:
-                await self._turns.tell("response_emission", said)
+                await self._turns.record_event("response_emission", payload)
             except TITOError as error:
-                # The agent has its answer, or has left: there is nobody else to tell.
+                # The agent has its answer, or has left: no call can fail with this error.
                 logger.warning("what became of an answer could not be told: %s", error)
 
     async def refused(self, error: TITOError, started_at: float) -> None:
-        """Note a request that was none, or came too late."""
+        """Note a request that was malformed, or came too late."""
         if self._ending is not None:
-            said = {"error_code": error.code, "terminal_status": self._ending}
+            payload = {"error_code": error.code, "terminal_status": self._ending}
             journal = self._backend.journal
-            await journal.after_end("request_rejected", self.trajectory_id, said)
+            await journal.record_late("request_rejected", self.trajectory_id, payload)
             return
         call = AgentCall(kind="policy", source="refused", started_at=started_at)
         self.measured.count("calls/total")
         record = call.record("rejected", self.measured, error_code=error.code)
         self._turns.history.note(record)
-        await self._turns.tell("request_rejected", {"error_code": error.code})
+        await self._turns.record_event("request_rejected", {"error_code": error.code})
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -232,8 +237,8 @@ class Trajectory:
             cancel: whether calls under way are cancelled, or refuse the end.
 
         Raises:
-            TITOError: it has ended before (410), or a call is under way (409). When the observer
-                fails (507), or this is cancelled, the trajectory goes on.
+            TITOError: the trajectory has ended before (410), or a call is under way (409). When the
+                observer fails (507), or this is cancelled, the trajectory goes on.
         """
         if self._ending is not None:
             self.require_active()
@@ -252,12 +257,12 @@ class Trajectory:
             artifact = self._turns.history.artifact(
                 self.trajectory_id, self._affinity_hash(), self._metadata, status, reason
             )
-            said = {"reason": reason, "segments": len(artifact.segments)}
-            await self._backend.journal.ended(self.trajectory_id, status, said)
+            payload = {"reason": reason, "segments": len(artifact.segments)}
+            await self._backend.journal.record_end(self.trajectory_id, status, payload)
         except BaseException:
             self._ending = None
             raise
-        # What remains answers late calls, and need not keep the tokens.
+        # The object remains to answer late calls, and need not keep the tokens.
         self._turns, self._metadata = self._no_turns(), {}
         return artifact
 

@@ -1,7 +1,7 @@
-"""What one call comes to: its prompt, its sampling, and the turn that the two are.
+"""Carries out one call: plans its prompt, samples it, and adds the turn to the history.
 
-The trajectory changes in one step, without an await, after everything that can fail. Which calls
-there are, and when they end, is `trajectory`'s.
+The history changes in one step, without an await, after everything that can fail. It does not know
+which other calls there are, nor when the trajectory ends: `trajectory` does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from fireworks_training.models import SampledCompletion, SampledRequestResult
 from fireworks_training.tito.turns.backend import Backend
-from fireworks_training.tito.turns.calls import AgentCall, Answered, response_of, turn_of
+from fireworks_training.tito.turns.calls import AgentCall, IdempotentAnswer, response_of, turn_of
 from fireworks_training.tito.turns.history import History
-from fireworks_training.tito.turns.planning import Standing, TurnPlan, checked, planned
+from fireworks_training.tito.turns.planning import SegmentTip, TurnPlan, check_completion, plan_turn
 from fireworks_training.tito.values.errors import TITOError
 from fireworks_training.tito.values.messages import json_hash
 from fireworks_training.tito.values.records import TITOCallResult, TrajectoryDriftPolicy
@@ -23,13 +23,13 @@ from fireworks_training.tito.values.requests import TITOChatRequest
 
 
 class Turns:
-    """The turns of one trajectory, made one after the other.
+    """Makes the turns of one trajectory, one after the other.
 
     Args:
-        affinity: keeps the calls on one replica.
+        affinity: a key that keeps the calls on one replica.
 
     Attributes:
-        history: what came of them.
+        history: the turns and calls so far.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Turns:
         self._trajectory_id = trajectory_id
         self._affinity = affinity
         self._policy = policy
-        self._answered: Answered | None = None
+        self._answered: IdempotentAnswer | None = None
 
     async def policy(
         self,
@@ -49,24 +49,24 @@ class Turns:
         key: str | None,
         prepared: asyncio.Event | None,
     ) -> TITOCallResult:
-        """A call of the policy: the next turn, or the last answer again.
+        """Answer a call of the policy with the next turn, or with the last answer again.
 
         Args:
             key: the client's idempotency key.
-            prepared: set once nothing but the sampling can refuse the call.
+            prepared: set when nothing but the sampling can refuse the call any more.
 
         Raises:
-            TITOError: see its code; the trajectory is as it was.
+            TITOError: the call failed; the trajectory is as it was.
         """
         contract = await self._backend.contract(request)
         call.fingerprint = _fingerprint(request, contract)
         if self._answered is not None and self._answered.key == key:
             return self._again(call, self._answered, prepared)
         measured = self.history.measured
-        standing = self.history.standing()
-        plan = await planned(self._backend, standing, request, contract, measured)
+        tip = self.history.tip()
+        plan = await plan_turn(self._backend, tip, request, contract, measured)
         call.prompt_hash = json_hash(plan.prompt_ids)
-        said = {
+        payload = {
             "call_id": call.call_id,
             "disposition": plan.placement.disposition,
             "reason": plan.placement.reason,
@@ -74,23 +74,23 @@ class Turns:
             "effective_output_tokens": plan.budget.effective,
             "request": request.canonical_value(),
         }
-        await self.tell("prepare", said, {"prepared_prompt_ids": plan.prompt_ids})
+        await self.record_event("prepare", payload, {"prepared_prompt_ids": plan.prompt_ids})
         sampled, completion = await self._sampled(call, plan, prepared)
         assistant = await self._backend.parsed(request, completion)
         ids = tuple(completion.completion_tokens)
-        said = {"call_id": call.call_id, "finish_reason": completion.finish_reason}
-        await self.tell("completion", said, {"exact_completion_ids": ids})
-        # From here on nothing waits and nothing fails: the turn is there as a whole.
+        payload = {"call_id": call.call_id, "finish_reason": completion.finish_reason}
+        await self.record_event("completion", payload, {"exact_completion_ids": ids})
+        # From here on nothing awaits and nothing fails: the turn is added as a whole.
         turn = turn_of(plan, sampled, completion, assistant, uuid.uuid4().hex)
         response = response_of(turn.response_id, assistant, completion, self._backend.sampler.model)
         self.history.append(plan, turn)
         record = call.record("succeeded", measured, turn_id=turn.turn_id)
         self.history.note(record)
-        self._answered = Answered.of(key, call.fingerprint, turn.turn_id, response)
+        self._answered = IdempotentAnswer.of(key, call.fingerprint, turn.turn_id, response)
         return TITOCallResult(response, record, turn.turn_id)
 
     def _again(
-        self, call: AgentCall, answered: Answered, prepared: asyncio.Event | None
+        self, call: AgentCall, answered: IdempotentAnswer, prepared: asyncio.Event | None
     ) -> TITOCallResult:
         if answered.fingerprint != call.fingerprint:
             raise TITOError(
@@ -107,11 +107,11 @@ class Turns:
     async def auxiliary(
         self, call: AgentCall, request: TITOChatRequest, prepared: asyncio.Event | None
     ) -> TITOCallResult:
-        """A call beside the trajectory: answered, counted, and no part of its tokens."""
+        """Answer a call beside the trajectory: it is counted, and no part of the tokens."""
         contract = await self._backend.contract(request)
         call.fingerprint = _fingerprint(request, contract)
-        alone, measured = Standing(None, "", self._policy), self.history.measured
-        plan = await planned(self._backend, alone, request, contract, measured)
+        alone, measured = SegmentTip(None, "", self._policy), self.history.measured
+        plan = await plan_turn(self._backend, alone, request, contract, measured)
         call.prompt_hash = json_hash(plan.prompt_ids)
         _, completion = await self._sampled(call, plan, prepared)
         assistant = await self._backend.parsed(request, completion)
@@ -141,12 +141,12 @@ class Turns:
         call.phase = "sampling"
         call.sampled = await sampling
         call.phase = "reading"
-        return call.sampled, checked(plan, call.sampled)
+        return call.sampled, check_completion(plan, call.sampled)
 
-    async def tell(
+    async def record_event(
         self, event: str, payload: Mapping[str, Any], arrays: Mapping[str, Any] | None = None
     ) -> None:
-        """Tell the observer of an event of this trajectory."""
+        """Hand an event of this trajectory to the observer."""
         await self._backend.journal.record(event, self._trajectory_id, payload, arrays)
 
 

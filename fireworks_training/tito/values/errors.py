@@ -1,6 +1,6 @@
-"""What goes wrong in an agent's trajectory, as the rollout and as the agent's HTTP client see it.
+"""Defines the errors of an agent's call, for the rollout and for the agent's HTTP client.
 
-It knows error codes and OpenAI's error body. Who raises what is the other modules'.
+It knows error codes and OpenAI's error body; the other modules decide which error to raise.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from fireworks_training.errors import FireworksTrainingError
 TITOErrorOrigin = Literal[
     "sdk", "sdk_parser", "server", "transport", "adapter", "environment", "unknown"
 ]
-"""Whose failure it was: this package's checks, its parser, the deployment, the way to it, ..."""
+"""The part that failed: this package's checks, its parser, the deployment, the way to it, ..."""
 
 
 DISCARD = ": the trajectory is to be discarded"
-"""How the message of an error ends that leaves nothing true to record."""
+"""Ends the message of an error after which nothing true can be recorded."""
 
 
 class TITOError(FireworksTrainingError, RuntimeError):
-    """A call of an agent was refused or failed, or a trajectory can't be used so.
+    """A call of an agent was refused or failed, or a trajectory can't be used in this way.
 
     Args:
         code: stable and machine-readable, such as "tito_context_overflow".
         status: HTTP status that the agent's client gets.
         message: what happened, why, what to do next; without prompts, tokens and keys.
         should_retry: whether the same call may succeed later; sent as `x-should-retry`.
-        origin: whose failure it was; anything else counts as "unknown".
+        origin: the part that failed, a `TITOErrorOrigin`; any other text counts as "unknown".
         discard_trajectory: whether nothing more can be recorded truthfully: later calls get this
             error too, and the trajectory ends as "failed".
         context: further facts for `as_error_record()`.
@@ -56,7 +56,7 @@ class TITOError(FireworksTrainingError, RuntimeError):
         self.context = dict(context or {})
 
     def as_error_record(self) -> dict[str, Any]:
-        """The facts as a flat dictionary, `context` included."""
+        """Give the facts as a flat dictionary, `context` included."""
         if self.discard_trajectory:
             kind = "trajectory_error"
         elif self.origin in ("server", "transport"):
@@ -73,8 +73,8 @@ class TITOError(FireworksTrainingError, RuntimeError):
             "discard_trajectory": self.discard_trajectory,
         }
 
-    def beside(self) -> TITOError:
-        """The same of a call that is no part of its trajectory: that one goes on."""
+    def for_auxiliary_call(self) -> TITOError:
+        """Copy the error for an auxiliary call, which does not discard its trajectory."""
         return TITOError(
             self.code,
             self.status,
@@ -85,12 +85,12 @@ class TITOError(FireworksTrainingError, RuntimeError):
         )
 
     def openai_body(self) -> dict[str, Any]:
-        """The body of an OpenAI-compatible error answer."""
+        """Give the body of an OpenAI-compatible error answer."""
         return {"error": self.as_error_record()}
 
 
 class TITOParseError(FireworksTrainingError, ValueError):
-    """For renderers: the sampled output is malformed, or can't be told safely.
+    """Raised by renderers: the sampled output is malformed, or can't be parsed safely.
 
     Args:
         reason_code: a stable tag for metrics, such as "tool_call_json".
@@ -102,13 +102,12 @@ class TITOParseError(FireworksTrainingError, ValueError):
 
 
 def invalid(message: str, *, code: str = "tito_invalid_request") -> TITOError:
-    """A request that is wrong as it stands: 400."""
+    """Make the error (400) for a request that can't succeed without a change."""
     return TITOError(code, 400, message)
 
 
-def told(error: BaseException) -> str:
-    """An exception for a message: its type and where it was raised, not its text, which may hold a
-    prompt."""
+def safe_text(error: BaseException) -> str:
+    """Describe an exception by its type and where it was raised; its text may hold a prompt."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{where}"

@@ -1,8 +1,8 @@
-"""Chat messages as values: JSON that can't change, and one spelling for what means the same.
+"""Normalizes chat messages, so that messages of equal meaning are equal values.
 
 Agents replay the history with every call, and their libraries write it anew: other spaces in
-arguments, null instead of an empty text, fields that only streams have. None of that may pass for
-an edited history. Token ids are not compared here: a message never stands for the tokens sampled.
+arguments, null instead of an empty text, fields that only streams have. None of that may count as
+an edited history. It compares no token ids: a message never stands for the tokens sampled.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fireworks_training.tito.values.errors import invalid
 Message = Mapping[str, Any]
 
 DEEPEST = 128
-"""Levels of lists and objects in a request."""
+"""Levels of lists and objects in a request, at most."""
 
 
 def plain_json(value: Any, depth: int = 0) -> Any:
-    """A copy of JSON-like data in lists and dictionaries, in the order it had.
+    """Copy JSON-like data into lists and dictionaries, in the order it had.
 
     Args:
-        depth: how deep in other data it stands.
+        depth: levels of lists and objects around `value`.
 
     Raises:
-        TITOError: it holds something that JSON has not, or that no UTF-8 can say, or is nested
-            deeper than `DEEPEST`.
+        TITOError: it holds a value that JSON lacks or UTF-8 can't encode, or is nested deeper than
+            `DEEPEST`.
     """
     if value is None or isinstance(value, (bool, int)):
         return value
@@ -63,20 +63,19 @@ def _encodable(value: str) -> bool:
 
 
 def json_text(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal for equal values."""
+    """Write JSON with sorted keys and no spaces: equal for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def json_hash(value: Any) -> str:
-    """SHA-256 of `json_text`, in hex."""
+    """Compute the SHA-256 of `json_text`, in hex."""
     return hashlib.sha256(json_text(value).encode()).hexdigest()
 
 
 def normalize_openai_tool_arguments(value: Any) -> str:
-    """Arguments of a function call as JSON text, equal for equal values.
+    """Write the arguments of a function call as JSON text, equal for equal values.
 
-    Text that is no JSON, or that can't be written anew, stays as it is: what to make of it is the
-    renderer's.
+    Text that is not JSON, or can't be written again, stays as it is: the renderer decides about it.
     """
     if not isinstance(value, str):
         return json_text(value)
@@ -88,7 +87,7 @@ def normalize_openai_tool_arguments(value: Any) -> str:
 
 
 def canonical_message(message: Message) -> tuple[dict[str, Any], list[str]]:
-    """A message in its one spelling, and what was changed for it.
+    """Normalize a message; gives the result and the list of changes.
 
     Raises:
         TITOError: it has no role, or content that is not text.

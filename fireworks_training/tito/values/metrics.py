@@ -1,6 +1,6 @@
-"""Counters and distributions of a trajectory, mergeable over many of them.
+"""Sums up counters and distributions of a trajectory; distributions of several can be merged.
 
-It knows how values are summed up. What is counted stands where it happens.
+It knows how values are added; the modules in which things happen decide what is counted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class TITODistribution:
-    """Count, sum and range of a value.
+    """Holds count, sum and range of a measured value.
 
     Attributes:
-        count: how many values.
-        sum: of all of them.
-        min, max: the extremes; None where there is no value.
+        count: number of values.
+        sum: their sum.
+        min, max: the smallest and the largest; None where there is no value.
     """
 
     count: int = 0
@@ -26,11 +26,11 @@ class TITODistribution:
     max: float | None = None
 
     def add(self, value: float) -> TITODistribution:
-        """With one more value."""
+        """Give the distribution with one more value."""
         return self.merge(TITODistribution(1, value, value, value))
 
     def merge(self, other: TITODistribution) -> TITODistribution:
-        """The distribution of the values of both."""
+        """Give the distribution of the values of both."""
         lows = [x for x in (self.min, other.min) if x is not None]
         highs = [x for x in (self.max, other.max) if x is not None]
         return TITODistribution(
@@ -43,7 +43,7 @@ class TITODistribution:
 
 @dataclass(frozen=True)
 class TITOMetricSummary:
-    """What was counted and measured in a trajectory.
+    """Holds the counters and measured values of a trajectory; it can't change.
 
     Attributes:
         counters: by name, such as "calls/succeeded" or "lineage/realign".
@@ -53,8 +53,12 @@ class TITOMetricSummary:
     counters: Mapping[str, int]
     distributions: Mapping[str, TITODistribution]
 
+    def __post_init__(self) -> None:
+        for name in ("counters", "distributions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
     def flattened(self, root: str = "tito") -> dict[str, float]:
-        """Plain numbers for a metrics logger, each name under `root/`."""
+        """Give plain numbers for a metrics logger, each name under `root/`."""
         flat = {f"{root}/{name}": float(value) for name, value in self.counters.items()}
         for name, values in self.distributions.items():
             flat[f"{root}/{name}_count"] = float(values.count)
@@ -66,31 +70,29 @@ class TITOMetricSummary:
         return flat
 
 
-class Measured:
-    """Counters and distributions that grow."""
+class RunningMetrics:
+    """Collects counters and distributions while a trajectory goes on."""
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
         self._distributions: dict[str, TITODistribution] = {}
 
     def count(self, name: str, by: int = 1) -> None:
-        """One more, or `by` more, of something."""
+        """Add one, or `by`, to a counter."""
         self._counters[name] = self._counters.get(name, 0) + by
 
     def observe(self, name: str, value: float) -> None:
-        """A value of something measured."""
+        """Add a value to a distribution."""
         known = self._distributions.get(name, TITODistribution())
         self._distributions[name] = known.add(float(value))
 
     def summary(self) -> TITOMetricSummary:
-        """All of it as it is now."""
-        return TITOMetricSummary(
-            MappingProxyType(dict(self._counters)), MappingProxyType(dict(self._distributions))
-        )
+        """Give all values as they are now."""
+        return TITOMetricSummary(self._counters, self._distributions)
 
-    def copy(self) -> Measured:
-        """One that grows on its own."""
-        made = Measured()
+    def copy(self) -> RunningMetrics:
+        """Make a copy that goes on independently."""
+        made = RunningMetrics()
         made._counters = dict(self._counters)
         made._distributions = dict(self._distributions)
         return made

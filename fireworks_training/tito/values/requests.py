@@ -1,7 +1,7 @@
-"""What an agent asks for, and what the model answered, as messages.
+"""Reads an agent's chat request and the model's answer as messages in normalized form.
 
-It knows OpenAI's chat request. It decides nothing about tokens: those are `lineage`'s and the
-renderer's.
+It knows OpenAI's chat request. It decides nothing about tokens: `turns.lineage` and the renderer
+do.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ _OWN = frozenset(
     {"messages", "tools", "model", "max_tokens", "max_completion_tokens", "temperature"}
     | {"stream", "stream_options", "tool_choice", "parallel_tool_calls", "store", "_tito"}
 )
-"""Fields that are not options of sampling."""
+"""Fields of a chat request that are no options of sampling."""
 
 _FARTHEST = 10**18
 
 
 @dataclass(frozen=True)
 class TITOParsedAssistant:
-    """An assistant's message that a renderer read in sampled tokens.
+    """Holds an assistant's message that a renderer has parsed from sampled tokens.
 
     Args:
         message: as an OpenAI message: role, content, tool_calls.
         output_kind: such as "text" or "tool_calls".
-        parser_fallback: whether the renderer took the output as plain text for want of better.
+        parser_fallback: whether the renderer could not parse the output and took it as plain text.
 
     Attributes:
-        message: in its one spelling; later histories are compared with it.
-        response_message: in the spelling that the agent gets.
+        message: the normalized message; later histories are compared with it.
+        response_message: the message as the agent gets it.
     """
 
     message: Mapping[str, Any]
@@ -55,21 +55,21 @@ class TITOParsedAssistant:
 
 @dataclass(frozen=True)
 class TITOChatRequest:
-    """A chat request in its one spelling, with what was received kept beside it.
+    """Holds a chat request in normalized form, and beside it the request as it was received.
 
     Args:
         messages: the conversation; at least one message, each with a role.
         tools: OpenAI's tool definitions.
-        model: as the agent spelt it; the sidecar's sampler decides which is sampled.
+        model: the agent's spelling; the sidecar's sampler decides which model is sampled.
         max_tokens: tokens of the completion at most; None for the sidecar's limit.
         temperature: 0 is greedy.
         sampling_fields: further options of the request, such as `top_p`.
         adapter_metadata: the request's `_tito` field, for a `call_classifier`.
-        wire_request, wire_request_body: what was received, decoded and as text.
-        normalization_steps: what was spelt otherwise: `messages[3].content:blank_to_empty`.
+        wire_request, wire_request_body: the request as received, decoded and as text.
+        normalization_steps: the changes made, such as `messages[3].content:blank_to_empty`.
 
     Raises:
-        TITOError: a request that can't be met as it stands (400).
+        TITOError: the request can't succeed without a change (400).
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -108,10 +108,10 @@ class TITOChatRequest:
     def from_openai(
         cls, payload: Mapping[str, Any], *, wire_request_body: str | None = None
     ) -> TITOChatRequest:
-        """The request of an OpenAI client.
+        """Read the request of an OpenAI client.
 
         Raises:
-            TITOError: fields of the wrong kind, or ones that can't be honoured: a `tool_choice`
+            TITOError: fields of the wrong kind, or ones that are not supported: a `tool_choice`
                 other than "auto", `parallel_tool_calls` false, `store` true, `n` over 1 (400).
         """
         _refuse_unmet(payload)
@@ -136,7 +136,7 @@ class TITOChatRequest:
         )
 
     def canonical_value(self) -> dict[str, Any]:
-        """What the prompt depends on: messages, tools, model."""
+        """Give the fields on which the prompt depends: messages, tools, model."""
         return {
             "messages": [dict(message) for message in self.messages],
             "tools": [dict(tool) for tool in self.tools],
@@ -144,11 +144,11 @@ class TITOChatRequest:
         }
 
     def wire_value(self) -> dict[str, Any] | None:
-        """The request as it was received; None for one that was made here."""
+        """Give the request as it was received; None for one that was made in this process."""
         return None if self.wire_request is None else plain_json(self.wire_request)
 
     def sampling_value(self) -> dict[str, Any]:
-        """What the sampling depends on: `max_tokens`, `temperature` and the other options."""
+        """Give the fields on which the sampling depends: `max_tokens`, `temperature`, options."""
         return {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,

@@ -18,7 +18,7 @@ from fireworks_training import (
     ResourceLedger,
 )
 from fireworks_training._async.resources.ledger_file import LedgerFile
-from fireworks_training._async.resources.processes import is_alive, start_of, this_process
+from fireworks_training._async.runtime.processes import this_process
 from fireworks_training._core.ledger import LedgerEntry, fold
 from fireworks_training.cli.main import main
 from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
@@ -212,7 +212,7 @@ def test_the_blocking_twin(stub: StubControlPlane, ledger: LedgerFile) -> None:
     assert row.outcome == "removed"
 
 
-# -- the file, and processes ---------------------------------------------------------------------
+# -- the file ------------------------------------------------------------------------------------
 
 
 def test_a_torn_line_is_skipped_and_the_next_one_stands_alone(
@@ -226,12 +226,3 @@ def test_a_torn_line_is_skipped_and_the_next_one_stands_alone(
     assert "can't be read" in caplog.text
     assert ledger.path.stat().st_mode & 0o777 == 0o600
     assert ledger.path.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_process_is_told_apart_from_another_of_its_number() -> None:
-    here = this_process()
-    assert is_alive(here)
-    assert is_alive(replace(here, started="1")) is False
-    assert is_alive(replace(here, boot="another")) is False
-    assert is_alive(replace(here, machine="another")) is None
-    assert start_of(2**22 + 1) is None

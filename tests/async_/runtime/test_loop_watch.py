@@ -57,7 +57,7 @@ class Scene:
 
     def look(self, now: float, overslept: float = 0.0) -> None:
         self.now = now
-        self.watch.look(now, overslept)
+        self.watch.check(now, overslept)
 
     def answer(self, now: float) -> None:
         self.now = now

@@ -1,54 +1,83 @@
-"""What a terminal shows of a wait; and that a pipe gets nothing."""
+"""Waits that are logged, and clean-up that a cancellation does not cut."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import sys
+import logging
 
 import pytest
 
-from fireworks_training._async.runtime import progress
+from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.waits import log_if_slow
 
 
-class Terminal(io.StringIO):
-    """Standard error, on a terminal or not."""
-
-    def __init__(self, *, tty: bool) -> None:
-        super().__init__()
-        self._tty = tty
-
-    def isatty(self) -> bool:
-        return self._tty
-
-
-async def wait_for_two(monkeypatch: pytest.MonkeyPatch, *, tty: bool) -> str:
-    terminal = Terminal(tty=tty)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
-    monkeypatch.setenv("TERM", "xterm")
-    asked = asyncio.Event()
-
-    def describe() -> str:
-        asked.set()
-        return "trainer j is JOB_STATE_PENDING: all places are taken (3.2 s)"
-
-    with progress.shown(describe), progress.shown(lambda: "deployment d is CREATING"):
-        if tty:
-            await asked.wait()
-        await asyncio.sleep(0)
-    assert progress._waits == {}
-    assert progress._status == []
-    return terminal.getvalue()
+async def test_a_shielded_wait_that_is_cancelled_leaves_its_work_alone() -> None:
+    works = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    waits = [
+        asyncio.create_task(log_if_slow(asyncio.shield(works[0]), lambda: "one")),
+        asyncio.create_task(log_if_slow(works[1], lambda: "two")),
+    ]
+    await asyncio.sleep(0)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.wait(waits)
+    assert [wait.cancelled() for wait in waits] == [True, True]
+    assert [work.cancelled() for work in works] == [False, True]
 
 
-async def test_a_terminal_shows_the_waits_and_is_left_clean(
-    monkeypatch: pytest.MonkeyPatch,
+async def test_a_wait_is_logged_at_doubling_intervals(caplog: pytest.LogCaptureFixture) -> None:
+    release = asyncio.Event()
+    at: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    def what() -> str:
+        at.append(loop.time())
+        if len(at) == 4:
+            release.set()
+        return "the answer"
+
+    began = loop.time()
+    with caplog.at_level(logging.WARNING):
+        await log_if_slow(release.wait(), what, first=0.01)
+    assert caplog.text.count("the answer") == 4
+    gaps = [later - before for before, later in zip([began, *at], at, strict=False)]
+    assert all(gap >= least for gap, least in zip(gaps, (0.01, 0.02, 0.04, 0.08), strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_is_raised_when_the_work_has_ended_with_its_failure(
+    fails: bool,
 ) -> None:
-    said = await wait_for_two(monkeypatch, tty=True)
-    assert "all places are taken" in said
-    assert said.endswith("\x1b[2K") or "\x1b[?25h" in said  # the line and the cursor are given back
+    go_on, done = asyncio.Event(), False
+
+    async def work() -> int:
+        nonlocal done
+        await go_on.wait()
+        done = True
+        if fails:
+            raise OSError("full")
+        return 1
+
+    waiter = asyncio.create_task(finish_in_spite_of_cancellation(work()))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        waiter.cancel()
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await waiter
+    assert done
+    assert isinstance(caught.value.__cause__, OSError) is fails
 
 
-async def test_a_pipe_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert await wait_for_two(monkeypatch, tty=False) == ""
+async def test_without_a_cancellation_the_work_decides() -> None:
+    async def fails() -> None:
+        raise OSError("full")
+
+    async def works() -> int:
+        return 1
+
+    assert await finish_in_spite_of_cancellation(works()) == 1
+    with pytest.raises(OSError, match="full"):
+        await finish_in_spite_of_cancellation(fails())

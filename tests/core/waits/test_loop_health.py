@@ -47,15 +47,15 @@ def test_a_loop_that_does_not_run_is_not_blocked() -> None:
 def test_a_block_that_lasts_is_said_while_it_does() -> None:
     pulse = LoopHealth(2.0)
     pulse.ask(0.0)
-    said = [now for now in range(0, 400, 5) if pulse.still_blocked(float(now)) is not None]
+    said = [now for now in range(0, 400, 5) if pulse.take_long_block(float(now)) is not None]
     assert said == [30, 90, 210]
     assert pulse.answer(400.0) is not None
-    assert pulse.still_blocked(500.0) is None
+    assert pulse.take_long_block(500.0) is None
 
 
 def test_many_blocks_are_few_lines() -> None:
     pulse = LoopHealth(2.0)
-    assert pulse.worth_a_line(0.0) == 0
-    assert [pulse.worth_a_line(now) for now in (3.0, 6.0, 29.0)] == [None, None, None]
-    assert pulse.worth_a_line(31.0) == 3
-    assert pulse.worth_a_line(60.0) is None
+    assert pulse.take_unreported(0.0) == 0
+    assert [pulse.take_unreported(now) for now in (3.0, 6.0, 29.0)] == [None, None, None]
+    assert pulse.take_unreported(31.0) == 3
+    assert pulse.take_unreported(60.0) is None

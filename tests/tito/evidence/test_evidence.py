@@ -274,6 +274,12 @@ def test_traces_stay_within_their_bounds(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     assert keeper().dump(None, error, "c") is not None
     assert not old.exists()
+    reused = tmp_path / "traces" / f"writer-{os.getpid()}-reused"  # written before we started
+    reused.mkdir()
+    os.utime(reused, (0, 0))
+    mine = Path(str(keeper().dump(None, error, "c"))).parent
+    assert keeper(stale_writer_age_seconds=1e-9).dump(None, error, "c") is not None
+    assert (reused.exists(), mine.exists()) == (False, True)
     (tmp_path / "traces").chmod(0o755)
     assert keeper().dump(None, error, "c") is None
     (tmp_path / "traces").chmod(0o700)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,15 @@ async def test_an_artifact_survives_a_file(
     again = TITOTrajectoryArtifact.unpack(data)
     assert again == artifact
     assert again.pack() == data
+    raw = json.loads(zlib.decompress(data[8:]))
+    turn = raw["segments"][0]["turns"][0]
+    turn["routing_matrices"] = [[1]]  # the other SDK's
+    theirs = TITOTrajectoryArtifact.unpack(data[:8] + zlib.compress(json.dumps(raw).encode()))
+    assert theirs.segments[0].turns[0].routing_matrices == [[1]]
+    turn["exact_prompt_ids"] = "sesame"
+    with pytest.raises(TITOError, match=r"turns\.0\.exact_prompt_ids") as wrong:
+        TITOTrajectoryArtifact.unpack(data[:8] + zlib.compress(json.dumps(raw).encode()))
+    assert "sesame" not in str(wrong.value)
     for broken in (damage, data[:-4]):
         with pytest.raises(TITOError) as caught:
             TITOTrajectoryArtifact.unpack(broken)

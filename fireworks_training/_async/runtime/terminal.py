@@ -1,8 +1,8 @@
-"""Shows on a terminal what is being waited for: one line, with a line for each wait in it.
+"""Shows the waits of this process on its terminal, all of them in one line that is updated.
 
-Elsewhere than on a terminal it shows nothing: there the log says the same. The display belongs to
-the process, since a terminal does; it appears when a wait has lasted for `SHOWN_AFTER` seconds and
-goes away with the last one.
+Where standard error is no terminal it shows nothing: the log has the same facts. The line appears
+when a wait has lasted for `SHOWN_AFTER` seconds, and goes away with the last one. It knows `rich`,
+and nothing of what is waited for.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ SHOWN_AFTER = 1.0
 """Seconds after which a wait is shown."""
 
 PERIOD = 0.5
-"""Seconds between two lines."""
+"""Seconds between two updates of the line."""
 
 _waits: dict[object, Callable[[], str]] = {}
 _status: list[Status] = []
 
 
 @contextlib.contextmanager
-def shown(describe: Callable[[], str]) -> Generator[None]:
+def shown_on_terminal(describe: Callable[[], str]) -> Generator[None]:
     """Show a wait on the terminal, if there is one, for as long as the block lasts.
 
     Args:
-        describe: says what is waited for, at the time it is shown.
+        describe: gives the text, each time the line is updated.
     """
     if not sys.stderr.isatty():
         yield
