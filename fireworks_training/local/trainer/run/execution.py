@@ -29,6 +29,7 @@ from fireworks_training.local.model.model import (
 from fireworks_training.local.model.optimizer import (
     AdamSettings,
     MasterAdamW,
+    Moments,
     NoGradients,
     NonFinite,
 )
@@ -347,7 +348,7 @@ class TrainedModel:
         self,
         name: str,
         info: StateInfo,
-        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        moments: Moments,
         rng: Tensor | None,
     ) -> None:
         """Before anything is changed: what the weights' names and shapes don't tell."""
@@ -365,7 +366,7 @@ class TrainedModel:
     def _restore(
         self,
         masters: Mapping[str, Tensor],
-        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
+        moments: Moments | None,
         steps: int,
     ) -> None:
         self._graphs.clear()
