@@ -56,7 +56,7 @@ ITEMS = (
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """Holds a template: `text` with {n}, {m} (names), {p} (pronoun of n), {i} (item), {a}, {b}, {c}.
+    """Holds a template: `text` with {n}, {m} (names), {p} (n's pronoun), {i} (item), {a}, {b}, {c}.
 
     `signs` holds one sign for each operation: "+-" means a+b-c.
     """
