@@ -66,7 +66,7 @@ class StepResult:
             the step only read prompts.
         begun: streams that got their first token, with the prompt tokens that each took from
             the cache or from a computation shared with others.
-        echoes: logprobs of the prompts of streams that began and asked for them.
+        echoes: prompt logprobs of the streams that began, where their requests want them.
     """
 
     rows: TokenRows | None
@@ -88,7 +88,7 @@ class _Echo:
 
 @dataclass(slots=True)
 class _WaitingSlot:
-    """A slot that waits for its prompt; `cached` of the prompt's tokens are not its own work."""
+    """Holds a slot that waits for its prompt; it computes all but `cached` tokens of it alone."""
 
     slot: int
     cached: int
@@ -97,7 +97,7 @@ class _WaitingSlot:
 
 @dataclass(slots=True)
 class _PendingPrompt:
-    """A prompt and the slots that wait until it is read."""
+    """Holds a prompt and the slots that wait until it is read."""
 
     prompt: Prompt
     waiters: list[_WaitingSlot]

@@ -20,7 +20,7 @@ SMALL = 1 << 16
 may have 65,530 of them."""
 
 LARGE = 3 << 20
-"""Bytes from which large pages are asked for: less would waste much of its last one."""
+"""Bytes from which a buffer gets large pages: a smaller one would waste much of its last page."""
 
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 

@@ -95,7 +95,7 @@ class _Columns:
         """Lays the memory out anew.
 
         Args:
-            rows, columns: of the new layout.
+            rows, columns: size of the new layout.
             most: columns that later layouts may have, which new memory has room for.
             kept: rows to keep, their columns, and the columns to copy these to. All others of
                 these rows are zeros.

@@ -29,7 +29,7 @@ Run = Callable[[Callable[[], None]], None]
 
 
 def in_a_thread(work: Callable[[], None]) -> None:
-    """Runs a function in a daemon thread: a worker that is told to end does not wait for it."""
+    """Runs a function in a daemon thread, for which a worker that ends does not wait."""
     threading.Thread(target=work, name="hot load", daemon=True).start()
 
 

@@ -45,7 +45,7 @@ class SamplingRows:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Holds the sampled tokens as arrays of n entries, the top ones `[n, k]`, k the most asked for.
+    """Holds the sampled tokens as arrays of n entries, top ones `[n, k]`, k the largest wanted.
 
     `finite` is False where the logits held NaN, infinity or nothing but -infinity: the row's other
     values mean nothing.

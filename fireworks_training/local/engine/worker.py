@@ -99,7 +99,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def serve(engine: Engine, listener: socket.socket) -> None:
-    """Drive the engine for one gateway after the other until one says `stop`."""
+    """Drive the engine for one gateway after the other until one sends `stop`."""
     pages = PageReturn(c_library_trim())
     with listener, _Waker() as waker:
         engine.loads.wake = waker.wake

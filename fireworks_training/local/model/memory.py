@@ -102,7 +102,7 @@ def check_memory(
         parameters: the model's number of parameters; None counts them in its files.
 
     Raises:
-        NotEnoughMemory: the message says by how much.
+        NotEnoughMemory: the model would not fit; the message gives both figures.
     """
     if free is None:
         return

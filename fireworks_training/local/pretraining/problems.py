@@ -7,7 +7,7 @@ seeds give equal problems on every machine.
 A problem is one or two additions or subtractions on whole numbers. Every number in it, partial
 results included, lies in 1..99. A problem is *held out* when each operand pair that its working
 meets is a held-out pair, and *open* when none is; mixed ones are never drawn. Pairs are unordered
-and shared by both operators: whoever has seen 17+25 has seen 25-17.
+and shared by both operators: a model that has seen 17+25 has seen 25-17.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ START_BUDGET_S = 180.0
 
 @dataclass(slots=True)
 class Child:
-    """A process that the supervisor starts and keeps running: the gateway or the template.
+    """Runs one process of the supervisor: the gateway or the template.
 
     Attributes:
         name: "gateway" or "template", for messages.

@@ -2,7 +2,7 @@
 
 Knows how a function gets to the thread, and its result back. Does not know what is computed.
 
-The thread is a daemon: a worker that is told to end does not wait for a long operation, which is
+The thread is a daemon: a worker that ends does not wait for a long operation, which is
 safe since nothing on disk is ever half written under its final name.
 """
 
