@@ -129,9 +129,8 @@ class TrainerService:
             for key in stale:
                 del self._sessions[key]
             if not stale:
-                raise LimitReached(
-                    f"this trainer has {MAX_SESSIONS} live sessions; finish one first"
-                )
+                full = f"this trainer has {MAX_SESSIONS} live sessions; finish one first"
+                raise LimitReached(full)
         self._sessions[session_id] = _Session(self._clock())
 
     def heartbeat(self, session_id: str) -> None:

@@ -377,9 +377,9 @@ class TrainedModel:
 
     def _load_adapter(self, operation: LoadAdapter) -> Answer:
         manifest, tensors = self._stores.snapshots.load(operation.identity)
-        given = {name: tensor.float() for name, tensor in tensors.items()}
         what, own = f"snapshot {operation.identity!r}", self._served_masters()
-        self._check_fits(what, "holds", manifest.lora, manifest.base_model, own, given)
+        self._check_fits(what, "holds", manifest.lora, manifest.base_model, own, tensors)
+        given = {name: tensor.float() for name, tensor in tensors.items()}
         self._restore({**self._optimizer.masters, **given}, None, 0)
         return Answer({"adapter_path": operation.path, "type": "load_adapter"})
 
@@ -422,16 +422,14 @@ class TrainedModel:
                 "there is a sampler checkpoint of that name already: choose another, or delete it",
                 error_class="SnapshotExists",
             )
-        return Deferred(
-            lambda: self._named_for_tinker(saved, exports.write(operation.name, tensors, kind))
-        )
+        return Deferred(lambda: self._add_path(saved, exports.write(operation.name, tensors, kind)))
 
     def _served_masters(self) -> dict[str, Tensor]:
         """Returns the masters but for those of the projection head, which is never served."""
         masters = self._optimizer.masters.items()
         return {name: master for name, master in masters if not name.startswith(f"{HEAD}.")}
 
-    def _named_for_tinker(self, saved: TinkerSave, answer: Answer) -> Answer:
+    def _add_path(self, saved: TinkerSave, answer: Answer) -> Answer:
         """Adds the checkpoint's path to the answer about a snapshot, for the Tinker API."""
         written = cast("Mapping[str, int]", answer.fields["snapshot"])
         path = self._note(saved, written["bytes"])

@@ -75,13 +75,10 @@ class SnapshotExports:
         """Copies fp32 weights in the snapshot's dtype. On the torch thread.
 
         Raises:
-            OperationFailed: the disk has no room even for what a whole snapshot takes.
+            NoSpace: the disk has no room for a whole snapshot.
         """
         values = sum(tensor.numel() for tensor in weights.values())
-        try:
-            self._store.check_room(name, values * (2 if self._dtype == "bfloat16" else 4))
-        except SnapshotError as error:
-            raise OperationFailed.of(error) from error
+        self._store.check_room(name, values * (2 if self._dtype == "bfloat16" else 4))
         if self._dtype == "bfloat16":
             return {key: tensor.detach().bfloat16().cpu() for key, tensor in weights.items()}
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in weights.items()}
@@ -99,14 +96,11 @@ class SnapshotExports:
         """
         self._timings = {}
         try:
-            if checkpoint_type == "merged_base":
-                manifest = self._write_whole(name, tensors, lora=None)
-            elif self._lora is not None:
-                manifest = self._write_whole(name, tensors, lora=self._lora)
+            lora = None if checkpoint_type == "merged_base" else self._lora
+            if checkpoint_type == "merged_base" or self._lora is not None:
+                manifest = self._write_whole(name, tensors, lora=lora)
             else:
-                manifest = self._write_base_or_delta(
-                    name, tensors, delta=checkpoint_type == "delta"
-                )
+                manifest = self._write_chained(name, tensors, delta=checkpoint_type == "delta")
             return _answer(manifest, self._timings)
         except SnapshotError as error:
             raise OperationFailed.of(error) from error
@@ -135,9 +129,7 @@ class SnapshotExports:
         yield
         self._timings[stage] = time.perf_counter() - started
 
-    def _write_base_or_delta(
-        self, name: str, tensors: Mapping[str, Tensor], *, delta: bool
-    ) -> Manifest:
+    def _write_chained(self, name: str, tensors: Mapping[str, Tensor], *, delta: bool) -> Manifest:
         with self._timed("hash"):
             hashes = hashes_of(tensors)
         previous = self._previous if delta else None

@@ -28,14 +28,7 @@ from fireworks_training.local.trainer.run.states import StateStore
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 from fireworks_training.local.trainer.wire.json_codec import digest_of
-from fireworks_training.local.trainer.wire.json_fields import (
-    Body,
-    allow,
-    flag,
-    number,
-    text,
-    whole,
-)
+from fireworks_training.local.trainer.wire.json_fields import Body, allow, flag, number, text, whole
 from fireworks_training.local.trainer.wire.json_states import tinker_load
 
 CAPABILITIES: Mapping[str, object] = {
