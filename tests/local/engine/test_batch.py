@@ -1,4 +1,4 @@
-"""Whatever joins, leaves or shares a batch: each stream is what a plain forward pass says."""
+"""A batch gives each stream the tokens of a plain forward pass, whichever streams join or leave."""
 
 from __future__ import annotations
 

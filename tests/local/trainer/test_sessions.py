@@ -1,4 +1,4 @@
-"""Sessions that fall silent: ended with their models, unless something of theirs shows life."""
+"""Silent sessions are ended with their models, unless one of their requests shows life."""
 
 from __future__ import annotations
 

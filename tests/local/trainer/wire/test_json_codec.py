@@ -1,4 +1,4 @@
-"""What the JSON dialect takes and refuses; refusals name the place and never quote tokens."""
+"""Requests in JSON: accepted, or refused by the name of the field, without quoting tokens."""
 
 from __future__ import annotations
 
