@@ -1,1 +1,1 @@
-"""What operations do: models in training, passes, states and snapshots, on the torch thread."""
+"""The execution of operations: models in training, passes, states and snapshots."""

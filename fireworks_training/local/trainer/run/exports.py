@@ -75,10 +75,13 @@ class SnapshotExports:
         """Copies fp32 weights in the snapshot's dtype. On the torch thread.
 
         Raises:
-            NoSpace: the disk has no room for a whole snapshot.
+            OperationFailed: the disk has no room for a whole snapshot.
         """
         values = sum(tensor.numel() for tensor in weights.values())
-        self._store.check_room(name, values * (2 if self._dtype == "bfloat16" else 4))
+        try:
+            self._store.check_room(name, values * (2 if self._dtype == "bfloat16" else 4))
+        except SnapshotError as error:
+            raise OperationFailed.of(error) from error
         if self._dtype == "bfloat16":
             return {key: tensor.detach().bfloat16().cpu() for key, tensor in weights.items()}
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in weights.items()}

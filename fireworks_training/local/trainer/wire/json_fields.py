@@ -98,7 +98,7 @@ def whole(
     most: int = MOST,
     refusal: type[Exception] = OperationFailed,
 ) -> int:
-    """Read a whole number within its bounds, both included; a bool is none.
+    """Read a whole number within its bounds, both included; a bool does not count.
 
     Args:
         default: stands for null; None = the field must be there.
