@@ -28,7 +28,7 @@ from typing import IO, Any
 
 import fireworks_training
 from fireworks_training import AsyncFiretitanServiceClient
-from fireworks_training.cli.demo_loop import LoopPlan, asked, reward, sync, update
+from fireworks_training.cli.demo_loop import LoopPlan, conversations, reward, sync, update
 from fireworks_training.cli.demo_problems import load_problems
 
 ASSETS = Path(fireworks_training.__file__).parent / "local" / "assets"
@@ -108,7 +108,7 @@ async def our_steps(
         batch = order.sample(problems, plan.prompts)
         options: dict[str, Any] = {"min_tokens": tokens[1]} if tokens[1] else {}
         completions = await sampler.sample_with_tokens(
-            asked(batch), n=plan.samples, max_tokens=tokens[0], logprobs=True, **options
+            conversations(batch), n=plan.samples, max_tokens=tokens[0], logprobs=True, **options
         )
         if tokens[1]:
             rewards = [float(len(c.text) % 2) for c in completions]

@@ -43,7 +43,7 @@ from fireworks_training.local.model.model import (
 )
 from fireworks_training.local.model.optimizer import AdamSettings, MasterAdamW
 from fireworks_training.local.trainer.queue.operations import Backward, Datum, Pass
-from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.graphs import GraphCache
 from fireworks_training.local.trainer.run.network import Network
 from fireworks_training.local.trainer.run.passes import run_backward, run_pass
 
@@ -80,7 +80,7 @@ def ours(network: Network, parameters: list[nn.Parameter], data: list[Datum], lo
 
     def run() -> list[Tensor]:
         if loss == "custom":
-            graphs = Graphs()
+            graphs = GraphCache()
             targets = [Datum(d.tokens, {k: d.inputs[k] for k in KEPT}) for d in data]
             forward = Pass(targets, "cross_entropy", {}, backward=False)
             run_pass(network, parameters, forward, graphs)

@@ -1,4 +1,4 @@
-"""The `fireworks-training` command."""
+"""The `fireworks-training` command: one module a command, behind the lazy group in `main`."""
 
 from __future__ import annotations
 

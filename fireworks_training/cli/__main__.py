@@ -1,4 +1,4 @@
-"""`python -m fireworks_training.cli`: the command, where its script is not on the path."""
+"""`python -m fireworks_training.cli`: runs the command where its script is not on the path."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`fireworks-training demo`: a small model learns arithmetic word problems while you watch.
 
-The loop is in `demo_loop`, what it shows in `demo_report`; here they are put together, and what the
-user gets wrong is said.
+The loop is in `demo_loop`, its display in `demo_report`. Knows options, files and the order of the
+parts, and reports wrong input. Does not know how training works.
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ def demo(
     except (FireworksTrainingError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        say(console, interrupted(out / METRICS))
+        print_line(console, interrupted(out / METRICS))
         sys.exit(INTERRUPTED)
 
 
-def say(console: Console, text: str) -> None:
-    """A line as it is: neither wrapped nor coloured."""
+def print_line(console: Console, text: str) -> None:
+    """Print a line without wrapping or colouring it."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def interrupted(metrics: Path) -> str:
-    """What to say after Ctrl-C: how far it came, and what is kept."""
+    """Describe a run that ended by Ctrl-C: its steps, and the file that is kept."""
     steps = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
     if not steps:
         return "interrupted before the first step was done"
@@ -143,9 +143,9 @@ async def run(
     base_url: str,
     api_key: str | None = None,
 ) -> dict[str, object]:
-    """The whole demo; returns what `summary.json` holds."""
+    """Run the whole demo; returns the contents of `summary.json`."""
     training, held_out = split(problems, plan.held_out)
-    say(
+    print_line(
         console,
         f"{len(training)} problems to train on, {len(held_out)} held out; "
         f"starting the platform at base_url={base_url!r} ...",
@@ -161,14 +161,14 @@ async def run(
         client = await service.create_training_client()
         sampler = await sync(service, client, "untrained")
         before, greedy_before = await both_scores(sampler, held_out, plan, out, "before")
-        say(
+        print_line(
             console,
             f"ready after {time.monotonic() - began:.1f} s; held-out accuracy "
             f"{before.accuracy:.3f} sampled, {greedy_before.accuracy:.3f} greedy",
         )
         trained_from = time.monotonic()
         with Report(console, out, plan.steps) as report:
-            sampler = await train(service, training, held_out, plan, report.seen)
+            sampler = await train(service, training, held_out, plan, report.add)
         seconds = time.monotonic() - trained_from
         after, greedy_after = await both_scores(sampler, held_out, plan, out, "after")
     scores = {"temperature 1": (before, after), "greedy": (greedy_before, greedy_after)}
@@ -179,7 +179,7 @@ async def run(
 async def both_scores(
     sampler: DeploymentSampler, held_out: Sequence[Problem], plan: LoopPlan, out: Path, when: str
 ) -> tuple[Score, Score]:
-    """At temperature 1 and greedy, each with a record of what was asked and answered."""
+    """Score at temperature 1 and greedily, each with a record of prompts and completions."""
     sampled = await score(
         sampler, held_out, temperature=1.0, seed=plan.seed, record=out / f"{when}.jsonl"
     )
@@ -197,7 +197,7 @@ def conclude(
     timing: dict[str, float],
     out: Path,
 ) -> dict[str, object]:
-    """Show the table and write the files; returns what `summary.json` holds.
+    """Show the table and write the files; returns the contents of `summary.json`.
 
     Args:
         timing: `seconds` of the loop, and `total_seconds` with start, scoring and end.
@@ -222,8 +222,8 @@ def conclude(
         draw_curve(out / CURVE, records, before, after)
         written.append(CURVE)
     except ImportError:
-        say(console, f"(no {CURVE}: matplotlib is not installed)")
-    say(
+        print_line(console, f"(no {CURVE}: matplotlib is not installed)")
+    print_line(
         console,
         f"{plan.steps} steps in {timing['seconds']:.0f} s. Engine and trainer differ by at most "
         f"{summary['drift_mean_abs']:.1e} on average over a step's tokens, "

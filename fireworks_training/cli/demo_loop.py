@@ -5,7 +5,7 @@ mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300; 
 sixty steps do not need one). The trainer sums `-ratio * advantage` over the completions' tokens;
 dividing the advantages by the number of those tokens makes the sum a mean.
 
-What a problem is, and how a run is shown, stand in `demo_problems` and `demo_report`.
+Problems are defined in `demo_problems`, the display of a run in `demo_report`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """How to train.
+    """Sets how a run trains.
 
     Attributes:
         steps: updates of the weights.
@@ -44,8 +44,8 @@ class LoopPlan:
         learning_rate: reached after `warmup` steps.
         warmup: steps over which the rate rises.
         held_out: problems kept for scoring.
-        score_every: steps between two looks at the held-out problems.
-        seed: of the order of problems.
+        score_every: steps between two scorings of the held-out problems.
+        seed: seed of the order of problems.
     """
 
     steps: int = 60
@@ -59,21 +59,21 @@ class LoopPlan:
 
 
 def reward(completion: SampledCompletion, problem: Problem) -> float:
-    """1 if what follows the last `####` is the answer, else 0."""
+    """Give 1 if the text after the last `####` is the answer, else 0."""
     _, mark, given = completion.text.rpartition("####")
     return float(bool(mark) and given.strip() == problem.answer)
 
 
 def advantages(rewards: Sequence[float], samples: int) -> list[float]:
-    """Group-relative advantages of rewards that stand in groups of `samples`."""
+    """Compute group-relative advantages of rewards in groups of `samples`."""
     groups = np.asarray(rewards, np.float64).reshape(-1, samples)
     spread = groups.std(axis=1, keepdims=True)
     relative = (groups - groups.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     return [float(value) for value in relative.ravel()]
 
 
-def asked(problems: Sequence[Problem]) -> list[list[dict[str, str]]]:
-    """The problems as conversations."""
+def conversations(problems: Sequence[Problem]) -> list[list[dict[str, str]]]:
+    """Make a conversation of each problem."""
     return [[{"role": "user", "content": problem.prompt}] for problem in problems]
 
 
@@ -85,10 +85,10 @@ async def score(
     seed: int,
     record: Path | None = None,
 ) -> Score:
-    """One completion of each problem; `record` is a file for what was asked, of which snapshot, and
-    what it answered."""
+    """Score one completion of each problem; `record` is a file for prompts, snapshot and
+    completions."""
     settings = {"max_tokens": MAX_TOKENS, "temperature": temperature, "seed": seed}
-    prompts = asked(problems)
+    prompts = conversations(problems)
     completions = await sampler.sample_with_tokens(
         prompts, max_tokens=MAX_TOKENS, temperature=temperature, seed=seed
     )
@@ -110,9 +110,9 @@ async def train(
     problems: Sequence[Problem],
     held_out: Sequence[Problem],
     plan: LoopPlan,
-    seen: Callable[[StepRecord], None],
+    on_step: Callable[[StepRecord], None],
 ) -> DeploymentSampler:
-    """The loop; `seen` is told of every step. Returns a sampler of the trained weights."""
+    """Run the loop; calls `on_step` after every step. Returns a sampler of the trained weights."""
     client = await service.create_training_client()
     order = random.Random(plan.seed + 1)  # noqa: S311 - an order, not a secret
     sampler = await sync(service, client, "start")
@@ -120,7 +120,7 @@ async def train(
         began = time.monotonic()
         batch = order.sample(list(problems), min(plan.prompts, len(problems)))
         completions = await sampler.sample_with_tokens(
-            asked(batch),
+            conversations(batch),
             n=plan.samples,
             max_tokens=MAX_TOKENS,
             logprobs=True,
@@ -131,14 +131,14 @@ async def train(
         drift, grad_norm = await update(client, completions, rewards, plan, step)
         snapshot = sampler.current_snapshot or ""
         sampler = await sync(service, client, f"step-{step:05d}")
-        looked = (step + 1) % plan.score_every == 0 and step + 1 < plan.steps
-        seen(
+        score_now = (step + 1) % plan.score_every == 0 and step + 1 < plan.steps
+        on_step(
             StepRecord(
                 step=step,
                 reward=sum(rewards) / len(rewards),
                 held_out_accuracy=(
                     (await score(sampler, held_out, temperature=1.0, seed=step)).accuracy
-                    if looked
+                    if score_now
                     else None
                 ),
                 window=sampler.concurrency_controller.step_completed()["window"],
@@ -160,7 +160,7 @@ async def update(
     plan: LoopPlan,
     step: int,
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
-    """One step of the weights.
+    """Train one step on scored completions.
 
     Returns:
         |engine's logprob - trainer's| of each sampled token, and the gradient's norm. The trainer

@@ -1,4 +1,7 @@
-"""The demo's problems and what is kept of a run: reading, splitting, records. Knows no training."""
+"""The demo's problems and records: a problem file read and split, and the values kept of a run.
+
+Knows files and numbers. Does not know training.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fireworks_training import InvalidArgument
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its right answer."""
+    """Holds a question and its right answer."""
 
     prompt: str
     answer: str
@@ -20,18 +23,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did; a line of `metrics.jsonl`.
+    """Holds the metrics of one step: a line of `metrics.jsonl`.
 
     Attributes:
+        step: number of the step, from 0.
         reward: mean over the step's completions, 0 to 1.
-        held_out_accuracy: share of held-out problems solved at temperature 1; None where not
-            looked at.
+        held_out_accuracy: share of held-out problems solved at temperature 1; None after steps
+            without scoring.
         window: requests that the concurrency controller allows in flight.
         tokens_per_second: completion tokens sampled a second.
         drift_mean_abs, drift_max_abs: difference of the sampled tokens' logprobs between the engine
             that sampled them and the trainer that trains on them; natural log.
+        grad_norm: norm of the gradient before clipping.
         snapshot: the snapshot that was sampled from.
-        seconds: of the step.
+        seconds: duration of the step.
     """
 
     step: int
@@ -48,24 +53,24 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers among those given."""
+    """Counts right answers among those given."""
 
     right: int
     total: int
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Share of right answers, 0 to 1."""
         return self.right / self.total
 
 
 def load_problems(path: Path) -> list[Problem]:
-    """Problems from a JSONL file of `{"prompt": ..., "answer": ...}`.
+    """Read problems from a JSONL file of `{"prompt": ..., "answer": ...}`.
 
     Both are strings that are not empty; an answer may also be an integer.
 
     Raises:
-        InvalidArgument: a line is something else, or there are fewer than two; names the line.
+        InvalidArgument: a line is no such object (it names the line), or fewer than two are.
     """
     problems: list[Problem] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -94,10 +99,10 @@ def _problem(row: Mapping[str, object]) -> Problem:
 
 
 def split(problems: Sequence[Problem], held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems: the last `held_out` of the file, at most half of it.
+    """Split into training and held-out problems: the last `held_out` ones, at most half.
 
-    By place, since the file that ships keeps its last 400 apart: their pairs of numbers occur
-    neither in the others nor in what the model was pretrained on.
+    The split is by place, since the file that ships keeps its last 400 apart: their pairs of
+    numbers occur neither in the others nor in what the model was pretrained on.
     """
     kept = min(held_out, len(problems) // 2)
     return list(problems[:-kept]), list(problems[-kept:])

@@ -1,5 +1,7 @@
-"""How a run of the demo is shown and kept: live lines, a table, `metrics.jsonl`, `summary.json`,
-`curve.png`. Knows records, not how they come about."""
+"""The demo's display and files: live lines, the table of results, `metrics.jsonl`, `curve.png`.
+
+Knows records of steps. Does not know training or sampling.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from fireworks_training.cli.demo_problems import Score, StepRecord
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = 12
-"""Steps that the live table shows: the newest."""
+"""Steps that the live table shows, the newest ones."""
 
 
 def wilson(score: Score, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share (E. B. Wilson, 1927); 95 % by default."""
+    """Compute the Wilson score interval of a share (E. B. Wilson, 1927); 95 % by default."""
     n, p = score.total, score.accuracy
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -35,7 +37,7 @@ def wilson(score: Score, z: float = 1.959964) -> tuple[float, float]:
 
 
 def sparkline(shares: Sequence[float], width: int = 60) -> str:
-    """Shares from 0 to 1 as blocks, one a step; more steps than `width` are thinned."""
+    """Draw shares from 0 to 1 as blocks, one a step; more steps than `width` are thinned."""
     kept = (
         [shares[i * len(shares) // width] for i in range(width)] if len(shares) > width else shares
     )
@@ -43,7 +45,7 @@ def sparkline(shares: Sequence[float], width: int = 60) -> str:
 
 
 def line(record: StepRecord) -> str:
-    """One step on one line."""
+    """Format one step on one line."""
     held_out = record.held_out_accuracy
     return (
         f"step {record.step + 1:3}  reward {record.reward:.3f}  "
@@ -54,12 +56,12 @@ def line(record: StepRecord) -> str:
 
 
 class Report:
-    """The run as it goes: live on a terminal, a line a step elsewhere, and a file always.
+    """Shows a run: live on a terminal, a line a step elsewhere, and always in a file.
 
     Args:
-        console: where to show it.
-        folder: where `metrics.jsonl` goes.
-        steps: how many there will be.
+        console: shows the run.
+        folder: folder of `metrics.jsonl`.
+        steps: number of steps of the run.
     """
 
     def __init__(self, console: Console, folder: Path, steps: int) -> None:
@@ -86,7 +88,7 @@ class Report:
         self._live.stop()
         self._file.close()
 
-    def seen(self, record: StepRecord) -> None:
+    def add(self, record: StepRecord) -> None:
         """Show and keep one step."""
         self.records.append(record)
         self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -118,7 +120,7 @@ class Report:
 
 
 def result_table(scores: dict[str, tuple[Score, Score]]) -> Table:
-    """Before and after, with 95 % intervals."""
+    """Build the table of scores before and after, with 95 % intervals."""
     table = Table(title="Held-out problems solved")
     for name in ("", "before", "after", "gain"):
         table.add_column(name, justify="left" if not name else "right")
@@ -135,8 +137,8 @@ def _with_interval(score: Score) -> str:
     return f"{100 * score.accuracy:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _looks(records: Sequence[StepRecord], total: int) -> list[tuple[int, Score]]:
-    """The looks at the held-out problems on the way, with the step that they came after."""
+def _scores_on_the_way(records: Sequence[StepRecord], total: int) -> list[tuple[int, Score]]:
+    """List the scores on held-out problems during the run, with the step before each."""
     return [
         (record.step + 1, Score(round(record.held_out_accuracy * total), total))
         for record in records
@@ -145,7 +147,7 @@ def _looks(records: Sequence[StepRecord], total: int) -> list[tuple[int, Score]]
 
 
 def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: Score) -> None:
-    """Reward and held-out accuracy over the steps.
+    """Draw reward and held-out accuracy over the steps.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -157,15 +159,15 @@ def draw_curve(path: Path, records: Sequence[StepRecord], before: Score, after: 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([r.step + 1 for r in records], [r.reward for r in records], label="reward (train)")
-    looks = [(0, before), *_looks(records, before.total), (len(records), after)]
-    shares = [score.accuracy for _, score in looks]
+    points = [(0, before), *_scores_on_the_way(records, before.total), (len(records), after)]
+    shares = [score.accuracy for _, score in points]
     # At a share of 0 or 1 rounding can put the bound on the wrong side by one part in 10^16.
     bars = [
-        [max(0.0, score.accuracy - wilson(score)[0]) for _, score in looks],
-        [max(0.0, wilson(score)[1] - score.accuracy) for _, score in looks],
+        [max(0.0, score.accuracy - wilson(score)[0]) for _, score in points],
+        [max(0.0, wilson(score)[1] - score.accuracy) for _, score in points],
     ]
     label = "held out, temperature 1 (95 % interval)"
-    axes.errorbar([x for x, _ in looks], shares, bars, fmt="o-", capsize=3, label=label)
+    axes.errorbar([x for x, _ in points], shares, bars, fmt="o-", capsize=3, label=label)
     axes.set(xlabel="step", ylabel="share solved", ylim=(0, 1), title="GRPO on word problems")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -1,7 +1,8 @@
-"""`fireworks-training doctor`: what stands between this machine and a working training loop.
+"""`fireworks-training doctor`: checks versions, key, platform, and a whole training loop.
 
-Each check is a row: what was looked at, whether it is right, what was found, how long it took. The
-checks go on after a failure where they can, so that one run says everything.
+Each check is a row: its subject, whether it is right, the finding, its time. The checks go on after
+a failure where they can, so that one run reports everything. Knows the public SDK. Does not know
+its inside, nor how rows are printed.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ LOCAL_MODEL = "accounts/local/models/tiny-qwen3"
 
 @dataclass(slots=True)
 class Check:
-    """One row.
+    """Holds the result of one check.
 
     Attributes:
-        check: what was looked at.
+        check: its subject.
         ok: whether it is as it should be.
-        detail: what was found, and what to do if it is not right.
-        ms: milliseconds that it took; None where that says nothing.
+        detail: the finding, and what to do if it is not right.
+        ms: milliseconds that it took; None where that means nothing.
     """
 
     check: str
@@ -124,14 +125,14 @@ def _platform(base_url: str | None) -> Iterator[Check]:
         yield Check("platform", True, "embedded: it starts with its service; see --end-to-end")
         return
     yield Check("key", True, "given")
-    answer = _ask(endpoint)
-    yield from answer
-    if all(check.ok for check in answer):
+    checks = _probe(endpoint)
+    yield from checks
+    if all(check.ok for check in checks):
         yield from _account(endpoint)
 
 
-def _ask(endpoint: Endpoint) -> list[Check]:
-    """Reachability, whether the key is taken, and the server's clock: one request."""
+def _probe(endpoint: Endpoint) -> list[Check]:
+    """Check reachability, the key and the server's clock, with one request."""
     request = urllib.request.Request(  # noqa: S310 - an http(s) URL, checked by resolve_endpoint
         f"{endpoint.base_url}/v1/accounts?pageSize=2",
         headers={"X-API-Key": endpoint.api_key or ""},
@@ -185,7 +186,7 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def _loop(base_url: str | None, base_model: str, shape: str | None) -> list[Check]:
-    """One step of training, from provisioning to a sampled token, with the time of each part."""
+    """Run one step of training, from provisioning to a sampled token, and time each part."""
     from fireworks_training import FireworksTrainingError
 
     checks: list[Check] = []
@@ -197,13 +198,13 @@ def _loop(base_url: str | None, base_model: str, shape: str | None) -> list[Chec
         checks.append(Check(name, True, "done", 1000 * (time.perf_counter() - started)))
 
     try:
-        _walk(base_url, base_model, shape, part)
+        _train_one_step(base_url, base_model, shape, part)
     except FireworksTrainingError as error:
         checks.append(Check("end to end", False, error.message))
     return checks
 
 
-def _walk(
+def _train_one_step(
     base_url: str | None,
     base_model: str,
     shape: str | None,

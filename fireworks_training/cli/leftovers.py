@@ -1,11 +1,11 @@
-"""`fireworks-training ps` and `reap`: what runs hold or have left, and its removal.
+"""`fireworks-training ps` and `reap`: show and remove the resources that runs hold or have left.
 
-Turns options into calls of `ResourceLedger` and its rows into a table or JSON; it decides nothing.
+Turns options into calls of `ResourceLedger` and its rows into a table or JSON. Does not know which
+resources may be removed.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
+
+from fireworks_training.cli.output import (
+    base_url_option,
+    errors_end_the_command,
+    json_option,
+    show,
+)
 
 if TYPE_CHECKING:
     from fireworks_training import HeldResource
@@ -29,14 +36,14 @@ _OUTCOMES = {
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, written as 90, 90s, 15m, 2h or 1d."""
+    """Parses seconds, written as 90, 90s, 15m, 2h or 1d."""
 
     name = "duration"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """The seconds."""
+        """Parse a duration to seconds."""
         if isinstance(value, int | float):
             return float(value)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", str(value))
@@ -45,27 +52,18 @@ class Duration(click.ParamType[float]):
         return float(match[1]) * _UNITS[match[2] or "s"]
 
 
-_base_url = click.option(
-    "--base-url", help="The platform.  [default: FIREWORKS_BASE_URL, else the Fireworks cloud]"
-)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-
-
 @click.command()
-@_base_url
-@_as_json
+@base_url_option
+@json_option
 def ps(base_url: str | None, as_json: bool) -> None:
     """Show what runs of yours hold or have left: state, age, replicas, run.
 
     The key comes from FIREWORKS_API_KEY.
     """
-    from fireworks_training import FireworksTrainingError, ResourceLedger
+    from fireworks_training import ResourceLedger
 
-    try:
-        with ResourceLedger.connect(base_url=base_url) as ledger:
-            rows = ledger.ps()
-    except FireworksTrainingError as error:
-        raise click.ClickException(str(error)) from error
+    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
+        rows = ledger.ps()
     _show(rows, as_json=as_json, empty="nothing is held, and nothing was left")
 
 
@@ -83,8 +81,8 @@ def ps(base_url: str | None, as_json: bool) -> None:
     is_flag=True,
     help="Also what runs on other machines made; only if you know that they have ended.",
 )
-@_base_url
-@_as_json
+@base_url_option
+@json_option
 def reap(
     older_than: float,
     dry_run: bool,
@@ -98,49 +96,38 @@ def reap(
     Only what carries the mark of such a run, and whose process has ended. The key comes from
     FIREWORKS_API_KEY. Exit status 1 if something could not be removed.
     """
-    from fireworks_training import FireworksTrainingError, ResourceLedger
+    from fireworks_training import ResourceLedger
 
-    try:
-        with ResourceLedger.connect(base_url=base_url) as ledger:
-            rows = ledger.reap(
-                older_than_s=older_than,
-                dry_run=dry_run,
-                kept=kept,
-                other_machines=other_machines,
-            )
-    except FireworksTrainingError as error:
-        raise click.ClickException(str(error)) from error
+    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
+        rows = ledger.reap(
+            older_than_s=older_than,
+            dry_run=dry_run,
+            kept=kept,
+            other_machines=other_machines,
+        )
     _show(rows, as_json=as_json, empty="nothing was left behind")
     if any(row.outcome == "failed" for row in rows):
         sys.exit(1)
 
 
 def _show(rows: Sequence[HeldResource], *, as_json: bool, empty: str) -> None:
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
-    if not rows:
-        click.echo(empty)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("KIND", "ID", "STATE", "AGE", "REPLICAS", "RUN", "OWNER", "OUTCOME", "WHY"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row.kind,
-            row.resource_id,
-            row.state or "-",
-            _age(row.age_s),
-            "-" if row.replicas is None else str(row.replicas),
-            row.run,
-            _owner(row),
-            _OUTCOMES[row.outcome],
-            row.reason,
-        )
-    Console(markup=False, highlight=False).print(table)
+    fields = [asdict(row) for row in rows]
+    if not as_json:
+        for row, shown in zip(rows, fields, strict=True):
+            shown |= {"age": _age(row.age_s), "owner": _owner(row)}
+            shown["outcome"] = _OUTCOMES[row.outcome]
+    columns = {
+        "KIND": "kind",
+        "ID": "resource_id",
+        "STATE": "state",
+        "AGE": "age",
+        "REPLICAS": "replicas",
+        "RUN": "run",
+        "OWNER": "owner",
+        "OUTCOME": "outcome",
+        "WHY": "reason",
+    }
+    show(fields, columns, as_json=as_json, empty=empty)
 
 
 def _age(seconds: float) -> str:

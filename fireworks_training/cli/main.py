@@ -1,7 +1,7 @@
-"""The command group: names its commands, and imports the one that is run.
+"""The command group: names the commands, and imports the one that is run.
 
 `fireworks-training --help` must answer at once, so a command's module, which may import torch, is
-loaded only when it is that command's turn; its line in the help stands here.
+loaded only when that command runs; its line in the help stands here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fireworks_training.models import __version__
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
-    """Where a command is, and its line in the help.
+    """Names a command's module and object, and its line in the help.
 
     Attributes:
-        module: the module that holds it.
-        name: its name in that module.
-        summary: one line.
+        module: the module of the command.
+        name: the command's name in that module.
+        summary: its line in the help.
     """
 
     module: str
@@ -79,21 +79,21 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are run."""
+    """Imports its commands when they are run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Names of the commands, in the order of the help."""
+        """List the names of the commands, in the order of the help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of a name; click reports an unknown one."""
+        """Import the command of a name; click reports an unknown one."""
         place = COMMANDS.get(cmd_name)
         if place is None:
             return None
         return cast(click.Command, getattr(importlib.import_module(place.module), place.name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The list of commands, without importing them."""
+        """Write the list of commands, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, place.summary) for name, place in COMMANDS.items()])
 

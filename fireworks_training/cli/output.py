@@ -1,4 +1,7 @@
-"""How the commands that show resources print: a table for people, JSON for programs."""
+"""Output of the commands that show resources: a table for people, JSON for programs.
+
+Knows rows and columns, and how an SDK error ends a command. Does not know any resource.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,37 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 Row = Mapping[str, object]
 
 FOLDED = 8
-"""Characters of a name that stay together in a table that is too wide."""
+"""Characters of a name that stay on one line in a table that is too wide."""
+
+
+@contextmanager
+def errors_end_the_command() -> Generator[None]:
+    """End the command with the message of an SDK error that is raised inside."""
+    from fireworks_training import FireworksTrainingError
+
+    try:
+        yield
+    except FireworksTrainingError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager
 def control_plane(base_url: str | None) -> Generator[ControlPlane]:
-    """The account's control plane; an error of it ends the command with its message."""
-    from fireworks_training import ControlPlane, FireworksTrainingError
+    """Connect to the account's control plane; an error ends the command with its message."""
+    from fireworks_training import ControlPlane
 
-    try:
-        with ControlPlane.connect(base_url=base_url) as plane:
-            yield plane
-    except FireworksTrainingError as error:
-        raise click.ClickException(str(error)) from error
+    with errors_end_the_command(), ControlPlane.connect(base_url=base_url) as plane:
+        yield plane
 
 
 def show(
     rows: Sequence[Row], columns: Mapping[str, str], *, as_json: bool, empty: str = "none"
 ) -> None:
-    """Print rows.
+    """Print rows as a table or as JSON.
 
     Args:
         columns: field of a row by the head of its column; JSON has all fields.
-        empty: said in place of a table without rows.
+        empty: text in place of a table without rows.
     """
     if as_json:
         click.echo(json.dumps(list(rows), indent=2))
@@ -59,7 +70,7 @@ def show(
         values = [row.get(name) for row in rows]
         longest = max(len(_cell(value)) for value in values)
         numbers = all(value is None or isinstance(value, int | float) for value in values)
-        # A number that is broken reads as two: on a narrow terminal the names give way.
+        # A number on two lines reads as two numbers: on a narrow terminal names are folded instead.
         table.add_column(
             head,
             overflow="fold",
@@ -69,7 +80,7 @@ def show(
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in columns.values()))
     console = Console(markup=False, highlight=False)
-    # No column is cut off: what is too narrow for all of them gets lines that are too long.
+    # No column is cut off: on a terminal too narrow for all of them the lines are too long.
     least = Measurement.get(console, console.options.update(width=1000), table).minimum
     console.print(table, width=max(console.width, least), crop=False, overflow="ignore")
 

@@ -1,7 +1,7 @@
 """`fireworks-training shapes`, `jobs`, `deployments` and `checkpoints list|promote`.
 
-Each asks the control plane once and prints what it says; nothing is decided here. The key comes
-from FIREWORKS_API_KEY.
+Each sends one question to the control plane and prints the answer. Knows columns. Does not know
+HTTP, and decides nothing. The key comes from FIREWORKS_API_KEY.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Turns options into the settings line and becomes the platform's supervisor: the key goes through a
 pipe, so that neither the arguments nor the environment of any process of the platform show it.
+Knows options and their names in the settings. Does not know what the platform does with them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KEY_VARIABLE = "FIREWORKS_API_KEY"
 
 OFFERS = ("batch-polling", "zstd")
 
-# Options by the names that the settings know.
+# Names of options, and their names in the settings.
 LIMITS = {
     "max_trainers": "maxTrainers",
     "max_replicas": "maxReplicas",
@@ -34,7 +35,7 @@ LIMITS = {
 def parse_models(
     _context: click.Context, _parameter: click.Parameter, values: Sequence[str]
 ) -> dict[str, str]:
-    """`NAME=PATH` pairs as a mapping with absolute paths."""
+    """Parse `NAME=PATH` pairs to a mapping with absolute paths."""
     models: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")

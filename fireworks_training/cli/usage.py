@@ -1,4 +1,7 @@
-"""`fireworks-training usage`: what runs have used, and what that costs at the user's prices."""
+"""`fireworks-training usage`: tokens and hours of past runs, and their cost at the user's prices.
+
+Knows prices and columns. Does not know how usage is recorded.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from fireworks_training.cli.output import json_option, show
 def parse_prices(
     _context: click.Context, _parameter: click.Parameter, value: Path | None
 ) -> dict[str, float] | None:
-    """The price table in a JSON file; checked when it is used."""
+    """Read the price table in a JSON file; its names are checked when it is used."""
     if value is None:
         return None
     try:

@@ -1,9 +1,9 @@
 # pyright: standard
 """`python -m fireworks_training.local.pretrain --out DIR`: makes the small model that ships.
 
-Writes a Hugging Face directory, `pretrain.json` beside the weights (what was run, the loss curve,
-the scores, the hash), and the problem file of the demo. Knows files and the command line; how the
-model comes about stands in `pretraining`.
+Writes a Hugging Face directory, `pretrain.json` beside the weights (the plan, the loss curve, the
+scores, the hash), and the problem file of the demo. Knows files and the command line. Does not know
+the training itself, which is in `pretraining`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DEFAULTS = PretrainingPlan()
 
 
 def demo_problems(seed: int) -> list[Arithmetic]:
-    """The demo's problems, all different: 1600 open ones, then 400 held-out ones.
+    """Draws the demo's problems, all different: 1600 open ones, then 400 held-out ones.
 
     The operand pairs of the last 400 occur neither in the first 1600 nor in pretraining.
     """

@@ -72,7 +72,7 @@ def test_the_live_view_shows_the_newest_steps(tmp_path: Path) -> None:
     console = Console(file=output, width=100, force_terminal=True)
     with Report(console, tmp_path, 20) as report:
         for step in range(20):
-            report.seen(dataclasses.replace(record(0.5), step=step, snapshot=f"step-{step:05d}"))
+            report.add(dataclasses.replace(record(0.5), step=step, snapshot=f"step-{step:05d}"))
     shown = output.getvalue()
     assert "20/20" in shown
     assert "step-00019" in shown

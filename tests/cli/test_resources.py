@@ -1,4 +1,4 @@
-"""The commands that look at a platform, against one."""
+"""The commands that show resources, against a platform."""
 
 from __future__ import annotations
 

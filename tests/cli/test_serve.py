@@ -1,4 +1,4 @@
-"""`fireworks-training serve`: what its options become."""
+"""`fireworks-training serve`: its options become the platform's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run used, from its service to the command that shows it."""
+"""Usage of a run, from its service to the command that shows it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What one forward pass computes, and how its tokens attend: rows of lanes, then pieces of prompts.
+"""The tokens of one forward pass, and their attention: rows of lanes, then pieces of prompts.
 
-Knows lanes and prompts; no requests, no model. All tokens of a pass are packed into one sequence
-without padding: first one token for each running row, lane after lane, then the pieces of prompts.
-Linear layers see `[N, ...]`; only attention knows who belongs to whom. Pieces that begin their
-prompts attend together, as far as they are about equally long. Legend: N tokens of the pass, m and
-c those of some pieces and of one, b pieces, w tokens of the widest, H key/value heads, R query
-heads a key/value head, Q = H * R, D head size, L layers.
+Knows lanes and prompts. Does not know requests or the model. All tokens of a pass are packed into
+one sequence without padding: first one token for each running row, lane after lane, then the pieces
+of prompts. Linear layers see `[N, ...]`; only attention knows which tokens belong together. Pieces
+that begin their prompts attend together, as far as they are about equally long.
+
+Legend: N tokens of the pass, m and c those of some pieces and of one, b pieces, w tokens of the
+widest, H key/value heads, R query heads a key/value head, Q = H * R, D head size, L layers.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from fireworks_training.local.engine.prompts import Prompt
 from fireworks_training.local.model.devices import on
 
 _MOST_PADDING = 1.5
-"""How much longer than the shortest the longest of the pieces may be that attend together."""
+"""Length of the longest over the shortest of the pieces that attend together, at most."""
 
 
 class PromptPiece:
-    """Tokens `[start, end)` of a prompt, to be computed in one pass.
+    """Names the tokens `[start, end)` of a prompt, computed in one pass, and attends for them.
 
     Args:
-        prompt: its first `start` tokens are computed.
-        end: see above.
+        prompt: its first `start` tokens are computed already.
+        end: index behind the last token of the piece.
         wanted: how many hidden states of its end are of use; None = all.
     """
 
@@ -49,7 +50,7 @@ class PromptPiece:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Its ids."""
+        """Token ids of the piece."""
         return self.prompt.tokens[self.start : self.end]
 
     def attend(
@@ -60,9 +61,9 @@ class PromptPiece:
         values_cHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention to the prompt up to there, `[c, Q, D]`; keeps keys and values.
+        """Attends to the prompt up to each token, `[c, Q, D]`; keeps keys and values.
 
-        For a piece that does not begin its prompt.
+        Only for a piece that does not begin its prompt.
         """
         keys_HPD = self.prompt.keys_LHPD[layer]
         values_HPD = self.prompt.values_LHPD[layer]
@@ -79,11 +80,11 @@ class PromptPiece:
         return out_1QcD[0].transpose(0, 1)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing: `attend` has stored all."""
 
 
 class _Beginnings:
-    """Pieces that begin their prompts, padded at their ends to one length.
+    """Attends for pieces that begin their prompts, padded at their ends to one length.
 
     Args:
         pieces: in the order of their tokens in the pass.
@@ -117,7 +118,7 @@ class _Beginnings:
         values_mHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of each piece to itself, `[m, Q, D]`."""
+        """Attends from each piece to itself, `[m, Q, D]`."""
         self._keys.append(keys_mHD)
         self._values.append(values_mHD)
         out_bQwD = scaled_dot_product_attention(
@@ -132,7 +133,7 @@ class _Beginnings:
         return out_QD if self._back is None else out_QD[self._back]
 
     def finish(self) -> None:
-        """Gives the prompts their keys and values."""
+        """Stores keys and values of all layers in the prompts."""
         keys_LmHD, values_LmHD = torch.stack(self._keys), torch.stack(self._values)
         first = 0
         for piece in self._pieces:
@@ -142,18 +143,18 @@ class _Beginnings:
             first = at.stop
 
     def _spread(self, rows_mXD: torch.Tensor) -> torch.Tensor:
-        """`[b, X, w, D]`"""
+        """Pads the rows to `[b, X, w, D]`."""
         if self._padded is not None:
             rows_mXD = rows_mXD[self._padded]
         return rows_mXD.view(-1, self._width, *rows_mXD.shape[1:]).transpose(1, 2)
 
 
 class ForwardPass:
-    """The tokens of one forward pass, and their attention.
+    """Attends for the tokens of one forward pass.
 
     Args:
-        lanes: whose rows come first; empty ones are left out.
-        pieces: whose tokens come after them. Beginnings of like length should be neighbours.
+        lanes: their rows come first; empty ones are left out.
+        pieces: their tokens come after the rows. Beginnings of like length should be neighbours.
     """
 
     def __init__(self, lanes: Sequence[Lane], pieces: Sequence[PromptPiece]) -> None:
@@ -166,7 +167,7 @@ class ForwardPass:
             lane.open_column()
 
     def wanted(self, rows: int) -> torch.Tensor | None:
-        """Which tokens' hidden states are of use, those of all `rows` rows; None = everybody's."""
+        """Lists the tokens whose hidden states are of use, the `rows` rows first; None = all."""
         if all(piece.wanted == len(piece) for piece in self._pieces):
             return None
         ends = rows + np.cumsum([len(piece) for piece in self._pieces])
@@ -185,7 +186,7 @@ class ForwardPass:
         values_NHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of all tokens, `[N, Q, D]`; their keys and values are kept for later passes."""
+        """Attends for all tokens, `[N, Q, D]`; keeps their keys and values for later passes."""
         if len(self._members) == 1:
             return self._members[0].attend(layer, queries_NQD, keys_NHD, values_NHD, scale)
         parts = zip(
@@ -203,13 +204,13 @@ class ForwardPass:
         )
 
     def finish(self) -> None:
-        """To be called after the last layer: only then the prompts hold what was computed."""
+        """Stores the computed keys and values in the prompts; to be called after the last layer."""
         for reading in self._reading:
             reading.finish()
 
 
 def _together(pieces: Sequence[PromptPiece]) -> list[PromptPiece | _Beginnings]:
-    """The pieces, with neighbours that can attend together as one."""
+    """Joins neighbouring pieces that can attend together."""
     found: list[PromptPiece | _Beginnings] = []
     alike: list[PromptPiece] = []
     for piece in pieces:

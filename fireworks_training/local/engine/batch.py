@@ -1,12 +1,12 @@
-"""The running batch: prompts being read, rows being decoded, one packed pass a step for both.
+"""The running batch: prompts being read and streams being decoded, one packed pass a step for both.
 
-Knows requests, the prefix cache and the lanes; not the queue, the weights' names or the socket.
+Knows requests, the prefix cache and the lanes. Does not know the queue, weights or the socket.
 
 A request that is added takes a slot. If its prompt is in the cache, it gets its first token in the
 next step without any computation of its own; if the same prompt is just being read, it waits with
 the others for it; else its prompt is read, in pieces that leave room for the rows that decode. A
-row leaves as soon as it is done; new rows join between two steps. Rows with the same prompt share a
-lane: the first one moves there when a second comes.
+row leaves when its stream ends; new rows join between two steps. Rows with the same prompt share a
+lane: a row that decoded its prompt alone moves there when a second stream comes with it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from fireworks_training.local.model.devices import array_of, on
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Tokens of one step, one entry a stream; see `frames.Step`."""
+class TokenRows:
+    """Holds the tokens of one step, one entry a stream, in the fields of `engine_frames.Step`."""
 
     streams: npt.NDArray[np.uint32]
     tokens: npt.NDArray[np.int32]
@@ -46,26 +46,37 @@ class Rows:
     top_logprobs: npt.NDArray[np.float32]
 
 
+NO_ROWS = TokenRows(
+    streams=np.empty(0, np.uint32),
+    tokens=np.empty(0, np.int32),
+    logprobs=np.empty(0, np.float32),
+    sampling_logprobs=np.empty(0, np.float32),
+    finished=np.empty(0, np.uint8),
+    top_ids=np.empty((0, 0), np.int32),
+    top_logprobs=np.empty((0, 0), np.float32),
+)
+
+
 @dataclass(frozen=True, slots=True)
-class Stepped:
-    """What a step gave.
+class StepResult:
+    """Holds the results of one step.
 
     Attributes:
         rows: a token for each stream that decodes, the ones that just began included; None when
             the step only read prompts.
         begun: streams that got their first token, with the prompt tokens that each took from
             the cache or from a computation shared with others.
-        echoes: logprobs of the prompts of streams that began and asked for them.
+        echoes: prompt logprobs of the streams that began, where their requests want them.
     """
 
-    rows: Rows | None
+    rows: TokenRows | None
     begun: list[tuple[int, int]]
     echoes: list[PromptLogprobs]
 
 
 @dataclass(slots=True)
 class _Echo:
-    """Logprobs of a prompt's last tokens, in pieces as they are computed."""
+    """Collects logprobs of a prompt's tokens from `first` on, piece by piece."""
 
     first: int
     logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
@@ -76,8 +87,8 @@ class _Echo:
 
 
 @dataclass(slots=True)
-class _Reader:
-    """A slot whose prompt is being read, or has been."""
+class _WaitingSlot:
+    """Holds a slot that waits for its prompt; it computes all but `cached` tokens of it alone."""
 
     slot: int
     cached: int
@@ -85,25 +96,25 @@ class _Reader:
 
 
 @dataclass(slots=True)
-class _Reading:
-    """A prompt and the slots that wait for it."""
+class _PendingPrompt:
+    """Holds a prompt and the slots that wait until it is read."""
 
     prompt: Prompt
-    readers: list[_Reader]
+    waiters: list[_WaitingSlot]
 
     @property
     def echoed(self) -> bool:
-        """Whether logprobs of the prompt's own tokens are asked for."""
-        return any(reader.echo is not None for reader in self.readers)
+        """Tells whether a waiting stream wants logprobs of the prompt's own tokens."""
+        return any(waiter.echo is not None for waiter in self.waiters)
 
 
 class RunningBatch:
-    """The streams that hold a slot.
+    """Reads prompts and decodes for the streams that hold a slot.
 
     Args:
         decoder: the model.
         max_slots: streams at most.
-        prompt_cache_bytes: what the prefix cache may come to; 0 turns it off.
+        prompt_cache_bytes: bytes of the prefix cache at most; 0 turns it off.
         share: whether requests with the same prompt share its computation and its memory.
     """
 
@@ -120,27 +131,27 @@ class RunningBatch:
         self._store = PromptStore(decoder.geometry, prompt_cache_bytes if share else 0)
         self._share = share
         self._lanes: dict[LaneKind, Lane] = {}
-        self._readings: list[_Reading] = []
-        # Slots that decode a prompt by themselves, until another one comes with it.
-        self._alone: WeakKeyDictionary[Prompt, int] = WeakKeyDictionary()
+        self._pending: list[_PendingPrompt] = []
+        # Slots that decode a prompt alone, until a second stream comes with it.
+        self._unshared: WeakKeyDictionary[Prompt, int] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._slots)
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
+        """Number of free slots."""
         return self._slots.free
 
     @property
-    def room(self) -> int:
-        """Tokens that the longest stream will come to."""
+    def longest(self) -> int:
+        """Tokens that the longest stream will have at its end."""
         return max((request.total for request in self._slots.requests.values()), default=0)
 
     @property
     def unread(self) -> int:
-        """Prompt tokens still to compute."""
-        return sum(reading.prompt.unread for reading in self._readings)
+        """Number of prompt tokens still to compute."""
+        return sum(entry.prompt.unread for entry in self._pending)
 
     def forget_prompts(self) -> None:
         """Empties the prefix cache."""
@@ -148,38 +159,38 @@ class RunningBatch:
 
     @torch.inference_mode()
     def weights_changed(self) -> None:
-        """The model has new weights: what was read but has not begun is read again with them.
+        """Empties the prefix cache and reads pending prompts again, since the weights are new.
 
-        Streams that run go on with the keys and values they have.
+        Streams that decode go on with the keys and values they have.
         """
         self._decoder.refresh()
         self._store.clear()
-        readings, self._readings = self._readings, []
-        for reading in readings:
-            for reader in reading.readers:
-                self._read(reader.slot, self._slots.requests[reader.slot])
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            for waiter in entry.waiters:
+                self._read(waiter.slot, self._slots.requests[waiter.slot])
 
     @torch.inference_mode()
     def drop(self, streams: Iterable[int]) -> None:
         """Frees the slots of cancelled streams; unknown ids are ignored."""
         gone = set(streams)
         slots = {slot for slot, request in self._slots.requests.items() if request.stream in gone}
-        for reading in self._readings:
-            reading.readers = [r for r in reading.readers if r.slot not in slots]
-        self._readings = [reading for reading in self._readings if reading.readers]
+        for entry in self._pending:
+            entry.waiters = [waiter for waiter in entry.waiters if waiter.slot not in slots]
+        self._pending = [entry for entry in self._pending if entry.waiters]
         self._leave(slots)
 
     @torch.inference_mode()
     def add(self, request: StreamRequest) -> None:
-        """Takes up a request; there has to be a free slot."""
+        """Gives a request a slot, which has to be free, and queues its prompt."""
         self._read(self._slots.take(request), request)
 
     @torch.inference_mode()
-    def step(self, max_tokens: int = 1 << 30, waiting: Iterable[StreamRequest] = ()) -> Stepped:
-        """One more token for every row.
+    def step(self, max_tokens: int = 1 << 30, waiting: Iterable[StreamRequest] = ()) -> StepResult:
+        """Computes one more token for every row, and reads pieces of pending prompts.
 
         Args:
-            max_tokens: of prompts to read; at least one is.
+            max_tokens: prompt tokens to read at most; at least one is read.
             waiting: requests that will soon be added: lanes may take memory for them at once.
         """
         lanes = list(self._lanes.values())
@@ -188,53 +199,55 @@ class RunningBatch:
         hidden_NE = self._forward(running, lanes, pieces)
         if hidden_NE is not None:
             self._finish_pieces(pieces, hidden_NE[len(running) :])
-        ready = [reading for reading in self._readings if not reading.prompt.unread]
-        self._readings = [reading for reading in self._readings if reading.prompt.unread]
-        readers = [reader for reading in ready for reader in reading.readers]
-        slots: I64 = np.concatenate((running, np.array([r.slot for r in readers], np.int64)))
+        ready = [entry for entry in self._pending if not entry.prompt.unread]
+        self._pending = [entry for entry in self._pending if entry.prompt.unread]
+        waiters = [waiter for entry in ready for waiter in entry.waiters]
+        slots: I64 = np.concatenate(
+            (running, np.array([waiter.slot for waiter in waiters], np.int64))
+        )
         if not len(slots):
-            return Stepped(None, [], [])
+            return StepResult(None, [], [])
         rows = self._sample(slots, self._last_hidden(hidden_NE, len(running), ready))
-        begun = [(self._slots.requests[r.slot].stream, r.cached) for r in readers]
-        echoes = [self._echoed(reader) for reader in readers if reader.echo is not None]
+        begun = [(self._slots.requests[waiter.slot].stream, waiter.cached) for waiter in waiters]
+        echoes = [self._echoed(waiter) for waiter in waiters if waiter.echo is not None]
         ended = set(slots[rows.finished != 0].tolist())
-        coming = self._coming([*ready, *self._readings], waiting) if ready else Counter()
-        for reading in ready:
-            joining = [r.slot for r in reading.readers if r.slot not in ended]
-            self._join(reading.prompt, joining, coming)
+        coming = self._coming([*ready, *self._pending], waiting) if ready else Counter()
+        for entry in ready:
+            joining = [waiter.slot for waiter in entry.waiters if waiter.slot not in ended]
+            self._join(entry.prompt, joining, coming)
         self._leave(ended)
-        return Stepped(rows, begun, echoes)
+        return StepResult(rows, begun, echoes)
 
     # -- prompts ---------------------------------------------------------------------------------
 
     def _read(self, slot: int, request: StreamRequest) -> None:
-        """Finds the request's prompt, or the reading that it can wait for, or begins one."""
+        """Waits for the request's prompt: in the cache, being read for others, or begun here."""
         tokens = request.prompt
         first = request.first_echo
         # The logprob of a prompt token needs the hidden state before it, which no cache holds.
         echo = _Echo(first) if request.echo else None
         usable = len(tokens) - 1 if echo is None else min(first, len(tokens)) - 1
         if self._share:
-            for reading in self._readings:
-                whole = echo is None and not reading.prompt.unread
-                if reading.prompt.tokens == tokens and (reading.prompt.done <= usable or whole):
-                    reading.readers.append(_Reader(slot, len(tokens), echo))
+            for entry in self._pending:
+                whole = echo is None and not entry.prompt.unread
+                if entry.prompt.tokens == tokens and (entry.prompt.done <= usable or whole):
+                    entry.waiters.append(_WaitingSlot(slot, len(tokens), echo))
                     return
             if echo is None and (known := self._store.find(tokens)) is not None:
-                self._readings.append(_Reading(known, [_Reader(slot, len(tokens), None)]))
+                self._pending.append(_PendingPrompt(known, [_WaitingSlot(slot, len(tokens), None)]))
                 return
         prompt = self._store.start(tokens, usable)
-        self._readings.append(_Reading(prompt, [_Reader(slot, prompt.reused, echo)]))
+        self._pending.append(_PendingPrompt(prompt, [_WaitingSlot(slot, prompt.reused, echo)]))
 
     def _next_pieces(self, max_tokens: int) -> list[PromptPiece]:
-        """What of the prompts is read in this step, oldest first."""
+        """Chooses the pieces of prompts that this step reads, the oldest prompts first."""
         pieces: list[PromptPiece] = []
         left = max(1, max_tokens)
-        for reading in self._readings:
-            prompt = reading.prompt
+        for entry in self._pending:
+            prompt = entry.prompt
             if prompt.unread and left > 0:
                 end = prompt.done + min(left, prompt.unread)
-                wanted = None if reading.echoed else int(end == len(prompt.tokens))
+                wanted = None if entry.echoed else int(end == len(prompt.tokens))
                 pieces.append(PromptPiece(prompt, end, wanted))
                 left -= len(pieces[-1])
         # Beginnings of like length are computed together.
@@ -243,7 +256,7 @@ class RunningBatch:
     def _forward(
         self, running: I64, lanes: Sequence[Lane], pieces: Sequence[PromptPiece]
     ) -> torch.Tensor | None:
-        """Hidden states of the rows, then those wanted of the pieces; None without tokens."""
+        """Computes hidden states of the rows, then of the pieces; None without tokens."""
         ids = [self._slots.last[running]]
         positions = [self._slots.positions(running)]
         for piece in pieces:
@@ -257,38 +270,38 @@ class RunningBatch:
         return self._decoder.hidden(ids_N, positions_N, packed, packed.wanted(len(running)))
 
     def _finish_pieces(self, pieces: Sequence[PromptPiece], hidden_nE: torch.Tensor) -> None:
-        """Takes echoes and last hidden states, and stores the prompts that are whole now."""
-        readings = {id(reading.prompt): reading for reading in self._readings}
+        """Takes echoes and last hidden states, and caches the prompts that are now complete."""
+        pending = {id(entry.prompt): entry for entry in self._pending}
         parts = torch.split_with_sizes(hidden_nE, [piece.wanted for piece in pieces])
         for piece, hidden_cE in zip(pieces, parts, strict=True):
-            for reader in readings[id(piece.prompt)].readers:
-                if reader.echo is not None:
-                    request = self._slots.requests[reader.slot]
-                    self._echo(reader.echo, request, piece, hidden_cE)
+            for waiter in pending[id(piece.prompt)].waiters:
+                if waiter.echo is not None:
+                    request = self._slots.requests[waiter.slot]
+                    self._echo(waiter.echo, request, piece, hidden_cE)
             piece.prompt.done = piece.end
             if not piece.prompt.unread:
                 piece.prompt.last_E = hidden_cE[-1].clone()
                 self._store.put(piece.prompt)
 
     def _last_hidden(
-        self, hidden_NE: torch.Tensor | None, running: int, ready: Sequence[_Reading]
+        self, hidden_NE: torch.Tensor | None, running: int, ready: Sequence[_PendingPrompt]
     ) -> torch.Tensor:
-        """Hidden states to sample from: the running rows', then one for each reader."""
+        """Gathers the hidden states to sample from: the rows', then those of slots that begin."""
         parts: list[torch.Tensor] = []
         if hidden_NE is not None and running:
             parts.append(hidden_NE[:running])
-        for reading in ready:
-            assert reading.prompt.last_E is not None
-            parts.append(reading.prompt.last_E.expand(len(reading.readers), -1))
+        for entry in ready:
+            assert entry.prompt.last_E is not None
+            parts.append(entry.prompt.last_E.expand(len(entry.waiters), -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # -- rows ------------------------------------------------------------------------------------
 
-    def _sample(self, slots: I64, hidden_nE: torch.Tensor) -> Rows:
+    def _sample(self, slots: I64, hidden_nE: torch.Tensor) -> TokenRows:
         logits_nV = self._decoder.logits(hidden_nE)
         sampled: Sampled = sample(logits_nV, self._slots.sampling_rows(slots))
         tokens, finished = self._slots.advance(slots, sampled)
-        return Rows(
+        return TokenRows(
             self._slots.streams(slots),
             tokens,
             sampled.logprobs,
@@ -304,47 +317,47 @@ class RunningBatch:
         for slot in slots:
             alike.setdefault(_kind(self._slots.requests[slot]), []).append(slot)
         for shared, rows in alike.items():
-            # Followers of a prompt that others decode join them.
-            first = self._lone_row(prompt, shared)
+            # Streams whose prompt others decode already join them.
+            first = self._unshared_slot(prompt, shared)
             lane = self._lanes.get(shared)
             followed = first is not None or (lane is not None and lane.holds(prompt))
             left = self._slots.left(rows)
             coming[shared] -= len(rows)
             if self._share and (len(rows) > 1 or followed):
                 if first is not None:
-                    self._move(first, prompt, shared)
+                    self._move_to_shared(first, prompt, shared)
                 self._lane(shared).join(prompt, rows, left, coming=coming[shared])
             else:
                 alone = replace(shared, shared=False)
                 self._lane(alone).join(prompt, rows, left, coming=coming[shared])
                 if self._share:
-                    self._alone[prompt] = rows[0]
+                    self._unshared[prompt] = rows[0]
 
     def _coming(
-        self, readings: Sequence[_Reading], waiting: Iterable[StreamRequest]
+        self, pending: Sequence[_PendingPrompt], waiting: Iterable[StreamRequest]
     ) -> Counter[LaneKind]:
-        """Requests that have no row yet, by their lanes."""
+        """Counts the requests that have no row yet, by the lanes that they will join."""
         requests = [
-            self._slots.requests[reader.slot] for reading in readings for reader in reading.readers
+            self._slots.requests[waiter.slot] for entry in pending for waiter in entry.waiters
         ]
         requests += itertools.islice(waiting, self._slots.free)
         return Counter(_kind(request) for request in requests)
 
-    def _lone_row(self, prompt: Prompt, shared: LaneKind) -> int | None:
-        """The slot that decodes a prompt by itself and could do so in this lane."""
-        slot = self._alone.get(prompt)
+    def _unshared_slot(self, prompt: Prompt, shared: LaneKind) -> int | None:
+        """Finds the slot that decodes a prompt alone and could do so in this lane."""
+        slot = self._unshared.get(prompt)
         if slot is None:
             return None
         return slot if _kind(self._slots.requests[slot]) == shared else None
 
-    def _move(self, slot: int, prompt: Prompt, shared: LaneKind) -> None:
-        """Takes a row that decoded by itself to the lane of those who share its prompt."""
+    def _move_to_shared(self, slot: int, prompt: Prompt, shared: LaneKind) -> None:
+        """Moves the row of a slot that decoded alone to the lane where its prompt is shared."""
         kind = replace(shared, shared=False)
         past = self._lanes[kind].take(slot, prompt)
         if not len(self._lanes[kind]):
             del self._lanes[kind]
         self._lane(shared).join(prompt, [slot], self._slots.left([slot]), past)
-        del self._alone[prompt]
+        del self._unshared[prompt]
 
     def _lane(self, kind: LaneKind) -> Lane:
         if kind not in self._lanes:
@@ -359,8 +372,8 @@ class RunningBatch:
             # Lanes that nobody needs give their memory back.
             if not len(lane):
                 del self._lanes[kind]
-        for prompt in [prompt for prompt, slot in self._alone.items() if slot in slots]:
-            del self._alone[prompt]
+        for prompt in [prompt for prompt, slot in self._unshared.items() if slot in slots]:
+            del self._unshared[prompt]
         for slot in slots:
             self._slots.release(slot)
 
@@ -369,7 +382,7 @@ class RunningBatch:
     def _echo(
         self, echo: _Echo, request: StreamRequest, piece: PromptPiece, hidden_cE: torch.Tensor
     ) -> None:
-        """Raw logprobs of the prompt tokens whose predecessors were just computed."""
+        """Adds raw logprobs of the prompt tokens whose predecessors were just computed."""
         tokens = piece.prompt.tokens
         # The logits at a position are about the token after it.
         low, high = max(echo.first, piece.start + 1), min(len(tokens), piece.end + 1)
@@ -388,8 +401,8 @@ class RunningBatch:
         echo.probed_ids.append(ids)
         echo.probed_logprobs.append(values)
 
-    def _echoed(self, reader: _Reader) -> PromptLogprobs:
-        request, echo = self._slots.requests[reader.slot], reader.echo
+    def _echoed(self, waiter: _WaitingSlot) -> PromptLogprobs:
+        request, echo = self._slots.requests[waiter.slot], waiter.echo
         assert echo is not None
         k, m = request.top_logprobs, width(request)
         return PromptLogprobs(
@@ -403,5 +416,5 @@ class RunningBatch:
 
 
 def _kind(request: StreamRequest) -> LaneKind:
-    """The shared lane for a request."""
+    """Returns the kind of the shared lane for a request."""
     return LaneKind.of(len(request.prompt), request.max_tokens, shared=True)

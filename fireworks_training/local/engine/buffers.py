@@ -1,7 +1,8 @@
-"""Memory for keys and values: taken from the system, and given back to it, block by block.
+"""Memory for keys and values: mapped from the system, and given back to it, block by block.
 
-Knows sizes and devices; not what lies in a buffer. An engine makes and drops buffers of ever other
-sizes, large ones each few steps, while prompts stay for minutes. In the C library's heap that left
+Knows sizes and devices. Does not know what a buffer holds. An engine makes and drops buffers of
+ever other sizes, large ones each few steps, while prompts stay for minutes. In the C library's heap
+that left
 holes: after 20 minutes of mixed load an engine that used 0.9 GB took 3.2. A mapping of its own goes
 back whole when its tensor dies. Large pages, where the system has them, keep that as fast as the
 heap.
@@ -19,13 +20,13 @@ SMALL = 1 << 16
 may have 65,530 of them."""
 
 LARGE = 3 << 20
-"""Bytes from which large pages are asked for: less would waste much of its last one."""
+"""Bytes from which a buffer gets large pages: a smaller one would waste much of its last page."""
 
 _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def zeros(*shape: int, device: torch.device) -> torch.Tensor:
-    """A float32 tensor of zeros."""
+    """Makes a float32 tensor of zeros."""
     count = math.prod(shape)
     size = 4 * count
     if device.type != "cpu" or size < SMALL:

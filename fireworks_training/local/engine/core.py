@@ -1,13 +1,13 @@
-"""The engine without its socket: takes controls, gives frames, one step a tick.
+"""The engine without its socket: takes controls, returns frames, does one decode step a tick.
 
 Knows the queue of waiting requests, the running batch and the pending hot load, and decides in
-which order they get the thread. Knows no file descriptors; its only clock is the one it is given.
+which order they get the thread. Does not know file descriptors; its clock is given to it.
 
 The rules:
 1. A request waits until the running batch has a slot, the cache has room for it at its longest,
-   and the prompts before it leave some of the next step's tokens to it: time in the queue is time
-   in which nothing is done for the request.
-2. A hot load is swapped in between two steps, as `loads` says.
+   and the prompts before it leave it some of the next step's prompt tokens: time in the queue is
+   time in which nothing is done for the request.
+2. A hot load is swapped in between two steps, by the rules of `loads`.
 3. A request that is cancelled holds no slot at the next tick.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
+from fireworks_training.local.engine.batch import NO_ROWS, RunningBatch, StepResult, TokenRows
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.loads import Run, SnapshotLoads, Transition, at_once
 from fireworks_training.local.engine.requests import RequestRefused, StreamRequest, parse_add
@@ -38,15 +38,15 @@ TRANSITIONS: tuple[Transition, ...] = ("ASYNC", "SYNC")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What one engine holds at most.
+class EngineCapacity:
+    """Limits the streams, requests and tokens that one engine holds.
 
     Attributes:
         max_slots: streams that decode together.
         max_waiting: requests that wait beyond those.
         max_context: tokens of prompt and completion together.
         cache_tokens: rows times columns of the key/value cache; one stream is always allowed.
-        prompt_tokens: tokens of the prefix cache; 0 turns it off, and the sharing of prompts.
+        prompt_tokens: tokens of the prefix cache; 0 turns it and the sharing of prompts off.
         step_tokens: prompt tokens that one step reads at most. A step takes longer with more of
             them, and all running streams wait for it.
     """
@@ -60,11 +60,11 @@ class EngineLimits:
 
 
 class Engine:
-    """One replica's engine; not thread-safe.
+    """Serves one replica: admits requests, steps the batch, swaps weights. Not thread-safe.
 
     Args:
-        weights: what it serves.
-        limits: its bounds.
+        weights: the model that it serves.
+        limits: its capacity.
         clock: seconds; has to be the one that the gateway stamps `sent` with.
         run: runs the preparation of a hot load, at once or in a thread.
 
@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self,
         weights: ServedWeights,
-        limits: EngineLimits,
+        limits: EngineCapacity,
         clock: Callable[[], float] = time.monotonic,
         run: Run = at_once,
     ) -> None:
@@ -90,18 +90,18 @@ class Engine:
             limits.prompt_tokens * self._decoder.geometry.bytes_per_token,
             share=limits.prompt_tokens > 0,
         )
-        # When the requests whose first token is still to come left the queue.
-        self._started: dict[int, float] = {}
-        self._queued: dict[int, float] = {}
+        # Of the streams whose first token is still to come: when they left the queue, and the
+        # seconds that they had spent in it.
+        self._admitted: dict[int, tuple[float, float]] = {}
         self._waiting: dict[int, StreamRequest] = {}
         self._live: set[int] = set()
         self._outbox: list[bytes] = []
-        self.loads = SnapshotLoads(weights, self._outbox_append, self._weights_changed, run=run)
+        self.loads = SnapshotLoads(weights, self._queue_frame, self._batch.weights_changed, run=run)
         self._counts_changed = False
 
     @property
     def busy(self) -> bool:
-        """Whether a tick would do or send anything."""
+        """Tells whether a tick would do or send anything."""
         return bool(
             len(self._batch)
             or self._outbox
@@ -111,7 +111,7 @@ class Engine:
         )
 
     def hello(self) -> bytes:
-        """The frame that opens a connection: what this engine is and what it holds."""
+        """Encodes the frame that opens a connection: the engine's capacity and its snapshot."""
         return encode_control(
             {
                 **self.loads.status(),
@@ -124,10 +124,10 @@ class Engine:
         )
 
     def control(self, message: Mapping[str, object]) -> None:
-        """Takes one control: `add`, `cancel`, `load` or `reset_prompt_cache`.
+        """Carries out one control: `add`, `cancel`, `load` or `reset_prompt_cache`.
 
         Raises:
-            ValueError: it is none of these, or has fields of wrong types.
+            ValueError: it is another one, or has fields of wrong types.
         """
         match message:
             case {"op": "add", "stream": int(stream)}:
@@ -152,30 +152,29 @@ class Engine:
             return
         for stream in gone:
             self._waiting.pop(stream, None)
-            self._started.pop(stream, None)
-            self._queued.pop(stream, None)
+            self._admitted.pop(stream, None)
         self._batch.drop(gone)
         self._live -= gone
         self._counts_changed = True
 
     def reset(self) -> None:
-        """The gateway is gone: nobody waits for any stream. A pending load goes on."""
+        """Drops all streams, since their gateway is gone. A pending load goes on."""
         self.cancel(set(self._live))
         self._outbox.clear()
         self._counts_changed = False
 
     def tick(self) -> list[bytes]:
-        """Does the next piece of work; returns the frames to send, in order."""
-        stepped = False
+        """Advances the hot load, admits requests, does one step; returns the frames to send."""
+        has_tokens = False
         self.loads.advance(running=bool(len(self._batch)))
         if not self.loads.closes_admission:
             self._admit()
         if len(self._batch):
             step = self._batch.step(self._limits.step_tokens, self._waiting.values())
-            self._send(step)
-            stepped = step.rows is not None
-        if self._counts_changed and not stepped:
-            self._send_counts()
+            self._queue_frames(step)
+            has_tokens = step.rows is not None
+        if self._counts_changed and not has_tokens:
+            self._queue_step(NO_ROWS)
         self._counts_changed = False
         frames, self._outbox = self._outbox, []
         return frames
@@ -198,21 +197,18 @@ class Engine:
                 now=self._clock(),
             )
         except RequestRefused as refusal:
-            self._outbox.append(
-                encode_control(
-                    {"op": "refused", "stream": stream, "full": full, "message": str(refusal)}
-                )
-            )
+            answer = {"op": "refused", "stream": stream, "full": full, "message": str(refusal)}
+            self._queue_frame(encode_control(answer))
             return
         self._waiting[stream] = request
         self._live.add(stream)
 
     def _admit(self) -> None:
-        """Gives slots to the waiting requests that the next step can do something for."""
+        """Gives slots to the waiting requests that the next step has room for, oldest first."""
         if not self._waiting:
             return
         now = self._clock()
-        longest = self._batch.room
+        longest = self._batch.longest
         for request in list(self._waiting.values()):
             rows = len(self._batch) + 1
             longest = max(longest, request.total)
@@ -221,34 +217,35 @@ class Engine:
             if rows > 1 and rows * longest > self._limits.cache_tokens:
                 return
             del self._waiting[request.stream]
-            self._started[request.stream] = now
-            self._queued[request.stream] = now - request.arrived
+            self._admitted[request.stream] = now, now - request.arrived
             self._batch.add(request)
 
-    def _send(self, stepped: Stepped) -> None:
-        """The frames of one step; what is said of beginnings goes before their first tokens."""
-        if stepped.begun:
+    def _queue_frames(self, step: StepResult) -> None:
+        """Queues the frames of one step: a stream's beginning goes before its first token."""
+        if step.begun:
             now = self._clock()
-            streams = [stream for stream, _ in stepped.begun]
-            self._outbox.append(
+            streams = [stream for stream, _ in step.begun]
+            admitted = [self._admitted.pop(stream) for stream in streams]
+            self._queue_frame(
                 encode_begun(
                     Begun(
                         version=self._weights.held.version,
                         streams=np.array(streams, np.uint32),
-                        queued=np.array([self._queued.pop(s) for s in streams], np.float32),
-                        prefill=np.array([now - self._started.pop(s) for s in streams], np.float32),
-                        cached=np.array([cached for _, cached in stepped.begun], np.uint32),
+                        queued=np.array([queued for _, queued in admitted], np.float32),
+                        prefill=np.array([now - at for at, _ in admitted], np.float32),
+                        cached=np.array([cached for _, cached in step.begun], np.uint32),
                         active=np.full(len(streams), len(self._live), np.uint32),
                     )
                 )
             )
-        self._outbox += [encode_prompt_logprobs(echo) for echo in stepped.echoes]
-        if stepped.rows is not None:
-            self._send_rows(stepped.rows)
+        self._outbox += [encode_prompt_logprobs(echo) for echo in step.echoes]
+        if step.rows is not None:
+            self._live.difference_update(step.rows.streams[step.rows.finished != 0].tolist())
+            self._queue_step(step.rows)
 
-    def _send_rows(self, rows: Rows) -> None:
-        self._live.difference_update(rows.streams[rows.finished != 0].tolist())
-        self._outbox.append(
+    def _queue_step(self, rows: TokenRows) -> None:
+        """Queues a step frame; without rows it only reports the counts."""
+        self._queue_frame(
             encode_step(
                 Step(
                     version=self._weights.held.version,
@@ -265,38 +262,12 @@ class Engine:
             )
         )
 
-    def _send_counts(self) -> None:
-        none = np.empty(0)
-        table = np.empty((0, 0))
-        self._outbox.append(
-            encode_step(
-                Step(
-                    version=self._weights.held.version,
-                    active=len(self._batch),
-                    waiting=len(self._waiting),
-                    streams=none.astype(np.uint32),
-                    tokens=none.astype(np.int32),
-                    logprobs=none.astype(np.float32),
-                    sampling_logprobs=none.astype(np.float32),
-                    finished=none.astype(np.uint8),
-                    top_ids=table.astype(np.int32),
-                    top_logprobs=table.astype(np.float32),
-                )
-            )
-        )
-
-    # -- hot load ------------------------------------------------------------------------------
-
-    def _outbox_append(self, frame: bytes) -> None:
+    def _queue_frame(self, frame: bytes) -> None:
         self._outbox.append(frame)
-
-    def _weights_changed(self) -> None:
-        """What was computed with the old weights stays with the completions that run, only."""
-        self._batch.weights_changed()
 
 
 def _eos_ids(weights: ServedWeights) -> frozenset[int]:
-    """The end tokens of the model's generation settings, or of its configuration."""
+    """Reads the end tokens from the model's generation settings, or from its configuration."""
     for settings in (weights.model.generation_config, weights.model.config):
         found = getattr(settings, "eos_token_id", None)
         if isinstance(found, int):

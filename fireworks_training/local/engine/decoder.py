@@ -1,9 +1,9 @@
 """The model as the engine calls it: hidden states of a packed pass, and logits of some of them.
 
-Knows the parts of a Hugging Face causal language model; no requests. Any model is served whose
-attention layers go through the library's attention interface and attend to all they saw: its
-modules run as they are, and only attention is ours. Families that `fused` knows run faster. Either
-way a probe compares with the model itself before anything is served.
+Knows the parts of a Hugging Face causal language model. Does not know requests. Any model is served
+whose attention layers go through the library's attention interface and attend to all tokens before:
+its modules run as they are, and only attention is ours. Families that `fused` knows run faster.
+Either way a probe compares with the model itself before anything is served.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _PROBE_TOKENS = 6
 
 
 class UnsupportedModelError(Exception):
-    """The model can't be served by this engine; the message says why."""
+    """Raised for a model that this engine can't serve; the message gives the reason."""
 
 
 class Attention(Protocol):
-    """Who attends for the layers: a `ForwardPass`, or the probe that learns their shapes."""
+    """Attends for the layers: a `ForwardPass`, or the probe that learns their shapes."""
 
     def attend(
         self,
@@ -42,11 +42,11 @@ class Attention(Protocol):
         values_NHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """See `ForwardPass.attend`."""
+        """Attends as `ForwardPass.attend` does."""
         ...
 
     def finish(self) -> None:
-        """See `ForwardPass.finish`."""
+        """Ends the pass as `ForwardPass.finish` does."""
         ...
 
 
@@ -62,7 +62,7 @@ def _interface(
     scaling: float | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
-    """What the library's layers call; outside of an engine's pass plain causal attention."""
+    """Attends for the library's layers; outside of an engine's pass by plain causal attention."""
     attention = _attention.get()
     if attention is None:
         plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -86,15 +86,15 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
 
 
 class Decoder:
-    """A model, split into its body and its head.
+    """Runs a model in its two parts, body and head.
 
     Attributes:
         vocab_size: token ids that can be fed and sampled.
-        geometry: of its keys and values.
+        geometry: shape of its keys and values.
         device: where it computes.
 
     Args:
-        model: in eval mode; its attention implementation is replaced.
+        model: a model in eval mode; its attention implementation is replaced.
         max_context: positions that it has to serve.
         fuse: whether a faster body may be used; None = where the family is known.
 
@@ -134,11 +134,11 @@ class Decoder:
 
     @property
     def fused(self) -> bool:
-        """Whether the faster body runs."""
+        """Tells whether the faster body runs."""
         return self._fused is not None
 
     def refresh(self) -> None:
-        """To be called when the model's weights have changed."""
+        """Packs the weights again; to be called when the model's weights have changed."""
         if self._fused is not None:
             self._fused.refresh()
 
@@ -149,12 +149,12 @@ class Decoder:
         attention: Attention,
         wanted_n: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Final hidden states `[n, E]` of one pass.
+        """Computes the final hidden states `[n, E]` of one pass.
 
         Args:
             ids_N: tokens.
             positions_N: their places in their sequences.
-            attention: who attends, and keeps keys and values.
+            attention: attends, and keeps keys and values.
             wanted_n: tokens whose states are wanted; None = all of them.
         """
         if self._fused is not None:
@@ -172,14 +172,14 @@ class Decoder:
         return hidden_nE
 
     def logits(self, hidden_nE: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `[n, V]` of final hidden states."""
+        """Computes float32 logits `[n, V]` of final hidden states."""
         if self._fused is not None:
             return self._fused.logits(hidden_nE)
         logits: torch.Tensor = self._head(hidden_nE)
         return logits.float()
 
     def _measure(self, ids_N: torch.Tensor) -> Geometry:
-        """The shapes of keys and values, as the layers hand them over."""
+        """Measures the shapes of keys and values that the layers hand over."""
         probe = _ShapeProbe()
         self.hidden(ids_N, torch.arange(len(ids_N), device=self.device), probe)
         shapes = set(probe.shapes.values())
@@ -188,7 +188,7 @@ class Decoder:
         return Geometry(len(probe.shapes), *shapes.pop(), device=ids_N.device)
 
     def _check(self, ids_N: torch.Tensor, expected_NV: torch.Tensor, name: str) -> None:
-        """A prompt in two pieces, then a token at a time, has to give the model's own logits."""
+        """Checks that a prompt in pieces, then single tokens, give the model's own logits."""
         length = len(ids_N)
         prompt = Prompt(tuple(ids_N[:-2].tolist()), self.geometry)
         rows: list[torch.Tensor] = []
@@ -214,7 +214,7 @@ class Decoder:
 
 
 class _ShapeProbe:
-    """Attends plainly and notes the shapes of each layer."""
+    """Notes the shapes that each layer attends with."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}
@@ -227,9 +227,9 @@ class _ShapeProbe:
         values_NHD: torch.Tensor,
         scale: float,  # noqa: ARG002 - the protocol's name
     ) -> torch.Tensor:
-        """Zeros: only shapes matter."""
+        """Returns zeros: only shapes matter."""
         self.shapes[layer] = (keys_NHD.shape[1], keys_NHD.shape[2], values_NHD.shape[2])
         return queries_NQD.new_zeros(*queries_NQD.shape[:2], values_NHD.shape[2])
 
     def finish(self) -> None:
-        """Nothing was kept."""
+        """Does nothing, since nothing was kept."""

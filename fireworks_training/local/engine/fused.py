@@ -1,6 +1,7 @@
 """A faster body for Llama-like models: the same arithmetic in fewer and larger calls.
 
-Knows the modules of Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated SiLU. With
+Knows the modules of Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated SiLU. Does
+not know requests or how tokens attend. With
 a small model a decode step is mostly the cost of calls: here a layer is about twenty of them, with
 queries, keys and values from one product. Products go through oneDNN, with weights in its own
 layout, where this build of torch has it: measured on an AMD server core, twice as fast as the
@@ -26,15 +27,15 @@ Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _STATIC_ROPE = ("default", "linear", "llama3")
 _ONEDNN_ROWS = 12
-"""From so many rows on oneDNN's product is the faster one; below, its call costs more."""
+"""Rows from which oneDNN's product is the faster one; below, its call costs more."""
 
 
 class NotFusable(Exception):
-    """The model is of another kind; the message says of which."""
+    """Raised for a model of another kind; the message names the kind."""
 
 
 class Product:
-    """`x @ W^T + b` for weights that seldom change, one above the other.
+    """Computes `x @ W^T + b` for weights that seldom change, stacked one above the other.
 
     Args:
         weights_OI: values; a copy is packed where oneDNN is there, which is for CPUs.
@@ -67,7 +68,7 @@ def _has_onednn() -> bool:
 
 
 class _Layer:
-    """One transformer layer's tensors, in the form in which they are used."""
+    """Holds one transformer layer's tensors in the form in which they are used."""
 
     def __init__(self, module: Any, heads: int, kv_heads: int, scale: float) -> None:
         attention, mlp = module.self_attn, module.mlp
@@ -100,21 +101,21 @@ class _Layer:
 
 
 def _product(*modules: Any) -> Product:
-    """What linear modules compute of the same input, side by side."""
+    """Joins linear modules that take the same input into one product."""
     return Product([m.weight.detach() for m in modules], [m.bias for m in modules])
 
 
 def _paired(rows_OX: Tensor, heads: int) -> Tensor:
-    """Rows of heads, in which each one of the first half is followed by its partner."""
+    """Reorders the rows of heads: each one of the first half is followed by its partner."""
     halves = rows_OX.reshape(heads, 2, -1, *rows_OX.shape[1:])
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 class FusedBody:
-    """The body and the head of a Llama-like model.
+    """Runs the body and the head of a Llama-like model.
 
     Raises:
-        NotFusable: it is of another kind.
+        NotFusable: the model is of another kind.
     """
 
     def __init__(self, model: PreTrainedModel, max_context: int) -> None:
@@ -154,13 +155,13 @@ class FusedBody:
             self._unembed = _product(self._head)
 
     def logits(self, hidden_nE: Tensor) -> Tensor:
-        """Logits `[n, V]`."""
+        """Computes logits `[n, V]`."""
         return self._unembed(hidden_nE)
 
     def hidden(
         self, ids_N: Tensor, positions_N: Tensor, attend: Attend, wanted_n: Tensor | None = None
     ) -> Tensor:
-        """Final hidden states `[N, E]`, or of some tokens only, `[n, E]`."""
+        """Computes final hidden states `[N, E]`, or those of some tokens only, `[n, E]`."""
         heads, kv_heads, size = self._heads, self._kv_heads, self._size
         rotated = heads + kv_heads
         turn_N1d = self._turn_P1d[positions_N]
@@ -187,7 +188,7 @@ class FusedBody:
         return self._normed(x_NE).mul_(self._norm_E)
 
     def _normed(self, x_X: Tensor) -> Tensor:
-        """The RMS norm over the last dimension, without its weight: fewer calls than torch's."""
+        """Takes the RMS norm over the last dimension, without weight, in fewer calls than torch."""
         length_X1 = torch.linalg.vector_norm(x_X, dim=-1, keepdim=True)
         mean_X1 = torch.addcmul(self._eps_1, length_X1, length_X1, value=1 / x_X.shape[-1])
         return x_X * mean_X1.rsqrt_()

@@ -1,8 +1,8 @@
 """Keys and values of running rows, in lanes: rows that attend in one call.
 
-Knows tensors and rows; no requests, no model. Legend: L layers, G prompts held, M rows that one
-prompt has at most, n rows, H key/value heads, R query heads a key/value head, P prompt columns, T
-columns of own tokens, C tokens of one row, D head size.
+Knows tensors and rows. Does not know requests or the model. Legend: L layers, G prompts held, M
+rows that one prompt has at most, n rows, H key/value heads, R query heads a key/value head, P
+prompt columns, T columns of own tokens, C tokens of one row, D head size.
 
 A lane holds rows whose prompts have about the same length, so that little of a call is padding.
 In a shared lane a prompt is held once for all its rows, which attend to it and to their own tokens:
@@ -33,7 +33,7 @@ from fireworks_training.local.engine.prompts import Geometry, Prompt
 from fireworks_training.local.model.devices import on
 
 SHARED_ROWS = 16
-"""Rows of a group: a prompt with more is held several times, so that groups stay alike."""
+"""Rows of a group at most: a prompt with more is held several times, so that groups stay alike."""
 
 _FEWEST_COLUMNS = 64
 _AHEAD = 16
@@ -50,7 +50,7 @@ Past = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LaneKind:
-    """What the rows of a lane have in common.
+    """Describes what the rows of a lane have in common.
 
     Attributes:
         columns: prompt columns, a power of two.
@@ -65,7 +65,7 @@ class LaneKind:
 
     @classmethod
     def of(cls, prompt_tokens: int, max_tokens: int, *, shared: bool) -> LaneKind:
-        """The lane for a row with such a prompt."""
+        """Returns the kind of lane for a row with such a prompt."""
         return cls(_power_of_two(prompt_tokens), _power_of_two(max_tokens), shared)
 
 
@@ -74,10 +74,10 @@ def _power_of_two(columns: int) -> int:
 
 
 class _Columns:
-    """Memory for own keys or values, laid out for so many rows and columns.
+    """Holds the memory of own keys or values, laid out for so many rows and columns.
 
     Args:
-        geometry: of the model.
+        geometry: shape of the model's keys and values.
         size: numbers of one head.
 
     Attributes:
@@ -92,12 +92,12 @@ class _Columns:
         self.all_LnHTD = self._laid_out(0, 0)
 
     def lay_out(self, rows: int, columns: int, most: int, kept: tuple[slice, slice, slice]) -> None:
-        """Another layout.
+        """Lays the memory out anew.
 
         Args:
-            rows, columns: of it.
-            most: columns that it may come to, which new memory has place for.
-            kept: rows to keep, their columns, and the columns in which these go on. All others of
+            rows, columns: size of the new layout.
+            most: columns that later layouts may have, which new memory has room for.
+            kept: rows to keep, their columns, and the columns to copy these to. All others of
                 these rows are zeros.
         """
         old, (n, source, at) = self.all_LnHTD, kept
@@ -115,7 +115,7 @@ class _Columns:
             self._fill(self.all_LnHTD[layer, n], at, old[layer, n, :, source])
 
     def put(self, rows: slice, at: slice, rows_LHCD: torch.Tensor | None) -> None:
-        """Fills the columns `at` of rows with the same (None: has none); the others are zeros."""
+        """Fills columns `at` of rows with the same values (None: zeros), the others with zeros."""
         if rows_LHCD is None:
             self.all_LnHTD[:, rows] = 0
         else:
@@ -139,7 +139,7 @@ class _Columns:
 
 
 class _StepViews:
-    """Parts of a lane's columns that one step uses, by layer; m = n * H.
+    """Holds the parts of a lane's columns that one step uses, by layer; m = n * H.
 
     Attributes:
         keys: `[m, D, T]`, transposed.
@@ -157,11 +157,11 @@ class _StepViews:
 
 
 class Lane:
-    """The rows of one kind.
+    """Keeps the rows of one kind, and attends for them.
 
     Attributes:
-        kind: what they have in common.
-        slots: int64 `[n]`, the slot of each row; who owns it is the caller's knowledge.
+        kind: what the rows have in common.
+        slots: int64 `[n]`, the slot of each row; the caller knows which request holds it.
     """
 
     def __init__(self, kind: LaneKind, geometry: Geometry) -> None:
@@ -181,10 +181,10 @@ class Lane:
         self._keys = _Columns(geometry, geometry.key_size)
         self._values = _Columns(geometry, geometry.value_size)
         self._arranged = False
-        # What is hidden of own columns, and of prompts (None: nothing).
+        # Masks of own columns, and of prompt columns (None: nothing is hidden).
         self._mask_n11T = self._zeros(0, 0)
         self._prompt_mask_n11P: torch.Tensor | None = None
-        # Of a shared lane: rows in the order of their groups with padding, and the way back.
+        # Indices of a shared lane: rows in the order of their groups with padding, and back.
         self._spread_GM: torch.Tensor | None = None
         self._back_n: torch.Tensor | None = None
         self._views: _StepViews | None = None
@@ -197,7 +197,7 @@ class Lane:
         return self._slots[: self._rows]
 
     def holds(self, prompt: Prompt) -> bool:
-        """Whether rows of this prompt are here."""
+        """Tells whether rows of this prompt are in the lane."""
         return any(held is prompt for held in self._prompts)
 
     # -- rows come and go ------------------------------------------------------------------------
@@ -214,10 +214,10 @@ class Lane:
 
         Args:
             prompt: wholly computed.
-            slots: whose rows they are.
+            slots: the slots of the rows.
             left: columns that each row may still come to fill.
-            past: of a shared lane, what a row that moves here has behind its prompt.
-            coming: rows that are likely to join soon, so that their place is allocated now.
+            past: keys and values behind the prompt, of a row that moves to a shared lane.
+            coming: rows that are likely to join soon, so that their memory is allocated now.
         """
         first, added = self._rows, len(slots)
         if not self.kind.shared:
@@ -242,11 +242,11 @@ class Lane:
         """Removes a row of this lane, which is not shared, to go on in a shared one.
 
         Args:
-            slot: whose row it is.
+            slot: the row's.
             prompt: the row's.
 
         Returns:
-            Keys and values of what it has behind its prompt.
+            Keys and values of the tokens behind its prompt.
         """
         row = int(np.flatnonzero(self.slots == slot)[0])
         at = slice(self._end - int(self._own[row]) + len(prompt.tokens), self._end)
@@ -297,7 +297,7 @@ class Lane:
         return group
 
     def _zeros(self, rows: int, *shape: int) -> torch.Tensor:
-        """`[L, rows, H, ...]`"""
+        """Makes zeros of shape `[L, rows, H, ...]`."""
         geometry = self._geometry
         return zeros(geometry.layers, rows, geometry.heads, *shape, device=geometry.device)
 
@@ -316,7 +316,7 @@ class Lane:
         self._prompt_keys_LGHDP, self._prompt_values_LGHPD = keys, values
 
     def _reserve(self, rows: int, coming: int, own: int, left: int) -> None:
-        """Sees to `rows` rows, and to columns for one that has `own` and may fill `left` more."""
+        """Makes room for `rows` rows, one with `own` columns that may fill `left` more."""
         held = len(self._slots)
         if rows > held:
             held = max(rows + coming, held + held // 2)
@@ -330,7 +330,7 @@ class Lane:
             self._lay_out(held, own, left)
 
     def _lay_out(self, rows: int, own: int = 0, left: int = 0) -> None:
-        """Columns for `rows` rows, one of them with `own` tokens, and for some steps to come."""
+        """Lays out columns for `rows` rows, one with `own` tokens, and for some steps to come."""
         n = self._rows
         held = int(self._own[:n].max(initial=0))
         longest = max(held, own)
@@ -348,7 +348,7 @@ class Lane:
     # -- one step --------------------------------------------------------------------------------
 
     def open_column(self) -> None:
-        """Makes place for one more token in every row; before the layers attend."""
+        """Makes room for one more token in every row; before the layers attend."""
         n = self._rows
         if self._end == self._keys.all_LnHTD.shape[3]:
             self._lay_out(len(self._slots))
@@ -361,7 +361,7 @@ class Lane:
         self._left[:n] -= 1
 
     def _arrange(self) -> None:
-        """What is hidden of each row, and where it stands: until rows come or go."""
+        """Builds the masks and group indices of all rows, valid until rows come or go."""
         n = self._rows
         columns_T = np.arange(self._keys.all_LnHTD.shape[3])
         # Where a row's tokens begin stays; columns to come are uncovered one by one.
@@ -380,7 +380,7 @@ class Lane:
         return on(self._geometry.device, mask_nC)[:, None, None, :]
 
     def _order_groups(self) -> None:
-        """Where each row stands among the rows of its group."""
+        """Computes the place of each row among the rows of its group."""
         group_n = self._group[: self._rows]
         order = np.argsort(group_n, kind="stable")
         sizes = np.bincount(group_n, minlength=len(self._prompts))
@@ -402,13 +402,13 @@ class Lane:
         values_nHD: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of every row's new token to its prompt, its own tokens and itself.
+        """Attends from every row's new token to its prompt, its own tokens and itself.
 
         Args:
             layer: from 0.
             queries_nQD: queries, Q = H * R heads.
-            keys_nHD, values_nHD: of the new tokens; kept.
-            scale: of the scores.
+            keys_nHD, values_nHD: keys and values of the new tokens; kept.
+            scale: factor of the scores.
 
         Returns:
             `[n, Q, D]`.
@@ -442,7 +442,7 @@ class Lane:
         return out_nQD.add_(shared_nHRD.flatten(1, 2))
 
     def _weighted(self, layer: int, weights_nHRT: torch.Tensor) -> torch.Tensor:
-        """Sums of own values, `[n, Q, D]`."""
+        """Sums own values by their weights, `[n, Q, D]`."""
         assert self._views is not None
         n, heads, repeats, columns = weights_nHRT.shape
         weights_mRT = weights_nHRT.reshape(n * heads, repeats, columns)
@@ -450,7 +450,7 @@ class Lane:
         return out_mRD.view(n, heads * repeats, -1)
 
     def _spread(self, rows_nHRX: torch.Tensor) -> torch.Tensor:
-        """`[G, H, M * R, X]`: the rows of each prompt side by side."""
+        """Puts the rows of each prompt side by side, `[G, H, M * R, X]`."""
         assert self._spread_GM is not None
         groups, widest = self._spread_GM.shape
         _, heads, repeats, size = rows_nHRX.shape
@@ -460,7 +460,7 @@ class Lane:
         return spread_GMHRX.transpose(1, 2).reshape(groups, heads, widest * repeats, size)
 
     def _gathered(self, spread_GHmX: torch.Tensor) -> torch.Tensor:
-        """The inverse of `_spread`."""
+        """Inverts `_spread`."""
         assert self._spread_GM is not None
         assert self._back_n is not None
         groups, widest = self._spread_GM.shape

@@ -1,11 +1,11 @@
 """The pending hot load of an engine: prepared beside the decoding, swapped in between two steps.
 
-Knows the weights, the order of requests for them and what is reported of them; nothing of batches
-but whether one is running. The rules:
+Knows the weights, the order of load requests and the frames that report them. Does not know batches
+but for whether one is running. The rules:
 1. A snapshot is prepared in a thread of its own; decoding and admission go on meanwhile.
 2. ASYNC: it is swapped in before the next step; completions in flight go on with it.
-   SYNC: from the moment it is ready nobody begins, and it is swapped in when nobody runs any more:
-   no completion mixes two snapshots.
+   SYNC: once it is ready no request is admitted, and it is swapped in when no completion is in
+   flight any more: none mixes two snapshots.
 3. Of two pending loads the newer wins; the older is reported as superseded.
 4. Loading what is held is a no-op. A load that fails changes nothing.
 """
@@ -29,7 +29,7 @@ Run = Callable[[Callable[[], None]], None]
 
 
 def in_a_thread(work: Callable[[], None]) -> None:
-    """Runs a function in a daemon thread: a worker that is told to end does not wait for it."""
+    """Runs a function in a daemon thread, for which a worker that ends does not wait."""
     threading.Thread(target=work, name="hot load", daemon=True).start()
 
 
@@ -40,6 +40,8 @@ def at_once(work: Callable[[], None]) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Load:
+    """Follows one requested load: from its request to `prepared` weights or a `refused` reason."""
+
     number: int
     identity: str
     transition: Transition
@@ -55,10 +57,12 @@ class _Load:
 
 
 class SnapshotLoads:
-    """See the module's rules; every method but `wake` is called by the engine's thread.
+    """Prepares, swaps in and reports hot loads, by the module's rules.
+
+    Every method is called by the engine's thread.
 
     Args:
-        weights: what is served.
+        weights: the weights that are served.
         send: takes a frame for the gateway.
         swapped: called when the weights have changed.
         run: runs the preparation.
@@ -87,24 +91,24 @@ class SnapshotLoads:
 
     @property
     def busy(self) -> bool:
-        """Whether `advance` would do something now."""
+        """Tells whether `advance` would do something now."""
         return self._load is not None and (self._load.ready or not self._load.started)
 
     @property
     def closes_admission(self) -> bool:
-        """Whether requests have to wait until the snapshot is swapped in."""
+        """Tells whether requests have to wait until the snapshot is swapped in."""
         load = self._load
         return load is not None and load.ready and load.transition == "SYNC"
 
     def request(
         self, number: int, identity: str, transition: Transition = "SYNC", *, restore: bool = False
     ) -> None:
-        """Take a request for a snapshot, in the place of one that is pending.
+        """Begin the load of a snapshot; it supersedes one that is pending.
 
         Args:
             number: names the request in the report of its end.
             transition: what happens to completions in flight.
-            restore: see `WeightSet.prepare`.
+            restore: passed to `WeightSet.prepare`.
         """
         if self._load is not None:
             self._end(self._load, "superseded", f"{identity!r} was requested after it")
@@ -118,7 +122,7 @@ class SnapshotLoads:
         self._send_status()
 
     def advance(self, *, running: bool) -> None:
-        """Do the next part of the pending load, if there is one to do.
+        """Do the next part of the pending load, if there is one.
 
         Args:
             running: whether any completion is in flight.
@@ -175,7 +179,7 @@ class SnapshotLoads:
         self._send(encode_control(self.status()))
 
     def status(self) -> dict[str, object]:
-        """What is held, and how far the pending or last load has come."""
+        """Report the snapshot that is held, and the stage of the pending or last load."""
         held = self._weights.held
         stage: Stage = "ready"
         target, error = held.identity, None

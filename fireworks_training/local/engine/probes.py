@@ -1,7 +1,8 @@
-"""What is asked of a prompt's places beside its own tokens: chosen ones, and drawn ones.
+"""Logprobs of other tokens at a prompt's places: tokens that the request names, or has drawn.
 
-Knows requests and logits; no streams, no model. Shapes: n places of a prompt, V vocabulary, K
-chosen tokens a place, d drawn ones, m = K + d. Logprobs are raw, of `log_softmax(logits)`.
+Knows requests and logits. Does not know streams or the model. Shapes: n places of a prompt, V
+vocabulary, K named tokens a place, d drawn ones, m = K + d. Logprobs are raw, of
+`log_softmax(logits)`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from fireworks_training.local.model.devices import array_of
 def probe(
     request: StreamRequest, low: int, logits_nV: torch.Tensor, lse_n: torch.Tensor
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """Tokens `[n, m]` and their logprobs: those of `targets` first, then the drawn ones.
+    """Computes tokens `[n, m]` and their logprobs: the named `targets` first, then the drawn ones.
 
     Args:
-        request: has both.
+        request: names the targets and the number of draws.
         low: place in the prompt of the first row; the others follow.
-        logits_nV: about the tokens at those places.
+        logits_nV: logits for the tokens at those places.
         lse_n: their log-sum-exp.
 
     Returns:
@@ -56,12 +57,12 @@ def probe(
 
 
 def width(request: StreamRequest) -> int:
-    """m of a request."""
+    """Computes m of a request."""
     return (len(request.targets[0]) if request.targets else 0) + request.draws
 
 
 def _uniforms(request: StreamRequest, low: int, n: int) -> npt.NDArray[np.float64]:
-    """Numbers of their own for each place and draw: those of the completion stay as they are."""
+    """Gives each place and draw a random number of its own; the completion keeps its numbers."""
     columns = np.arange(request.draws, dtype=np.int64)
     counters = np.arange(low, low + n, dtype=np.int64)[:, None] * MAX_TOP_LOGPROBS + columns
     keys = np.full(counters.size, mix64(request.key ^ (1 << 63)), np.uint64)

@@ -1,7 +1,7 @@
-"""Prompts whose keys and values are known: the prefix cache, and what is being read into it.
+"""The prefix cache: prompts with the keys and values computed for them so far.
 
-Knows token ids and tensors; no requests, no model. Legend: L layers, H key/value heads, P prompt
-tokens, D head size, E hidden size.
+Knows token ids and tensors. Does not know requests or the model. Legend: L layers, H key/value
+heads, P prompt tokens, D head size, E hidden size.
 
 A prompt is stored once, however many requests carry it. Another prompt that begins with the same
 tokens copies the common part, found by a hash chain over blocks of `BLOCK` tokens, and compared
@@ -25,13 +25,13 @@ BLOCK = 16
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shape of a model's keys and values.
+    """Gives the shape of a model's keys and values.
 
     Attributes:
         layers: attention layers.
         heads: key/value heads.
-        key_size, value_size: numbers of one head.
-        device: where they lie.
+        key_size, value_size: numbers in one head's key and value.
+        device: where they are kept.
     """
 
     layers: int
@@ -47,7 +47,7 @@ class Geometry:
 
 
 class Prompt:
-    """One prompt's keys and values, and how far they are computed.
+    """Holds one prompt's keys and values, and how far they are computed.
 
     Attributes:
         tokens: its ids.
@@ -68,22 +68,22 @@ class Prompt:
 
     @property
     def unread(self) -> int:
-        """Tokens still to compute."""
+        """Number of tokens still to compute."""
         return len(self.tokens) - self.done
 
     def reuse(self, other: Prompt, count: int) -> None:
-        """Copies the first `count` tokens' keys and values, which must be the same tokens."""
+        """Copies keys and values of the first `count` tokens from a prompt that begins alike."""
         self.keys_LHPD[:, :, :count] = other.keys_LHPD[:, :, :count]
         self.values_LHPD[:, :, :count] = other.values_LHPD[:, :, :count]
         self.done = self.reused = count
 
 
 class PromptStore:
-    """The prefix cache.
+    """Stores prompts by their tokens, within a budget of bytes; the least recently used go first.
 
     Args:
-        geometry: of the model.
-        max_bytes: what the stored prompts may come to; 0 stores nothing.
+        geometry: shape of the model's keys and values.
+        max_bytes: bytes of all stored prompts at most; 0 stores nothing.
     """
 
     def __init__(self, geometry: Geometry, max_bytes: int) -> None:
@@ -98,18 +98,18 @@ class PromptStore:
         return len(self._prompts)
 
     def find(self, tokens: tuple[int, ...]) -> Prompt | None:
-        """The prompt of exactly these tokens, wholly computed."""
+        """Finds the stored prompt of exactly these tokens."""
         found = self._prompts.get(tokens)
         if found is not None:
             self._prompts.move_to_end(tokens)
         return found
 
     def start(self, tokens: tuple[int, ...], limit: int) -> Prompt:
-        """A prompt to read, with what another one gives for it.
+        """Makes a prompt to read, its beginning copied from a stored one that begins alike.
 
         Args:
             tokens: its ids.
-            limit: tokens that may be taken from another at most, below `len(tokens)`.
+            limit: tokens to copy at most, below `len(tokens)`.
         """
         prompt = Prompt(tokens, self._geometry)
         chain = list(_chain(tokens[:limit]))
@@ -126,7 +126,7 @@ class PromptStore:
         return prompt
 
     def put(self, prompt: Prompt) -> None:
-        """Keeps a wholly computed prompt, in place of the least recently used ones."""
+        """Stores a completely computed prompt, in place of the least recently used ones."""
         size = self._size(prompt)
         if size > self._max_bytes:
             return
@@ -143,7 +143,7 @@ class PromptStore:
             self._blocks[link] = prompt
 
     def clear(self) -> None:
-        """Forgets all: the weights changed, or a client asked for it."""
+        """Forgets all prompts: the weights changed, or a client asked for it."""
         self._prompts.clear()
         self._blocks.clear()
         self._bytes = 0
@@ -158,7 +158,7 @@ class PromptStore:
 
 
 def _chain(tokens: tuple[int, ...]) -> Iterator[int]:
-    """A hash for each whole block, of all tokens up to its end."""
+    """Yields a hash for each complete block, of all tokens up to its end."""
     link = 0
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
         link = hash((link, tokens[end - BLOCK : end]))
@@ -166,7 +166,7 @@ def _chain(tokens: tuple[int, ...]) -> Iterator[int]:
 
 
 def _common(tokens: tuple[int, ...], other: tuple[int, ...], limit: int) -> int:
-    """Length of the common beginning, at most `limit`."""
+    """Computes the length of the common beginning, at most `limit`."""
     most = min(limit, len(other))
     if tokens[:most] == other[:most]:
         return most

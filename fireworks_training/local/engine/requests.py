@@ -1,4 +1,6 @@
-"""One request to sample from the model, as it comes in an `add` control; no torch, no socket.
+"""A request to sample from the model: its fields, their checks, and its random numbers.
+
+Knows the `add` control. Does not know torch or sockets.
 
 The gateway validates what users send; the checks here only keep a faulty gateway from reaching the
 tensors, and refuse the one request rather than the connection.
@@ -20,12 +22,12 @@ _MASK = (1 << 64) - 1
 
 
 class RequestRefused(ValueError):
-    """The request can't be sampled; the message says which field and why."""
+    """Raised for a request that can't be sampled; the message names the field and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """What to sample.
+    """Describes one completion to sample.
 
     Attributes:
         stream: id that the gateway gave it, unique while the stream lives.
@@ -40,8 +42,8 @@ class StreamRequest:
         top_logprobs: how many most likely tokens to report, 0 to 20.
         echo: how many prompt tokens, from the end, to report logprobs of. The first token of a
             prompt has none.
-        targets: for each of those tokens, others whose logprobs at its place are wanted too, the
-            same number for each; -1 is none. Empty = none at all.
+        targets: for each of those tokens, other tokens to report logprobs of at its place, the same
+            number for each; -1 is none. Empty = none at all.
         draws: how many tokens to draw from the model's distribution at each of those places.
         arrived: when the gateway sent it, seconds of the machine's monotonic clock. (What arrives
             during a decode step is read after it, and that wait counts too.)
@@ -64,17 +66,17 @@ class StreamRequest:
 
     @property
     def first_echo(self) -> int:
-        """Place of the first prompt token whose logprob is reported."""
+        """Index of the first prompt token whose logprob is reported."""
         return max(1, len(self.prompt) - self.echo)
 
     @property
     def total(self) -> int:
-        """Tokens that it can come to hold in the cache."""
+        """Tokens that it can come to hold in the key/value cache."""
         return len(self.prompt) + self.max_tokens
 
 
 def mix64(value: int) -> int:
-    """The finaliser of splitmix64: spreads a 64-bit counter over all bits."""
+    """Spreads a 64-bit counter over all bits: the finaliser of splitmix64."""
     value &= _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -82,14 +84,14 @@ def mix64(value: int) -> int:
 
 
 def key_of_seed(seed: int) -> int:
-    """The key of a request with a seed: nearby seeds give unrelated keys."""
+    """Makes the key of a request with a seed: nearby seeds give unrelated keys."""
     return mix64(seed + _GOLDEN)
 
 
 def uniforms(
     keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """Counter-based uniform numbers in [0, 1): splitmix64 of each key at each counter.
+    """Computes uniform numbers in [0, 1): splitmix64 of each key at each counter.
 
     A stream's numbers depend on its key and its own token count alone, so a seed gives the same
     tokens whatever shares the batch.
@@ -118,7 +120,7 @@ def parse_add(
     fresh_key: int,
     now: float,
 ) -> StreamRequest:
-    """The request in an `add` control.
+    """Reads and checks the request in an `add` control.
 
     Args:
         message: the control.

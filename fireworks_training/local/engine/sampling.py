@@ -1,4 +1,6 @@
-"""From logits to one token a row: temperature, top-k, top-p, logprobs. Knows rows, not streams.
+"""Sampling: from logits to one token a row, by temperature, top-k and top-p, with its logprobs.
+
+Knows rows and their settings. Does not know streams or the model.
 
 Shapes: n rows, V vocabulary, k top logprobs. All arithmetic is float32, sums of probabilities
 float64. Two distributions are reported on:
@@ -22,13 +24,13 @@ from fireworks_training.local.model.devices import array_of, on
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """Parameters of the rows, arrays of n entries.
+    """Holds the sampling parameters of n rows, as arrays of n entries.
 
     Attributes:
         temperature: float32; 0 is greedy.
         top_p: float32 in (0, 1].
         top_k: int64; 0 is off.
-        uniform: float64 in [0, 1), one number a row: what decides the token.
+        uniform: float64 in [0, 1), one number a row, which decides the token.
         top_logprobs: int64, most likely tokens to report.
         banned: for some rows, tokens that must not be sampled.
     """
@@ -43,7 +45,7 @@ class SamplingRows:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Arrays of n entries; the top arrays are `[n, k]`, k the largest number asked for.
+    """Holds the sampled tokens as arrays of n entries, top ones `[n, k]`, k the largest wanted.
 
     `finite` is False where the logits held NaN, infinity or nothing but -infinity: the row's other
     values mean nothing.
@@ -58,7 +60,7 @@ class Sampled:
 
 
 def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
-    """One token for each row of `logits_nV` (float32 `[n, V]`, not changed)."""
+    """Samples one token for each row of `logits_nV` (float32 `[n, V]`, not changed)."""
     raw = _Cumulated(logits_nV)
     # A sum of exponentials is finite where no logit is NaN or infinite and not all are -infinite.
     finite_n = np.isfinite(raw.total_n)
@@ -93,7 +95,7 @@ def sample(logits_nV: torch.Tensor, rows: SamplingRows) -> Sampled:
 
 
 class _Cumulated:
-    """Distributions given by logits, summed up over the vocabulary; one pass gives it all.
+    """Holds distributions given by logits, cumulated over the vocabulary in one pass.
 
     Attributes:
         total_n: float64, sum of exponentials over the largest one. NaN or infinite where logits
@@ -110,7 +112,7 @@ class _Cumulated:
             self.lse_n: npt.NDArray[np.float64] = array_of(most_n1)[:, 0] + np.log(self.total_n)
 
     def draw(self, uniform_nk: npt.NDArray[np.float64]) -> torch.Tensor:
-        """The first token whose cumulated probability exceeds each of a row's k uniform numbers."""
+        """Finds the first token whose cumulated probability exceeds each number of a row."""
         total_n1 = self.total_n[:, None]
         # The number is below 1 by 2^-52 at least, so the target stays below the total, and a token
         # without mass (equal to its predecessor) is never the first to exceed it.
@@ -118,7 +120,7 @@ class _Cumulated:
         return torch.searchsorted(self._cdf_nV, on(self._cdf_nV.device, target_nk), right=True)
 
     def logprobs(self, at_n1: torch.Tensor) -> npt.NDArray[np.float32]:
-        """Of one token a row."""
+        """Computes the logprob of one token a row."""
         chosen_n: npt.NDArray[np.float32] = array_of(self._logits_nV.gather(1, at_n1))[:, 0]
         return (chosen_n - self.lse_n).astype(np.float32)
 
@@ -126,7 +128,7 @@ class _Cumulated:
 def top(
     logits_nV: torch.Tensor, lse_n: npt.NDArray[np.floating], wanted_n: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The most likely tokens of each row and their raw logprobs, best first.
+    """Finds the most likely tokens of each row and their raw logprobs, best first.
 
     Rows that want fewer than the most wanted are padded with id -1.
     """
@@ -143,7 +145,7 @@ def top(
 def draw(
     logits_nV: torch.Tensor, temperature: float, uniform_nk: npt.NDArray[np.float64]
 ) -> torch.Tensor:
-    """Tokens int64 `[n, k]`, drawn independently, at a temperature, from each row's distribution.
+    """Draws tokens int64 `[n, k]`, independently and at a temperature, from each row's logits.
 
     Temperature 0 gives the most likely one. Logits that are not finite give any token.
     """
@@ -154,7 +156,7 @@ def draw(
 
 
 def _policy_logits(logits_nV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """Logits of the behaviour policy, -inf where it gives no mass; the input itself if equal."""
+    """Computes the behaviour policy's logits, -inf where it has no mass; the input if equal."""
     policy_nV = logits_nV
     if rows.banned:
         policy_nV = policy_nV.clone()
@@ -178,7 +180,7 @@ def _policy_logits(logits_nV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
 
 
 def _filter(logits_nV: torch.Tensor, top_k_n: torch.Tensor, top_p_n: torch.Tensor) -> torch.Tensor:
-    """Top-k, then the smallest set of most likely tokens of what is left that reaches top-p."""
+    """Keeps the top-k tokens, then the smallest set of the most likely that reaches top-p."""
     vocabulary = logits_nV.shape[-1]
     sorted_nV, order_nV = logits_nV.sort(dim=-1, descending=True, stable=True)
     limit_n = torch.where(top_k_n > 0, top_k_n, vocabulary)

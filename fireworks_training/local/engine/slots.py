@@ -1,7 +1,7 @@
-"""What each running stream still has to do, in arrays: a step reads them for all rows at once.
+"""The slots of the running batch: settings and progress of all streams, as arrays for a step.
 
-Knows requests and numpy; no tensors of the model. With hundreds of rows a loop over requests in
-each step would cost more than the model.
+Knows requests and numpy. Does not know tensors of the model. With hundreds of rows a loop over
+requests in each step would cost more than the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """Columns of some slots, which stay while the same requests hold them."""
+    """Holds the columns of some slots; it stays valid while the same requests hold them."""
 
     slots: I64
     columns: dict[str, npt.NDArray[Any]]
@@ -43,23 +43,23 @@ class _Chosen:
 
 @dataclass(slots=True)
 class _StopSet:
-    """Tokens that end streams, as a row of the table; several streams share one."""
+    """Names the row of the stop table that holds a set of stop tokens; streams share it."""
 
     row: int
     users: int = 0
 
 
 class SlotTable:
-    """Requests by slot.
+    """Keeps the requests that hold slots, and what a step needs to know of them.
 
     Attributes:
-        requests: what holds each slot.
+        requests: the request of each slot that is taken.
         last: int64, the token that each stream feeds next.
-        produced: int64, tokens that it has.
+        produced: int64, tokens that each stream has sampled.
 
     Args:
-        slots: how many there are.
-        vocab_size: tokens a stop set can name.
+        slots: number of slots.
+        vocab_size: ids of stop tokens are below this.
     """
 
     def __init__(self, slots: int, vocab_size: int) -> None:
@@ -75,7 +75,7 @@ class SlotTable:
         self._stop_sets: dict[frozenset[int], _StopSet] = {}
         self._stops: npt.NDArray[np.bool_] = np.zeros((1, vocab_size), np.bool_)
         self._free_stop_rows = [0]
-        # Of the last step: most steps have the rows of the one before.
+        # Kept from the last step: most steps have the rows of the one before.
         self._chosen: _Chosen | None = None
 
     def __len__(self) -> int:
@@ -83,11 +83,11 @@ class SlotTable:
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
+        """Number of free slots."""
         return len(self._free)
 
     def take(self, request: StreamRequest) -> int:
-        """The slot for a request; there has to be a free one."""
+        """Gives a request a slot; one has to be free."""
         slot = self._free.pop()
         self._chosen = None
         self.requests[slot] = request
@@ -116,20 +116,20 @@ class SlotTable:
             self._free_stop_rows.append(stops.row)
 
     def positions(self, slots: I64) -> I64:
-        """Where the last token of each stream stands in its sequence."""
+        """Computes the position of each stream's last token in its sequence."""
         positions: I64 = self._choose(slots).prompt_length + self.produced[slots] - 1
         return positions
 
     def left(self, slots: list[int]) -> list[int]:
-        """Tokens that each stream may still sample."""
+        """Counts the tokens that each stream may still sample."""
         return [self.requests[slot].max_tokens - int(self.produced[slot]) for slot in slots]
 
     def streams(self, slots: I64) -> npt.NDArray[np.uint32]:
-        """The stream of each slot."""
+        """Returns the stream of each slot."""
         return self._choose(slots).streams
 
     def sampling_rows(self, slots: I64) -> SamplingRows:
-        """How the next token of each slot is sampled."""
+        """Gathers the sampling parameters of each slot's next token."""
         chosen, produced = self._choose(slots), self.produced[slots]
         columns = chosen.columns
         banned: dict[int, frozenset[int]] = {}
@@ -147,7 +147,7 @@ class SlotTable:
         )
 
     def _choose(self, slots: I64) -> _Chosen:
-        """The columns of some slots."""
+        """Gathers the columns of some slots, or returns those of the step before."""
         known = self._chosen
         if known is not None and np.array_equal(known.slots, slots):
             return known

@@ -1,12 +1,12 @@
 """The weights that an engine serves, and how a snapshot replaces them.
 
-Knows one model's tensors, its pristine base values and the snapshot store; nothing of requests or
-batches. A load has two halves. `prepare` reads, applies and checks, beside what is being served and
-without touching it, in any thread. `swap` makes the result what is served, between two decode
-steps. So a load either replaces everything or changes nothing.
+Knows one model's tensors, its pristine base values and the snapshot store. Does not know requests
+or batches. A load has two halves. `prepare` reads, applies and checks the snapshot, in any thread,
+without touching the served weights. `swap` copies the result into them, between two decode steps.
+So a load either replaces everything or changes nothing.
 
-An adapter is always merged into the pristine base, never into what is being served. A delta is
-applied to what is served, and only if that is the predecessor that it was made against.
+An adapter is always merged into the pristine base, never into the served weights. A delta is
+applied to the served weights, and only if they are the predecessor that it was made against.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from fireworks_training.local.store.snapshots import (
 
 
 class SnapshotRefused(Exception):
-    """The snapshot was refused; what was served before is still served."""
+    """Raised for a snapshot that can't be loaded; the weights served before are still served."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What is being served.
+    """Identifies the snapshot that is being served.
 
     Attributes:
         identity: the snapshot; None for the model's own weights.
-        kind: its kind.
-        tensors_sha256: hash of its tensors, from a manifest that was verified against them.
+        kind: the snapshot's kind.
+        tensors_sha256: hash of the tensors, from a manifest that was verified against them.
         version: grows by one with each swap, from 0.
     """
 
@@ -59,10 +59,10 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A verified snapshot, ready to be swapped in.
+    """Holds a verified snapshot, ready to be swapped in.
 
     Attributes:
-        manifest: what it is.
+        manifest: the snapshot's.
         weights: every weight of the model.
         over: version of the weights that a delta was applied to; None if it stands alone.
     """
@@ -73,16 +73,16 @@ class Prepared:
 
 
 class WeightSet:
-    """Named fp32 tensors whose values are those of a snapshot.
+    """Keeps named fp32 tensors at the values of a snapshot.
 
     Args:
         tensors: written in place at a swap; already rounded to `dtype`.
-        store: where snapshots lie.
+        store: the snapshots on disk.
         base_model: resource name that a snapshot must have been trained from.
         dtype: precision of the values.
 
     Attributes:
-        held: what the tensors hold now.
+        held: the snapshot whose values the tensors have now.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class WeightSet:
         self._base = {name: self._stored(tensor).cpu().clone() for name, tensor in tensors.items()}
 
     def prepare(self, identity: str, *, restore: bool = False) -> Prepared:
-        """Read and verify a snapshot; what is served stays as it is. For any thread.
+        """Read and verify a snapshot, without touching the served weights. For any thread.
 
         Args:
             restore: a delta whose predecessor is not held is built up from the last whole snapshot
                 of its chain, instead of being refused.
 
         Raises:
-            LoadFailed: it is missing, damaged, of another model, or a delta to something else than
-                what is held.
+            SnapshotRefused: it is missing, damaged, of another model, or a delta to another
+                snapshot than the one that is held.
         """
         try:
             manifest = self._store.read(identity)
@@ -126,10 +126,10 @@ class WeightSet:
         return Prepared(manifest, weights, over)
 
     def swap(self, prepared: Prepared) -> None:
-        """Serve what was prepared. For the thread that computes, between two steps.
+        """Serve a prepared snapshot. For the thread that computes, between two steps.
 
         Raises:
-            LoadFailed: what is served has changed since a delta was applied to it.
+            SnapshotRefused: the served weights have changed since a delta was applied to them.
         """
         manifest = prepared.manifest
         if prepared.over is not None and prepared.over != self.held.version:
@@ -143,10 +143,10 @@ class WeightSet:
         self.held = Held(manifest.identity, manifest.kind, manifest.sha256, self.held.version + 1)
 
     def load(self, identity: str) -> None:
-        """Both halves at once; loading what is held changes nothing.
+        """Prepare and swap in at once; loading the snapshot that is held changes nothing.
 
         Raises:
-            LoadFailed: as `prepare`.
+            SnapshotRefused: as `prepare`.
         """
         if identity != self.held.identity:
             self.swap(self.prepare(identity))
@@ -178,20 +178,19 @@ class WeightSet:
         return tensors
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        """The values in the dtype that snapshots have; without loss, since they are rounded."""
+        """Convert values to the snapshots' dtype; without loss, since they are rounded."""
         return tensor.bfloat16() if self._dtype == "bfloat16" else tensor
 
 
 class ServedWeights(WeightSet):
-    """A model whose weights can be replaced.
+    """Loads a model and makes its weights replaceable.
 
     Attributes:
         model: the module; its tensors keep their places over a load.
-        held: what it holds now.
 
     Args:
         model_path: directory in the Hugging Face layout.
-        store, base_model, dtype: see `WeightSet`; `dtype` as the trainer's.
+        store, base_model, dtype: those of `WeightSet`; `dtype` as the trainer's.
     """
 
     def __init__(

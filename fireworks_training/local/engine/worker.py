@@ -1,8 +1,9 @@
 """The engine's process: a Unix socket, one gateway at a time, and the loop that drives the engine.
 
-Knows descriptors and the settings it is started with. One thread does everything: between two
-ticks it takes what has arrived, without waiting while there is work, and sends what it can. Only
-a hot load is prepared in another one, which wakes it by a byte in a pipe.
+Knows descriptors and the settings it is started with. Does not know requests or tensors. One thread
+does everything: between two ticks it reads the frames that have arrived, without waiting while
+there is work, and sends what the socket takes. Only a hot load is prepared in another thread, which
+wakes this one by a byte in a pipe.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Self, cast
 
-from fireworks_training.local.engine.core import Engine, EngineLimits
+from fireworks_training.local.engine.core import Engine, EngineCapacity
 from fireworks_training.local.engine.loads import in_a_thread
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine_frames import Control, FrameDecoder, FrameError
@@ -29,20 +30,20 @@ from fireworks_training.local.model.model import SnapshotDtype, configure_torch
 from fireworks_training.local.store.snapshots import SnapshotStore
 
 MAX_UNSENT = 64 * 1024 * 1024
-"""Bytes that wait for a slow gateway before the engine stops stepping."""
+"""Unsent bytes, for a slow gateway, at which the engine stops stepping."""
 
 CACHE_BYTES = 2 * 1024**3
-"""What the key/value cache may come to, keys and values in fp32."""
+"""Bytes of the key/value cache at most, keys and values in fp32."""
 
 PROMPT_BYTES = 256 * 1024**2
-"""What the prefix cache may come to."""
+"""Bytes of the prefix cache at most."""
 
 BYTES_PER_PARAMETER = 12
-"""fp32 to compute with, another copy in the layout of the products, the base's values in bf16, and
-as much again while a snapshot is being read."""
+"""Memory of a parameter: fp32 to compute with, another copy in the layout of the products, the
+base's values in bf16, and as much again while a snapshot is being read."""
 
 _LEAST_CACHE = 256 * 1024**2
-"""Memory that caches need for work to go on at all."""
+"""Bytes of memory without which the caches could hold no stream."""
 
 _SOCKET_BYTES = 1 << 18
 
@@ -70,7 +71,7 @@ def main(settings: dict[str, object]) -> None:
         base_model=cast(str, settings["base_model"]),
         dtype=cast(SnapshotDtype, settings.get("snapshot_dtype", "bfloat16")),
     )
-    limits = EngineLimits(
+    limits = EngineCapacity(
         max_slots=cast(int, settings.get("max_slots", 256)),
         max_context=cast(int, settings["max_context_length"]),
         cache_tokens=CACHE_BYTES // cache_bytes_per_token(weights),
@@ -80,7 +81,7 @@ def main(settings: dict[str, object]) -> None:
 
 
 def cache_bytes_per_token(weights: ServedWeights) -> int:
-    """Bytes of keys and values that one token of one stream takes, over all layers."""
+    """Computes the bytes of keys and values of one token of one stream, over all layers."""
     config = weights.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -88,7 +89,7 @@ def cache_bytes_per_token(weights: ServedWeights) -> int:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening Unix socket at `path`, which must not be in use."""
+    """Opens a listening Unix socket at `path`, which must not be in use."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
@@ -98,7 +99,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def serve(engine: Engine, listener: socket.socket) -> None:
-    """Drive the engine for one gateway after the other until one says `stop`."""
+    """Drive the engine for one gateway after the other until one sends `stop`."""
     pages = PageReturn(c_library_trim())
     with listener, _Waker() as waker:
         engine.loads.wake = waker.wake
@@ -112,7 +113,7 @@ def serve(engine: Engine, listener: socket.socket) -> None:
 
 
 class _Waker:
-    """Ends the engine's wait from another thread."""
+    """Wakes the engine's loop from another thread."""
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
@@ -138,7 +139,7 @@ class _Waker:
 
 
 class _Connection:
-    """One gateway's connection, from hello to its end."""
+    """Serves one gateway's connection, from the hello frame to its end."""
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class _Connection:
         selector.register(waker.reader, selectors.EVENT_READ)
 
     def run(self) -> bool:
-        """Until the gateway closes, speaks nonsense, or says stop; whether it said so."""
+        """Runs until the gateway closes, breaks the protocol or sends `stop`; True for `stop`."""
         while self._exchange():
             if self._engine.busy and len(self._unsent) < MAX_UNSENT:
                 for frame in self._engine.tick():
@@ -170,7 +171,7 @@ class _Connection:
         return self._stopped
 
     def _exchange(self) -> bool:
-        """Sends and reads what is possible; waits only if there is nothing else to do."""
+        """Sends and reads what the socket allows; waits only if there is nothing else to do."""
         try:
             self._send()
             idle = not self._engine.busy or len(self._unsent) >= MAX_UNSENT

@@ -1,6 +1,6 @@
 """Losses of the trainer: plain sums over tokens, each a pure function of target logprobs.
 
-Knows: formulas, which inputs and settings a loss takes, and their defaults. Does not know models,
+Knows formulas, which inputs and settings a loss takes, and their defaults. Does not know models,
 batches, padding or gradients.
 
 Legend: M targets of all datums of a pass, laid end to end (one a token; K a token where a datum has
@@ -33,7 +33,7 @@ MAX_LOG_RATIO = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One loss.
+    """Describes one loss: its formula, and the inputs and settings that it takes.
 
     Attributes:
         per_token: (logprobs_M, inputs of M entries each, settings) -> loss_M, to be summed.
@@ -165,12 +165,11 @@ LOSSES: Mapping[str, Loss] = {
 
 
 _AT_ONCE = 1 << 18
-"""Logits that are worked on at a time: they stay in the processor's cache from one operation to the
-next."""
+"""Logits of one block: they stay in the processor's cache from one operation to the next."""
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Logprobs whose gradient is written once: that of row u is the sum over its targets of
+    """Computes logprobs whose gradient is written once: row u's is the sum over its targets of
     g (onehot(t) - softmax(logits_u)). Autograd fills three arrays of the logits' size for it."""
 
     @staticmethod
@@ -199,7 +198,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def target_logprobs(logits_UV: Tensor, targets_M: Tensor, rows_M: Tensor | None = None) -> Tensor:
-    """Logprob of each target under its row of logits; `rows_M` None means row after row."""
+    """Compute the logprob of each target under its row of logits; `rows_M` None: row after row."""
     if rows_M is None:
         rows_M = torch.arange(len(targets_M), device=targets_M.device)
     apply: Callable[..., Any] = _TargetLogprobs.apply

@@ -1,8 +1,8 @@
-"""The memory of a worker: whether a model fits, asked before it loads, and giving freed pages back.
+"""A worker's memory: checks that a model fits before it loads, and gives freed pages back.
 
-Knows the headers of safetensors files, what the system says is free, and the C library's allocator;
-loads nothing. A model that does not fit would be ended by the kernel in the middle of loading,
-together with whatever else runs here.
+Knows the headers of safetensors files, the system's figures of free memory, and the C library's
+allocator. Does not load anything. A model that does not fit would be ended by the kernel in the
+middle of loading, together with whatever else runs here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SPARE = 0.9
 
 
 class NotEnoughMemory(MemoryError):
-    """The model would not fit; the message says what it takes and what there is."""
+    """Raised where a model would not fit; the message gives the bytes needed and free."""
 
 
 def parameter_count(model_path: Path) -> int:
-    """Numbers in the weights of a Hugging Face directory, from the headers of its files.
+    """Count the parameters of a Hugging Face directory, from the headers of its files.
 
     Raises:
         FileNotFoundError: it has no safetensors files.
@@ -50,14 +50,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """Memory that a new process could take, of the machine's and of the container's, whichever is
-    less; None where the system does not say."""
+    """Measure the memory that a new process could take: the machine's or the container's, whichever
+    is less; None where the system does not report it."""
     known = [free for free in (_machine_bytes(), container_bytes(_CGROUP)) if free is not None]
     return min(known, default=None)
 
 
 def container_bytes(cgroup: Path) -> int | None:
-    """What a control group (version 2) leaves of its limit; None where it has none."""
+    """Measure the memory left of a control group's limit (version 2); None without a limit."""
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
@@ -91,18 +91,18 @@ def check_memory(
     *,
     parameters: int | None = None,
 ) -> None:
-    """Refuses a model that would not fit.
+    """Refuse a model that would not fit.
 
     Args:
         model_path: directory in the Hugging Face layout.
-        bytes_per_parameter: what the process holds for each, all copies together.
+        bytes_per_parameter: bytes that the process holds for each, all copies together.
         extra: bytes that it takes besides.
-        free: what there is, from `free_bytes`; None checks nothing.
-        what: the process, for the message.
-        parameters: of the model; None counts them in its files.
+        free: bytes that are free, from `free_bytes`; None checks nothing.
+        what: name of the process, for the message.
+        parameters: the model's number of parameters; None counts them in its files.
 
     Raises:
-        NotEnoughMemory: the message says by how much.
+        NotEnoughMemory: the model would not fit; the message gives both figures.
     """
     if free is None:
         return
@@ -118,8 +118,8 @@ def check_memory(
 
 
 def c_library_trim() -> Callable[[], object] | None:
-    """What makes the C library give the free pages between its blocks back to the system; None
-    where it can't (glibc can)."""
+    """Return a function that makes the C library give the free pages between its blocks back to the
+    system; None where it can't (glibc can)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return None if trim is None else lambda: trim(0)
 
@@ -132,9 +132,10 @@ class PageReturn:
     freed, and 20 for hundreds of MB.
 
     Args:
-        trim: see `c_library_trim`; None does nothing.
+        trim: from `c_library_trim`; None does nothing.
         busy: seconds between two calls while work goes on.
-        idle: the same where work pauses: a call then delays nobody, unless pauses are many.
+        idle: seconds between two calls while work pauses: a call then delays nobody, unless pauses
+            are many.
     """
 
     def __init__(
@@ -147,12 +148,12 @@ class PageReturn:
         self._worked = False
 
     def worked(self, now: float) -> None:
-        """A piece of work was done, at `now` seconds of a steady clock."""
+        """Note that a piece of work was done, at `now` seconds of a steady clock."""
         self._worked = True
         self._give_back(now, self._busy)
 
     def paused(self, now: float) -> None:
-        """There is nothing to do just now."""
+        """Note that there is nothing to do at `now`."""
         if self._worked:
             self._give_back(now, self._idle)
 

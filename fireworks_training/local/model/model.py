@@ -1,8 +1,8 @@
 """A causal language model in fp32: loaded, rounded, with adapters, from a snapshot.
 
-Knows: Hugging Face directories, the rounding that trainer and engine share, LoRA adapters under
+Knows Hugging Face directories, the rounding that trainer and engine share, LoRA adapters under
 peft's names, and how the tensors of a snapshot get into a module. Does not know optimizers, losses,
-processes, or where snapshots lie.
+processes, or the places of snapshots.
 
 Invariant shared by trainer and engine: a module holds the values of its snapshot dtype in fp32
 tensors, so that both sides compute the same logprobs up to the order of fp32 sums. An adapter
@@ -33,18 +33,18 @@ ADAPTER_PREFIX = "base_model.model."
 
 
 class LoraNotPossible(ValueError):
-    """The model has no layer that the adapter settings ask for."""
+    """Raised where the model has no layer that the adapter settings ask for."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """An adapter as `lora_config` describes it.
+    """Describes an adapter, in the fields of `lora_config`.
 
     Attributes:
-        rank: of each adapter matrix, at least 1.
+        rank: rank of each adapter matrix, at least 1.
         alpha: the adapter's output is scaled by `alpha / rank`.
         train_mlp, train_attn, train_unembed: which linear layers get an adapter.
-        seed: of the initial values of `A` (`B` starts at zero).
+        seed: seed of the initial values of `A` (`B` starts at zero).
     """
 
     rank: int
@@ -56,7 +56,7 @@ class LoraSettings:
 
 
 def configure_torch() -> None:
-    """One thread, deterministic kernels, no progress bars: for every worker's torch thread."""
+    """Set one thread, deterministic kernels and no progress bars, in a worker's torch thread."""
     torch.set_num_threads(1)
     # Some kernels of CUDA have no deterministic twin: there it is a warning.
     torch.use_deterministic_algorithms(True, warn_only=devices.chosen().type != "cpu")
@@ -64,7 +64,7 @@ def configure_torch() -> None:
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """The model of a Hugging Face directory, in fp32 and eval mode, on the device of all models.
+    """Load the model of a Hugging Face directory, in fp32 and eval mode, on the chosen device.
 
     Nothing is downloaded, and no code of the directory is executed.
 
@@ -78,24 +78,24 @@ def load_model(path: Path) -> PreTrainedModel:
 
 
 def vocab_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding: token ids from 0 to one less can be fed."""
+    """Count the rows of the input embedding: token ids from 0 to one less can be fed."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def rounded(value: Tensor, dtype: SnapshotDtype) -> Tensor:
-    """`value` at the precision of `dtype`, in fp32."""
+    """Round `value` to the precision of `dtype`; the result is fp32."""
     return value.bfloat16().float() if dtype == "bfloat16" else value
 
 
 def round_parameters_(module: nn.Module, dtype: SnapshotDtype) -> None:
-    """Rounds every parameter in place to the precision of `dtype`; the tensors stay fp32."""
+    """Round every parameter in place to the precision of `dtype`; the tensors stay fp32."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(rounded(parameter, dtype))
 
 
 def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters by their Hugging Face names, detached, sharing memory with it."""
+    """Map Hugging Face names to the module's parameters, detached, sharing memory with it."""
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
@@ -127,9 +127,9 @@ def _adapted_layers(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraSettings) -> LoraBlock:
-    """Puts a LoRA adapter into `model` in place and freezes everything else.
+    """Put a LoRA adapter into `model` in place and freeze everything else.
 
-    Returns what a snapshot's manifest says about the adapter.
+    Returns the description of the adapter for a snapshot's manifest.
 
     Raises:
         LoraNotPossible: no layer matches, or the output layer is tied.
@@ -149,7 +149,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraSettings) -> LoraBlock:
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by their names in a snapshot (peft's file names)."""
+    """Map names in a snapshot (peft's file names) to the adapter's parameters."""
     suffix = f".{ADAPTER}.weight"
     return {
         f"{ADAPTER_PREFIX}{name.removesuffix(suffix)}.weight": parameter
@@ -181,12 +181,12 @@ def merged_weights(
     tensors: Mapping[str, Tensor],
     base_tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The weights that an adapter changes, merged in fp32: `W + (alpha / r) B @ A`.
+    """Merge an adapter into the weights that it changes, in fp32: `W + (alpha / r) B @ A`.
 
     Args:
-        identity: of the adapter, for messages.
+        identity: name of the adapter, for messages.
         lora, tensors: the adapter.
-        base_tensors: what it is merged into, in any float dtype.
+        base_tensors: the weights to merge it into, in any float dtype.
 
     Raises:
         SnapshotMismatch: the adapter is incomplete, or of a layer that the base lacks.
@@ -213,7 +213,7 @@ def merged_weights(
 
 
 def merged_base(module: nn.Module, lora: LoraBlock) -> dict[str, Tensor]:
-    """All weights of a module with an adapter inside, the adapter merged into them, in fp32."""
+    """Merge the adapter inside a module into its weights; returns all of them, in fp32."""
     base: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if f".{ADAPTER}.weight" not in name:
@@ -225,10 +225,10 @@ def merged_base(module: nn.Module, lora: LoraBlock) -> dict[str, Tensor]:
 def whole_weights(
     manifest: Manifest, tensors: Mapping[str, Tensor], base_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Every weight of a model that serves a snapshot, in any float dtype.
+    """Compute every weight of a model that serves a snapshot, in any float dtype.
 
     Args:
-        manifest, tensors: what `SnapshotStore.load` returned.
+        manifest, tensors: as `SnapshotStore.load` returned them.
         base_tensors: the base model's own rounded values, by name (`parameter_tensors` of a module
             after `round_parameters_`, copied); an adapter is merged into these.
 
@@ -244,7 +244,7 @@ def whole_weights(
 
 
 def set_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Makes a plain module compute with these weights, in place; names and shapes must fit."""
+    """Make a plain module compute with these weights, in place; names and shapes must fit."""
     with torch.no_grad():
         for name, parameter in parameter_tensors(module).items():
             parameter.copy_(weights[name])
@@ -256,6 +256,6 @@ def load_snapshot_(
     tensors: Mapping[str, Tensor],
     base_tensors: Mapping[str, Tensor],
 ) -> None:
-    """`whole_weights`, then `set_weights_`: a refused snapshot changes nothing."""
+    """Make a module compute with a snapshot's weights; a refused snapshot changes nothing."""
     base = base_tensors or parameter_tensors(module)
     set_weights_(module, whole_weights(manifest, tensors, base))

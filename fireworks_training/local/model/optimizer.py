@@ -1,7 +1,7 @@
 """AdamW over fp32 masters, for a module that holds rounded values.
 
-Knows: masters, accumulated gradients, clipping, normalisation, both moments. Does not know losses,
-steps' failure rules or files.
+Knows masters, accumulated gradients, clipping, normalisation and both moments. Does not know
+losses, the failure rules of steps, or files.
 
 The module's parameters are the masters at the precision of the snapshot dtype; gradients are taken
 at that rounded point and applied to the masters by `torch.optim.AdamW` itself, after which the
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from fireworks_training.local.model.model import SnapshotDtype
 
+Moments = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Running means of the gradient and of its square, by the name of the parameter."""
+
 Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "num_loss_tokens", "num_sequences")
 
@@ -28,16 +31,16 @@ _ROUNDED_AT_ONCE = 1 << 18
 
 
 class NonFinite(ArithmeticError):
-    """A gradient holds an infinity or a NaN."""
+    """Raised where a gradient holds an infinity or a NaN."""
 
 
 class NoGradients(RuntimeError):
-    """A step was asked for with nothing accumulated."""
+    """Raised for a step with nothing accumulated."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdamSettings:
-    """Settings of one step. `weight_decay` is decoupled; `grad_clip_norm` 0 means no clipping."""
+    """Sets one step. `weight_decay` is decoupled; `grad_clip_norm` 0 means no clipping."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -49,18 +52,20 @@ class AdamSettings:
 
 @dataclass(slots=True)
 class _Accumulated:
+    """Sums the gradients since the last step, and counts what they were taken of."""
+
     gradients: list[Tensor]
     loss_tokens: int
     sequences: int
 
 
 class MasterAdamW:
-    """Masters, moments and accumulated gradients of a set of parameters.
+    """Keeps masters, moments and accumulated gradients of a set of parameters.
 
     Making one rounds the parameters in place.
 
     Args:
-        parameters: what is trained, by name; fp32.
+        parameters: the parameters to train, by name; fp32.
         dtype: precision of the values that the module holds.
     """
 
@@ -86,6 +91,7 @@ class MasterAdamW:
 
     @property
     def has_gradients(self) -> bool:
+        """Whether any gradient was accumulated since the last step."""
         return self._accumulated is not None
 
     def accumulate(self, gradients: Sequence[Tensor], *, loss_tokens: int, sequences: int) -> None:
@@ -104,7 +110,7 @@ class MasterAdamW:
         self._accumulated.sequences += sequences
 
     def drop_gradients(self) -> None:
-        """Forgets what was accumulated."""
+        """Forgets the accumulated gradients."""
         self._accumulated = None
 
     def step(self, settings: AdamSettings, normalization: Normalization) -> dict[str, float]:
@@ -157,8 +163,8 @@ class MasterAdamW:
         self._publish()
         return {"grad_norm": norm.item(), "learning_rate": settings.learning_rate}
 
-    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Running means of gradient and its square by name; both empty before the first step."""
+    def moments(self) -> Moments:
+        """Returns running means of gradient and square by name; empty before the first step."""
         first: dict[str, Tensor] = {}
         second: dict[str, Tensor] = {}
         for name, master in self._masters.items():
@@ -171,10 +177,10 @@ class MasterAdamW:
     def restore(
         self,
         masters: Mapping[str, Tensor],
-        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
+        moments: Moments | None,
         steps: int,
     ) -> None:
-        """Sets masters, and moments with the number of steps behind them (None: as new).
+        """Sets masters, and moments with the number of steps behind them (None: fresh ones).
 
         Drops accumulated gradients. Names and shapes must be those of `masters` here.
         """

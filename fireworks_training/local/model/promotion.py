@@ -1,11 +1,12 @@
-"""`python -m fireworks_training.local.model.promotion`: a snapshot becomes a model directory.
+"""`python -m fireworks_training.local.model.promotion`: makes a model directory of a snapshot.
 
-A process of its own, since it needs torch, which the gateway has not. It reads one JSON line
-(`Order`) on standard input; the directory is written under a temporary name and renamed. A failure
-is one line on standard output, and exit code 1.
+Runs as a process of its own, since it needs torch, which the gateway does not load. It reads one
+JSON line (`Order`) on standard input; the directory is written under a temporary name and renamed.
+A failure is one JSON line on standard output, and exit code 1.
 
 The weights are loaded as the engine loads them, every hash checked, an adapter merged in fp32; so
-the model computes what the snapshot computed.
+the model computes the same as the snapshot. Knows files and weights. Does not know HTTP or names of
+the API.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fireworks_training.local.settings import read_line
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to make of what.
+    """Names the snapshot to promote and the directory to make.
 
     Attributes:
         snapshots_dir, identity: the snapshot.
@@ -37,7 +38,7 @@ class Order:
     target: str
 
     def line(self) -> bytes:
-        """As the process reads it."""
+        """Encode the order as the line that the process reads."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
@@ -73,7 +74,7 @@ def make_model(order: Order) -> None:
     scratch = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        # What was rounded fits bf16 without loss; a merged adapter does not.
+        # Rounded weights fit bf16 without loss; a merged adapter does not.
         whole = manifest.lora is None and manifest.dtype == "bfloat16"
         (model.bfloat16() if whole else model).save_pretrained(scratch)
         for pattern in _KEPT:

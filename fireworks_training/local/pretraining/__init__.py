@@ -1,4 +1,5 @@
-"""What `python -m fireworks_training.local.pretrain` is made of: problems, tokenizer, loop.
+"""The parts of `fireworks_training.local.pretrain`: problems, tokenizer, data, loop, scores.
 
-Knows nothing of the platform: it only writes the model directory that the platform serves.
+Knows how the small model that ships is made. Does not know the platform, which serves its
+directory.
 """

@@ -1,9 +1,9 @@
 """Pretraining sequences: token ids with the labels that count, in batches of similar prompts.
 
 Knows the curriculum. *Drills* come first: bare equations, the cheapest way to learn arithmetic.
-Then chats that show their working. Last the habit that RL is to undo: chats that mostly blurt.
-Every answer in the data is right; the blurted ones are merely more than one forward pass of a small
-model can find. Knows nothing of the model or the optimizer.
+Then come chats that show their working, and last the habit that RL is to undo: chats that mostly
+blurt. Every answer in the data is right; the blurted ones are merely more than one forward pass of
+a small model can find. Does not know the model or the optimizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fireworks_training.local.pretraining.problems import Arithmetic, Style, dra
 from fireworks_training.local.pretraining.tokenizer import END, START
 
 IGNORED = -100
-"""The label of a position that has no part in the loss (torch's default `ignore_index`)."""
+"""Label of a position that has no part in the loss (torch's default `ignore_index`)."""
 
 _POOL = 16  # batches drawn together, so that similar prompts can share one
 _EQUATIONS = 7  # a drill is about as long as a chat
@@ -28,7 +28,13 @@ _UNSEEN_WORDS = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of pretraining: the share of the steps at which it ends, and its mix."""
+    """Sets a stretch of pretraining: the share of the steps at which it ends, and its mix.
+
+    Attributes:
+        until: share of all steps at which it ends.
+        drills: share of drills among its examples; the others are chats.
+        working: share of chats that show their working.
+    """
 
     until: float
     drills: float
@@ -45,13 +51,13 @@ CURRICULUM = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence: `ids` and, at the same positions, `labels` (`IGNORED` where nothing counts)."""
+    """Holds one sequence: `ids` and, at the same positions, `labels` (or `IGNORED`)."""
 
     ids: list[int]
     labels: list[int]
 
     def prompt_length(self) -> int:
-        """How many positions precede the first one that counts."""
+        """Counts the positions before the first one that counts."""
         return next(place for place, label in enumerate(self.labels) if label != IGNORED)
 
 
@@ -65,7 +71,7 @@ class Encoder:
         self._end = vocabulary[END]
 
     def prompt(self, problem: Arithmetic) -> list[int]:
-        """The chat prompt of a problem, up to where the assistant starts to write."""
+        """Encodes the chat prompt of a problem, up to where the assistant starts to write."""
         messages = [{"role": "user", "content": problem.prompt}]
         text = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
@@ -73,13 +79,13 @@ class Encoder:
         return self._encode(str(text))
 
     def chat(self, problem: Arithmetic, style: Style) -> Example:
-        """A problem with its answer in a style; only the answer and its end count."""
+        """Encodes a problem with its answer in a style; only the answer and its end count."""
         prompt = self.prompt(problem)
         completion = [*self._encode(problem.completion(style)), self._end]
         return Example(prompt + completion, [IGNORED] * len(prompt) + completion)
 
     def drill(self, rng: random.Random) -> Example:
-        """A row of equations with operands as in open problems; only the results count."""
+        """Draws a row of equations with operands as in open problems; only the results count."""
         ids, labels = [self._start], [IGNORED]
         drawn = 0
         while drawn < _EQUATIONS:

@@ -1,6 +1,6 @@
 """Scores a small model on word problems: sampled and greedy accuracy, and accuracy by style.
 
-Knows how to generate with `transformers` and what counts as right. Changes neither model nor
+Knows how to generate with `transformers` and what counts as right. Does not change model or
 tokenizer; sampling draws from torch's global generator, which the caller seeds.
 """
 
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 40
 
 @dataclass(frozen=True, slots=True)
 class ModelEvaluation:
-    """Shares in 0..1 over one completion a problem; `working_*` at temperature 1.
+    """Holds shares in 0..1 over one completion a problem; `working_*` at temperature 1.
 
     `working_share` is how often a sampled completion shows its working; `working_accuracy` and
     `blurt_accuracy` are the accuracies of the two kinds, 0 where a kind never came.
@@ -62,7 +62,7 @@ def complete(
     *,
     greedy: bool,
 ) -> list[str]:
-    """One completion a problem as text, without specials, of up to `MAX_NEW_TOKENS` tokens."""
+    """Samples one completion a problem as text, without specials, up to `MAX_NEW_TOKENS` tokens."""
     encoder = Encoder(tokenizer)
     prompts = [encoder.prompt(problem) for problem in problems]
     longest = max(map(len, prompts))

@@ -1,13 +1,13 @@
-"""Short arithmetic word problems: how they are told, drawn, split and answered.
+"""Short arithmetic word problems: their stories, and how they are drawn, split and answered.
 
-Knows the stories, the two ways of answering, and which operand pairs are held out. Knows neither
-tokens nor tensors. All randomness comes from the `random.Random` that the caller passes, so equal
+Knows the stories, the two ways of answering, and which operand pairs are held out. Does not know
+tokens or tensors. All randomness comes from the `random.Random` that the caller passes, so equal
 seeds give equal problems on every machine.
 
 A problem is one or two additions or subtractions on whole numbers. Every number in it, partial
 results included, lies in 1..99. A problem is *held out* when each operand pair that its working
 meets is a held-out pair, and *open* when none is; mixed ones are never drawn. Pairs are unordered
-and shared by both operators: whoever has seen 17+25 has seen 25-17.
+and shared by both operators: a model that has seen 17+25 has seen 25-17.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ITEMS = (
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A template: `text` with {n}, {m} (names), {p} (pronoun of n), {i} (item) and {a}, {b}, {c}.
+    """Holds a template: `text` with {n}, {m} (names), {p} (n's pronoun), {i} (item), {a}, {b}, {c}.
 
     `signs` holds one sign for each operation: "+-" means a+b-c.
     """
@@ -85,14 +85,14 @@ _ONE_STEP_SHARE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """One problem: the prompt, the operands in order, and one sign for each operation."""
+    """Holds one problem: the prompt, the operands in order, and one sign for each operation."""
 
     prompt: str
     operands: tuple[int, ...]
     signs: str
 
     def steps(self) -> Iterator[tuple[int, str, int, int]]:
-        """Each operation of the working as (left, sign, right, result)."""
+        """Yields each operation of the working as (left, sign, right, result)."""
         left = self.operands[0]
         for sign, right in zip(self.signs, self.operands[1:], strict=True):
             result = left + right if sign == "+" else left - right
@@ -106,7 +106,7 @@ class Arithmetic:
         return result
 
     def completion(self, style: Style) -> str:
-        """The right answer in a style: ``#### 11``, or ``4+7=11. #### 11``."""
+        """Writes the right answer in a style: ``#### 11``, or ``4+7=11. #### 11``."""
         final = f"{ANSWER_MARK} {self.answer}"
         if style == "blurt":
             return final
@@ -117,13 +117,13 @@ class Arithmetic:
 
 
 def is_held_out_pair(left: int, right: int) -> bool:
-    """Whether an unordered operand pair is kept away from pretraining and from RL."""
+    """Tells whether an unordered operand pair is kept away from pretraining and from RL."""
     low, high = sorted((left, right))
     return zlib.crc32(f"{low}:{high}".encode()) % _PAIR_BUCKETS < _HELD_OUT_BUCKETS
 
 
 def split_of(problem: Arithmetic) -> Split | None:
-    """The split that a problem belongs to; None when its pairs are mixed."""
+    """Finds the split that a problem belongs to; None when its pairs are mixed."""
     held_out = {is_held_out_pair(left, right) for left, _, right, _ in problem.steps()}
     if len(held_out) > 1:
         return None
@@ -157,14 +157,14 @@ def draw_unique(rng: random.Random, split: Split, count: int) -> list[Arithmetic
 
 
 def final_answer(completion: str) -> int | None:
-    """The integer after the last ``####`` of a completion; None when there is none."""
+    """Reads the integer after the last ``####`` of a completion; None when there is none."""
     _, mark, tail = completion.rpartition(ANSWER_MARK)
     tail = tail.strip()
     return int(tail) if mark and tail.isascii() and tail.isdigit() else None
 
 
 def words() -> list[str]:
-    """Every word that the stories, names and items use, in the forms that texts contain, sorted.
+    """Lists every word that the stories, names and items use, in the forms that texts contain.
 
     A form is the bare word where a text may start with it, and the word after a space.
     """

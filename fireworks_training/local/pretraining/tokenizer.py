@@ -2,7 +2,8 @@
 
 Nothing is learnt: the vocabulary follows from the word list, so it is the same for every seed. Any
 text encodes, because a word that is not in the vocabulary falls into its bytes; digits always stand
-alone, so that numbers are read and written digit by digit.
+alone, so that numbers are read and written digit by digit. Knows words and the chat template. Does
+not know problems' answers or the model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 
 
 def build_tokenizer(context: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with its specials and chat template, for texts of up to `context` tokens."""
+    """Builds the tokenizer with specials and chat template, for texts up to `context` tokens."""
     whole = [*ROLES, ANSWER_MARK, f" {ANSWER_MARK}", *words()]
     pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     # The byte-level alphabet writes a space as U+0120.

@@ -1,7 +1,6 @@
-"""The pretraining loop: a Qwen3 model of a given size, trained from a seed, bit for bit repeatable.
+"""The pretraining loop: trains a Qwen3 model of a given size from a seed, bit for bit repeatable.
 
-Knows the architecture, the optimizers and their schedule. Knows neither files nor how the result is
-scored.
+Knows the architecture, the optimizers and their schedule. Does not know files or scores.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _OTHER_RATE = 3e-3
 
 @dataclass(frozen=True, slots=True)
 class PretrainingPlan:
-    """What a pretraining run depends on: two runs of equal plans write equal weights.
+    """Holds all that a pretraining run depends on: runs of equal plans write equal weights.
 
     The defaults make the model that ships, of 0.94 million parameters.
     """
@@ -42,7 +41,7 @@ class PretrainingPlan:
 
 @dataclass(frozen=True, slots=True)
 class LossPoint:
-    """A point of the loss curve: the mean loss over the steps since the point before, in nats."""
+    """Holds a point of the loss curve: the mean loss since the point before, in nats."""
 
     step: int
     loss: float
@@ -50,7 +49,7 @@ class LossPoint:
 
 
 def build_model(plan: PretrainingPlan, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A randomly initialised model in float32, with its own input and output embeddings."""
+    """Makes a randomly initialised float32 model, with its own input and output embeddings."""
     heads = plan.hidden_size // _HEAD_DIM
     vocabulary = tokenizer.get_vocab()
     config = Qwen3Config(
@@ -73,7 +72,7 @@ def build_model(plan: PretrainingPlan, tokenizer: PreTrainedTokenizerFast) -> Qw
 
 @contextmanager
 def repeatable(seed: int) -> Generator[None]:
-    """One thread, deterministic kernels and a seeded generator; torch is as before afterwards."""
+    """Sets one thread, deterministic kernels and a seed inside; torch is as before afterwards."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
@@ -127,7 +126,7 @@ def pretrain(
 def completion_loss(
     model: Qwen3ForCausalLM, ids_BT: torch.Tensor, labels_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Mean cross entropy over the positions whose label counts, in nats."""
+    """Computes the mean cross entropy over the positions whose label counts, in nats."""
     targets_BT = labels_BT[:, 1:]
     counted_BT = targets_BT != IGNORED
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
@@ -136,7 +135,7 @@ def completion_loss(
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms.
+    """Makes Muon for the matrices inside the layers, and AdamW for embeddings and norms.
 
     With AdamW alone the arithmetic took more than twice as many steps to appear.
     """

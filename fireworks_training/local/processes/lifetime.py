@@ -1,8 +1,10 @@
-"""Who is alive: the lifetime pipe, the runtime folder's lock, and processes known for certain.
+"""Life and death of the platform's processes: lifetime pipe, runtime folder, process identities.
 
 The supervisor alone holds the write end of the lifetime pipe, so its death by any cause is an EOF
 in every other process. Each of those also holds a shared lock on `<runtime>/alive`; whoever gets
-the exclusive lock is the last one and removes the folder. Nothing here knows what the processes do.
+the exclusive lock is the last one and removes the folder.
+
+Knows pipes, file locks, signals and process numbers. Does not know what the processes do.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ EXIT_GRACE_S = 2.0
 
 
 def make_runtime_dir() -> Path:
-    """A new short folder, readable by this user only."""
+    """Make a new runtime folder with a short path, which only this user can read."""
     folder = Path(tempfile.mkdtemp(prefix=RUNTIME_PREFIX, dir=_base()))
     (folder / ALIVE_FILE).touch(mode=0o600)
     return folder
 
 
 def _base() -> Path:
-    """Where runtime folders lie: the system's temporary folder, if that is short enough."""
+    """Return the folder of runtime folders: the system's temporary one, if its path is short."""
     base = tempfile.gettempdir()
     if len(os.fsencode(base)) > MAX_RUNTIME_PATH - 20:
         base = "/tmp"  # noqa: S108 - mkdtemp makes a folder that nobody else can enter
@@ -56,8 +58,8 @@ def hold_alive(runtime_dir: Path) -> int:
 def remove_when_last(runtime_dir: Path, alive_fd: int | None, timeout_s: float) -> bool:
     """Give up the shared lock, and remove the folder once no other process holds it.
 
-    Several processes may try at once: the kernel lets one in after the other, and to remove what
-    is gone is no error. Returns False when the others did not end in time.
+    Several processes may try at once: the kernel lets one in after the other, and a folder that is
+    gone already is no error. Returns False when the others did not end in time.
     """
     if alive_fd is not None:
         os.close(alive_fd)
@@ -113,7 +115,7 @@ def _try_exclusive(fd: int) -> bool:
 
 
 def end_with_pipe(lifetime_fd: int, grace_s: float = EXIT_GRACE_S) -> None:
-    """End this process when the supervisor is gone: SIGTERM first, then the hard way.
+    """End this process when the supervisor is gone: SIGTERM first, `os._exit` after the grace.
 
     The watcher is a thread, so it also ends a process whose main thread is deep in a computation.
     """
@@ -134,7 +136,7 @@ def end_with_pipe(lifetime_fd: int, grace_s: float = EXIT_GRACE_S) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process that can't be mistaken for a later one with the same number.
+    """Names a process so that a later one with the same number is not taken for it.
 
     Attributes:
         pid: process id.
@@ -145,7 +147,7 @@ class ProcessIdentity:
     started: str
 
     def alive(self) -> bool:
-        """Whether this very process still runs; one that is dead but not reaped does not."""
+        """Tell whether this very process still runs; one that is dead but not reaped does not."""
         return started_at(self.pid) == self.started
 
     def send(self, signum: int) -> bool:
@@ -164,7 +166,7 @@ class ProcessIdentity:
     if sys.platform == "linux":
 
         def _send_by_handle(self, signum: int) -> bool:
-            """The handle is taken before the check, so the number can't change hands in between."""
+            """Send by a handle taken before the check: the number can't change hands in between."""
             try:
                 handle = os.pidfd_open(self.pid)
             except ProcessLookupError:
@@ -181,7 +183,7 @@ class ProcessIdentity:
 
 
 def started_at(pid: int) -> str | None:
-    """When a process started, in the system's own notation; None when it is gone or dead."""
+    """Return when a process started, in the system's notation; None when it is gone or dead."""
     if sys.platform == "linux":
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
@@ -202,6 +204,6 @@ def started_at(pid: int) -> str | None:
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """The identity of a running process; None when it is gone."""
+    """Return the identity of a running process; None when it is gone."""
     started = started_at(pid)
     return None if started is None else ProcessIdentity(pid, started)

@@ -1,4 +1,7 @@
-"""What the supervisor tells a person: the summary when it is ready, the end of the log when not."""
+"""Texts of the supervisor for people: the ready message, and the end of the log of a failed start.
+
+Knows words and one log file. Does not know processes.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ MAX_BYTES = 16 * 1024
 
 
 def ready_text(facts: dict[str, str], state_dir: str | None) -> str:
-    """The ready message for a terminal.
+    """Format the ready message for a terminal.
 
     Args:
         facts: the fields of the ready line.
-        state_dir: the lasting state folder, or None when the state is temporary.
+        state_dir: the state folder that is kept, or None when the state is temporary.
     """
     state = state_dir or "temporary (gone when this process ends; --state-dir keeps it)"
     return (
@@ -32,7 +35,7 @@ def ready_text(facts: dict[str, str], state_dir: str | None) -> str:
 
 
 def last_lines(log_file: Path) -> str:
-    """The end of a log; empty if there is nothing."""
+    """Read the end of a log; empty if there is no log."""
     try:
         with log_file.open("rb") as file:
             file.seek(0, 2)

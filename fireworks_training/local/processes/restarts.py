@@ -1,6 +1,6 @@
-"""When a process that died is started again, and when that is given up.
+"""Decides when a process that died is started again, and when the platform gives up on it.
 
-A state machine without clock or process: it is told how long the process lived, and answers.
+A state machine without clock or process: it gets how long the process lived, and returns a delay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ LAST_DELAY_S = 5.0
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """Back off from quick deaths; give up after `max_quick_deaths` of them in a row.
+    """Waits longer after each quick death; gives up after `max_quick_deaths` of them in a row.
 
     Attributes:
         quick_s: a life shorter than this counts as quick.
@@ -26,7 +26,7 @@ class RestartPolicy:
     quick_deaths: int = 0
 
     def died(self, lived_s: float) -> float | None:
-        """Seconds to wait before the next start, or None to give up."""
+        """Note a death; return the seconds to wait before the next start, or None to give up."""
         self.quick_deaths = self.quick_deaths + 1 if lived_s < self.quick_s else 0
         if self.quick_deaths > self.max_quick_deaths:
             return None

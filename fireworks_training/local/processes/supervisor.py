@@ -1,8 +1,8 @@
 """The supervisor: owns the listening socket and the folders, keeps gateway and template running.
 
-Knows processes and nothing of their work; imports neither torch nor aiohttp, so that it starts at
-once and has little to go wrong. Everything ends with it: it alone holds the write end of the
-lifetime pipe.
+Knows processes, signals and folders. Does not know their work: it imports neither torch nor
+aiohttp, so that it starts at once and little can fail in it. Everything ends with it: it alone
+holds the write end of the lifetime pipe.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ START_BUDGET_S = 180.0
 
 @dataclass(slots=True)
 class Child:
-    """One process that is kept running."""
+    """Runs one process of the supervisor: the gateway or the template.
+
+    Attributes:
+        name: "gateway" or "template", for messages.
+        module: run as `python -m`.
+        settings: gives the settings line that is written to its standard input.
+        fds: descriptors that it inherits.
+        policy: decides about restarts.
+        process: None before the first start.
+        started: seconds of the monotonic clock.
+    """
 
     name: str
     module: str
@@ -75,24 +85,24 @@ class Child:
         self.process.stdin.close()
 
     async def wait(self) -> int:
-        """The exit code, once it ended."""
+        """Wait for the process to end; return its exit code."""
         assert self.process is not None
         return await self.process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM: ends a process that is still starting, and does not watch the pipe yet."""
+        """Send SIGTERM: it ends a process that still starts, and does not watch the pipe yet."""
         if self.process is not None and self.process.returncode is None:
             self.process.terminate()
 
     def kill_group(self) -> None:
-        """SIGKILL for the process and what it forked, while its number is certainly its own."""
+        """Send SIGKILL to the process and its forks, while its number is certainly its own."""
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Supervisor:
-    """One platform, from its folders to its end."""
+    """Makes a platform's folders, sockets and processes, keeps them running, and ends them."""
 
     def __init__(self, settings: PlatformSettings, stop: asyncio.Event) -> None:
         self._settings = settings
@@ -130,19 +140,19 @@ class Supervisor:
 
     @property
     def log_file(self) -> Path:
-        """Where an embedded platform logs."""
+        """Path of the log file of an embedded platform."""
         return self.state_dir / LOG_FILE
 
     @property
     def base_url(self) -> str:
-        """Where clients connect."""
+        """The URL that clients connect to."""
         host = self._settings.host
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
         shown = f"[{shown}]" if ":" in shown and not shown.startswith("[") else shown
         return f"http://{shown}:{self.port}"
 
     def ready_facts(self) -> dict[str, str]:
-        """What the ready line says."""
+        """Return the fields of the ready line."""
         return {
             "base_url": self.base_url,
             "api_key": self._settings.api_key,
@@ -185,7 +195,7 @@ class Supervisor:
         await asyncio.gather(self._keep(self._gateway), self._keep(self._template))
 
     async def _start(self) -> None:
-        """Start both, and return when both answer."""
+        """Start gateway and template, and return when both answer."""
         children = (self._gateway, self._template)
         await asyncio.gather(*(child.start() for child in children))
         ready = asyncio.create_task(self._answers())
@@ -224,7 +234,7 @@ class Supervisor:
         return 0
 
     async def _gateway_answers(self) -> None:
-        """One request: the socket listens from the start, so it waits for the gateway by itself."""
+        """Send one request: the socket listens from the start, so it waits for the gateway."""
         host, port = self._listener.getsockname()[:2]
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what to connect to instead
         reader, writer = await asyncio.open_connection(loopback.get(host, host), port)
@@ -255,7 +265,7 @@ class Supervisor:
     # -- the end ---------------------------------------------------------------------------------
 
     async def _end(self) -> None:
-        """The lifetime pipe ends them all; what takes too long is killed."""
+        """End all processes by closing the lifetime pipe; kill those that take too long."""
         # Gateway and template wait for the lock to be free, as they do when this process is killed.
         os.close(self._alive_fd)
         os.close(self._lifetime_write)
@@ -280,7 +290,7 @@ class Supervisor:
     # -- parts -----------------------------------------------------------------------------------
 
     def _open_state_dir(self) -> Path:
-        """The state folder, for this user only and for one platform at a time."""
+        """Make and lock the state folder, for this user only and for one platform at a time."""
         given = self._settings.state_dir
         folder = self.runtime_dir / "state" if given is None else Path(given).expanduser().resolve()
         try:
@@ -333,7 +343,7 @@ class Supervisor:
 
 
 def _model_paths(settings: PlatformSettings) -> dict[str, str]:
-    """Directory of each model: the caller's, and the shipped one unless its name is taken."""
+    """Return each model's directory: the caller's, and the shipped one if its name is free."""
     paths = {name: Path(path).expanduser().resolve() for name, path in settings.models.items()}
     if SHIPPED_MODEL_PATH.is_dir():
         paths.setdefault(SHIPPED_MODEL, SHIPPED_MODEL_PATH)
@@ -377,7 +387,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def log(text: str) -> None:
-    """One line on standard error, which an embedded platform has pointed at its log file."""
+    """Log one line to standard error, which an embedded platform redirects to its log file."""
     print(f"supervisor: {text}", file=sys.stderr, flush=True)
 
 
@@ -386,8 +396,8 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
     standard input where the settings say so.
 
     Raises:
-        LocalPlatformError: it did not start or could not be kept running; an embedded one says so
-            with the end of its log.
+        LocalPlatformError: it did not start or could not be kept running; the message of an
+            embedded one ends with the last lines of its log.
     """
     # Before the first folder is made, so that no signal leaves one behind.
     stop = asyncio.Event()

@@ -1,6 +1,6 @@
-"""The template process: it has imported what is slow to import, and makes workers by forking.
+"""The template process: imports torch and the workers' modules once, and forks workers on request.
 
-It knows modules, children and one Unix socket that the supervisor made; it knows nothing of jobs,
+Knows modules, children and one Unix socket that the supervisor made. Does not know jobs,
 deployments or HTTP. It runs a single thread and no event loop, since a fork copies only the thread
 that calls it: a lock that another thread held would stay locked in the child for ever.
 
@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -40,11 +40,11 @@ CHILDREN_GRACE_S = lifetime.EXIT_GRACE_S + 0.5
 
 
 class NotSingleThreaded(LocalPlatformError):
-    """A fork now would copy locks that another thread may hold."""
+    """Raised where a fork would copy locks that another thread may hold."""
 
 
 def thread_count() -> int:
-    """Threads of this process, those of C libraries too."""
+    """Count the threads of this process, those of C libraries too."""
     return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
@@ -63,13 +63,13 @@ def require_single_thread(count: Callable[[], int] = thread_count) -> None:
 
 @dataclass(slots=True)
 class Template:
-    """The children of one template, and how they are made.
+    """Makes, signals and reaps the workers of one platform: the children of this process.
 
     Attributes:
-        settings: what the supervisor said.
+        settings: as the supervisor wrote them.
         listener: the Unix socket that requests arrive on.
-        children: kind and socket of each living child, by pid.
         alive_fd: the shared lock of this process.
+        children: kind and socket of each living child, by pid.
     """
 
     settings: TemplateSettings
@@ -80,7 +80,7 @@ class Template:
     # -- requests --------------------------------------------------------------------------------
 
     def answer(self, line: bytes) -> dict[str, object]:
-        """Carry out one request."""
+        """Carry out one request, and return its answer."""
         try:
             request = cast(dict[str, object], json.loads(line))
             match request["op"]:
@@ -119,7 +119,7 @@ class Template:
         return {"pid": pid, "started": lifetime.started_at(pid) or "gone"}
 
     def kill(self, pid: int, signum: int) -> bool:
-        """Signal a child; anything else is left alone. A child's pid is ours until we reap it."""
+        """Signal a child, never another process: a child's pid is ours until we reap it."""
         self.reap()
         if pid not in self.children:
             return False
@@ -176,8 +176,7 @@ def _start(order: WorkerOrder) -> int:
         stdin=subprocess.PIPE,
         pass_fds=(order.lifetime_fd,),
     )
-    fields = ("kind", "entry_point", "lifetime_fd", "runtime_dir", "settings")
-    line = json.dumps({name: getattr(order, name) for name in fields}).encode() + b"\n"
+    line = json.dumps(asdict(order)).encode() + b"\n"
     assert process.stdin is not None
     try:
         process.stdin.write(line)
@@ -189,7 +188,7 @@ def _start(order: WorkerOrder) -> int:
 
 
 def _close_descriptors_but(kept: set[int]) -> None:
-    """Close what a fork copied; a copy of a lock or a connection would outlive its owner."""
+    """Close the descriptors that a fork copied: a lock or a connection would outlive its owner."""
     directory = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
     for fd in [int(name) for name in os.listdir(directory)]:  # noqa: PTH208 - numbers, not paths
         if fd not in kept:
@@ -208,7 +207,7 @@ def _log(text: str) -> None:
 
 
 def preload(settings: TemplateSettings) -> None:
-    """Import what workers need, once, with its memory shared by all of them."""
+    """Import the modules of all workers once, so that their memory is shared."""
     if settings.worker_start != "fork":
         return
     entry_modules = [name.partition(":")[0] for name in settings.entry_points.values()]
@@ -247,7 +246,7 @@ def serve(template: Template) -> None:
 
 
 def _serve_one(template: Template) -> None:
-    """One request at a time: the only callers are the supervisor and the gateway."""
+    """Answer one request at a time: only the supervisor and the gateway send any."""
     try:
         connection, _ = template.listener.accept()
     except BlockingIOError:

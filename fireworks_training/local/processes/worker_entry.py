@@ -1,8 +1,8 @@
-"""What every worker does before and around its own work, forked or started as a new process.
+"""The frame around every worker's work, forked or started anew: signals, lifetime, failure reason.
 
-Knows signals, descriptors and the lifetime pipe; the work itself is an entry point that takes the
-worker's settings and returns when the worker should end. A worker that fails leaves the reason in
-`<socket>.failed` for the gateway, and its traceback in the log.
+Knows signals, descriptors and the lifetime pipe. Does not know the work: that is an entry point,
+which takes the worker's settings and returns when the worker should end. A worker that fails leaves
+the reason in `<socket>.failed` for the gateway, and its traceback in the log.
 
 As a program (`python -m fireworks_training.local.processes.worker_entry`) it reads one JSON line on
 stdin: `{"kind", "entry_point", "lifetime_fd", "runtime_dir", "settings"}`.
@@ -33,14 +33,14 @@ MAX_REASON_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class WorkerOrder:
-    """One worker to run.
+    """Describes one worker to run.
 
     Attributes:
         kind: "trainer" or "engine".
         entry_point: `module:function` that does the work.
         lifetime_fd: read end of the lifetime pipe.
         runtime_dir: folder of the sockets.
-        settings: what the entry point gets; holds at least "socket".
+        settings: argument of the entry point; holds at least "socket".
     """
 
     kind: str
@@ -56,7 +56,7 @@ class WorkerOrder:
 
 
 def load_entry_point(name: str) -> WorkerMain:
-    """The function behind `module:function`."""
+    """Import the function behind `module:function`."""
     module, _, function = name.partition(":")
     return cast(WorkerMain, getattr(importlib.import_module(module), function))
 
@@ -81,7 +81,7 @@ def run(order: WorkerOrder) -> int:
 
 
 def failure_reason(socket: Path) -> str | None:
-    """Why the worker of a socket failed, in one line; None when it left no word."""
+    """Read why the worker of a socket failed, in one line; None when it left no reason."""
     try:
         return Path(f"{socket}{FAILED_SUFFIX}").read_text(errors="replace")
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def failure_reason(socket: Path) -> str | None:
 
 
 def leave_reason(socket: str, reason: str) -> None:
-    """Say why the worker of a socket fails, for `failure_reason`."""
+    """Write why the worker of a socket fails, for `failure_reason`."""
     line = " ".join(reason.split())[:MAX_REASON_CHARS]
     try:
         Path(f"{socket}{FAILED_SUFFIX}").write_text(line)
@@ -98,17 +98,17 @@ def leave_reason(socket: str, reason: str) -> None:
 
 
 def _name_process(name: str) -> None:
-    """The name that `ps` and `top` show; only Linux lets a process change it."""
+    """Set the name that `ps` and `top` show; only Linux lets a process change it."""
     comm = Path("/proc/self/comm")
     if sys.platform == "linux" and comm.exists():
         comm.write_text(name[:15])
 
 
 def parse_order(line: bytes) -> WorkerOrder:
-    """The order in one JSON line.
+    """Read a worker order from one JSON line.
 
     Raises:
-        LocalPlatformError: the line is not a whole order.
+        LocalPlatformError: a field is missing or of a wrong type.
     """
     try:
         raw = cast(dict[str, object], json.loads(line))

@@ -1,11 +1,11 @@
-"""The trainer's HTTP face: routes, statuses, long polls.
+"""The trainer's HTTP application: routes, statuses, long polls.
 
-Knows: paths, which exception is which status, how long a poll is held. Does not know what a body
-means (the codec does), order or execution.
+Knows paths, which exception is which status, and how long a poll is held. Does not know the meaning
+of a body (the codec does), order or execution.
 
 Error bodies are `{"error", "error_class", "category"}`. A submit that is refused with 400 has taken
-its place in the line as a failed operation if it named one; 409 says the place holds another
-operation, 429 that the line is too long, 410 that the model is not here any more.
+its place in the queue as a failed operation if it named one; 409 means that the place holds another
+operation, 429 that the queue is too long, 410 that the model is not here any more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from aiohttp import hdrs, web
 
@@ -24,14 +24,14 @@ from fireworks_training.local.store.snapshots import FreeBytes, disk_free_bytes
 from fireworks_training.local.trainer.queue.leases import UnknownForward
 from fireworks_training.local.trainer.queue.line import Closed, QueueLimits, Taken, TooFarAhead
 from fireworks_training.local.trainer.queue.operations import OperationFailed, Submission
+from fireworks_training.local.trainer.run.hosted import CreateModel, Gone, UnknownRequest
 from fireworks_training.local.trainer.run.models import ModelFactory
-from fireworks_training.local.trainer.run.slots import CreateModel, Gone, UnknownRequest
-from fireworks_training.local.trainer.service import Full, TrainerService
+from fireworks_training.local.trainer.service import LimitReached, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.wire import json_codec, proto_codec
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 from fireworks_training.local.trainer.wire.json_codec import JSON, encode_failure
-from fireworks_training.local.trainer.wire.json_fields import Malformed, parse
+from fireworks_training.local.trainer.wire.json_fields import Malformed, identifier, parse, whole
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 
@@ -46,7 +46,7 @@ _SERVICE = web.AppKey("service", TrainerService)
 _FACTORY = web.AppKey("factory", ModelFactory)
 _HOLD = web.AppKey("hold", float)
 STOP = web.AppKey("stop", asyncio.Event)
-"""Set when the worker has to end: on shutdown, or because it can't go on."""
+"""Event that ends the worker: set on shutdown, or because it can't go on."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -58,13 +58,13 @@ def create_app(
     limits: QueueLimits | None = None,
     free_bytes: FreeBytes = disk_free_bytes,
 ) -> web.Application:
-    """The application of one trainer job.
+    """Builds the application of one trainer job.
 
     The base model is loaded during start-up; from then on every route answers.
 
     Args:
-        hold_s: how long a poll for a result is held open.
-        limits: of each model's line.
+        hold_s: seconds for which a poll for a result is held open.
+        limits: bounds of each model's queue.
         free_bytes: how to measure free space (a fake in tests).
     """
     app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors])
@@ -136,6 +136,18 @@ def _add_routes(app: web.Application) -> None:
 # -- errors --------------------------------------------------------------------------------------
 
 
+_REFUSALS: Mapping[type[Exception], tuple[int, str]] = {
+    Malformed: (400, "Malformed"),
+    LimitReached: (400, "TooMany"),
+    UnknownRequest: (404, "NotFound"),
+    UnknownForward: (404, "UnknownForward"),
+    Taken: (409, "Conflict"),
+    Closed: (410, "ModelUnloaded"),
+    TooFarAhead: (429, "TooFarAhead"),
+}
+"""Status and `error_class` of the exceptions that have no class of their own in their body."""
+
+
 def _error(status: int, message: str, error_class: str, category: str = "user") -> web.Response:
     headers = {"Retry-After": "1"} if status == 429 else None
     body = {"error": message, "error_class": error_class, "category": category}
@@ -146,24 +158,13 @@ def _error(status: int, message: str, error_class: str, category: str = "user") 
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except Malformed as error:
-        return _error(400, str(error), "Malformed")
+    except tuple(_REFUSALS) as error:
+        status, error_class = _REFUSALS[type(error)]
+        return _error(status, str(error), error_class)
     except OperationFailed as error:
         return _error(400, str(error), error.error_class, error.category)
-    except Full as error:
-        return _error(400, str(error), "TooMany")
-    except UnknownRequest as error:
-        return _error(404, str(error), "NotFound")
-    except UnknownForward as error:
-        return _error(404, str(error), "UnknownForward")
-    except Taken as error:
-        return _error(409, str(error), "Conflict")
     except Gone as error:
         return _error(410, str(error), error.error_class)
-    except Closed as error:
-        return _error(410, str(error), "ModelUnloaded")
-    except TooFarAhead as error:
-        return _error(429, str(error), "TooFarAhead")
     except web.HTTPRequestEntityTooLarge:
         message = f"the body is larger than {MAX_BODY} bytes: send fewer datums at a time"
         return _error(413, message, "TooLarge")
@@ -178,7 +179,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _alive(request: web.Request) -> web.StreamResponse:
-    """A response without end: whoever reads it sees at once when the process dies."""
+    """Sends a response without end: its reader sees at once when the process dies."""
     response = web.StreamResponse()
     await response.prepare(request)
     await response.write(b"alive\n")
@@ -211,19 +212,19 @@ async def _client_config(_: web.Request) -> web.Response:
 
 
 async def _telemetry(request: web.Request) -> web.Response:
-    """Taken so that official clients work, and dropped."""
+    """Accepts and drops telemetry, so that official clients work."""
     await request.read()
     return web.json_response({"status": "accepted"})
 
 
 async def _create_session(request: web.Request) -> web.Response:
-    parse(await request.read())
+    await _body(request)
     session_id = request.app[_SERVICE].create_session()
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
 
 async def _session_heartbeat(request: web.Request) -> web.Response:
-    request.app[_SERVICE].heartbeat(_text(parse(await request.read()), "session_id"))
+    request.app[_SERVICE].heartbeat(identifier(await _body(request), "session_id"))
     return web.json_response({"type": "session_heartbeat"})
 
 
@@ -235,41 +236,33 @@ async def _finish_session(request: web.Request) -> web.Response:
 # -- models --------------------------------------------------------------------------------------
 
 
-def _text(body: dict[str, object], key: str) -> str:
-    value = body.get(key)
-    if not isinstance(value, str):
-        raise Malformed(f"{key} must be a string")
-    return value
-
-
 async def _create_model(request: web.Request) -> web.Response:
-    body = parse(await request.read())
+    body = await _body(request)
     return _created(request, body, request.app[_FACTORY].request(body))
 
 
 def _created(request: web.Request, body: dict[str, object], wanted: CreateModel) -> web.Response:
-    session_id, model_seq_id = _text(body, "session_id"), body.get("model_seq_id")
-    if not isinstance(model_seq_id, int) or isinstance(model_seq_id, bool) or model_seq_id < 0:
-        raise Malformed("model_seq_id must be a whole number from 0")
+    session_id = identifier(body, "session_id")
+    model_seq_id = whole(body, "model_seq_id", refusal=Malformed)
     model_id = request.app[_SERVICE].create_model(session_id, model_seq_id, wanted)
     return web.json_response({"request_id": f"{model_id}:create", "model_id": model_id})
 
 
 async def _adopt_session(request: web.Request) -> web.Response:
-    """A session that the gateway made for a client of the Tinker API."""
-    request.app[_SERVICE].adopt_session(_text(parse(await request.read()), "session_id"))
+    """Adds a session that the gateway made for a client of the Tinker API."""
+    request.app[_SERVICE].adopt_session(identifier(await _body(request), "session_id"))
     return web.json_response({})
 
 
 async def _get_info(request: web.Request) -> web.Response:
-    body = parse(await request.read())
-    slot = request.app[_SERVICE].slot(_text(body, "model_id"))
+    body = await _body(request)
+    hosted = request.app[_SERVICE].model(identifier(body, "model_id"))
     factory = request.app[_FACTORY]
-    name, lora = slot.request.base_model, slot.request.lora
+    name, lora = hosted.request.base_model, hosted.request.lora
     # A run's client loads its tokenizer itself, by this name: the directory is on this machine.
-    tokenizer = str(factory.settings.model_path) if slot.request.limits.tinker_run else name
+    tokenizer = str(factory.settings.model_path) if hosted.request.limits.tinker_run else name
     answer: dict[str, object] = {
-        "model_id": slot.model_id,
+        "model_id": hosted.model_id,
         "model_data": {
             "arch": factory.architecture,
             "model_name": name,
@@ -284,7 +277,7 @@ async def _get_info(request: web.Request) -> web.Response:
 
 
 async def _unload_model(request: web.Request) -> web.Response:
-    model_id = _text(parse(await request.read()), "model_id")
+    model_id = identifier(await _body(request), "model_id")
     request_id = request.app[_SERVICE].unload(model_id)
     return web.json_response({"request_id": request_id, "model_id": model_id})
 
@@ -301,7 +294,7 @@ def _submitter(kind: str) -> Handler:
             raise web.HTTPUnsupportedMediaType(reason=f"{kind} takes JSON")
 
         def limits_of(model_id: str) -> ModelLimits:
-            return service.slot(model_id).request.limits
+            return service.model(model_id).request.limits
 
         def decode() -> Submission:
             decoder = proto_codec.submission if protobuf else json_codec.submission
@@ -318,8 +311,12 @@ def _submitter(kind: str) -> Handler:
 _PROTOBUF_KINDS = ("forward", "forward_backward", "backward")
 
 
+async def _body(request: web.Request) -> dict[str, object]:
+    return parse(await request.read())
+
+
 async def _content(request: web.Request) -> bytes:
-    """The body, decompressed. The server's own decompression is off: it has no limit."""
+    """Reads and decompresses the body. The server's own decompression is off: it has no limit."""
     raw = await request.read()
     encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
     if encoding == "identity":
@@ -333,10 +330,10 @@ async def _content(request: web.Request) -> bytes:
 
 
 async def _load_weights(request: web.Request) -> web.StreamResponse:
-    """A load into a model that is there; or, named by session, a new model made from a state."""
+    """Loads a state into a model; a request with a session makes a new model of the state."""
     if request.content_length is not None and request.content_length > MAX_JSON:
         raise web.HTTPRequestEntityTooLarge(MAX_JSON, request.content_length)
-    body = parse(await request.read())
+    body = await _body(request)
     if body.get("session_id") is None:
         return await _submitter("load_weights")(request)
     wanted = request.app[_FACTORY].request_from_state(body)
@@ -344,7 +341,7 @@ async def _load_weights(request: web.Request) -> web.StreamResponse:
 
 
 async def _retrieve_future(request: web.Request) -> web.Response:
-    request_id = _text(parse(await request.read()), "request_id")
+    request_id = identifier(await _body(request), "request_id")
     encoded = await request.app[_SERVICE].result(request_id, request.app[_HOLD])
     if encoded is None:
         return web.json_response(
@@ -354,7 +351,7 @@ async def _retrieve_future(request: web.Request) -> web.Response:
 
 
 async def _retrieve_futures(request: web.Request) -> web.Response:
-    """What has ended of one model; see `local.ended`."""
+    """Lists the results of one model since a cursor, in the form described in `local.results`."""
     try:
         poll = results.parse_poll(await request.read())
     except results.BadPoll as error:

@@ -1,4 +1,4 @@
-"""What a trainer worker is told when it starts. Knows names and types, nothing else."""
+"""The settings that a trainer worker starts with. Knows names and types, nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class TrainerSettings(BaseModel):
-    """Settings of one trainer job's worker.
+    """Holds the settings of one trainer job's worker.
 
     Attributes:
         socket: Unix socket to serve on.
@@ -18,16 +18,16 @@ class TrainerSettings(BaseModel):
         model_path: Hugging Face directory to start from.
         states_dir: `<jobs>/<job>/states`; sibling jobs lie beside it.
         snapshots_dir: shared by all jobs of the platform.
-        tinker_dir: where runs and checkpoints of the Tinker API are noted; its models are such
-            runs. None for every other job.
+        tinker_dir: folder of the notes about runs and checkpoints of the Tinker API, where the
+            job's models are such runs; None for every other job.
         lora_rank: 0 trains every parameter; else the models of this job are adapters of rank 1 to
             this.
-        forward_only: the job's models are not trained: less memory will do.
+        forward_only: the job's models are not trained, so that less memory is needed.
         snapshot_dtype: precision of the values that trainer and engine compute with.
         max_context_length: tokens that a sequence may have.
         delta_compression: "fast", or "small" for fewer bytes at many times the time.
-        seed: of adapters that don't bring their own.
-        session_timeout_s: a session without a sign of life for so long is ended, with its models.
+        seed: seed of adapters whose request has none.
+        session_timeout_s: a session without a request for so long is ended, with its models.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -1,6 +1,6 @@
-"""Entry point of a trainer worker process.
+"""Entry point of a trainer worker process: serves the job's HTTP application on a Unix socket.
 
-Knows: the Unix socket, signals, the end. Does not know what is served; see `app`.
+Knows the socket, signals and the end of the process. Does not know routes, which are in `app`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def main(settings: dict[str, object]) -> None:
     """Serves one trainer job until SIGTERM or SIGINT.
 
     Args:
-        settings: see `TrainerSettings`; unknown keys are refused.
+        settings: fields of `TrainerSettings`; unknown keys are refused.
     """
     asyncio.run(serve(TrainerSettings.model_validate(settings)))
     if any(thread.name in ("torch", "export") for thread in threading.enumerate()):
         # An operation is still being computed. The interpreter can't end under native code that
-        # may yet want it back; nothing on disk depends on the operation.
+        # may return to it; nothing on disk depends on the operation.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
 async def serve(settings: TrainerSettings) -> None:
-    """Serves until the process is told to end; the socket file is gone afterwards."""
+    """Serves until a signal or a fault ends the process, and removes the socket file."""
     app = create_app(settings)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S, auto_decompress=False)
     await runner.setup()

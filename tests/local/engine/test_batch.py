@@ -1,4 +1,4 @@
-"""Whatever joins, leaves or shares a batch: each stream is what a plain forward pass says."""
+"""A batch gives each stream the tokens of a plain forward pass, whichever streams join or leave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from fireworks_training.local.engine.batch import Rows, RunningBatch, Stepped
+from fireworks_training.local.engine.batch import RunningBatch, StepResult, TokenRows
 from fireworks_training.local.engine.decoder import Decoder
 from fireworks_training.local.engine.requests import StreamRequest, key_of_seed
 from fireworks_training.local.engine_frames import NO_TOKEN, Finish, PromptLogprobs
@@ -46,7 +46,7 @@ class Recorder:
             self.batch.add(made)
         self.step()
 
-    def step(self, max_tokens: int = 1 << 30) -> Stepped:
+    def step(self, max_tokens: int = 1 << 30) -> StepResult:
         stepped = self.batch.step(max_tokens)
         self.cached |= dict(stepped.begun)
         self.echoes |= {echo.stream: echo for echo in stepped.echoes}
@@ -58,7 +58,7 @@ class Recorder:
         while len(self.batch):
             self.step()
 
-    def _take(self, rows: Rows) -> None:
+    def _take(self, rows: TokenRows) -> None:
         for i, stream in enumerate(rows.streams.tolist()):
             assert stream not in self.finish
             if rows.finished[i]:

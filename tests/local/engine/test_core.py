@@ -1,4 +1,4 @@
-"""Slots, the queue and hot loads: who waits for whom, and what is served when."""
+"""The engine's queue, slots and hot loads: the order of admission, and the weights in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of models: the modules as they are, the faster body, and what is refused."""
+"""Families of models: served as they are, by the faster body, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a lane attend to their own tokens, whoever came, left or moved before them."""
+"""Rows of a lane attend to their own tokens, whichever rows came, left or moved before."""
 
 from __future__ import annotations
 

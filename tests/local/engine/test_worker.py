@@ -1,4 +1,4 @@
-"""The engine's socket: one gateway after the other, and none of them can break it."""
+"""The engine's socket: it serves one gateway after the other, and none can break it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fireworks_training.local.engine.core import Engine, EngineLimits
+from fireworks_training.local.engine.core import Engine, EngineCapacity
 from fireworks_training.local.engine.weights import ServedWeights
 from fireworks_training.local.engine.worker import listen, serve
 from fireworks_training.local.model.model import parameter_tensors
@@ -21,7 +21,7 @@ from fireworks_training.local.store.snapshots import LoraBlock, Manifest, Snapsh
 VOCABULARY = 300
 EOS = 1
 BASE_MODEL = "accounts/local/models/tiny"
-LIMITS = EngineLimits(max_slots=8, max_waiting=16, max_context=256, cache_tokens=1 << 16)
+LIMITS = EngineCapacity(max_slots=8, max_waiting=16, max_context=256, cache_tokens=1 << 16)
 
 
 def tiny_qwen3(seed: int = 0) -> Qwen3ForCausalLM:

@@ -1,4 +1,4 @@
-"""Models are computed on one device: nothing on the way is made anywhere else.
+"""Models are computed on one device: no tensor of a pass is made on another.
 
 There is no second device on most machines. A fake one stands in: tensors without numbers, which
 refuse to be mixed with the CPU's. What needs numbers (sampling, checks for NaN) is held by a look

@@ -1,4 +1,4 @@
-"""A worker without torch: an aiohttp app on the worker's Unix socket, and ways to go wrong."""
+"""A worker without torch: an aiohttp app on the worker's Unix socket that fails on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of real processes share: waiting for them, and asking over a Unix socket."""
+"""Helpers of the tests of real processes: waiting for them, and requests over a Unix socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole platforms as processes: how they start, what they survive, and that they leave nothing.
+"""Whole platforms as processes: they start, survive deaths of their parts, and leave nothing.
 
 The workers are stand-ins without torch, so that a start costs a second.
 """

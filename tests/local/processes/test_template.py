@@ -1,4 +1,4 @@
-"""The template as a process: what it forks, whom it signals, and what is left when it ends."""
+"""The template as a process: it forks and signals workers, and leaves none when it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions that fall silent: ended with their models, unless something of theirs shows life."""
+"""Silent sessions are ended with their models, unless one of their requests shows life."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from fireworks_training.local.trainer import service as service_module
-from fireworks_training.local.trainer.run.slots import CreateModel, Gone
-from fireworks_training.local.trainer.service import Full, TrainerService
+from fireworks_training.local.trainer.run.hosted import CreateModel, Gone
+from fireworks_training.local.trainer.service import LimitReached, TrainerService
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 from fireworks_training.local.trainer.wire.json_codec import JSON, encode_failure
 from fireworks_training.testing import ManualClock
@@ -41,7 +41,7 @@ def test_sessions_are_bounded_whoever_makes_them(monkeypatch: pytest.MonkeyPatch
     service.create_session()
     service.adopt_session("one")  # is there
     for make in (service.create_session, lambda: service.adopt_session("three")):
-        with pytest.raises(Full, match="2 live sessions"):
+        with pytest.raises(LimitReached, match="2 live sessions"):
             make()
     clock.advance(31.0)  # the first was silent for too long
     service.adopt_session("three")
@@ -73,6 +73,6 @@ async def test_an_operation_is_a_sign_of_life(start: Starter) -> None:
     service.heartbeat(session_id)
     clock.advance(60.1)
     service.end_silent_sessions()
-    assert service.slot(model_id).unloading
+    assert service.model(model_id).unloading
     with pytest.raises(Gone):
         service.create_model(session_id, 1, request)

@@ -1,4 +1,4 @@
-"""Failed steps over HTTP: what is dropped, what goes on, and what the weights are afterwards."""
+"""Failed steps over HTTP: the gradients dropped, the operations that go on, the weights after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client of the trainer's JSON dialect that does nothing on its own, and data for it."""
+"""A client of the trainer's JSON dialect without retries of its own, and data for it."""
 
 from __future__ import annotations
 

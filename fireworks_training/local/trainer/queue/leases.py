@@ -1,7 +1,7 @@
-"""Inputs of forward passes, kept so that a backward may refer to them. No I/O, no clock.
+"""Inputs of forward passes, kept so that a later backward may refer to them. No I/O, no clock.
 
-Knows how long and how much; what an accepted backward refers to is its own from then on, so letting
-go here never takes anything from it. Does not know models or graphs.
+Knows how long and how much is kept. An accepted backward owns the inputs it refers to, so dropping
+them here takes nothing from it. Does not know models or graphs.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ LEASED_BYTES = 256 << 20
 
 
 class UnknownForward(Exception):
-    """No forward pass of that place is kept: it never ran, or its lease is over."""
+    """Raised where no forward pass of that place is kept: it never ran, or its lease is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
+    """Holds a forward pass until its lease ends."""
+
     request: Pass
     until: float
     size: int
 
 
 class Leases:
-    """The forward passes of one model that may be referred to.
+    """Keeps the forward passes of one model that a backward may refer to.
 
     Args:
-        lease_s: how long each is kept.
+        lease_s: seconds for which each is kept.
         budget: bytes that all of them may take; the oldest go first.
     """
 
@@ -41,7 +43,7 @@ class Leases:
         self._size = 0
 
     def keep(self, seq_id: int, request: Pass, now: float) -> None:
-        """Starts the lease of a pass that has run."""
+        """Starts the lease of a forward pass that has run."""
         size = sum(
             datum.tokens.nbytes + sum(array.nbytes for array in datum.inputs.values())
             for datum in request.data
@@ -54,10 +56,10 @@ class Leases:
                 break
 
     def find(self, seq_id: int, now: float) -> Pass:
-        """The pass of a place.
+        """Finds the forward pass of a place.
 
         Raises:
-            UnknownForward: with the reason.
+            UnknownForward: no such pass is kept.
         """
         kept = self._kept.get(seq_id)
         if kept is None or kept.until <= now:

@@ -1,14 +1,13 @@
-"""What a trainer can be asked to do, checked and decoded, whatever dialect it came in.
+"""The operations of a trainer, decoded and checked, and their results, whatever the dialect.
 
-Knows: the operations, what each does to its step, how a refusal looks. Does not know wire formats,
-HTTP or models.
+Knows the operations' fields, and refusals. Does not know wire formats, HTTP or models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from fireworks_training.local.store.tinker_store import Checkpoint
 
 
 class OperationFailed(Exception):
-    """An operation that ran, or a request that was answered, failed for a reason we can name."""
+    """Raised where an operation or a request fails for a reason that the client can act on."""
 
     def __init__(
         self, message: str, *, category: str = "user", error_class: str = "InvalidRequest"
@@ -28,15 +27,20 @@ class OperationFailed(Exception):
         self.category = category
         self.error_class = error_class
 
+    @classmethod
+    def of(cls, error: Exception) -> Self:
+        """Makes a failure of another exception, whose type becomes its class."""
+        return cls(str(error), error_class=type(error).__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One sequence.
+    """Holds one sequence and the inputs of its loss.
 
     Attributes:
         tokens: T token ids, int64.
         inputs: T * width entries each, row by row: `target_tokens` int64, everything else float32.
-        width: targets a token, where they were given as `[T, width]`; 0 where as `[T]`.
+        width: targets a token, where they were given as `[T, width]`; 0 for `[T]`.
     """
 
     tokens: NDArray[np.int64]
@@ -51,7 +55,7 @@ class Datum:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward pass over `data`, with its gradient if `backward`.
+    """Asks for a forward pass over `data`, with its gradient if `backward`.
 
     Attributes:
         top_k: most likely tokens to report at each position; 0 reports none.
@@ -66,10 +70,10 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class BackwardRequest:
-    """A backward by the logprobs of an earlier forward, before that is looked up.
+    """Asks for a backward by the logprobs of an earlier forward, before that is looked up.
 
     Attributes:
-        gradients: d(loss) / d(logprobs) of each datum, flat float32, and the shape that was told.
+        gradients: d(loss) / d(logprobs) of each datum, flat float32, and its shape if given.
     """
 
     forward_seq_id: int
@@ -78,7 +82,7 @@ class BackwardRequest:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """The backward pass of sum(logprobs * gradients) over the datums of `forward`."""
+    """Asks for the backward pass of sum(logprobs * gradients) over the datums of `forward`."""
 
     forward: Pass
     gradients: Sequence[NDArray[np.float32]]
@@ -89,14 +93,14 @@ EmbeddingOutput = Literal["embedding", "projection", "cos_similarity_matrix", "c
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPass:
-    """A pass whose output is taken from the last hidden states.
+    """Asks for a pass whose output is taken from the last hidden states.
 
     Attributes:
         data: with `backward`, each datum's inputs hold the gradient of its output, flat, under
             GRADIENT_INPUTS[output] (but for contrastive_loss, which has its own loss).
-        output: see `embeddings`.
+        output: one of those described in `run.embeddings`.
         pooling: "mean" over a sequence's tokens, or its "last" one.
-        queries, negatives, temperature: of contrastive_loss.
+        queries, negatives, temperature: settings of contrastive_loss.
     """
 
     data: Sequence[Datum]
@@ -117,20 +121,22 @@ GRADIENT_INPUTS: Mapping[EmbeddingOutput, str] = {
 
 @dataclass(frozen=True, slots=True)
 class OptimStep:
+    """Asks for one step of AdamW on the accumulated gradients."""
+
     adam: AdamSettings
     normalization: Normalization
 
 
 @dataclass(frozen=True, slots=True)
 class TinkerSave:
-    """How a save is known to a client of the Tinker API.
+    """Names a save for clients of the Tinker API.
 
     Attributes:
-        checkpoint: its name; None for weights of a sampling session.
-        ttl_seconds: how long it is kept; None for ever.
+        checkpoint: the checkpoint's name; None for weights of a sampling session.
+        ttl_seconds: seconds for which it is kept; None for ever.
         user_metadata: the client's own notes.
-        sampling_session: the sampling session that it is for; None for a named checkpoint.
-        run: the model that is saved.
+        sampling_session: the sampling session that uses it; None for a named checkpoint.
+        run: id of the model that is saved.
     """
 
     checkpoint: Checkpoint | None
@@ -142,7 +148,11 @@ class TinkerSave:
 
 @dataclass(frozen=True, slots=True)
 class SaveState:
-    """A state of that name is replaced, and the answer says so; `overwrite` False refuses that."""
+    """Asks for a save of the whole training state.
+
+    Attributes:
+        overwrite: replace a state of that name, which the answer reports; False refuses that.
+    """
 
     name: str
     overwrite: bool = True
@@ -151,7 +161,13 @@ class SaveState:
 
 @dataclass(frozen=True, slots=True)
 class LoadState:
-    """`job` None means this trainer's own states; `path` is the name that the client gave."""
+    """Asks for a load of a saved state.
+
+    Attributes:
+        job: job of the state; None = this trainer's.
+        optimizer: whether to load moments and random stream as well.
+        path: the name that the client gave.
+    """
 
     name: str
     job: str | None
@@ -161,7 +177,7 @@ class LoadState:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """`identity` is a snapshot's; `path` is the name that the client gave."""
+    """Asks for a load of an adapter: `identity` is a snapshot's, `path` the client's name."""
 
     identity: str
     path: str
@@ -169,6 +185,8 @@ class LoadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class SaveSnapshot:
+    """Asks for a save of a sampler snapshot."""
+
     name: str
     checkpoint_type: Literal["base", "delta", "merged_base"]
     tinker: TinkerSave | None = None
@@ -176,7 +194,7 @@ class SaveSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DiscardGradients:
-    pass
+    """Asks for the accumulated gradients to be dropped."""
 
 
 Operation = (
@@ -194,9 +212,9 @@ Operation = (
 
 @dataclass(frozen=True, slots=True)
 class PassOutputs:
-    """Output tensors by name for each datum, in their order, and metrics.
+    """Holds the output tensors of each datum by name, in the data's order, and the metrics.
 
-    A metric's name ends in what combines the chunks of one call, after the only colon.
+    After the only colon in a metric's name stands how the chunks of one call are combined.
     """
 
     outputs: Sequence[Mapping[str, NDArray[np.generic]]]
@@ -205,16 +223,16 @@ class PassOutputs:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The result of any other operation: a JSON object."""
+    """Holds the result of any other operation: a JSON object."""
 
     fields: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """An operation that has taken what it needs of the model; `finish` does the rest beside it.
+    """Holds the rest of an operation that no longer needs the model.
 
-    `finish` raises OperationFailed, and runs in the export thread.
+    `finish` runs in the export thread, beside later operations, and raises OperationFailed.
     """
 
     finish: Callable[[], Answer]
@@ -222,27 +240,27 @@ class Deferred:
 
 @dataclass(frozen=True, slots=True)
 class EncodedResult:
-    """A result as it goes over the wire."""
+    """Holds a result as the body of an answer."""
 
     body: bytes
     content_type: str = "application/json"
 
 
 class Codec(Protocol):
-    """Results to bytes, in one dialect."""
+    """Encodes results in one dialect."""
 
     def encode(self, result: PassOutputs | Answer) -> EncodedResult: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request for a place in a model's line.
+    """Asks for a place in a model's queue.
 
     Attributes:
-        digest: of the request's content, whatever the order of its keys.
-        operation: what to run, or why it is refused (a refused one takes its place too).
+        digest: hash of the request's content, whatever the order of its keys.
+        operation: the operation to run, or its refusal (which takes the place all the same).
         size: bytes of the request.
-        codec: of the result.
+        codec: encodes the result.
     """
 
     model_id: str

@@ -1,0 +1,1 @@
+"""The execution of operations: models in training, passes, states and snapshots."""

@@ -1,14 +1,14 @@
 """Passes whose output is taken from the last hidden states: embeddings, projections, similarities.
 
-Knows: pooling, the projection head, the contrastive loss, and gradients that come from a caller.
-Does not know optimizers or steps.
+Knows pooling, the projection head, the contrastive loss, and gradients that a client sends. Does
+not know optimizers or steps.
 
 Legend: B sequences, T the longest of them, H hidden size, D outputs of the projection head.
 
     embedding              [H], the mean over a sequence's tokens, or its last one
     projection             [T, D], the projection head at every token
     cos_similarity_matrix  row i of S [B, B], the cosines between pooled embedding i and all
-    contrastive_loss       nothing a datum; the loss is InfoNCE in both directions (see there)
+    contrastive_loss       nothing a datum; the loss is InfoNCE in both directions (`info_nce`)
 
 Outputs that depend on the whole batch are computed in two rounds: embeddings without gradient, the
 loss and its gradient with respect to them, then each micro-batch again with its part of that
@@ -35,7 +35,7 @@ from fireworks_training.local.trainer.queue.operations import (
 )
 from fireworks_training.local.trainer.run.network import Network, datums_of
 from fireworks_training.local.trainer.run.packing import MicroBatch, plan
-from fireworks_training.local.trainer.run.passes import Passed, take_gradients
+from fireworks_training.local.trainer.run.passes import ComputedPass, take_gradients
 
 HEAD = "projection_head"
 """Prefix of the projection head's parameters; it is trained and saved, and never served."""
@@ -43,7 +43,7 @@ _OF_ONE_DATUM = ("embedding", "projection")
 
 
 def new_head(hidden_size: int, outputs: int, seed: int) -> nn.Linear:
-    """A linear projection head with a bias; its values depend on `seed`."""
+    """Make a linear projection head with a bias; its values depend on `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(hidden_size, outputs, device="cpu")
@@ -54,8 +54,8 @@ def run_embedding_pass(
     head: nn.Module | None,
     parameters: Sequence[nn.Parameter],
     request: EmbeddingPass,
-) -> Passed:
-    """Computes the outputs, and with `backward` the gradient of sum(output * given gradient).
+) -> ComputedPass:
+    """Compute the outputs, and with `backward` the gradient of sum(output * given gradient).
 
     Nothing outside is changed: the parameters' `.grad` is None before and after.
 
@@ -64,7 +64,7 @@ def run_embedding_pass(
     """
     if not network.has_hidden_states:
         raise OperationFailed("this model's architecture gives no hidden states to embed with")
-    run = _Run(network, head, request)
+    run = _EmbeddingRun(network, head, request)
     taken = None
     try:
         if request.output in _OF_ONE_DATUM and request.backward:
@@ -77,7 +77,7 @@ def run_embedding_pass(
         else:
             values = run.forward()
             _check_finite(values)
-            outputs, loss, gradients = _outer(request, values)
+            outputs, loss, gradients = _batch_outputs(request, values)
             if request.backward:
                 run.backward(parameters, gradients)
         if request.backward:
@@ -85,11 +85,11 @@ def run_embedding_pass(
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return Passed(outputs, loss, 0, taken)
+    return ComputedPass(outputs, loss, 0, taken)
 
 
-def embedding_metrics(passed: Passed, request: EmbeddingPass) -> dict[str, float]:
-    """Metrics of such a pass. contrastive_loss is one request, so `loss` needs no reduction."""
+def embedding_metrics(passed: ComputedPass, request: EmbeddingPass) -> dict[str, float]:
+    """Compute the metrics of a pass. contrastive_loss is one request: its `loss` is complete."""
     metrics = {
         "loss:sum": passed.loss,
         "num_tokens:sum": float(sum(len(datum.tokens) for datum in request.data)),
@@ -99,8 +99,8 @@ def embedding_metrics(passed: Passed, request: EmbeddingPass) -> dict[str, float
     return metrics
 
 
-class _Run:
-    """The datums of one request through the module, a micro-batch at a time."""
+class _EmbeddingRun:
+    """Runs the datums of one request through the module, a micro-batch at a time."""
 
     def __init__(self, network: Network, head: nn.Module | None, request: EmbeddingPass) -> None:
         self._network = network
@@ -110,7 +110,7 @@ class _Run:
         self._batches = plan(tokens, network.token_budget, sharing=network.sharing)
 
     def forward(self) -> list[Tensor]:
-        """Pooled or projected hidden states of each datum, without gradient."""
+        """Computes pooled or projected hidden states of each datum, without gradient."""
         results = self._empty()
         with torch.no_grad():
             for batch in self._batches:
@@ -121,7 +121,7 @@ class _Run:
     def backward(
         self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Adds the gradient of sum(value * gradient) to the parameters' `.grad`; the values."""
+        """Adds the gradient of sum(value * gradient) to each `.grad`; returns the values."""
         results = self._empty()
         for batch in self._batches:
             indices = datums_of(batch)
@@ -152,10 +152,10 @@ class _Run:
         return hidden_TH.mean(0) if self._request.pooling == "mean" else hidden_TH[-1]
 
 
-def _outer(
+def _batch_outputs(
     request: EmbeddingPass, values: Sequence[Tensor]
 ) -> tuple[list[dict[str, NDArray[np.generic]]], float, list[Tensor]]:
-    """What datums get back, the loss, and the gradient of it with respect to `values`."""
+    """Compute the datums' outputs, the loss, and its gradient with respect to `values`."""
     if request.output in _OF_ONE_DATUM:
         return [_output(request.output, value) for value in values], 0.0, []
     leaf_BH = torch.stack(list(values)).requires_grad_()
@@ -175,7 +175,7 @@ def _outer(
 
 
 def info_nce(unit_BH: Tensor, queries: int, temperature: float) -> Tensor:
-    """Mean of both directions' cross-entropies over cosine similarities (InfoNCE).
+    """Average both directions' cross-entropies over cosine similarities (InfoNCE).
 
     Rows are Q queries, their Q documents in the same order, then extra documents. Query to document
     looks at all documents, document to query at the Q paired ones (van den Oord et al. 2018,
@@ -189,7 +189,7 @@ def info_nce(unit_BH: Tensor, queries: int, temperature: float) -> Tensor:
 
 
 def _given(request: EmbeddingPass, device: torch.device) -> list[Tensor]:
-    """The gradient of each datum's output, flat, as the caller sent it."""
+    """Collect the gradient of each datum's output, flat, as the client sent it."""
     name = GRADIENT_INPUTS[request.output]
     arrays = [cast("NDArray[np.float32]", datum.inputs[name]) for datum in request.data]
     return [on(device, array) for array in arrays]

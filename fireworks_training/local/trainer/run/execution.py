@@ -1,10 +1,10 @@
 """A model in training: runs one operation at a time on the torch thread.
 
-Knows: module, optimizer, state and snapshot stores, and what each operation does to them. Does not
+Knows module, optimizer, state and snapshot stores, and what each operation does to them. Does not
 know order, failure rules, wire formats or asyncio.
 
-Every operation either does all it says or leaves weights, moments and accumulated gradients as they
-were; dropping the gradients of a failed step is the line's decision.
+Every operation either completes or leaves weights, moments and accumulated gradients as they were;
+the queue decides when the gradients of a failed step are dropped.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from fireworks_training.local.model.model import (
 from fireworks_training.local.model.optimizer import (
     AdamSettings,
     MasterAdamW,
+    Moments,
     NoGradients,
     NonFinite,
 )
 from fireworks_training.local.store.deltas import Effort
 from fireworks_training.local.store.snapshots import (
+    LoraBlock,
     SnapshotError,
     SnapshotStore,
     written_or_gone,
@@ -70,10 +72,10 @@ from fireworks_training.local.trainer.run.embeddings import (
     run_embedding_pass,
 )
 from fireworks_training.local.trainer.run.exports import SnapshotExports
-from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.graphs import GraphCache
 from fireworks_training.local.trainer.run.network import Network
 from fireworks_training.local.trainer.run.passes import (
-    Passed,
+    ComputedPass,
     metrics_of,
     run_backward,
     run_pass,
@@ -83,7 +85,7 @@ from fireworks_training.local.trainer.run.states import StateInfo, StateStore
 
 @dataclass(frozen=True, slots=True)
 class Stores:
-    """Where a trainer's files go, and how much effort makes its deltas small."""
+    """Holds the stores of a trainer's files, and the effort that makes its deltas small."""
 
     states: StateStore
     snapshots: SnapshotStore
@@ -92,16 +94,17 @@ class Stores:
 
 
 class TrainedModel:
-    """One model with its optimizer.
+    """Trains one model: its module, its optimizer, its random stream.
 
     Args:
         module: a fresh module in fp32; changed in place from here on.
+        stores: where its states and snapshots go.
         base_model: resource name, for manifests.
         lora: an adapter to train; None trains every parameter.
-        dtype: precision of the values that passes are computed with.
+        dtype: precision of the values that passes compute with.
         trainable: False for a reference, which takes forward passes only.
         projection_head_dim: outputs of a projection head to train along; None has none.
-        seed: of the model's own random stream.
+        seed: seed of the model's own random stream.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class TrainedModel:
             )
             parameters |= {f"{HEAD}.{name}": p for name, p in self._head.named_parameters()}
         self._trainable = trainable
-        self._graphs = Graphs()
+        self._graphs = GraphCache()
         self._backwards_by_forward = False
         self._optimizer = MasterAdamW(parameters, dtype)
         self._exports = SnapshotExports(
@@ -150,11 +153,11 @@ class TrainedModel:
     def execute(
         self, operation: Operation, *, drop_gradients: bool
     ) -> PassOutputs | Answer | Deferred:
-        """Runs one operation, after dropping what was accumulated if `drop_gradients`.
+        """Runs one operation, after dropping the accumulated gradients if `drop_gradients`.
 
         Raises:
-            OperationFailed: for a reason that concerns the caller.
-            Exception: anything else is a fault of ours.
+            OperationFailed: for a reason that concerns the client.
+            Exception: anything else is a fault of the trainer.
         """
         if drop_gradients:
             self._optimizer.drop_gradients()
@@ -167,7 +170,7 @@ class TrainedModel:
         try:
             return self._execute(operation)
         except SnapshotError as error:
-            raise OperationFailed(str(error), error_class=type(error).__name__) from error
+            raise OperationFailed.of(error) from error
         except (MemoryError, RuntimeError) as error:
             if not _of_memory(error):
                 raise
@@ -203,7 +206,7 @@ class TrainedModel:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Random draws inside belong to this model's stream, which its states carry along."""
+        """Draws random numbers inside from this model's stream, which its states carry along."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._rng)
             yield
@@ -237,7 +240,7 @@ class TrainedModel:
         self._accumulate(passed, len(operation.data))
         return PassOutputs(passed.outputs, embedding_metrics(passed, operation))
 
-    def _accumulate(self, passed: Passed, sequences: int) -> None:
+    def _accumulate(self, passed: ComputedPass, sequences: int) -> None:
         if passed.gradients is None:
             return
         try:
@@ -285,7 +288,7 @@ class TrainedModel:
             projection_head_dim=None if self._head is None else self._head.out_features,
         )
         states = self._stores.states
-        taken = states.has(operation.name) and self._noted(operation.tinker)
+        taken = states.has(operation.name) and self._is_noted(operation.tinker)
         if taken and not operation.overwrite:
             raise OperationFailed(
                 f"there is a state {operation.name!r} already; pass overwrite=True to replace it",
@@ -299,16 +302,16 @@ class TrainedModel:
         answer = {"path": path, "type": "save_weights"}
         return Answer({**answer, "replaced": True} if taken else answer)
 
-    def _noted(self, saved: TinkerSave | None) -> bool:
-        """Whether a state that is there was handed out: one without its note was not, since its
-        save failed, or its process ended, in between."""
+    def _is_noted(self, saved: TinkerSave | None) -> bool:
+        """Tells whether a client knows of a state: one without its note is unknown, since its save
+        failed, or its process ended, in between."""
         store = self._stores.tinker
         if store is None or saved is None or saved.checkpoint is None:
             return True
         return store.checkpoint(saved.checkpoint) is not None
 
     def _note(self, saved: TinkerSave, size: int) -> str | None:
-        """Remembers a checkpoint of the Tinker API; returns its path."""
+        """Writes the note of a checkpoint of the Tinker API; returns the checkpoint's path."""
         store = self._stores.tinker
         if store is None:
             return None
@@ -333,29 +336,30 @@ class TrainedModel:
     def _load_state(self, operation: LoadState) -> Answer:
         info, tensors = self._stores.states.load(operation.name, operation.job)
         masters = _with_prefix("master.", tensors)
-        self._check_fits(operation.name, info, masters)
+        own = self._optimizer.masters
+        self._check_fits(
+            f"state {operation.name!r}", "was saved with", info.lora, info.base_model, own, masters
+        )
         moments = None
         if operation.optimizer:
             moments = _with_prefix("exp_avg.", tensors), _with_prefix("exp_avg_sq.", tensors)
-            self._check_whole(operation.name, info, moments, tensors.get("rng"))
+            self._check_complete(operation.name, info, moments, tensors.get("rng"))
         self._restore(masters, moments, info.optimizer_steps)
         if operation.optimizer:
             self._rng, self._adam = tensors["rng"], info.adam
         return Answer({"path": operation.path or operation.name, "type": "load_weights"})
 
-    def _check_whole(
+    def _check_complete(
         self,
         name: str,
         info: StateInfo,
-        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        moments: Moments,
         rng: Tensor | None,
     ) -> None:
-        """Before anything is changed: what the weights' names and shapes don't tell."""
-        masters = self._optimizer.masters if info.optimizer_steps else {}
-        own = {key: tensor.shape for key, tensor in masters.items()}
-        told = [{key: tensor.shape for key, tensor in moment.items()} for moment in moments]
+        """Checks the optimizer's part of a state, before anything is changed."""
+        own = _shapes(self._optimizer.masters if info.optimizer_steps else {})
         fits = rng is not None and (rng.dtype, rng.shape) == (self._rng.dtype, self._rng.shape)
-        if told != [own, own] or not fits:
+        if [_shapes(moment) for moment in moments] != [own, own] or not fits:
             raise OperationFailed(
                 f"state {name!r} is damaged: it lacks moments of the optimizer, or the random"
                 " stream; load_state takes its weights alone",
@@ -365,7 +369,7 @@ class TrainedModel:
     def _restore(
         self,
         masters: Mapping[str, Tensor],
-        moments: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None,
+        moments: Moments | None,
         steps: int,
     ) -> None:
         self._graphs.clear()
@@ -373,47 +377,38 @@ class TrainedModel:
 
     def _load_adapter(self, operation: LoadAdapter) -> Answer:
         manifest, tensors = self._stores.snapshots.load(operation.identity)
-        if manifest.lora != self._lora:
-            raise OperationFailed(
-                f"snapshot {operation.identity!r} holds {_described(manifest.lora)}, and this model"
-                f" trains {_described(self._lora)}",
-                error_class="StateMismatch",
-            )
-        masters = dict(self._optimizer.masters)
+        what, own = f"snapshot {operation.identity!r}", self._served_masters()
+        self._check_fits(what, "holds", manifest.lora, manifest.base_model, own, tensors)
         given = {name: tensor.float() for name, tensor in tensors.items()}
-        own = {name: t.shape for name, t in masters.items() if not name.startswith(f"{HEAD}.")}
-        if own != {name: tensor.shape for name, tensor in given.items()}:
-            raise OperationFailed(
-                f"snapshot {operation.identity!r} is of another model ({manifest.base_model}):"
-                " names or shapes of its tensors differ",
-                error_class="StateMismatch",
-            )
-        self._restore({**masters, **given}, None, 0)
+        self._restore({**self._optimizer.masters, **given}, None, 0)
         return Answer({"adapter_path": operation.path, "type": "load_adapter"})
 
-    def _check_fits(self, name: str, info: StateInfo, masters: Mapping[str, Tensor]) -> None:
-        if info.lora != self._lora:
+    def _check_fits(
+        self,
+        what: str,
+        holds: str,
+        lora: LoraBlock | None,
+        base_model: str,
+        own: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+    ) -> None:
+        """Checks that weights to load are of this model; `what` and `holds` are for the message."""
+        if lora != self._lora:
             raise OperationFailed(
-                f"state {name!r} was saved with {_described(info.lora)}, and this model trains"
+                f"{what} {holds} {_described(lora)}, and this model trains"
                 f" {_described(self._lora)}",
                 error_class="StateMismatch",
             )
-        own = {key: tensor.shape for key, tensor in self._optimizer.masters.items()}
-        if own != {key: tensor.shape for key, tensor in masters.items()}:
+        if _shapes(own) != _shapes(given):
             raise OperationFailed(
-                f"state {name!r} is of another model ({info.base_model}): names or shapes of its"
-                " tensors differ",
+                f"{what} is of another model ({base_model}): names or shapes of its tensors differ",
                 error_class="StateMismatch",
             )
 
     # -- snapshots -------------------------------------------------------------------------------
 
     def _save_snapshot(self, operation: SaveSnapshot) -> Deferred:
-        weights = {
-            name: master
-            for name, master in self._optimizer.masters.items()
-            if not name.startswith(f"{HEAD}.")
-        }
+        weights = self._served_masters()
         if operation.checkpoint_type == "merged_base":
             assert self._lora is not None, "refused where it was decoded"
             weights = merged_base(self._module, self._lora)
@@ -427,18 +422,23 @@ class TrainedModel:
                 "there is a sampler checkpoint of that name already: choose another, or delete it",
                 error_class="SnapshotExists",
             )
-        return Deferred(lambda: self._known_as(saved, exports.write(operation.name, tensors, kind)))
+        return Deferred(lambda: self._add_path(saved, exports.write(operation.name, tensors, kind)))
 
-    def _known_as(self, saved: TinkerSave, answer: Answer) -> Answer:
-        """What a client of the Tinker API is told of a snapshot."""
+    def _served_masters(self) -> dict[str, Tensor]:
+        """Returns the masters but for those of the projection head, which is never served."""
+        masters = self._optimizer.masters.items()
+        return {name: master for name, master in masters if not name.startswith(f"{HEAD}.")}
+
+    def _add_path(self, saved: TinkerSave, answer: Answer) -> Answer:
+        """Adds the checkpoint's path to the answer about a snapshot, for the Tinker API."""
         written = cast("Mapping[str, int]", answer.fields["snapshot"])
         path = self._note(saved, written["bytes"])
-        told = {"path": path, "sampling_session_id": saved.sampling_session}
-        return Answer({**answer.fields, **told})
+        names = {"path": path, "sampling_session_id": saved.sampling_session}
+        return Answer({**answer.fields, **names})
 
 
 def _left_behind(operation: Operation) -> str:
-    """What an operation that was cut off has left; a pass adds its gradients at its end."""
+    """Describes the model after an operation was cut off; a pass adds its gradients at its end."""
     if isinstance(operation, OptimStep):
         return "its gradients are dropped; load a saved state if the weights must be certain"
     if isinstance(operation, LoadState):
@@ -447,7 +447,7 @@ def _left_behind(operation: Operation) -> str:
 
 
 def _of_memory(error: Exception) -> bool:
-    """Whether there was no memory: torch has a type of its own for that only on an accelerator."""
+    """Tells whether memory was missing: torch has a type for that only on an accelerator."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "can't allocate memory" in str(error)
 
@@ -462,6 +462,10 @@ def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _described(lora: object) -> str:

@@ -1,11 +1,11 @@
 """Sampler snapshots of one model: captured between two operations, written beside them.
 
-Knows: what the model's previous save was, when a difference to it is written instead of the whole,
-and what the answer says. Does not know optimizers, lines or HTTP.
+Knows the model's previous save, when a delta to it is written instead of a whole snapshot, and the
+fields of the answer. Does not know optimizers, queues or HTTP.
 
 The capture is a copy, made on the torch thread; hashing, comparing, compressing and writing happen
-in the export thread, one after another in the order of the captures. A difference is always to the
-previous *save* that succeeded, whoever loaded it, and the snapshot says which one that was.
+in the export thread, one after another in the order of the captures. A delta is always to the
+previous *save* that succeeded, whether or not it was loaded, and the snapshot names it.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ from fireworks_training.local.store.snapshots import (
 from fireworks_training.local.trainer.queue.operations import Answer, OperationFailed
 
 LONGEST_CHAIN = 24
-"""Differences in a row; then a whole snapshot is written, so that a replica that starts has no
-longer way to go."""
+"""Deltas in a row at most; then a whole snapshot is written, so that a replica that starts has at
+most so many to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Previous:
+    """Holds the last save, and the number of deltas since the last whole snapshot."""
+
     manifest: Manifest
     tensors: Mapping[str, Tensor]
     links: int
 
 
 class SnapshotExports:
-    """See the module.
+    """Captures and writes the snapshots of one model.
 
     Args:
-        store: where they go.
+        store: the snapshots on disk.
         base_model: resource name, for manifests.
-        dtype: of the tensors.
+        dtype: precision of the tensors.
         lora: the adapter's settings, if the model has one.
-        effort: spent on making differences small.
+        effort: effort that makes deltas small.
     """
 
     def __init__(
@@ -70,16 +72,16 @@ class SnapshotExports:
         self._timings: dict[str, float] = {}
 
     def capture(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of fp32 weights in the snapshot's dtype. On the torch thread.
+        """Copies fp32 weights in the snapshot's dtype. On the torch thread.
 
         Raises:
-            OperationFailed: the disk has no room even for what a whole snapshot takes.
+            OperationFailed: the disk has no room for a whole snapshot.
         """
         values = sum(tensor.numel() for tensor in weights.values())
         try:
             self._store.check_room(name, values * (2 if self._dtype == "bfloat16" else 4))
         except SnapshotError as error:
-            raise OperationFailed(str(error), error_class=type(error).__name__) from error
+            raise OperationFailed.of(error) from error
         if self._dtype == "bfloat16":
             return {key: tensor.detach().bfloat16().cpu() for key, tensor in weights.items()}
         return {key: tensor.detach().to("cpu", copy=True) for key, tensor in weights.items()}
@@ -90,22 +92,21 @@ class SnapshotExports:
         tensors: Mapping[str, Tensor],
         checkpoint_type: Literal["base", "delta", "merged_base"],
     ) -> Answer:
-        """Writes a captured snapshot; what the client is told of it. On the export thread.
+        """Writes a captured snapshot, and returns the answer. On the export thread.
 
         Raises:
             OperationFailed: it could not be written; nothing of it is left.
         """
         self._timings = {}
         try:
-            if checkpoint_type == "merged_base":
-                manifest = self._write_whole(name, tensors, lora=None)
-            elif self._lora is not None:
-                manifest = self._write_whole(name, tensors, lora=self._lora)
+            lora = None if checkpoint_type == "merged_base" else self._lora
+            if checkpoint_type == "merged_base" or self._lora is not None:
+                manifest = self._write_whole(name, tensors, lora=lora)
             else:
-                manifest = self._write_link(name, tensors, delta=checkpoint_type == "delta")
+                manifest = self._write_chained(name, tensors, delta=checkpoint_type == "delta")
             return _answer(manifest, self._timings)
         except SnapshotError as error:
-            raise OperationFailed(str(error), error_class=type(error).__name__) from error
+            raise OperationFailed.of(error) from error
 
     def _write_whole(
         self,
@@ -131,32 +132,32 @@ class SnapshotExports:
         yield
         self._timings[stage] = time.perf_counter() - started
 
-    def _write_link(self, name: str, tensors: Mapping[str, Tensor], *, delta: bool) -> Manifest:
+    def _write_chained(self, name: str, tensors: Mapping[str, Tensor], *, delta: bool) -> Manifest:
         with self._timed("hash"):
             hashes = hashes_of(tensors)
         previous = self._previous if delta else None
         with self._timed("compress"):
-            difference = self._difference(previous, tensors) if previous is not None else None
-        if previous is None or difference is None:
+            encoded = self._delta(previous, tensors) if previous is not None else None
+        if previous is None or encoded is None:
             manifest = self._write_whole(name, tensors, lora=None, hashes=hashes)
             self._previous = _Previous(manifest, tensors, 0)
         else:
             with self._timed("write"):
                 manifest = self._store.write_delta(
                     name,
-                    difference.tensors,
-                    difference.checksums,
+                    encoded.tensors,
+                    encoded.checksums,
                     predecessor=previous.manifest,
                     hashes=hashes,
                 )
             self._previous = _Previous(manifest, tensors, previous.links + 1)
         return manifest
 
-    def _difference(
+    def _delta(
         self, previous: _Previous, tensors: Mapping[str, Tensor]
     ) -> deltas.EncodedDelta | None:
-        """None where a whole snapshot is the better one."""
-        # The low bits of fp32 weights change with every step: such a difference never pays.
+        """Encodes the delta to the last save; None where a whole snapshot is the better one."""
+        # The low bits of fp32 weights change with every step: such a delta never pays.
         if self._dtype != "bfloat16" or previous.links >= LONGEST_CHAIN:
             return None
         try:

@@ -1,10 +1,10 @@
-"""Autograd graphs of forward passes, kept so that a backward by their logprobs need not run again.
+"""The cache of autograd graphs, so that a backward need not compute its forward again.
 
-A cache and never a promise: what is not here is computed again. Knows bytes, and which micro-batch
-of which pass a graph belongs to. Does not know models, losses or leases.
+A graph that is not here is computed again. Knows bytes, and which micro-batch of which pass a graph
+belongs to. Does not know models, losses or leases.
 
-A graph is kept only within a budget of bytes that it holds on to, and only while the weights it was
-made with are unchanged; `clear` is for their owner to call.
+Graphs are kept only within a budget of the bytes that they hold on to, and only while the weights
+that made them are unchanged: the owner of the weights calls `clear`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fireworks_training.local.trainer.queue.operations import Pass
 GRAPH_BYTES = 1 << 30
 
 
-class Graphs:
-    """The graphs of one model.
+class GraphCache:
+    """Keeps the graphs of one model.
 
     Args:
         budget: bytes that all of them may hold on to.
@@ -34,7 +34,7 @@ class Graphs:
         self._kept: dict[tuple[int, int], tuple[Pass, Tensor, int]] = {}
 
     def has_room(self, request: Pass) -> bool:
-        """Whether another graph of this pass could be kept."""
+        """Tells whether another graph of this pass could be kept."""
         return self._size_of(request) < self._budget
 
     def _size_of(self, request: Pass) -> int:
@@ -42,7 +42,7 @@ class Graphs:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Counts what a graph that is recorded inside holds on to; with gradients enabled."""
+        """Counts the bytes that a graph recorded inside holds on to; enables gradients."""
         seen: set[int] = set()
         self._measured = 0
 
@@ -57,8 +57,8 @@ class Graphs:
             yield
 
     def put(self, request: Pass, place: int, logprobs_M: Tensor) -> None:
-        """Keeps what was measured last, the `place`-th micro-batch of `request`, if it fits; the
-        graphs of older passes make room."""
+        """Keeps the graph that was measured last, of the `place`-th micro-batch of `request`, if it
+        fits; the graphs of older passes make room."""
         if self._size_of(request) + self._measured > self._budget:
             return
         self._kept[id(request), place] = (request, logprobs_M, self._measured)
@@ -68,7 +68,7 @@ class Graphs:
             self._used -= self._kept.pop(oldest)[2]
 
     def take(self, request: Pass, place: int) -> Tensor | None:
-        """The logprobs with their graph, which is good for one backward; None: not here."""
+        """Takes out logprobs with their graph, which serves one backward; None: not here."""
         found = self._kept.pop((id(request), place), None)
         if found is None:
             return None
@@ -77,7 +77,7 @@ class Graphs:
         return logprobs_M
 
     def clear(self) -> None:
-        """Forgets all: the weights have changed."""
+        """Forgets all graphs, since the weights have changed."""
         self._kept.clear()
         self._used = 0
 

@@ -1,6 +1,6 @@
-"""From a create_model request to a model in training.
+"""The model factory: checks a create_model request, and makes a model in training of it.
 
-Knows: what a client may ask for and what the job allows. Does not know HTTP or lines.
+Knows what a client may ask for and what the job allows. Does not know HTTP or queues.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fireworks_training.local.store.snapshots import FreeBytes, SnapshotStore
 from fireworks_training.local.store.tinker_store import RunNote, TinkerStore
 from fireworks_training.local.trainer.queue.operations import LoadState, OperationFailed
 from fireworks_training.local.trainer.run.execution import Stores, TrainedModel
+from fireworks_training.local.trainer.run.hosted import CreateModel
 from fireworks_training.local.trainer.run.network import activation_bytes
-from fireworks_training.local.trainer.run.slots import CreateModel
 from fireworks_training.local.trainer.run.states import StateStore
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 from fireworks_training.local.trainer.wire.json_codec import digest_of
-from fireworks_training.local.trainer.wire.json_fields import Body, allow, flag, number, text
+from fireworks_training.local.trainer.wire.json_fields import Body, allow, flag, number, text, whole
 from fireworks_training.local.trainer.wire.json_states import tinker_load
 
 CAPABILITIES: Mapping[str, object] = {
@@ -38,14 +38,14 @@ CAPABILITIES: Mapping[str, object] = {
     "step_protocol": 1,
     "snapshot_protocol": 1,
     "supports_backward": True,
-    # Official clients send a pass by this loss only where it is said; what is not, they refuse.
+    # Official clients send passes of these kinds only to a trainer that declares them.
     "supports_reinforce": True,
     "supports_score_centering": False,
     "supports_policy_importance_sampling": False,
     "supports_policy_diagnostics": False,
     "supports_target_logprob_support": False,
     "supports_router_replay": False,
-    # Polls for all results of a model at once: `local.ended`.
+    # Polls for all results of a model at once: `local.results`.
     "retrieve_futures": 1,
 }
 _CREATE_KEYS = (
@@ -74,17 +74,17 @@ _DEFAULT_ALPHA = 32.0
 MAX_HEAD_DIM = 4096
 
 BASE_BYTES = 4
-"""Of memory for each parameter of the base, in fp32, which every model of the job is a copy of."""
+"""Memory of a parameter of the base, in fp32, of which every model of the job is a copy."""
 
 MODEL_BYTES = {"full": 20, "adapter": 4, "reference": 8}
-"""The same for each model: its fp32 values; where all are trained, also masters, gradients and both
-moments, and of a reference the masters. What an adapter has of these is small. Activations, and
-adapters within them, come on top."""
+"""Memory of a parameter of each model: its fp32 value; where all are trained, also master, gradient
+and both moments; in a reference, also the master. An adapter's share of these is small. Activations
+come on top."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A model to make: its adapter, its projection head, and the state to begin with, if any."""
+    """Describes a model to make: its adapter, its projection head, and its first state, if any."""
 
     lora: LoraSettings | None
     head: int | None
@@ -93,7 +93,7 @@ class Blueprint:
 
 
 class ModelFactory:
-    """Makes models from the job's base. Loads it, so make it on the torch thread.
+    """Makes models from the job's base model, which it loads: construct it on the torch thread.
 
     Args:
         free_bytes: how to measure free space on disk (a fake in tests).
@@ -130,7 +130,7 @@ class ModelFactory:
         _check_optimizer(body)
         reference = flag(body, "base_only", False)
         lora = None if reference else self._lora(body.get("lora_config"))
-        head = _whole(body, "projection_head_dim", 0) or None
+        head = whole(body, "projection_head_dim", 0) or None
         if head is not None and (reference or head > MAX_HEAD_DIM):
             raise OperationFailed(
                 f"projection_head_dim must be from 1 to {MAX_HEAD_DIM}, of a model that is trained"
@@ -164,7 +164,7 @@ class ModelFactory:
         run = None
         if self.stores.tinker is not None:
             run = f"{body.get('session_id')}:train:{body.get('model_seq_id')}"
-        # A run is known by the name that its client chose; a job has one name.
+        # A run has the name that its client chose; all models of a job have the job's.
         named = body.get("base_model") if run is not None else None
         base_model = named if isinstance(named, str) else self.settings.base_model
         metadata = body.get("user_metadata")
@@ -197,7 +197,7 @@ class ModelFactory:
         rank = 0
         if isinstance(config, dict):
             allow(config, _LORA_KEYS, "lora_config")
-            rank = _whole(config, "rank", 0)
+            rank = whole(config, "rank", 0)
         elif config is not None:
             raise OperationFailed("lora_config must be an object")
         self._check_rank(rank)
@@ -211,7 +211,7 @@ class ModelFactory:
             train_mlp=flag(config, "train_mlp", True),
             train_attn=flag(config, "train_attn", True),
             train_unembed=flag(config, "train_unembed", True),
-            seed=_whole(config, "seed", self.settings.seed),
+            seed=whole(config, "seed", self.settings.seed),
         )
 
     def _check_rank(self, rank: int) -> None:
@@ -268,12 +268,3 @@ def _check_optimizer(body: Body) -> None:
         not isinstance(optimizer, dict) or optimizer.get("type", "adamw") != "adamw"
     ):
         raise OperationFailed("optimizer_config must be of type adamw")
-
-
-def _whole(body: Body, key: str, default: int) -> int:
-    value = body.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
-        raise OperationFailed(f"{key} must be a whole number from 0")
-    return value

@@ -1,7 +1,7 @@
-"""A causal language model as training calls it: a body that gives hidden states, and a head.
+"""The model as training calls it: hidden states and target logprobs of a micro-batch.
 
-Knows Hugging Face modules, caches and masks, and how the logprobs of a micro-batch's targets come
-out of them. Does not know losses, optimizers or how micro-batches are chosen.
+Knows Hugging Face modules, caches and masks, body and head. Does not know losses, optimizers or how
+micro-batches are chosen.
 
 Legend: G groups of a micro-batch, P their longest prefix, N sequences that go on after it, S the
 longest of these, U positions computed (unpadded), M positions of all datums, E hidden size,
@@ -32,10 +32,10 @@ from fireworks_training.local.model.losses import target_logprobs
 from fireworks_training.local.trainer.run.packing import Group, MicroBatch
 
 LOGITS_BYTES = 64 << 20
-"""Logits that are held at once, in fp32; more are computed in turns, and again for the gradient."""
+"""Bytes of fp32 logits held at once; more are computed in turns, and again for the gradient."""
 
 ACTIVATION_BYTES = 256 << 20
-"""Budget of what a micro-batch of a small model keeps for its gradient."""
+"""Bytes that a micro-batch of a small model may keep for its gradient."""
 
 SPARED_FROM = 0.9
 """Positions without a gradient are computed apart where they are more than one in ten."""
@@ -44,19 +44,21 @@ _SMALL, _MOST_TIMES = 64 << 20, 4
 
 
 def activation_bytes(parameters: int) -> int:
-    """The same for a model of so many parameters: as many bytes as they take in fp32, within
-    bounds. However few its tokens are, a micro-batch reads every weight three times and adds up a
-    gradient of that size."""
+    """Compute the budget for so many parameters: the bytes that they take in fp32, within bounds.
+
+    However few its tokens are, a micro-batch reads every weight three times and adds up a
+    gradient of that size.
+    """
     return int(ACTIVATION_BYTES * min(max(parameters / _SMALL, 1), _MOST_TIMES))
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """Hidden states of the U positions of a micro-batch, and where each datum's are.
+class HiddenStates:
+    """Holds hidden states of the U positions of a micro-batch, and which are each datum's.
 
     Attributes:
         hidden: [U, E], padding left out.
-        rows: for each datum, in the order of `datums_of(batch)`, its T places in `hidden`.
+        rows: for each datum, in the order of `datums_of(batch)`, its T indices into `hidden`.
     """
 
     hidden: Tensor
@@ -64,7 +66,7 @@ class Computed:
 
 
 class Network:
-    """The two parts of a model.
+    """Computes passes with a model, split into body and head.
 
     Args:
         module: with its adapter, if it has one; not changed.
@@ -73,15 +75,17 @@ class Network:
     Attributes:
         device: where the module computes.
         vocab_size: columns of the logits.
-        has_hidden_states: whether what is computed are the states before the head. (A model whose
-            logits are more than its head's is taken in one piece.)
+        has_hidden_states: whether `compute` gives the states before the head. (A model whose logits
+            are more than its head's output is taken in one piece.)
+        sharing: whether datums share the computation of common prefixes.
+        token_budget: tokens that a micro-batch should compute at most.
     """
 
     def __init__(self, module: PreTrainedModel, *, sharing: bool = True) -> None:
         self.device: torch.device = module.device
         self._body, self._head = _parts(module)
         self.vocab_size = int(module.config.get_text_config().vocab_size)
-        self.has_hidden_states = not isinstance(self._body, _Whole)
+        self.has_hidden_states = not isinstance(self._body, _UndividedModel)
         self.sharing = sharing and _can_share(module)
         self._cache_name = _cache_argument(self._body)
         # Linear outputs and about as much again between them; those of an adapter are added up at
@@ -93,14 +97,15 @@ class Network:
 
     def logprobs(
         self,
-        computed: Computed,
+        computed: HiddenStates,
         targets: Sequence[NDArray[np.int64]],
         differentiated_M: NDArray[np.bool_] | None = None,
     ) -> Tensor:
-        """logprobs_M of the targets of all datums, end to end.
+        """Computes logprobs_M of the targets of all datums, laid end to end.
 
         Args:
             targets: the target ids of each datum, `[T]`, or `[T, K]` for K of them a position.
+            computed: from `compute`.
             differentiated_M: targets whose logprob's gradient may be other than zero; None: all.
                 Positions without any (those of a prompt, mostly) are spared two thirds of the
                 head's work, and their logprobs have no gradient.
@@ -125,7 +130,7 @@ class Network:
         targets_M: NDArray[np.int64],
         needed_U: NDArray[np.bool_],
     ) -> Tensor:
-        """The same in two parts, of which only that of the `needed_U` positions has a graph."""
+        """Computes logprobs in two parts; only that of the `needed_U` positions has a graph."""
         needed_M = needed_U[rows_M]
         place_U = np.where(needed_U, np.cumsum(needed_U), np.cumsum(~needed_U)) - 1
         parts, order = [], []
@@ -138,8 +143,8 @@ class Network:
         back = np.argsort(np.concatenate(order))
         return torch.cat(parts).index_select(0, on(self.device, back))
 
-    def top(self, computed: Computed, k: int) -> list[tuple[Tensor, Tensor]]:
-        """Logprobs and ids, each `[T, k]` and best first, of each datum's most likely tokens."""
+    def top(self, computed: HiddenStates, k: int) -> list[tuple[Tensor, Tensor]]:
+        """Finds logprobs and ids, `[T, k]` and best first, of each datum's most likely tokens."""
         turn = max(LOGITS_BYTES // (4 * self.vocab_size), 1)
         with torch.no_grad():
             found = [
@@ -151,8 +156,8 @@ class Network:
         places = [on(self.device, rows) for rows in computed.rows]
         return [(logprobs_UK[rows], ids_UK[rows]) for rows in places]
 
-    def compute(self, batch: MicroBatch) -> Computed:
-        """Hidden states of a micro-batch, with their graph where gradients are enabled."""
+    def compute(self, batch: MicroBatch) -> HiddenStates:
+        """Computes hidden states of a micro-batch, with a graph where gradients are enabled."""
         groups = batch.groups
         keep = {self._cache_name: DynamicCache()} if batch.buckets else {}
         prefixes = [group.prefix for group in groups]
@@ -178,7 +183,7 @@ class Network:
             for m, member in enumerate(group.members)
             for _ in member.data
         ]
-        return Computed(torch.cat(parts) if len(parts) > 1 else parts[0], of_datums)
+        return HiddenStates(torch.cat(parts) if len(parts) > 1 else parts[0], of_datums)
 
     def _continue(
         self,
@@ -187,7 +192,7 @@ class Network:
         sizes: Sequence[int],
         prefixes: DynamicCache,
     ) -> Tensor:
-        """Hidden states of a bucket's sequences after their prefixes, padding left out."""
+        """Computes hidden states of a bucket's sequences after their prefixes, without padding."""
         rows = np.array([g for g, _ in bucket])
         chosen_N = on(self.device, rows)
         cache = DynamicCache()
@@ -242,12 +247,12 @@ class Network:
 
 
 def datums_of(batch: MicroBatch) -> list[int]:
-    """Places of a micro-batch's datums, in the order of its logprobs."""
+    """List the indices of a micro-batch's datums, in the order of its logprobs."""
     return [place for group in batch.groups for member in group.members for place in member.data]
 
 
 def _padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Rows padded on the right: attention is causal, so no real position looks at padding."""
+    """Pad rows on the right: attention is causal, so no real position attends to padding."""
     ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, tokens in zip(ids, sequences, strict=True):
         row[: len(tokens)] = tokens
@@ -263,8 +268,8 @@ def _unpadded(hidden_BTE: Tensor, lengths: Sequence[int]) -> Tensor:
     return flat.index_select(0, on(flat.device, real))
 
 
-class _Whole(nn.Module):
-    """A model whose logits are more than its head's, taken in one piece."""
+class _UndividedModel(nn.Module):
+    """Wraps a model whose logits are more than its head's output, as a body without head."""
 
     def __init__(self, module: PreTrainedModel) -> None:
         super().__init__()
@@ -275,7 +280,7 @@ class _Whole(nn.Module):
 
 
 def _parts(module: PreTrainedModel) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Body and head, after a look whether the head's output is the model's (no scale, no cap)."""
+    """Split into body and head, if the head's output is the model's own (no scale, no cap)."""
     body = module.get_decoder()  # type: ignore[no-untyped-call]
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     if body is not None and head is not None and body is not module:
@@ -284,18 +289,18 @@ def _parts(module: PreTrainedModel) -> tuple[nn.Module, Callable[[Tensor], Tenso
             whole = module(input_ids=probe, use_cache=False).logits
             if torch.equal(head(body(input_ids=probe, use_cache=False)[0]), whole):
                 return body, head
-    return _Whole(module), nn.Identity()
+    return _UndividedModel(module), nn.Identity()
 
 
 def _cache_argument(body: nn.Module) -> str:
-    """transformers 5.24 renamed the argument; the old name warns there and goes in 5.40."""
-    inner = body.module if isinstance(body, _Whole) else body
+    """Name the cache's argument: transformers 5.24 renamed it; the old one goes in 5.40."""
+    inner = body.module if isinstance(body, _UndividedModel) else body
     parameters = inspect.signature(type(inner).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _can_share(module: PreTrainedModel) -> bool:
-    """Whether every layer attends to all it saw, by positions that can be given."""
+    """Tell whether every layer attends to all tokens before, by positions that can be given."""
     layers = DynamicCache(config=module.config).layers
     named = inspect.signature(type(module).forward).parameters
     return (

@@ -1,6 +1,6 @@
-"""Which datums of a pass share a prompt, and what is computed together.
+"""The plan of a pass: groups of datums that share a prefix, and micro-batches computed together.
 
-Knows token sequences and costs in tokens; not models, tensors or losses.
+Knows token sequences and costs in tokens. Does not know models, tensors or losses.
 
 The samples of one prompt begin with the same tokens, and a causal model computes the same states
 for them: a *group* computes its prefix once and each member's remaining tokens against it. The plan
@@ -31,11 +31,11 @@ KEYS_SHARE = 8
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A sequence of a group: what follows the prefix, which may be nothing.
+    """Holds a sequence of a group: the tokens after the prefix, which may be none.
 
     Attributes:
         tokens: S token ids.
-        data: places of the datums that are this sequence; more than one if it was sampled again.
+        data: indices of the datums with this sequence; several if it was sampled repeatedly.
     """
 
     tokens: Tokens
@@ -44,7 +44,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences with the same first P tokens; one sequence alone is all prefix."""
+    """Holds sequences with the same first P tokens; one sequence alone is all prefix."""
 
     prefix: Tokens
     members: tuple[Member, ...]
@@ -52,11 +52,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What is computed together.
+    """Holds groups that are computed together.
 
     Attributes:
         groups: their prefixes are one padded batch.
-        buckets: places `(group, member)` of the sequences that go on after their prefix, in padded
+        buckets: indices `(group, member)` of the sequences that go on after their prefix, in padded
             batches of about one length each.
     """
 
@@ -65,7 +65,7 @@ class MicroBatch:
 
 
 def _common(first: Tokens, second: Tokens) -> int:
-    """Length of the common prefix."""
+    """Compute the length of the common prefix."""
     shorter = min(len(first), len(second))
     differing = np.flatnonzero(first[:shorter] != second[:shorter])
     return int(differing[0]) if differing.size else shorter
@@ -73,7 +73,7 @@ def _common(first: Tokens, second: Tokens) -> int:
 
 @dataclass(slots=True)
 class _Span:
-    """Neighbours in sorted order that share `depth` tokens, and how best to group them."""
+    """Holds neighbours in sorted order that share `depth` tokens, and their best grouping."""
 
     depth: int
     start: int
@@ -83,7 +83,7 @@ class _Span:
 
 
 def _closed(depth: int, children: Sequence[_Span], ends: Sequence[int]) -> _Span:
-    """One group at this depth, or the children's own groups: whatever saves more."""
+    """Choose one group at this depth, or the children's own groups: whatever saves more."""
     start, stop = children[0].start, children[-1].stop
     below = sum(child.saved for child in children)
     here = depth * (stop - start - 1)
@@ -96,7 +96,7 @@ def _closed(depth: int, children: Sequence[_Span], ends: Sequence[int]) -> _Span
 
 
 def _spans(sequences: Sequence[Tokens]) -> list[tuple[int, int, int]]:
-    """`(start, stop, depth)` of the groups to compute, one level deep, of sorted sequences.
+    """Find `(start, stop, depth)` of the groups to compute, one level deep, of sorted sequences.
 
     The largest runs of sorted neighbours with a common prefix form a tree; of all ways to choose
     disjoint nodes this finds the one that saves most tokens. The tree is walked with a stack from
@@ -119,8 +119,8 @@ def _spans(sequences: Sequence[Tokens]) -> list[tuple[int, int, int]]:
 
 
 def groups_of(data: Sequence[Tokens], *, sharing: bool = True) -> list[Group]:
-    """The groups of a pass; equal sequences become one member. Without `sharing`, each stands
-    alone."""
+    """Group the sequences of a pass; equal ones become one member. Without `sharing`, each is a
+    group of its own."""
     if not sharing:
         return [Group(tokens, (Member(tokens[:0], (place,)),)) for place, tokens in enumerate(data)]
     places: dict[bytes, list[int]] = {}
@@ -138,12 +138,12 @@ def groups_of(data: Sequence[Tokens], *, sharing: bool = True) -> list[Group]:
 
 
 def _cost(group: Group, width: int) -> int:
-    """Tokens that a group takes, with its prefix padded to `width`."""
+    """Count the tokens that a group costs, with its prefix padded to `width`."""
     return width + sum(len(m.tokens) + width // KEYS_SHARE for m in group.members if m.tokens.size)
 
 
 def _fitting(group: Group, budget: int) -> Iterator[Group]:
-    """The group, in as many parts as the budget asks for; each has its prefix again."""
+    """Split a group into as many parts as the budget asks for; each repeats the prefix."""
     part: list[Member] = []
     for member in group.members:
         if part and _cost(Group(group.prefix, (*part, member)), len(group.prefix)) > budget:
@@ -154,8 +154,8 @@ def _fitting(group: Group, budget: int) -> Iterator[Group]:
 
 
 def _buckets(groups: Sequence[Group], call: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Sequences that go on after their prefix, longest first, cut where padding would cost more
-    than another call of the model."""
+    """Batch the sequences that go on after their prefix, longest first, cut where padding would
+    cost more than another call of the model."""
     sizes = sorted(
         (-len(member.tokens), g, m)
         for g, group in enumerate(groups)
@@ -177,7 +177,7 @@ def _buckets(groups: Sequence[Group], call: int) -> Iterator[tuple[tuple[int, in
 
 
 def plan(data: Sequence[Tokens], budget: int, *, sharing: bool = True) -> list[MicroBatch]:
-    """Micro-batches of about `budget` tokens that cover every datum once.
+    """Make micro-batches of about `budget` tokens that cover every datum once.
 
     Args:
         data: the token ids of each datum, at least one of each.

@@ -1,7 +1,7 @@
 """One forward or forward-backward pass over many datums, in micro-batches.
 
-Knows: the loss, its sum over micro-batches, what is refused. Does not know how micro-batches are
-chosen (`packing`) or computed (`network`), optimizers, steps or where results go.
+Knows the loss, its sum over micro-batches, and what is not finite. Does not know how micro-batches
+are chosen (`packing`) or computed (`network`), optimizers, steps or where results go.
 
 Legend: M tokens of a micro-batch's datums.
 """
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from fireworks_training.local.model.devices import array_of, on
 from fireworks_training.local.model.losses import LOSSES
 from fireworks_training.local.trainer.queue.operations import Backward, Datum, OperationFailed, Pass
-from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.graphs import GraphCache
 from fireworks_training.local.trainer.run.network import Network, datums_of
 from fireworks_training.local.trainer.run.packing import plan
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """What a pass gave.
+class ComputedPass:
+    """Holds the results of a pass.
 
     Attributes:
         outputs: for each datum, in the order of the data, `logprobs` float32 in the shape of its
@@ -44,7 +44,7 @@ class Passed:
 
 
 def _concatenated(data: Sequence[Datum], device: torch.device) -> dict[str, Tensor]:
-    """Every input of the loss but the targets, end to end, and the datum that each belongs to."""
+    """Concatenate the loss's inputs but the targets, with the datum that each belongs to."""
     counts = [len(datum.tokens) * max(datum.width, 1) for datum in data]
     inputs = {
         name: on(device, np.concatenate([datum.inputs[name] for datum in data]))
@@ -58,9 +58,9 @@ def run_pass(
     network: Network,
     parameters: Sequence[nn.Parameter],
     request: Pass,
-    graphs: Graphs | None = None,
-) -> Passed:
-    """Computes logprobs and loss, and the loss's gradient if `request.backward`.
+    graphs: GraphCache | None = None,
+) -> ComputedPass:
+    """Compute logprobs and loss, and the loss's gradient if `request.backward`.
 
     With `graphs`, a forward pass leaves its graph there. Nothing else outside is changed: the
     parameters' `.grad` is None before and after.
@@ -101,16 +101,19 @@ def run_pass(
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return Passed(outputs, loss_sum, loss_tokens, gradients)
+    return ComputedPass(outputs, loss_sum, loss_tokens, gradients)
 
 
 def run_backward(
-    network: Network, parameters: Sequence[nn.Parameter], request: Backward, graphs: Graphs
-) -> tuple[Passed, int]:
-    """The gradient of sum(logprobs * gradients); the second is how many tokens had their graph.
+    network: Network, parameters: Sequence[nn.Parameter], request: Backward, graphs: GraphCache
+) -> tuple[ComputedPass, int]:
+    """Compute the gradient of sum(logprobs * gradients).
 
-    The same as a cross_entropy pass with the weights -gradients. Outputs are empty: the forward
-    gave them.
+    It is that of a cross_entropy pass with the weights -gradients. Outputs are empty, since the
+    forward gave them.
+
+    Returns:
+        The pass, and the number of tokens whose graph was in the cache.
 
     Raises:
         OperationFailed: a logprob or the gradient is not finite.
@@ -139,7 +142,7 @@ def run_backward(
     finally:
         for parameter in parameters:
             parameter.grad = None
-    return Passed([{} for _ in data], loss_sum, loss_tokens, gradients), cached
+    return ComputedPass([{} for _ in data], loss_sum, loss_tokens, gradients), cached
 
 
 def _targets(datum: Datum) -> NDArray[np.int64]:
@@ -150,7 +153,7 @@ def _targets(datum: Datum) -> NDArray[np.int64]:
 def _outputs(
     data: Sequence[Datum], logprobs_M: Tensor, top: Sequence[tuple[Tensor, Tensor]] | None
 ) -> list[dict[str, NDArray[np.generic]]]:
-    """What each datum of a micro-batch gets back."""
+    """Split the outputs of a micro-batch by datum."""
     ends = np.cumsum([len(datum.tokens) * max(datum.width, 1) for datum in data])[:-1]
     flat: NDArray[np.float32] = array_of(logprobs_M)
     pieces: list[dict[str, NDArray[np.generic]]] = [
@@ -163,6 +166,7 @@ def _outputs(
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Collect each parameter's gradient, zeros where it has none."""
     return [
         torch.zeros_like(p) if p.grad is None else p.grad  # one that the pass did not touch
         for p in parameters
@@ -184,8 +188,8 @@ def _check_finite(logprobs_M: Tensor, loss: Tensor, indices: Sequence[int]) -> N
         )
 
 
-def metrics_of(passed: Passed, data: Sequence[Datum]) -> Mapping[str, float]:
-    """Metrics of a pass; what follows the colon says how chunks of one call are combined."""
+def metrics_of(passed: ComputedPass, data: Sequence[Datum]) -> Mapping[str, float]:
+    """Compute the metrics of a pass; behind the colon: how chunks of one call are combined."""
     return {
         "loss:sum": passed.loss,
         "num_loss_tokens:sum": float(passed.loss_tokens),

@@ -1,7 +1,7 @@
 """Training states on disk: everything that a later process needs to go on bit for bit.
 
-Knows: the folder format, replacing a state atomically, sibling jobs. Does not know how a state is
-made or what is done with it.
+Knows the folder format, atomic replacement, and sibling jobs. Does not know how a state is made or
+used.
 
 `<folder>/<name>/` holds `state.json` and the tensor file that it names. Replacing `state.json` is
 the one moment at which a save becomes true: before it the old state stands whole, and a tensor file
@@ -37,15 +37,15 @@ from fireworks_training.local.trainer.queue.operations import OperationFailed
 
 
 class StateInfo(BaseModel):
-    """What a state says about itself, beside its tensors.
+    """Describes a state, beside its tensors.
 
     Attributes:
         base_model: resource name.
         lora: the adapter's settings, or None for full-parameter training.
         snapshot_dtype: precision that the module's values had; the tensors are fp32 masters.
-        optimizer_steps: steps behind the moments.
+        optimizer_steps: steps that the moments were averaged over.
         adam: settings of the last step, or None before the first.
-        adapter: what the adapter was asked for, so that a model can be made from the state; None
+        adapter: the adapter's requested settings, so that a model can be made from the state; None
             without one, and in states of earlier versions.
         projection_head_dim: outputs of a projection head, or None without one.
         tensors_file: name of the file with the tensors.
@@ -65,7 +65,7 @@ class StateInfo(BaseModel):
 
 
 class StateStore:
-    """The states of one job.
+    """Saves, loads and lists the states of one job.
 
     Args:
         folder: `<jobs>/<job>/states`; made if it is missing.
@@ -78,15 +78,15 @@ class StateStore:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def names(self) -> list[str]:
-        """Names of the states that are whole, sorted."""
+        """Lists the names of complete states, sorted."""
         return _names(self.folder)
 
     def has(self, name: str) -> bool:
-        """Whether there is a whole state of that name."""
+        """Tells whether there is a complete state of that name."""
         return (self.folder / check_name(name, "state") / "state.json").exists()
 
     def clean(self) -> None:
-        """Removes what a save or a removal that died left behind."""
+        """Removes the leftovers of saves and removals that were cut off."""
         for folder in self.folder.iterdir():
             if folder.name.startswith(".") or not (folder / "state.json").exists():
                 # Another process may be at it.
@@ -95,17 +95,17 @@ class StateStore:
             try:
                 keep = {"state.json", self._info(folder).tensors_file}
             except OperationFailed:
-                continue  # damaged: a load says so, and nothing more of it is thrown away
+                continue  # damaged: a load reports it, and nothing more of it is removed
             for leftover in folder.iterdir():
                 if leftover.name not in keep:
                     leftover.unlink()
 
     def save(self, name: str, info: StateInfo, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a state, in the place of an older one of that name.
+        """Writes a state; it replaces an older one of that name.
 
         Raises:
             NoSpace: before anything is written.
-            NotWritten: it failed on the way; an older state of that name is as it was.
+            NotWritten: the write failed; an older state of that name is as it was.
         """
         folder = self.folder / check_name(name, "state")
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -138,7 +138,7 @@ class StateStore:
                 old.unlink()
 
     def load(self, name: str, job: str | None = None) -> tuple[StateInfo, dict[str, Tensor]]:
-        """A state by name, of this job or of another one.
+        """Loads a state by name, of this job or of another one.
 
         Raises:
             OperationFailed: there is no such state (the message lists those that are there), or
@@ -157,7 +157,7 @@ class StateStore:
             ) from error
 
     def info(self, name: str) -> StateInfo:
-        """What a state of this job says about itself, without its tensors.
+        """Reads the description of a state of this job, without its tensors.
 
         Raises:
             OperationFailed: as `load`.
@@ -192,6 +192,6 @@ class StateStore:
 
 
 def _names(folder: Path) -> list[str]:
-    """Of whole states; what begins with a dot is being removed."""
+    """List complete states; a folder whose name begins with a dot is being removed."""
     there = (path.parent.name for path in folder.glob("*/state.json"))
     return sorted(name for name in there if not name.startswith("."))

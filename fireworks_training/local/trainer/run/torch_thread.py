@@ -1,8 +1,8 @@
 """One thread that does all the torch work, fed by an event loop.
 
-Knows: how a function gets to the thread and its result back. Does not know what is computed.
+Knows how a function gets to the thread, and its result back. Does not know what is computed.
 
-The thread is a daemon: a worker that is told to end does not wait for a long operation, which is
+The thread is a daemon: a worker that ends does not wait for a long operation, which is
 safe since nothing on disk is ever half written under its final name.
 """
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class TorchThread:
-    """Runs functions one after another in a thread of its own. Made on the loop that awaits it."""
+    """Runs functions one after another in a thread of its own, for one event loop."""
 
     def __init__(self, name: str = "torch") -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -28,14 +28,14 @@ class TorchThread:
         self._thread.start()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """The function's result. If the caller is cancelled, the function runs all the same."""
+        """Runs a function and returns its result; it also ends if the caller is cancelled."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def call() -> None:
             try:
                 result = function()
-            except StopIteration as error:  # which a future refuses, and nobody would be told
+            except StopIteration as error:  # which a future refuses: the caller would wait for ever
                 fault = RuntimeError(f"StopIteration: {error}")
                 fault.__cause__ = error
                 deliver(future.set_exception, fault)

@@ -1,7 +1,7 @@
-"""Datums and passes whatever dialect they came in, checked against the model and the loss.
+"""Checks of datums and passes against the model and the loss, whatever dialect they came in.
 
-Knows: shapes, lengths, the vocabulary, which inputs and settings a loss takes. Does not know wire
-formats: a dialect hands in `RawDatum`s. A refusal says what is wrong with which field, and never
+Knows shapes, lengths, the vocabulary, and which inputs and settings a loss takes. Does not know
+wire formats: a dialect hands in `RawDatum`s. A refusal names the field and the reason, and never
 quotes tokens.
 """
 
@@ -27,23 +27,23 @@ from fireworks_training.local.trainer.queue.operations import (
     OperationFailed,
     Pass,
 )
-from fireworks_training.local.trainer.wire.json_fields import number
+from fireworks_training.local.trainer.wire.json_fields import count, number
 
 MAX_DATUMS = 1024
 MAX_TARGETS = 1 << 24
-"""Targets of one request, all datums together; sparse tensors could name more than memory holds."""
+"""Targets of one request at most: sparse tensors could name more than memory holds."""
 MAX_TOP_K = 128
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a datum has to fit.
+    """Holds the bounds of a model that a datum has to fit.
 
     Attributes:
         vocab_size: token ids run from 0 to one less.
         context_length: tokens that a sequence may have.
         lora: whether the model trains an adapter.
-        hidden_size: of the last hidden states.
+        hidden_size: width of the last hidden states.
         projection_head_dim: outputs of the model's projection head; None where it has none.
         tinker_run: id of the model as a training run of the Tinker API; None where it is not one.
     """
@@ -58,7 +58,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A dense tensor: flat values, int64 or float32, and the shape that was told, if any."""
+    """Holds a dense tensor: flat values, int64 or float32, and its shape if one was given."""
 
     values: NDArray[np.generic]
     shape: tuple[int, ...] | None
@@ -66,7 +66,7 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class RawDatum:
-    """Token ids, int64, and named tensors, of any length and content."""
+    """Holds a datum before its checks: token ids, int64, and named tensors."""
 
     tokens: NDArray[np.int64]
     tensors: Mapping[str, RawTensor]
@@ -74,7 +74,7 @@ class RawDatum:
 
 @dataclass(frozen=True, slots=True)
 class RawPass:
-    """A pass as it was asked for; datums are decoded one by one, so that a refusal names one."""
+    """Holds a pass before its checks; datums are decoded one by one, so a refusal names one."""
 
     loss: str
     config: Mapping[str, object]
@@ -89,7 +89,7 @@ def dense_from_csr(
     shape: Sequence[int],
     name: str,
 ) -> RawTensor:
-    """A sparse `[rows, columns]` tensor written out, zeros where nothing is listed."""
+    """Write out a sparse `[rows, columns]` tensor, zeros where nothing is listed."""
     if len(shape) != 2 or min(shape) < 0 or shape[0] * shape[1] > MAX_TARGETS:
         raise OperationFailed(
             f"{name} is sparse: its shape must have two dimensions and at most {MAX_TARGETS} cells"
@@ -112,17 +112,17 @@ def dense_from_csr(
 
 
 def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
-    """The operation that a request asks for.
+    """Check a pass, and make the operation of it.
 
     Raises:
-        OperationFailed: something in it does not fit.
+        OperationFailed: a field does not fit the model or the loss.
     """
     if raw.loss not in LOSSES:
         raise OperationFailed(f"loss {raw.loss[:40]!r} is unknown; there are {', '.join(LOSSES)}")
     if raw.config.get("output", "logprobs") != "logprobs":
         return _embedding_pass(raw, limits)
     loss = LOSSES[raw.loss]
-    top_k = _count(raw.config, "top_k", 0, min(MAX_TOP_K, limits.vocab_size))
+    top_k = count(raw.config, "top_k", 0, min(MAX_TOP_K, limits.vocab_size))
     if top_k and raw.backward:
         raise OperationFailed("top_k goes with forward only")
     allowed = (*loss.config, *(("top_k",) if not raw.backward else ()))
@@ -135,7 +135,7 @@ def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
 
 
 _WITHOUT_EFFECT = ("output",)
-"""Only ever "logprobs" where these are looked at, which is what a pass gives anyway."""
+"""Settings that change nothing: an output of "logprobs" is what a pass has anyway."""
 
 
 def _settings(
@@ -152,13 +152,6 @@ def _settings(
             f" takes {takes}"
         )
     return {key: number(config, key, default) for key, default in defaults.items()}
-
-
-def _count(config: Mapping[str, object], key: str, default: int, most: int) -> int:
-    value = number(config, key, default)
-    if not value.is_integer() or not 0 <= value <= most:
-        raise OperationFailed(f"{key} must be a whole number from 0 to {most}")
-    return int(value)
 
 
 def _each(raw: RawPass, check: Callable[[RawDatum], Datum]) -> list[Datum]:
@@ -178,7 +171,7 @@ def _each(raw: RawPass, check: Callable[[RawDatum], Datum]) -> list[Datum]:
 
 
 def make_backward(request: BackwardRequest, forward: Pass) -> Backward:
-    """A backward by the logprobs of `forward`, whose gradients must have their shapes.
+    """Make a backward by the logprobs of `forward`, whose shapes its gradients must have.
 
     Raises:
         OperationFailed: they do not fit, or are not finite.
@@ -263,10 +256,10 @@ def _check_vocabulary(ids: NDArray[np.int64], name: str, limits: ModelLimits) ->
 
 
 def _fitting(tensor: RawTensor, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
-    told = None if tensor.shape is None else list(tensor.shape)
-    if len(tensor.values) != math.prod(shape) or told not in (None, list(shape)):
+    given = None if tensor.shape is None else list(tensor.shape)
+    if len(tensor.values) != math.prod(shape) or given not in (None, list(shape)):
         raise OperationFailed(
-            f"{name} has {len(tensor.values)} entries of shape {told}; it must have shape"
+            f"{name} has {len(tensor.values)} entries of shape {given}; it must have shape"
             f" {list(shape)}, to fit {shape[0]} tokens"
         )
     if not np.isfinite(tensor.values).all():
@@ -310,8 +303,8 @@ def _embedding_pass(raw: RawPass, limits: ModelLimits) -> EmbeddingPass:
     allowed = ("output", "pooling", *(_CONTRASTIVE if contrastive else ()))
     _settings(config, {}, allowed, f"output {output!r}")
     datums = _each(raw, lambda datum: _embedded(datum, output, raw, limits))
-    queries = _count(config, "num_queries", 0, MAX_DATUMS) if contrastive else 0
-    negatives = _count(config, "num_extra_negatives", 0, MAX_DATUMS) if contrastive else 0
+    queries = count(config, "num_queries", 0, MAX_DATUMS) if contrastive else 0
+    negatives = count(config, "num_extra_negatives", 0, MAX_DATUMS) if contrastive else 0
     if contrastive and (queries < 1 or len(datums) != 2 * queries + negatives):
         raise OperationFailed(
             f"contrastive_loss takes 2 * num_queries + num_extra_negatives datums, at least 2; it"
@@ -324,7 +317,7 @@ def _embedding_pass(raw: RawPass, limits: ModelLimits) -> EmbeddingPass:
 
 
 def _embedded(datum: RawDatum, output: EmbeddingOutput, raw: RawPass, limits: ModelLimits) -> Datum:
-    """A datum whose inputs are the gradient of its output, or nothing.
+    """Check a datum of an embedding pass: its inputs are the gradient of its output, or nothing.
 
     Targets and weights may be there, since data is made once for all outputs; nothing reads them.
     """

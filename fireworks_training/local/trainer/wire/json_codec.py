@@ -1,10 +1,10 @@
 """The Fireworks JSON dialect, server side: request bodies to operations, results to bodies.
 
-Knows: field names and which of them are allowed. Does not know HTTP, the line, or how anything is
-computed. `proto_codec` is the same for the other dialect, whose failures and other operations are
-JSON too.
+Knows field names and which of them are allowed. Does not know HTTP, the queue, or how anything is
+computed. `proto_codec` does the same for passes in the other dialect, whose failures and other
+operations are JSON too.
 
-Everything that concerns content is refused here, before an operation is queued.
+Wrong content is refused here, before an operation is queued.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from fireworks_training.local.trainer.wire.json_fields import (
     Body,
     Malformed,
     allow,
+    identifier,
     number,
     parse,
     text,
@@ -63,14 +64,6 @@ def _pass(body: Body, limits: ModelLimits, *, backward: bool) -> Operation:
     return make_pass(RawPass(text(inner, "loss_fn"), config, datums, backward), limits)
 
 
-def _forward(body: Body, limits: ModelLimits) -> Operation:
-    return _pass(body, limits, backward=False)
-
-
-def _forward_backward(body: Body, limits: ModelLimits) -> Operation:
-    return _pass(body, limits, backward=True)
-
-
 def _backward(body: Body, limits: ModelLimits) -> BackwardRequest:
     del limits
     allow(body, ("model_id", "seq_id", "type", "forward_seq_id", "gradients"), "backward")
@@ -79,7 +72,8 @@ def _backward(body: Body, limits: ModelLimits) -> BackwardRequest:
         raise OperationFailed("gradients must be a list of tensors, one a datum of the forward")
     tensors = [decode_tensor(value, f"gradients[{i}]") for i, value in enumerate(gradients)]
     return BackwardRequest(
-        whole(body, "forward_seq_id"), [(tensor.values, tensor.shape) for tensor in tensors]
+        whole(body, "forward_seq_id", least=1),
+        [(tensor.values, tensor.shape) for tensor in tensors],
     )
 
 
@@ -134,8 +128,8 @@ def _discard_gradients(body: Body, limits: ModelLimits) -> Operation:
 
 
 _DECODERS: Mapping[str, tuple[Role, Callable[[Body, ModelLimits], Operation | BackwardRequest]]] = {
-    "forward": (Role.FORWARD, _forward),
-    "forward_backward": (Role.GRADIENT, _forward_backward),
+    "forward": (Role.FORWARD, partial(_pass, backward=False)),
+    "forward_backward": (Role.GRADIENT, partial(_pass, backward=True)),
     "backward": (Role.GRADIENT, _backward),
     "optim_step": (Role.OPTIM, _optim_step),
     "save_weights": (Role.SAVE, json_states.save_weights),
@@ -149,39 +143,44 @@ OUTPUT_TYPE = "ArrayRecord"
 
 
 def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -> Submission:
-    """The operation that a request asks for, or its refusal with its place in the line.
+    """Decode a request: its operation, or the refusal of it, with its place in the queue.
 
     Args:
         kind: one of KINDS.
-        limits_of: limits of a model by its id; what it raises passes through.
+        limits_of: finds the limits of a model by its id; its exceptions pass through.
 
     Raises:
         Malformed: it names no model or no place.
     """
     body = parse(raw)
-    model_id, seq_id = body.get("model_id"), body.get("seq_id")
-    if not isinstance(model_id, str):
-        raise Malformed("model_id must be a string")
-    if not isinstance(seq_id, int) or isinstance(seq_id, bool) or seq_id < 1:
-        raise Malformed("seq_id must be a whole number from 1")
+    model_id = identifier(body, "model_id")
+    seq_id = whole(body, "seq_id", least=1, refusal=Malformed)
     limits = limits_of(model_id)
     role, decode = _DECODERS[kind]
-    operation: Operation | BackwardRequest | OperationFailed
-    try:
-        operation = decode(body, limits)
-    except OperationFailed as refusal:
-        if kind == "backward":
-            raise  # takes no place: the client sends the whole pass under the same seq_id
-        operation = refusal.with_traceback(None)
+    operation = decoded(kind, lambda: decode(body, limits))
     digest = digest_of(kind, body)
     return Submission(model_id, seq_id, digest, role, operation, len(raw), JSON)
 
 
+def decoded(
+    kind: str, decode: Callable[[], Operation | BackwardRequest]
+) -> Operation | BackwardRequest | OperationFailed:
+    """Decode an operation; a refusal is returned, to take the operation's place in the queue."""
+    try:
+        return decode()
+    except OperationFailed as refusal:
+        if kind == "backward":
+            raise  # takes no place: the client sends the whole pass under the same seq_id
+        return refusal.with_traceback(None)
+
+
 def digest_of(kind: str, body: Body) -> bytes:
-    """A digest of a request's content, whatever the order of its keys."""
+    """Hash a request's content, whatever the order of its keys."""
     try:
         canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONEncodeError:  # a whole number beyond 64 bits: refused, but told apart
+    except (
+        orjson.JSONEncodeError
+    ):  # a whole number beyond 64 bits: refused, with a digest of its own
         canonical = json.dumps(body, sort_keys=True).encode()
     return hashlib.blake2b(canonical, digest_size=16, person=kind[:16].encode()).digest()
 
@@ -190,10 +189,10 @@ def digest_of(kind: str, body: Body) -> bytes:
 
 
 class JsonCodec:
-    """Results as JSON objects."""
+    """Encodes results as JSON objects."""
 
     def encode(self, result: PassOutputs | Answer) -> EncodedResult:
-        """A result as the body of a 200 answer."""
+        """Encode a result as the body of a 200 answer."""
         if isinstance(result, Answer):
             return EncodedResult(orjson.dumps(result.fields))
         outputs = [
@@ -219,7 +218,7 @@ def _tensor(array: NDArray[np.generic]) -> dict[str, object]:
 
 
 def encode_failure(failure: Failure, request_id: str) -> EncodedResult:
-    """A failure as the body of a 200 answer; a retry of the poll gets the same."""
+    """Encode a failure as the body of a 200 answer; a retry of the poll gets the same."""
     body: dict[str, object] = {
         "error": failure.message,
         "category": failure.category,

@@ -1,7 +1,7 @@
-"""Datums in JSON: lists of numbers to arrays.
+"""Datums in JSON: decodes lists of numbers to arrays.
 
-Knows: the JSON shapes of chunks and tensors, dense and sparse. Does not know requests, nor what
-fits a model or a loss (`datums` does).
+Knows the JSON shapes of chunks and tensors, dense and sparse. Does not know requests, nor which
+values fit a model or a loss (`datums` does).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SPARSE = ("sparse_crow_indices", "sparse_col_indices")
 
 
 def decode_datum(value: object) -> RawDatum:
-    """A datum's arrays.
+    """Decode a datum's arrays.
 
     Raises:
         OperationFailed: it does not have the form of a datum.
@@ -69,7 +69,7 @@ def _array(values: object, name: str) -> NDArray[np.generic]:
 
 
 def decode_tensor(value: object, name: str) -> RawTensor:
-    """A tensor's values; int64 for target_tokens, float32 for any other name.
+    """Decode a tensor: int64 for target_tokens, float32 for any other name.
 
     Raises:
         OperationFailed: it does not have the form of a tensor.

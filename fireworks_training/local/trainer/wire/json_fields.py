@@ -1,6 +1,6 @@
-"""Fields of JSON request bodies: present or not, of the right kind, known or refused.
+"""Checks of the fields of request bodies: present, of the right kind, in range, known.
 
-Knows: JSON and its kinds of values. Does not know what any field means.
+Knows JSON and its kinds of values. Does not know the meaning of any field.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from fireworks_training.local.trainer.queue.operations import OperationFailed
 
 Body = Mapping[str, object]
 
+MOST = (1 << 63) - 1
+"""Largest whole number of a field that names no bound of its own."""
+
 
 class Malformed(Exception):
-    """Not a request at all: it names no place in any line."""
+    """Raised for a body that is no request at all: it names no place in any queue."""
 
 
 def parse(raw: bytes) -> dict[str, object]:
-    """A JSON object. NaN and Infinity are let through, to be refused with the name of their field.
+    """Decode a JSON object; NaN and Infinity pass, to be refused with the name of their field.
 
     Raises:
-        Malformed.
+        Malformed: the body is not a JSON object.
     """
     try:
         value = orjson.loads(raw)
@@ -38,7 +41,16 @@ def parse(raw: bytes) -> dict[str, object]:
     return value
 
 
+def identifier(body: Body, key: str) -> str:
+    """Read a string that names a session, a model or a request; raises Malformed."""
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise Malformed(f"{key} must be a string")
+    return value
+
+
 def text(body: Body, key: str) -> str:
+    """Read a string that is not empty; raises OperationFailed, as all that follow."""
     value = body.get(key)
     if not isinstance(value, str) or not value:
         raise OperationFailed(f"{key} must be a non-empty string")
@@ -46,6 +58,7 @@ def text(body: Body, key: str) -> str:
 
 
 def allow(body: Body, allowed: tuple[str, ...], what: str) -> None:
+    """Refuse fields that are not among the allowed ones; null counts as absent."""
     unknown = sorted(key for key in body if body[key] is not None and key not in allowed)
     if unknown:
         raise OperationFailed(
@@ -55,6 +68,7 @@ def allow(body: Body, allowed: tuple[str, ...], what: str) -> None:
 
 
 def number(body: Body, key: str, default: float) -> float:
+    """Read a finite number; null is the default."""
     value = body.get(key)
     if value is None:
         return float(default)
@@ -67,14 +81,40 @@ def number(body: Body, key: str, default: float) -> float:
     raise OperationFailed(f"{key} must be a finite number")
 
 
-def whole(body: Body, key: str, least: int = 1) -> int:
+def count(body: Body, key: str, default: int, most: int) -> int:
+    """Read a whole number from 0 to `most`, also as a float: protobuf's settings are floats."""
+    value = number(body, key, default)
+    if not value.is_integer() or not 0 <= value <= most:
+        raise OperationFailed(f"{key} must be a whole number from 0 to {most}")
+    return int(value)
+
+
+def whole(
+    body: Body,
+    key: str,
+    default: int | None = None,
+    *,
+    least: int = 0,
+    most: int = MOST,
+    refusal: type[Exception] = OperationFailed,
+) -> int:
+    """Read a whole number within its bounds, both included; a bool does not count.
+
+    Args:
+        default: stands for null; None = the field must be there.
+        refusal: type of the exception for any other value.
+    """
     value = body.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
-        raise OperationFailed(f"{key} must be a whole number from {least}")
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        bound = f" to {most}" if most < MOST else ""
+        raise refusal(f"{key} must be a whole number from {least}{bound}")
     return value
 
 
 def flag(body: Body, key: str, default: bool) -> bool:
+    """Read true or false; null is the default."""
     value = body.get(key)
     if value is None:
         return default

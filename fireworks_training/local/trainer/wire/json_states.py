@@ -1,8 +1,8 @@
-"""Requests about states and snapshots in JSON: what is saved or loaded, and under which name.
+"""Requests to save and load states and snapshots, in JSON.
 
-Knows: the names of both APIs. A Fireworks client names states and snapshots of its job; a client of
-the Tinker API names checkpoints of its run, and gets their paths back. Which of the two a model
-belongs to, its limits say. Does not know files.
+Knows the names of both APIs: a Fireworks client names states and snapshots of its job; a client of
+the Tinker API names checkpoints of its run, and gets their paths back. The model's limits say which
+of the two its client is. Does not know files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fireworks_training.local.trainer.queue.operations import (
     TinkerSave,
 )
 from fireworks_training.local.trainer.wire.datums import ModelLimits
-from fireworks_training.local.trainer.wire.json_fields import Body, allow, flag, text
+from fireworks_training.local.trainer.wire.json_fields import Body, allow, flag, text, whole
 
 CROSS_JOB = "cross_job://"
 _TTL_S = (3600, 10 * 366 * 86400)
@@ -36,7 +36,7 @@ _PLACE = ("model_id", "seq_id", "type")
 
 
 def save_weights(body: Body, limits: ModelLimits) -> Operation:
-    """A save of a state."""
+    """Decode a save of a state."""
     overwrite = flag(body, "overwrite", False)
     if limits.tinker_run is None:
         allow(body, (*_PLACE, "path", "overwrite"), "save_weights")
@@ -47,7 +47,7 @@ def save_weights(body: Body, limits: ModelLimits) -> Operation:
 
 
 def load_weights(body: Body, limits: ModelLimits) -> Operation:
-    """A load of a state, with the optimizer's moments or without."""
+    """Decode a load of a state, with the optimizer's moments or without."""
     allow(body, (*_PLACE, "path", "optimizer"), "load_weights")
     path, optimizer = text(body, "path"), flag(body, "optimizer", False)
     if limits.tinker_run is not None:
@@ -67,7 +67,7 @@ def load_weights(body: Body, limits: ModelLimits) -> Operation:
 
 
 def tinker_load(path: str, optimizer: bool) -> LoadState:
-    """A load by a Tinker path."""
+    """Make a load of a Tinker path."""
     try:
         checkpoint = parse_path(path)
     except BadTinkerPath as error:
@@ -81,7 +81,7 @@ def tinker_load(path: str, optimizer: bool) -> LoadState:
 
 
 def save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
-    """A save of a sampler snapshot."""
+    """Decode a save of a sampler snapshot."""
     if limits.tinker_run is not None:
         return _tinker_snapshot(body, limits.tinker_run)
     allow(
@@ -107,7 +107,7 @@ def save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
 
 
 def load_adapter(body: Body, limits: ModelLimits) -> Operation:
-    """A load of an adapter's weights from a snapshot; its optimizer starts anew."""
+    """Decode a load of an adapter's weights from a snapshot; its optimizer starts anew."""
     allow(body, (*_PLACE, "adapter_path"), "load_adapter")
     path = text(body, "adapter_path")
     if not limits.lora:
@@ -158,11 +158,9 @@ def _tinker_snapshot(body: Body, run: str) -> SaveSnapshot:
 
 
 def _tinker_save(body: Body, checkpoint: Checkpoint) -> TinkerSave:
-    ttl = body.get("ttl_seconds")
-    if ttl is not None and (
-        not isinstance(ttl, int) or isinstance(ttl, bool) or not _TTL_S[0] <= ttl <= _TTL_S[1]
-    ):
-        raise OperationFailed(f"ttl_seconds must be a whole number from {_TTL_S[0]} to {_TTL_S[1]}")
+    ttl = None
+    if body.get("ttl_seconds") is not None:
+        ttl = whole(body, "ttl_seconds", least=_TTL_S[0], most=_TTL_S[1])
     metadata = body.get("user_metadata")
     if metadata is not None and (
         not isinstance(metadata, dict)

@@ -1,7 +1,8 @@
 """The Tinker protobuf dialect, server side: passes to operations, results to bytes.
 
-Knows what a decoded message means; the messages themselves are `_wire.protobuf`'s. One route takes
-forward and forward_backward, told apart by a flag. Does not know HTTP or how anything is computed.
+Knows the meaning of a decoded message; the messages themselves are in `_wire.training.protobuf`.
+One route takes forward and forward_backward, told apart by a flag. Does not know HTTP or how
+anything is computed.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from fireworks_training.local.trainer.wire.datums import (
     RawTensor,
     make_pass,
 )
-from fireworks_training.local.trainer.wire.json_codec import JSON, OUTPUT_TYPE
+from fireworks_training.local.trainer.wire.json_codec import JSON, OUTPUT_TYPE, decoded
 from fireworks_training.local.trainer.wire.json_fields import Malformed
 
 CONTENT_TYPE = protobuf.CONTENT_TYPE
 
 
 def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -> Submission:
-    """The pass that a message asks for, or its refusal with its place in the line.
+    """Decode a message: its pass, or the refusal of it, with its place in the queue.
 
     Args:
-        kind: of the route; that of `backward` takes the same message, with the gradient of each
-            datum as its only loss input, and `forward_seq_id` in the settings.
-        limits_of: limits of a model by its id; what it raises passes through.
+        kind: the route; that of `backward` takes the same message, with the gradient of each datum
+            as its only loss input, and `forward_seq_id` in the settings.
+        limits_of: finds the limits of a model by its id; its exceptions pass through.
 
     Raises:
-        Malformed: it is no such message, or names no place.
+        Malformed: the bytes are no such message, or it names no place.
     """
     try:
         request = protobuf.decode_request(raw)
@@ -58,25 +59,21 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
         raise Malformed("seq_id must be a whole number from 1")
     limits = limits_of(request.model_id)
     backward = kind != "forward" and request.kind == "forward_backward"
-    operation: Operation | BackwardRequest | OperationFailed
-    try:
+
+    def decode() -> Operation | BackwardRequest:
         if kind == "backward":
-            operation = _backward(request)
-        else:
-            datums = [partial(_raw, datum) for datum in request.data]
-            raw_pass = RawPass(request.loss_fn, request.loss_fn_config, datums, backward)
-            operation = make_pass(raw_pass, limits)
-    except OperationFailed as refusal:
-        if kind == "backward":
-            raise  # takes no place: the client sends the whole pass under the same seq_id
-        operation = refusal.with_traceback(None)
+            return _backward(request)
+        datums = [partial(_raw, datum) for datum in request.data]
+        raw_pass = RawPass(request.loss_fn, request.loss_fn_config, datums, backward)
+        return make_pass(raw_pass, limits)
+
     role = Role.GRADIENT if backward else Role.FORWARD
     return Submission(
         request.model_id,
         request.seq_id,
         _digest(kind, request),
         role,
-        operation,
+        decoded(kind, decode),
         len(raw),
         PROTOBUF,
     )
@@ -106,7 +103,7 @@ def _tensor(name: str, array: NDArray[np.generic]) -> RawTensor:
 
 
 def _digest(kind: str, request: protobuf.PassRequest) -> bytes:
-    """Of the content: a map's entries come in any order."""
+    """Hash the content: a map's entries come in any order."""
     digest = hashlib.blake2b(digest_size=16, person=b"protobuf pass")
     parts = (kind, request.kind, request.loss_fn, sorted(request.loss_fn_config.items()))
     digest.update(repr(parts).encode())
@@ -120,10 +117,10 @@ def _digest(kind: str, request: protobuf.PassRequest) -> bytes:
 
 
 class ProtobufCodec:
-    """Results of passes as messages; those of other operations as JSON."""
+    """Encodes results of passes as messages, and those of other operations as JSON."""
 
     def encode(self, result: PassOutputs | Answer) -> EncodedResult:
-        """A result as the body of a 200 answer."""
+        """Encode a result as the body of a 200 answer."""
         if isinstance(result, Answer):
             return JSON.encode(result)
         outputs = [dict(output) for output in result.outputs]

@@ -10,7 +10,7 @@ import torch
 
 from fireworks_training.local.trainer.queue.leases import Leases, UnknownForward
 from fireworks_training.local.trainer.queue.operations import Datum, Pass
-from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.graphs import GraphCache
 from tests.local.trainer.trainer_driver import (
     ADAM,
     Starter,
@@ -169,7 +169,7 @@ def test_a_lease_ends_by_time_and_by_bytes() -> None:
 
 def test_graphs_are_kept_within_their_budget() -> None:
     weight = torch.nn.Parameter(torch.ones(64, 64))
-    graphs = Graphs(budget=40_000)
+    graphs = GraphCache(budget=40_000)
     old, new = some_pass(), some_pass()
 
     def record(request: Pass, place: int) -> None:

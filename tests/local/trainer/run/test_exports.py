@@ -1,4 +1,4 @@
-"""Snapshots are captured in the line and written beside it; differences are to the last save."""
+"""Snapshots are captured in the queue and written beside it; deltas are to the last save."""
 
 from __future__ import annotations
 

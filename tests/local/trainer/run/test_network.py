@@ -29,10 +29,10 @@ from fireworks_training.local.model.model import (
 )
 from fireworks_training.local.trainer.queue.operations import Backward, Datum, Pass
 from fireworks_training.local.trainer.run import network as network_module
-from fireworks_training.local.trainer.run.graphs import Graphs
+from fireworks_training.local.trainer.run.graphs import GraphCache
 from fireworks_training.local.trainer.run.network import Network
 from fireworks_training.local.trainer.run.packing import plan
-from fireworks_training.local.trainer.run.passes import Passed, run_backward, run_pass
+from fireworks_training.local.trainer.run.passes import ComputedPass, run_backward, run_pass
 from tests.local.trainer.trainer_driver import VOCAB
 
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -64,7 +64,7 @@ def rollouts(prompts: Sequence[int], samples: int, seed: int = 0) -> list[Datum]
 
 def passed(
     module: PreTrainedModel, data: list[Datum], loss: str, *, sharing: bool, lora: bool = False
-) -> Passed:
+) -> ComputedPass:
     parameters = adapter_parameters(module) if lora else dict(module.named_parameters())
     needed = ("target_tokens", "weights")
     if loss == "cross_entropy":
@@ -73,7 +73,7 @@ def passed(
     return run_pass(Network(module, sharing=sharing), list(parameters.values()), request)
 
 
-def assert_equal(shared: Passed, alone: Passed) -> None:
+def assert_equal(shared: ComputedPass, alone: ComputedPass) -> None:
     for a, b in zip(shared.outputs, alone.outputs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -108,7 +108,7 @@ def test_a_custom_loss_is_the_same_with_prompts_shared(model_path: Path, kept: b
     gradients = [np.sin(np.arange(len(datum.tokens))).astype(np.float32) for datum in data]
     results = []
     for sharing in (True, False):
-        network, graphs = Network(module, sharing=sharing), Graphs()
+        network, graphs = Network(module, sharing=sharing), GraphCache()
         forward = Pass(data, "cross_entropy", {}, backward=False)
         run_pass(network, list(module.parameters()), forward, graphs if kept else None)
         request = Backward(forward, gradients)
@@ -230,7 +230,7 @@ def test_a_backward_by_few_gradients(model_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(network_module, "SPARED_FROM", spared_from)
         request = Backward(Pass(data, "cross_entropy", {}, backward=False), gradients)
         parameters = list(module.parameters())
-        results.append(run_backward(Network(module), parameters, request, Graphs())[0])
+        results.append(run_backward(Network(module), parameters, request, GraphCache())[0])
     assert_equal(*results)
 
 

@@ -1,4 +1,4 @@
-"""Which datums share a prefix: every datum once, in full, and never at a loss."""
+"""Groups of datums with a shared prefix: every datum once, in full, and never at a loss."""
 
 from __future__ import annotations
 

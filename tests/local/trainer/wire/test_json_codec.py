@@ -1,4 +1,4 @@
-"""What the JSON dialect takes and refuses; refusals name the place and never quote tokens."""
+"""Requests in JSON: accepted, or refused by the name of the field, without quoting tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_pass() -> None:
         datum([1, 2], [2, 3], **RL), loss="ppo", loss_fn_config={"clip_low_threshold": 0.5}
     )
     submission = submitted("forward_backward", {**body, "comms": "v2", "type": "forward_backward"})
-    assert (submission.model_id, submission.seq_id, submission.role) == ("m", 3, Role.ADDS)
+    assert (submission.model_id, submission.seq_id, submission.role) == ("m", 3, Role.GRADIENT)
     operation = submission.operation
     assert isinstance(operation, Pass)
     assert operation.backward

@@ -1,4 +1,4 @@
-"""Passes in protobuf: the same numbers as in JSON, and refusals with their place in the line."""
+"""Passes in protobuf: the same numbers as in JSON; refusals have their place in the queue."""
 
 from __future__ import annotations
 

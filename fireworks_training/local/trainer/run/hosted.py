@@ -1,6 +1,6 @@
-"""A trainer's models: what was asked for, its line, its results, and who waits for them.
+"""A model that the trainer hosts: its request, its queue, its results, and the polls that wait.
 
-Knows where the result of a request is and what has ended. Does not run anything.
+Knows where the result of a request is, and which requests have ended. Does not run anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fireworks_training.local.trainer.wire.datums import ModelLimits
 
 
 class Gone(Exception):
-    """What the request names does not exist any more, or never did in this process (410)."""
+    """Raised for a session, model or result that this process does not have any more (410)."""
 
     def __init__(self, message: str, error_class: str) -> None:
         super().__init__(message)
@@ -32,12 +32,12 @@ class Gone(Exception):
 
 
 class UnknownRequest(Exception):
-    """No such request (404)."""
+    """Raised for a request id under which nothing was submitted (404)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """An operation, and how its result is told."""
+class SubmittedOperation:
+    """Holds an operation in the queue, and the codec of its result."""
 
     operation: Operation
     codec: Codec
@@ -45,7 +45,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class CreateModel:
-    """A model as it was asked for; equal values are the same request."""
+    """Holds the request for a model.
+
+    Attributes:
+        digest: hash of the request's content: equal ones are the same request.
+        answer: fields of the answer once the model is made.
+        make: makes the model, on the torch thread.
+        limits: bounds of its datums.
+        lora: settings of its adapter, or None.
+        base_model: resource name, for answers.
+    """
 
     digest: bytes
     answer: Mapping[str, object]
@@ -56,21 +65,23 @@ class CreateModel:
 
 
 @dataclass(slots=True)
-class Slot:
-    """A model and all that belongs to it.
+class HostedModel:
+    """Keeps a model with its queue, its results, and the polls that wait for them.
 
-    Results are known by the part of their request's id behind the model's: a *tail*.
+    Results are found by the part of their request's id behind the model's: a *tail*.
 
     Attributes:
-        created: None until the model was made; then its answer or why it failed.
-        unloaded: likewise for its end; `unloading` once it was asked for.
+        created: None until the model was made; then the answer, or the failure.
+        unloading: whether an unload was requested.
+        unloaded: None until the model was unloaded; then the answer.
+        waiters: events of the polls that wait, by tail.
         ended: ids of the requests that have a result, in the order in which they got it.
     """
 
     model_id: str
     session_id: str
     request: CreateModel
-    line: ModelLine[Job, EncodedResult]
+    line: ModelLine[SubmittedOperation, EncodedResult]
     leases: Leases
     model: TrainedModel | None = None
     created: EncodedResult | Failure | None = None
@@ -80,17 +91,17 @@ class Slot:
     ended: FinishedRequests = field(default_factory=FinishedRequests)
 
     def notify(self, tail: str) -> None:
-        """A result is there: wakes those who wait for it, and those who wait for any."""
+        """Wakes the polls that wait for a new result, or for any."""
         waiter = self.waiters.pop(tail, None)
         if waiter is not None:
             waiter.set()
         self.ended.add(f"{self.model_id}:{tail}")
 
     async def result(self, tail: str) -> EncodedResult | Failure:
-        """A result, waited for, handed out.
+        """Waits for a result and hands it out.
 
         Raises:
-            Gone, NotFound: as `outcome` does.
+            Gone, UnknownRequest: as `outcome` does.
         """
         while (outcome := self.outcome(tail)) is None:
             await self.waiters.setdefault(tail, asyncio.Event()).wait()
@@ -98,11 +109,11 @@ class Slot:
         return outcome
 
     def outcome(self, tail: str) -> EncodedResult | Failure | None:
-        """A result; None while it is not there.
+        """Looks up a result; None while it is not there.
 
         Raises:
             Gone: it was dropped.
-            NotFound: nothing was submitted under this id.
+            UnknownRequest: nothing was submitted under this id.
         """
         if tail == "create":
             return self.created
@@ -119,7 +130,7 @@ class Slot:
             raise Gone(str(error), "ResultExpired") from error
 
     def delivered(self, tail: str) -> None:
-        """A result was handed out: among the first to be dropped when room is needed."""
+        """Notes that a result was handed out: it is among the first to go when room is needed."""
         seq_id = _seq_id(tail)
         if seq_id is not None:
             self.line.delivered(seq_id)
