@@ -36,7 +36,7 @@ logger = logging.getLogger("fireworks_training.trainer")
 
 
 class BatchPolls:
-    """The batch polls of one model; on its owner loop.
+    """Makes the batch polls of one model; on its owner loop.
 
     Args:
         plane: the trainer's HTTP interface.

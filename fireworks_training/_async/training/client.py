@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from fireworks_training._async.training import operations
 from fireworks_training._async.training.arguments import check_job, check_name
@@ -70,7 +69,6 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         self._queue = model.queue
         self._passes = PassOperations(model.passes)
         self._publisher = publisher
-        self._suffix = uuid4().hex[:8]
         if not model.forward_only:
             line = model.queue.line
             publisher.chain.follow(lambda: line.steps)
@@ -80,11 +78,11 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
     def forward(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """Logprobs of the targets, without gradients.
+        """Compute the logprobs of the targets, without gradients.
 
         Args:
-            data: datums; entry t of each loss input belongs to predicting target t from the input
-                tokens up to t, so all have as many entries as the model input has tokens.
+            data: the datums; entry t of each loss input belongs to predicting target t from the
+                input tokens up to t, so all have as many entries as the model input has tokens.
             loss_fn: name of a built-in loss.
             loss_fn_config: its options.
 
@@ -163,7 +161,9 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         )
 
     def forward_projection(self, data: Datums) -> PassFuture:
-        """The projection head's output, without gradients; for models with `projection_head_dim`.
+        """Compute the projection head's output, without gradients.
+
+        For models with `projection_head_dim`.
 
         Returns:
             `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
@@ -230,7 +230,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         """
         return self._queue.submit(
             operations.optim_step(
-                self.model_id,
+                self._model,
                 adam_params,
                 grad_accumulation_normalization,
                 emit_grad_norm_metrics,
@@ -272,7 +272,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
                 "to do the work: `await client.save_state(name).result_async(timeout)` there."
             )
         future = self._queue.submit(
-            operations.save_state(self.model_id, name, self._model.states, ttl_seconds, overwrite)
+            operations.save_state(self._model, name, ttl_seconds, overwrite)
         )
         if timeout is not None:
             future.result(timeout)
@@ -290,7 +290,9 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         Raises, through the future:
             RequestFailed: there is no such state; the message lists those there are.
         """
-        return self._load(path, weights_access_token, optimizer=False)
+        return self._queue.submit(
+            operations.load_state(self._model, path, weights_access_token, optimizer=False)
+        )
 
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
@@ -299,15 +301,8 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
         Args and errors as for `load_state`.
         """
-        return self._load(path, weights_access_token, optimizer=True)
-
-    def _load(
-        self, path: str, weights_access_token: str | None, *, optimizer: bool
-    ) -> APIFuture[LoadWeightsResponse]:
         return self._queue.submit(
-            operations.load_state(
-                self.model_id, path, self._model.states, weights_access_token, optimizer=optimizer
-            )
+            operations.load_state(self._model, path, weights_access_token, optimizer=True)
         )
 
     def load_adapter(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
@@ -320,7 +315,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         Raises, through the future:
             RequestFailed: there is none, or it does not fit the model.
         """
-        return self._queue.submit(operations.load_adapter(self.model_id, adapter_path))
+        return self._queue.submit(operations.load_adapter(self._model, adapter_path))
 
     # -- snapshots ---------------------------------------------------------------------------------
 
@@ -354,15 +349,13 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         """
         return self._queue.submit(
             operations.save_weights_for_sampler(
-                self.model_id,
+                self._model,
                 name,
-                self._suffix,
                 chain=self._publisher.chain,
                 checkpoint_type=checkpoint_type,
                 export_precision=export_precision,
                 ttl_seconds=ttl_seconds,
                 metadata=metadata,
-                tinker_only=self._model.session.tinker_only,
             )
         )
 
@@ -374,7 +367,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         drift_bound: float = DRIFT_BOUND,
         probe_tokens: Sequence[int] | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """Bring the weights as they are at this place in the line into the deployment.
+        """Bring the weights, as they are at this place in the line, into the deployment.
 
         Returns at once; training goes on while the snapshot is written and loaded. The future ends
         when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
@@ -386,8 +379,8 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
             name: of the snapshot; None numbers them (`weight-sync-000001`).
             on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
                 snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
-            drift_bound: nats; of the mean absolute difference of a token's logprob.
-            probe_tokens: what to compare on; default 32 fixed ids.
+            drift_bound: the most that the logprobs of a token may differ on average, in nats.
+            probe_tokens: the token ids to compare on; default 32 fixed ones.
 
         Raises, through the future:
             RequestFailed: the snapshot could not be saved.
@@ -395,22 +388,14 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
             HotLoadTimeout: not every replica reported it within `hotload_timeout_s`.
             WeightsDrifted: with `on_drift="raise"`; the snapshot is live all the same.
         """
-        return self._publisher.sync(
-            self.save_weights_for_sampler,
-            self.forward,
-            name,
-            on_drift,
-            drift_bound,
-            probe_tokens,
-        )
+        save, forward = self.save_weights_for_sampler, self.forward
+        return self._publisher.sync(save, forward, name, on_drift, drift_bound, probe_tokens)
 
     # -- the model ---------------------------------------------------------------------------------
 
     def unload_model(self) -> APIFuture[None]:
         """Free the trainer's memory once the operations before this one are done."""
-        return self._queue.submit(
-            operations.unload_model(self.model_id, tinker_only=self._model.session.tinker_only)
-        )
+        return self._queue.submit(operations.unload_model(self._model))
 
     async def get_info(self) -> dict[str, Any]:
         """Ask the trainer for `model_id`, `model_data`, `is_lora` and `lora_rank` of the model."""
@@ -461,12 +446,12 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
     @property
     def dialect(self) -> str:
-        """ "json" or "protobuf": how passes are written."""
+        """The dialect that passes are written in, "json" or "protobuf"."""
         return self._model.passes.dialect.name
 
     @property
     def comms(self) -> str:
-        """ "v1" or "v2" of the JSON dialect."""
+        """The version of the JSON dialect, "v1" or "v2"."""
         return self._model.capabilities.comms
 
     @property
@@ -481,7 +466,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
     @property
     def ended(self) -> FireworksTrainingError | None:
-        """Why the client takes no more operations; None while it does."""
+        """The error that ended the client; None while it takes operations."""
         return self._queue.ended
 
     # -- the trainer's features: None where it does not say ----------------------------------------
@@ -518,7 +503,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
     @property
     def supports_rdma_weight_sync(self) -> bool:
-        """False: this client brings weights live through the deployment's hot load."""
+        """Whether weights go live by RDMA: never, but through the deployment's hot load."""
         return False
 
     def __repr__(self) -> str:

@@ -23,13 +23,13 @@ NO_SUCH_ROUTE = (404, 405, 501)
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """How a trainer wants its requests.
+    """The flags of a trainer for the requests of its clients.
 
     Attributes:
-        compress: requests in protobuf go out in zstd.
-        parallel_chunks: the requests of one pass go out side by side, else one after the other.
-        max_datums: of one request.
-        max_bytes: of one request, encoded and before compression.
+        compress: whether requests in protobuf go out in zstd.
+        parallel_chunks: whether the requests of one pass go out side by side.
+        max_datums: the most datums of one request.
+        max_bytes: the most bytes of one request, encoded and before compression.
     """
 
     compress: bool = False

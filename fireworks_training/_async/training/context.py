@@ -1,4 +1,4 @@
-"""An operation, and what it can do when its turn in the line has come.
+"""An operation, and the context by which it sends requests when its turn has come.
 
 An operation is a coroutine that is given an `OperationContext`: it sends requests, waits for their
 results, and may send again, as a custom loss does. Knows requests and the operation's place;
@@ -35,7 +35,7 @@ waiting for a later operation raises instead of dead-locking."""
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[T]):
-    """An operation that is ready to take its place.
+    """An operation that is checked and ready to take its place in the line.
 
     Thousands may wait in a line, and the garbage collector walks all that they hold: so what an
     operation of the common kinds holds is bytes, in a tuple, for a function that all of them share.
@@ -58,7 +58,7 @@ class Operation(Generic[T]):
 
 
 class OperationContext:
-    """What an operation sends with, from its turn in the line on.
+    """Sends the requests of one operation, from its turn in the line on.
 
     Args:
         requests: the model's requests.
@@ -130,7 +130,7 @@ class OperationContext:
         return answer
 
     def hold_up(self, caller_context: contextvars.Context) -> None:
-        """Note in a context that what runs there holds up the line from this operation on."""
+        """Note in a context that the code it runs holds up the line from this operation on."""
         caller_context.run(_HELD_UP.set, (self._line, self._ticket.place))
 
     def leave(self) -> None:

@@ -49,7 +49,7 @@ POLL_TIMEOUT = 45.0
 """Seconds for one poll, which servers answer before; then it is made again."""
 
 RETRY_SECONDS = 600.0
-"""Seconds of failing exchanges in a row before an operation is given up."""
+"""Seconds in which every exchange fails, before an operation is given up."""
 
 RETRY_BASE = 0.25
 """Seconds; ceiling of the first pause after a failed exchange, of which half is random. It doubles
@@ -79,7 +79,7 @@ UNDECIDED = frozenset({408, 409, 429})
 
 
 class DataPlane:
-    """The trainer's HTTP interface.
+    """Calls the trainer's HTTP endpoints.
 
     Args:
         transport: the service's pool.
@@ -93,7 +93,7 @@ class DataPlane:
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:
-        """Absolute URL of an endpoint."""
+        """Make the absolute URL of an endpoint."""
         return f"{self._base}/{path}"
 
     async def call(self, path: str, payload: object, *, what: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class DataPlane:
         headers: Mapping[str, str] | None = None,
         undecided: frozenset[int] = UNDECIDED,
     ) -> str:
-        """Send a request until the trainer accepts it; its request id.
+        """Send a request until the trainer accepts it; return its request id.
 
         Raises:
             TrainerLost: the trainer's process is gone.
@@ -208,7 +208,7 @@ class DataPlane:
         headers: Mapping[str, str] | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> Answer:
-        """Poll until the request is done; its payload.
+        """Poll until the request is done; return its payload.
 
         Args:
             headers: of each poll, such as what content types are understood.
@@ -271,7 +271,7 @@ class DataPlane:
 
 
 def retry_budget(undecided: frozenset[int]) -> Backoff:
-    """Retries for `RETRY_SECONDS`, however many; for what must not be given up soon.
+    """Make a schedule of retries for `RETRY_SECONDS`, for what must not be given up soon.
 
     Args:
         undecided: client-error statuses after which to send again.
@@ -370,7 +370,7 @@ def _tolerant(response: Response) -> Mapping[str, Any]:
 
 
 def _lost(error: ApiStatusError) -> TrainerLost | None:
-    """The error for a trainer that is gone, if a status means that."""
+    """Make the error for a trainer that is gone, if a status means that."""
     if error.status != 410 or error.error_class != "ModelLost":
         return None
     return TrainerLost(f"the trainer is gone: {error.message}", cause=error)

@@ -18,12 +18,12 @@ from fireworks_training._async.runtime.worker import INLINE_TOKENS, in_worker
 T = TypeVar("T")
 
 ENCODED_TOKENS = 4_000_000
-"""Tokens whose operations may lie encoded, not yet sent; one operation always may."""
+"""Tokens that may lie encoded and not yet sent; those of one operation always may."""
 
 
 @dataclass(eq=False, slots=True)
 class EncodingJob(Generic[T]):
-    """The encoding that one operation needs.
+    """The encoding of the datums of one operation.
 
     Attributes:
         work: does it, until it is done; its error, too, comes out of `result()`.
@@ -58,7 +58,7 @@ class EncodingJob(Generic[T]):
 
 
 class EncodingQueue:
-    """The encoding jobs of one model; on its owner loop.
+    """Carries out the encoding jobs of one model; on its owner loop.
 
     Args:
         bound: tokens of jobs that may be done and not released.

@@ -82,7 +82,7 @@ def configured(
 
 
 class TrainingClients:
-    """The training clients of one job; everything runs on the service's owner loop.
+    """Makes and closes the training clients of one job; all on the service's owner loop.
 
     Args:
         platform: the service's platform.

@@ -6,11 +6,15 @@ with the operations that users call. Knows nothing of arguments, snapshots or de
 
 from __future__ import annotations
 
+from functools import partial
+from uuid import uuid4
+
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.queue import OperationQueue
 from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._async.training.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import OperationLine
+from fireworks_training._wire.training.bodies import failing_pass
 from fireworks_training.config import FiretitanProvisioningConfig
 
 
@@ -28,6 +32,7 @@ class RemoteModel:
     Attributes:
         passes: encodes and sends its passes.
         states: the states that were saved of it.
+        suffix: what is added to the names of its snapshots, so that runs do not meet.
         queue: carries out its operations.
     """
 
@@ -43,35 +48,37 @@ class RemoteModel:
     ) -> None:
         # Imported here, since they load numpy, which a service that only samples does without.
         from fireworks_training._async.training.passes import Passes
-        from fireworks_training._wire.training.dialects import choose
+        from fireworks_training._wire.training.dialects import choose, filler_pass
 
         self.session = session
         self.capabilities = capabilities
         self.config = config
         self.owner = owner
         self.forward_only = forward_only
+        dialect = choose(
+            config.dialect,
+            wire=capabilities.wire,
+            comms=capabilities.comms,
+            zstd=session.client_config.compress,
+        )
         self.passes = Passes(
-            capabilities.model_id,
-            choose(
-                config.dialect,
-                wire=capabilities.wire,
-                comms=capabilities.comms,
-                zstd=session.client_config.compress,
-            ),
+            self.id,
+            dialect,
             backward=capabilities.backward,
             usage=session.plane.usage,
             limits=session.client_config,
         )
         self.states = SavedStates()
+        self.suffix = uuid4().hex[:8]
         self.queue = OperationQueue(
             session.plane,
             owner=owner,
-            model_id=capabilities.model_id,
+            model_id=self.id,
             line=OperationLine(
                 step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps
             ),
-            filler_request=self.passes.filler_request,
-            failing_request=self.passes.failing_request,
+            filler_request=partial(filler_pass, dialect, self.id),
+            failing_request=partial(failing_pass, self.id),
             states=self.states,
             forward_only=forward_only,
             batch_polls=capabilities.batch_polls,

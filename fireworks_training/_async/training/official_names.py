@@ -51,13 +51,13 @@ class OfficialTrainingNames:
     async def forward_async(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """`forward`, awaited for its future."""
+        """Call `forward` and return its future."""
         return self.forward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
         self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """`forward_backward`, awaited for its future."""
+        """Call `forward_backward` and return its future."""
         return self.forward_backward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_custom_async(
@@ -70,7 +70,7 @@ class OfficialTrainingNames:
         pooling: Pooling = "mean",
         precomputed_forward: tinker.ForwardBackwardOutput | None = None,
     ) -> PassFuture:
-        """`forward_backward_custom`, awaited for its future."""
+        """Call `forward_backward_custom` and return its future."""
         return self.forward_backward_custom(
             data,
             loss_fn,
@@ -89,7 +89,7 @@ class OfficialTrainingNames:
         pooling: Pooling = "last",
         num_extra_negatives: int = 0,
     ) -> PassFuture:
-        """`forward_backward_contrastive`, awaited for its future."""
+        """Call `forward_backward_contrastive` and return its future."""
         return self.forward_backward_contrastive(
             data,
             num_queries=num_queries,
@@ -106,7 +106,7 @@ class OfficialTrainingNames:
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
-        """`optim_step`, awaited for its future."""
+        """Call `optim_step` and return its future."""
         return self.optim_step(
             adam_params,
             grad_accumulation_normalization,
@@ -122,7 +122,7 @@ class OfficialTrainingNames:
         *,
         timeout: float | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        """Call `save_state` and return its future; with a timeout, wait for the state."""
         future = self.save_state(name, ttl_seconds, overwrite)
         if timeout is not None:
             await future.result_async(timeout)
@@ -131,17 +131,17 @@ class OfficialTrainingNames:
     async def load_state_async(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state`, awaited for its future."""
+        """Call `load_state` and return its future."""
         return self.load_state(path, weights_access_token)
 
     async def load_state_with_optimizer_async(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state_with_optimizer`, awaited for its future."""
+        """Call `load_state_with_optimizer` and return its future."""
         return self.load_state_with_optimizer(path, weights_access_token)
 
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
-        """`load_adapter`, awaited for its future."""
+        """Call `load_adapter` and return its future."""
         return self.load_adapter(adapter_path)
 
     async def save_weights_for_sampler_async(
@@ -153,7 +153,7 @@ class OfficialTrainingNames:
         export_precision: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """`save_weights_for_sampler`, awaited for its future."""
+        """Call `save_weights_for_sampler` and return its future."""
         return self.save_weights_for_sampler(
             name,
             ttl_seconds,
@@ -169,7 +169,7 @@ class OfficialTrainingNames:
         ttl_seconds: int | None = None,
         export_precision: str | None = None,
     ) -> SaveSamplerResult:
-        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        """Call `save_weights_for_sampler`, and wait for the snapshot's path and name."""
         saved = await self.save_weights_for_sampler(
             name, ttl_seconds, checkpoint_type=checkpoint_type, export_precision=export_precision
         )
@@ -183,7 +183,7 @@ class OfficialTrainingNames:
         drift_bound: float = DRIFT_BOUND,
         probe_tokens: Sequence[int] | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
+        """Call `weight_sync` and return its future."""
         return self.weight_sync(
             name, on_drift=on_drift, drift_bound=drift_bound, probe_tokens=probe_tokens
         )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fireworks_training._async.training.arguments import check_name, check_state
 from fireworks_training._async.training.context import Operation, OperationContext
-from fireworks_training._async.training.requests import Request, WireRequest
-from fireworks_training._async.training.saved_states import SavedStates
+from fireworks_training._async.training.model import RemoteModel
+from fireworks_training._async.training.requests import Request
 from fireworks_training._checks import one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
@@ -45,18 +45,14 @@ GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
 
 async def _send(context: OperationContext, path: str, body: bytes) -> Mapping[str, Any]:
     """Send one JSON request and wait for its result."""
-    (answer,) = await context.send([Request(partial(_with_seq_id, path, body))])
+    (answer,) = await context.send([Request(partial(bodies.with_seq_id, path, body))])
     if isinstance(answer, bytes):
         raise ProtocolError(f"{path}: the trainer answered protobuf where JSON is due")
     return answer
 
 
-def _with_seq_id(path: str, body: bytes, seq_id: int) -> WireRequest:
-    return WireRequest(path, bodies.with_seq_id(body, seq_id))
-
-
 def optim_step(
-    model_id: str,
+    model: RemoteModel,
     adam_params: tinker.AdamParams,
     normalization: Normalization | None,
     emit_grad_norm_metrics: GradNorms | None,
@@ -80,7 +76,7 @@ def optim_step(
     adam: dict[str, Any] = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
     if mode is not None:
         adam["emit_grad_norm_metrics"] = mode
-    body = bodies.optim_step(model_id, adam, normalization)
+    body = bodies.optim_step(model.id, adam, normalization)
     return Operation(Role.OPTIM, "optim_step", _optim_step, (body,), accept_partial=accept_partial)
 
 
@@ -92,16 +88,17 @@ async def _optim_step(context: OperationContext, body: bytes) -> OptimStepRespon
 
 
 def save_state(
-    model_id: str, name: str, states: SavedStates, ttl_seconds: int | None, overwrite: bool
+    model: RemoteModel, name: str, ttl_seconds: int | None, overwrite: bool
 ) -> Operation[SaveWeightsResponse]:
-    """Save weights and optimizer, and note the state in `states`."""
+    """Save weights and optimizer, and note the state."""
     check_name("name", name)
     _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
+    states = model.states
 
     async def run(context: OperationContext) -> SaveWeightsResponse:
         from tinker.types import SaveWeightsResponse
 
-        payload = await _send(context, "save_weights", bodies.save_weights(model_id, name))
+        payload = await _send(context, "save_weights", bodies.save_weights(model.id, name))
         path = payload.get("path")
         if not isinstance(path, str):
             raise ProtocolError("the trainer saved a state but named no path")
@@ -120,12 +117,7 @@ def save_state(
 
 
 def load_state(
-    model_id: str,
-    path: str,
-    states: SavedStates,
-    weights_access_token: str | None,
-    *,
-    optimizer: bool,
+    model: RemoteModel, path: str, access_token: str | None, *, optimizer: bool
 ) -> Operation[LoadWeightsResponse]:
     """Load a saved state; with its optimizer, the client is noted to go on from it."""
     check_state("path", path)
@@ -133,18 +125,16 @@ def load_state(
     async def run(context: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        body = bodies.load_weights(
-            model_id, path, optimizer=optimizer, access_token=weights_access_token
-        )
+        body = bodies.load_weights(model.id, path, optimizer=optimizer, access_token=access_token)
         payload = await _send(context, "load_weights", body)
         if optimizer:
-            states.resumed(path)
+            model.states.resumed(path)
         return LoadWeightsResponse(path=payload.get("path", path))
 
     return Operation(Role.LOAD, "load_state", run)
 
 
-def load_adapter(model_id: str, adapter_path: str) -> Operation[LoadWeightsResponse]:
+def load_adapter(model: RemoteModel, adapter_path: str) -> Operation[LoadWeightsResponse]:
     """Load the weights of an adapter that a trainer or peft wrote."""
     if not adapter_path.strip():
         raise InvalidArgument(
@@ -155,7 +145,7 @@ def load_adapter(model_id: str, adapter_path: str) -> Operation[LoadWeightsRespo
     async def run(context: OperationContext) -> LoadWeightsResponse:
         from tinker.types import LoadWeightsResponse
 
-        body = bodies.load_adapter(model_id, adapter_path)
+        body = bodies.load_adapter(model.id, adapter_path)
         payload = await _send(context, "load_adapter", body)
         return LoadWeightsResponse(path=payload.get("adapter_path", adapter_path))
 
@@ -163,22 +153,21 @@ def load_adapter(model_id: str, adapter_path: str) -> Operation[LoadWeightsRespo
 
 
 def save_weights_for_sampler(
-    model_id: str,
+    model: RemoteModel,
     name: str,
-    suffix: str,
     *,
     chain: Chain,
     checkpoint_type: CheckpointType | None,
     export_precision: str | None = None,
-    tinker_only: bool = False,
     **refused: object,
 ) -> Operation[SaveWeightsForSamplerResponse]:
-    """Save a snapshot that a deployment can load, named with the session's suffix.
+    """Save a snapshot that a deployment can load, named with the model's suffix.
 
     Args:
-        chain: decides the type, unless the caller does, and notes what was written.
-        tinker_only: for a Tinker server, whose snapshots are of one type.
+        chain: decides the type, unless the caller does, and notes what was written; on a Tinker
+            server all snapshots are of one type.
     """
+    tinker_only = model.session.tinker_only
     check_name("name", name)
     one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
     _refuse(**refused, **({"checkpoint_type": checkpoint_type} if tinker_only else {}))
@@ -190,8 +179,8 @@ def save_weights_for_sampler(
 
         async def save(kind: CheckpointType) -> Snapshot:
             body = bodies.save_weights_for_sampler(
-                model_id,
-                f"{name}-{suffix}",
+                model.id,
+                f"{name}-{model.suffix}",
                 checkpoint_type=None if tinker_only else kind,
                 export_precision=export_precision,
             )
@@ -213,17 +202,14 @@ def save_weights_for_sampler(
     return Operation(Role.SAVE, "save_weights_for_sampler", run)
 
 
-def unload_model(model_id: str, *, tinker_only: bool = False) -> Operation[None]:
-    """Free the trainer's memory.
-
-    Args:
-        tinker_only: for a Tinker server, to which it is no operation with a place in the line.
-    """
-    body = bodies.unload_model(model_id)
+def unload_model(model: RemoteModel) -> Operation[None]:
+    """Free the trainer's memory."""
+    body = bodies.unload_model(model.id)
 
     async def run(context: OperationContext) -> None:
-        if tinker_only:
-            await context.send([Request(lambda _: WireRequest("unload_model", body))])
+        if model.session.tinker_only:  # to such a server it is no operation of the line
+            request = bodies.WireRequest("unload_model", body)
+            await context.send([Request(lambda _: request)])
         else:
             await _send(context, "unload_model", body)
 

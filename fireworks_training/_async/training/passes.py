@@ -27,16 +27,14 @@ from fireworks_training._async.training.context import OperationContext
 from fireworks_training._async.training.custom_loss import LossResult, in_daemon_thread, run_loss
 from fireworks_training._async.training.data_plane import Answer
 from fireworks_training._async.training.encoding import EncodingJob
-from fireworks_training._async.training.requests import Request, WireRequest
+from fireworks_training._async.training.requests import Request
 from fireworks_training._core.chunking import combine_metrics, split
-from fireworks_training._wire.training.bodies import PassKind, failing_pass
+from fireworks_training._wire.training.bodies import PassKind, WireRequest
 from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
 from fireworks_training._wire.training.dialects import (
     ACCEPT,
     Dialect,
-    EncodedPass,
     decode_result,
-    encode_filler,
 )
 from fireworks_training.errors import InvalidDatum, ProtocolError
 
@@ -138,14 +136,6 @@ class Passes:
     backward: bool = False
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
-
-    def filler_request(self, seq_id: int) -> WireRequest:
-        """Make a request that changes nothing."""
-        return _request(encode_filler(self.dialect, self.model_id, seq_id))
-
-    def failing_request(self, seq_id: int) -> WireRequest:
-        """Make a request that a trainer which enforces steps takes as failed."""
-        return WireRequest("forward_backward", failing_pass(self.model_id, seq_id))
 
     def encoding(
         self,
@@ -281,10 +271,8 @@ class Passes:
 
     def _by_forward(self, forward_id: int, body: bytes, linear: Callable[[], bytes]) -> Request:
         def make(seq_id: int) -> WireRequest:
-            return _request(
-                self.dialect.encode_backward(
-                    body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
-                )
+            return self.dialect.encode_backward(
+                body, model_id=self.model_id, seq_id=seq_id, forward_seq_id=forward_id
             )
 
         def fallback(seq_id: int) -> WireRequest:
@@ -304,25 +292,19 @@ class Passes:
         return len(body) // 16 if self.dialect.compresses else 0
 
     def _chunk(self, kind: PassKind, body: bytes, loss: BuiltInLoss, seq_id: int) -> WireRequest:
-        return _request(
-            self.dialect.encode_pass(
-                kind,
-                body,
-                loss_fn=loss.name,
-                loss_fn_config=loss.config,
-                model_id=self.model_id,
-                seq_id=seq_id,
-            )
+        return self.dialect.encode_pass(
+            kind,
+            body,
+            loss_fn=loss.name,
+            loss_fn_config=loss.config,
+            model_id=self.model_id,
+            seq_id=seq_id,
         )
 
 
 @lru_cache(maxsize=64)
 def _plain_loss(name: str) -> BuiltInLoss:
     return BuiltInLoss(name)
-
-
-def _request(encoded: EncodedPass) -> WireRequest:
-    return WireRequest(encoded.path, encoded.body, encoded.headers)
 
 
 def _length(datum: Captured) -> int:

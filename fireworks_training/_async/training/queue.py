@@ -31,12 +31,11 @@ from fireworks_training._async.training.requests import (
     MakeRequest,
     Request,
     RequestPipeline,
-    WireRequest,
 )
 from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._core.operations import OperationLine, Role, Skip, Ticket, WaitFor
 from fireworks_training._outcome import Outcome, done_here
-from fireworks_training._wire.training import bodies
+from fireworks_training._wire.training.bodies import discard_gradients
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
@@ -94,7 +93,7 @@ class QueuedOperation(Outcome[T]):
 
 
 class UnseenFailures:
-    """The failures of a client whose errors nobody has retrieved."""
+    """Keeps the failures of a client whose errors nobody has retrieved."""
 
     def __init__(self) -> None:
         self._errors: list[BaseException] = []
@@ -110,12 +109,12 @@ class UnseenFailures:
 
     @property
     def first(self) -> BaseException | None:
-        """The first of them."""
+        """The first failure whose error nobody has retrieved; None where there is none."""
         return next((e for e in self._errors if not was_retrieved(e)), None)
 
 
 class OperationQueue:
-    """The operations of one model, carried out in call order.
+    """Carries out the operations of one model in call order.
 
     Args:
         plane: the trainer's HTTP interface.
@@ -213,7 +212,7 @@ class OperationQueue:
                 queued.fail(error)
 
     def cancel(self, queued: QueuedOperation[Any]) -> bool:
-        """Cancel an operation unless it has begun; whether that was so."""
+        """Cancel an operation that has not begun; return whether it was cancelled."""
         with self._lock:
             if queued.started:
                 return False
@@ -306,13 +305,9 @@ class OperationQueue:
 
     async def _discard(self) -> None:
         """Have the trainer drop the gradients of a failed step."""
-
-        def make(seq_id: int) -> WireRequest:
-            body = bodies.discard_gradients(self._model_id, seq_id)
-            return WireRequest("discard_gradients", body)
-
+        request = Request(partial(discard_gradients, self._model_id))
         try:
-            await self._requests.start(Request(make), "discard_gradients").task
+            await self._requests.start(request, "discard_gradients").task
         except SessionEnded:
             raise
         except FireworksTrainingError as error:
@@ -323,7 +318,7 @@ class OperationQueue:
             ) from error
 
     def _explain(self, error: BaseException) -> BaseException:
-        """The error to hand out: an operation cut by the end of the session fails with that."""
+        """Choose the error to hand out: what the end of the session cut fails with that."""
         if isinstance(error, asyncio.CancelledError):
             return self.ended or OperationCancelled("the event loop cancelled the operation")
         if isinstance(error, TrainerLost) and error.last_saved_state is None:
@@ -396,7 +391,7 @@ class OperationQueue:
             await finish_in_spite_of_cancellation(self._stop())
 
     async def _drain(self, timeout: float) -> bool:
-        """Wait until every accepted operation has its outcome; whether that was in time."""
+        """Wait until every accepted operation has its outcome; return whether that was in time."""
         waits = [done_here(queued) for queued in list(self._by_ticket.values())]
         if not waits:
             return True

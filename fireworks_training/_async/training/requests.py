@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from fireworks_training._async.http.transport import Body
 from fireworks_training._async.runtime.worker import off_loop
 from fireworks_training._async.training.batch_polls import BatchPolls
 from fireworks_training._async.training.data_plane import (
@@ -28,6 +27,7 @@ from fireworks_training._async.training.data_plane import (
 )
 from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._core.waits.reports import WaitReporter
+from fireworks_training._wire.training.bodies import WireRequest
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -54,22 +54,13 @@ ALWAYS_IN_THREAD = 1 << 62
 logger = logging.getLogger("fireworks_training.trainer")
 
 
-@dataclass(frozen=True, slots=True)
-class WireRequest:
-    """A request as it goes out; its body may be in pieces."""
-
-    path: str
-    body: Body
-    headers: Mapping[str, str] | None = None
-
-
 MakeRequest = Callable[[int], WireRequest]
 """Makes the request that has an id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of an operation, once it has an id.
+    """One request of an operation, to be made when it has its id.
 
     Attributes:
         make: makes the request for an id; may raise, and its place is then filled.
@@ -95,7 +86,7 @@ class InFlightRequest:
 
 
 class RequestPipeline:
-    """The requests of one model.
+    """Sends the requests of one model, and polls for their results.
 
     Args:
         plane: the trainer's HTTP interface.

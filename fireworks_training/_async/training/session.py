@@ -85,7 +85,7 @@ class Capabilities:
 
 
 class TrainerSession:
-    """One session, with its heartbeat; models are made in it.
+    """Opens one session, keeps it alive, and makes models in it.
 
     Args:
         transport: the service's pool.
@@ -190,7 +190,7 @@ class TrainerSession:
 
 
 class Heartbeat:
-    """The heartbeat of one session, from `start()` to `stop()`.
+    """Sends the heartbeats of one session, from `start()` to `stop()`.
 
     Args:
         make_transport: makes a transport for the loop that it is given.
@@ -214,11 +214,11 @@ class Heartbeat:
         self._running: Outcome[None] | None = None
 
     def start(self) -> None:
-        """Begin; from any thread."""
+        """Begin to send heartbeats; from any thread."""
         self._running = self._owner.spawn(self._beat, label="heartbeat")
 
     async def stop(self) -> None:
-        """End, and close the heartbeat's connections; from any loop. Idempotent."""
+        """Stop, and close the heartbeat's connections; from any loop. Idempotent."""
         if self._running is None:
             return
         running, self._running = self._running, None

@@ -50,11 +50,11 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     def forward(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """Logprobs of the targets, without gradients.
+        """Compute the logprobs of the targets, without gradients.
 
         Args:
-            data: datums; entry t of each loss input belongs to predicting target t from the input
-                tokens up to t, so all have as many entries as the model input has tokens.
+            data: the datums; entry t of each loss input belongs to predicting target t from the
+                input tokens up to t, so all have as many entries as the model input has tokens.
             loss_fn: name of a built-in loss.
             loss_fn_config: its options.
 
@@ -129,7 +129,9 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         )
 
     def forward_projection(self, data: Datums) -> PassFuture:
-        """The projection head's output, without gradients; for models with `projection_head_dim`.
+        """Compute the projection head's output, without gradients.
+
+        For models with `projection_head_dim`.
 
         Returns:
             `loss_fn_outputs[i]["projection"]`, float32 `[T_i, D]`.
@@ -304,7 +306,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         drift_bound: float = DRIFT_BOUND,
         probe_tokens: Sequence[int] | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """Bring the weights as they are at this place in the line into the deployment.
+        """Bring the weights, as they are at this place in the line, into the deployment.
 
         Returns at once; training goes on while the snapshot is written and loaded. The future ends
         when every replica serves it. Of syncs that wait for another one, only the newest is loaded,
@@ -316,8 +318,8 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             name: of the snapshot; None numbers them (`weight-sync-000001`).
             on_drift: compare the engine's logprobs of a few tokens with the trainer's once the
                 snapshot is live, and beyond `drift_bound` "warn" or "raise"; None compares nothing.
-            drift_bound: nats; of the mean absolute difference of a token's logprob.
-            probe_tokens: what to compare on; default 32 fixed ids.
+            drift_bound: the most that the logprobs of a token may differ on average, in nats.
+            probe_tokens: the token ids to compare on; default 32 fixed ones.
 
         Raises, through the future:
             RequestFailed: the snapshot could not be saved.
@@ -370,12 +372,12 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
 
     @property
     def dialect(self) -> str:
-        """ "json" or "protobuf": how passes are written."""
+        """The dialect that passes are written in, "json" or "protobuf"."""
         return self._async.dialect
 
     @property
     def comms(self) -> str:
-        """ "v1" or "v2" of the JSON dialect."""
+        """The version of the JSON dialect, "v1" or "v2"."""
         return self._async.comms
 
     @property
@@ -390,7 +392,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
 
     @property
     def ended(self) -> FireworksTrainingError | None:
-        """Why the client takes no more operations; None while it does."""
+        """The error that ended the client; None while it takes operations."""
         return self._async.ended
 
     @property
@@ -425,19 +427,19 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
 
     @property
     def supports_rdma_weight_sync(self) -> bool:
-        """False: this client brings weights live through the deployment's hot load."""
+        """Whether weights go live by RDMA: never, but through the deployment's hot load."""
         return self._async.supports_rdma_weight_sync
 
     async def forward_async(
         self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """`forward`, awaited for its future."""
+        """Call `forward` and return its future."""
         return await self._hop(self._async.forward_async, data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
         self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
     ) -> PassFuture:
-        """`forward_backward`, awaited for its future."""
+        """Call `forward_backward` and return its future."""
         return await self._hop(self._async.forward_backward_async, data, loss_fn, loss_fn_config)
 
     async def forward_backward_custom_async(
@@ -450,7 +452,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         pooling: Pooling = "mean",
         precomputed_forward: tinker.ForwardBackwardOutput | None = None,
     ) -> PassFuture:
-        """`forward_backward_custom`, awaited for its future."""
+        """Call `forward_backward_custom` and return its future."""
         return await self._hop(
             self._async.forward_backward_custom_async,
             data,
@@ -470,7 +472,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         pooling: Pooling = "last",
         num_extra_negatives: int = 0,
     ) -> PassFuture:
-        """`forward_backward_contrastive`, awaited for its future."""
+        """Call `forward_backward_contrastive` and return its future."""
         return await self._hop(
             self._async.forward_backward_contrastive_async,
             data,
@@ -488,7 +490,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         *,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
-        """`optim_step`, awaited for its future."""
+        """Call `optim_step` and return its future."""
         return await self._async.optim_step_async(
             adam_params,
             grad_accumulation_normalization,
@@ -504,23 +506,23 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         *,
         timeout: float | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """`save_state`, awaited for its future; with a timeout, until the state is saved."""
+        """Call `save_state` and return its future; with a timeout, wait for the state."""
         return await self._async.save_state_async(name, ttl_seconds, overwrite, timeout=timeout)
 
     async def load_state_async(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state`, awaited for its future."""
+        """Call `load_state` and return its future."""
         return await self._async.load_state_async(path, weights_access_token)
 
     async def load_state_with_optimizer_async(
         self, path: str, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """`load_state_with_optimizer`, awaited for its future."""
+        """Call `load_state_with_optimizer` and return its future."""
         return await self._async.load_state_with_optimizer_async(path, weights_access_token)
 
     async def load_adapter_async(self, adapter_path: str) -> APIFuture[LoadWeightsResponse]:
-        """`load_adapter`, awaited for its future."""
+        """Call `load_adapter` and return its future."""
         return await self._async.load_adapter_async(adapter_path)
 
     async def save_weights_for_sampler_async(
@@ -532,7 +534,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         export_precision: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """`save_weights_for_sampler`, awaited for its future."""
+        """Call `save_weights_for_sampler` and return its future."""
         return await self._async.save_weights_for_sampler_async(
             name,
             ttl_seconds,
@@ -548,7 +550,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         ttl_seconds: int | None = None,
         export_precision: str | None = None,
     ) -> SaveSamplerResult:
-        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
+        """Call `save_weights_for_sampler`, and wait for the snapshot's path and name."""
         return self._run(
             self._async.save_weights_for_sampler_ext,
             name,
@@ -565,7 +567,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         drift_bound: float = DRIFT_BOUND,
         probe_tokens: Sequence[int] | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
+        """Call `weight_sync` and return its future."""
         return await self._async.weight_sync_async(
             name,
             on_drift=on_drift,

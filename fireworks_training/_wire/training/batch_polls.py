@@ -1,4 +1,4 @@
-"""Batch polling: one request for whatever has ended of a model since the last one.
+"""The wire format of batch polls: one request for all requests of a model that have ended.
 
 `POST retrieve_futures`, which the Tinker API has for sampling sessions, and some trainers for their
 models. A small result comes with its completion; a larger one is fetched by `retrieve_future`.
@@ -17,7 +17,7 @@ import orjson
 from fireworks_training.errors import ProtocolError
 
 INLINE_BYTES = 1 << 14
-"""A result of at most so many bytes is asked for with its completion."""
+"""Results of at most so many bytes come with the answer of the batch poll."""
 
 MAX_IDS = 4096
 """Ids that one request may name."""
@@ -25,12 +25,12 @@ MAX_IDS = 4096
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """One completion.
+    """A request that has ended.
 
     Attributes:
-        request_id: whose.
-        body: the result, or the failure's words; None where it is to be fetched.
-        content_type: of the body.
+        request_id: its id.
+        body: the result or the failure; None where it is to be fetched.
+        content_type: the media type of the body.
     """
 
     request_id: str
@@ -39,10 +39,10 @@ class FinishedRequest:
 
 
 def encode_poll(model_id: str, cursor: int, retrieved: Sequence[str]) -> bytes:
-    """The request.
+    """Write a batch poll.
 
     Args:
-        cursor: where the last answer ended; 0 for the first.
+        cursor: the cursor of the last answer; 0 for the first.
         retrieved: requests whose results are here; at most `MAX_IDS`.
     """
     return orjson.dumps(
@@ -56,10 +56,10 @@ def encode_poll(model_id: str, cursor: int, retrieved: Sequence[str]) -> bytes:
 
 
 def decode_poll(payload: dict[str, Any]) -> tuple[list[FinishedRequest], int]:
-    """What has ended, and where to go on.
+    """Read the answer: the requests that have ended, and the next cursor.
 
     Raises:
-        ProtocolError: it is no such answer.
+        ProtocolError: it is not such an answer.
     """
     completions, cursor = payload.get("completions"), payload.get("cursor")
     if not isinstance(completions, list) or not isinstance(cursor, int):

@@ -1,16 +1,17 @@
-"""The JSON bodies of the trainer's data plane: every request that is not a pass, and their answers.
+"""The JSON requests of the trainer's data plane, all but the passes, and how answers are read.
 
 The whole protocol of sessions, models, saves and steps is written here; passes over datums are in
 `json_passes` and `protobuf`, batch polls in `batch_polls`. Knows nothing of connections, retries or
 the order of operations, and does without numpy, so that a service is made without loading it.
 
-An operation's body is encoded when it is called and gets its `seq_id` when it is sent
-(`with_seq_id`).
+Each function writes the body of the request that its docstring names. That of an operation is
+written before its turn, and gets its `seq_id` when it is sent (`with_seq_id`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import orjson
@@ -21,16 +22,25 @@ from fireworks_training.models import Snapshot, SnapshotKind, __version__
 PassKind = Literal["forward", "forward_backward"]
 
 
+@dataclass(frozen=True, slots=True)
+class WireRequest:
+    """A request as it goes out over HTTP: its path, its body, whole or in pieces, and headers."""
+
+    path: str
+    body: bytes | tuple[bytes, ...]
+    headers: Mapping[str, str] | None = None
+
+
 # -- sessions and models ---------------------------------------------------------------------------
 
 
 def client_config() -> dict[str, Any]:
-    """The question how a trainer wants its requests."""
+    """Ask how a trainer wants its requests."""
     return {"sdk_version": __version__}
 
 
 def create_session(tags: Sequence[str], user_metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The request that opens a session."""
+    """Open a session."""
     return {
         "tags": tags,
         "user_metadata": dict(user_metadata),
@@ -40,7 +50,7 @@ def create_session(tags: Sequence[str], user_metadata: Mapping[str, str]) -> dic
 
 
 def heartbeat(session_id: str) -> bytes:
-    """The request that keeps a session alive."""
+    """Keep a session alive."""
     return orjson.dumps({"session_id": session_id, "type": "session_heartbeat"})
 
 
@@ -52,7 +62,7 @@ def create_model(
     base_only: bool = False,
     user_metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The request that makes a model, but for its number; equal bytes ask for equal models.
+    """Make a model; its number is still missing, so that equal bytes ask for equal models.
 
     Args:
         lora_config: of the adapter: its rank, which layers it has, its seed.
@@ -72,30 +82,30 @@ def create_model(
 
 
 def with_model_seq_id(body: bytes, model_seq_id: int) -> bytes:
-    """The body of `create_model` with the model's number in its session."""
+    """Add the model's number in its session to the body of `create_model`."""
     return b'%b,"model_seq_id":%d}' % (body[:-1], model_seq_id)
 
 
 def get_info(model_id: str) -> dict[str, Any]:
-    """The question what a model is."""
+    """Ask for the facts of a model."""
     return {"model_id": model_id, "type": "get_info"}
 
 
 def retrieve_future(request_id: str) -> bytes:
-    """A poll for the result of one request."""
+    """Poll for the result of one request."""
     return orjson.dumps({"request_id": request_id, "allow_metadata_only": False})
 
 
 # -- operations ------------------------------------------------------------------------------------
 
 
-def with_seq_id(body: bytes, seq_id: int) -> bytes:
-    """The body of an operation with its place in the model's line."""
-    return b'%b,"seq_id":%d}' % (body[:-1], seq_id)
+def with_seq_id(path: str, body: bytes, seq_id: int) -> WireRequest:
+    """Make the request of an operation that has its place in the model's line."""
+    return WireRequest(path, b'%b,"seq_id":%d}' % (body[:-1], seq_id))
 
 
 def _operation(kind: str, model_id: str, **fields: object) -> bytes:
-    """The body of an operation, but for its `seq_id`; fields that are None are left out."""
+    """Write the body of an operation, but for its `seq_id`; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps({**given, "type": kind, "model_id": model_id})
 
@@ -149,15 +159,17 @@ def unload_model(model_id: str) -> bytes:
     return _operation("unload_model", model_id)
 
 
-def discard_gradients(model_id: str, seq_id: int) -> bytes:
+def discard_gradients(model_id: str, seq_id: int) -> WireRequest:
     """Drop the gradients of a failed step, in the place of its `optim_step`."""
-    return orjson.dumps({"model_id": model_id, "seq_id": seq_id})
+    body = {"model_id": model_id, "seq_id": seq_id}
+    return WireRequest("discard_gradients", orjson.dumps(body))
 
 
-def failing_pass(model_id: str, seq_id: int) -> bytes:
-    """A pass without datums: a trainer that enforces steps takes it as failed."""
+def failing_pass(model_id: str, seq_id: int) -> WireRequest:
+    """Make a pass without datums: a trainer that enforces steps takes it as failed."""
     nothing = {"data": (), "loss_fn": "cross_entropy"}
-    return orjson.dumps({"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing})
+    body = {"model_id": model_id, "seq_id": seq_id, "forward_backward_input": nothing}
+    return WireRequest("forward_backward", orjson.dumps(body))
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""zstd of request bodies: `Content-Encoding: zstd`. Decompression is bounded."""
+"""Compresses request bodies (`Content-Encoding: zstd`), and decompresses them within a bound."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from fireworks_training.errors import ProtocolError
 
 ENCODING = "zstd"
 LEVEL = 1
-"""Fast; token ids and logprobs hardly compress further at higher levels."""
+"""The fastest level: token ids and logprobs hardly compress further at higher ones."""
 
 
 def compress(body: bytes) -> bytes:
-    """`body` as one zstd frame."""
+    """Compress `body` to one zstd frame."""
     return zstandard.ZstdCompressor(level=LEVEL).compress(body)
 
 
 def decompress(body: bytes, *, limit: int) -> bytes:
-    """The content of a zstd body.
+    """Decompress a zstd body.
 
     Args:
         limit: bytes that the content may have; also where a frame's header does not say how many.

@@ -1,4 +1,4 @@
-"""Datums before and after the wire, whatever the dialect: captured, checked, and their results.
+"""Captures and checks datums before they are encoded, in whatever dialect; and their results.
 
 A datum is captured when the operation is called, so that arrays which the caller changes afterwards
 do no harm, and checked and encoded later, away from the loop. What is checked here is what a server
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 class TensorLike(Protocol):
-    """What this module needs of `tinker.TensorData`."""
+    """The part of `tinker.TensorData` that this module needs."""
 
     @property
     def dtype(self) -> str: ...
@@ -41,7 +41,7 @@ class TensorLike(Protocol):
 
 
 class DatumLike(Protocol):
-    """What this module needs of `tinker.Datum`."""
+    """The part of `tinker.Datum` that this module needs."""
 
     @property
     def model_input(self) -> Any: ...
@@ -51,7 +51,7 @@ class DatumLike(Protocol):
 
 
 class Encoding(NamedTuple):
-    """A datum as it goes out: bytes in all, and the parts that they lie in.
+    """An encoded datum: its size in bytes, and the parts that they lie in.
 
     The parts are bytes, and arrays as they lie in memory; numpy's stubs know the latter as buffers
     from Python 3.12 on.
@@ -63,7 +63,7 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """The answer of one pass: per-datum arrays and metrics."""
+    """The result of one pass: arrays of each datum, and metrics."""
 
     output_type: str
     outputs: list[dict[str, Array]]
@@ -132,7 +132,7 @@ class Captured:
 
 
 def capture(datum: DatumLike, *, copy: bool = True) -> Captured:
-    """A datum as it is now. Costs a copy of its arrays, and never raises on their content.
+    """Capture a datum as it is now, with a copy of its arrays; never raises on their content.
 
     Args:
         copy: False for a datum that is encoded before its caller can change it.
@@ -147,14 +147,14 @@ def capture(datum: DatumLike, *, copy: bool = True) -> Captured:
 
 
 def count_tokens(data: Sequence[DatumLike]) -> int:
-    """Tokens of the model inputs; chunks that are not text have none."""
+    """Count the tokens of the model inputs; chunks that are not text have none."""
     return sum(
         len(getattr(chunk, "tokens", ())) for datum in data for chunk in datum.model_input.chunks
     )
 
 
 def _dense(tensor: TensorLike, name: str, index: int) -> Array:
-    """A sparse tensor's dense array; `to_numpy` needs torch for that."""
+    """Make a sparse tensor's dense array; `to_numpy` needs torch for that."""
     try:
         return _written_out(tensor)
     except (ValueError, IndexError, TypeError) as error:

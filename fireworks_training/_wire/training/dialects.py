@@ -14,27 +14,18 @@ from typing import Any, Protocol, TypedDict, Unpack
 import numpy as np
 
 from fireworks_training._wire.training import json_passes, protobuf
-from fireworks_training._wire.training.bodies import PassKind
+from fireworks_training._wire.training.bodies import PassKind, WireRequest
 from fireworks_training._wire.training.compression import ENCODING, compress
 from fireworks_training._wire.training.datums import Array, Encoding, PassResult
 from fireworks_training.errors import NotSupported
 
 JSON_TYPE = "application/json"
 ACCEPT = f"{protobuf.CONTENT_TYPE}, {JSON_TYPE}"
-"""What is asked for as the form of a result; the answer's content type tells which it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPass:
-    """A request's path, the pieces of its body, and its headers."""
-
-    path: str
-    body: tuple[bytes, ...]
-    headers: Mapping[str, str]
+"""The forms that a result may have; the answer's content type names its own."""
 
 
 class PassFields(TypedDict):
-    """What stands beside the datums of a pass."""
+    """The fields of a pass beside its datums."""
 
     loss_fn: str
     loss_fn_config: Mapping[str, Any] | None
@@ -43,7 +34,7 @@ class PassFields(TypedDict):
 
 
 class BackwardFields(TypedDict):
-    """What stands beside the gradients of a backward."""
+    """The fields of a backward beside its gradients."""
 
     model_id: str
     seq_id: int
@@ -75,18 +66,18 @@ class Dialect(Protocol):
         """Put the datums or gradients of one chunk end to end."""
         ...
 
-    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> WireRequest:
         """Encode one chunk of a pass, of joined datums."""
         ...
 
-    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> WireRequest:
         """Encode a backward by an earlier forward's logprobs, of joined gradients."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class JsonDialect:
-    """Fireworks JSON; `comms` "v2" marks the requests of servers that asked for it."""
+    """Writes Fireworks JSON; `comms` "v2" marks the requests of servers that asked for it."""
 
     comms: str = "v1"
     name: str = "json"
@@ -96,18 +87,18 @@ class JsonDialect:
     encode_gradient = staticmethod(json_passes.encode_gradient)
     join = staticmethod(json_passes.join)
 
-    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> WireRequest:
         body = json_passes.encode_request(kind, data, comms=self.comms, **fields)
-        return EncodedPass(kind, body, {"Content-Type": JSON_TYPE})
+        return WireRequest(kind, body, {"Content-Type": JSON_TYPE})
 
-    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> WireRequest:
         body = json_passes.encode_backward(data, **fields)
-        return EncodedPass("backward", body, {"Content-Type": JSON_TYPE})
+        return WireRequest("backward", body, {"Content-Type": JSON_TYPE})
 
 
 @dataclass(frozen=True, slots=True)
 class ProtobufDialect:
-    """Tinker protobuf; `compresses` the requests in zstd for servers that ask for it."""
+    """Writes Tinker protobuf; `compresses` it in zstd for servers that ask for it."""
 
     compresses: bool = False
     name: str = "protobuf"
@@ -116,31 +107,31 @@ class ProtobufDialect:
     encode_gradient = staticmethod(protobuf.encode_gradient)
     join = staticmethod(protobuf.join)
 
-    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> EncodedPass:
+    def encode_pass(self, kind: PassKind, data: bytes, **fields: Unpack[PassFields]) -> WireRequest:
         # One path for both kinds: whether it is only a forward stands in the message.
         return self._encoded("forward_backward", protobuf.encode_request(kind, data, **fields))
 
-    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> EncodedPass:
+    def encode_backward(self, data: bytes, **fields: Unpack[BackwardFields]) -> WireRequest:
         return self._encoded("backward", protobuf.encode_backward(data, **fields))
 
-    def _encoded(self, path: str, body: tuple[bytes, ...]) -> EncodedPass:
+    def _encoded(self, path: str, body: tuple[bytes, ...]) -> WireRequest:
         if not self.compresses:
-            return EncodedPass(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
+            return WireRequest(path, body, {"Content-Type": protobuf.CONTENT_TYPE})
         headers = {"Content-Type": protobuf.CONTENT_TYPE, "Content-Encoding": ENCODING}
-        return EncodedPass(path, (compress(b"".join(body)),), headers)
+        return WireRequest(path, (compress(b"".join(body)),), headers)
 
 
 def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = False) -> Dialect:
-    """The dialect for a trainer that the control plane provisioned.
+    """Choose the dialect for a trainer.
 
     Args:
-        asked: what the caller wants: "json", "protobuf", or None.
-        wire: the dialects that the trainer says it takes; empty where it does not say.
+        asked: the one that the caller wants, "json" or "protobuf"; None leaves the choice.
+        wire: the dialects that the trainer lists; empty where it lists none.
         comms: the version of JSON that it asks for.
         zstd: whether it asks for compressed requests in protobuf.
 
     Raises:
-        NotSupported: the trainer says what it takes, and that is not among it.
+        NotSupported: the trainer lists its dialects, and that is not among them.
     """
     if asked is not None and wire and asked not in wire:
         raise NotSupported(f"dialect={asked!r}: this trainer takes {', '.join(wire)}")
@@ -149,8 +140,8 @@ def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = F
     return JsonDialect(comms)
 
 
-def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> EncodedPass:
-    """A forward that changes nothing, for the place of a refused request in the server's line."""
+def filler_pass(dialect: Dialect, model_id: str, seq_id: int) -> WireRequest:
+    """Write a forward that changes nothing, for the place of a refused request in the line."""
     nothing: dict[str, Array] = {
         "target_tokens": np.zeros(1, np.int64),
         "weights": np.zeros(1, np.float32),
@@ -166,10 +157,10 @@ def encode_filler(dialect: Dialect, model_id: str, seq_id: int) -> EncodedPass:
 
 
 def decode_result(payload: Mapping[str, Any] | bytes) -> PassResult:
-    """The answer of a pass: a JSON object, or the bytes of a protobuf message.
+    """Read the answer of a pass: a JSON object, or the bytes of a protobuf message.
 
     Raises:
-        ProtocolError: it is not one.
+        ProtocolError: it is not such an answer.
     """
     if isinstance(payload, bytes):
         return protobuf.decode_result(payload)

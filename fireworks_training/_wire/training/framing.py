@@ -1,4 +1,4 @@
-"""The bytes of a datum in Tinker protobuf, around arrays that stay where they are.
+"""Frames a datum in Tinker protobuf, around arrays that stay where they are in memory.
 
 A datum becomes *parts*: what stands before an array, the array's own memory, and so on, to be
 joined once, for a whole request. A generated message would copy each array three times on its way.
@@ -20,7 +20,7 @@ from fireworks_training._wire.training.datums import Encoding
 Array = npt.NDArray[Any]
 
 FLOAT32, INT64 = 1, 2
-"""Of the schema's DType, those that a request may have."""
+"""The values of the schema's DType that a request may have."""
 
 _I8, _F4 = np.dtype("<i8"), np.dtype("<f4")
 
@@ -34,7 +34,7 @@ _DENSE, _DTYPE, _SHAPE = 1 << 3 | 2, 3 << 3 | 0, 4 << 3 | 2  # of Tensor
 
 
 def varint(value: int) -> bytes:
-    """A number that is not negative, seven bits a byte, the lowest first."""
+    """Write a number that is not negative, seven bits a byte, the lowest first."""
     if value < 0x80:
         return value.to_bytes(1, "little")
     out = bytearray()
@@ -46,7 +46,7 @@ def varint(value: int) -> bytes:
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
-    """Token ids as little-endian int32.
+    """Write token ids as little-endian int32.
 
     Raises:
         struct.error: one is no integer, or none of 32 bits.
@@ -55,7 +55,7 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
 
 
 def datum_parts(tokens: bytes, inputs: Mapping[str, Array]) -> Encoding:
-    """A request's field `data` with one datum.
+    """Write a request's field `data` with one datum.
 
     Args:
         tokens: of the model input; from `token_bytes`.
@@ -77,7 +77,7 @@ def datum_parts(tokens: bytes, inputs: Mapping[str, Array]) -> Encoding:
 
 @lru_cache(maxsize=1024)
 def _text_head(length: int) -> bytes:
-    """What stands before so many bytes of tokens, inside a Datum."""
+    """The bytes before so many bytes of tokens, inside a Datum."""
     tokens = b"%c%b" % (_TOKENS, varint(length))
     chunk = b"%c%b%b" % (_ENCODED_TEXT, varint(len(tokens) + length), tokens)
     return b"%c%b%b" % (_MODEL_INPUT, varint(len(chunk) + length), chunk)
@@ -85,7 +85,7 @@ def _text_head(length: int) -> bytes:
 
 @lru_cache(maxsize=4096)
 def _input_head(name: str, dtype: int, shape: tuple[int, ...]) -> bytes:
-    """What stands before the elements of a loss input, inside a Datum."""
+    """The bytes before the elements of a loss input, inside a Datum."""
     length = int(np.prod(shape, dtype=np.int64)) * (8 if dtype == INT64 else 4)
     dims = b"".join(map(varint, shape))
     tensor = b"%c%c%c%b%b%c%b" % (

@@ -1,4 +1,4 @@
-"""Passes in Fireworks JSON: requests to bytes, results to arrays.
+"""Writes passes in Fireworks JSON, and reads their results into arrays.
 
 A datum is encoded once, by itself, so that requests can be cut by their true size and a retry sends
 the same bytes. Arrays go to text without becoming Python numbers one by one.
@@ -24,7 +24,7 @@ _MASK_LENGTH = 256
 
 
 def encode_tensor(array: Array) -> dict[str, object]:
-    """A tensor, for `orjson.dumps` with `OPT_SERIALIZE_NUMPY`."""
+    """Convert a tensor for `orjson.dumps` with `OPT_SERIALIZE_NUMPY`."""
     wanted, name = (_I8, "int64") if array.dtype.kind in "iu" else (_F4, "float32")
     data = array if array.dtype == wanted else array.astype(wanted)
     if not data.flags.c_contiguous or data.ndim != 1:
@@ -34,7 +34,7 @@ def encode_tensor(array: Array) -> dict[str, object]:
 
 
 def _mask(data: Array) -> orjson.Fragment | None:
-    """The text of an array of zeros and ones, as most weights are; looked up, not formatted."""
+    """Look up the text of an array of zeros and ones, as most weights are."""
     # The ends first: advantages and logprobs begin with zeros, too.
     if data.size < _MASK_LENGTH or data[0] not in _BITS or data[-1] not in _BITS:
         return None
@@ -44,7 +44,7 @@ def _mask(data: Array) -> orjson.Fragment | None:
 
 
 def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> Encoding:
-    """One datum; to be joined with others.
+    """Encode one datum; to be joined with others.
 
     Args:
         tokens: of the model input.
@@ -68,13 +68,13 @@ def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int)
 
 
 def encode_gradient(gradient: Array) -> Encoding:
-    """The gradient by the logprobs of one datum; to be joined with others."""
+    """Encode the gradient by the logprobs of one datum; to be joined with others."""
     text = orjson.dumps(encode_tensor(gradient), option=orjson.OPT_SERIALIZE_NUMPY)
     return Encoding(len(text), (text,))
 
 
 def join(datums: Iterable[Encoding]) -> bytes:
-    """Datums or gradients, as the body of a request wants them."""
+    """Join datums or gradients for the body of a request."""
     return b",".join([part for datum in datums for part in datum.parts])
 
 
@@ -88,7 +88,7 @@ def encode_request(
     seq_id: int,
     comms: str,
 ) -> tuple[bytes, ...]:
-    """The body of one chunk of a pass, in pieces; `data` is from `join`."""
+    """Write the body of one chunk of a pass, in pieces; `data` is from `join`."""
     config = b"" if loss_fn_config is None else b',"loss_fn_config":' + orjson.dumps(loss_fn_config)
     marker = b',"comms":"v2"' if comms == "v2" else b""
     field = b"forward_input" if kind == "forward" else b"forward_backward_input"
@@ -103,7 +103,7 @@ def encode_request(
 def encode_backward(
     data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
 ) -> tuple[bytes, ...]:
-    """A `backward` by the logprobs of an earlier forward, in pieces; `data` is joined gradients."""
+    """Write a `backward` by an earlier forward's logprobs, in pieces; `data` is from `join`."""
     model = orjson.dumps(model_id)
     return (
         b'{"gradients":[',
@@ -113,10 +113,10 @@ def encode_backward(
 
 
 def decode_result(payload: Mapping[str, Any]) -> PassResult:
-    """The answer of a pass.
+    """Read the answer of a pass.
 
     Raises:
-        ProtocolError: it is not one.
+        ProtocolError: it is not such an answer.
     """
     try:
         outputs = [

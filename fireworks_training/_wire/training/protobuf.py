@@ -1,10 +1,10 @@
-"""Passes in Tinker protobuf: requests and results, to bytes and back.
+"""Writes and reads passes in Tinker protobuf, requests and results.
 
 Arrays go as their bytes, so nothing becomes a Python number on the way, and are copied once, into
 the body of their request. It is put together from datums that were encoded before, each as a
 request of nothing else: the concatenation of protobuf messages is one message with the repeated
-fields of all. Both sides of the wire are here:
-our client encodes what our trainer decodes, and each meets foreign counterparts.
+fields of all. Both sides of the wire are here: our client encodes what our trainer decodes, and
+each meets foreign counterparts.
 
 Arrays are little-endian. Token ids are int32; loss inputs and outputs float32 or int64 (an answer
 may also bring int32, widened, and bfloat16, the upper half of a float32).
@@ -32,7 +32,7 @@ ConfigValue = float | str
 
 CONTENT_TYPE = "application/x-protobuf"
 INT32, BFLOAT16 = 3, 4
-"""Values of the schema's DType that only answers may have."""
+"""The values of the schema's DType that only answers may have."""
 
 _WIDTH = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
 BACKWARD, GRADIENTS = "backward", "gradients"
@@ -45,7 +45,7 @@ shape costs its sender nothing."""
 
 @dataclass(frozen=True, slots=True)
 class DatumArrays:
-    """A datum as arrays.
+    """A datum that was read, as arrays.
 
     Attributes:
         tokens: int32 `[T]`, the model input.
@@ -59,7 +59,7 @@ class DatumArrays:
 
 @dataclass(frozen=True, slots=True)
 class PassRequest:
-    """A decoded request. `seq_id` is 0 where the sender gave none."""
+    """A request that was read; its `seq_id` is 0 where the sender gave none."""
 
     kind: Literal["forward", "forward_backward"]
     model_id: str
@@ -73,7 +73,7 @@ class PassRequest:
 
 
 def encode_datum(tokens: Sequence[int], inputs: Mapping[str, Array], index: int) -> Encoding:
-    """One datum, as a request that has nothing else; to be joined with others.
+    """Encode one datum, as a request that has nothing else; to be joined with others.
 
     Args:
         tokens: of the model input.
@@ -111,7 +111,7 @@ def encode_request(
     model_id: str,
     seq_id: int,
 ) -> tuple[bytes, ...]:
-    """The body of one chunk of a pass, in pieces; `data` is from `join`.
+    """Write the body of one chunk of a pass, in pieces; `data` is from `join`.
 
     Raises:
         InvalidArgument: a config value that is neither a number nor text.
@@ -137,7 +137,7 @@ def encode_request(
 def encode_backward(
     data: bytes, *, model_id: str, seq_id: int, forward_seq_id: int
 ) -> tuple[bytes, ...]:
-    """A `backward` by the logprobs of an earlier forward (an extension of ours), in pieces.
+    """Write a `backward` by an earlier forward's logprobs (an extension of ours), in pieces.
 
     The message is that of a pass, with loss_fn "backward" and config `forward_seq_id`; datum i has
     no model input, and one loss input `gradients` in the shape of its targets: dL/dlogprob.
@@ -153,7 +153,7 @@ def encode_backward(
 
 
 def decode_request(body: bytes) -> PassRequest:
-    """A request of `forward_backward`, or of `forward` (the same message with a flag).
+    """Read a request of `forward_backward`, or of `forward` (the same message with a flag).
 
     Raises:
         ProtocolError: the bytes are no such message, or its arrays contradict themselves.
@@ -208,7 +208,7 @@ def _decode_datum(datum: schema.Datum, index: int, room: int) -> DatumArrays:
 
 
 def decode_tensor(tensor: schema.Tensor, what: str, *, max_dense: int = MAX_DENSE) -> Array:
-    """A tensor's array, float32 or int64, made dense where it is sparse.
+    """Read a tensor into an array, float32 or int64, dense where the tensor is sparse.
 
     Args:
         what: names it in messages.
@@ -253,7 +253,7 @@ def _decode_sparse(tensor: schema.Tensor, shape: list[int], what: str, max_dense
 
 
 def _numbers(data: bytes, dtype: int, what: str) -> Array:
-    """The elements of an array's bytes, widened to float32 or int64."""
+    """Read the elements of an array's bytes, widened to float32 or int64."""
     width = _WIDTH.get(dtype)
     if width is None:
         raise ProtocolError(f"{what}: dtype {dtype} is none of {sorted(_WIDTH)}")
@@ -270,7 +270,7 @@ def _numbers(data: bytes, dtype: int, what: str) -> Array:
 
 
 def encode_result(result: PassResult) -> bytes:
-    """A `ForwardBackwardOutput`: datums of equal fields and trailing shapes share a record."""
+    """Write a `ForwardBackwardOutput`; datums of equal fields and shapes share a record."""
     message = schema.ForwardBackwardOutput(
         loss_fn_output_type=result.output_type, metrics=result.metrics
     )
@@ -305,7 +305,7 @@ def _add_record(
 
 
 def decode_result(body: bytes) -> PassResult:
-    """The answer of a pass. Its arrays are views of one copy for each field and record.
+    """Read the answer of a pass; its arrays are views of one copy for each field and record.
 
     Raises:
         ProtocolError: the bytes are no `ForwardBackwardOutput`, or contradict themselves.
@@ -327,7 +327,7 @@ def decode_result(body: bytes) -> PassResult:
 
 
 def _split(batched: schema.BatchedTensor, name: str) -> list[Array]:
-    """One array a datum of a field that holds them end to end."""
+    """Split a field that holds the arrays of all datums end to end."""
     what = f"field {name!r} of the answer"
     # A copy, since callers own what they are given, and bytes are read-only.
     values = np.array(_numbers(batched.data, batched.dtype, what))

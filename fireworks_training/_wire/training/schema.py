@@ -1,4 +1,4 @@
-"""The message classes of the Tinker protobuf dialect.
+"""Loads the message classes of the Tinker protobuf dialect.
 
 They come from the file that the `tinker` package generated from its schema, loaded by its path:
 importing the package itself loads torch and transformers where they are installed, and takes
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from fireworks_training.errors import MissingExtra
 
 FILE = "proto/tinker_public_pb2.py"
-"""Where the generated file lies in the package."""
+"""The path of the generated file in the package."""
 
 
 def load(package: str = "tinker") -> ModuleType:
-    """The generated module, without importing the package it is in.
+    """Load the generated module without importing the package it is in.
 
     Raises:
         MissingExtra: there is no such package, or it has no such file.

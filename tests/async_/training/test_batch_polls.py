@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -139,6 +140,48 @@ def test_an_answer_that_is_none() -> None:
     ):
         with pytest.raises(ProtocolError):
             decode_poll(answer)
+
+
+async def test_a_fault_in_batch_polls_leaves_nobody_waiting(
+    connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Any:
+        raise LookupError("a fault of ours")
+
+    stub = StubTrainer(batch=True)
+    async with connect(stub) as client, asyncio.timeout(10):
+        monkeypatch.setattr("fireworks_training._async.training.data_plane.decode_poll", broken)
+        await client.optim_step(ADAM)
+    assert "LookupError: a fault of ours" in caplog.text
+
+
+async def test_a_trainer_that_repeats_itself_is_not_hammered(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """asyncio as one module sees it, where no pause takes time."""
+
+        pauses = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(asyncio, name)
+
+        async def sleep(self, _: float) -> None:
+            self.pauses += 1
+            await asyncio.sleep(0)
+
+    async def again(asked: str) -> web.Response | None:
+        if asked != "batch" or stub.counts["retrieve_futures"] > 20:
+            return None
+        old = {"request_id": "r0", "state": "finished"}
+        return web.json_response({"completions": [old], "cursor": 0})
+
+    clock = Clock()
+    monkeypatch.setattr(batch_polls, "asyncio", clock)
+    stub = StubTrainer(batch=True, before_poll=again)
+    async with connect(stub) as client, asyncio.timeout(10):
+        await client.optim_step(ADAM)
+    assert clock.pauses == 20
 
 
 # -- the trainer's flags ---------------------------------------------------------------------------

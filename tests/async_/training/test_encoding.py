@@ -1,73 +1,33 @@
-"""Heavy work of a loop: one piece at a time, in order, and none lost to a cancellation."""
+"""The encoding of large passes before their turn."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 
-import pytest
+from fireworks_training._async.runtime.worker import INLINE_TOKENS
+from fireworks_training._async.training.encoding import EncodingJob, EncodingQueue
 
-from fireworks_training._async.runtime.worker import INLINE_TOKENS, in_worker, off_loop
 
+async def test_a_cancelled_waiter_does_not_stop_the_encoding_of_others() -> None:
+    begun, release = threading.Event(), threading.Event()
 
-async def test_work_runs_one_piece_at_a_time_and_in_order() -> None:
-    release, begun = threading.Event(), threading.Event()
-    running: list[int] = []
-    ran: list[tuple[int, int]] = []
-
-    def piece(number: int) -> int:
-        running.append(number)
+    def slow() -> int:
         begun.set()
         assert release.wait(10)
-        ran.append((number, len(running)))
-        running.remove(number)
-        return number
+        return 1
 
-    tasks = [asyncio.create_task(in_worker(lambda n=n: piece(n))) for n in range(5)]  # type: ignore[misc]
+    work = EncodingQueue()
+    first, second = EncodingJob(slow, INLINE_TOKENS + 1), EncodingJob(lambda: 2, INLINE_TOKENS + 1)
+    work.add(first)
+    work.add(second)
+    waiter = asyncio.create_task(first.result())
     await asyncio.to_thread(begun.wait, 10)
+    waiter.cancel()
+    await asyncio.wait([waiter])
     release.set()
-    assert await asyncio.gather(*tasks) == [0, 1, 2, 3, 4]
-    assert ran == [(number, 1) for number in range(5)]
-
-
-async def test_a_cancelled_piece_and_a_failed_one_let_the_next_begin() -> None:
-    release, begun = threading.Event(), threading.Event()
-
-    def stuck() -> None:
-        begun.set()
-        assert release.wait(10)
-
-    def failing() -> None:
-        raise ValueError("no")
-
-    first = asyncio.create_task(in_worker(stuck))
-    await asyncio.to_thread(begun.wait, 10)
-    waiting = asyncio.create_task(in_worker(stuck))
-    failed = asyncio.create_task(in_worker(failing))
-    last = asyncio.create_task(in_worker(lambda: "done"))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    first.cancel()
-    try:
-        assert await asyncio.wait_for(last, 10) == "done"
-        with pytest.raises(ValueError, match="no"):
-            await failed
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        with pytest.raises(asyncio.CancelledError):
-            await first
-    finally:
-        release.set()
-
-
-async def test_small_work_stays_on_the_loop_and_large_work_leaves_it() -> None:
-    here = threading.get_ident()
-    assert await off_loop(INLINE_TOKENS, threading.get_ident) == here
-    assert await off_loop(INLINE_TOKENS + 1, threading.get_ident) != here
-
-
-def test_each_loop_has_a_worker_of_its_own() -> None:
-    def on_a_loop() -> str:
-        return asyncio.run(in_worker(lambda: "inner"))
-
-    assert asyncio.run(in_worker(on_a_loop)) == "inner"
+    async with asyncio.timeout(10):
+        assert await second.result() == 2
+    await work.stop()
+    assert work._worker is not None
+    assert work._worker.exception() is None

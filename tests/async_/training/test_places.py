@@ -6,7 +6,6 @@ Over HTTP, against a stub trainer.
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,7 @@ from fireworks_training import (
     RequestFailed,
     TrainerLost,
 )
-from fireworks_training._async.runtime.worker import INLINE_TOKENS
-from fireworks_training._async.training import batch_polls, queue
-from fireworks_training._async.training.encoding import EncodingJob, EncodingQueue
+from fireworks_training._async.training import queue
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
 from tests.async_.conftest import connected
@@ -256,30 +253,6 @@ async def test_the_end_of_thousands_of_operations_takes_time_in_proportion(
     assert looks < 4 * 2000
 
 
-async def test_a_cancelled_waiter_does_not_stop_the_encoding_of_others() -> None:
-    begun, release = threading.Event(), threading.Event()
-
-    def slow() -> int:
-        begun.set()
-        assert release.wait(10)
-        return 1
-
-    work = EncodingQueue()
-    first, second = EncodingJob(slow, INLINE_TOKENS + 1), EncodingJob(lambda: 2, INLINE_TOKENS + 1)
-    work.add(first)
-    work.add(second)
-    waiter = asyncio.create_task(first.result())
-    await asyncio.to_thread(begun.wait, 10)
-    waiter.cancel()
-    await asyncio.wait([waiter])
-    release.set()
-    async with asyncio.timeout(10):
-        assert await second.result() == 2
-    await work.stop()
-    assert work._worker is not None
-    assert work._worker.exception() is None
-
-
 def test_operations_on_a_loop_that_stands_still_fail_and_are_never_sent() -> None:
     stub = StubTrainer()
     loop = asyncio.new_event_loop()
@@ -353,48 +326,3 @@ async def test_after_a_save_that_failed_a_whole_snapshot_is_asked_for(
             client._publisher.chain.live((await save).path)
     asked = [stub.bodies[number]["checkpoint_type"] for number in range(1, 5)]
     assert asked == ["base", "delta", "base", "delta"]
-
-
-# -- batch polls -----------------------------------------------------------------------------------
-
-
-async def test_a_fault_in_batch_polls_leaves_nobody_waiting(
-    connect: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> Any:
-        raise LookupError("a fault of ours")
-
-    stub = StubTrainer(batch=True)
-    async with connect(stub) as client, asyncio.timeout(10):
-        monkeypatch.setattr("fireworks_training._async.training.data_plane.decode_poll", broken)
-        await client.optim_step(ADAM)
-    assert "LookupError: a fault of ours" in caplog.text
-
-
-async def test_a_trainer_that_repeats_itself_is_not_hammered(
-    connect: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Clock:
-        """asyncio as one module sees it, where no pause takes time."""
-
-        pauses = 0
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(asyncio, name)
-
-        async def sleep(self, _: float) -> None:
-            self.pauses += 1
-            await asyncio.sleep(0)
-
-    async def again(asked: str) -> web.Response | None:
-        if asked != "batch" or stub.counts["retrieve_futures"] > 20:
-            return None
-        old = {"request_id": "r0", "state": "finished"}
-        return web.json_response({"completions": [old], "cursor": 0})
-
-    clock = Clock()
-    monkeypatch.setattr(batch_polls, "asyncio", clock)
-    stub = StubTrainer(batch=True, before_poll=again)
-    async with connect(stub) as client, asyncio.timeout(10):
-        await client.optim_step(ADAM)
-    assert clock.pauses == 20

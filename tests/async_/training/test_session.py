@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,11 @@ from aiohttp import web
 from fireworks_training import FiretitanProvisioningConfig, RequestFailed
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.training import session
+from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training._async.training.session import Heartbeat, TrainerSession
+from fireworks_training._core.waits.reports import ReportSchedule
+from fireworks_training.errors import ConnectionFailed
 from tests.stub_trainer import StubTrainer
 
 CONFIG = FiretitanProvisioningConfig(base_model="accounts/test/models/stub")
@@ -115,6 +121,35 @@ async def test_refused_heartbeats_are_told_of_at_once_and_once(
     (said,) = [record.getMessage() for record in caplog.records]
     assert "no heartbeat for 0 s" in said
     assert "the session has ended" in said
+
+
+@pytest.mark.parametrize("first", [0.02, 30.0])
+async def test_failing_heartbeats_are_logged_after_a_while_and_ever_more_rarely(
+    first: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beats: list[str] = []
+    enough = threading.Event()
+
+    async def fail(_: DataPlane, session_id: str) -> None:
+        beats.append(session_id)
+        if len(caplog.records) > 1 if first < 1.0 else len(beats) > 20:
+            enough.set()
+        raise ConnectionFailed("nobody listens")
+
+    monkeypatch.setattr(session, "ReportSchedule", partial(ReportSchedule, first=first))
+    monkeypatch.setattr(DataPlane, "beat", fail)
+    beat = Heartbeat(
+        lambda owner: Transport(owner=owner, base_url="http://127.0.0.1:9", api_key="tml-test"),
+        "http://127.0.0.1:9",
+        "session-1",
+        period=0.001,
+    )
+    with caplog.at_level(logging.WARNING, "fireworks_training.trainer"):
+        beat.start()
+        assert await asyncio.to_thread(enough.wait, 10)
+        await beat.stop()
+    assert bool(caplog.records) == (first < 1.0)
+    assert len(beats) > 2 * len(caplog.records)
 
 
 async def test_a_cancelled_stop_gives_the_portal_back(monkeypatch: pytest.MonkeyPatch) -> None:
