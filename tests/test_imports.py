@@ -183,7 +183,7 @@ del LIGHT["_tinker_types"]
 
 MODULE_LINES = 500
 SIDE_BY_SIDE, IN_THE_ROOT = 18, 16
-KNOWN_CIRCLES = [{"artifacts", "records"}, {"service", "training"}]
+KNOWN_CIRCLES = [{"artifacts", "records"}]
 FUNCTION_LINES = 60
 READS, READER = {"environ", "environb", "getenv"}, "config"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
