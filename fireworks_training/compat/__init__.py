@@ -1,11 +1,11 @@
 """The names of the Fireworks training SDK, for scripts that were written for it.
 
-`from fireworks_training.compat import X` in place of `from fireworks.training.sdk import X`: the
-managers, configurations and schedules that stand here alone, and everything else under the name it
-has there. All of it is thin over this package's own core, so a script may mix both.
+Import `X` from `fireworks_training.compat` in place of `fireworks.training.sdk`: the managers,
+configurations and schedules, which stand here alone, and everything else under the name it has
+there. All of it is thin over this package's core, so a script may mix both.
 
-`CONTRACTS` says which versions this was tested with; the README's compatibility section says what
-differs.
+`CONTRACTS` names the versions that this was tested with; `README.md` beside this file lists what
+differs, and says what each module does.
 """
 
 from __future__ import annotations
