@@ -19,7 +19,7 @@ from fireworks_training._async.control_plane.deployment_config import transition
 from fireworks_training._async.control_plane.rows import read_deployment
 from fireworks_training._async.resources.readiness import deployment_ready, until_ready
 from fireworks_training._async.runtime.waits import log_if_slow
-from fireworks_training._core.lifecycle import Readiness, ReadinessWait, Seen, deployment_readiness
+from fireworks_training._core.lifecycle import Readiness, Seen, deployment_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     readiness_wait,
@@ -92,13 +92,15 @@ class DeploymentManager(HotLoads):
         return self._run(work, f"create the deployment {config.deployment_id}")
 
     async def _until_gone(self, deployment_id: str) -> None:
-        watch = _wait(f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0)
+        wait = readiness_wait(
+            f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0
+        )
 
         async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             row = await self._plane.get_deployment(deployment_id)
             return Observation(Seen(deployment_id, "DELETED" if row is None else row.state))
 
-        await until_ready(watch, look)
+        await until_ready(wait, look)
 
     def get(self, deployment_id: str) -> DeploymentInfo | None:
         """Look up a deployment; None if there is none."""
@@ -167,10 +169,10 @@ class DeploymentManager(HotLoads):
         what = f"deployment {deployment_id}"
 
         async def work() -> DeploymentInfo:
-            watch = _wait(what, _ready, timeout_s, poll_interval_s)
+            wait = readiness_wait(what, _ready, timeout_s, poll_interval_s, advice=_ADVICE)
             started = asyncio.get_running_loop().time()
             await self._found(deployment_id)
-            found = await deployment_ready(self._plane, deployment_id, watch)
+            found = await deployment_ready(self._plane, deployment_id, wait)
             self.boot_time_s = asyncio.get_running_loop().time() - started
             return found
 
@@ -207,8 +209,9 @@ class DeploymentManager(HotLoads):
             return fields
 
         async def ready(settled: Callable[[DeploymentInfo], bool]) -> DeploymentInfo:
-            watch = _wait(f"deployment {id_}", _ready, timeout_s, poll_interval_s)
-            return await deployment_ready(self._plane, id_, watch, settled=settled)
+            what = f"deployment {id_}"
+            wait = readiness_wait(what, _ready, timeout_s, poll_interval_s, advice=_ADVICE)
+            return await deployment_ready(self._plane, id_, wait, settled=settled)
 
         async def work() -> DeploymentInfo:
             await self._found(id_)
@@ -246,12 +249,6 @@ class DeploymentManager(HotLoads):
         return self._run(
             lambda: log_if_slow(work(), lambda: f"{model} to answer"), f"warm up {model}"
         )
-
-
-def _wait(
-    what: str, read: Callable[[str], Readiness], timeout_s: float, poll_interval_s: float
-) -> ReadinessWait:
-    return readiness_wait(what, read, timeout_s, poll_interval_s, advice=_ADVICE)
 
 
 def _ready(state: str) -> Readiness:

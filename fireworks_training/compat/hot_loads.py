@@ -65,7 +65,6 @@ class HotLoads(FireworksClient):
     ) -> None:
         super().__init__(api_key, base_url, additional_headers, verify_ssl)
         self.hotload_api_url = (hotload_api_url or base_url).rstrip("/")
-        self._hot_loads = HotLoadRequests(self._transport)
         self._last_hotload_error: str | None = None
 
     @property
@@ -101,10 +100,10 @@ class HotLoads(FireworksClient):
         }
 
         async def work() -> Row:
-            return await self._hot_loads.ask(
-                await self._target(deployment_id, base_model),
+            requests = await self._requests(deployment_id, base_model)
+            return await requests.ask(
                 snapshot_identity,
-                difference=incremental_snapshot_metadata,
+                incremental_snapshot_metadata,
                 reset_prompt_cache=reset_prompt_cache,
                 headers={name: value for name, value in headers.items() if value},
                 timeout=float(timeout),
@@ -199,15 +198,15 @@ class HotLoads(FireworksClient):
         )
         return self.wait_for_hotload(deployment_id, base_model, snapshot_identity, timeout_seconds)
 
-    async def _target(self, deployment_id: str, base_model: str) -> Target:
+    async def _requests(self, deployment_id: str, base_model: str) -> HotLoadRequests:
         name = await self._plane.resource_name("deployments", deployment_id)
-        return Target(self.hotload_api_url, name, base_model)
+        return HotLoadRequests(self._transport, Target(self.hotload_api_url, name, base_model))
 
     async def _status(
         self, deployment_id: str, base_model: str, timeout: float = STATUS_TIMEOUT
     ) -> Row:
-        target = await self._target(deployment_id, base_model)
-        return await self._hot_loads.status(target, timeout=timeout)
+        requests = await self._requests(deployment_id, base_model)
+        return await requests.status(timeout=timeout)
 
 
 def _seen(progress: Progress, identity: str) -> Seen:

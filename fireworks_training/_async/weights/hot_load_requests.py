@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fireworks_training._async.http.transport import Transport
@@ -45,28 +46,33 @@ def difference_to(previous: str, compression: str = DELTA_COMPRESSION) -> dict[s
 
 
 class HotLoadRequests:
-    """Sends the requests of the hot load API, each with retries; used on the transport's loop.
+    """Sends a deployment's hot load requests, each with retries; used on the transport's loop.
 
     Args:
         transport: the connections, and the key.
+        target: the deployment.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, target: Target) -> None:
         self._transport = transport
+        self._url = target.url + PATH
+        self._headers = {
+            "fireworks-model": target.base_model,
+            "fireworks-deployment": target.deployment,
+        }
         self._takes_reset = True
 
     async def ask(
         self,
-        target: Target,
         identity: str,
-        *,
         difference: Mapping[str, Any] | None = None,
+        *,
         reset_prompt_cache: bool = True,
         headers: Mapping[str, str] | None = None,
         timeout: float = ASK_TIMEOUT,
         backoff: Backoff | None = None,
     ) -> dict[str, Any]:
-        """Ask a deployment to load a snapshot; the platform's answer, before it is loaded.
+        """Ask the deployment to load a snapshot; the platform's answer, before it is loaded.
 
         Args:
             difference: of a delta snapshot, as `difference_to` makes it.
@@ -75,59 +81,36 @@ class HotLoadRequests:
             headers: sent beside those that name the deployment.
         """
         body: dict[str, Any] = {"identity": identity}
-        if self._takes_reset:
-            body["reset_prompt_cache"] = reset_prompt_cache
         if difference:
             body["incremental_snapshot_metadata"] = difference
-        try:
-            return await self._call(
-                "POST", target, "", f"hot load {identity}", timeout, backoff, body, headers
-            )
-        except ApiStatusError as error:
-            text = error.message.lower()
-            if "reset_prompt_cache" not in body or "reset_prompt_cache" not in text:
-                raise
-            if "extra inputs" not in text:
-                raise
-        self._takes_reset = False
-        return await self.ask(
-            target,
-            identity,
-            difference=difference,
-            headers=headers,
+        ask = partial(
+            self._transport.call,
+            "POST",
+            self._url,
+            what=f"hot load {identity}",
+            headers={**self._headers, **(headers or {})},
             timeout=timeout,
             backoff=backoff,
         )
+        if self._takes_reset:
+            try:
+                return await ask(json={**body, "reset_prompt_cache": reset_prompt_cache})
+            except ApiStatusError as error:
+                text = error.message.lower()
+                if "reset_prompt_cache" not in text or "extra inputs" not in text:
+                    raise
+            self._takes_reset = False
+        return await ask(json=body)
 
     async def status(
-        self,
-        target: Target,
-        query: str = "",
-        *,
-        timeout: float = STATUS_TIMEOUT,
-        backoff: Backoff | None = None,
+        self, query: str = "", *, timeout: float = STATUS_TIMEOUT, backoff: Backoff | None = None
     ) -> dict[str, Any]:
-        """Read what each replica of a deployment holds and loads, as the platform reports it."""
-        return await self._call("GET", target, query, "read the hot load status", timeout, backoff)
-
-    async def _call(
-        self,
-        method: str,
-        target: Target,
-        query: str,
-        what: str,
-        timeout: float,
-        backoff: Backoff | None,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> dict[str, Any]:
-        named = {"fireworks-model": target.base_model, "fireworks-deployment": target.deployment}
+        """Read what each replica holds and loads, as the platform reports it."""
         return await self._transport.call(
-            method,
-            target.url + PATH + query,
-            what=what,
-            json=body,
-            headers={**named, **(headers or {})},
+            "GET",
+            self._url + query,
+            what="read the hot load status",
+            headers=self._headers,
             timeout=timeout,
             backoff=backoff,
         )

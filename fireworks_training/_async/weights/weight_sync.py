@@ -112,9 +112,8 @@ class WeightSync:
         self.chain = chain if chain is not None else Chain()
         self.current: str | None = None
         """The identity that was last seen live on every replica."""
-        self._requests = HotLoadRequests(transport)
+        self._requests = HotLoadRequests(transport, target)
         self._events = transport.events
-        self._target = target
         self._timeout = timeout
         self._news = news if news is not None else HotLoadSignal()
         self._on_live = on_live
@@ -286,12 +285,8 @@ class WeightSync:
 
     async def _ask(self, sync: Sync, post: Post, left: float) -> None:
         try:
-            answer = await self._requests.ask(
-                self._target,
-                post.identity,
-                difference=None if post.previous is None else difference_to(post.previous),
-                backoff=_within(left),
-            )
+            difference = None if post.previous is None else difference_to(post.previous)
+            answer = await self._requests.ask(post.identity, difference, backoff=_within(left))
         except ApiStatusError as error:
             decision = sync.refused(error.message, conflict=isinstance(error, Conflict))
             if isinstance(decision, NeedWhole):
@@ -316,10 +311,9 @@ class WeightSync:
                 f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}",
                 hold + STATUS_TIMEOUT,
             )
-        answer = await self._requests.status(
-            self._target, query, timeout=timeout, backoff=_within(left)
+        return read_replicas(
+            await self._requests.status(query, timeout=timeout, backoff=_within(left))
         )
-        return read_replicas(answer)
 
 
 def _within(left: float) -> Backoff:

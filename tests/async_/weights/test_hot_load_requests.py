@@ -50,8 +50,7 @@ async def ask(platform: Platform) -> AsyncIterator[Any]:
     async with TestServer(app) as server:
         url = str(server.make_url("")).rstrip("/")
         async with Transport(owner=owner, base_url=url, api_key="tml-x") as transport:
-            requests, target = HotLoadRequests(transport), Target(url, "accounts/a/d", "m")
-            yield lambda identity, **options: requests.ask(target, identity, **options)
+            yield HotLoadRequests(transport, Target(url, "accounts/a/d", "m")).ask
 
 
 @pytest.mark.parametrize(
