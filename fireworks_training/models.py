@@ -43,11 +43,12 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class SaveSamplerResult:
-    """What `save_weights_for_sampler_ext` gives.
+    """Names a snapshot that `save_weights_for_sampler_ext` has saved.
 
     Attributes:
-        path: of the snapshot, for `model_path=`.
-        snapshot_name: the name under which a deployment loads it.
+        path: the snapshot's public identity as the trainer answered it, for `model_path=`.
+        snapshot_name: the name that was sent for it: the caller's, with the client's suffix. Also
+            the identity, on a trainer that adds nothing to it.
     """
 
     path: str

@@ -183,7 +183,6 @@ del LIGHT["_tinker_types"]
 
 MODULE_LINES = 500
 SIDE_BY_SIDE, IN_THE_ROOT = 18, 16
-KNOWN_CIRCLES = [{"service", "training"}]
 FUNCTION_LINES = 60
 READS, READER = {"environ", "environb", "getenv"}, "config"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
@@ -287,8 +286,6 @@ def _shapes(root: Path) -> Iterator[str]:
         if folder.modules > (SIDE_BY_SIDE if name else IN_THE_ROOT):
             yield f"{place}: has {folder.modules} modules side by side"
         for circle in folder.circles():
-            if circle in KNOWN_CIRCLES:
-                continue
             yield f"{place}: {' and '.join(sorted(circle))} import each other in a circle"
 
 

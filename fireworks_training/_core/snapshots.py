@@ -141,6 +141,16 @@ def _describe(replica: ReplicaStatus) -> str:
 # -- what this client saved --------------------------------------------------------------------
 
 
+def choose_type(*, whole_only: bool, follows: bool) -> SaveType:
+    """Choose what the trainer is asked to save.
+
+    Args:
+        whole_only: every snapshot stands alone (an adapter).
+        follows: whether a delta to the snapshot before could be loaded.
+    """
+    return "delta" if follows and not whole_only else "base"
+
+
 class Chain:
     """Remembers the snapshots that one trainer session saved, as far as loads need them.
 
@@ -171,14 +181,11 @@ class Chain:
             wanted: the caller's choice; None chooses here.
         """
         whole, self._next_whole = self._next_whole, False
-        if self._whole_only:
-            return "base"
-        if wanted is not None:
-            return wanted
-        if whole:
-            return "base"
         unbroken = self.last_saved is not None and self.last_saved == self.last_live
-        return "delta" if self._names_predecessors or unbroken else "base"
+        follows = not whole and (self._names_predecessors or unbroken)
+        return choose_type(
+            whole_only=self._whole_only, follows=follows if wanted is None else wanted == "delta"
+        )
 
     def saved(self, snapshot: Snapshot, asked: SaveType, step: int | None = None) -> Snapshot:
         """Note a save; gives the snapshot with kind and predecessor, as named or concluded.

@@ -1,17 +1,16 @@
 """The names of the Fireworks training SDK, for scripts that were written for it.
 
-`from fireworks_training.compat import X` in place of `from fireworks.training.sdk import X`: the
-managers, configurations and schedules that stand here alone, and everything else under the name it
-has there. All of it is thin over this package's own core, so a script may mix both.
+Import `X` from `fireworks_training.compat` in place of `fireworks.training.sdk`: the managers,
+configurations and schedules, which stand here alone, and everything else under the name it has
+there. All of it is thin over this package's core, so a script may mix both.
 
-`CONTRACTS` says which versions this was tested with; the README's compatibility section says what
-differs.
+`CONTRACTS` names the versions that this was tested with; `README.md` beside this file lists what
+differs, and says what each module does.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fireworks_training import tito
@@ -78,10 +77,10 @@ if TYPE_CHECKING:
     from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.compat.trainer import (
         CreatedTrainerJob,
-        TrainerJobConfig,
         TrainerJobManager,
         TrainerServiceEndpoint,
     )
+    from fireworks_training.compat.trainer_config import TrainerJobConfig
     from fireworks_training.compat.training import (
         DEFAULT_MERGED_BASE_EXPORT_PRECISION,
         ExportPrecision,
@@ -130,12 +129,8 @@ _HERE = {
         "normalize_lr_scheduler_spec",
         "parse_lr_scheduler_spec",
     ),
-    "trainer": (
-        "CreatedTrainerJob",
-        "TrainerJobConfig",
-        "TrainerJobManager",
-        "TrainerServiceEndpoint",
-    ),
+    "trainer": ("CreatedTrainerJob", "TrainerJobManager", "TrainerServiceEndpoint"),
+    "trainer_config": ("TrainerJobConfig",),
     "service": ("FiretitanServiceClient",),
     "training": (
         "DEFAULT_MERGED_BASE_EXPORT_PRECISION",
@@ -146,46 +141,24 @@ _HERE = {
     ),
     "weight_syncer": ("WeightSyncer",),
 }
-"""Names by the module of this package that has them."""
+"""The names that are defined in this folder, by module."""
 
-_ROOT = {
+_RENAMED = {
     "APIConnectionError": "ConnectionFailed",
     "APIError": "ApiError",
-    "APIFuture": "APIFuture",
     "APIStatusError": "ApiStatusError",
     "APITimeoutError": "RequestTimedOut",
-    "AdaptiveConcurrencyController": "AdaptiveConcurrencyController",
-    "DeploymentInfo": "DeploymentInfo",
-    "DeploymentSampler": "DeploymentSampler",
-    "DeploymentSamplerTimeoutError": "DeploymentSamplerTimeoutError",
-    "FiretitanProvisioningConfig": "FiretitanProvisioningConfig",
-    "FiretitanSamplingClient": "FiretitanSamplingClient",
-    "FixedConcurrencyController": "FixedConcurrencyController",
+    "FiretitanSampleResponse": "SampleResponse",
+    "FiretitanSampledSequence": "SampledSequence",
+    "FiretitanSamplingParams": "SamplingParams",
     "RequestFailedError": "RequestFailed",
-    "SampledCompletion": "SampledCompletion",
-    "SamplingClientClosedError": "SamplingClientClosedError",
-    "SamplingConcurrencyController": "SamplingConcurrencyController",
-    "SamplingRequestError": "SamplingRequestError",
-    "SaveSamplerResult": "SaveSamplerResult",
-    "ServerMetrics": "ServerMetrics",
+    "SamplingClient": "FiretitanSamplingClient",
+    "ServiceClient": "FiretitanServiceClient",
     "TrainingAPIError": "ApiError",
+    "TrainingClient": "FiretitanTrainingClient",
     "TrainingError": "FireworksTrainingError",
 }
-"""Names of the other SDK, and the public names of this package that stand for them."""
-
-_TINKER = (
-    "Datum",
-    "EncodedTextChunk",
-    "ForwardBackwardOutput",
-    "LoraConfig",
-    "ModelInput",
-    "ModelInputChunk",
-    "OptimStepResponse",
-    "SamplingParams",
-    "StopReason",
-    "TensorData",
-)
-"""Data types that come from `tinker`."""
+"""Names of the official SDK, each with the name here or in `tinker` that stands for it."""
 
 __all__ = [
     "CLEANUP_DEPLOYMENT_ON_CLOSE_DELETE",
@@ -264,28 +237,19 @@ __all__ = [
 __all__ += tito.__all__
 
 
-_ALIASES = {
-    "FiretitanSampleResponse": "SampleResponse",
-    "FiretitanSampledSequence": "SampledSequence",
-    "FiretitanSamplingParams": "SamplingParams",
-    "SamplingClient": "FiretitanSamplingClient",
-    "ServiceClient": "FiretitanServiceClient",
-    "TrainingClient": "FiretitanTrainingClient",
-}
-
-
 def _find(name: str) -> Any:
-    name = _ALIASES.get(name, name)
+    name = _RENAMED.get(name, name)
     for home, names in _HERE.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    if name in _ROOT:
-        return getattr(importlib.import_module("fireworks_training"), _ROOT[name])
     if name == "AdamParams":
         return getattr(importlib.import_module("fireworks_training._tinker_types"), name)
     if name in tito.__all__:
         return getattr(tito, name)
-    types_: ModuleType = importlib.import_module("tinker.types")
+    root = importlib.import_module("fireworks_training")
+    if name in root.__all__:
+        return getattr(root, name)
+    types_ = importlib.import_module("tinker.types")
     return types_ if name == "types" else getattr(types_, name)
 
 

@@ -1,27 +1,30 @@
 """`FireworksClient`: an account's shapes, models and checkpoints, without a trainer.
 
-Blocking calls over the same async core that the service uses: its pool, its retries, its errors.
-Rows come back as the dictionaries that the API sent.
+Makes blocking calls over the async core that the service uses: its connections, its retries, its
+errors. Gives rows as the dictionaries that the API sent. Knows names and rows; not how a promotion
+is asked for or waited for, which is the core's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from fireworks_training._async.control_plane.account import WRITE_TIMEOUT, Account
-from fireworks_training._async.control_plane.client import (
-    PROMOTE_TIMEOUT,
-    AsyncControlPlane,
-)
+from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
+from fireworks_training._async.control_plane.bodies import promotion_body
+from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.names import (
     validate_output_model_id as check_output_model_id,
 )
+from fireworks_training._async.control_plane.promotions import PROMOTE_TIMEOUT, start_promotion
+from fireworks_training._async.control_plane.rows import CHECKPOINT_LISTS
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._core.lifecycle import Readiness, ReadinessWait
 from fireworks_training._portal import at_exit, wait_for
 from fireworks_training.errors import (
     ApiStatusError,
@@ -36,11 +39,13 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 DEFAULT_BASE_URL = "https://api.fireworks.ai"
-PAGE_SIZE = 200
+SESSIONS = ("trainingSessions",)
+FINE_TUNING_JOBS = ("supervisedFineTuningJobs", "dpoJobs")
+"""Collections by the names of the API."""
 
 
 class ModelDetailsUnavailableError(RuntimeError):
-    """A model's record can't be read.
+    """Reports that a model's record can't be read.
 
     Attributes:
         status_code: HTTP status of the answer; 403 or 404 where the key may not see the model.
@@ -52,9 +57,9 @@ class ModelDetailsUnavailableError(RuntimeError):
 
 
 def validate_output_model_id(output_model_id: str | None) -> list[str]:
-    """What is wrong with the id of a model to be; empty if nothing is.
+    """List what is wrong with the id of a model to be made; empty if nothing is.
 
-    A promotion with a bad id would leave its staged files behind, so look before.
+    A promotion with a bad id would leave its staged files behind, so check the id before.
     """
     try:
         check_output_model_id(output_model_id or "")
@@ -65,7 +70,7 @@ def validate_output_model_id(output_model_id: str | None) -> list[str]:
 
 @dataclass
 class TrainingShapeProfile:
-    """A version of a training shape, as the control plane resolved it.
+    """Describes a version of a training shape, as the control plane resolved it.
 
     Attributes:
         training_shape_version: full name of the version.
@@ -107,7 +112,7 @@ class FireworksClient:
 
     Args:
         api_key: key of the account.
-        base_url: of the control plane.
+        base_url: URL of the control plane.
         additional_headers: sent with every request; they win over the SDK's own.
         verify_ssl: False accepts any certificate; None and True check it.
     """
@@ -122,7 +127,6 @@ class FireworksClient:
         self.api_key = api_key
         self.base_url = base_url.rstrip("/")
         self.additional_headers = additional_headers
-        self._trainer_gateway: str | None = None
         self._closed = False
         self._owner = OwnerLoop(portal=True)
         self._transport = Transport(
@@ -132,27 +136,27 @@ class FireworksClient:
             additional_headers=additional_headers,
             verify_ssl=verify_ssl is not False,
         )
-        # For those who forget `close()`.
+        # Scripts that forget `close()` still give their connections back.
         self._forget_exit = at_exit(repr(self), self._transport.close)
         self._account = Account(self._transport)
         self._plane = AsyncControlPlane(self._transport)
 
     @property
     def account_id(self) -> str:
-        """Id of the key's account, looked up once.
+        """The id of the key's account, looked up once.
 
         Raises:
-            InvalidArgument: the key belongs to none, or to several.
+            InvalidArgument: the key belongs to no account, or to several.
         """
         return self._run(self._account.id, "account_id")
 
     # -- models and shapes -------------------------------------------------------------------------
 
     def model_is_moe(self, model: str) -> bool:
-        """Whether a model is a mixture of experts.
+        """Look up whether a model is a mixture of experts.
 
         Raises:
-            ModelDetailsUnavailableError: its record can't be read.
+            ModelDetailsUnavailableError: the model's record can't be read.
             InvalidArgument: the record does not say.
         """
         path = f"/v1/{model.lstrip('/')}"
@@ -160,18 +164,18 @@ class FireworksClient:
             row = self._call("GET", path, f"look up {model}")
         except ApiStatusError as error:
             raise ModelDetailsUnavailableError(error.message, status_code=error.status) from error
-        details = row.get("baseModelDetails") or row.get("base_model_details") or {}
-        moe = cast(Mapping[str, object], details).get("moe")
+        details: Row = row.get("baseModelDetails") or row.get("base_model_details") or {}
+        moe = details.get("moe")
         if not isinstance(moe, bool):
             raise InvalidArgument(f"the record of {model} does not say whether it is a mixture")
         return moe
 
     def resolve_training_profile(self, training_shape_id: str) -> TrainingShapeProfile:
-        """A training shape at its latest validated version, or at the one it names.
+        """Resolve a training shape to its latest validated version, or to the one it names.
 
         Raises:
-            InvalidArgument: not a full name, or without a validated version.
-            NotFound: no such shape.
+            InvalidArgument: the shape's name is not a full one, or it has no validated version.
+            NotFound: there is no such shape.
         """
         found = self._run(lambda: self._plane.training_profile(training_shape_id), "resolve")
         return TrainingShapeProfile(
@@ -191,33 +195,38 @@ class FireworksClient:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def list_checkpoints(self, job_id: str, *, page_size: int = PAGE_SIZE) -> list[Row]:
-        """Rows of a trainer job's checkpoints, oldest first: `name`, `createTime`,
+        """List a trainer job's checkpoints, oldest first: rows with `name`, `createTime`,
         `checkpointType`, `promotable`.
 
         Raises:
-            NotFound: no such job.
+            NotFound: there is no such job.
         """
-        keys = ("checkpoints", "rlorTrainerJobCheckpoints")
-        return self._rows(f"rlorTrainerJobs/{job_id}/checkpoints", *keys, page_size=page_size)
+        path = f"rlorTrainerJobs/{job_id}/checkpoints"
+        return self._rows(path, *CHECKPOINT_LISTS, page_size=page_size)
 
     def list_training_job_checkpoints(
         self, parent: str, *, page_size: int = PAGE_SIZE
     ) -> list[Row]:
-        """Rows of the checkpoints of a managed fine-tuning job.
+        """List the checkpoints of a managed fine-tuning job: rows.
 
         Args:
             parent: `accounts/<a>/supervisedFineTuningJobs/<j>` or `accounts/<a>/dpoJobs/<j>`.
+
+        Raises:
+            InvalidArgument: `parent` is not such a name, or of another account.
         """
-        _check_name(parent, ("supervisedFineTuningJobs", "dpoJobs"))
-        return self._rows_of(f"/v1/{parent}/checkpoints", "checkpoints", page_size=page_size)
+        return self._rows_of(parent, FINE_TUNING_JOBS, "checkpoints", page_size=page_size)
 
     def list_training_session_checkpoints(
         self, name: str, *, page_size: int = PAGE_SIZE
     ) -> list[Row]:
-        """Rows of the checkpoints of a serverless session, `accounts/<a>/trainingSessions/<s>`."""
-        _check_name(name, ("trainingSessions",))
+        """List the checkpoints of a serverless session, `accounts/<a>/trainingSessions/<s>`: rows.
+
+        Raises:
+            InvalidArgument: `name` is not such a name, or of another account.
+        """
         keys = ("trainingSessionCheckpoints", "training_session_checkpoints", "checkpoints")
-        return self._rows_of(f"/v1/{name}/checkpoints", *keys, page_size=page_size)
+        return self._rows_of(name, SESSIONS, *keys, page_size=page_size)
 
     def promote_checkpoint(
         self,
@@ -229,37 +238,37 @@ class FireworksClient:
         name: str | None = None,
         hot_load_deployment_id: str | None = None,
     ) -> Row:
-        """Make a model of a sampler checkpoint, and wait until it is one; its row.
+        """Promote a sampler checkpoint to a model, and wait until that is done; the model's row.
 
         Args:
             name: full name of the checkpoint, as `list_checkpoints` gives it.
             job_id, checkpoint_id: its two ids, deprecated in favour of `name`.
-            output_model_id: of the new model, see `validate_output_model_id`.
+            output_model_id: id of the new model, see `validate_output_model_id`.
             base_model: full name of the model that was trained.
             hot_load_deployment_id: deprecated; the platform knows where the checkpoint lies.
 
         Raises:
-            InvalidArgument: an id that is missing or not allowed; nothing was sent.
-            ApiStatusError, ProvisioningError: the platform refused or failed it.
+            InvalidArgument: an id is missing or not allowed; nothing was sent.
+            ApiStatusError, ProvisioningError: the platform refused or failed the promotion.
         """
         account, job, checkpoint = self._checkpoint(name, job_id, checkpoint_id)
+        where = {"trainer_job_id": f"accounts/{account}/rlorTrainerJobs/{job}"}
         if hot_load_deployment_id is not None:
             _deprecated("hot_load_deployment_id is not needed: leave it out")
-            hot_load_deployment_id = f"accounts/{account}/deployments/{hot_load_deployment_id}"
-        body = _promotion(account, output_model_id, base_model)
-        body["trainer_job_id"] = f"accounts/{account}/rlorTrainerJobs/{job}"
-        if hot_load_deployment_id is not None:
-            body["hot_load_deployment_id"] = hot_load_deployment_id
-        path = f"/v1/accounts/{account}/checkpoints/{checkpoint}:promote"
-        return self._promote(path, checkpoint, body)
+            where["hot_load_deployment_id"] = (
+                f"accounts/{account}/deployments/{hot_load_deployment_id}"
+            )
+        body = _promotion(account, output_model_id, base_model, **where)
+        return self._promote(f"accounts/{account}/checkpoints/{checkpoint}", body)
 
     def promote_session_checkpoint(self, name: str, output_model_id: str, base_model: str) -> Row:
-        """Make a model of a serverless session's checkpoint; the model's row.
+        """Promote a serverless session's checkpoint to a model; the model's row.
 
         Raises:
-            InvalidArgument: not `accounts/<a>/trainingSessions/<s>/checkpoints/<c>`, or a bad id.
+            InvalidArgument: `name` is not `accounts/<a>/trainingSessions/<s>/checkpoints/<c>`, or
+                an id is missing or not allowed; nothing was sent.
         """
-        account = _check_name(name, ("trainingSessions",), checkpoint=True)
+        account = _check_name(name, SESSIONS, checkpoint=True)
         body = _promotion(account, output_model_id, base_model)
         answer = self._call("POST", f"/v1/{name}:promote", f"promote {name}", body, PROMOTE_TIMEOUT)
         return cast(Row, answer.get("model") or {})
@@ -267,17 +276,17 @@ class FireworksClient:
     def promote_training_job_checkpoint(
         self, name: str, output_model_id: str, base_model: str
     ) -> Row:
-        """Make a model of a managed fine-tuning job's checkpoint; the model's row.
+        """Promote a managed fine-tuning job's checkpoint to a model, and wait; the model's row.
 
         Raises:
-            InvalidArgument: not the name of such a checkpoint, or a bad id.
+            InvalidArgument: `name` is not the name of such a checkpoint, or an id is missing or
+                not allowed; nothing was sent.
         """
-        account = _check_name(name, ("supervisedFineTuningJobs", "dpoJobs"), checkpoint=True)
-        body = _promotion(account, output_model_id, base_model)
-        return self._promote(f"/v1/{name}:promote", name, body)
+        account = _check_name(name, FINE_TUNING_JOBS, checkpoint=True)
+        return self._promote(name, _promotion(account, output_model_id, base_model))
 
     def delete_training_session(self, name: str) -> None:
-        """End a serverless session; one that is gone is fine."""
+        """End a serverless session; it is no error if it is gone."""
         self._run(lambda: self._account.delete(f"/v1/{name}"), "delete_training_session")
 
     def _checkpoint(
@@ -296,42 +305,22 @@ class FireworksClient:
             raise InvalidArgument(f"job_id={job_id!r}, but {name} is a checkpoint of {job!r}")
         return account, job, checkpoint
 
-    def _promote(self, path: str, what: str, body: Row) -> Row:
+    def _promote(self, name: str, body: Row) -> Row:
         async def work() -> Row:
-            answer = await self._start_promotion(path, what, body)
-            operation = answer.get("operation")
-            model = answer.get("model")
-            if isinstance(operation, Mapping):
-                named = str(cast(Mapping[str, Any], operation).get("name"))
-                ended = await self._plane.wait_for_operation(named)
-                model = dict(ended.response) or model
-            if not isinstance(model, dict):
-                raise ProtocolError(f"{what} was promoted, but the answer names no model")
-            row = cast(Row, model)
-            row.pop("@type", None)
-            return row
+            operation, row = await start_promotion(self._account, name, body)
+            if operation is not None:
+                row = (await self._plane.wait_for_operation(operation)).response or row
+            if not row:
+                raise ProtocolError(f"{name} was promoted, but the answer names no model")
+            return {key: value for key, value in row.items() if key != "@type"}
 
         return self._run(work, "promote_checkpoint")
-
-    async def _start_promotion(self, path: str, what: str, body: Row) -> Row:
-        asked = {**body, "async_promotion": True}
-        for attempt in (asked, body):
-            try:
-                return await self._account.call(
-                    "POST", path, what=f"promote {what}", json=attempt, timeout=PROMOTE_TIMEOUT
-                )
-            except ApiStatusError as error:
-                # An older platform does not know the field, and then promotes while one waits.
-                known = error.message.lower().replace("_", "")
-                if attempt is body or error.status != 400 or "asyncpromotion" not in known:
-                    raise
-        raise AssertionError("the second attempt returned or raised")
 
     # -- plumbing ----------------------------------------------------------------------------------
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
         if self._closed and label != "close":
-            raise ClientClosed(f"this {type(self).__name__} was closed; make another")
+            raise ClientClosed.of(type(self).__name__)
         return wait_for(self._owner.spawn(work, label=label))
 
     def _call(
@@ -359,10 +348,12 @@ class FireworksClient:
 
         return self._run(rows, f"list {collection}")
 
-    def _rows_of(self, path: str, *keys: str, page_size: int) -> list[Row]:
-        account, _, collection = path.removeprefix("/v1/accounts/").partition("/")
+    def _rows_of(self, name: str, kinds: tuple[str, ...], *keys: str, page_size: int) -> list[Row]:
+        """List the checkpoints of a resource of one of these kinds."""
+        account = _check_name(name, kinds)
         if account != self.account_id:
-            raise InvalidArgument(f"{path} is not of the key's account, {self.account_id}")
+            raise InvalidArgument(f"{name} is not of the key's account, {self.account_id}")
+        collection = f"{name.removeprefix(f'accounts/{account}/')}/checkpoints"
         return self._rows(collection, *keys, page_size=page_size)
 
     def close(self) -> None:
@@ -389,7 +380,7 @@ class FireworksClient:
 
 
 def refuse_account_id(options: Mapping[str, object]) -> None:
-    """The managers take no other keywords, and `account_id` no more.
+    """Refuse other keywords of a manager; `account_id`, which older versions took, by its name.
 
     Raises:
         InvalidArgument, UnknownOption: one was given.
@@ -400,18 +391,47 @@ def refuse_account_id(options: Mapping[str, object]) -> None:
         raise UnknownOption(f"unknown keywords: {', '.join(sorted(options))}")
 
 
-def _promotion(account: str, output_model_id: str | None, base_model: str | None) -> Row:
+def readiness_wait(
+    what: str,
+    read: Callable[[str], Readiness],
+    timeout_s: float,
+    poll_interval_s: float,
+    *,
+    pending_timeout_s: float | None = None,
+    resumed: bool = False,
+    advice: Mapping[Readiness, str] = MappingProxyType({}),
+) -> ReadinessWait:
+    """Begin to wait for a resource, now, on the running loop.
+
+    Args:
+        read: what a state of the resource means.
+        poll_interval_s: the longest time between two looks; the first ones come sooner.
+        pending_timeout_s: seconds until the resource has capacity; default `timeout_s`.
+        resumed, advice: as of `ReadinessWait`.
+    """
+    return ReadinessWait(
+        what,
+        read,
+        started=asyncio.get_running_loop().time(),
+        budget=timeout_s,
+        queue_budget=timeout_s if pending_timeout_s is None else pending_timeout_s,
+        resumed=resumed,
+        slowest=poll_interval_s,
+        advice=advice,
+    )
+
+
+def _promotion(
+    account: str, output_model_id: str | None, base_model: str | None, **where: str
+) -> Row:
     if not output_model_id or not base_model:
         raise InvalidArgument("output_model_id and base_model are needed")
     check_output_model_id(output_model_id)
-    return {
-        "output_model": f"accounts/{account}/models/{output_model_id}",
-        "base_model": base_model,
-    }
+    return promotion_body(account, output_model_id, base_model, **where)
 
 
 def _check_name(name: str, kinds: tuple[str, ...], *, checkpoint: bool = False) -> str:
-    """The account in a resource name of one of these kinds."""
+    """Find the account in a resource name of one of these kinds; other names are refused."""
     parts = name.split("/")
     right = len(parts) == (6 if checkpoint else 4) and parts[0] == "accounts" and all(parts)
     if not right or parts[2] not in kinds or (checkpoint and parts[4] != "checkpoints"):

@@ -1,7 +1,7 @@
-"""`DeploymentManager` and its configuration: deployments made, waited for, pointed at a trainer,
-and given back.
+"""`DeploymentManager`: makes deployments, waits for them, points them at a trainer, deletes them.
 
-Hot loads are in `hot_loads`.
+Knows what to ask for and what to wait for; the requests and the waits are the core's. Its hot loads
+are in `hot_loads.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fireworks_training._async.control_plane.deployment_config import transition
 from fireworks_training._async.control_plane.rows import read_deployment
 from fireworks_training._async.resources.readiness import deployment_ready, until_ready
 from fireworks_training._async.runtime.waits import log_if_slow
-from fireworks_training._core.lifecycle import Readiness, ReadinessWait, Seen, deployment_readiness
+from fireworks_training._core.lifecycle import Readiness, Seen, deployment_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
+    readiness_wait,
     refuse_account_id,
 )
 from fireworks_training.compat.hot_loads import HOT_LOAD_POLL_S, HotLoads
@@ -34,14 +35,15 @@ READY_TIMEOUT_S = 600.0
 READY_POLL_S = 15.0
 DELETION_TIMEOUT_S = 60.0
 WARMUP_TIMEOUT_S = 30.0
+_ADVICE = {Readiness.FAILED: "create it anew", Readiness.GONE: "create it anew"}
 
 
 class DeploymentManager(HotLoads):
     """Deployments and their hot loads, blocking.
 
     Args:
-        inference_url: where completions are asked for; default `base_url`.
-        hotload_api_url: where snapshots are loaded; default `base_url`.
+        inference_url: URL that answers completions; default `base_url`.
+        hotload_api_url: URL of the hot load API; default `base_url`.
 
     Attributes:
         boot_time_s: seconds that the last `wait_for_ready` took; None before there was one.
@@ -68,22 +70,18 @@ class DeploymentManager(HotLoads):
     def create_or_get(
         self, config: DeploymentConfig, force_recreate: bool = False
     ) -> DeploymentInfo:
-        """The deployment of `config.deployment_id`, created if there is none; does not wait.
+        """Create the deployment of `config.deployment_id`, or find it; does not wait.
 
-        One that failed or was deleted is replaced; so is any with `force_recreate`.
+        A deployment that failed or was deleted is replaced; with `force_recreate`, any is.
         """
         config.validate()
 
         async def work() -> DeploymentInfo:
             id_ = config.deployment_id
-            found = await self._plane.get_deployment(id_)
-            ended = found is not None and deployment_readiness(found.state) in (
-                Readiness.FAILED,
-                Readiness.GONE,
-            )
-            if found is not None and not ended and not force_recreate:
-                return found
-            if found is not None:
+            if (found := await self._plane.get_deployment(id_)) is not None:
+                ended = (Readiness.FAILED, Readiness.GONE)
+                if deployment_readiness(found.state) not in ended and not force_recreate:
+                    return found
                 await self._plane.delete_deployment(id_)
                 await self._until_gone(id_)
             created, _ = await self._plane.create_deployment(id_, config.body(), config.query())
@@ -94,16 +92,18 @@ class DeploymentManager(HotLoads):
         return self._run(work, f"create the deployment {config.deployment_id}")
 
     async def _until_gone(self, deployment_id: str) -> None:
-        watch = _watch(f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0)
+        wait = readiness_wait(
+            f"the deleted deployment {deployment_id}", _gone, DELETION_TIMEOUT_S, 2.0
+        )
 
         async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             row = await self._plane.get_deployment(deployment_id)
             return Observation(Seen(deployment_id, "DELETED" if row is None else row.state))
 
-        await until_ready(watch, look)
+        await until_ready(wait, look)
 
     def get(self, deployment_id: str) -> DeploymentInfo | None:
-        """A deployment; None if there is none."""
+        """Look up a deployment; None if there is none."""
         return self._run(lambda: self._plane.get_deployment(deployment_id), "look up")
 
     def update(
@@ -112,8 +112,8 @@ class DeploymentManager(HotLoads):
         """Change the fields that the mask names.
 
         Args:
-            body: the values, in camelCase.
-            update_mask: the fields, in snake_case.
+            body: the values, by camelCase names.
+            update_mask: the fields' names, in snake_case.
         """
         mask = update_mask if isinstance(update_mask, str) else ",".join(update_mask)
 
@@ -124,14 +124,14 @@ class DeploymentManager(HotLoads):
         return self._run(work, f"update {deployment_id}")
 
     def scale_to_zero(self, deployment_id: str) -> None:
-        """Release its replicas and keep it; what goes wrong is logged, not raised."""
+        """Release the deployment's replicas and keep it; a failure is logged, not raised."""
         self._attempt(
             lambda: self._plane.scale_to_zero(deployment_id),
             f"the deployment {deployment_id} was not scaled to zero",
         )
 
     def delete(self, deployment_id: str) -> None:
-        """Delete it; what goes wrong is logged, not raised."""
+        """Delete the deployment; a failure is logged, not raised."""
         self._attempt(
             lambda: self._plane.delete_deployment(deployment_id),
             f"the deployment {deployment_id} was not deleted",
@@ -156,23 +156,23 @@ class DeploymentManager(HotLoads):
         timeout_s: float = READY_TIMEOUT_S,
         poll_interval_s: float = READY_POLL_S,
     ) -> DeploymentInfo:
-        """Wait until it is READY, or until it answers a completion while it is CREATING.
+        """Wait until a deployment is READY, or answers a completion while it is CREATING.
 
         Args:
             poll_interval_s: the longest time between two looks; the first ones come sooner.
 
         Raises:
-            ProvisioningError: it failed or was deleted.
-            ProvisioningTimeout: not ready in time.
-            NotFound: there is none.
+            ProvisioningError: the deployment failed or was deleted.
+            ProvisioningTimeout: the deployment was not ready in time.
+            NotFound: there is no such deployment.
         """
         what = f"deployment {deployment_id}"
 
         async def work() -> DeploymentInfo:
-            watch = _watch(what, _ready, timeout_s, poll_interval_s)
+            wait = readiness_wait(what, _ready, timeout_s, poll_interval_s, advice=_ADVICE)
             started = asyncio.get_running_loop().time()
             await self._found(deployment_id)
-            found = await deployment_ready(self._plane, deployment_id, watch)
+            found = await deployment_ready(self._plane, deployment_id, wait)
             self.boot_time_s = asyncio.get_running_loop().time() - started
             return found
 
@@ -191,8 +191,8 @@ class DeploymentManager(HotLoads):
         """Point a deployment at another trainer job, in one change, and wait until it is READY.
 
         Args:
-            trainer_job_name: full name.
-            hot_load_transition_type: changed along with it; None keeps what there is.
+            trainer_job_name: full name of the trainer job.
+            hot_load_transition_type: changed along with the job; None keeps the present one.
 
         Raises:
             ProvisioningError, ProvisioningTimeout, NotFound: as in `wait_for_ready`.
@@ -209,8 +209,9 @@ class DeploymentManager(HotLoads):
             return fields
 
         async def ready(settled: Callable[[DeploymentInfo], bool]) -> DeploymentInfo:
-            watch = _watch(f"deployment {id_}", _ready, timeout_s, poll_interval_s)
-            return await deployment_ready(self._plane, id_, watch, settled=settled)
+            what = f"deployment {id_}"
+            wait = readiness_wait(what, _ready, timeout_s, poll_interval_s, advice=_ADVICE)
+            return await deployment_ready(self._plane, id_, wait, settled=settled)
 
         async def work() -> DeploymentInfo:
             await self._found(id_)
@@ -229,7 +230,7 @@ class DeploymentManager(HotLoads):
         return self._run(work, f"re-attach {id_}")
 
     def warmup(self, model: str, max_retries: int = 30, retry_interval_s: float = 10.0) -> bool:
-        """Ask for four tokens until there is an answer; False after `max_retries` attempts.
+        """Ask for a completion of four tokens until one is answered; False after `max_retries`.
 
         Args:
             model: `accounts/<account>/deployments/<id>`.
@@ -250,22 +251,8 @@ class DeploymentManager(HotLoads):
         )
 
 
-def _watch(
-    what: str, read: Callable[[str], Readiness], timeout_s: float, poll_interval_s: float
-) -> ReadinessWait:
-    return ReadinessWait(
-        what,
-        read,
-        started=asyncio.get_running_loop().time(),
-        budget=timeout_s,
-        queue_budget=timeout_s,
-        slowest=poll_interval_s,
-        advice=dict.fromkeys((Readiness.FAILED, Readiness.GONE), "create it anew"),
-    )
-
-
 def _ready(state: str) -> Readiness:
-    """One that is UPDATING serves too, but is not what is waited for here."""
+    """Read a state; a deployment that is UPDATING serves, but with what it had before."""
     return Readiness.STARTING if state == "UPDATING" else deployment_readiness(state)
 
 

@@ -1,18 +1,23 @@
-"""The hot loads of a deployment: asked for, looked at, waited for.
+"""Hot loads of a deployment by hand: asks for a load, reads its status, waits for its end.
 
-A hot load counts as done when every replica reports the snapshot (`_core.snapshots`), not only the
-first one.
+A hot load counts as done when every replica reports the snapshot (`_core/snapshots.py`), not only
+the first one. The requests are `_async/weights/hot_load_requests.py`'s.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
 from fireworks_training._async.resources.readiness import LookAgain, until_ready
-from fireworks_training._async.weights.weight_sync import PATH as HOT_LOAD_PATH
-from fireworks_training._core.lifecycle import Readiness, ReadinessWait, Seen
+from fireworks_training._async.weights.hot_load_requests import (
+    CHECKSUM_FORMAT,
+    DELTA_COMPRESSION,
+    STATUS_TIMEOUT,
+    HotLoadRequests,
+    Target,
+)
+from fireworks_training._core.lifecycle import Readiness, Seen
 from fireworks_training._core.snapshots import (
     Failed,
     Live,
@@ -21,10 +26,14 @@ from fireworks_training._core.snapshots import (
     judge,
     read_replicas,
 )
-from fireworks_training.compat.client import DEFAULT_BASE_URL, FireworksClient, Row
+from fireworks_training.compat.client import (
+    DEFAULT_BASE_URL,
+    FireworksClient,
+    Row,
+    readiness_wait,
+)
 from fireworks_training.errors import (
     ApiError,
-    ApiStatusError,
     HotLoadTimeout,
     ProvisioningError,
     ProvisioningTimeout,
@@ -33,8 +42,8 @@ from fireworks_training.models import Observation
 
 logger = logging.getLogger("fireworks_training.compat")
 
-DEFAULT_DELTA_COMPRESSION = "arc_v2"
-DEFAULT_CHECKSUM_FORMAT = "alder32"
+DEFAULT_DELTA_COMPRESSION = DELTA_COMPRESSION
+DEFAULT_CHECKSUM_FORMAT = CHECKSUM_FORMAT
 HOT_LOAD_TIMEOUT_S = 400
 HOT_LOAD_POLL_S = 5
 
@@ -43,7 +52,7 @@ class HotLoads(FireworksClient):
     """Hot loads, blocking; also everything that `FireworksClient` does.
 
     Args:
-        hotload_api_url: where snapshots are loaded; default `base_url`.
+        hotload_api_url: URL of the hot load API; default `base_url`.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class HotLoads(FireworksClient):
 
     @property
     def last_hotload_error_message(self) -> str | None:
-        """Why the last `wait_for_hotload` gave False; None if it did not."""
+        """The reason why the last `wait_for_hotload` gave False; None if it gave True."""
         return self._last_hotload_error
 
     def hotload(
@@ -77,45 +86,35 @@ class HotLoads(FireworksClient):
         """Ask a deployment to load a snapshot; the platform's answer, before it is loaded.
 
         Args:
-            incremental_snapshot_metadata: of a delta: `previous_snapshot_identity`,
+            incremental_snapshot_metadata: for a delta: `previous_snapshot_identity`,
                 `compression_format`, `checksum_format`.
-            path: where the snapshot lies, if the deployment's own storage does not hold it.
-            cmek_resource: the key that it is encrypted with.
+            path: URL of the snapshot, if the deployment's own storage does not hold it.
+            cmek_resource: the key that the snapshot is encrypted with.
 
         Raises:
-            ApiStatusError: the platform refused it.
+            ApiStatusError: the platform refused the load.
         """
         headers = {
             "x-fireworks-hot-load-source-url": path,
             "x-fireworks-hot-load-cmek-resource": cmek_resource,
         }
-        body: Row = {"identity": snapshot_identity, "reset_prompt_cache": reset_prompt_cache}
-        if incremental_snapshot_metadata:
-            body["incremental_snapshot_metadata"] = incremental_snapshot_metadata
 
         async def work() -> Row:
-            extra = {name: value for name, value in headers.items() if value}
-            try:
-                return await self._hot_load(
-                    "POST", deployment_id, base_model, float(timeout), body, extra
-                )
-            except ApiStatusError as error:
-                text = error.message.lower()
-                # A platform that no longer knows the field says so, and resets the cache by itself.
-                if "reset_prompt_cache" not in text or "extra inputs" not in text:
-                    raise
-            body.pop("reset_prompt_cache")
-            return await self._hot_load(
-                "POST", deployment_id, base_model, float(timeout), body, extra
+            requests = await self._requests(deployment_id, base_model)
+            return await requests.ask(
+                snapshot_identity,
+                incremental_snapshot_metadata,
+                reset_prompt_cache=reset_prompt_cache,
+                headers={name: value for name, value in headers.items() if value},
+                timeout=float(timeout),
             )
 
         return self._run(work, f"hot load {snapshot_identity}")
 
     def hotload_check_status(self, deployment_id: str, base_model: str, timeout: int = 30) -> Row:
-        """What each replica holds and loads, as the platform says it."""
+        """Read what each replica holds and loads, as the platform reports it."""
         return self._run(
-            lambda: self._hot_load("GET", deployment_id, base_model, float(timeout)),
-            "hot load status",
+            lambda: self._status(deployment_id, base_model, float(timeout)), "hot load status"
         )
 
     def wait_for_hotload(
@@ -128,16 +127,16 @@ class HotLoads(FireworksClient):
     ) -> bool:
         """Wait until every replica serves a snapshot.
 
-        False if one refused it or the time ran out; `last_hotload_error_message` says which.
+        Returns:
+            False if a replica refused the snapshot or the time ran out; then
+            `last_hotload_error_message` has the reason.
         """
         self._last_hotload_error = None
         what = f"hot load of {expected_identity}"
 
         async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
-            status = await self._hot_load("GET", deployment_id, base_model, 30.0)
-            return Observation(
-                _seen(judge(read_replicas(status), expected_identity), expected_identity)
-            )
+            replicas = read_replicas(await self._status(deployment_id, base_model))
+            return Observation(_seen(judge(replicas, expected_identity), expected_identity))
 
         try:
             self._wait(what, look, timeout_seconds, poll_interval)
@@ -147,14 +146,18 @@ class HotLoads(FireworksClient):
             return False
         return True
 
-    def _wait_for_manager(
+    def wait_for_hotload_manager(
         self, deployment_id: str, base_model: str, timeout_s: int, poll_interval_s: int
     ) -> None:
-        """Wait until a deployment lists its replicas: before that it takes no hot load."""
+        """Wait until a deployment lists its replicas: before that it takes no hot load.
+
+        Raises:
+            HotLoadTimeout: it listed none in time.
+        """
 
         async def look(_: Observation[Seen], _hold_s: int) -> Observation[Seen]:
             try:
-                status = await self._hot_load("GET", deployment_id, base_model, 30.0)
+                status = await self._status(deployment_id, base_model)
             except ApiError as error:
                 return Observation(Seen(deployment_id, "NOT_THERE", error.message))
             return Observation(Seen(deployment_id, "LIVE" if status.get("replicas") else "EMPTY"))
@@ -167,15 +170,8 @@ class HotLoads(FireworksClient):
 
     def _wait(self, what: str, look: LookAgain[Seen], timeout_s: int, poll_interval_s: int) -> None:
         async def work() -> None:
-            watch = ReadinessWait(
-                what,
-                _readiness,
-                started=asyncio.get_running_loop().time(),
-                budget=timeout_s,
-                queue_budget=timeout_s,
-                slowest=poll_interval_s,
-            )
-            await until_ready(watch, look)
+            wait = readiness_wait(what, _readiness, timeout_s, poll_interval_s)
+            await until_ready(wait, look)
 
         self._run(work, what)
 
@@ -190,7 +186,7 @@ class HotLoads(FireworksClient):
         path: str | None = None,
         cmek_resource: str | None = None,
     ) -> bool:
-        """`hotload`, then `wait_for_hotload`."""
+        """Load a snapshot (`hotload`), and wait for it (`wait_for_hotload`)."""
         self.hotload(
             deployment_id,
             base_model,
@@ -202,28 +198,15 @@ class HotLoads(FireworksClient):
         )
         return self.wait_for_hotload(deployment_id, base_model, snapshot_identity, timeout_seconds)
 
-    async def _hot_load(
-        self,
-        method: str,
-        deployment_id: str,
-        base_model: str,
-        timeout: float,
-        body: Row | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Row:
+    async def _requests(self, deployment_id: str, base_model: str) -> HotLoadRequests:
         name = await self._plane.resource_name("deployments", deployment_id)
-        return await self._transport.call(
-            method,
-            self.hotload_api_url + HOT_LOAD_PATH,
-            what=f"hot load of {deployment_id}",
-            json=body,
-            headers={
-                "fireworks-model": base_model,
-                "fireworks-deployment": name,
-                **(headers or {}),
-            },
-            timeout=timeout,
-        )
+        return HotLoadRequests(self._transport, Target(self.hotload_api_url, name, base_model))
+
+    async def _status(
+        self, deployment_id: str, base_model: str, timeout: float = STATUS_TIMEOUT
+    ) -> Row:
+        requests = await self._requests(deployment_id, base_model)
+        return await requests.status(timeout=timeout)
 
 
 def _seen(progress: Progress, identity: str) -> Seen:

@@ -19,7 +19,7 @@ from fireworks_training.errors import InvalidArgument
 
 
 class _Schedule(BaseModel):
-    """What all schedules have: a warm-up, in steps or as a part of all steps."""
+    """Holds what all schedules have: a warm-up, in steps or as a part of all steps."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,13 +34,13 @@ class _Schedule(BaseModel):
 
 
 class ConstantSchedule(_Schedule):
-    """The same rate after the warm-up."""
+    """Keeps the rate the same after the warm-up."""
 
     type: Literal["constant"] = "constant"
 
 
 class LinearSchedule(_Schedule):
-    """Down a line to `min_lr_ratio` of the rate."""
+    """Lowers the rate along a line, to `min_lr_ratio` of it."""
 
     type: Literal["linear"] = "linear"
     decay_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
@@ -48,7 +48,7 @@ class LinearSchedule(_Schedule):
 
 
 class CosineSchedule(_Schedule):
-    """Down half a cosine to `min_lr_ratio` of the rate."""
+    """Lowers the rate along half a cosine, to `min_lr_ratio` of it."""
 
     type: Literal["cosine"] = "cosine"
     decay_ratio: float | None = Field(default=None, ge=0.0, le=1.0)
@@ -56,7 +56,7 @@ class CosineSchedule(_Schedule):
 
 
 class WSDSchedule(_Schedule):
-    """Warm-up, stable, decay: the rate falls only over the last `decay_ratio` of the steps."""
+    """Lowers the rate only over the last `decay_ratio` of the steps: warm-up, stable, decay."""
 
     type: Literal["wsd"] = "wsd"
     decay_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
@@ -74,15 +74,15 @@ _FLAT_FIELDS = frozenset(
 
 
 def default_constant_schedule() -> ConstantSchedule:
-    """No warm-up, no decay."""
+    """Make a schedule without warm-up and decay."""
     return ConstantSchedule()
 
 
 def parse_lr_scheduler_spec(data: Any) -> LRSchedulerSpec:
-    """A schedule from a mapping with a `type`.
+    """Make a schedule of a mapping with a `type`.
 
     Raises:
-        InvalidArgument: an unknown type or field, or a value out of range.
+        InvalidArgument: the type or a field is unknown, or a value is out of range.
     """
     try:
         spec: LRSchedulerSpec = _SPEC.validate_python(data)
@@ -99,9 +99,9 @@ def normalize_lr_scheduler_spec(
     legacy_warmup_ratio: float | None = None,
     legacy_min_lr_ratio: float | None = None,
 ) -> LRSchedulerSpec:
-    """A schedule from a mapping, from a schedule, or from the older flat options.
+    """Make a schedule of a mapping, of a schedule, or of the older flat options.
 
-    The flat options count only where `data` says nothing but "constant".
+    The flat options count only where `data` asks for no more than "constant".
     """
     spec: LRSchedulerSpec = default_constant_schedule()
     if data is not None:
@@ -120,20 +120,20 @@ def normalize_lr_scheduler_spec(
 
 
 def has_v1_scheduler_fields(flat: Iterable[str]) -> bool:
-    """Whether one of the older flat options is among these names."""
+    """Tell whether one of the older flat options is among these names."""
     return not _FLAT_FIELDS.isdisjoint(flat)
 
 
 def compute_lr(
     spec: LRSchedulerSpec, step: int, base_lr: float, *, total_steps: int | None = None
 ) -> float:
-    """The learning rate of a step, counted from 1.
+    """Compute the learning rate of a step, counted from 1.
 
     Args:
-        total_steps: of the run; a `warmup_ratio` and every decay need it.
+        total_steps: steps of the run; a `warmup_ratio` and every decay need them.
 
     Raises:
-        InvalidArgument: it is needed and missing.
+        InvalidArgument: `total_steps` is needed and missing.
     """
     warmup = spec.warmup_steps
     if not warmup and spec.warmup_ratio is not None:

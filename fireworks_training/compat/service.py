@@ -1,7 +1,8 @@
 """`FiretitanServiceClient` with the spellings of the official SDK beside this package's own.
 
-The same service; what is added are twins (`..._async`), parameters that other servers take and this
-package refuses with a reason, and results in the other SDK's shape: rows are dictionaries.
+It is the core's service, and adds twins (`..._async`), parameters that other servers take and this
+package refuses with a reason, and results in the other SDK's shape: rows are dictionaries. Each
+method calls the core's of the same name and wraps its result.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ Row = dict[str, Any]
 
 
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Not on the caller's loop: it may be the one that users' coroutines need."""
+    """Run blocking work beside the caller's loop, which users' coroutines need meanwhile."""
     return await asyncio.to_thread(work, *args, **kwargs)
 
 
 def _awaited(
     method: Callable[Concatenate[S, P], T],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """The `..._async` twin of a method: the same parameters, awaited.
+    """Make the `..._async` twin of a method: the same parameters, awaited.
 
-    For twins that the core lacks: type checkers take no assignment for the override of a method.
+    For twins that the core lacks: type checkers accept no assignment as an override of a method.
     """
 
     async def awaited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,12 +51,15 @@ def _awaited(
 
     twin = update_wrapper(awaited, method)
     twin.__name__, twin.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
-    twin.__doc__ = f"`{method.__name__}`, awaited."
+    twin.__doc__ = f"Call `{method.__name__}` without blocking the caller's loop."
     return twin
 
 
 class FiretitanServiceClient(blocking.FiretitanServiceClient):
-    """See the module; made by `from_firetitan_config`."""
+    """Manages a trainer and a deployment, by the official SDK's names; `from_firetitan_config`
+    makes it."""
+
+    _made_a_model = False
 
     # -- training clients --------------------------------------------------------------------------
 
@@ -72,10 +76,10 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         projection_head_dim: int | None = None,
         lora_init_method: str | None = None,
     ) -> FiretitanTrainingClient:
-        """`create_training_client` of the core.
+        """Make the training client, as the core's `create_training_client` does.
 
         Args:
-            projection_head_dim, lora_init_method: refused, but for what is the default.
+            projection_head_dim, lora_init_method: refused, other than the default.
         """
         _check_model(projection_head_dim, lora_init_method)
         made = super().create_training_client(
@@ -88,7 +92,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
             lora_alpha,
             user_metadata,
         )
-        return self._mine(made)
+        return self._noted(made)
 
     def create_lora_training_client(
         self,
@@ -103,7 +107,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         projection_head_dim: int | None = None,
         init_method: str | None = None,
     ) -> FiretitanTrainingClient:
-        """`create_training_client` by the names of the LoRA guide."""
+        """Make the training client, by the names of the LoRA guide."""
         return self.create_training_client(
             base_model,
             rank,
@@ -130,7 +134,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         projection_head_dim: int | None = None,
         init_method: str | None = None,
     ) -> FiretitanTrainingClient:
-        """`create_lora_training_client`, awaited."""
+        """Call `create_lora_training_client` without blocking the caller's loop."""
         return await _in_thread(
             self.create_lora_training_client,
             base_model,
@@ -148,7 +152,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     def create_base_training_client(
         self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
     ) -> FiretitanTrainingClient:
-        """A client of the base model on the service's trainer, with the adapter off."""
+        """Make a client of the base model on the service's trainer, with the adapter off."""
         return self._mine(super().create_base_training_client(base_model, user_metadata))
 
     def create_reference_client(
@@ -159,7 +163,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         policy_client: AnyTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> FiretitanTrainingClient:
-        """A client of the model before training; only `forward` is legal."""
+        """Make a client of the model before training; only `forward` is legal."""
         made = super().create_reference_client(
             base_model,
             lora_rank=lora_rank,
@@ -177,18 +181,20 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         *,
         lora_rank: int | None = None,
     ) -> FiretitanTrainingClient:
-        """The training client, with the weights of a saved state and a fresh optimizer.
+        """Make the training client with the weights of a saved state and a fresh optimizer.
+
+        A service's one client that was made before is loaded with the state, and given back.
 
         Raises:
-            RequestFailed: there is no such state; the message lists those there are.
+            RequestFailed: there is no such state; the message lists the present ones, and no
+                client is made.
         """
-        client = self.create_training_client(
-            lora_rank=lora_rank,
-            user_metadata=user_metadata,
-            projection_head_dim=projection_head_dim,
-        )
-        client.load_state(path, weights_access_token).result()
-        return client
+        _check_model(projection_head_dim, None)
+        if (one := self._one_client(lora_rank, user_metadata)) is not None:
+            one.load_state(path, weights_access_token).result()
+            return one
+        make = super().create_training_client_from_state
+        return self._noted(make(path, user_metadata, weights_access_token, lora_rank=lora_rank))
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -199,26 +205,40 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         *,
         lora_rank: int | None = None,
     ) -> FiretitanTrainingClient:
-        """The training client, with the weights and the optimizer of a saved state.
+        """Make the training client with the weights and the optimizer of a saved state.
 
-        Raises:
-            RequestFailed: there is no such state; the message lists those there are.
+        Otherwise as `create_training_client_from_state`.
         """
-        client = self.create_training_client(
-            lora_rank=lora_rank,
-            user_metadata=user_metadata,
-            projection_head_dim=projection_head_dim,
-        )
-        client.load_state_with_optimizer(path, weights_access_token).result()
-        return client
+        _check_model(projection_head_dim, None)
+        if (one := self._one_client(lora_rank, user_metadata)) is not None:
+            one.load_state_with_optimizer(path, weights_access_token).result()
+            return one
+        make = super().create_training_client_from_state_with_optimizer
+        return self._noted(make(path, user_metadata, weights_access_token, lora_rank=lora_rank))
 
     create_training_client_from_state_async = _awaited(create_training_client_from_state)
     create_training_client_from_state_with_optimizer_async = _awaited(
         create_training_client_from_state_with_optimizer
     )
 
+    def _one_client(
+        self, lora_rank: int | None, user_metadata: Mapping[str, str] | None
+    ) -> FiretitanTrainingClient | None:
+        """Find the client that was made before, in a service that makes only one."""
+        if not self._made_a_model:
+            return None
+        try:
+            super().create_training_client()
+        except InvalidArgument:  # with `max_lora_rank` each model is another, and needs its rank
+            return None
+        return self.create_training_client(lora_rank=lora_rank, user_metadata=user_metadata)
+
+    def _noted(self, made: AnyTrainingClient) -> FiretitanTrainingClient:
+        self._made_a_model = True
+        return self._mine(made)
+
     def _mine(self, client: AnyTrainingClient) -> FiretitanTrainingClient:
-        return FiretitanTrainingClient._of(client._async, self)
+        return FiretitanTrainingClient.of(client, self)
 
     # -- sampling clients --------------------------------------------------------------------------
 
@@ -233,15 +253,15 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         training_client: AnyTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> FiretitanSamplingClient:
-        """A Tinker-shaped client, with the snapshot `model_path` live on every replica.
+        """Make a Tinker-shaped client, with the snapshot `model_path` live on every replica.
 
         Args:
             retry_config: tinker's; see `AsyncFiretitanServiceClient.create_sampling_client`.
-            deployment_sampler: does the sampling, with what it was made with, instead of one of
-                the service's own; `close()` of the client closes it.
+            deployment_sampler: samples in the place of one that the service would make; `close()`
+                of the client closes it.
 
         Raises:
-            InvalidArgument: a sampler, and what another one would be made from.
+            InvalidArgument: beside a sampler, arguments are given from which one would be made.
         """
         if deployment_sampler is not None:
             others = (
@@ -281,7 +301,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     def list_checkpoints(  # type: ignore[override]
         self, job_id: str | None = None, *, page_size: int = 200
     ) -> list[Row]:
-        """Rows of a trainer job's checkpoints, oldest first; default of the service's own."""
+        """List a trainer job's checkpoints, oldest first; default the job of the service."""
         return [_checkpoint(info) for info in super().list_checkpoints(job_id, page_size=page_size)]
 
     def promote_checkpoint(  # type: ignore[override]
@@ -294,13 +314,13 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         name: str | None = None,
         hot_load_deployment_id: str | None = None,
     ) -> Row:
-        """Make a model of a sampler checkpoint, and wait until it is one; its row.
+        """Promote a sampler checkpoint to a model, and wait until that is done; the model's row.
 
         Args:
             name: full name of the checkpoint, as `list_checkpoints` gives it.
             job_id, checkpoint_id: its two ids, in place of `name`.
-            output_model_id: of the new model.
-            base_model: default the service's.
+            output_model_id: id of the new model.
+            base_model: full name of the model that was trained; default the service's.
         """
         if output_model_id is None:
             raise InvalidArgument("output_model_id is needed")
@@ -316,16 +336,16 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         )
         return _model(model)
 
-    # -- what there is -----------------------------------------------------------------------------
+    # -- facts -------------------------------------------------------------------------------------
 
     def get_server_capabilities(self) -> Any:
-        """What the trainer can do, as `tinker.types.GetServerCapabilitiesResponse`."""
+        """Read what the trainer can do, as `tinker.types.GetServerCapabilitiesResponse`."""
         from tinker.types import GetServerCapabilitiesResponse
 
         return GetServerCapabilitiesResponse.model_validate(super().get_server_capabilities())
 
     async def get_server_capabilities_async(self) -> Any:
-        """`get_server_capabilities`, awaited."""
+        """Call `get_server_capabilities` without blocking the caller's loop."""
         return await _in_thread(self.get_server_capabilities)
 
 

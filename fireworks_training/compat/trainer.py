@@ -1,7 +1,7 @@
-"""`TrainerJobManager` and its configuration: trainer jobs made, waited for, resumed and deleted.
+"""`TrainerJobManager`: makes trainer jobs, waits for them, resumes and deletes them.
 
-Waits are `_core.lifecycle`'s, as the service's are: capacity (PENDING) and readiness have budgets
-of their own.
+Knows what to ask for and what to wait for; the requests and the waits are the core's. Capacity
+(PENDING) and readiness have budgets of their own.
 """
 
 from __future__ import annotations
@@ -10,24 +10,23 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 from uuid import uuid4
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.control_plane.rows import read_job
 from fireworks_training._async.resources.readiness import trainer_ready, until_ready
-from fireworks_training._core.lifecycle import Readiness, ReadinessWait, job_readiness
+from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.compat.client import (
     DEFAULT_BASE_URL,
     FireworksClient,
     Row,
+    readiness_wait,
     refuse_account_id,
 )
+from fireworks_training.compat.trainer_config import TrainerJobConfig
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
     ApiError,
-    InvalidArgument,
     NotFound,
     ProvisioningError,
 )
@@ -40,9 +39,6 @@ READY_TIMEOUT_S = 900.0
 PENDING_TIMEOUT_S = 48 * 3600.0
 RECONNECT_TIMEOUT_S = 600.0
 RESUMABLE_TIMEOUT_S = 120.0
-MAX_INACTIVITY_S = 3 * 3600.0
-MAX_DISPLAY_NAME = 63
-_SHAPE_OWNED = ("accelerator_type", "accelerator_count", "node_count")
 _TOMBSTONES = frozenset({"JOB_STATE_DELETED", "JOB_STATE_ARCHIVED"})
 _ADVICE = {
     Readiness.GONE: "its id can't be used again; create another",
@@ -50,17 +46,17 @@ _ADVICE = {
     Readiness.RESUMABLE: "resume_and_wait starts it again",
     Readiness.STOPPING: "resume_and_wait starts it again, once it has stopped",
 }
-"""What to do about a job that is no use to wait for."""
+"""The advice in an error about a job that will not become ready by waiting."""
 
 
 @dataclass
 class TrainerServiceEndpoint:
-    """A trainer that is ready.
+    """Describes a trainer that is ready.
 
     Attributes:
         job_name: full name of its job.
-        job_id: last part of that.
-        base_url: of its data plane.
+        job_id: last part of that name.
+        base_url: URL of its data plane.
         max_context_length: tokens; None where the platform does not say.
     """
 
@@ -72,180 +68,17 @@ class TrainerServiceEndpoint:
 
 @dataclass
 class CreatedTrainerJob:
-    """A trainer job that was just created: its full name, and the last part of it."""
+    """Names a trainer job that was just created: its full name, and the last part of that."""
 
     job_name: str
     job_id: str
-
-
-@dataclass
-class TrainerJobConfig:
-    """What to create.
-
-    With `training_shape_ref` the shape decides on accelerators and nodes; with
-    `auto_select_training_shape` the platform chooses a shape; with neither, all is as given here
-    and the server checks no shape.
-    """
-
-    base_model: str
-    lora_rank: int = 0
-    projection_head_dim: int | None = None
-    max_context_length: int | None = None
-    learning_rate: float = 1e-5
-    gradient_accumulation_steps: int | None = None
-    node_count: int | None = None
-    trainer_replica_count: int | None = None
-    display_name: str | None = None
-    hot_load_deployment_id: str | None = None
-    region: str | None = None
-    custom_image_tag: str | None = None
-    extra_args: list[str] | None = None
-    extra_values: dict[str, str] | None = None
-    accelerator_type: str | None = None
-    accelerator_count: int | None = None
-    training_shape_ref: str | None = None
-    forward_only: bool = False
-    auto_select_training_shape: bool = False
-    inactivity_timeout: timedelta | str | None = None
-    disable_inactivity_cleanup: bool = False
-    skip_validations: bool = False
-    purpose: str | None = None
-    preemptible: bool = False
-    managed_by: str | None = None
-    requested_job_id: str | None = None
-    use_reservation: bool = True
-    reservation_target: str | None = None
-
-    def validate(self) -> None:
-        """Refuse what no server would take; `create` calls it.
-
-        Raises:
-            InvalidArgument: with everything that is wrong, a line each.
-        """
-        wrong = [text for text in (*self._wrong_values(), *self._wrong_with_shape()) if text]
-        if wrong:
-            raise InvalidArgument("\n".join(wrong))
-
-    def _wrong_values(self) -> list[str]:
-        head, wrong = self.projection_head_dim, []
-        if not self.base_model:
-            wrong.append("base_model is missing")
-        if head is not None and (isinstance(head, bool) or head < 0):
-            wrong.append("projection_head_dim must be a whole number from 0")
-        if self.gradient_accumulation_steps not in (None, 1):
-            wrong.append(
-                "gradient_accumulation_steps must be 1: call forward_backward several times before"
-                " one optim_step"
-            )
-        if len(self.display_name or "") > MAX_DISPLAY_NAME:
-            wrong.append(f"display_name may have {MAX_DISPLAY_NAME} characters")
-        if self.inactivity_timeout is not None:
-            try:
-                seconds = float(duration(self.inactivity_timeout)[:-1])
-            except InvalidArgument as error:
-                wrong.append(error.message)
-            else:
-                if seconds > MAX_INACTIVITY_S:
-                    wrong.append("inactivity_timeout may be 3 hours")
-        return wrong
-
-    def _wrong_with_shape(self) -> list[str]:
-        ref = self.training_shape_ref
-        if not ref and not self.auto_select_training_shape:
-            return []
-        wrong = [
-            f"{name} belongs to the shape: leave it out"
-            for name in _SHAPE_OWNED
-            if getattr(self, name)
-        ]
-        if ref and self.auto_select_training_shape:
-            wrong.append("give training_shape_ref or auto_select_training_shape, not both")
-        return wrong
-
-    def _body(self) -> Row:
-        """The request's body; options that were not asked for are absent."""
-        manual = not self.training_shape_ref and not self.auto_select_training_shape
-        training: Row = {
-            "baseModel": self.base_model,
-            "loraRank": self.lora_rank,
-            "learningRate": self.learning_rate,
-            **_given(
-                projectionHeadDim=self.projection_head_dim,
-                maxContextLength=None if self.training_shape_ref else self.max_context_length,
-                customImageTag=self.custom_image_tag,
-                region=self.region,
-                extraArgs=[part for arg in self.extra_args or [] for part in arg.split()],
-                acceleratorType=self.accelerator_type if manual else None,
-                acceleratorCount=self.accelerator_count if manual else None,
-            ),
-        }
-        timeout = self.inactivity_timeout
-        body: Row = {
-            "serviceMode": True,
-            "keepAlive": False,
-            "dataset": "",
-            "useReservation": self.use_reservation and not self.reservation_target,
-            "trainingConfig": training,
-            **_given(
-                reservationTarget=self.reservation_target,
-                trainerReplicaCount=self.trainer_replica_count,
-                displayName=self.display_name,
-                hotLoadDeploymentId=self.hot_load_deployment_id,
-                extraValues=dict(self.extra_values or {}),
-                forwardOnly=self.forward_only,
-                purpose=self.purpose,
-                preemptible=self.preemptible,
-                managedBy=self.managed_by,
-                inactivityTimeout=None if timeout is None else duration(timeout),
-                disableInactivityCleanup=self.disable_inactivity_cleanup,
-            ),
-        }
-        if manual:
-            body["nodeCount"] = self.node_count or 1
-        return body
-
-    def _query(self) -> dict[str, str]:
-        query: dict[str, str] = {}
-        if self.hot_load_deployment_id:
-            query["deploymentId"] = self.hot_load_deployment_id
-        if self.training_shape_ref:
-            query["trainingShape"] = self.training_shape_ref
-        manual = not self.training_shape_ref and not self.auto_select_training_shape
-        if manual or (self.training_shape_ref and self.skip_validations):
-            query["skipValidations"] = "true"
-        return query
-
-
-def _given(**fields: Any) -> Row:
-    return {
-        name: value for name, value in fields.items() if value not in (None, False, "", 0, [], {})
-    }
-
-
-def duration(value: timedelta | str) -> str:
-    """A duration as the API spells it, `"1800s"`.
-
-    Raises:
-        InvalidArgument: a string of another form, or below zero.
-    """
-    seconds = value.total_seconds() if isinstance(value, timedelta) else None
-    if isinstance(value, str) and value.endswith("s"):
-        try:
-            seconds = float(value[:-1])
-        except ValueError:
-            seconds = None
-    if seconds is None or not 0 <= seconds < float("inf"):
-        raise InvalidArgument(
-            f'inactivity_timeout={value!r}: give a timedelta, or text such as "1800s"'
-        )
-    return f"{seconds:g}s" if seconds != int(seconds) else f"{int(seconds)}s"
 
 
 class TrainerJobManager(FireworksClient):
     """Trainer jobs, blocking; also everything that `FireworksClient` does.
 
     Args:
-        trainer_gateway_url: where the trainers' data planes are; default
+        trainer_gateway_url: base URL of the trainers' data planes; default
             `FIREWORKS_TRAINER_GATEWAY_URL`, else `base_url`.
 
     Attributes:
@@ -277,15 +110,15 @@ class TrainerJobManager(FireworksClient):
         """Create a trainer job, or find the one of `requested_job_id`; does not wait.
 
         Raises:
-            InvalidArgument: see `TrainerJobConfig.validate`.
+            InvalidArgument: no server would take `config`, as `TrainerJobConfig.validate` says.
             ProvisioningError: the id belongs to a deleted job.
-            ApiStatusError: the platform refused it.
+            ApiStatusError: the platform refused the job.
         """
         config.validate()
         job_id = config.requested_job_id or f"training-api-service-{uuid4().hex[:8]}"
 
         async def work() -> TrainerJobInfo:
-            job, _ = await self._plane.create_job(job_id, config._body(), config._query())
+            job, _ = await self._plane.create_job(job_id, config.body(), config.query())
             return job
 
         job = self._run(work, f"create {job_id}")
@@ -306,27 +139,27 @@ class TrainerJobManager(FireworksClient):
         timeout_s: float = READY_TIMEOUT_S,
         pending_timeout_s: float = PENDING_TIMEOUT_S,
     ) -> TrainerServiceEndpoint:
-        """`create`, then `wait_for_ready`."""
+        """Create a trainer job (`create`), and wait for it (`wait_for_ready`)."""
         created = self.create(config)
         return self.wait_for_ready(
             created.job_id, created.job_name, poll_interval_s, timeout_s, pending_timeout_s
         )
 
     def try_get(self, job_id: str) -> Row | None:
-        """A job's row; None if there is none."""
+        """Look up a job's row; None if there is none."""
         return self._get(f"/v1/accounts/{self.account_id}/rlorTrainerJobs/{job_id}")
 
     def get(self, job_id: str) -> Row:
-        """A job's row.
+        """Look up a job's row.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such job.
         """
         path = f"/v1/accounts/{self.account_id}/rlorTrainerJobs/{job_id}"
         return self._call("GET", path, f"look up the trainer job {job_id}")
 
     def delete(self, job_id: str) -> None:
-        """Delete a job; what goes wrong is logged, not raised."""
+        """Delete a job; a failure is logged, not raised."""
         try:
             self._run(lambda: self._plane.delete_job(job_id), f"delete {job_id}")
         except ApiError as error:
@@ -345,22 +178,20 @@ class TrainerJobManager(FireworksClient):
         """Wait until a trainer answers.
 
         Args:
-            job_name: as it is to stand in the result; default the job's own.
+            job_name: the name for the result; default the job's own.
             poll_interval_s: the longest time between two looks; the first ones come sooner.
-            timeout_s: from when it has a place.
-            pending_timeout_s: until it has one.
+            timeout_s: seconds from capacity to ready.
+            pending_timeout_s: seconds until the job has capacity.
 
         Raises:
-            ProvisioningError: it failed, or was stopped or deleted.
+            ProvisioningError: the job failed, or was stopped or deleted.
             ProvisioningTimeout: one of the budgets ran out.
             NotFound: there is no such job.
         """
-
-        # One that failed is not waited for, also not for as long as an old state is borne: nobody
-        # asked here for it to be started again.
-        return self._wait(
-            job_id, job_name, _failed_for_good, poll_interval_s, timeout_s, pending_timeout_s
-        )
+        # A job that failed ends the wait at once, also while an old state would be put up with:
+        # nobody has asked here for it to be started again.
+        budgets = poll_interval_s, timeout_s, pending_timeout_s
+        return self._wait(job_id, _failed_for_good, *budgets, job_name=job_name)
 
     def wait_for_existing(
         self,
@@ -369,7 +200,7 @@ class TrainerJobManager(FireworksClient):
         timeout_s: float = READY_TIMEOUT_S,
         pending_timeout_s: float = PENDING_TIMEOUT_S,
     ) -> TrainerServiceEndpoint:
-        """`wait_for_ready` for a job that was there before."""
+        """Wait until the trainer of a job that was there before answers (`wait_for_ready`)."""
         return self.wait_for_ready(job_id, None, poll_interval_s, timeout_s, pending_timeout_s)
 
     def resume_and_wait(
@@ -382,12 +213,10 @@ class TrainerJobManager(FireworksClient):
         """Start a stopped job again, and wait for it.
 
         Raises:
-            Conflict: it is in a state that can't be resumed.
+            Conflict: the job is in a state that can't be resumed.
         """
         self._run(lambda: self._plane.resume_job(job_id), f"resume {job_id}")
-        return self._wait(
-            job_id, None, job_readiness, poll_interval_s, timeout_s, pending_timeout_s
-        )
+        return self._wait(job_id, job_readiness, poll_interval_s, timeout_s, pending_timeout_s)
 
     def reconnect_and_wait(
         self,
@@ -397,15 +226,14 @@ class TrainerJobManager(FireworksClient):
         max_wait_for_resumable_s: float = RESUMABLE_TIMEOUT_S,
         pending_timeout_s: float = PENDING_TIMEOUT_S,
     ) -> TrainerServiceEndpoint:
-        """Wait for a job whose trainer runs; start one again that has stopped.
+        """Wait for a job whose trainer runs, or start a stopped one again and wait for it.
 
         Args:
-            max_wait_for_resumable_s: how long a job may be on its way from one state to the next.
+            max_wait_for_resumable_s: seconds for a job that is changing its state to settle.
 
         Raises:
-            ProvisioningTimeout: it stayed on its way for longer.
+            ProvisioningTimeout: the job did not settle in time.
         """
-
         job = self._run(
             lambda: self._settled(job_id, poll_interval_s, max_wait_for_resumable_s),
             f"reconnect {job_id}",
@@ -417,26 +245,26 @@ class TrainerJobManager(FireworksClient):
     def _wait(
         self,
         job_id: str,
-        job_name: str | None,
         read: Callable[[str], Readiness],
         poll_interval_s: float,
         timeout_s: float,
         pending_timeout_s: float,
+        *,
+        job_name: str | None = None,
     ) -> TrainerServiceEndpoint:
         async def work() -> TrainerServiceEndpoint:
             started = asyncio.get_running_loop().time()
-            watch = ReadinessWait(
+            wait = readiness_wait(
                 f"trainer {job_id}",
                 read,
-                started=started,
-                budget=timeout_s,
-                queue_budget=pending_timeout_s,
+                timeout_s,
+                poll_interval_s,
+                pending_timeout_s=pending_timeout_s,
                 resumed=True,
-                slowest=poll_interval_s,
                 advice=_ADVICE,
             )
             job = await self._job(job_id)
-            job = await trainer_ready(self._plane, job_id, watch, first=job)
+            job = await trainer_ready(self._plane, job_id, wait, first=job)
             self.boot_time_s = asyncio.get_running_loop().time() - started
             url = await self._plane.trainer_url(job_id)
             return TrainerServiceEndpoint(job_name or job.name, job_id, url, job.max_context_length)
@@ -444,18 +272,16 @@ class TrainerJobManager(FireworksClient):
         return self._run(work, f"wait for trainer {job_id}")
 
     async def _settled(self, job_id: str, poll_interval_s: float, budget: float) -> TrainerJobInfo:
-        """The job, once it can be used or resumed."""
-        watch = ReadinessWait(
+        """Wait until a job can be used or resumed; its row."""
+        changing = dict.fromkeys(
+            (Readiness.STARTING, Readiness.QUEUED), "it can neither be used nor resumed"
+        )
+        wait = readiness_wait(
             f"trainer {job_id}",
             _usable_or_resumable,
-            started=asyncio.get_running_loop().time(),
-            budget=budget,
-            queue_budget=budget,
-            slowest=poll_interval_s,
-            advice=_ADVICE
-            | dict.fromkeys(
-                (Readiness.STARTING, Readiness.QUEUED), "it can neither be used nor resumed"
-            ),
+            budget,
+            poll_interval_s,
+            advice=_ADVICE | changing,
         )
 
         async def look(
@@ -464,7 +290,7 @@ class TrainerJobManager(FireworksClient):
             found = await self._plane.look_at_job(job_id, since, hold_s)
             return found if found.row is not None else Observation(await self._job(job_id))
 
-        return await until_ready(watch, look)
+        return await until_ready(wait, look)
 
     async def _job(self, job_id: str) -> TrainerJobInfo:
         path = await self._account.path("rlorTrainerJobs", job_id)

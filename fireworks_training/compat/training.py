@@ -1,8 +1,8 @@
 """`FiretitanTrainingClient` with the spellings of the official SDK beside this package's own.
 
-The same client; what is added are twins (`..._async`), parameters that other servers take and this
-package refuses with a reason, and clients that are made from a client. A service of
-`compat.service` hands these out.
+It is the core's training client, and adds twins (`..._async`), parameters that other servers take
+and this package refuses with a reason, and clients that are made from a client. The service of
+`service.py` makes it; it knows that service only as an `OwningService`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
 from fireworks_training._sync.training import client as blocking
+from fireworks_training.errors import NotSupported
 from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from fireworks_training._async.sampling.retry_config import RetryConfig
     from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
-    from fireworks_training.compat.service import FiretitanServiceClient
     from fireworks_training.futures import APIFuture
 
 ExportPrecision = Literal["source", "bf16", "nvfp4", "mxfp8", "fp8_block128"]
@@ -29,7 +28,7 @@ DEFAULT_MERGED_BASE_EXPORT_PRECISION: ExportPrecision = "source"
 
 
 class GradAccNormalization(StrEnum):
-    """By what `optim_step` divides the gradients; a text, as the trainer takes it."""
+    """Names what `optim_step` divides the gradients by, as the trainer spells it."""
 
     NUM_LOSS_TOKENS = "num_loss_tokens"
     NUM_SEQUENCES = "num_sequences"
@@ -37,23 +36,38 @@ class GradAccNormalization(StrEnum):
 
 
 class GradNormMetricsMode(StrEnum):
-    """Which gradient norms `optim_step` reports; a text, as the trainer takes it."""
+    """Names the gradient norms that `optim_step` reports, as the trainer spells them."""
 
     OFF = "off"
     BASIC = "basic"
     DETAILED = "detailed"
 
 
-class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
-    """See the module; made by a service's `create_training_client`."""
+class OwningService(Protocol):
+    """The service that made a training client, as far as the client calls it."""
 
-    _service: FiretitanServiceClient
+    def get_tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def create_sampling_client(
+        self, model_path: str | None = None, *, retry_config: RetryConfig | None = None
+    ) -> FiretitanSamplingClient: ...
+
+    def create_base_training_client(
+        self, base_model: str | None = None, user_metadata: Mapping[str, str] | None = None
+    ) -> FiretitanTrainingClient: ...
+
+
+class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
+    """Trains a model, by the official SDK's names; `create_training_client` makes it."""
+
+    _service: OwningService
 
     @classmethod
-    def _of(cls, client: AsyncFiretitanTrainingClient, service: FiretitanServiceClient) -> Self:
-        twin = cls._wrap(client)
-        twin._service = service
-        return twin
+    def of(cls, client: blocking.FiretitanTrainingClient, service: OwningService) -> Self:
+        """Give a client of the core these names; for the service that made it."""
+        named = cls._wrap(client._async)
+        named._service = service
+        return named
 
     # -- snapshots ---------------------------------------------------------------------------------
 
@@ -66,7 +80,7 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         export_precision: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> APIFuture[Any]:
-        """`save_weights_for_sampler`, once it has its place in the line."""
+        """Call `save_weights_for_sampler`; awaited, gives its future."""
         return self.save_weights_for_sampler(
             name,
             ttl_seconds,
@@ -83,45 +97,47 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         export_precision: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> SaveSamplerResult:
-        """`save_weights_for_sampler`, waited for: the snapshot's path and name."""
-        saved = self.save_weights_for_sampler(
-            name,
-            ttl_seconds,
-            checkpoint_type=checkpoint_type,
-            export_precision=export_precision,
-            metadata=metadata,
-        ).result()
-        return SaveSamplerResult(path=saved.path, snapshot_name=saved.path)
+        """Call `save_weights_for_sampler` and wait for it; the snapshot's path and name.
+
+        Raises:
+            NotSupported: `ttl_seconds` or `metadata` is given.
+        """
+        if metadata is not None:
+            raise NotSupported("metadata is not supported with a snapshot; leave it out")
+        return super().save_weights_for_sampler_ext(
+            name, checkpoint_type, ttl_seconds, export_precision
+        )
 
     def resolve_checkpoint_path(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, checkpoint_name: str, source_job_id: str | None = None
     ) -> str:
-        """What `load_state` takes for a state of this trainer job, or of `source_job_id`."""
+        """Build the path by which `load_state` finds a state of this job, or of `source_job_id`."""
         return super().resolve_checkpoint_path(checkpoint_name, source_job_id)
 
-    # -- what it is, and clients of it -------------------------------------------------------------
+    # -- facts, and clients made from it -----------------------------------------------------------
 
     def get_info(self) -> Any:
-        """What the trainer says of the model, as `tinker.types.GetInfoResponse`."""
+        """Read the trainer's facts of the model, as `tinker.types.GetInfoResponse`."""
         from tinker.types import GetInfoResponse
 
         return GetInfoResponse.model_validate(super().get_info())
 
     async def get_info_async(self) -> Any:
-        """`get_info`, awaited."""
+        """Call `get_info` without blocking the caller's loop."""
         return await asyncio.to_thread(self.get_info)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the service's model."""
+        """Load the tokenizer of the service's model."""
         return self._service.get_tokenizer()
 
     def create_sampling_client(
         self, model_path: str, retry_config: RetryConfig | None = None
     ) -> FiretitanSamplingClient:
-        """A Tinker-shaped client of the service's deployment, with a snapshot of this client live.
+        """Make a Tinker-shaped client of the service's deployment, with a snapshot of this client
+        live.
 
         Args:
-            model_path: what `save_weights_for_sampler(...)` returned as `path`.
+            model_path: the `path` that `save_weights_for_sampler(...)` returned.
             retry_config: tinker's; see `AsyncFiretitanServiceClient.create_sampling_client`.
         """
         return self._service.create_sampling_client(model_path, retry_config=retry_config)
@@ -129,11 +145,11 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
     async def create_sampling_client_async(
         self, model_path: str, retry_config: RetryConfig | None = None
     ) -> FiretitanSamplingClient:
-        """`create_sampling_client`, awaited."""
+        """Call `create_sampling_client` without blocking the caller's loop."""
         return await asyncio.to_thread(self.create_sampling_client, model_path, retry_config)
 
     def create_base_training_client(
         self, base_model: str, user_metadata: Mapping[str, str] | None = None
     ) -> FiretitanTrainingClient:
-        """A client of the base model on the same trainer, with the adapter off."""
+        """Make a client of the base model on the same trainer, with the adapter off."""
         return self._service.create_base_training_client(base_model, user_metadata)

@@ -1,22 +1,24 @@
 """`WeightSyncer`: saves a training client's weights and loads them into a deployment.
 
 Keeps the chain of base and delta snapshots for callers who drive a deployment by hand; a service
-does the same by itself (`create_deployment_sampler(model_path=...)`), and checks it.
+keeps and checks its own (`create_deployment_sampler(model_path=...)`). Whether a snapshot is to be
+a base or a delta is decided in `_core/snapshots.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
+from fireworks_training._async.weights.hot_load_requests import DELTA_COMPRESSION, difference_to
+from fireworks_training._core.snapshots import choose_type
 from fireworks_training.compat.deployment import DeploymentManager
-from fireworks_training.compat.hot_loads import DEFAULT_CHECKSUM_FORMAT, DEFAULT_DELTA_COMPRESSION
 from fireworks_training.errors import (
     ApiError,
     FireworksTrainingError,
@@ -34,14 +36,14 @@ MANAGER_TIMEOUT_S = 300
 
 
 class SavedSnapshot(Protocol):
-    """What a save gives."""
+    """The result of a save, as far as it is needed here."""
 
     @property
     def snapshot_name(self) -> str: ...
 
 
 class SavesSnapshots(Protocol):
-    """The part of a training client that is needed here."""
+    """A training client, as far as it is needed here."""
 
     def save_weights_for_sampler_ext(
         self, name: str, checkpoint_type: Any = None
@@ -50,19 +52,21 @@ class SavesSnapshots(Protocol):
 
 @dataclass
 class WeightSyncer:
-    """Saves and loads, one snapshot after the other.
+    """Saves weights and loads them, one snapshot after the other.
 
     Attributes:
         policy_client: a blocking training client.
-        deploy_mgr, deployment_id: where to load; without them it only saves.
+        deploy_mgr, deployment_id: the deployment to load into; without them it only saves.
         base_model: full name, for routing.
         hotload_timeout: seconds for every replica to report a snapshot.
-        first_checkpoint_type: "base" or "delta"; the later ones are deltas.
-        lora_rank: above 0, every snapshot is a whole adapter.
-        warmup_after_hotload, warmup_max_retries: whether and how often to ask for four tokens then.
+        first_checkpoint_type: type of the first snapshot, "base" or "delta"; the later ones are
+            deltas.
+        lora_rank: rank of the adapter; above 0, every snapshot is a whole adapter.
+        warmup_after_hotload, warmup_max_retries: whether and how often to ask for four tokens once
+            a snapshot is loaded.
         reset_prompt_cache: drop the caches of the prompts, which the old weights made.
         base_saved: whether a snapshot was saved, so that the next may be a delta.
-        base_identity: what the deployment was last loaded with, by this object.
+        base_identity: the snapshot that this object loaded last.
         last_timing: seconds of the last call: `save_time_s`, `hotload_time_s`, `warmup_time_s`,
             `total_time_s`.
     """
@@ -73,7 +77,7 @@ class WeightSyncer:
     base_model: str = ""
     hotload_timeout: int = HOT_LOAD_TIMEOUT_S
     first_checkpoint_type: str = "base"
-    compression_format: str = DEFAULT_DELTA_COMPRESSION
+    compression_format: str = DELTA_COMPRESSION
     warmup_after_hotload: bool = True
     warmup_max_retries: int = 10
     reset_prompt_cache: bool = True
@@ -84,7 +88,7 @@ class WeightSyncer:
     _looked: bool = field(default=False, init=False, repr=False)
 
     def check_deployment_state(self) -> str | None:
-        """The snapshot that the deployment holds now; None if none, or if it can't be asked."""
+        """Look up the snapshot that the deployment holds; None if none, or if it can't be asked."""
         target = self._target()
         if target is None:
             return None
@@ -98,7 +102,7 @@ class WeightSyncer:
         return replicas[0].get("current_snapshot_identity") if replicas else None
 
     def reset_delta_chain(self) -> None:
-        """Make the next save a base: after the deployment was pointed at another trainer."""
+        """Make the next save a base, as after the deployment was pointed at another trainer."""
         self.base_saved = False
         self.base_identity = None
 
@@ -108,18 +112,18 @@ class WeightSyncer:
         """Wait until the deployment lists its replicas: before that it takes no hot load.
 
         Raises:
-            HotLoadTimeout: it did not in time.
+            HotLoadTimeout: the deployment listed none in time.
         """
         target = self._target()
         if target is None:
             return
         manager, deployment_id = target
-        manager._wait_for_manager(deployment_id, self.base_model, timeout_s, poll_interval_s)
+        manager.wait_for_hotload_manager(deployment_id, self.base_model, timeout_s, poll_interval_s)
 
     # -- saving and loading ------------------------------------------------------------------------
 
     def save_only(self, name: str, checkpoint_type: str | None = None) -> str | None:
-        """Save without loading; the snapshot's name, or None if it failed (logged)."""
+        """Save a snapshot without loading it; its name, or None if that failed (logged)."""
         self.last_timing = {}
         try:
             return self._save(name, checkpoint_type or self._next_type())
@@ -128,10 +132,10 @@ class WeightSyncer:
             return None
 
     def hotload(self, snapshot_name: str, checkpoint_type: str) -> bool:
-        """Load what `save_only` saved; False if it failed (logged).
+        """Load a snapshot that `save_only` saved; False if that failed (logged).
 
         Args:
-            checkpoint_type: the one that it was saved with.
+            checkpoint_type: the type that it was saved with.
         """
         self.last_timing = {}
         if self._target() is None:
@@ -144,10 +148,10 @@ class WeightSyncer:
         return True
 
     def save_and_hotload(self, name: str, checkpoint_type: str | None = None) -> str | None:
-        """Save, load, and wait until every replica serves it; the snapshot's name.
+        """Save a snapshot, load it, and wait until every replica serves it; the snapshot's name.
 
         Raises:
-            FireworksTrainingError: one of them failed.
+            FireworksTrainingError: the save or the load failed.
         """
         self.last_timing = {}
         kind = checkpoint_type or self._next_type()
@@ -162,7 +166,7 @@ class WeightSyncer:
     def get_deployment_sampler(
         self, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> DeploymentSampler:
-        """A sampler of the deployment, to be closed by the caller."""
+        """Make a sampler of the deployment, to be closed by the caller."""
         manager, _ = self._needed_target()
         return DeploymentSampler(
             manager.inference_url,
@@ -175,7 +179,7 @@ class WeightSyncer:
     def get_sampling_client(
         self, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> FiretitanSamplingClient:
-        """A Tinker-shaped client of the deployment, to be closed by the caller."""
+        """Make a Tinker-shaped client of the deployment, to be closed by the caller."""
         return FiretitanSamplingClient(self.get_deployment_sampler(tokenizer))
 
     # -- parts -------------------------------------------------------------------------------------
@@ -196,9 +200,8 @@ class WeightSyncer:
         return f"accounts/{manager.account_id}/deployments/{deployment_id}"
 
     def _next_type(self) -> str:
-        if self.lora_rank > 0:
-            return "base"
-        return "delta" if self.base_saved else self.first_checkpoint_type
+        follows = self.base_saved or self.first_checkpoint_type == "delta"
+        return choose_type(whole_only=self.lora_rank > 0, follows=follows)
 
     def _save(self, name: str, kind: str) -> str:
         with self._timed("save_time_s"):
@@ -209,18 +212,15 @@ class WeightSyncer:
     def _load(self, snapshot: str, kind: str) -> None:
         manager, deployment_id = self._needed_target()
         self._look_once()
-        delta = kind == "delta" and self.lora_rank == 0 and self.base_identity is not None
-        metadata = {
-            "previous_snapshot_identity": self.base_identity,
-            "compression_format": self.compression_format,
-            "checksum_format": DEFAULT_CHECKSUM_FORMAT,
-        }
+        difference: dict[str, Any] | None = None
+        if kind == "delta" and self.lora_rank == 0 and self.base_identity is not None:
+            difference = difference_to(self.base_identity, self.compression_format)
         with self._timed("hotload_time_s"):
             loaded = manager.hotload_and_wait(
                 deployment_id,
                 self.base_model,
                 snapshot,
-                metadata if delta else None,
+                difference,
                 self.reset_prompt_cache,
                 self.hotload_timeout,
             )
@@ -233,7 +233,7 @@ class WeightSyncer:
                 manager.warmup(self._model(), self.warmup_max_retries)
 
     def _look_once(self) -> None:
-        """What somebody else loaded is no predecessor of ours: the first load is a full one."""
+        """Before the first load, make it a full one if somebody else loaded the deployment."""
         if not self._looked:
             self.wait_for_hotload_ready()
             if self.check_deployment_state() is not None:
@@ -241,7 +241,7 @@ class WeightSyncer:
             self._looked = True
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Generator[None]:
         started = time.monotonic()
         try:
             yield

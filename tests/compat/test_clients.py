@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import Counter
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 from tinker.lib.retry_handler import RetryConfig
 
+import fireworks_training
+from fireworks_training import compat
 from fireworks_training.compat import (
     AdamParams,
     Datum,
@@ -26,6 +31,7 @@ from fireworks_training.compat import (
 )
 from fireworks_training.errors import InvalidArgument, NotSupported, RequestFailed
 from tests.conftest import RunningPlatform
+from tests.interop.record import Exchange, passing
 
 
 def datum() -> Datum:
@@ -38,9 +44,11 @@ def datum() -> Datum:
     )
 
 
-def service_of(platform: RunningPlatform, **options: Any) -> FiretitanServiceClient:
-    return FiretitanServiceClient.from_firetitan_config(
-        base_url=platform.base_url,
+def service_of(
+    platform: RunningPlatform, package: ModuleType = compat, **options: Any
+) -> FiretitanServiceClient:
+    made: FiretitanServiceClient = package.FiretitanServiceClient.from_firetitan_config(
+        base_url=options.pop("base_url", platform.base_url),
         api_key=platform.api_key,
         base_model=platform.model,
         training_shape_id=platform.training_shape,
@@ -48,6 +56,10 @@ def service_of(platform: RunningPlatform, **options: Any) -> FiretitanServiceCli
         cleanup_trainer_on_close=True,
         **options,
     )
+    return made
+
+
+SDKS = pytest.mark.parametrize("package", [fireworks_training, compat], ids=["core", "compat"])
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +126,8 @@ def test_what_is_not_supported_is_refused(
         service.create_training_client(projection_head_dim=8)
     with pytest.raises(NotSupported, match="kaiming"):
         service.create_lora_training_client(init_method="nora")
+    with pytest.raises(NotSupported, match="metadata"):
+        client.save_weights_for_sampler_ext("s", metadata={"a": 1})
     with pytest.raises(InvalidArgument, match="loss_type_input='x'"):
         asyncio.run(client.forward_backward_custom_async([], len, loss_type_input="x"))
 
@@ -139,6 +153,55 @@ def test_a_client_from_a_state(platform: RunningPlatform) -> None:
         assert again.forward([datum()], "cross_entropy").result().metrics["loss:sum"] == trained
         with pytest.raises(RequestFailed, match="compat-nothing"):
             service.create_training_client_from_state("compat-nothing")
+
+
+@SDKS
+@pytest.mark.parametrize("options", [{"max_lora_rank": 8}, {"lora_rank": 4}], ids=["many", "one"])
+async def test_a_state_that_can_not_be_loaded_leaves_no_model(
+    platform: RunningPlatform, package: ModuleType, options: dict[str, int]
+) -> None:
+    seen: Counter[str] = Counter()
+
+    def fail(url: str) -> None:
+        with service_of(
+            platform, package, base_url=url, create_deployment=False, **options
+        ) as service:
+            for make in (
+                service.create_training_client_from_state,
+                service.create_training_client_from_state_with_optimizer,
+            ):
+                for _ in range(3):
+                    with pytest.raises(RequestFailed, match="no-such-state"):
+                        make("no-such-state", lora_rank=4)
+            assert seen["create_model"] == seen["unload_model"] == 6
+            # One that is given away stays.
+            service.create_training_client(lora_rank=4)
+            assert (seen["create_model"], seen["unload_model"]) == (7, 6)
+
+    async with passing(platform, lambda e: seen.update([e.request.path.split("/")[-1]])) as url:
+        await asyncio.to_thread(fail, url)
+
+
+@SDKS
+async def test_a_snapshots_name_is_the_one_that_was_sent(
+    platform: RunningPlatform, package: ModuleType
+) -> None:
+    sent: list[str] = []
+
+    def note(exchange: Exchange) -> None:
+        if exchange.request.path.endswith("/save_weights_for_sampler"):
+            sent.append(json.loads(exchange.body)["path"])
+
+    def save(url: str) -> Any:
+        with service_of(platform, package, base_url=url, create_deployment=False) as service:
+            return service.create_training_client().save_weights_for_sampler_ext("compat-named")
+
+    async with passing(platform, note) as url:
+        saved = await asyncio.to_thread(save, url)
+    assert type(saved) is fireworks_training.SaveSamplerResult
+    assert [saved.snapshot_name] == sent
+    assert saved.snapshot_name.startswith("compat-named-")
+    assert saved.path == saved.snapshot_name  # this platform adds nothing to it
 
 
 def test_weights_are_saved_loaded_sampled_and_promoted(

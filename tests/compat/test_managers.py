@@ -298,6 +298,10 @@ def test_without_a_deployment_it_only_saves() -> None:
     with pytest.raises(ValueError, match="deploy_mgr"):
         syncer.get_deployment_sampler()
     assert WeightSyncer(Client(), lora_rank=8).save_only("a") == "a-base"
+    delta = WeightSyncer(Client(), first_checkpoint_type="delta")
+    assert delta.save_only("a") == "a-delta"
+    delta.lora_rank = 8
+    assert delta.save_only("b") == "b-base"
 
 
 def saved_snapshot(name: str) -> Any:

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fireworks_training import ProtocolError, ReplicaStatus
-from fireworks_training._core.snapshots import Failed, Live, Pending, judge, read_replicas
+from fireworks_training._core.snapshots import (
+    Failed,
+    Live,
+    Pending,
+    SaveType,
+    choose_type,
+    judge,
+    read_replicas,
+)
 
 
 def row(identity: str | None, *, ready: bool = True, **loading: Any) -> dict[str, Any]:
@@ -59,3 +67,13 @@ def test_never_live_without_proof(rows: list[tuple[str | None, bool]]) -> None:
     replicas = [ReplicaStatus(identity, ready) for identity, ready in rows]
     proof = bool(rows) and all(row == ("b", True) for row in rows)
     assert isinstance(judge(replicas, "b"), Live) == proof
+
+
+@pytest.mark.parametrize(
+    ("whole_only", "follows", "chosen"),
+    [(False, False, "base"), (False, True, "delta"), (True, False, "base"), (True, True, "base")],
+)
+def test_a_delta_is_chosen_where_it_could_be_loaded(
+    whole_only: bool, follows: bool, chosen: SaveType
+) -> None:
+    assert choose_type(whole_only=whole_only, follows=follows) == chosen

@@ -5,10 +5,10 @@
 PYTHON is an interpreter that has the official package; this script describes what is installed
 there and what `fireworks_training.compat` has, and compares: a name or method is *same* when it is
 there and takes the parameters of the official one, in its places (it may take more), and none of
-them only to refuse it (`REFUSES`). A class that
-the SDK makes and its users read (`READ`) is the same when it has the official one's fields. What is
-as asked and yet behaves differently is in `BEHAVES`; what will not be there is in `REFUSED`.
-`--write` puts the table into the README.
+them only to refuse it (`REFUSES`). A class that the SDK makes and its users read (`READ`) is the
+same when it has the official one's fields. `BEHAVES` lists what takes the same parameters and yet
+behaves differently, `REFUSED` what will not be there. `--write` puts the table into the README of
+`fireworks_training/compat`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "fireworks_training" / "compat" / "README.md"
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 OFFICIAL, OURS = "fireworks.training.sdk", "fireworks_training.compat"
 RECORD = "@@"
@@ -113,7 +113,7 @@ ALWAYS_RAISES = {"FiretitanServiceClient.delete_training_session"}
 
 
 def describe(package: str) -> dict[str, Any]:
-    """Every public name of a package: its kind, its parameters, its own methods and properties."""
+    """Describe every public name of a package: its kind, parameters, own methods and properties."""
     module = importlib.import_module(package)
     found: dict[str, Any] = {}
     values = {name: getattr(module, name) for name in sorted(module.__all__)}
@@ -136,20 +136,21 @@ def describe(package: str) -> dict[str, Any]:
 
 
 def _constructor(value: type) -> list[list[Any]] | None:
-    """Parameters of a class that its users make themselves; exceptions are made by the package."""
+    """List the parameters of a class that its users make; exceptions are made by the package."""
     if issubclass(value, BaseException) or getattr(value, "_is_protocol", False):
         return None
     return _parameters(value)
 
 
 def _fields(value: type) -> list[str]:
-    """Public attributes that instances are made with."""
+    """List the public attributes that instances are made with."""
     named = getattr(value, "__dataclass_fields__", None) or getattr(value, "model_fields", {})
     return [name for name in named if not name.startswith("_")]
 
 
 def _members(value: type, public: set[int]) -> Iterator[tuple[str, Any]]:
-    """Methods and properties that a class has of its package, and not of another public class."""
+    """List the methods and properties that a class has from its package, and from no other public
+    class."""
     for name in dir(value):
         if name.startswith(("_", "model_")):
             continue
@@ -166,7 +167,7 @@ def _members(value: type, public: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _parameters(value: Any, *, bound: bool = False) -> list[list[Any]] | None:
-    """`[name, kind, has a default]` of each parameter; None where there is no telling."""
+    """List `[name, kind, has a default]` of each parameter; None where Python can't tell them."""
     try:
         parameters = list(inspect.signature(value).parameters.values())
     except (TypeError, ValueError):
@@ -177,7 +178,7 @@ def _parameters(value: Any, *, bound: bool = False) -> list[list[Any]] | None:
 
 
 def describe_elsewhere(python: str, package: str) -> dict[str, Any]:
-    """`describe` in another interpreter."""
+    """Run `describe` in another interpreter."""
     command = [python, __file__, "--describe", package]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return dict(json.loads(answer.stdout.partition(RECORD)[2]))
@@ -202,7 +203,7 @@ class Row:
 
 
 def compare(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Row]:
-    """A row for each name and method of theirs."""
+    """Make a row for each name and method of theirs."""
     rows: list[Row] = []
     for name, entry in theirs.items():
         mine = ours.get(name)
@@ -236,7 +237,7 @@ def _refusal(name: str) -> str:
 
 
 def _difference(theirs: Any, ours: Any) -> str:
-    """What of their parameters ours does not take, or takes in another place."""
+    """Name the parameters of theirs that ours does not take, or takes in another place."""
     if not isinstance(theirs, list) or not isinstance(ours, list):
         return ""
     names = [p[0] for p in ours]
@@ -266,12 +267,12 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Names for a sentence; very many are counted."""
+    """List names for a sentence; very many are counted."""
     return f"{len(names)} parameters" if len(names) > 12 else ", ".join(f"`{n}`" for n in names)
 
 
 def with_all_members(package: str) -> dict[str, Any]:
-    """`describe`, and for each class everything it has, inherited or not."""
+    """Describe a package, and for each class everything it has, inherited or not."""
     described = describe(package)
     module = importlib.import_module(package)
     for name, entry in described.items():
@@ -294,13 +295,13 @@ def with_all_members(package: str) -> dict[str, Any]:
 
 
 def counts(rows: list[Row]) -> dict[str, int]:
-    """How many rows have each verdict."""
+    """Count the rows of each verdict."""
     return {verdict: sum(row.verdict == verdict for row in rows) for verdict in VERDICTS}
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a summary, the names that are the same or absent as a whole, and a row for each of
-    the others."""
+    """Write Markdown: a summary, the names that are the same or absent as a whole, and a row for
+    each of the others."""
     lines = [f"{len(rows)} names and methods: {_summary(counts(rows), len(rows))}.", ""]
     owners: dict[str, list[Row]] = {}
     for row in rows:
@@ -333,29 +334,29 @@ def _summary(total: Mapping[str, int], of: int) -> str:
 
 
 def _counted(name: str, rows: list[Row]) -> str:
-    """A name, with how many methods it has."""
+    """Write a name, with how many methods it has."""
     return f"`{name}`" + (f" and its {len(rows) - 1}" if len(rows) > 1 else "")
 
 
 def _short(row: Row) -> str:
-    """The method's name, or "itself" for the class."""
+    """Write the method's name, or "itself" for the class."""
     return f"`{row.name.partition('.')[2]}`" if "." in row.name else "itself"
 
 
 def rewritten(readme: str, rows: list[Row]) -> str:
-    """The README with the table between its markers."""
+    """Put the table between the markers of the README."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
 
 
 def rows_for(python: str) -> list[Row]:
-    """The comparison with the official package of another interpreter."""
+    """Compare with the official package of another interpreter."""
     return compare(describe_elsewhere(python, OFFICIAL), with_all_members(OURS))
 
 
 def main() -> int:
-    """See the module."""
+    """Run the command; its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--describe", metavar="PACKAGE")
     parser.add_argument("--official", metavar="PYTHON")

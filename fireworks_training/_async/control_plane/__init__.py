@@ -1,1 +1,1 @@
-"""Client of the control plane: accounts, shapes, trainer jobs, deployments."""
+"""The control plane's client: accounts, models, shapes, trainer jobs, deployments, checkpoints."""

@@ -1,7 +1,7 @@
-"""One account over HTTP: who it is, and exchanges with its collections.
+"""One account over HTTP: its id, and exchanges with its collections.
 
 Knows accounts, pages and what 404 means; not what the rows hold. Every exchange runs on the
-transport's owner loop, from whatever loop it is asked for.
+transport's owner loop, whichever loop asks for it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 PAGE_SIZE = 200
 MOST_PAGES = 500
-"""Pages of a list that are followed; a server that never ends one is cut off there."""
+"""The most pages of one list that are read; bounds a server whose list never ends."""
 
 LOOK_TIMEOUT = 10.0
-"""Seconds for the answer to a look, beyond those for which it may be held back."""
+"""Seconds for the answer to a look, beyond those for which the server may hold it."""
 
 WRITE_TIMEOUT = 60.0
 """Seconds for an exchange that changes something."""
@@ -51,7 +51,7 @@ class Account:
         self._lock = asyncio.Lock()
 
     async def id(self) -> str:
-        """The account's id, looked up once.
+        """Look up the account's id, once.
 
         Raises:
             InvalidArgument: the key belongs to none, or to several.
@@ -73,21 +73,21 @@ class Account:
             return self._id
 
     async def path(self, collection: str, resource_id: str = "") -> str:
-        """Path of a collection, or of one resource in it."""
+        """Build the path of a collection, or of one resource in it."""
         path = f"/v1/accounts/{await self.id()}/{collection}"
         return f"{path}/{resource_id}" if resource_id else path
 
     async def call(
         self, method: str, path: str, *, what: str, json: object = None, timeout: float = 30.0
     ) -> dict[str, Any]:
-        """An exchange with retries."""
+        """Make one exchange, with retries; the answer's object."""
         return await self.transport.owner.run(
             lambda: self.transport.call(method, path, what=what, json=json, timeout=timeout),
             label=what,
         )
 
     async def get(self, path: str) -> Row | None:
-        """A row; None where there is none."""
+        """Look up a row; None where there is none."""
         try:
             return await self.call("GET", path, what=f"look up {path}")
         except NotFound:
@@ -96,9 +96,9 @@ class Account:
     async def look(
         self, path: str, read: Callable[[Row], T], since: Observation[T] | None, hold_s: int
     ) -> Observation[T]:
-        """A row, once it is no longer as it was at an earlier look, or after `hold_s` seconds.
+        """Look up a row, answered once it differs from an earlier observation, or after `hold_s`.
 
-        A server that does not know how to wait answers at once.
+        A server that can't hold an answer back answers at once.
         """
         return await self.transport.owner.run(
             lambda: self._look(path, read, since, hold_s), label=f"look up {path}"
@@ -137,7 +137,7 @@ class Account:
         return Observation(read(response.object()), response.headers.get("ETag"), held_s)
 
     async def answers(self, inference_url: str, model: str, *, timeout_s: float) -> bool:
-        """Whether a model answers a completion of four tokens now."""
+        """Ask a model for a completion of four tokens; whether it answers now."""
         body = {"model": model, "prompt": [1, 2], "max_tokens": 4, "temperature": 0.0}
         url = f"{inference_url}/inference/v1/completions"
 
@@ -153,10 +153,10 @@ class Account:
         return await self.transport.owner.run(ask, label="probe")
 
     async def rows(self, collection: str, *keys: str, page_size: int = PAGE_SIZE) -> list[Row]:
-        """All rows of a collection, page by page.
+        """Read all rows of a collection, page by page.
 
         Args:
-            keys: the names that a server may list them under.
+            keys: the names under which a server may list the rows.
 
         Raises:
             ProtocolError: the list has no end.
@@ -177,7 +177,7 @@ class Account:
         raise ProtocolError(f"list {collection}: no end after {MOST_PAGES} pages")
 
     async def delete(self, path: str) -> None:
-        """Delete a resource; one that is gone is fine."""
+        """Delete a resource; it is no error if it is gone."""
         try:
             await self.call("DELETE", path, what=f"delete {path}", timeout=WRITE_TIMEOUT)
         except ApiStatusError as error:

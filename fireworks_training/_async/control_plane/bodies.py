@@ -1,4 +1,4 @@
-"""What is asked of the control plane for a configuration: request bodies and queries.
+"""Request bodies and queries of the control plane, made of a configuration.
 
 Pure functions; options that are not given are left out, so that the platform's defaults hold.
 """
@@ -13,7 +13,7 @@ from fireworks_training.models import TrainingProfile
 
 
 def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str, Any]:
-    """Of a trainer job."""
+    """Make the body that creates a trainer job."""
     extra = dict(config.extra_values or {})
     if config.snapshot_dtype is not None:
         extra["snapshot_dtype"] = config.snapshot_dtype
@@ -27,15 +27,15 @@ def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str
             "baseModel": config.base_model,
             "loraRank": config.max_lora_rank or config.lora_rank,
             "learningRate": config.learning_rate,
-            **_present(
+            **present(
                 maxContextLength=None if config.training_shape_id else config.max_context_length,
                 customImageTag=config.custom_image_tag,
                 region=config.region,
                 extraArgs=list(config.extra_args),
-                extraValues=extra or None,
+                extraValues=extra,
             ),
         },
-        **_present(
+        **present(
             trainerReplicaCount=config.trainer_replica_count,
             forwardOnly=config.forward_only,
             purpose=config.purpose,
@@ -43,7 +43,7 @@ def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str
             preemptible=config.preemptible,
             inactivityTimeout=config.inactivity_timeout,
             disableInactivityCleanup=config.disable_inactivity_cleanup,
-            extraValues=extra or None,
+            extraValues=extra,
         ),
     }
 
@@ -51,7 +51,8 @@ def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str
 def job_query(
     config: FiretitanProvisioningConfig, profile: TrainingProfile | None
 ) -> dict[str, str]:
-    """Of the same request: the shape without its version, unless the caller pinned one."""
+    """Make the query that goes with `job_body`: the shape, without its version unless the caller
+    pinned one."""
     query: dict[str, str] = {}
     asked = config.training_shape_id
     if asked is not None:
@@ -69,7 +70,7 @@ def deployment_body(
     job: str,
     annotations: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Of a deployment that loads the snapshots of `job` (a full resource name)."""
+    """Make the body that creates a deployment, which loads the snapshots of `job` (a full name)."""
     return {
         "baseModel": config.base_model,
         "description": "Fireworks training deployment",
@@ -80,22 +81,39 @@ def deployment_body(
         "hotLoadBucketType": "FW_HOSTED",
         "hotLoadTrainerJob": job,
         "annotations": dict(annotations),
-        **_present(
+        **present(
             placement={"region": config.region} if config.region else None,
             hotLoadTransitionType=config.hot_load_transition_type,
             deploymentShape=config.deployment_shape
             or (profile.deployment_shape if profile else None),
             extraArgs=list(config.deployment_extra_args),
-            extraValues=dict(config.deployment_extra_values or {}) or None,
+            extraValues=dict(config.deployment_extra_values or {}),
             preemptible=config.preemptible,
         ),
     }
 
 
 def deployment_query(config: FiretitanProvisioningConfig) -> dict[str, str]:
-    """Of the same request."""
+    """Make the query that goes with `deployment_body`."""
     return {"disableSpeculativeDecoding": "true"} if config.disable_speculative_decoding else {}
 
 
-def _present(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value not in (None, False, [], "")}
+def promotion_body(
+    account: str, output_model_id: str, base_model: str, **where: str | None
+) -> dict[str, Any]:
+    """Make the body that promotes a checkpoint to a model.
+
+    Args:
+        where: `trainer_job_id` and `hot_load_deployment_id`, by which the platform finds the
+            checkpoint; None leaves one out.
+    """
+    return {
+        "output_model": f"accounts/{account}/models/{output_model_id}",
+        "base_model": base_model,
+        **present(**where),
+    }
+
+
+def present(**fields: Any) -> dict[str, Any]:
+    """Leave out the fields that ask for nothing."""
+    return {name: value for name, value in fields.items() if value}

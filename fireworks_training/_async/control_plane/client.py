@@ -1,8 +1,8 @@
 """The control plane over HTTP: accounts, models, shapes, trainer jobs, deployments, checkpoints.
 
-One method an exchange, typed results, retries in the transport. Creating is safe to repeat, since
-the caller chooses the id. Waiting and deciding is elsewhere, but for promotion, whose operation has
-no other purpose than to be waited for.
+Each method makes one exchange and gives a typed result; the transport retries. Creating is safe to
+repeat, since the caller chooses the id. Readiness is waited for in `resources/readiness.py`; only
+promotion waits here, since its operation serves no other purpose.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from typing import Any, Self, cast
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
+from fireworks_training._async.control_plane.bodies import promotion_body
 from fireworks_training._async.control_plane.names import id_after, validate_output_model_id
+from fireworks_training._async.control_plane.promotions import start_promotion
 from fireworks_training._async.control_plane.rows import (
+    CHECKPOINT_LISTS,
     Row,
     read_checkpoint,
     read_deployment,
@@ -30,7 +33,6 @@ from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
-    ApiStatusError,
     Conflict,
     InvalidArgument,
     ProtocolError,
@@ -47,10 +49,9 @@ from fireworks_training.models import (
     TrainingProfile,
 )
 
-PROMOTE_TIMEOUT = 300.0
 PROBE_TIMEOUT = 10.0
 FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
-"""Seconds between looks at an operation: the first, and what they grow to."""
+"""Seconds between two looks at an operation: at first, and at most."""
 
 _SHAPE = re.compile(r"accounts/[^/?#]+/trainingShapes/[^/?#]+(/versions/[^/?#]+)?")
 
@@ -91,8 +92,8 @@ class AsyncControlPlane:
             verify_ssl: False accepts any TLS certificate.
 
         Raises:
-            InvalidArgument: no key, or a URL that is none ("local" included: an embedded platform
-                belongs to a service).
+            InvalidArgument: no key, or `base_url` is not a URL ("local" included: an embedded
+                platform belongs to a service).
         """
         endpoint = resolve_endpoint(base_url=base_url, api_key=api_key)
         if endpoint.embedded:
@@ -119,7 +120,7 @@ class AsyncControlPlane:
         return self._account.transport.base_url
 
     async def account(self) -> str:
-        """The id of the account that the key belongs to.
+        """Look up the id of the account that the key belongs to, once.
 
         Raises:
             InvalidArgument: the key belongs to none, or to several.
@@ -129,30 +130,30 @@ class AsyncControlPlane:
     # -- models and shapes -------------------------------------------------------------------------
 
     async def get_model(self, name: str) -> ModelInfo | None:
-        """A model by its full resource name; None if there is none."""
+        """Look up a model by its full resource name; None if there is none."""
         row = await self._account.get(f"/v1/{name}")
         return None if row is None else read_model(row)
 
     async def list_models(self) -> list[ModelInfo]:
-        """The models of the account."""
+        """List the models of the account."""
         return [read_model(row) for row in await self._account.rows("models", "models")]
 
     async def list_training_shapes(self) -> list[TrainingProfile]:
-        """The training shapes of the account, each at its latest validated version; shapes without
-        one are left out."""
+        """List the training shapes of the account, each at its latest validated version; shapes
+        without one are left out."""
         rows = await self._account.rows("trainingShapes", "trainingShapes")
         found = [await self._latest(str(row.get("name"))) for row in rows]
         return [profile for profile in found if profile is not None]
 
     async def training_profile(self, shape: str) -> TrainingProfile:
-        """A training shape, resolved to its latest validated version (or the one it names).
+        """Resolve a training shape to its latest validated version, or to the one it names.
 
         Args:
-            shape: `accounts/<account>/trainingShapes/<shape>[/versions/<version>]`; "latest" is no
-                name of a version: leave it out.
+            shape: `accounts/<account>/trainingShapes/<shape>[/versions/<version>]`; the version
+                "latest" means the same as no version.
 
         Raises:
-            InvalidArgument: not such a name, or a shape without a validated version.
+            InvalidArgument: `shape` is not such a name, or has no validated version.
             NotFound: there is no such shape.
         """
         if not _SHAPE.fullmatch(shape):
@@ -182,7 +183,11 @@ class AsyncControlPlane:
     async def create_job(
         self, job_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[TrainerJobInfo, bool]:
-        """Create a trainer job; the job, and whether this call made it (False: it was there)."""
+        """Create a trainer job.
+
+        Returns:
+            The job, and whether this call made it; False if it was there.
+        """
         collection = await self._account.path("rlorTrainerJobs")
         parameters = urlencode({**(query or {}), "rlorTrainerJobId": job_id}, safe="/")
         try:
@@ -201,17 +206,17 @@ class AsyncControlPlane:
         return read_job(row), True
 
     async def get_job(self, job_id: str) -> TrainerJobInfo | None:
-        """A trainer job; None if there is none of that id."""
+        """Look up a trainer job; None if there is none of that id."""
         row = await self._account.get(await self._account.path("rlorTrainerJobs", job_id))
         return None if row is None else read_job(row)
 
     async def look_at_job(
         self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
     ) -> Observation[TrainerJobInfo]:
-        """A trainer job, once it is no longer as it was at an earlier look.
+        """Look up a trainer job, answered once it differs from an earlier observation.
 
         Args:
-            since: the earlier look; None answers at once.
+            since: the earlier observation; None answers at once.
             hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
                 at once (`Observation.held_s` is None).
         """
@@ -219,30 +224,29 @@ class AsyncControlPlane:
         return await self._account.look(path, read_job, since, hold_s)
 
     async def list_jobs(self) -> list[TrainerJobInfo]:
-        """The trainer jobs of the account."""
-        return [
-            read_job(row) for row in await self._account.rows("rlorTrainerJobs", "rlorTrainerJobs")
-        ]
+        """List the trainer jobs of the account."""
+        rows = await self._account.rows("rlorTrainerJobs", "rlorTrainerJobs")
+        return [read_job(row) for row in rows]
 
     async def resume_job(self, job_id: str) -> None:
         """Start a stopped trainer job again.
 
         Raises:
-            Conflict: it is in a state that can't be resumed.
+            Conflict: the job is in a state that can't be resumed.
         """
         path = f"{await self._account.path('rlorTrainerJobs', job_id)}:resume"
         await self._account.call("POST", path, what=f"resume {job_id}", json={})
 
     async def delete_job(self, job_id: str) -> None:
-        """Delete a trainer job; one that is gone is fine."""
+        """Delete a trainer job; it is no error if it is gone."""
         await self._account.delete(await self._account.path("rlorTrainerJobs", job_id))
 
     async def trainer_url(self, job_id: str) -> str:
-        """Base URL of a trainer's data plane."""
+        """Build the base URL of a trainer's data plane."""
         return f"{self._gateway}/training/v1/rlorTrainerJobs/{await self.account()}/{job_id}"
 
     async def trainer_healthy(self, job_id: str) -> bool:
-        """Whether a trainer answers."""
+        """Ask whether a trainer answers."""
         url = f"{await self.trainer_url(job_id)}/api/v1/healthz"
 
         async def ask() -> bool:
@@ -255,7 +259,11 @@ class AsyncControlPlane:
     async def create_deployment(
         self, deployment_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[DeploymentInfo, bool]:
-        """Create a deployment; it, and whether this call made it (False: it was there)."""
+        """Create a deployment.
+
+        Returns:
+            The deployment, and whether this call made it; False if it was there.
+        """
         collection = await self._account.path("deployments")
         parameters = urlencode({"deploymentId": deployment_id, **(query or {})}, safe="/")
         try:
@@ -274,29 +282,28 @@ class AsyncControlPlane:
         return read_deployment(row), True
 
     async def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
-        """A deployment; None if there is none of that id."""
+        """Look up a deployment; None if there is none of that id."""
         row = await self._account.get(await self._account.path("deployments", deployment_id))
         return None if row is None else read_deployment(row)
 
     async def look_at_deployment(
         self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
     ) -> Observation[DeploymentInfo]:
-        """A deployment, once it is no longer as it was; see `look_at_job`."""
+        """Look up a deployment, answered once it differs, as for `look_at_job`."""
         path = await self._account.path("deployments", deployment_id)
         return await self._account.look(path, read_deployment, since, hold_s)
 
     async def deployment_answers(
         self, deployment_id: str, *, timeout_s: float = PROBE_TIMEOUT
     ) -> bool:
-        """Whether a deployment answers a completion of four tokens, whatever its state says."""
+        """Ask a deployment for a completion of four tokens; whether it answers, in any state."""
         model = await self.resource_name("deployments", deployment_id)
         return await self._account.answers(self._inference, model, timeout_s=timeout_s)
 
     async def list_deployments(self) -> list[DeploymentInfo]:
-        """The deployments of the account."""
-        return [
-            read_deployment(row) for row in await self._account.rows("deployments", "deployments")
-        ]
+        """List the deployments of the account."""
+        rows = await self._account.rows("deployments", "deployments")
+        return [read_deployment(row) for row in rows]
 
     async def update_deployment(
         self, deployment_id: str, fields: Mapping[str, Any], mask: str | None = None
@@ -304,7 +311,7 @@ class AsyncControlPlane:
         """Change fields of a deployment.
 
         Args:
-            fields: in camelCase, as the API spells them.
+            fields: the new values, by the API's camelCase names.
             mask: snake_case names of the fields to change, comma-separated; None changes those of
                 `fields`.
         """
@@ -325,7 +332,7 @@ class AsyncControlPlane:
         await self.update_deployment(deployment_id, zero, None)
 
     async def delete_deployment(self, deployment_id: str) -> None:
-        """Delete a deployment; one that is gone is fine."""
+        """Delete a deployment; it is no error if it is gone."""
         path = await self._account.path("deployments", deployment_id)
         await self._account.delete(f"{path}?ignoreChecks=true&hard=true")
 
@@ -334,16 +341,13 @@ class AsyncControlPlane:
     async def list_checkpoints(
         self, job_id: str, *, page_size: int = PAGE_SIZE
     ) -> list[CheckpointInfo]:
-        """The saved states and sampler snapshots of a trainer job, oldest first.
+        """List the saved states and sampler snapshots of a trainer job, oldest first.
 
         Raises:
             NotFound: there is no such job; an empty list always means a job without checkpoints.
         """
         rows = await self._account.rows(
-            f"rlorTrainerJobs/{job_id}/checkpoints",
-            "checkpoints",
-            "rlorTrainerJobCheckpoints",
-            page_size=page_size,
+            f"rlorTrainerJobs/{job_id}/checkpoints", *CHECKPOINT_LISTS, page_size=page_size
         )
         return [read_checkpoint(row) for row in rows]
 
@@ -357,63 +361,44 @@ class AsyncControlPlane:
         hot_load_deployment_id: str | None = None,
         timeout_s: float = 7200.0,
     ) -> ModelInfo:
-        """Make a model of a checkpoint, and wait until it is one.
+        """Promote a checkpoint to a model, and wait until that is done.
 
         Args:
             name: full name of the checkpoint, as `list_checkpoints` gives it.
-            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            output_model_id: id of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
             base_model: full resource name of the model that was trained.
-            trainer_job_id: whose checkpoint it is; default the job in `name`.
-            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+            trainer_job_id: job that saved the checkpoint; default the job in `name`.
+            hot_load_deployment_id: a deployment whose bucket holds the checkpoint, where the job's
+                does not.
             timeout_s: seconds for the whole.
 
         Raises:
-            InvalidArgument: an id that is not allowed, before anything is sent.
+            InvalidArgument: an id is not allowed; nothing was sent.
             ProvisioningError: the promotion failed.
-            ProvisioningTimeout: it was not done in time; it may still be.
+            ProvisioningTimeout: the promotion was not done in time; it may still be going on.
         """
         validate_output_model_id(output_model_id)
-        job = trainer_job_id or id_after(name, "rlorTrainerJobs")
-        body: dict[str, Any] = {
-            "output_model": await self.resource_name("models", output_model_id),
-            "base_model": base_model,
-            "async_promotion": True,
-        }
-        if job:
-            body["trainer_job_id"] = job
-        if hot_load_deployment_id:
-            body["hot_load_deployment_id"] = hot_load_deployment_id
-        answer = await self._promote(f"/v1/{name}:promote", name, body)
-        operation = answer.get("operation")
-        if isinstance(operation, Mapping):
-            operation = read_operation(cast(Row, operation)).name
-        if operation:
-            await self.wait_for_operation(str(operation), timeout_s=timeout_s)
-        elif isinstance(answer.get("model"), Mapping) and answer["model"].get("name"):
-            return read_model(answer["model"])
+        body = promotion_body(
+            await self.account(),
+            output_model_id,
+            base_model,
+            trainer_job_id=trainer_job_id or id_after(name, "rlorTrainerJobs"),
+            hot_load_deployment_id=hot_load_deployment_id,
+        )
+        operation, row = await start_promotion(self._account, name, body)
+        if operation is not None:
+            await self.wait_for_operation(operation, timeout_s=timeout_s)
+        elif row.get("name"):
+            return read_model(row)
         model = await self.get_model(body["output_model"])
         if model is None:
             raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
         return model
 
-    async def _promote(self, path: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        what = f"promote {name}"
-        try:
-            return await self._account.call(
-                "POST", path, what=what, json=body, timeout=PROMOTE_TIMEOUT
-            )
-        except ApiStatusError as error:
-            if error.status != 400 or "async_promotion" not in error.message:
-                raise
-        plain = {key: value for key, value in body.items() if key != "async_promotion"}
-        return await self._account.call(
-            "POST", path, what=what, json=plain, timeout=PROMOTE_TIMEOUT
-        )
-
     # -- operations --------------------------------------------------------------------------------
 
     async def get_operation(self, name: str) -> OperationInfo:
-        """A long-running operation by its full name."""
+        """Look up a long-running operation by its full name."""
         return read_operation(
             await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
         )
@@ -422,8 +407,8 @@ class AsyncControlPlane:
         """Wait until an operation has ended well.
 
         Raises:
-            ProvisioningError: it failed.
-            ProvisioningTimeout: it did not end in time.
+            ProvisioningError: the operation failed.
+            ProvisioningTimeout: the operation did not end in time.
         """
         last: list[OperationInfo] = []
 
@@ -453,14 +438,14 @@ class AsyncControlPlane:
     # -- the rest ----------------------------------------------------------------------------------
 
     async def resource_name(self, kind: str, resource_id: str) -> str:
-        """`accounts/<account>/<kind>/<id>`."""
+        """Build a resource's full name, `accounts/<account>/<kind>/<id>`."""
         return f"accounts/{await self.account()}/{kind}/{resource_id}"
 
     async def tokenizer_files(self, model: str) -> dict[str, Any]:
-        """The tokenizer of a model, where the platform serves it.
+        """Fetch the tokenizer of a model, where the platform serves it.
 
         Raises:
-            NotFound: it does not.
+            NotFound: the platform does not serve it.
         """
         return await self._account.call(
             "GET", f"/v1/{model}/tokenizer", what=f"fetch the tokenizer of {model}"

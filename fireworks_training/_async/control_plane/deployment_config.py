@@ -1,4 +1,4 @@
-"""`DeploymentConfig`: what a deployment is to be like, and the request that asks for it.
+"""`DeploymentConfig`: describes a deployment to be created, and makes the request for it.
 
 The name and the fields are those of the official SDK; `compat` hands it on to its users.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fireworks_training._async.control_plane.bodies import present
 from fireworks_training.errors import InvalidArgument
 
 _TRANSITIONS = ("ASYNC", "SYNC")
 
 
 def transition(value: str | None) -> str | None:
-    """ "ASYNC", "SYNC", or None for the platform's choice.
+    """Normalise a transition type to "ASYNC" or "SYNC"; None leaves the choice to the platform.
 
     Raises:
-        InvalidArgument: something else.
+        InvalidArgument: `value` is something else.
     """
     name = (value or "").strip().upper()
     if name and name not in _TRANSITIONS:
@@ -27,14 +28,14 @@ def transition(value: str | None) -> str | None:
 
 @dataclass
 class DeploymentConfig:
-    """What to create.
+    """Describes a deployment to be created.
 
     With `deployment_shape` the shape decides on the accelerator; without one, `accelerator_type`
     does, and `accept_shapeless_risk` says that this is meant.
 
     Attributes:
-        hot_load_trainer_job: full name of the trainer job whose snapshots it loads.
-        for_training: lets the platform delete it with its trainer.
+        hot_load_trainer_job: full name of the trainer job whose snapshots are loaded.
+        for_training: whether the platform may delete the deployment with its trainer.
         expected_deployment_shape: if given, `deployment_shape` must be exactly this one.
     """
 
@@ -67,7 +68,7 @@ class DeploymentConfig:
     def from_training_profile(
         cls, *, deployment_id: str, base_model: str, profile: object, **kwargs: Any
     ) -> Self:
-        """One with the deployment shape that a training profile is linked to.
+        """Describe a deployment with the deployment shape that a training profile is linked to.
 
         Raises:
             InvalidArgument: the profile is linked to none.
@@ -84,10 +85,10 @@ class DeploymentConfig:
         )
 
     def validate(self) -> None:
-        """Refuse what contradicts itself; creating calls it.
+        """Refuse a description that contradicts itself; creating a deployment calls this.
 
         Raises:
-            InvalidArgument: the shape is not the expected one, or is given and declined at once.
+            InvalidArgument: the shape is not the expected one, or is both given and declined.
         """
         shape = (self.deployment_shape or "").strip()
         if shape and self.accept_shapeless_risk:
@@ -100,19 +101,7 @@ class DeploymentConfig:
             )
 
     def body(self) -> dict[str, Any]:
-        """Of the create request."""
-        optional: dict[str, Any] = {
-            "placement": {"region": self.region} if self.region else None,
-            "hotLoadBucketType": self.hot_load_bucket_type,
-            "hotLoadTrainerJob": self.hot_load_trainer_job,
-            "hotLoadTransitionType": self.hot_load_transition_type,
-            "deploymentShape": self.deployment_shape,
-            "acceleratorType": None if self.deployment_shape else self.accelerator_type,
-            "extraArgs": [part for arg in self.extra_args or [] for part in arg.split()],
-            "extraValues": self.extra_values,
-            "annotations": self.annotations,
-            "preemptible": self.preemptible,
-        }
+        """Make the body of the request that creates the deployment."""
         return {
             "baseModel": self.base_model,
             "description": self.description or "Fireworks training deployment",
@@ -120,11 +109,22 @@ class DeploymentConfig:
             "maxReplicaCount": self.max_replica_count,
             "enableHotLoad": self.enable_hot_load,
             "forTraining": self.for_training,
-            **{name: value for name, value in optional.items() if value},
+            **present(
+                placement={"region": self.region} if self.region else None,
+                hotLoadBucketType=self.hot_load_bucket_type,
+                hotLoadTrainerJob=self.hot_load_trainer_job,
+                hotLoadTransitionType=self.hot_load_transition_type,
+                deploymentShape=self.deployment_shape,
+                acceleratorType=None if self.deployment_shape else self.accelerator_type,
+                extraArgs=[part for arg in self.extra_args or [] for part in arg.split()],
+                extraValues=self.extra_values,
+                annotations=self.annotations,
+                preemptible=self.preemptible,
+            ),
         }
 
     def query(self) -> dict[str, str]:
-        """Of the create request."""
+        """Make the query of the same request."""
         wanted = {
             "skipShapeValidation": self.skip_shape_validation,
             "acceptShapelessRisk": self.accept_shapeless_risk,

@@ -7,10 +7,10 @@ from fireworks_training.errors import InvalidArgument
 
 
 def validate_output_model_id(output_model_id: str) -> None:
-    """Refuse what can't be the id of a promoted model, before a checkpoint is staged for it.
+    """Refuse an id that a promoted model can't have, before a checkpoint is staged for it.
 
     Raises:
-        InvalidArgument: with the rule.
+        InvalidArgument: the id breaks the rule; the message states it.
     """
     if not RESOURCE_ID.fullmatch(output_model_id):
         raise InvalidArgument(
@@ -20,6 +20,6 @@ def validate_output_model_id(output_model_id: str) -> None:
 
 
 def id_after(name: str, kind: str) -> str | None:
-    """The id after `kind` in a resource name."""
+    """Find the id after `kind` in a resource name; None if there is none."""
     parts = name.split("/")
     return parts[parts.index(kind) + 1] if kind in parts[:-1] else None

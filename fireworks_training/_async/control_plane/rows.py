@@ -21,9 +21,12 @@ from fireworks_training.models import (
 
 Row = Mapping[str, Any]
 
+CHECKPOINT_LISTS = ("checkpoints", "rlorTrainerJobCheckpoints")
+"""Names under which servers list the checkpoints of a trainer job."""
+
 
 def read_profile(row: Row, shape: str) -> TrainingProfile:
-    """A version of a training shape."""
+    """Read a version of a training shape."""
     snapshot = _object(row, "snapshot")
     sharding = _object(snapshot, "trainerShardingScheme")
     return TrainingProfile(
@@ -42,7 +45,7 @@ def read_profile(row: Row, shape: str) -> TrainingProfile:
 
 
 def read_job(row: Row) -> TrainerJobInfo:
-    """A trainer job."""
+    """Read a trainer job."""
     config = _object(row, "trainingConfig")
     return TrainerJobInfo(
         name=_name(row),
@@ -57,7 +60,7 @@ def read_job(row: Row) -> TrainerJobInfo:
 
 
 def read_deployment(row: Row) -> DeploymentInfo:
-    """A deployment."""
+    """Read a deployment."""
 
     def either(camel: str, snake: str) -> str | None:
         return row.get(camel) or row.get(snake) or None
@@ -80,7 +83,7 @@ def read_deployment(row: Row) -> DeploymentInfo:
 
 
 def read_model(row: Row) -> ModelInfo:
-    """A model."""
+    """Read a model."""
     return ModelInfo(
         name=_name(row),
         state=str(row.get("state") or ""),
@@ -92,7 +95,7 @@ def read_model(row: Row) -> ModelInfo:
 
 
 def read_checkpoint(row: Row) -> CheckpointInfo:
-    """A checkpoint of a trainer job."""
+    """Read a checkpoint of a trainer job."""
     return CheckpointInfo(
         name=_name(row),
         checkpoint_type=str(row.get("checkpointType") or ""),
@@ -103,7 +106,7 @@ def read_checkpoint(row: Row) -> CheckpointInfo:
 
 
 def read_operation(row: Row) -> OperationInfo:
-    """A long-running operation."""
+    """Read a long-running operation."""
     error = _object(row, "error")
     progress = _object(row, "metadata").get("statusMessage")
     return OperationInfo(

@@ -25,7 +25,8 @@ from fireworks_training._async.sampling.concurrency import (
 from fireworks_training._async.sampling.context import SamplerContext
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
-from fireworks_training._async.weights.weight_sync import Target, WeightSync
+from fireworks_training._async.weights.hot_load_requests import Target
+from fireworks_training._async.weights.weight_sync import WeightSync
 from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
 from fireworks_training.errors import InvalidArgument

@@ -12,11 +12,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 from urllib.parse import quote
 
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
+from fireworks_training._async.weights.hot_load_requests import (
+    STATUS_TIMEOUT,
+    HotLoadRequests,
+    Target,
+    difference_to,
+)
 from fireworks_training._core.backoff import Backoff
 from fireworks_training._core.snapshots import (
     Chain,
@@ -42,7 +47,6 @@ from fireworks_training.models import ReplicaStatus, Snapshot
 
 logger = logging.getLogger("fireworks_training.weight_sync")
 
-PATH = "/hot_load/v1/models/hot_load"
 LONG_POLL = 25.0
 """Seconds that a look may wait, where the server offers it."""
 DRAIN = 60.0
@@ -50,21 +54,6 @@ DRAIN = 60.0
 
 SaveWhole = Callable[[], Awaitable[Snapshot]]
 """Saves a whole snapshot of the newest weights, noted in the chain."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a snapshot goes.
-
-    Attributes:
-        url: base URL of the hot load API.
-        deployment: full resource name.
-        base_model: full resource name.
-    """
-
-    url: str
-    deployment: str
-    base_model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +112,8 @@ class WeightSync:
         self.chain = chain if chain is not None else Chain()
         self.current: str | None = None
         """The identity that was last seen live on every replica."""
-        self._transport = transport
+        self._requests = HotLoadRequests(transport, target)
         self._events = transport.events
-        self._target = target
         self._timeout = timeout
         self._news = news if news is not None else HotLoadSignal()
         self._on_live = on_live
@@ -133,7 +121,6 @@ class WeightSync:
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
         self._long_poll = False
-        self._resets_cache = True
 
     async def replicas(self) -> list[ReplicaStatus]:
         """What each replica holds."""
@@ -298,7 +285,8 @@ class WeightSync:
 
     async def _ask(self, sync: Sync, post: Post, left: float) -> None:
         try:
-            answer = await self._post(post, left)
+            difference = None if post.previous is None else difference_to(post.previous)
+            answer = await self._requests.ask(post.identity, difference, backoff=_within(left))
         except ApiStatusError as error:
             decision = sync.refused(error.message, conflict=isinstance(error, Conflict))
             if isinstance(decision, NeedWhole):
@@ -315,56 +303,22 @@ class WeightSync:
             logger.info("hot load of %s: %s", post.identity, answer["notice"])
         self._long_poll = answer.get("long_poll") is True
 
-    async def _post(self, post: Post, left: float) -> dict[str, Any]:
-        body: dict[str, Any] = {"identity": post.identity}
-        if self._resets_cache:
-            body["reset_prompt_cache"] = True
-        if post.previous is not None:
-            body["incremental_snapshot_metadata"] = {
-                "previous_snapshot_identity": post.previous,
-                "compression_format": "arc_v2",
-                "checksum_format": "alder32",
-            }
-        try:
-            return await self._transport.call(
-                "POST",
-                self._target.url + PATH,
-                what=f"hot load {post.identity}",
-                json=body,
-                headers=self._headers(),
-                timeout=60.0,
-                backoff=Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0),
-            )
-        except ApiStatusError as error:
-            old = error.status == 400 and "reset_prompt_cache" in error.message
-            if old and "extra inputs are not permitted" in error.message.lower():
-                self._resets_cache = False
-                return await self._post(post, left)
-            raise
-
     async def _look(self, waited_for: str | None, left: float) -> list[ReplicaStatus]:
-        query, timeout = "", 30.0
+        query, timeout = "", STATUS_TIMEOUT
         if self._long_poll and waited_for is not None:
             hold = max(0.0, min(LONG_POLL, left))
             query, timeout = (
                 f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}",
-                hold + 30.0,
+                hold + STATUS_TIMEOUT,
             )
-        answer = await self._transport.call(
-            "GET",
-            self._target.url + PATH + query,
-            what="read the hot load status",
-            headers=self._headers(),
-            timeout=timeout,
-            backoff=Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0),
+        return read_replicas(
+            await self._requests.status(query, timeout=timeout, backoff=_within(left))
         )
-        return read_replicas(answer)
 
-    def _headers(self) -> dict[str, str]:
-        return {
-            "fireworks-model": self._target.base_model,
-            "fireworks-deployment": self._target.deployment,
-        }
+
+def _within(left: float) -> Backoff:
+    """Retry for as long as the load has left."""
+    return Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0)
 
 
 def _fail(wanted: _Wanted, error: Exception) -> None:

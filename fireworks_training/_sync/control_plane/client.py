@@ -48,8 +48,8 @@ class ControlPlane(Blocking[AsyncControlPlane]):
             verify_ssl: False accepts any TLS certificate.
 
         Raises:
-            InvalidArgument: no key, or a URL that is none ("local" included: an embedded platform
-                belongs to a service).
+            InvalidArgument: no key, or `base_url` is not a URL ("local" included: an embedded
+                platform belongs to a service).
         """
         instance = AsyncControlPlane.connect(
             api_key=api_key,
@@ -65,7 +65,7 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         return self._async.base_url
 
     def account(self) -> str:
-        """The id of the account that the key belongs to.
+        """Look up the id of the account that the key belongs to, once.
 
         Raises:
             InvalidArgument: the key belongs to none, or to several.
@@ -73,27 +73,27 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         return self._run(self._async.account)
 
     def get_model(self, name: str) -> ModelInfo | None:
-        """A model by its full resource name; None if there is none."""
+        """Look up a model by its full resource name; None if there is none."""
         return self._run(self._async.get_model, name)
 
     def list_models(self) -> list[ModelInfo]:
-        """The models of the account."""
+        """List the models of the account."""
         return self._run(self._async.list_models)
 
     def list_training_shapes(self) -> list[TrainingProfile]:
-        """The training shapes of the account, each at its latest validated version; shapes without
-        one are left out."""
+        """List the training shapes of the account, each at its latest validated version; shapes
+        without one are left out."""
         return self._run(self._async.list_training_shapes)
 
     def training_profile(self, shape: str) -> TrainingProfile:
-        """A training shape, resolved to its latest validated version (or the one it names).
+        """Resolve a training shape to its latest validated version, or to the one it names.
 
         Args:
-            shape: `accounts/<account>/trainingShapes/<shape>[/versions/<version>]`; "latest" is no
-                name of a version: leave it out.
+            shape: `accounts/<account>/trainingShapes/<shape>[/versions/<version>]`; the version
+                "latest" means the same as no version.
 
         Raises:
-            InvalidArgument: not such a name, or a shape without a validated version.
+            InvalidArgument: `shape` is not such a name, or has no validated version.
             NotFound: there is no such shape.
         """
         return self._run(self._async.training_profile, shape)
@@ -101,71 +101,79 @@ class ControlPlane(Blocking[AsyncControlPlane]):
     def create_job(
         self, job_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[TrainerJobInfo, bool]:
-        """Create a trainer job; the job, and whether this call made it (False: it was there)."""
+        """Create a trainer job.
+
+        Returns:
+            The job, and whether this call made it; False if it was there.
+        """
         return self._run(self._async.create_job, job_id, body, query)
 
     def get_job(self, job_id: str) -> TrainerJobInfo | None:
-        """A trainer job; None if there is none of that id."""
+        """Look up a trainer job; None if there is none of that id."""
         return self._run(self._async.get_job, job_id)
 
     def look_at_job(
         self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
     ) -> Observation[TrainerJobInfo]:
-        """A trainer job, once it is no longer as it was at an earlier look.
+        """Look up a trainer job, answered once it differs from an earlier observation.
 
         Args:
-            since: the earlier look; None answers at once.
+            since: the earlier observation; None answers at once.
             hold_s: seconds after which the answer comes anyway. A platform that can't wait answers
                 at once (`Observation.held_s` is None).
         """
         return self._run(self._async.look_at_job, job_id, since, hold_s)
 
     def list_jobs(self) -> list[TrainerJobInfo]:
-        """The trainer jobs of the account."""
+        """List the trainer jobs of the account."""
         return self._run(self._async.list_jobs)
 
     def resume_job(self, job_id: str) -> None:
         """Start a stopped trainer job again.
 
         Raises:
-            Conflict: it is in a state that can't be resumed.
+            Conflict: the job is in a state that can't be resumed.
         """
         self._run(self._async.resume_job, job_id)
 
     def delete_job(self, job_id: str) -> None:
-        """Delete a trainer job; one that is gone is fine."""
+        """Delete a trainer job; it is no error if it is gone."""
         self._run(self._async.delete_job, job_id)
 
     def trainer_url(self, job_id: str) -> str:
-        """Base URL of a trainer's data plane."""
+        """Build the base URL of a trainer's data plane."""
         return self._run(self._async.trainer_url, job_id)
 
     def trainer_healthy(self, job_id: str) -> bool:
-        """Whether a trainer answers."""
+        """Ask whether a trainer answers."""
         return self._run(self._async.trainer_healthy, job_id)
 
     def create_deployment(
         self, deployment_id: str, body: Mapping[str, Any], query: Mapping[str, str] | None = None
     ) -> tuple[DeploymentInfo, bool]:
-        """Create a deployment; it, and whether this call made it (False: it was there)."""
+        """Create a deployment.
+
+        Returns:
+            The deployment, and whether this call made it; False if it was there.
+        """
         return self._run(self._async.create_deployment, deployment_id, body, query)
 
     def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
-        """A deployment; None if there is none of that id."""
+        """Look up a deployment; None if there is none of that id."""
         return self._run(self._async.get_deployment, deployment_id)
 
     def look_at_deployment(
         self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
     ) -> Observation[DeploymentInfo]:
-        """A deployment, once it is no longer as it was; see `look_at_job`."""
+        """Look up a deployment, answered once it differs, as for `look_at_job`."""
         return self._run(self._async.look_at_deployment, deployment_id, since, hold_s)
 
     def deployment_answers(self, deployment_id: str, *, timeout_s: float = PROBE_TIMEOUT) -> bool:
-        """Whether a deployment answers a completion of four tokens, whatever its state says."""
+        """Ask a deployment for a completion of four tokens; whether it answers, in any state."""
         return self._run(self._async.deployment_answers, deployment_id, timeout_s=timeout_s)
 
     def list_deployments(self) -> list[DeploymentInfo]:
-        """The deployments of the account."""
+        """List the deployments of the account."""
         return self._run(self._async.list_deployments)
 
     def update_deployment(
@@ -174,7 +182,7 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         """Change fields of a deployment.
 
         Args:
-            fields: in camelCase, as the API spells them.
+            fields: the new values, by the API's camelCase names.
             mask: snake_case names of the fields to change, comma-separated; None changes those of
                 `fields`.
         """
@@ -185,11 +193,11 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         self._run(self._async.scale_to_zero, deployment_id)
 
     def delete_deployment(self, deployment_id: str) -> None:
-        """Delete a deployment; one that is gone is fine."""
+        """Delete a deployment; it is no error if it is gone."""
         self._run(self._async.delete_deployment, deployment_id)
 
     def list_checkpoints(self, job_id: str, *, page_size: int = PAGE_SIZE) -> list[CheckpointInfo]:
-        """The saved states and sampler snapshots of a trainer job, oldest first.
+        """List the saved states and sampler snapshots of a trainer job, oldest first.
 
         Raises:
             NotFound: there is no such job; an empty list always means a job without checkpoints.
@@ -206,20 +214,21 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         hot_load_deployment_id: str | None = None,
         timeout_s: float = 7200.0,
     ) -> ModelInfo:
-        """Make a model of a checkpoint, and wait until it is one.
+        """Promote a checkpoint to a model, and wait until that is done.
 
         Args:
             name: full name of the checkpoint, as `list_checkpoints` gives it.
-            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            output_model_id: id of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
             base_model: full resource name of the model that was trained.
-            trainer_job_id: whose checkpoint it is; default the job in `name`.
-            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+            trainer_job_id: job that saved the checkpoint; default the job in `name`.
+            hot_load_deployment_id: a deployment whose bucket holds the checkpoint, where the job's
+                does not.
             timeout_s: seconds for the whole.
 
         Raises:
-            InvalidArgument: an id that is not allowed, before anything is sent.
+            InvalidArgument: an id is not allowed; nothing was sent.
             ProvisioningError: the promotion failed.
-            ProvisioningTimeout: it was not done in time; it may still be.
+            ProvisioningTimeout: the promotion was not done in time; it may still be going on.
         """
         return self._run(
             self._async.promote_checkpoint,
@@ -232,27 +241,27 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         )
 
     def get_operation(self, name: str) -> OperationInfo:
-        """A long-running operation by its full name."""
+        """Look up a long-running operation by its full name."""
         return self._run(self._async.get_operation, name)
 
     def wait_for_operation(self, name: str, *, timeout_s: float = 7200.0) -> OperationInfo:
         """Wait until an operation has ended well.
 
         Raises:
-            ProvisioningError: it failed.
-            ProvisioningTimeout: it did not end in time.
+            ProvisioningError: the operation failed.
+            ProvisioningTimeout: the operation did not end in time.
         """
         return self._run(self._async.wait_for_operation, name, timeout_s=timeout_s)
 
     def resource_name(self, kind: str, resource_id: str) -> str:
-        """`accounts/<account>/<kind>/<id>`."""
+        """Build a resource's full name, `accounts/<account>/<kind>/<id>`."""
         return self._run(self._async.resource_name, kind, resource_id)
 
     def tokenizer_files(self, model: str) -> dict[str, Any]:
-        """The tokenizer of a model, where the platform serves it.
+        """Fetch the tokenizer of a model, where the platform serves it.
 
         Raises:
-            NotFound: it does not.
+            NotFound: the platform does not serve it.
         """
         return self._run(self._async.tokenizer_files, model)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from fireworks_training import (
+    ApiStatusError,
     AsyncControlPlane,
     ControlPlane,
     InvalidArgument,
@@ -19,44 +17,19 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
+from tests.async_.control_plane.support import StubPlane
 from tests.conftest import RunningPlatform
 
 CHECKPOINT = "accounts/me/rlorTrainerJobs/j1/checkpoints/step-5"
 
 
-class StubPlane:
-    """Answers by path from `rows`; keeps every request as (method, path with query, body)."""
-
-    def __init__(self, **rows: Any) -> None:
-        self.rows: dict[str, list[Any]] = {
-            "GET /v1/accounts": [{"accounts": [{"name": "accounts/me"}]}]
-        }
-        self.seen: list[tuple[str, str, Any]] = []
-
-    def answer(self, route: str, *answers: Any) -> None:
-        """The answers of a route, one a request; the last one stays. An int is a status."""
-        self.rows[route] = list(answers)
-
-    async def handle(self, request: web.Request) -> web.Response:
-        body = await request.json() if request.can_read_body else None
-        self.seen.append((request.method, request.raw_path, body))
-        answers = self.rows.get(f"{request.method} {request.path}")
-        if not answers:
-            return web.json_response({"error": {"message": "nothing there"}}, status=404)
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(answer, tuple):
-            return web.json_response(answer[1], status=answer[0])
-        return web.json_response(answer)
-
-
 @asynccontextmanager
 async def serving(stub: StubPlane) -> AsyncIterator[AsyncControlPlane]:
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", stub.handle)
-    async with TestServer(app) as server:
-        url = str(server.make_url("")).rstrip("/")
-        async with AsyncControlPlane.connect(api_key="key", base_url=url) as plane:
-            yield plane
+    async with (
+        stub.running() as url,
+        AsyncControlPlane.connect(api_key="key", base_url=url) as plane,
+    ):
+        yield plane
 
 
 async def test_a_list_is_followed_page_by_page() -> None:
@@ -120,17 +93,33 @@ async def test_a_promotion_is_waited_for() -> None:
     ]
 
 
-async def test_a_server_that_does_not_know_async_promotion_is_asked_without() -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    ["async_promotion: extra inputs are not permitted", 'Unknown name "asyncPromotion": no field'],
+)
+async def test_a_server_that_does_not_know_async_promotion_is_asked_without(refusal: str) -> None:
     stub = StubPlane()
     stub.answer(
         f"POST /v1/{CHECKPOINT}:promote",
-        (400, {"error": {"message": "async_promotion: extra inputs are not permitted"}}),
+        (400, {"error": {"message": refusal}}),
         {"model": {"name": "accounts/me/models/mine", "state": "READY"}},
     )
     async with serving(stub) as plane:
         made = await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
     assert made.name == "accounts/me/models/mine"
     assert "async_promotion" not in stub.seen[-1][2]
+
+
+async def test_a_promotion_that_is_refused_for_another_reason_is_not_asked_for_again() -> None:
+    stub = StubPlane()
+    stub.answer(
+        f"POST /v1/{CHECKPOINT}:promote",
+        (400, {"error": {"message": "base_model: not the model of the checkpoint"}}),
+    )
+    async with serving(stub) as plane:
+        with pytest.raises(ApiStatusError, match="base_model"):
+            await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
+    assert sum(method == "POST" for method, _, _ in stub.seen) == 1
 
 
 async def test_a_failed_promotion_says_why_and_a_slow_one_names_its_operation() -> None:

@@ -12,7 +12,8 @@ from aiohttp.test_utils import TestServer
 from fireworks_training import HotLoadFailed, HotLoadTimeout
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
-from fireworks_training._async.weights.weight_sync import PATH, Target, WeightSync
+from fireworks_training._async.weights.hot_load_requests import PATH, Target
+from fireworks_training._async.weights.weight_sync import WeightSync
 
 
 class Deployment:

@@ -1,0 +1,50 @@
+"""Starts the promotion of a checkpoint to a model, also on a platform that knows no operations.
+
+Knows the request, its older form, and where an answer names the operation or the model. Does not
+wait for the operation: `AsyncControlPlane.wait_for_operation` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import cast
+
+from fireworks_training._async.control_plane.account import Account
+from fireworks_training._async.control_plane.rows import Row, read_operation
+from fireworks_training.errors import ApiStatusError
+
+PROMOTE_TIMEOUT = 300.0
+"""Seconds for the answer: an older platform gives it when the model is there."""
+
+
+async def start_promotion(account: Account, name: str, body: Row) -> tuple[str | None, Row]:
+    """Ask the platform to make a model of a checkpoint.
+
+    Args:
+        name: full name of the checkpoint.
+        body: of the request, without the wish for an operation.
+
+    Returns:
+        The name of the operation to wait for, None if the promotion is done; and the model's row as
+        far as the answer has it.
+    """
+    ask = partial(
+        account.call,
+        "POST",
+        f"/v1/{name}:promote",
+        what=f"promote {name}",
+        timeout=PROMOTE_TIMEOUT,
+    )
+    try:
+        answer = await ask(json={**body, "async_promotion": True})
+    except ApiStatusError as error:
+        # An older platform refuses the field, in JSON's spelling or in its own.
+        if error.status != 400 or "asyncpromotion" not in error.message.lower().replace("_", ""):
+            raise
+        answer = await ask(json=body)
+    operation, model = answer.get("operation"), answer.get("model")
+    if isinstance(operation, Mapping):
+        operation = read_operation(cast(Row, operation)).name
+    row = cast(Row, model if isinstance(model, Mapping) else {})
+    return str(operation) if operation else None, row
