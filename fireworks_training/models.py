@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from fireworks_training.server_metrics import ServerMetrics as ServerMetrics
+from fireworks_training._perf_metrics import measured, request_id_of
 
 __version__ = "0.1.0"
 
@@ -84,6 +84,85 @@ class WeightSyncResult:
     def version(self) -> str:
         """`identity`, by the name of the Fireworks SDK."""
         return self.identity
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """What one sampling attempt cost, as the server and the client saw it. Durations in seconds.
+
+    Server values are None where the server does not report them; `retry_attempt` is 1 for the first
+    attempt of a completion. `snapshot_distance` counts the optimizer steps that the service's
+    training client had asked for, when the completion ended, since the snapshot that sampled its
+    first token was saved. `backend_host`, `deployment` and `pod_template_hash` name what served it.
+    """
+
+    num_concurrent_requests: int | None = None
+    prefill_queue_duration: float | None = None
+    generation_queue_duration: float | None = None
+    server_ttft: float | None = None
+    cached_prompt_tokens: int | None = None
+    prompt_tokens: int | None = None
+    server_processing_time: float | None = None
+    tokenizer_queue_duration: float | None = None
+    tokenizer_duration: float | None = None
+    prefill_duration: float | None = None
+    generation_duration: float | None = None
+    client_ttft: float | None = None
+    client_latency: float | None = None
+    completion_tokens: int | None = None
+    http_status_code: int | None = None
+    transport_error: str | None = None
+    retry_attempt: int = 1
+    request_id: str | None = None
+    backend_host: str | None = None
+    deployment: str | None = None
+    pod_template_hash: str | None = None
+    snapshot_identity: str | None = None
+    snapshot_distance: int | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why the attempt failed, such as "HTTP 503"; None if it did not."""
+        if self.transport_error is not None:
+            return self.transport_error
+        status = self.http_status_code
+        return f"HTTP {status}" if status is not None and status >= 400 else None
+
+    @property
+    def response_request_id(self) -> str | None:
+        """`request_id`, by the name of the Fireworks SDK."""
+        return self.request_id
+
+    @staticmethod
+    def from_headers(
+        headers: Mapping[str, object],
+        client_ttft: float | None = None,
+        http_status_code: int | None = None,
+        retry_attempt: int | None = None,
+        client_latency: float | None = None,
+        completion_tokens: int | None = None,
+    ) -> ServerMetrics:
+        """The figures in the headers of an answer; what is no figure counts as not reported.
+
+        Args:
+            headers: in any case, with or without the prefix `fireworks-`.
+            client_ttft, client_latency: seconds that the client measured.
+            http_status_code: of the answer.
+            retry_attempt: from 1; None is 1.
+            completion_tokens: as the answer's usage says.
+        """
+        figures: dict[str, Any] = {}
+        measured(headers, figures)
+        by_name = {name.lower(): str(value) for name, value in headers.items() if value}
+        return ServerMetrics(
+            **figures,
+            client_ttft=client_ttft,
+            http_status_code=http_status_code,
+            retry_attempt=1 if retry_attempt is None else retry_attempt,
+            client_latency=client_latency,
+            completion_tokens=completion_tokens,
+            request_id=request_id_of(by_name),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fireworks_training._async.sampling.concurrency import AdaptiveConcurrencyController
 from fireworks_training._async.sampling.retries import RetryPolicy
@@ -20,29 +20,9 @@ from fireworks_training.errors import (
     InvalidArgument,
     NotSupported,
 )
+from fireworks_training.options import RetryConfig as RetryConfig
 
 T = TypeVar("T")
-
-
-class RetryConfig(Protocol):
-    """The fields of `tinker.lib.retry_handler.RetryConfig`, of which nothing else is taken."""
-
-    @property
-    def max_connections(self) -> int | None: ...
-    @property
-    def progress_timeout(self) -> float: ...
-    @property
-    def retry_delay_base(self) -> float: ...
-    @property
-    def retry_delay_max(self) -> float: ...
-    @property
-    def jitter_factor(self) -> float: ...
-    @property
-    def enable_retry_logic(self) -> bool: ...
-    @property
-    def enable_stuck_detection(self) -> bool: ...
-    @property
-    def retryable_exceptions(self) -> tuple[type[Exception], ...]: ...
 
 
 class Patience:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -22,6 +22,10 @@ from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training.bodies import decode_snapshot
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.models import Snapshot
+from fireworks_training.options import CheckpointType as CheckpointType
+from fireworks_training.options import GradNorms as GradNorms
+from fireworks_training.options import LossConfig as LossConfig
+from fireworks_training.options import Normalization as Normalization
 
 if TYPE_CHECKING:
     import tinker
@@ -31,14 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fireworks_training.trainer")
 
-CheckpointType = Literal["base", "delta", "merged_base"]
 CHECKPOINT_TYPES = (None, "base", "delta", "merged_base")
-Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
-GradNorms = Literal["off", "basic", "detailed"] | bool
-
-LossConfig = Mapping[str, Any] | None
-"""Options of a loss by name."""
-
 NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
 GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
 

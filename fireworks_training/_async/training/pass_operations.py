@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fireworks_training._async.runtime.worker import INLINE_TOKENS
 from fireworks_training._async.training.arguments import check_datums, loss_config
@@ -29,18 +29,17 @@ from fireworks_training._core.operations import Role
 from fireworks_training._wire.training.bodies import PassKind
 from fireworks_training._wire.training.datums import capture, count_tokens
 from fireworks_training.errors import InvalidArgument
+from fireworks_training.options import LossFunction
+from fireworks_training.options import Output as Output
+from fireworks_training.options import Pooling as Pooling
 
 if TYPE_CHECKING:
     import tinker
 
-    from fireworks_training._async.training.custom_loss import LossFunction
     from fireworks_training.futures import APIFuture
 
     Datums = Sequence[tinker.Datum]
     PassFuture = APIFuture[tinker.ForwardBackwardOutput]
-
-Output = Literal["logprobs", "embedding", "projection", "cos_similarity_matrix"]
-Pooling = Literal["mean", "last"]
 
 OUTPUTS = ("logprobs", *GRADIENTS_OF)
 POOLINGS = ("mean", "last")

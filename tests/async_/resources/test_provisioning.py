@@ -25,12 +25,12 @@ from fireworks_training import (
     ProvisioningTimeout,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.resources import ownership, readiness
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.ownership import RunResources
 from fireworks_training._async.resources.plans import Resources, provision
 from fireworks_training._core.ledger import OpenClaim, fold
+from fireworks_training.options import DeploymentConfig
 from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
 
 
