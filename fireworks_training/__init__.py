@@ -179,8 +179,17 @@ _HOMES = {
 }
 """The modules of names whose import loads more than the standard library."""
 
-_VALUES = ("errors", "models", "futures", "config", "options", "events", "usage")
-_VALUES += ("data", "evaluation")
+_VALUES = (
+    "errors",
+    "models",
+    "futures",
+    "config",
+    "options",
+    "events",
+    "usage",
+    "data",
+    "evaluation",
+)
 """The modules of all other names, searched in this order."""
 
 __all__ = [

@@ -546,7 +546,12 @@ ALLOWED = {
 
 def tree_of(folder: Path, files: dict[str, str]) -> Path:
     root = folder / PACKAGE
-    for name, text in {"errors.py": "", "models.py": "", "testing.py": "", **files}.items():
+    for name, text in {
+        "errors.py": "",
+        "models.py": "",
+        "testing/__init__.py": "",
+        **files,
+    }.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
