@@ -94,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         training="weights sampling resources platform control_plane http runtime",
     ),
     "_sync": VALUES - {"data", "evaluation"} | {"_async", "_portal"},
-    "testing": {"_async", "_core", "_wire", "config", "models", "errors"},
+    "testing": {"_core.window", "_wire.completions", "_wire.training", "models", "errors"},
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
@@ -399,6 +399,14 @@ BROKEN = {
         "cli may not import local",
     ),
     "closed": ({"__init__.py": "import fireworks_training.testing"}, "root may not import testing"),
+    "test servers on the shell": (
+        {"testing/x.py": "import fireworks_training._async.y", "_async/y.py": ""},
+        "testing may not import _async",
+    ),
+    "options on the shell": (
+        {"options.py": "import fireworks_training.config", "config.py": ""},
+        "options may not import config",
+    ),
     "not only for type checkers": (
         {"errors.py": "if TYPE_CHECKING:\n    pass\nelse:\n    import fireworks_training.models"},
         "errors may not import models",

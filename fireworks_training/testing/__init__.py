@@ -11,9 +11,11 @@ Give the control plane the other two, and a service needs nothing but its URL:
 
 Nothing is trained, and completions are made up: tests of a loop are about what it asks for, in
 which order, and what it does about a failure. Faults are scripted: an answer that is lost, a
-request that is refused, a stream that is cut. `ManualClock` is a steady clock that a test moves,
-and `simulate_engine` runs a concurrency window against an engine in virtual time. None of it needs
-pytest.
+request that is refused, a stream that is cut (`completions_server` lists the vocabulary).
+
+`CharacterTokenizer` makes prompts without a model, `ManualClock` is a steady clock that a test
+moves, and `simulate_engine` runs a concurrency window against an engine in virtual time. None of it
+needs pytest.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from fireworks_training.testing.clock import ManualClock
 from fireworks_training.testing.completions_server import Behaviour, CompletionsServer
 from fireworks_training.testing.control_plane_server import ControlPlaneServer
 from fireworks_training.testing.engine_simulation import EngineRun, Window, simulate_engine
+from fireworks_training.testing.tokenizer import CharacterTokenizer
 from fireworks_training.testing.trainer_server import TrainerServer
 
 __all__ = [
     "AimdSettings",
     "Behaviour",
+    "CharacterTokenizer",
     "CompletionsServer",
     "ControlPlaneServer",
     "EngineRun",
