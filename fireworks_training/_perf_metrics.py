@@ -36,7 +36,7 @@ _NAMES = {
 
 
 def request_id_of(headers: Mapping[str, str]) -> str | None:
-    """The server's id of a request, from the headers of its answer."""
+    """Find the server's id of a request in the headers of its answer, lower-case names."""
     for name in REQUEST_ID_HEADERS:
         if value := headers.get(name):
             return value[:256]
@@ -45,9 +45,9 @@ def request_id_of(headers: Mapping[str, str]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _field_of(key: str) -> tuple[str, Callable[[Any], Any]] | None:
-    """The field that a server's name stands for, and what reads its value; None if for none.
+    """Find the field that a server's name stands for, and the function that reads its value.
 
-    Remembered, since a server sends the same names with every answer.
+    Cached, since a server sends the same names with every answer.
     """
     name = key.lower().removeprefix("fireworks-")
     if name in _SECONDS:
@@ -76,7 +76,7 @@ def _label(value: Any) -> str | None:
 
 
 def measured(source: Mapping[str, Any], figures: dict[str, Any]) -> None:
-    """Add the figures that a source has, by name, with or without prefix."""
+    """Add the figures of a source to `figures` by field; names have the prefix or not."""
     for key, value in source.items():
         if (known := _field_of(key)) is None or value is None:
             continue

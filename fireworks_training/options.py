@@ -50,11 +50,11 @@ class SamplingOptions(TypedDict, total=False):
         stop: a string, strings, or token ids that end a completion. `[]` ignores the model's own
             end of text.
         ignore_eos: do not end at the model's own end of text.
-        min_tokens: sample no end before this many tokens.
+        min_tokens: sample no end of text before this many tokens.
         logprobs: return natural log probabilities; default False.
         top_logprobs: also those of this many likeliest tokens; needs `logprobs=True`.
         echo: treat the prompt as part of the answer, for its logprobs.
-        echo_last: the same for this many tokens at the prompt's end.
+        echo_last: treat this many tokens at the prompt's end so.
         frequency_penalty, presence_penalty: -2 to 2.
         repetition_penalty: over 0; 1 is off.
         logit_bias: `{token id: bias}`.
@@ -64,7 +64,7 @@ class SamplingOptions(TypedDict, total=False):
         http_timeout: seconds without a byte after which an attempt counts as lost; default 600.
         sampling_context: labels for error messages and logs, among session, run, checkpoint, step,
             group, item; never sent.
-        timeout_diagnostic_context: another spelling of `sampling_context`.
+        timeout_diagnostic_context: alias of `sampling_context` (official SDK's name).
         additional_headers_snapshot: HTTP headers of this call.
     """
 
@@ -93,7 +93,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class RetryConfig(Protocol):
-    """The fields of `tinker.lib.retry_handler.RetryConfig`, of which nothing else is taken."""
+    """The retry configuration of `tinker`: the fields of `tinker.lib.retry_handler.RetryConfig`."""
 
     @property
     def max_connections(self) -> int | None: ...

@@ -51,11 +51,11 @@ class EngineRun:
 
     Attributes:
         seconds: virtual time until the last answer.
-        busy: share of the slot-seconds that were used, from the first request to the last that was
-            sent.
-        queues: seconds that each request queued, by the time it was answered.
-        windows: (time, window) at each change.
-        refused: requests that were refused with 429.
+        busy: share of the slot-seconds that were used, from the first request to the last one sent.
+        queues: for each request, in the order of the answers: time of the answer, and the seconds
+            that it queued.
+        windows: time and size of the window at the start and at each change.
+        refused: number of requests that were refused with 429.
     """
 
     seconds: float = 0.0
@@ -68,7 +68,7 @@ class EngineRun:
         """Compute the seconds that a share of the requests queued at most.
 
         Args:
-            share: of the requests, 0 to 1.
+            share: share of the requests, 0 to 1.
             after: virtual time in seconds; requests that were answered before don't count.
         """
         queues = sorted(queue for at, queue in self.queues if at >= after)
@@ -76,7 +76,7 @@ class EngineRun:
 
 
 class _Simulation:
-    """One run: a program with endless work, a window, an engine, and the time between them."""
+    """Plays one run of a program with endless work, its window and an engine, event by event."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class _Simulation:
         self.send()
         while self.events:
             when, _, event = heapq.heappop(self.events)
-            if self.left:  # the end, when there is no work to fill the slots with, counts for none
+            if self.left:  # the end has no work to fill the slots with: it doesn't count
                 slots, span = self.slots(self.now), when - self.now
                 self.used += min(self.running, slots) * span
                 self.offered += slots * span
