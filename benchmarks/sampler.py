@@ -296,15 +296,14 @@ def engine(bench: Bench) -> None:
 
 def law(bench: Bench) -> None:
     """The adaptive law in virtual time: engines that serve in waves, and such that do not."""
-    from fireworks_training._core.window.aimd import AdaptiveWindow, AimdSettings
-    from fireworks_training.testing import EngineRun, simulate_engine
+    from fireworks_training.testing import AimdSettings, EngineRun, simulate_engine
 
     jitters = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 
     def runs(window: int, **engine: Any) -> list[EngineRun]:
         return [
             simulate_engine(
-                AdaptiveWindow(AimdSettings(initial_window=window)),
+                AimdSettings(initial_window=window),
                 **{"slots": 32, "service": 0.64, "requests": 2000}
                 | engine
                 | {"jitter": jitter, "seed": seed},

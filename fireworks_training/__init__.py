@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from fireworks_training._sync.service import FiretitanServiceClient
     from fireworks_training._sync.training.client import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
-    from fireworks_training.config import FiretitanProvisioningConfig, ProvisioningOptions
+    from fireworks_training.config import (
+        CleanUp,
+        FiretitanProvisioningConfig,
+        ProvisioningOptions,
+        SnapshotDtype,
+        TransitionType,
+        WireDialect,
+    )
     from fireworks_training.data import (
+        ChatTokenizer,
         chat_datum,
         check_alignment,
         check_normalization,
@@ -48,6 +56,7 @@ if TYPE_CHECKING:
         Conflict,
         ConnectionFailed,
         DeploymentSamplerTimeoutError,
+        Fault,
         FireworksTrainingError,
         GradientsInDoubt,
         HotLoadFailed,
@@ -91,6 +100,7 @@ if TYPE_CHECKING:
     from fireworks_training.events import (
         AckEvent,
         Event,
+        EventKind,
         FailureEvent,
         FinishEvent,
         LoopBlockedEvent,
@@ -99,12 +109,14 @@ if TYPE_CHECKING:
         SubmitEvent,
         SwapEvent,
         SyncEvent,
+        SyncStage,
         WindowEvent,
     )
     from fireworks_training.futures import APIFuture, SampleCall
     from fireworks_training.models import (
         CheckpointInfo,
         DeploymentInfo,
+        FinishReason,
         HeldResource,
         ModelInfo,
         Observation,
@@ -116,18 +128,34 @@ if TYPE_CHECKING:
         SaveSamplerResult,
         ServerMetrics,
         Snapshot,
+        SnapshotKind,
         TokenDelta,
         TrainerJobInfo,
         TrainingProfile,
         WeightSyncResult,
     )
+    from fireworks_training.options import (
+        CheckpointType,
+        Conversation,
+        DeploymentConfig,
+        GradNorms,
+        LossConfig,
+        LossFunction,
+        Normalization,
+        OnDrift,
+        Output,
+        Pooling,
+        RetryConfig,
+        SamplingOptions,
+        Tokenizer,
+    )
     from fireworks_training.tito.rendering.chat_template import ChatTemplateRenderer
     from fireworks_training.tito.sidecar import TITOSidecar
     from fireworks_training.tito.values.errors import TITOError
     from fireworks_training.tito.values.records import TITOTrajectoryArtifact
-    from fireworks_training.usage import RunUsage, Usage
+    from fireworks_training.usage import RunState, RunUsage, Usage
 
-_HEAVY = {
+_HOMES = {
     "AdaptiveConcurrencyController": "_async.sampling.concurrency",
     "AsyncControlPlane": "_async.control_plane.client",
     "AsyncFiretitanServiceClient": "_async.service",
@@ -142,32 +170,27 @@ _HEAVY = {
     "FixedConcurrencyController": "_async.sampling.concurrency",
     "ResourceLedger": "_sync.resources.reaper",
     "SamplingConcurrencyController": "_async.sampling.concurrency",
+    "SaveWeightsForSamplerResponse": "_tinker_types",
     "TITOError": "tito",
     "TITOSidecar": "tito",
     "TITOTrajectoryArtifact": "tito",
-    "RunUsage": "usage",
-    "Usage": "usage",
-    "read_usage_records": "_async.resources.usage_records",
-    "SaveWeightsForSamplerResponse": "_tinker_types",
     "TokenStream": "_async.sampling.token_stream",
-    **dict.fromkeys(
-        (
-            "AckEvent",
-            "Event",
-            "FailureEvent",
-            "FinishEvent",
-            "LoopBlockedEvent",
-            "OnEvent",
-            "RetryEvent",
-            "SubmitEvent",
-            "SwapEvent",
-            "SyncEvent",
-            "WindowEvent",
-        ),
-        "events",
-    ),
+    "read_usage_records": "_async.resources.usage_records",
 }
-_LIGHT = ("errors", "models", "futures", "config", "data", "evaluation")
+"""The modules of names whose import loads more than the standard library."""
+
+_VALUES = (
+    "errors",
+    "models",
+    "futures",
+    "config",
+    "options",
+    "events",
+    "usage",
+    "data",
+    "evaluation",
+)
+"""The modules of all other names, searched in this order."""
 
 __all__ = [
     "APIFuture",
@@ -181,25 +204,34 @@ __all__ = [
     "AsyncResourceLedger",
     "AuthenticationFailed",
     "ChatTemplateRenderer",
+    "ChatTokenizer",
     "CheckpointInfo",
+    "CheckpointType",
+    "CleanUp",
     "ClientClosed",
     "Conflict",
     "ConnectionFailed",
     "ControlPlane",
+    "Conversation",
+    "DeploymentConfig",
     "DeploymentInfo",
     "DeploymentSampler",
     "DeploymentSamplerTimeoutError",
     "EvaluatedSample",
     "Evaluation",
     "Event",
+    "EventKind",
     "FailureEvent",
+    "Fault",
     "FinishEvent",
+    "FinishReason",
     "FiretitanProvisioningConfig",
     "FiretitanSamplingClient",
     "FiretitanServiceClient",
     "FiretitanTrainingClient",
     "FireworksTrainingError",
     "FixedConcurrencyController",
+    "GradNorms",
     "GradientsInDoubt",
     "HeldResource",
     "HotLoadFailed",
@@ -208,17 +240,23 @@ __all__ = [
     "InvalidDatum",
     "LocalPlatformError",
     "LoopBlockedEvent",
+    "LossConfig",
     "LossFailed",
+    "LossFunction",
     "MissingExtra",
     "ModelInfo",
+    "Normalization",
     "NotFound",
     "NotSupported",
     "Observation",
+    "OnDrift",
     "OnEvent",
     "OperationCancelled",
     "OperationError",
     "OperationInfo",
+    "Output",
     "OwnerLoopGone",
+    "Pooling",
     "PrecedingOperationFailed",
     "ProtocolError",
     "ProvisioningError",
@@ -229,7 +267,9 @@ __all__ = [
     "RequestFailed",
     "RequestTimedOut",
     "ResourceLedger",
+    "RetryConfig",
     "RetryEvent",
+    "RunState",
     "RunUsage",
     "SampleCall",
     "SampledCompletion",
@@ -238,6 +278,7 @@ __all__ = [
     "SamplingClientClosedError",
     "SamplingConcurrencyController",
     "SamplingError",
+    "SamplingOptions",
     "SamplingRequestError",
     "SaveSamplerResult",
     "SaveWeightsForSamplerResponse",
@@ -246,17 +287,22 @@ __all__ = [
     "SessionEnded",
     "SessionLost",
     "Snapshot",
+    "SnapshotDtype",
+    "SnapshotKind",
     "SubmitEvent",
     "SwapEvent",
     "SyncEvent",
+    "SyncStage",
     "TITOError",
     "TITOSidecar",
     "TITOTrajectoryArtifact",
     "TokenDelta",
     "TokenStream",
+    "Tokenizer",
     "TrainerJobInfo",
     "TrainerLost",
     "TrainingProfile",
+    "TransitionType",
     "UnknownOption",
     "Usage",
     "UsageError",
@@ -264,6 +310,7 @@ __all__ = [
     "WeightSyncResult",
     "WeightsDrifted",
     "WindowEvent",
+    "WireDialect",
     "WrongLoop",
     "__version__",
     "chat_datum",
@@ -283,7 +330,7 @@ if not TYPE_CHECKING:  # a checker that saw it would take every misspelt name fo
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            for home in (_HEAVY[name],) if name in _HEAVY else _LIGHT:
+            for home in (_HOMES[name],) if name in _HOMES else _VALUES:
                 module = importlib.import_module(f"{__name__}.{home}")
                 if hasattr(module, name):
                     globals()[name] = value = getattr(module, name)

@@ -1,4 +1,4 @@
-"""Subclasses of tinker's result types, with the fields that only this contract has.
+"""Subclasses of tinker's types, with the fields that only the Fireworks contract has.
 
 The one module that imports tinker at its top; importing it may load torch, so it is itself only
 imported inside functions, and through the lazy root.
@@ -20,14 +20,14 @@ class SaveWeightsForSamplerResponse(_SaveWeightsForSamplerResponse):
 
     Attributes:
         path: public identity of the snapshot, to be passed as `model_path`; not a storage URI.
-        snapshot: what the trainer wrote under it.
+        snapshot: kind, size and hash of the snapshot, as far as the trainer tells.
     """
 
     snapshot: Snapshot
 
 
 class AdamParams(_AdamParams):
-    """Parameters of a step, with which gradient norms it reports.
+    """Parameters of an optimizer step, and the choice of the gradient norms that it reports.
 
     Attributes:
         emit_grad_norm_metrics: "off", "basic" or "detailed"; False is "off" and True "basic". None

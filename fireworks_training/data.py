@@ -1,8 +1,9 @@
-"""Datum builders that own the shift by one, so that no caller has to, and checks of what they made.
+"""Builds datums from tokens, completions and chats, owns the shift by one, and checks datums.
 
 A causal model predicts token t+1 from the tokens up to t: of a sequence of N tokens the model input
 is the first N-1, the targets are the last N-1, and every per-token array is that of the target.
-The builders take arrays in the caller's terms (one entry a token) and check lengths and values.
+The builders take arrays in the caller's terms (one entry a token) and check lengths and values;
+which losses there are is the trainer's business.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
     from fireworks_training.models import SampledCompletion
 
 SHIFTS = (-2, -1, 1, 2)
-"""Misalignments that `check_alignment` looks for, in tokens."""
+"""Lists the misalignments that `check_alignment` looks for, in tokens."""
 
 CLEARLY = 4.0
-"""How many times nearer a shifted comparison has to be before it is called a misalignment."""
+"""A shifted comparison counts as a misalignment if it is this many times nearer."""
 
 AVERAGED = 2.0
 """Weights whose magnitudes sum to at most this, over many tokens, have been divided by a count."""
 
 
 class ChatTokenizer(Protocol):
-    """What `chat_datum` needs of a tokenizer; those of `transformers` have it."""
+    """A tokenizer as `chat_datum` needs it; those of `transformers` fit."""
 
     @property
     def apply_chat_template(self) -> Callable[..., Any]:
@@ -40,7 +41,7 @@ class ChatTokenizer(Protocol):
 
 
 def supervised_datum(tokens: Sequence[int], weights: Sequence[float]) -> tinker.Datum:
-    """A datum for cross_entropy.
+    """Build a datum for cross_entropy from tokens and weights.
 
     Args:
         tokens: N token ids, prompt and completion; N >= 2.
@@ -67,7 +68,7 @@ def rl_datum(
     advantages: float | Sequence[float],
     mask: bool = False,
 ) -> tinker.Datum:
-    """A datum for importance_sampling, ppo and their like.
+    """Build a datum for importance_sampling, ppo and their like from a prompt and a completion.
 
     Args:
         prompt_tokens: P token ids; P >= 1.
@@ -116,16 +117,16 @@ def rollout_datum(
     advantages: float | Sequence[float],
     mask: bool = False,
 ) -> tinker.Datum:
-    """A datum for importance_sampling, ppo and their like, of a row with several completions.
+    """Build a datum for importance_sampling, ppo and their like from a row of several completions.
 
-    Such as the segments of a `TITOTrajectoryArtifact`: what the policy sampled stands between
-    prompts, tool results and other things that it did not.
+    A segment of a `TITOTrajectoryArtifact` is such a row: completions of the policy stand between
+    prompts, tool results and other tokens that it did not sample.
 
     Args:
         tokens: N token ids; N >= 2.
         logprobs: N natural logprobs as they were sampled, at most 0; those outside the mask are
             without effect.
-        loss_mask: N entries: whether the policy sampled the token. Not the first one's.
+        loss_mask: N entries: whether the policy sampled the token; False for the first one.
         advantages: one for all sampled tokens, or N of them.
         mask: add `weights`, 1 for sampled tokens and 0 for the others (custom losses want it).
 
@@ -161,7 +162,7 @@ def rollout_datum(
 def completion_datum(
     completion: SampledCompletion, advantages: float | Sequence[float], *, mask: bool = False
 ) -> tinker.Datum:
-    """`rl_datum` of a completion as the sampler gave it.
+    """Build an `rl_datum` from a completion of a sampler.
 
     Args:
         completion: sampled with `logprobs=True`. Its `inference_logprobs` are used: those of the
@@ -192,7 +193,7 @@ def chat_datum(
     *,
     train_on: Literal["last", "all"] = "last",
 ) -> tinker.Datum:
-    """A datum for cross_entropy on what the assistant says in a conversation.
+    """Build a datum for cross_entropy on the assistant's messages of a conversation.
 
     Tokens come from the tokenizer's own chat template; weights are 1 on the tokens that it adds for
     an assistant's message after its generation prompt, its end of turn included, else 0.
@@ -289,7 +290,7 @@ def check_alignment(
 def check_normalization(
     data: Sequence[tinker.Datum], grad_accumulation_normalization: str | None
 ) -> None:
-    """Look whether a step would be divided by its tokens or sequences twice.
+    """Check that a step would not be divided by its tokens or sequences twice.
 
     Losses are plain sums. Divide in the datums' weights or advantages (or in a custom loss), or
     pass `grad_accumulation_normalization` to `optim_step`; both together make the step too small by
@@ -339,7 +340,7 @@ def _apart(
     active: npt.NDArray[np.intp],
     shift: int,
 ) -> float:
-    """Mean difference of the active entries from the trainer's, `shift` positions on."""
+    """Compute the mean difference of active entries from the trainer's, `shift` positions on."""
     moved = active + shift
     inside = (moved >= 0) & (moved < len(computed))
     if not inside.any():

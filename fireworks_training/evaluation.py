@@ -1,8 +1,8 @@
-"""Records of evaluations: the exact prompts, the snapshot, what it answered, and the scores.
+"""Records evaluations: the exact prompts, the snapshot, its completions, and their scores.
 
 Knows completions and a JSONL file; nothing about sampling. One evaluation is one file: a header
 line, and a line for each completion. A file appears whole or not at all, and is never overwritten,
-so that what was measured stays what it was.
+so that a result can't change after it was measured.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class EvaluatedSample:
     Attributes:
         prompt_index, sample_index: as in `SampledCompletion`.
         prompt_tokens, completion_tokens: token ids, exactly as sampled.
-        text: of the completion.
-        finish_reason: why it ended.
-        score: what the caller gave it; None if no scores were passed.
+        text: text of the completion.
+        finish_reason: "stop", "length" or "tool_calls".
+        score: the caller's; None if no scores were passed.
     """
 
     prompt_index: int
@@ -46,15 +46,15 @@ class EvaluatedSample:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one evaluation was made of.
+    """One evaluation: the completions of one snapshot, and how they were sampled and scored.
 
     Attributes:
         snapshot: identity of the snapshot that sampled every completion.
-        samples: in the order they were passed.
-        prompts: what the caller asked (messages or texts), by `prompt_index`; None if not passed.
-        settings: of sampling, as the caller says: temperature, seed, max_tokens, ...
+        samples: the completions, in the order they were passed.
+        prompts: the caller's prompts (messages or texts), by `prompt_index`; None if not passed.
+        settings: sampling options, as the caller gave them: temperature, seed, max_tokens, ...
         name: the caller's own.
-        created_at: when it was written, UTC, ISO 8601.
+        created_at: time of writing, UTC, ISO 8601.
         prompts_sha256: hash of the prompts' token ids: equal if two evaluations asked the same.
     """
 
@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def mean_score(self) -> float | None:
-        """Mean over all samples; None if they were not scored."""
+        """The mean over all samples; None if they were not scored."""
         scores = [sample.score for sample in self.samples if sample.score is not None]
         return sum(scores) / len(scores) if scores else None
 
@@ -87,15 +87,15 @@ def write_evaluation(
 
     Args:
         path: the file; its folder has to exist.
-        completions: what was sampled, all from one snapshot.
-        prompts: what was asked, in the order of `prompt_index`; anything that JSON can hold.
+        completions: all from one snapshot, at least one.
+        prompts: messages or texts in the order of `prompt_index`; anything that JSON can hold.
         scores: one for each completion.
         snapshot: the snapshot's identity; needed only where the server does not report it.
-        settings: how it was sampled; anything that JSON can hold.
-        name: of the evaluation.
+        settings: sampling options; anything that JSON can hold.
+        name: name of the evaluation.
 
     Returns:
-        What was stored; `read_evaluation(path)` gives an equal value.
+        The evaluation that was stored; `read_evaluation(path)` gives an equal value.
 
     Raises:
         InvalidArgument: the file exists, nothing was sampled, lengths differ, several snapshots
@@ -134,7 +134,7 @@ def write_evaluation(
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
-    """An evaluation from its file.
+    """Read an evaluation from its file.
 
     Raises:
         InvalidArgument: the file is no evaluation, of an unknown format, cut short, or its prompts
@@ -212,7 +212,7 @@ def _one_snapshot(completions: Sequence[SampledCompletion], said: str | None) ->
 
 
 def _as_json(what: str, value: Any) -> Any:
-    """The value as it will be read back."""
+    """Return the value as it will be read back."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""What an `on_event` hook is told: one small record for each thing that happens.
+"""The events that an `on_event` hook gets: one small record for each thing that happens.
 
-The records, and nothing of who sends them. A request's life is `SubmitEvent`, any number of
-`RetryEvent`, `AckEvent` (training), then `FinishEvent` or `FailureEvent`.
+Knows the fields and units of the records, and nothing of who sends them. A request's life is
+`SubmitEvent`, any number of `RetryEvent`, `AckEvent` (training), then `FinishEvent` or
+`FailureEvent`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Literal, Protocol
 from fireworks_training.models import ServerMetrics
 
 EventKind = Literal["training", "sampling", "control", "sync"]
-"""Whose request it is: of a trainer's data plane, of a deployment, of the control plane (hot load
-and session calls included), or a weight sync."""
+"""Names the receiver of a request: a trainer's data plane, a deployment, the control plane (with
+hot load and session calls), or a weight sync."""
 
 SyncStage = Literal["saved", "loading", "waiting", "live"]
+"""Names how far a weight sync has come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class Event:
     """Base of all events.
 
     Attributes:
-        at: when it happened, in seconds of `time.monotonic()`.
+        at: time at which it happened, in seconds of `time.monotonic()`.
     """
 
     at: float
@@ -36,9 +38,9 @@ class SubmitEvent(Event):
     Attributes:
         kind: "training" or "sampling".
         what: the operation's name, or "completion".
-        id: of the request, the same for all its attempts: `<model_id>/<seq_id>` of a training
+        id: names the request in all its attempts: `<model_id>/<seq_id>` for a training
             request (an operation may have several), else its `X-Request-Id`.
-        attempt: counts from 1; that of a training request is always 1.
+        attempt: counts from 1; always 1 for a training request.
     """
 
     kind: EventKind
@@ -49,12 +51,12 @@ class SubmitEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AckEvent(Event):
-    """The trainer has taken a request, and will not take it twice.
+    """A trainer accepts a request, and will not execute it twice.
 
     Attributes:
         kind, what, id: as in its `SubmitEvent`.
-        request_id: what the trainer calls it.
-        seconds: since the submit.
+        request_id: the trainer's id of it.
+        seconds: time since the submit.
     """
 
     kind: EventKind
@@ -66,15 +68,15 @@ class AckEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryEvent(Event):
-    """An exchange failed and will be tried again.
+    """A request failed and will be tried again.
 
     Attributes:
         kind: any but "sync".
-        what: names the exchange.
-        id: as in its `SubmitEvent`; of a training or control exchange "".
-        failures: how many there were in a row, this one included.
+        what: names the request.
+        id: as in its `SubmitEvent`; "" for a training or control request.
+        failures: failures in a row, this one included.
         delay: seconds until the next try.
-        error: why; it holds no prompt, token or key.
+        error: the reason; it holds no prompt, token or key.
     """
 
     kind: EventKind
@@ -91,8 +93,8 @@ class FinishEvent(Event):
 
     Attributes:
         kind, what, id: as in its `SubmitEvent`.
-        seconds: since the submit; of a sampling request, since that of its last attempt.
-        metrics: what the attempt cost; None for training.
+        seconds: time since the submit; for a sampling request, since its last attempt's.
+        metrics: cost of the attempt; None for training.
     """
 
     kind: EventKind
@@ -108,10 +110,10 @@ class FailureEvent(Event):
 
     Attributes:
         kind: any but "control".
-        what: names it.
-        id: of a completion as in its `SubmitEvent`; of a training operation its model, since it may
-            never have been sent; of a sync the snapshot's identity.
-        error: what the caller gets.
+        what: names the operation.
+        id: a completion's as in its `SubmitEvent`; the model of a training operation, since that
+            may never have been sent; the snapshot's identity of a sync.
+        error: the exception that the caller gets.
     """
 
     kind: EventKind
@@ -125,7 +127,7 @@ class WindowEvent(Event):
     """A concurrency controller changed its window.
 
     Attributes:
-        before, after: requests that may be in flight.
+        before, after: number of requests that may be in flight.
     """
 
     before: int
@@ -134,14 +136,14 @@ class WindowEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncEvent(Event):
-    """A snapshot on its way into the deployment.
+    """A snapshot moves on its way into the deployment.
 
     Attributes:
-        identity: of the snapshot; of a link of its chain while that is loaded.
+        identity: the snapshot's; that of a link of its chain while the link is loaded.
         stage: "saved" by the trainer, "loading" when the deployment was asked for it, "waiting"
             when the reports of the late replicas changed, "live" when all of them serve it.
-        seconds: since the sync began.
-        detail: of "waiting": what each late replica reports.
+        seconds: time since the sync began.
+        detail: report of each late replica, for "waiting".
     """
 
     identity: str
@@ -155,8 +157,8 @@ class SwapEvent(Event):
     """Every replica serves another snapshot than before.
 
     Attributes:
-        identity: what is served now.
-        previous: what this client last saw served; None if it saw nothing.
+        identity: the snapshot that is served now.
+        previous: the snapshot that this client last saw served; None if it saw none.
     """
 
     identity: str
@@ -165,11 +167,11 @@ class SwapEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopBlockedEvent(Event):
-    """The loop that does the client's work stood still; told when it goes on.
+    """The loop that does the client's work stood still; sent when it goes on.
 
     Attributes:
-        seconds: for how long.
-        where: the function that held it, with file and line.
+        seconds: duration of the stop.
+        where: the function that held the loop, with file and line.
     """
 
     seconds: float
@@ -177,9 +179,6 @@ class LoopBlockedEvent(Event):
 
 
 class OnEvent(Protocol):
-    """A hook: a plain function of one event, called on the owner loop.
-
-    What it returns is ignored.
-    """
+    """A hook: a plain function of one event, called on the owner loop; its result is ignored."""
 
     def __call__(self, event: Event, /) -> object: ...

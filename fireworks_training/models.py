@@ -1,26 +1,31 @@
-"""Public value types that `tinker` has no counterpart for, and the version.
+"""The public value types that `tinker` has no counterpart for, and the version.
 
-They are plain frozen dataclasses: they know their fields and their units, and nothing about HTTP.
+They are frozen dataclasses that know their fields and units. Nothing here sends a request; who
+reads a value from an answer stands in `_wire` or in `_async.control_plane.rows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from fireworks_training.server_metrics import ServerMetrics as ServerMetrics
+from fireworks_training._perf_metrics import measured, request_id_of
 
 __version__ = "0.1.0"
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+"""Names the reason why a completion ended."""
+
 SnapshotKind = Literal["base", "delta", "lora"]
+"""Names the content of a snapshot: all weights, a difference to another one, or an adapter."""
+
 RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A sampler snapshot as the trainer wrote it.
+    """A sampler snapshot, as the trainer wrote it.
 
     Attributes:
         identity: the name under which a deployment loads it.
@@ -29,8 +34,8 @@ class Snapshot:
         predecessor: identity that a delta is a difference to; None otherwise.
         bytes: size of the stored tensors; None where the trainer does not say.
         sha256: hash over the hashes of all tensors, in name order; None where it does not say.
-        timings: seconds of the trainer's work by stage: "hash", "compress" and "write", all
-            beside the line; None where it does not say.
+        timings: seconds of the trainer's work by stage: "hash", "compress" and "write", which
+            hold up no operation; None where it does not say.
     """
 
     identity: str
@@ -57,18 +62,18 @@ class SaveSamplerResult:
 
 @dataclass(frozen=True, slots=True)
 class WeightSyncResult:
-    """What a weight sync brought about; every replica serves `identity`.
+    """The result of a weight sync: every replica serves `identity`.
 
     Attributes:
         identity: the snapshot that is live.
-        snapshot: what the trainer wrote for this sync.
+        snapshot: the snapshot that the trainer wrote for this sync.
         optimizer_step: optimizer steps of this client before the live snapshot was saved; None for
             a snapshot of another client.
-        loaded: the loads that it took, in order; empty if it was live already.
-        superseded: whether a newer snapshot was loaded in the place of this sync's.
+        loaded: identities that were loaded, in order; empty if it was live already.
+        superseded: whether a newer snapshot was loaded instead of this sync's.
         drift: mean absolute difference of engine and trainer, nats a token; None if it was not
             asked for, or if other weights were live by then.
-        save_s: seconds from the call's turn until the snapshot was written.
+        save_s: seconds from the call's turn in the queue until the snapshot was written.
         load_s: seconds from then until every replica served it.
     """
 
@@ -83,13 +88,92 @@ class WeightSyncResult:
 
     @property
     def version(self) -> str:
-        """`identity`, by the name of the Fireworks SDK."""
+        """Alias of `identity` (official SDK's name)."""
         return self.identity
 
 
 @dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """The cost of one sampling attempt, as the server and the client saw it. Durations in seconds.
+
+    Server values are None where the server does not report them; `retry_attempt` is 1 for the first
+    attempt of a completion. `snapshot_distance` counts the optimizer steps that the service's
+    training client had asked for, when the completion ended, since the snapshot that sampled its
+    first token was saved. `backend_host`, `deployment` and `pod_template_hash` name what served it.
+    """
+
+    num_concurrent_requests: int | None = None
+    prefill_queue_duration: float | None = None
+    generation_queue_duration: float | None = None
+    server_ttft: float | None = None
+    cached_prompt_tokens: int | None = None
+    prompt_tokens: int | None = None
+    server_processing_time: float | None = None
+    tokenizer_queue_duration: float | None = None
+    tokenizer_duration: float | None = None
+    prefill_duration: float | None = None
+    generation_duration: float | None = None
+    client_ttft: float | None = None
+    client_latency: float | None = None
+    completion_tokens: int | None = None
+    http_status_code: int | None = None
+    transport_error: str | None = None
+    retry_attempt: int = 1
+    request_id: str | None = None
+    backend_host: str | None = None
+    deployment: str | None = None
+    pod_template_hash: str | None = None
+    snapshot_identity: str | None = None
+    snapshot_distance: int | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The reason of a failure, such as "HTTP 503"; None if the attempt succeeded."""
+        if self.transport_error is not None:
+            return self.transport_error
+        status = self.http_status_code
+        return f"HTTP {status}" if status is not None and status >= 400 else None
+
+    @property
+    def response_request_id(self) -> str | None:
+        """Alias of `request_id` (official SDK's name)."""
+        return self.request_id
+
+    @staticmethod
+    def from_headers(
+        headers: Mapping[str, object],
+        client_ttft: float | None = None,
+        http_status_code: int | None = None,
+        retry_attempt: int | None = None,
+        client_latency: float | None = None,
+        completion_tokens: int | None = None,
+    ) -> ServerMetrics:
+        """Read the figures in the headers of an answer; senseless ones count as not reported.
+
+        Args:
+            headers: names in any case, with or without the prefix `fireworks-`.
+            client_ttft, client_latency: seconds that the client measured.
+            http_status_code: the answer's.
+            retry_attempt: counts from 1; None is 1.
+            completion_tokens: the number in the answer's usage.
+        """
+        figures: dict[str, Any] = {}
+        measured(headers, figures)
+        by_name = {name.lower(): str(value) for name, value in headers.items() if value}
+        return ServerMetrics(
+            **figures,
+            client_ttft=client_ttft,
+            http_status_code=http_status_code,
+            retry_attempt=1 if retry_attempt is None else retry_attempt,
+            client_latency=client_latency,
+            completion_tokens=completion_tokens,
+            request_id=request_id_of(by_name),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SampledCompletion:
-    """One completion.
+    """One completion of a prompt.
 
     Attributes:
         text: the completion as text (without the prompt).
@@ -99,8 +183,8 @@ class SampledCompletion:
         completion_len: tokens of the completion.
         inference_logprobs: natural log probabilities of the raw model, one for each completion
             token (with `echo`: one for each position after the first); None if not asked for.
-        sampling_logprobs: the same of the distribution sampled from (after temperature, top-p and
-            top-k); None if not asked for or not reported.
+        sampling_logprobs: those of the distribution that was sampled from (after temperature, top-p
+            and top-k); None if not asked for or not reported.
         logprobs_echoed: whether the two arrays start with prompt positions.
         echoed_prompt_logprob_count: how many entries of them belong to the prompt.
         top_logprobs: for each completion token `{token id: logprob}`; None if not asked for.
@@ -109,7 +193,7 @@ class SampledCompletion:
         snapshot_identity: the snapshot that sampled the last token; None if not reported.
         snapshot_identity_first: the snapshot that sampled the first token.
         snapshot_switch_index: completion token where it changed; None if it did not.
-        metrics: what the successful attempt cost.
+        metrics: cost of the successful attempt.
     """
 
     text: str
@@ -153,13 +237,13 @@ class SampledCompletion:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """What a streamed completion gained since the last delta; several network pieces may be in one.
+    """The growth of a streamed completion since the last delta; it may join several network pieces.
 
     Attributes:
         text: the new text.
         tokens: ids of the new tokens; empty unless `logprobs=True` (servers send them along).
         logprobs: natural log probabilities of the raw model, one for each of `tokens`.
-        sampling_logprobs: the same of the distribution sampled from; NaN where not reported.
+        sampling_logprobs: those of the distribution that was sampled from; NaN where not reported.
     """
 
     text: str
@@ -173,13 +257,13 @@ class SampledServerAttempt:
     """One HTTP attempt at a completion.
 
     Attributes:
-        index: from 0.
+        index: counts from 0.
         outcome: "succeeded", "retryable_error", "failed" or "cancelled".
         status_code: HTTP status, where there was one.
         error_kind: as in `SamplingRequestError.final_error_kind`; None if it succeeded.
-        response_request_id: the server's id of the exchange.
+        response_request_id: the server's id of the request.
         upstream_response_id: the id in the stream's chunks.
-        server_metrics: what the attempt cost; None if it was cancelled.
+        server_metrics: cost of the attempt; None if it was cancelled.
     """
 
     index: int
@@ -193,16 +277,16 @@ class SampledServerAttempt:
 
 @dataclass(frozen=True, slots=True)
 class SampledRequestResult:
-    """One completion with the facts of its request.
+    """One completion, and how its request went.
 
     Attributes:
         completions: the completion; empty if it was longer than `max_seq_len`.
-        server_metrics: what the successful attempt cost.
+        server_metrics: cost of the successful attempt.
         logical_request_id: sent as `X-Request-Id` by all attempts.
         attempts: HTTP attempts, the successful one included.
-        wall_seconds: from the call's start to its result, waits for a slot included.
+        wall_seconds: seconds from the call's start to its result, waits for a slot included.
         upstream_response_id: id in the stream's chunks, where the server sends one.
-        server_attempts: each attempt.
+        server_attempts: the attempts, in order.
     """
 
     completions: Sequence[SampledCompletion]
@@ -226,8 +310,9 @@ class TrainingProfile:
         node_count: machines of a trainer; None where the shape does not say.
         accelerator_type: kind of accelerator; None where the shape does not say.
         accelerator_count: accelerators of a machine; None where the shape does not say.
-        trainer_image_tag, deployment_image_tag: images; None where the shape does not say.
-        weight_precision: of the base model's weights; None where the shape does not say.
+        trainer_image_tag, deployment_image_tag: tags of the images; None where the shape does not
+            say.
+        weight_precision: precision of the base model's weights; None where the shape does not say.
         pipeline_parallelism: stages that the trainer splits the layers into, at least 1.
     """
 
@@ -245,7 +330,7 @@ class TrainingProfile:
 
     @property
     def shape(self) -> str:
-        """Name of the shape, without the version."""
+        """The name of the shape, without the version."""
         return self.name.split("/versions/")[0]
 
 
@@ -256,7 +341,7 @@ class TrainerJobInfo:
     Attributes:
         name: full resource name.
         state: `JOB_STATE_...`.
-        message: why it is in that state, or a warning about what was asked for.
+        message: reason of the state, or a warning about the request that made it.
         max_context_length: tokens; None where the platform does not say.
         display_name: as its creator named it.
         base_model: full resource name, or None.
@@ -286,10 +371,10 @@ class DeploymentInfo:
     Attributes:
         name: full resource name; the model string to sample it by.
         state: "CREATING", "READY", "UPDATING", "FAILED", "DELETING" or "DELETED".
-        message: why it is in that state, or a warning about what was asked for.
+        message: reason of the state, or a warning about the request that made it.
         base_model, deployment_shape, hot_load_trainer_job: full resource names, or None.
         hot_load_transition_type: "ASYNC" or "SYNC"; None where the platform does not say.
-        hot_load_bucket_url: where its snapshots lie; None where the platform does not say.
+        hot_load_bucket_url: URL of its snapshots; None where the platform does not say.
         replica_count: replicas that run now; None where the platform does not say.
         min_replica_count, max_replica_count: bounds of its scaling.
         annotations: its creator's notes.
@@ -312,12 +397,12 @@ class DeploymentInfo:
 
     @property
     def inference_model(self) -> str:
-        """The model string to sample it by: its name."""
+        """Alias of `name`: the model string to sample it by."""
         return self.name
 
     @property
     def deployment_shape_version(self) -> str | None:
-        """`deployment_shape`, by the name that the managers of `compat` use."""
+        """Alias of `deployment_shape` (official SDK's name)."""
         return self.deployment_shape
 
     @property
@@ -372,12 +457,12 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, slots=True)
 class OperationInfo:
-    """Long work of the control plane.
+    """A long-running operation of the control plane.
 
     Attributes:
         name: full resource name.
         done: whether it has ended.
-        message: what it is doing, or why it failed.
+        message: its progress, or the reason why it failed.
         failed: whether it ended with an error.
         response: its result, as reported; empty before the end.
     """
@@ -391,13 +476,16 @@ class OperationInfo:
 
 @dataclass(frozen=True, slots=True)
 class Observation(Generic[RowT]):
-    """A resource as it was at one look.
+    """The state of a trainer job or a deployment at one look, as a long poll returns it.
+
+    Pass it as `since=` to the next look: where the platform can wait, that look is answered when
+    the state differs from this one.
 
     Attributes:
         row: the resource; None if it is not there.
-        tag: names what was seen, where the platform gives it a name.
-        held_s: seconds for which the platform held its answer back until something changed; None
-            where it does not do so: then the next look is for the caller to put off.
+        tag: the platform's name for this state; None where it gives none.
+        held_s: seconds for which the platform held its answer back until the state changed; None
+            where it answers at once: wait yourself before the next look.
     """
 
     row: RowT | None
@@ -412,19 +500,19 @@ class HeldResource:
     Attributes:
         kind: "trainer" or "deployment".
         resource_id: its id.
-        account, base_url: where.
+        account, base_url: account and platform that it belongs to.
         run: name of the run.
         standing: "intent" (its creation was asked for, and no answer noted), "created", "adopted"
             (it was found) or "kept" (left on purpose at the end).
         age_s: seconds since the run first asked for it.
         owner_pid: process of the run.
-        owner_alive: whether that still runs; None for one of another machine.
-        state: as the platform reports it now; None where it was not asked, or has none.
-        message: why it is in that state.
-        replicas: of a deployment, running now; None where it is not known.
-        outcome: what was or would be done: "leave", "remove", "removed", "close" (nothing is there
-            any more), "closed" or "failed".
-        reason: why, for people.
+        owner_alive: whether that process still runs; None for one of another machine.
+        state: state that the platform reports now; None where it was not asked, or has none.
+        message: reason of the state.
+        replicas: running replicas of a deployment; None where it is not known.
+        outcome: the step that was or would be taken: "leave", "remove", "removed", "close" (the
+            resource is gone already), "closed" or "failed".
+        reason: reason of the outcome, for people.
     """
 
     kind: Literal["trainer", "deployment"]
@@ -445,14 +533,14 @@ class HeldResource:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """What one replica of a deployment holds.
+    """The weights that one replica of a deployment holds, and the load under way.
 
     Attributes:
         identity: the snapshot it serves; None before the first hot load.
         ready: whether it serves requests.
         stage: its loading stage, as reported.
         target: the snapshot that `stage` is about.
-        error: why the load of `target` failed, where `stage` is "error".
+        error: reason why the load of `target` failed, where `stage` is "error".
         timings: seconds of the last load by stage: "prepare" (read, apply, verify, beside the
             decoding) and "swap"; None where it is not reported.
     """

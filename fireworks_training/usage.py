@@ -1,4 +1,7 @@
-"""What a run has used: its counts, and what they cost by a table of prices."""
+"""The usage of a run: counts of tokens and seconds, and their cost by a table of prices.
+
+Knows names, units and sums; counting is `_async.runtime.usage_meter`'s.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,24 @@ from typing import Literal, cast
 from fireworks_training.errors import InvalidArgument
 
 RunState = Literal["closed", "running", "lost"]
+"""Names how far a run has come; see `RunUsage`."""
 
 PRICES = ("trained", "forward", "prefilled", "cached", "sampled", "trainer_hour", "replica_hour")
-"""What a price table may hold: money for a million tokens, or for an hour of one of them."""
+"""Lists the names of a price table: money for a million tokens, or for an hour of a machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a run has used, as its client counted it.
+    """Counts the tokens and seconds that a run has used, as its client saw them.
 
     Attributes:
-        trained_tokens: positions of datums in passes with gradients that came back.
-        forward_tokens: in passes without; the forward of a custom loss included.
-        prefilled_tokens: of prompts that the server had not cached.
-        cached_tokens: of prompts that it had.
-        sampled_tokens: of completions.
-        trainer_seconds, replica_seconds: for which trainers and replicas of the deployment were
-            this run's, from ready to close.
+        trained_tokens: positions of datums in finished passes with gradients.
+        forward_tokens: positions in passes without; the forward of a custom loss included.
+        prefilled_tokens: prompt tokens that the server had not cached.
+        cached_tokens: prompt tokens that it had.
+        sampled_tokens: tokens of completions.
+        trainer_seconds, replica_seconds: seconds for which trainers, and replicas of the
+            deployment, were this run's, from ready to close.
     """
 
     trained_tokens: int = 0
@@ -37,7 +41,7 @@ class Usage:
     replica_seconds: float = 0.0
 
     def cost(self, prices: Mapping[str, float]) -> float:
-        """Money for it, in the currency of the price table.
+        """Compute the money for it, in the currency of the price table.
 
         Args:
             prices: for a million tokens "trained", "forward", "prefilled", "cached", "sampled"; for
@@ -68,14 +72,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class RunUsage:
-    """What a run has used.
+    """Records the usage of one run.
 
     Attributes:
-        run: its name, that of the program.
-        run_id: its id, also the mark on what it made.
-        ended: RFC 3339: when its service was closed, or when it last said what it had used.
-        base_url: its platform.
-        base_model: its model.
+        run: name of the run: that of the program.
+        run_id: id of the run, which also marks the resources that it made.
+        ended: RFC 3339 time at which its service was closed, or its usage was last written.
+        base_url: URL of its platform.
+        base_model: full resource name of its model.
         usage: the counts.
         state: "closed", "running", or "lost": its process ended without closing the service, and
             the counts are those of at most a few seconds before.

@@ -26,7 +26,7 @@ DELAY = 0.05
 
 @dataclass
 class FaultProxy:
-    """The proxy.
+    """Passes requests on to a server, and spoils the messages that it was told to.
 
     Attributes:
         target: the URL behind it.
@@ -42,12 +42,12 @@ class FaultProxy:
     _session: ClientSession | None = None
 
     def restart(self, spoil: dict[int, str]) -> None:
-        """Count anew."""
+        """Count messages from 0 again."""
         self.spoil, self.seen, self.struck = dict(spoil), 0, []
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        """Its URL."""
+        """Serve; yields the URL."""
         app = web.Application(client_max_size=1 << 28)
         app.router.add_route("*", "/{tail:.*}", self._handle)
         server = TestServer(app)

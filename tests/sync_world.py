@@ -1,8 +1,8 @@
-"""A deployment in one process for histories of weight syncs: real store, trainer exports, deltas
-and engine weights; a gateway that follows the contract; and time that passes only when waited for.
+"""A deployment in one process for histories of weight syncs, in virtual time.
 
-What can go wrong is drawn at every request: replicas lag, restart, fail, report errors of other
-loads, and another client loads its own.
+Store, trainer exports, deltas and engine weights are the real ones; the gateway follows the
+contract. Faults are drawn at every request: replicas lag, restart, fail, report errors of other
+loads, and another client loads its own snapshot.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIMEOUT = 60.0
 
 
 class _Instant(selectors.SelectSelector):
-    """Nothing arrives from outside: a wait only moves the clock."""
+    """A selector to which nothing arrives: a wait only moves the clock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class InstantLoop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine without waiting for anything."""
+    """Run a coroutine in virtual time."""
     with asyncio.Runner(loop_factory=InstantLoop) as runner:
         return runner.run(main)
 
@@ -74,14 +74,14 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class Replica:
-    """An engine's weights, and what the gateway says of them."""
+    """One replica: an engine's weights, and the row that the gateway reports for them."""
 
     def __init__(self, store: SnapshotStore) -> None:
         self._store = store
         self.start(None)
 
     def start(self, identity: str | None) -> None:
-        """A new process, which joins with `identity`, if it can be built up."""
+        """Start a new process, which joins with `identity` if that can be built up."""
         self.tensors = initial()
         self.weights = WeightSet(self.tensors, self._store, MODEL)
         self.pending: str | None = None
@@ -144,8 +144,8 @@ class World:
 
     Attributes:
         choose: draws one of the names of events that may happen now.
-        naive: the server checks nothing and tells nothing; it applies what it is sent.
-        truth: hash of the weights that each identity stands for.
+        naive: whether the server checks nothing, reports nothing and applies whatever it is sent.
+        truth: hashes of the weights by the identity that stands for them.
     """
 
     folder: Path
@@ -174,7 +174,7 @@ class World:
     # -- the client's side -------------------------------------------------------------------------
 
     def new_client(self) -> None:
-        """Another process, with a model of its own, attaches to the deployment."""
+        """Attach another process to the deployment, with a model of its own."""
         self.exports = SnapshotExports(self.store, base_model=MODEL, dtype="bfloat16", lora=None)
         self._last = None
         self.chain = Chain()
@@ -191,7 +191,7 @@ class World:
             tensor += size * torch.randn(tensor.shape, generator=generator)
 
     def save(self, wanted: Any = None) -> Snapshot:
-        """What the trainer does at a save, and the client with its answer.
+        """Save a snapshot: the trainer's part, and the client's part with its answer.
 
         Raises:
             OperationFailed: nothing was written.
@@ -219,7 +219,7 @@ class World:
         return Snapshot(name)
 
     async def load(self, identity: str, *, may_save: bool = True) -> Loaded | Exception:
-        """Loads a snapshot; the typed error, if it was not loaded."""
+        """Load a snapshot; returns the typed error if it was not loaded."""
 
         async def save_whole() -> Snapshot:
             return self.save("base")
@@ -266,7 +266,7 @@ class World:
         return {}
 
     def _naive_load(self, replica: Replica, identity: str, previous: str | None) -> None:
-        """A server without checks: a delta is added to whatever is held, or taken for the whole."""
+        """Load without checks: a delta is added to whatever is held, or taken for the whole."""
         new = self.store.load(identity)[1]
         based_on = self.deltas.get(identity)
         if based_on is None or previous is None:
@@ -292,7 +292,7 @@ class World:
     EVENTS = ("work", "work", "work", "nothing", "restart", "forget", "fail", "stale", "foreign")
 
     def happen(self) -> None:
-        """One event, then the invariant."""
+        """Let one event happen, then check the invariant."""
         event = self.choose(list(self.EVENTS if not self.naive else ("nothing",)))
         number = (
             int(self.choose([str(index) for index in range(len(self.replicas))]) or 0)
@@ -321,7 +321,7 @@ class World:
         self.check()
 
     def work(self) -> None:
-        """Each replica takes the next step of what it was asked for."""
+        """Let each replica take the next step of its load."""
         for replica in self.replicas:
             if replica.prepared is not None:
                 replica.swap()
@@ -332,7 +332,7 @@ class World:
             self.loaded = held.pop() or self.loaded
 
     def check(self) -> None:
-        """No replica serves, under a name, other weights than that name's."""
+        """Check that each replica serves the weights that its identity stands for."""
         for replica in self.replicas:
             served = digest(replica.tensors)
             assert served == self.truth[replica.identity], (
@@ -340,7 +340,7 @@ class World:
             )
 
     def damage(self, identity: str) -> None:
-        """A bit of the stored tensors flips."""
+        """Flip a bit of the stored tensors."""
         for file in self.store.path(identity).glob("*.safetensors"):
             raw = bytearray(file.read_bytes())
             raw[-1] ^= 1

@@ -21,7 +21,7 @@ ROOT = Path(fireworks_training.__file__).parent
 
 CLOSED = {"local", "cli", "testing"}  # nothing imports these
 VALUES = {"config", "data", "errors", "evaluation", "events", "futures", "models"}
-VALUES |= {"server_metrics", "usage"}
+VALUES |= {"options", "usage"}
 """What is public and needs no loop."""
 
 UNITS = VALUES | {"compat", "rollouts", "losses", "tito", "root"}
@@ -34,12 +34,14 @@ UNITS |= {
     "_portal",
     "_outcome",
     "_inbox",
+    "_perf_metrics",
     "_tinker_types",
 }
 PEERS = {"compat", "rollouts", "losses"}  # these do not import each other
 
 SHELL = VALUES - {"evaluation"}
-SHELL |= {"_checks", "_core", "_wire", "_portal", "_outcome", "_inbox", "_tinker_types"}
+SHELL |= {"_checks", "_core", "_wire", "_portal", "_outcome", "_inbox", "_perf_metrics"}
+SHELL |= {"_tinker_types"}
 """What every room of `_async` may import."""
 
 PLATFORM = {"_checks", "_wire", "_core", "models", "errors"}
@@ -59,8 +61,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_checks": {"errors"},
     "config": {"errors", "models", "_checks"},
-    "server_metrics": set(),
-    "models": {"errors", "server_metrics"},
+    "_perf_metrics": set(),
+    "models": {"errors", "_perf_metrics"},
+    "options": {"errors"},
     "events": {"errors", "models"},
     "usage": {"errors", "models"},
     "_inbox": set(),
@@ -72,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_core.waits": set(),
     "_core.window": {"errors", "models", "_checks"},
     "_wire": {"errors", "models"},
-    "_wire.completions": {"errors", "models", "server_metrics", "_checks"},
+    "_wire.completions": {"errors", "models", "options", "_checks", "_perf_metrics"},
     "_wire.training": {"errors", "models"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures", "_outcome", "_inbox"},
@@ -90,8 +93,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         weights="sampling resources platform control_plane http runtime",
         training="weights sampling resources platform control_plane http runtime",
     ),
-    "_sync": {"_async", "_portal", "models", "futures", "config", "errors", "events", "usage"},
-    "testing": {"_async", "_core", "_wire", "config", "models", "errors"},
+    "_sync": VALUES - {"data", "evaluation"} | {"_async", "_portal"},
+    "testing": {"_core.window", "_wire.completions", "_wire.training", "models", "errors"},
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
@@ -393,6 +396,14 @@ BROKEN = {
         "cli may not import local",
     ),
     "closed": ({"__init__.py": "import fireworks_training.testing"}, "root may not import testing"),
+    "test servers on the shell": (
+        {"testing/x.py": "import fireworks_training._async.y", "_async/y.py": ""},
+        "testing may not import _async",
+    ),
+    "options on the shell": (
+        {"options.py": "import fireworks_training.config", "config.py": ""},
+        "options may not import config",
+    ),
     "not only for type checkers": (
         {"errors.py": "if TYPE_CHECKING:\n    pass\nelse:\n    import fireworks_training.models"},
         "errors may not import models",
@@ -540,7 +551,12 @@ ALLOWED = {
 
 def tree_of(folder: Path, files: dict[str, str]) -> Path:
     root = folder / PACKAGE
-    for name, text in {"errors.py": "", "models.py": "", "testing.py": "", **files}.items():
+    for name, text in {
+        "errors.py": "",
+        "models.py": "",
+        "testing/__init__.py": "",
+        **files,
+    }.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import fireworks_training
-from fireworks_training import FiretitanServiceClient
+from fireworks_training import AsyncFiretitanServiceClient, FiretitanServiceClient
 from fireworks_training.cli.main import main
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import datums, service_on
@@ -37,7 +37,7 @@ def test_a_whole_program_runs(
 
 
 def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
-    assert len(SNIPPETS) == 6  # that of the endpoint for agents runs in tests/tito
+    assert len(SNIPPETS) == 7  # that of the endpoint for agents runs in tests/tito
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,
@@ -60,6 +60,19 @@ async def test_the_hook_prints_what_happens(
         sampler = await service.create_deployment_sampler()
         await sampler.sample_with_prompt_tokens([10, 11], n=16, max_tokens=1)
     assert "WindowEvent(" in capsys.readouterr().out
+
+
+async def test_the_test_of_a_loop_runs() -> None:
+    async def my_loop(service: AsyncFiretitanServiceClient, steps: int) -> None:
+        client = await service.create_training_client()
+        for step in range(steps):
+            client.forward_backward(datums(4), "cross_entropy")
+            client.optim_step(tinker.AdamParams())
+            await client.weight_sync(f"step-{step}")
+
+    names: dict[str, Any] = {"my_loop": my_loop}
+    exec(SNIPPETS[6], names)
+    await names["test_my_loop"]()
 
 
 def test_data_checks_and_evaluations_run(

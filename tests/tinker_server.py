@@ -1,4 +1,4 @@
-"""A server that has the Tinker API and nothing else: it refuses what tinker's own types refuse.
+"""A server with the Tinker API and nothing else: it refuses requests that tinker's types refuse.
 
 Behind it the platform's trainer does the work; what only that offers is left out of its answers.
 """
@@ -44,13 +44,13 @@ ASKED: dict[str, type[pydantic.BaseModel] | None] = {
     "get_server_capabilities": None,
     "forward_backward": None,
 }
-"""The routes, and what their JSON must be; None: protobuf, or no body."""
+"""Lists the routes and the types of their JSON bodies; None: protobuf, or no body."""
 MADE = ("type", "model_id", "request_id", "base_model")
 
 
 @asynccontextmanager
 async def tinker_server(platform: RunningPlatform) -> AsyncIterator[tuple[str, Counter[str]]]:
-    """Its URL, and what was asked of it: routes, and `refused <route>`."""
+    """Serve before a platform; yields the URL, and the requests by route and `refused <route>`."""
     counts: Counter[str] = Counter()
     session = aiohttp.ClientSession(auto_decompress=False)
 
@@ -93,7 +93,7 @@ def _wrong(route: str, content_type: str, body: bytes) -> str | None:
 
 
 def _plain(told: bytes, kind: str) -> bytes:
-    """An answer without what only the platform says when it makes a model."""
+    """Take the fields that only the platform has out of an answer to create_model."""
     if "json" not in kind:
         return told
     said: Any = json.loads(told)

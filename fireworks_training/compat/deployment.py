@@ -12,10 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import (
-    DeploymentConfig as DeploymentConfig,
-)
-from fireworks_training._async.control_plane.deployment_config import transition
+from fireworks_training._async.control_plane.deployment_config import create_body, create_query
 from fireworks_training._async.control_plane.rows import read_deployment
 from fireworks_training._async.resources.readiness import deployment_ready, until_ready
 from fireworks_training._async.runtime.waits import log_if_slow
@@ -28,6 +25,8 @@ from fireworks_training.compat.client import (
 from fireworks_training.compat.hot_loads import HOT_LOAD_POLL_S, HotLoads
 from fireworks_training.errors import ApiError
 from fireworks_training.models import DeploymentInfo, Observation
+from fireworks_training.options import DeploymentConfig as DeploymentConfig
+from fireworks_training.options import transition
 
 logger = logging.getLogger("fireworks_training.compat")
 
@@ -84,7 +83,9 @@ class DeploymentManager(HotLoads):
                     return found
                 await self._plane.delete_deployment(id_)
                 await self._until_gone(id_)
-            created, _ = await self._plane.create_deployment(id_, config.body(), config.query())
+            created, _ = await self._plane.create_deployment(
+                id_, create_body(config), create_query(config)
+            )
             if created.message.startswith("Warning:"):
                 logger.warning("deployment %s: %s", id_, created.message)
             return created

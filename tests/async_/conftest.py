@@ -16,8 +16,8 @@ from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training._core.snapshots import Chain
+from fireworks_training.testing import TrainerServer
 from tests.fault_proxy import FaultProxy
-from tests.stub_trainer import StubTrainer
 
 Connect = Callable[..., Any]
 
@@ -36,13 +36,11 @@ class NoDeployment:
 
 @asynccontextmanager
 async def connected(
-    stub: StubTrainer, *, through: FaultProxy | None = None, **options: Any
+    stub: TrainerServer, *, through: FaultProxy | None = None, **options: Any
 ) -> AsyncIterator[AsyncFiretitanTrainingClient]:
     """A training client of `stub`; everything is closed at the end."""
     async with contextlib.AsyncExitStack() as stack:
-        server = await stub.start()
-        stack.push_async_callback(server.close)
-        url = str(server.make_url("")).rstrip("/")
+        url = (await stack.enter_async_context(stub)).url
         if through is not None:
             through.target = url
             url = await stack.enter_async_context(through.running())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fireworks_training import AsyncFiretitanServiceClient, ProvisioningError
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
+from fireworks_training.options import DeploymentConfig
 from tests.end_to_end.support import model_folder
 
 

@@ -19,8 +19,8 @@ from fireworks_training import (
     TITOSidecar,
     TITOTrajectoryArtifact,
 )
+from fireworks_training.testing import CompletionsServer
 from tests.async_.sampling.support import KEY, MODEL
-from tests.stub_completions import serving_in_a_thread
 from tests.tito.support import ask, assistant, says, user
 from tests.tito.turns.test_turns import Forgetful
 
@@ -86,7 +86,7 @@ async def ours(url: str) -> list[TITOTrajectoryArtifact]:
 
 
 def test_the_official_sidecar_decides_the_same(official_python: str, tmp_path: Path) -> None:
-    with serving_in_a_thread() as server:
+    with CompletionsServer() as server:
         server.script = [says(text, ids) for text, ids in ANSWERS]
         mine = asyncio.run(ours(server.url))
         (tmp_path / "ours").write_bytes(mine[1].pack())

@@ -14,21 +14,21 @@ from fireworks_training import (
     FixedConcurrencyController,
     TITOSidecar,
 )
+from fireworks_training.testing import CompletionsServer
 from tests.async_.sampling.support import KEY, MODEL, quick
-from tests.stub_completions import CompletionServer, serving
 from tests.tito.support import Characters
 
 Sidecars = Callable[..., Any]
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[CompletionServer]:
-    async with serving() as running:
+async def server() -> AsyncIterator[CompletionsServer]:
+    async with CompletionsServer() as running:
         yield running
 
 
 @pytest.fixture
-async def sampler(server: CompletionServer) -> AsyncIterator[DeploymentSampler]:
+async def sampler(server: CompletionsServer) -> AsyncIterator[DeploymentSampler]:
     made = DeploymentSampler(
         server.url,
         MODEL,

@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from fireworks_training.testing import Behaviour, CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from fireworks_training.tito import TITOTrajectoryEndpoint
-from tests import stub_completions as stub
-from tests.stub_completions import Behaviour, CompletionServer
 
 START, END = 1, 2
 SPECIAL = {"<|im_start|>": START, "<|im_end|>": END}
@@ -52,7 +52,7 @@ def says(text: str, ids: list[int] | None = None, *, finish: str = "stop") -> Be
     """A completion of this text, in one token a character unless given, with an end of turn."""
 
     async def answer(
-        server: CompletionServer, request: web.Request, body: dict[str, Any]
+        server: CompletionsServer, request: web.Request, body: dict[str, Any]
     ) -> web.StreamResponse:
         tokens = [ord(character) for character in text] if ids is None else ids
         tokens = [*tokens, END] if finish == "stop" else tokens

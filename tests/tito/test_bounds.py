@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from fireworks_training import ClientClosed, DeploymentSampler, TITOError, TITOSidecar
+from fireworks_training.testing import CompletionsServer
 from fireworks_training.tito import (
     TITOChatRequest,
     TITOParseError,
@@ -26,7 +27,6 @@ from fireworks_training.tito.turns import history
 from fireworks_training.tito.turns import trajectory as trajectory_module
 from fireworks_training.tito.values import artifacts
 from tests.async_.sampling.support import until
-from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars
 from tests.tito.support import ask, says, user
 
@@ -93,7 +93,7 @@ async def half_a_request(
 
 
 async def test_a_key_that_is_no_text_is_a_wrong_key(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
@@ -131,7 +131,7 @@ def called(calls: Any) -> dict[str, Any]:
     ids=lambda body: str(body)[:50].encode("ascii", "replace").decode(),
 )
 async def test_what_is_malformed_is_refused_and_costs_no_trajectory(
-    server: CompletionServer, sidecars: Sidecars, body: Any
+    server: CompletionsServer, sidecars: Sidecars, body: Any
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars()
@@ -149,7 +149,7 @@ async def test_what_is_malformed_is_refused_and_costs_no_trajectory(
 
 
 async def test_what_breaks_unforeseen_is_told_as_json_and_without_the_prompt(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> TITOChatRequest:
         raise KeyError("sesame")
@@ -163,7 +163,7 @@ async def test_what_breaks_unforeseen_is_told_as_json_and_without_the_prompt(
 
 
 async def test_requests_that_are_still_read_have_their_place_among_the_calls(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectory_module, "MAX_CALLS", 2)
     server.otherwise = says("one")
@@ -179,7 +179,7 @@ async def test_requests_that_are_still_read_have_their_place_among_the_calls(
 
 
 async def test_an_agent_that_asks_without_end_fills_no_memory(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history, "MOST_CALLS", 3)
     server.otherwise = says("one")
@@ -215,7 +215,7 @@ class Sloppy:
 
 
 async def test_a_call_beside_the_trajectory_does_not_end_it(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(renderer=Sloppy(), call_classifier=lambda _: "auxiliary")
@@ -228,7 +228,7 @@ async def test_a_call_beside_the_trajectory_does_not_end_it(
 
 
 async def test_a_discarded_trajectory_refuses_with_an_error_of_its_own_each_time(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(renderer=Sloppy())
@@ -254,7 +254,7 @@ async def test_a_discarded_trajectory_refuses_with_an_error_of_its_own_each_time
 
 
 async def test_a_refusal_that_cannot_be_told_is_an_answer_too(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     sidecar = await sidecars(observer=Observer("request_rejected"))
     endpoint = await sidecar.create_trajectory_async()
@@ -263,7 +263,7 @@ async def test_a_refusal_that_cannot_be_told_is_an_answer_too(
 
 
 async def test_an_answer_that_is_out_is_not_answered_again(
-    server: CompletionServer, sidecars: Sidecars, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, sidecars: Sidecars, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A second one would be read as that of the connection's next request."""
     server.otherwise = says("one")
@@ -286,7 +286,7 @@ async def test_an_answer_that_is_out_is_not_answered_again(
 
 
 async def test_an_observer_is_closed_in_its_thread_after_the_last_event(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     observer = Observer("close", slow=["trajectory_open"])
     sidecar = await sidecars(observer=observer)
@@ -308,7 +308,7 @@ async def test_an_observer_is_closed_in_its_thread_after_the_last_event(
 
 
 async def test_a_trajectory_that_its_maker_was_not_given_is_not_open(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     observer = Observer(slow=["trajectory_open"])
     sidecar = await sidecars(observer=observer)
@@ -326,7 +326,7 @@ async def test_a_trajectory_that_its_maker_was_not_given_is_not_open(
 
 
 async def test_no_trajectory_is_made_while_the_sidecar_closes(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     observer = Observer(slow=["trajectory_open"])
     sidecar = await sidecars(observer=observer)
@@ -347,7 +347,7 @@ async def test_no_trajectory_is_made_while_the_sidecar_closes(
 
 
 async def test_a_close_that_is_cancelled_closes_all_the_same(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     observer = Observer(slow=["close"])
     sidecar = await sidecars(observer=observer)
@@ -370,7 +370,7 @@ async def test_a_close_that_is_cancelled_closes_all_the_same(
 
 
 async def test_trajectories_end_beside_each_other(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectory_module, "ANSWER_GRACE", 1e6)
     sidecar = await sidecars()
@@ -388,7 +388,7 @@ async def test_trajectories_end_beside_each_other(
 
 
 async def test_a_request_that_is_never_sent_does_not_hold_the_close(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
@@ -400,7 +400,7 @@ async def test_a_request_that_is_never_sent_does_not_hold_the_close(
 
 
 async def test_what_goes_wrong_while_closing_does_not_replace_what_went_wrong_before(
-    server: CompletionServer, sampler: DeploymentSampler, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, sampler: DeploymentSampler, caplog: pytest.LogCaptureFixture
 ) -> None:
     from fireworks_training import ChatTemplateRenderer
     from tests.tito.support import Characters

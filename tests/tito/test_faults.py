@@ -18,12 +18,12 @@ from fireworks_training import (
     TITOSidecar,
     UnknownOption,
 )
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from fireworks_training.tito import TITOTrajectoryEndpoint
 from fireworks_training.tito.turns import registry as registry_module
 from fireworks_training.tito.turns import trajectory as trajectory_module
-from tests import stub_completions as stub
 from tests.async_.sampling.support import until
-from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars
 from tests.tito.support import Characters, ask, data_of, events, says, user
 
@@ -37,7 +37,7 @@ async def refused(sidecar: TITOSidecar, trajectory_id: str, how: str = "finish_t
 
 
 async def test_every_route_wants_the_key_of_its_own_trajectory(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     sidecar = await sidecars()
     mine, other = [await sidecar.create_trajectory_async() for _ in range(2)]
@@ -97,7 +97,7 @@ async def test_every_route_wants_the_key_of_its_own_trajectory(
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 async def test_a_request_that_cannot_be_met_changes_nothing(
-    server: CompletionServer, sidecars: Sidecars, fields: dict[str, Any], code: str
+    server: CompletionsServer, sidecars: Sidecars, fields: dict[str, Any], code: str
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars()
@@ -113,7 +113,7 @@ async def test_a_request_that_cannot_be_met_changes_nothing(
     assert len(artifact.segments[0].turns) == 1
 
 
-async def test_bodies_that_are_no_requests(server: CompletionServer, sidecars: Sidecars) -> None:
+async def test_bodies_that_are_no_requests(server: CompletionsServer, sidecars: Sidecars) -> None:
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
     headers = {"Authorization": f"Bearer {endpoint.api_key}"}
@@ -126,7 +126,7 @@ async def test_bodies_that_are_no_requests(server: CompletionServer, sidecars: S
     assert server.bodies == []
 
 
-async def test_limits_cap_what_is_asked_for(server: CompletionServer, sidecars: Sidecars) -> None:
+async def test_limits_cap_what_is_asked_for(server: CompletionsServer, sidecars: Sidecars) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(max_context_tokens=60, sampling_defaults={"temperature": 0.5})
     endpoint = await sidecar.create_trajectory_async(serving_affinity_key="together")
@@ -144,7 +144,7 @@ async def test_limits_cap_what_is_asked_for(server: CompletionServer, sidecars: 
 
 
 async def test_streams_are_kept_alive_and_end_with_usage(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.script = [stub.pause_mid_stream]
     sidecar = await sidecars(keepalive_seconds=0.01)
@@ -172,7 +172,7 @@ async def test_streams_are_kept_alive_and_end_with_usage(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_agent_that_leaves_frees_the_engine_and_changes_nothing(
-    server: CompletionServer, sidecars: Sidecars, sampler: DeploymentSampler, stream: bool
+    server: CompletionsServer, sidecars: Sidecars, sampler: DeploymentSampler, stream: bool
 ) -> None:
     server.script = [stub.hang_mid_stream]
     server.otherwise = says("one")
@@ -196,7 +196,11 @@ async def test_an_agent_that_leaves_frees_the_engine_and_changes_nothing(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("how", ["abandon_trajectory", "fail_trajectory", "close"])
 async def test_an_end_under_a_call_frees_the_engine_and_tells_the_agent(
-    server: CompletionServer, sidecars: Sidecars, sampler: DeploymentSampler, how: str, stream: bool
+    server: CompletionsServer,
+    sidecars: Sidecars,
+    sampler: DeploymentSampler,
+    how: str,
+    stream: bool,
 ) -> None:
     server.script = [says("one"), stub.hang_mid_stream]
     sidecar = await sidecars()
@@ -231,7 +235,7 @@ async def test_an_end_under_a_call_frees_the_engine_and_tells_the_agent(
 
 
 async def test_an_end_comes_once_and_an_unknown_trajectory_has_none(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry_module, "REMEMBERED", 1)
     server.otherwise = says("one")
@@ -253,7 +257,7 @@ async def test_an_end_comes_once_and_an_unknown_trajectory_has_none(
 
 
 async def test_cancelling_a_finish_loses_nothing(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     """At each await of it in turn: it either has not happened, or can be asked for again."""
     server.otherwise = says("one")
@@ -281,7 +285,7 @@ async def test_cancelling_a_finish_loses_nothing(
 
 
 async def test_a_slow_reader_does_not_hold_the_end(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectory_module, "ANSWER_GRACE", 0.01)
     sidecar = await sidecars()
@@ -304,7 +308,7 @@ async def test_a_slow_reader_does_not_hold_the_end(
 
 
 async def test_a_call_asked_twice_is_sampled_once(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.script = [says("one"), says("two")]
     sidecar = await sidecars()
@@ -337,7 +341,7 @@ async def test_a_call_asked_twice_is_sampled_once(
     ids=["503", "401", "truncated", "in the stream"],
 )
 async def test_a_sampling_that_fails_changes_nothing_and_says_whose_fault(
-    server: CompletionServer, sidecars: Sidecars, fault: stub.Behaviour, status: int, code: str
+    server: CompletionsServer, sidecars: Sidecars, fault: stub.Behaviour, status: int, code: str
 ) -> None:
     sidecar = await sidecars()
     endpoint = await sidecar.create_trajectory_async()
@@ -359,9 +363,9 @@ async def test_a_sampling_that_fails_changes_nothing_and_says_whose_fault(
 
 
 async def test_tokens_that_do_not_fit_their_prompt_discard_the_trajectory(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
-    async def another_prompt(server: CompletionServer, request: Any, body: dict[str, Any]) -> Any:
+    async def another_prompt(server: CompletionsServer, request: Any, body: dict[str, Any]) -> Any:
         return await says("one")(server, request, {**body, "prompt": [1, 2, 3]})
 
     server.otherwise = another_prompt
@@ -374,7 +378,7 @@ async def test_tokens_that_do_not_fit_their_prompt_discard_the_trajectory(
 
 
 async def test_calls_are_bounded_and_go_one_after_the_other(
-    server: CompletionServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectory_module, "MAX_CALLS", 2)
     server.script = [stub.pause_mid_stream]
@@ -393,7 +397,7 @@ async def test_calls_are_bounded_and_go_one_after_the_other(
 
 
 async def test_trajectories_do_not_wait_for_each_other(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     sidecar = await sidecars()
@@ -462,7 +466,7 @@ async def test_headers_of_all_trajectories_may_not_say_who_belongs_together() ->
 
 
 async def test_a_sampler_that_was_closed_is_no_reason_to_wait(
-    server: CompletionServer, sidecars: Sidecars, sampler: DeploymentSampler
+    server: CompletionsServer, sidecars: Sidecars, sampler: DeploymentSampler
 ) -> None:
     server.script = [stub.hang_mid_stream]
     sidecar = await sidecars()
@@ -475,7 +479,7 @@ async def test_a_sampler_that_was_closed_is_no_reason_to_wait(
 
 
 async def test_a_renderer_that_fails_is_told_without_the_prompt(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     from fireworks_training import ChatTemplateRenderer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import assert_type
+from typing import Unpack, assert_type
 
 import tinker
 import torch
@@ -15,15 +15,28 @@ from fireworks_training import (
     APIFuture,
     AsyncFiretitanServiceClient,
     AsyncFiretitanTrainingClient,
+    CheckpointType,
+    Conversation,
+    DeploymentConfig,
     DeploymentSampler,
     Evaluation,
     FiretitanServiceClient,
     FiretitanTrainingClient,
+    GradNorms,
+    LossConfig,
+    LossFunction,
+    Normalization,
+    OnDrift,
+    Output,
+    Pooling,
     SampleCall,
     SampledCompletion,
+    SamplingOptions,
     SaveWeightsForSamplerResponse,
     Snapshot,
+    Tokenizer,
     TrainingProfile,
+    WeightSyncResult,
     chat_datum,
     check_alignment,
     completion_datum,
@@ -116,3 +129,41 @@ def data_and_evaluations(
     assert_type(check_alignment([], []), float)
     assert_type(write_evaluation("e.jsonl", completions, scores=[1.0]), Evaluation)
     assert_type(read_evaluation("e.jsonl").mean_score, float | None)
+
+
+def wrappers(
+    service: FiretitanServiceClient,
+    client: FiretitanTrainingClient,
+    sampler: DeploymentSampler,
+    *,
+    checkpoint_type: CheckpointType,
+    on_drift: OnDrift,
+    loss: LossFunction,
+    config: LossConfig,
+    output: Output,
+    pooling: Pooling,
+    normalization: Normalization,
+    grad_norms: GradNorms,
+    conversation: Conversation,
+    deployment: DeploymentConfig,
+    **options: Unpack[SamplingOptions],
+) -> None:
+    """A user's own functions pass options on, with the types of the package."""
+    client.forward([], "cross_entropy", config)
+    custom = client.forward_backward_custom([], loss, output=output, pooling=pooling)
+    assert_type(custom, APIFuture[tinker.ForwardBackwardOutput])
+    client.forward_backward_custom([], objective)
+    step = client.optim_step(
+        tinker.AdamParams(),
+        grad_accumulation_normalization=normalization,
+        emit_grad_norm_metrics=grad_norms,
+    )
+    assert_type(step, APIFuture[OptimStepResponse])
+    client.save_weights_for_sampler("s", checkpoint_type=checkpoint_type)
+    synced = client.weight_sync("s", on_drift=on_drift)
+    assert_type(synced, APIFuture[WeightSyncResult])
+    call = sampler.sample_with_tokens(conversation, **options)
+    assert_type(call, SampleCall[list[SampledCompletion]])
+    assert_type(sampler.tokenizer, Tokenizer | None)
+    made = service.create_inference_deployment_sampler(deployment)
+    assert_type(made, DeploymentSampler)

@@ -10,6 +10,7 @@ from fireworks_training import (
     DeploymentSampler,
     FiretitanServiceClient,
     FiretitanTrainingClient,
+    SamplingOptions,
 )
 
 
@@ -34,3 +35,8 @@ def sampled(sampler: DeploymentSampler) -> None:
     sampler.sample_with_tokens(["hi"])  # error: text is no conversation
     sampler.sample_with_tokens([turn, [turn]])  # error: one conversation, or a list of them
     sampler.sample_with_tokens(turn)  # error: a turn is no conversation
+
+
+def options() -> None:
+    made: SamplingOptions = {"top_p": 0.9}
+    made["top_q"] = 1  # error: no such option

@@ -21,7 +21,11 @@ from fireworks_training._async.control_plane.bodies import (
     job_query,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
+from fireworks_training._async.control_plane.deployment_config import (
+    DeploymentConfig,
+    create_body,
+    create_query,
+)
 from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._async.resources.ownership import Claim, Role, RunResources
 from fireworks_training._async.resources.readiness import deployment_ready, trainer_ready
@@ -233,11 +237,11 @@ async def inference_deployment(
         )
     if found is None or deployment_readiness(found.state) is Readiness.GONE:
         annotations = {**(config.annotations or {}), **holdings.annotations()}
-        body = replace(config, annotations=annotations).body()
+        body = create_body(replace(config, annotations=annotations))
         found = await holdings.create(
             plane,
             claim,
-            lambda: plane.create_deployment(config.deployment_id, body, config.query()),
+            lambda: plane.create_deployment(config.deployment_id, body, create_query(config)),
         )
     else:
         await holdings.adopt(plane, claim)

@@ -19,6 +19,7 @@ from fireworks_training._async.http import open_files
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
+from fireworks_training._perf_metrics import request_id_of
 from fireworks_training._wire.completions.chunks import (
     CompletionAssembler,
     server_metrics,
@@ -33,7 +34,6 @@ from fireworks_training.errors import (
     RequestTimedOut,
 )
 from fireworks_training.models import SampledCompletion, ServerMetrics, TokenDelta
-from fireworks_training.server_metrics import request_id_of
 
 ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "upstream_stream"]
 

@@ -7,32 +7,16 @@ It sends nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 from fireworks_training._wire.completions.request import token_ids
 from fireworks_training.errors import InvalidArgument
-
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-"""Messages: `[{"role": "user", "content": "..."}, ...]`."""
-
+from fireworks_training.options import Conversation as Conversation
+from fireworks_training.options import Tokenizer as Tokenizer
 
 Ids: TypeAlias = tuple[int, ...]
 """The token ids of a prompt. The garbage collector walks lists of integers, not tuples of them."""
-
-
-class Tokenizer(Protocol):
-    """Declares what the sampler needs of a tokenizer; those of `transformers` have it."""
-
-    @property
-    def apply_chat_template(self) -> Callable[..., Any]:
-        """Turns messages into token ids."""
-        ...
-
-    @property
-    def decode(self) -> Callable[..., Any]:
-        """Turns token ids into text."""
-        ...
 
 
 class LockedTokenizer:

@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fireworks_training._async.sampling.concurrency import AdaptiveConcurrencyController
 from fireworks_training._async.sampling.retries import RetryPolicy
@@ -20,50 +20,9 @@ from fireworks_training.errors import (
     InvalidArgument,
     NotSupported,
 )
+from fireworks_training.options import RetryConfig as RetryConfig
 
 T = TypeVar("T")
-
-
-class RetryConfig(Protocol):
-    """Types the `retry_config` of a sampling client: tinker's own class, by the fields that count.
-
-        from tinker.lib.retry_handler import RetryConfig
-
-        service.create_sampling_client(path, retry_config=RetryConfig(progress_timeout=600))
-
-    Nothing else is accepted at run time. What is retried stays the sampler's: 408, 429, 500, 502,
-    503, 504, and failures of the network.
-
-    Attributes:
-        max_connections: requests in flight at most, if it is not tinker's default, by a window of
-            the client's own; the default and None leave it to the service's.
-        progress_timeout: a request is tried again for so many seconds; and when no call of the
-            client has ended for so long, all fail with `DeploymentSamplerTimeoutError`.
-        retry_delay_base, retry_delay_max: delays in seconds double from the first to the second. A
-            server's Retry-After, up to 30 s, is a floor.
-        jitter_factor: share of a delay, 0 to 1, by which it may be shortened at random.
-        enable_retry_logic: False makes one attempt. A deployment that loads a snapshot is waited
-            for all the same.
-        enable_stuck_detection: must be True; set a large `progress_timeout` instead.
-        retryable_exceptions: must be tinker's default: an error's status decides.
-    """
-
-    @property
-    def max_connections(self) -> int | None: ...
-    @property
-    def progress_timeout(self) -> float: ...
-    @property
-    def retry_delay_base(self) -> float: ...
-    @property
-    def retry_delay_max(self) -> float: ...
-    @property
-    def jitter_factor(self) -> float: ...
-    @property
-    def enable_retry_logic(self) -> bool: ...
-    @property
-    def enable_stuck_detection(self) -> bool: ...
-    @property
-    def retryable_exceptions(self) -> tuple[type[Exception], ...]: ...
 
 
 class ProgressTimeout:

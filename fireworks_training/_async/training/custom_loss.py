@@ -16,7 +16,7 @@ import asyncio
 import contextvars
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     import tinker
     import torch
 
-    LossFunction = Callable[
-        [Sequence[tinker.Datum], list[torch.Tensor]],
-        tuple[torch.Tensor, Mapping[str, float]],
-    ]
+    from fireworks_training.options import LossFunction as LossFunction
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float32]

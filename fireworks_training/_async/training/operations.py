@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fireworks_training._async.training.arguments import check_name, check_state
 from fireworks_training._async.training.context import Operation, OperationContext
@@ -22,6 +22,10 @@ from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training import bodies
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.models import Snapshot
+from fireworks_training.options import CheckpointType as CheckpointType
+from fireworks_training.options import GradNorms as GradNorms
+from fireworks_training.options import LossConfig as LossConfig
+from fireworks_training.options import Normalization as Normalization
 
 if TYPE_CHECKING:
     import tinker
@@ -31,14 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fireworks_training.trainer")
 
-CheckpointType = Literal["base", "delta", "merged_base"]
 CHECKPOINT_TYPES = (None, "base", "delta", "merged_base")
-Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
-GradNorms = Literal["off", "basic", "detailed"] | bool
-
-LossConfig = Mapping[str, Any] | None
-"""The options of a loss by name."""
-
 NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
 GRAD_NORM_METRICS = (None, "off", "basic", "detailed", True, False)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,18 +46,17 @@ from fireworks_training._wire.training.datums import (
     count_tokens,
 )
 from fireworks_training.errors import InvalidArgument, ProtocolError
+from fireworks_training.options import LossFunction
+from fireworks_training.options import Output as Output
+from fireworks_training.options import Pooling as Pooling
 
 if TYPE_CHECKING:
     import tinker
 
-    from fireworks_training._async.training.custom_loss import LossFunction
     from fireworks_training.futures import APIFuture
 
     Datums = Sequence[tinker.Datum]
     PassFuture = APIFuture[tinker.ForwardBackwardOutput]
-
-Output = Literal["logprobs", "embedding", "projection", "cos_similarity_matrix"]
-Pooling = Literal["mean", "last"]
 
 GRADIENTS_OF = {
     "embedding": "embedding_grads",

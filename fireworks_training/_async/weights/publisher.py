@@ -22,13 +22,13 @@ from fireworks_training.errors import InvalidArgument, NotSupported, WeightsDrif
 from fireworks_training.events import SyncEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import Snapshot, WeightSyncResult
+from fireworks_training.options import OnDrift as OnDrift
 
 if TYPE_CHECKING:
     import tinker
 
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
-OnDrift = Literal["warn", "raise"]
 DRIFT_BOUND = 0.02
 PROBE_TOKENS = tuple(10 + (7 * place * place + 3 * place) % 190 for place in range(32))
 """Ids that every vocabulary has, in no order that a model would know by heart."""

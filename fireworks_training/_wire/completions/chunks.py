@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import orjson
 
+from fireworks_training._perf_metrics import measured, request_id_of
 from fireworks_training._wire.completions.errors import object_in, stream_error
 from fireworks_training._wire.completions.request import SamplingRequest
 from fireworks_training.errors import ProtocolError
 from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
-from fireworks_training.server_metrics import measured, request_id_of
 
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",

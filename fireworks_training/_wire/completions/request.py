@@ -11,78 +11,17 @@ import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypedDict, cast
+from typing import Any, Final, cast
 
 import orjson
 
 from fireworks_training._checks import integer, number
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
+from fireworks_training.options import SamplingOptions as SamplingOptions
 
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0
 LABELS: Final = ("session", "run", "checkpoint", "step", "group", "item")
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Names the options of a sampling call beyond `n`, `max_tokens`, `temperature`, `max_seq_len`.
-
-        options: SamplingOptions = {"top_p": 0.9, "stop": ["\\n"], "logprobs": True}
-        sampler.sample_with_tokens(messages, n=8, **options)
-
-    All are optional, and an option that is None counts as not given. Each is checked at the call:
-    an unknown name raises `UnknownOption` with the near ones, a value out of range
-    `InvalidArgument`.
-
-    Keys:
-        top_p: nucleus mass in (0, 1]; default 1, sent always (a server's own default would bias
-            the samples).
-        top_k: only the k likeliest tokens; 0 or -1, the default, is off.
-        min_p: least probability relative to the likeliest token, 0 to 1.
-        seed: integer. Completion i of the call (the first prompt's first) is drawn with `seed + i`:
-            with one seed for all, the draws of different prompts would go together.
-        stop: a string, strings, or token ids that end a completion. `[]` ignores the model's own
-            end of text.
-        ignore_eos: do not end at the model's own end of text.
-        min_tokens: sample no end before this many tokens.
-        logprobs: return natural log probabilities; default False.
-        top_logprobs: return also those of this many likeliest tokens; needs `logprobs=True`.
-        echo: treat the prompt as part of the answer, for its logprobs.
-        echo_last: treat only this many tokens at the prompt's end so.
-        frequency_penalty, presence_penalty: -2 to 2.
-        repetition_penalty: over 0; 1 is off.
-        logit_bias: `{token id: bias}`.
-        response_format: as the server documents it.
-        user: session affinity; give each trajectory its own.
-        prompt_cache_key: cache affinity.
-        http_timeout: seconds without a byte after which an attempt counts as lost; default 600.
-        sampling_context: labels in error messages and logs, among session, run, checkpoint, step,
-            group, item; never sent.
-        timeout_diagnostic_context: the same as `sampling_context`, under the official SDK's name.
-        additional_headers_snapshot: HTTP headers of this call.
-    """
-
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
-    stop: str | Sequence[str] | Sequence[int] | None
-    ignore_eos: bool
-    min_tokens: int
-    logprobs: bool
-    top_logprobs: int
-    echo: bool
-    echo_last: int
-    frequency_penalty: float
-    presence_penalty: float
-    repetition_penalty: float
-    logit_bias: Mapping[str, float]
-    response_format: Mapping[str, Any]
-    user: str
-    prompt_cache_key: str
-    http_timeout: float
-    sampling_context: Mapping[str, object]
-    timeout_diagnostic_context: Mapping[str, object]
-    additional_headers_snapshot: Mapping[str, str]
 
 
 _OPTIONS: Final = tuple(SamplingOptions.__annotations__)

@@ -25,18 +25,19 @@ from fireworks_training import (
     ProvisioningTimeout,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.resources import ownership, readiness
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.ownership import RunResources
 from fireworks_training._async.resources.plans import Resources, provision
 from fireworks_training._core.ledger import OpenClaim, fold
-from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
+from fireworks_training.options import DeploymentConfig
+from fireworks_training.testing import ControlPlaneServer
+from fireworks_training.testing.control_plane_server import DEPLOYMENTS, JOBS
 
 
 @pytest.fixture
-def stub() -> Iterator[StubControlPlane]:
-    with StubControlPlane().running() as running:
+def stub() -> Iterator[ControlPlaneServer]:
+    with ControlPlaneServer() as running:
         yield running
 
 
@@ -47,7 +48,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "fireworks-training" / "ledger.jsonl"
 
 
-def service_on(stub: StubControlPlane, **options: Any) -> AsyncFiretitanServiceClient:
+def service_on(stub: ControlPlaneServer, **options: Any) -> AsyncFiretitanServiceClient:
     options = {"base_model": "accounts/x/models/tiny", "cleanup_trainer_on_close": True} | options
     options = {"cleanup_deployment_on_close": "delete"} | options
     return AsyncFiretitanServiceClient.from_firetitan_config(
@@ -81,7 +82,7 @@ async def test_an_option_of_the_local_platform_is_refused_elsewhere() -> None:
 
 
 async def test_what_is_made_carries_the_nonce_and_stands_in_the_ledger(
-    stub: StubControlPlane, ledger: Path
+    stub: ControlPlaneServer, ledger: Path
 ) -> None:
     async with service_on(stub, display_name="n" * 63) as service:
         await service.create_training_client()
@@ -100,7 +101,7 @@ async def test_what_is_made_carries_the_nonce_and_stands_in_the_ledger(
     )
 
 
-async def test_kept_by_policy_is_noted(stub: StubControlPlane) -> None:
+async def test_kept_by_policy_is_noted(stub: ControlPlaneServer) -> None:
     options = {"cleanup_trainer_on_close": False, "cleanup_deployment_on_close": "scale_to_zero"}
     async with service_on(stub, **options) as service:
         await service.create_training_client()
@@ -110,15 +111,17 @@ async def test_kept_by_policy_is_noted(stub: StubControlPlane) -> None:
     assert {claim.last.event for claim in open_claims()} == {"kept"}
 
 
-async def test_an_answer_that_was_lost_does_not_lose_the_ownership(stub: StubControlPlane) -> None:
-    stub.lose_answers = ["POST"]
+async def test_an_answer_that_was_lost_does_not_lose_the_ownership(
+    stub: ControlPlaneServer,
+) -> None:
+    stub.lost_answers = ["POST"]
     async with service_on(stub, create_deployment=False) as service:
         await service.create_training_client()
         assert len(stub.sent("POST", JOBS)) == 2  # the second was answered 409
     assert stub.left() == []
 
 
-async def test_what_was_found_is_never_touched(stub: StubControlPlane) -> None:
+async def test_what_was_found_is_never_touched(stub: ControlPlaneServer) -> None:
     stub.put(JOBS, "mine")
     stub.put(DEPLOYMENTS, "serving", hotLoadTrainerJob="accounts/me/rlorTrainerJobs/mine")
     before = stub.left()
@@ -131,7 +134,7 @@ async def test_what_was_found_is_never_touched(stub: StubControlPlane) -> None:
 
 
 async def test_the_trainer_fails_and_the_deployment_is_not_waited_for(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     stub.states = {
         JOBS: ["JOB_STATE_CREATING", ("JOB_STATE_FAILED", "no such image")],
@@ -148,7 +151,7 @@ async def test_the_trainer_fails_and_the_deployment_is_not_waited_for(
 
 
 async def test_the_deployment_fails_and_the_trainer_that_was_found_stays(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     stub.put(JOBS, "mine")
     stub.states = {JOBS: ["JOB_STATE_CREATING"], DEPLOYMENTS: [("FAILED", "no capacity")]}
@@ -161,7 +164,7 @@ async def test_the_deployment_fails_and_the_trainer_that_was_found_stays(
         await service.create_training_client()
 
 
-async def test_capacity_and_readiness_have_budgets_of_their_own(stub: StubControlPlane) -> None:
+async def test_capacity_and_readiness_have_budgets_of_their_own(stub: ControlPlaneServer) -> None:
     stub.states = {JOBS: [("JOB_STATE_PENDING", "all places are taken")]}
     async with service_on(
         stub, create_deployment=False, trainer_pending_timeout_s=0.1, trainer_timeout_s=60
@@ -178,7 +181,7 @@ async def test_capacity_and_readiness_have_budgets_of_their_own(stub: StubContro
 
 
 async def test_a_control_plane_that_is_away_for_a_while_does_not_end_a_wait(
-    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+    stub: ControlPlaneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fireworks_training._async.http import transport
 
@@ -201,7 +204,7 @@ async def test_a_control_plane_that_is_away_for_a_while_does_not_end_a_wait(
 
 
 async def test_a_deployment_that_answers_is_ready_though_it_is_creating(
-    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+    stub: ControlPlaneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readiness, "PROBE_EVERY", 0.001)
     stub.states, stub.serving = {DEPLOYMENTS: ["CREATING"]}, True
@@ -222,7 +225,7 @@ async def test_a_deployment_that_answers_is_ready_though_it_is_creating(
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "PAUSED", "COMPLETED"])
-async def test_a_job_that_stands_is_resumed(stub: StubControlPlane, state: str) -> None:
+async def test_a_job_that_stands_is_resumed(stub: ControlPlaneServer, state: str) -> None:
     stub.put(JOBS, "mine")
     # The old state shows a little longer than the answer to the resume.
     stub.states = {JOBS: [f"JOB_STATE_{state}"] * 3 + ["JOB_STATE_CREATING", "JOB_STATE_RUNNING"]}
@@ -231,7 +234,7 @@ async def test_a_job_that_stands_is_resumed(stub: StubControlPlane, state: str) 
     assert stub.resumed == [f"{JOBS}/mine"]
 
 
-async def test_a_job_that_is_stopping_is_resumed_once_it_stands(stub: StubControlPlane) -> None:
+async def test_a_job_that_is_stopping_is_resumed_once_it_stands(stub: ControlPlaneServer) -> None:
     stub.put(JOBS, "mine")
     stub.states = {
         JOBS: ["JOB_STATE_CANCELLING"] * 2 + ["JOB_STATE_CANCELLED", "JOB_STATE_RUNNING"]
@@ -241,14 +244,16 @@ async def test_a_job_that_is_stopping_is_resumed_once_it_stands(stub: StubContro
     assert stub.resumed == [f"{JOBS}/mine"]
 
 
-async def test_a_job_that_is_deleted_is_refused(stub: StubControlPlane) -> None:
+async def test_a_job_that_is_deleted_is_refused(stub: ControlPlaneServer) -> None:
     stub.put(JOBS, "mine", state="JOB_STATE_DELETED")
     async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
         with pytest.raises(ProvisioningError, match="can't be used again"):
             await service.create_training_client()
 
 
-async def test_a_job_of_an_id_that_does_not_exist_is_made_under_it(stub: StubControlPlane) -> None:
+async def test_a_job_of_an_id_that_does_not_exist_is_made_under_it(
+    stub: ControlPlaneServer,
+) -> None:
     async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
         await service.create_training_client()
         assert stub.left() == [f"{JOBS}/mine"]
@@ -256,7 +261,7 @@ async def test_a_job_of_an_id_that_does_not_exist_is_made_under_it(stub: StubCon
 
 
 async def test_a_deployment_is_changed_by_one_patch_of_what_differs(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     stub.put(DEPLOYMENTS, "serving", hotLoadTrainerJob="accounts/me/rlorTrainerJobs/old")
     async with service_on(
@@ -271,7 +276,7 @@ async def test_a_deployment_is_changed_by_one_patch_of_what_differs(
     assert stub.left() == [f"{DEPLOYMENTS}/serving"]
 
 
-async def test_a_change_that_does_not_settle_is_a_timeout(stub: StubControlPlane) -> None:
+async def test_a_change_that_does_not_settle_is_a_timeout(stub: ControlPlaneServer) -> None:
     stub.put(DEPLOYMENTS, "serving", hotLoadTrainerJob="accounts/me/rlorTrainerJobs/old")
     stub.states = {DEPLOYMENTS: ["READY", "UPDATING"]}
     async with service_on(stub, deployment_id="serving", reattach_settle_timeout_s=0.1) as service:
@@ -280,7 +285,7 @@ async def test_a_change_that_does_not_settle_is_a_timeout(stub: StubControlPlane
     assert stub.left() == [f"{DEPLOYMENTS}/serving"]
 
 
-async def test_a_deployment_of_another_shape_is_refused(stub: StubControlPlane) -> None:
+async def test_a_deployment_of_another_shape_is_refused(stub: ControlPlaneServer) -> None:
     shapes = "accounts/x/deploymentShapes"
     stub.put(DEPLOYMENTS, "serving", deploymentShape=f"{shapes}/big/versions/3")
     async with service_on(
@@ -323,7 +328,7 @@ class Counted(Coroutine[Any, Any, Any]):
         return (yield from self._inner.__await__())
 
 
-async def provision_cancelled_at(stub: StubControlPlane, number: int) -> bool:
+async def provision_cancelled_at(stub: ControlPlaneServer, number: int) -> bool:
     """Provision, and cancel the caller at the `number`th suspension of any task of the client.
 
     Whether it came to that before the end.
@@ -367,7 +372,7 @@ async def provision_cancelled_at(stub: StubControlPlane, number: int) -> bool:
     return caller[0].cancelled()
 
 
-async def test_every_await_cancelled_in_turn_leaves_nothing(stub: StubControlPlane) -> None:
+async def test_every_await_cancelled_in_turn_leaves_nothing(stub: ControlPlaneServer) -> None:
     stub.states = {JOBS: ["JOB_STATE_PENDING", "JOB_STATE_CREATING", "JOB_STATE_RUNNING"]}
     points = 0
     while await provision_cancelled_at(stub, points + 1):
@@ -376,7 +381,7 @@ async def test_every_await_cancelled_in_turn_leaves_nothing(stub: StubControlPla
     assert points > 30
 
 
-async def test_cancelled_while_a_create_request_is_on_its_way(stub: StubControlPlane) -> None:
+async def test_cancelled_while_a_create_request_is_on_its_way(stub: ControlPlaneServer) -> None:
     gate = stub.slow["POST"] = threading.Event()
     service = service_on(stub, create_deployment=False)
     call = asyncio.ensure_future(service.create_training_client())
@@ -391,7 +396,7 @@ async def test_cancelled_while_a_create_request_is_on_its_way(stub: StubControlP
     await service.close()
 
 
-async def test_close_ends_an_attempt_under_way(stub: StubControlPlane) -> None:
+async def test_close_ends_an_attempt_under_way(stub: ControlPlaneServer) -> None:
     stub.states = {JOBS: [("JOB_STATE_PENDING", "full")]}
     service = service_on(stub)
     call = asyncio.ensure_future(service.create_training_client())
@@ -404,7 +409,7 @@ async def test_close_ends_an_attempt_under_way(stub: StubControlPlane) -> None:
 
 
 async def test_a_ledger_that_cannot_be_written_is_said_once(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -418,7 +423,7 @@ async def test_a_ledger_that_cannot_be_written_is_said_once(
     assert len(said) == 1
 
 
-def test_the_blocking_twin_gives_back_too(stub: StubControlPlane) -> None:
+def test_the_blocking_twin_gives_back_too(stub: ControlPlaneServer) -> None:
     with FiretitanServiceClient.from_firetitan_config(
         api_key="key",
         base_url=stub.url,
@@ -432,7 +437,7 @@ def test_the_blocking_twin_gives_back_too(stub: StubControlPlane) -> None:
 
 
 async def test_the_check_of_every_await_sees_a_clean_up_that_is_missing(
-    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+    stub: ControlPlaneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control."""
 
@@ -455,7 +460,7 @@ async def test_the_check_of_every_await_sees_a_clean_up_that_is_missing(
 # -- deployments that only serve -----------------------------------------------------------------
 
 
-async def test_an_inference_deployment_is_made_and_given_back(stub: StubControlPlane) -> None:
+async def test_an_inference_deployment_is_made_and_given_back(stub: ControlPlaneServer) -> None:
     async with service_on(stub) as service:
         sampler = await service.create_inference_deployment_sampler(
             DeploymentConfig("judge", "accounts/x/models/judge", region="here"),
@@ -472,7 +477,7 @@ async def test_an_inference_deployment_is_made_and_given_back(stub: StubControlP
 
 
 async def test_an_inference_deployment_that_was_found_stays_and_a_failed_one_is_named(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     stub.put(DEPLOYMENTS, "judge")
     judge = DeploymentConfig("judge", "accounts/x/models/judge")
@@ -490,7 +495,7 @@ async def test_an_inference_deployment_that_was_found_stays_and_a_failed_one_is_
 
 
 async def test_an_inference_deployment_that_does_not_come_up_is_deleted(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     async with service_on(stub) as service:
         await service.create_training_client()
@@ -506,7 +511,7 @@ async def test_an_inference_deployment_that_does_not_come_up_is_deleted(
 # -- the end -------------------------------------------------------------------------------------
 
 
-async def test_things_are_given_back_in_order(stub: StubControlPlane) -> None:
+async def test_things_are_given_back_in_order(stub: ControlPlaneServer) -> None:
     async with service_on(stub, reference_required=True) as service:
         await service.create_training_client()
         await service.create_inference_deployment_sampler(
@@ -524,7 +529,7 @@ async def test_things_are_given_back_in_order(stub: StubControlPlane) -> None:
 
 
 async def test_a_failure_on_the_way_does_not_stop_the_rest_and_is_raised_at_the_end(
-    stub: StubControlPlane,
+    stub: ControlPlaneServer,
 ) -> None:
     service = service_on(stub)
     await service.create_training_client()
@@ -537,7 +542,7 @@ async def test_a_failure_on_the_way_does_not_stop_the_rest_and_is_raised_at_the_
 
 
 async def test_close_is_bounded_and_names_what_is_left(
-    stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+    stub: ControlPlaneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ownership, "CLEAN_UP_TIMEOUT", 0.05)
     service = service_on(stub)
@@ -548,7 +553,7 @@ async def test_close_is_bounded_and_names_what_is_left(
     assert len(open_claims()) == 2
 
 
-async def test_close_goes_on_when_its_waiter_is_cancelled(stub: StubControlPlane) -> None:
+async def test_close_goes_on_when_its_waiter_is_cancelled(stub: ControlPlaneServer) -> None:
     service = service_on(stub)
     await service.create_training_client()
     gate = stub.slow["DELETE"] = threading.Event()

@@ -21,20 +21,21 @@ from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.runtime.processes import this_process
 from fireworks_training._core.ledger import LedgerEntry, fold
 from fireworks_training.cli.main import main
-from tests.stub_control_plane import DEPLOYMENTS, JOBS, StubControlPlane
+from fireworks_training.testing import ControlPlaneServer
+from fireworks_training.testing.control_plane_server import DEPLOYMENTS, JOBS
 
 DEAD = replace(this_process(), started="before")
 NONCE = "0123456789ab"
 
 
 @pytest.fixture
-def stub() -> Iterator[StubControlPlane]:
-    with StubControlPlane().running() as running:
+def stub() -> Iterator[ControlPlaneServer]:
+    with ControlPlaneServer() as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
-def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubControlPlane) -> LedgerFile:
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: ControlPlaneServer) -> LedgerFile:
     """A ledger of the test's own, and the stub as the platform."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("FIREWORKS_BASE_URL", stub.url)
@@ -43,7 +44,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubControlPla
 
 
 def note(
-    ledger: LedgerFile, stub: StubControlPlane, event: Any = "created", **fields: Any
+    ledger: LedgerFile, stub: ControlPlaneServer, event: Any = "created", **fields: Any
 ) -> LedgerEntry:
     entry = LedgerEntry(
         event=event,
@@ -72,7 +73,7 @@ async def reap(**wish: Any) -> list[tuple[str, str]]:
 
 
 async def test_what_a_dead_run_made_is_removed_and_what_is_not_ours_stays(
-    ledger: LedgerFile, stub: StubControlPlane
+    ledger: LedgerFile, stub: ControlPlaneServer
 ) -> None:
     stub.put(DEPLOYMENTS, "d", annotations=ours())
     stub.put(JOBS, "j", displayName=f"mine ft-{NONCE}")
@@ -101,7 +102,7 @@ async def test_what_a_dead_run_made_is_removed_and_what_is_not_ours_stays(
     assert await reap() == [("theirs", "leave")]
 
 
-async def test_a_live_run_is_left_alone(stub: StubControlPlane) -> None:
+async def test_a_live_run_is_left_alone(stub: ControlPlaneServer) -> None:
     async with AsyncFiretitanServiceClient.from_firetitan_config(
         base_model="m", cleanup_trainer_on_close=True, cleanup_deployment_on_close="delete"
     ) as service:
@@ -118,7 +119,7 @@ async def test_a_live_run_is_left_alone(stub: StubControlPlane) -> None:
 
 
 async def test_what_a_live_run_has_taken_up_is_left_too(
-    ledger: LedgerFile, stub: StubControlPlane
+    ledger: LedgerFile, stub: ControlPlaneServer
 ) -> None:
     stub.put(DEPLOYMENTS, "d", annotations=ours())
     note(ledger, stub, "kept")
@@ -129,7 +130,7 @@ async def test_what_a_live_run_has_taken_up_is_left_too(
     assert await reap(kept=True) == [("d", "removed")]
 
 
-async def test_age_counts_from_the_intent(ledger: LedgerFile, stub: StubControlPlane) -> None:
+async def test_age_counts_from_the_intent(ledger: LedgerFile, stub: ControlPlaneServer) -> None:
     stub.put(DEPLOYMENTS, "d", annotations=ours())
     note(ledger, stub, "intent", at=time.time() - 7000)
     note(ledger, stub, "created", at=time.time() - 10)
@@ -138,7 +139,7 @@ async def test_age_counts_from_the_intent(ledger: LedgerFile, stub: StubControlP
 
 
 async def test_other_accounts_platforms_and_machines_are_left(
-    ledger: LedgerFile, stub: StubControlPlane
+    ledger: LedgerFile, stub: ControlPlaneServer
 ) -> None:
     stub.put(DEPLOYMENTS, "d", annotations=ours())
     note(ledger, stub, account="somebody")
@@ -153,7 +154,7 @@ async def test_other_accounts_platforms_and_machines_are_left(
 
 
 async def test_what_ended_with_its_embedded_platform_is_closed(
-    ledger: LedgerFile, stub: StubControlPlane, monkeypatch: pytest.MonkeyPatch
+    ledger: LedgerFile, stub: ControlPlaneServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note(ledger, stub, base_url="local", account="local", embedded=True)
     monkeypatch.setenv("FIREWORKS_BASE_URL", "local")
@@ -162,7 +163,7 @@ async def test_what_ended_with_its_embedded_platform_is_closed(
 
 
 async def test_a_failure_does_not_stop_the_others(
-    ledger: LedgerFile, stub: StubControlPlane
+    ledger: LedgerFile, stub: ControlPlaneServer
 ) -> None:
     for name in ("a", "b"):
         stub.put(DEPLOYMENTS, name, annotations=ours())
@@ -172,7 +173,7 @@ async def test_a_failure_does_not_stop_the_others(
     assert await reap() == [("a", "removed")]
 
 
-def test_the_command_line(ledger: LedgerFile, stub: StubControlPlane) -> None:
+def test_the_command_line(ledger: LedgerFile, stub: ControlPlaneServer) -> None:
     runner = CliRunner()
     assert "nothing" in runner.invoke(main, ["ps"]).output
     stub.put(DEPLOYMENTS, "d", annotations=ours(), replicaCount=2)
@@ -196,7 +197,7 @@ def test_the_command_line(ledger: LedgerFile, stub: StubControlPlane) -> None:
     assert "is not a duration" in wrong.output
 
 
-def test_a_server_that_refuses_is_said(stub: StubControlPlane, ledger: LedgerFile) -> None:
+def test_a_server_that_refuses_is_said(stub: ControlPlaneServer, ledger: LedgerFile) -> None:
     note(ledger, stub)
     stub.deny[("GET", "/v1/accounts")] = [401]
     failed = CliRunner().invoke(main, ["ps"])
@@ -204,7 +205,7 @@ def test_a_server_that_refuses_is_said(stub: StubControlPlane, ledger: LedgerFil
     assert "401" in failed.output
 
 
-def test_the_blocking_twin(stub: StubControlPlane, ledger: LedgerFile) -> None:
+def test_the_blocking_twin(stub: ControlPlaneServer, ledger: LedgerFile) -> None:
     stub.put(DEPLOYMENTS, "d", annotations=ours())
     note(ledger, stub)
     with ResourceLedger.connect() as resources:
@@ -216,7 +217,7 @@ def test_the_blocking_twin(stub: StubControlPlane, ledger: LedgerFile) -> None:
 
 
 def test_a_torn_line_is_skipped_and_the_next_one_stands_alone(
-    ledger: LedgerFile, stub: StubControlPlane, caplog: pytest.LogCaptureFixture
+    ledger: LedgerFile, stub: ControlPlaneServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = note(ledger, stub)
     with ledger.path.open("ab") as file:

@@ -14,7 +14,7 @@ from fireworks_training import DeploymentSampler, Event, LoopBlockedEvent
 from fireworks_training._async.runtime import loop_watch
 from fireworks_training._async.runtime.loop_watch import LoopWatch
 from fireworks_training._async.runtime.loops import OwnerLoop
-from tests import stub_completions as stub
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import until
 
 
@@ -196,7 +196,7 @@ async def test_owners_are_watched_until_they_are_released() -> None:
 async def test_the_hook_is_told_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_watch, "_process", LoopWatch(limit=0.2, period=0.05))
     heard = list[Event]()
-    async with stub.serving() as server:
+    async with stub.CompletionsServer() as server:
         sampler = DeploymentSampler(server.url, "m", "fw_key", on_event=heard.append)
         async with sampler:
             await sampler.sample_with_prompt_tokens([1], max_tokens=1)

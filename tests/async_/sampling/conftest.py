@@ -12,19 +12,19 @@ from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.sampling.context import SamplerContext
 from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, quick
-from tests.stub_completions import CompletionServer
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[CompletionServer]:
-    async with stub.serving() as running:
+async def server() -> AsyncIterator[CompletionsServer]:
+    async with stub.CompletionsServer() as running:
         yield running
 
 
 @pytest.fixture
-async def make(server: CompletionServer) -> AsyncIterator[Make]:
+async def make(server: CompletionsServer) -> AsyncIterator[Make]:
     """Makes samplers of the server that live on the portal, and closes them."""
     async with contextlib.AsyncExitStack() as stack:
 
@@ -38,7 +38,7 @@ async def make(server: CompletionServer) -> AsyncIterator[Make]:
 
 
 @pytest.fixture
-async def shared(server: CompletionServer) -> AsyncIterator[Make]:
+async def shared(server: CompletionsServer) -> AsyncIterator[Make]:
     """Makes samplers of the server on the test's own loop, as a service does."""
     owner = OwnerLoop()
     owner.get()

@@ -16,16 +16,16 @@ from fireworks_training.errors import (
     SamplingClientClosedError,
 )
 from fireworks_training.models import SampledCompletion
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, cancel, endless, nothing_left, until
-from tests.stub_completions import CompletionServer
 
 
 @pytest.mark.parametrize(
     "hang", [stub.hang_before_headers, stub.hang_headers_only, stub.hang_mid_stream]
 )
 async def test_cancelled_while_the_server_works(
-    server: CompletionServer, either: Make, hang: stub.Behaviour
+    server: CompletionsServer, either: Make, hang: stub.Behaviour
 ) -> None:
     server.otherwise = hang
     controller = FixedConcurrencyController(8)
@@ -39,7 +39,7 @@ async def test_cancelled_while_the_server_works(
     assert server.left == 5
 
 
-async def test_cancelled_while_it_waits_for_a_slot(server: CompletionServer, either: Make) -> None:
+async def test_cancelled_while_it_waits_for_a_slot(server: CompletionsServer, either: Make) -> None:
     controller = FixedConcurrencyController(1)
     sampler = either(concurrency_controller=controller)
     await controller.acquire()
@@ -77,7 +77,7 @@ async def test_cancelled_while_it_connects(either: Make) -> None:
 
 
 async def test_cancelled_in_back_off_which_holds_no_slot(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.status(503)
     controller = FixedConcurrencyController(2)
@@ -90,7 +90,7 @@ async def test_cancelled_in_back_off_which_holds_no_slot(
 
 
 async def test_only_the_last_waiter_takes_the_request_with_it(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     controller = FixedConcurrencyController(2)
@@ -109,7 +109,7 @@ async def _wait(call: Any) -> list[SampledCompletion]:
 
 
 async def test_a_time_limit_around_a_call_cancels_it(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     controller = FixedConcurrencyController(2)
@@ -121,7 +121,7 @@ async def test_a_time_limit_around_a_call_cancels_it(
             await asyncio.wait_for(server.idle.wait(), 5)
 
 
-async def test_closing_ends_what_is_under_way(server: CompletionServer, either: Make) -> None:
+async def test_closing_ends_what_is_under_way(server: CompletionsServer, either: Make) -> None:
     server.otherwise = stub.hang_mid_stream
     controller = FixedConcurrencyController(4)
     sampler = either(concurrency_controller=controller)
@@ -138,7 +138,7 @@ async def test_closing_ends_what_is_under_way(server: CompletionServer, either: 
 
 
 async def test_a_sampler_of_a_service_leaves_the_connections_open(
-    server: CompletionServer, shared: Make
+    server: CompletionsServer, shared: Make
 ) -> None:
     first, second = shared(), shared()
     await first.sample_with_prompt_tokens([1], max_tokens=1)
@@ -156,7 +156,7 @@ async def test_a_call_made_before_the_close_does_not_start_after_it(make: Make) 
 
 
 def test_the_portal_s_thread_goes_with_the_last_sampler() -> None:
-    with stub.serving_in_a_thread() as server:
+    with stub.CompletionsServer() as server:
         before = set(threading.enumerate())
         with DeploymentSampler(server.url, MODEL, KEY) as sampler:
             sampler.sample_with_prompt_tokens([1], max_tokens=1).result()
@@ -168,7 +168,7 @@ def test_the_portal_s_thread_goes_with_the_last_sampler() -> None:
     "phase", [stub.hang_before_headers, stub.hang_headers_only, stub.hang_mid_stream]
 )
 async def test_no_descriptor_is_left(
-    server: CompletionServer, shared: Make, phase: stub.Behaviour
+    server: CompletionsServer, shared: Make, phase: stub.Behaviour
 ) -> None:
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

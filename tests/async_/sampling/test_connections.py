@@ -15,9 +15,9 @@ from fireworks_training._async.http import open_files
 from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training.errors import ConnectionFailed, SamplingRequestError
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import Make, endless, nothing_left, quick, until
-from tests.stub_completions import CompletionServer
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def no_descriptor_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-async def test_the_limit_of_open_files_is_raised(server: CompletionServer, shared: Make) -> None:
+async def test_the_limit_of_open_files_is_raised(server: CompletionsServer, shared: Make) -> None:
     sampler = shared()
     with no_descriptor_left():
         found = await sampler.sample_with_prompt_tokens([1], n=4, max_tokens=1)
@@ -47,7 +47,7 @@ async def test_the_limit_of_open_files_is_raised(server: CompletionServer, share
 
 
 async def test_a_limit_that_can_t_be_raised_is_told(
-    server: CompletionServer, shared: Make, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, shared: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_files, "raise_limit", lambda: False)
     sampler = shared(retries=quick(attempts=2))
@@ -69,10 +69,10 @@ def test_a_limit_as_high_as_it_may_be_stays() -> None:
 
 
 async def test_a_kept_connection_that_the_server_closed_costs_an_attempt_at_most(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     async def complete_and_close(
-        here: CompletionServer, request: stub.web.Request, body: dict[str, Any]
+        here: CompletionsServer, request: stub.web.Request, body: dict[str, Any]
     ) -> stub.web.StreamResponse:
         response = await stub.complete(here, request, body)
         assert request.transport is not None
@@ -88,7 +88,7 @@ async def test_a_kept_connection_that_the_server_closed_costs_an_attempt_at_most
 
 
 async def test_the_news_of_a_load_wakes_those_who_wait_for_it(
-    server: CompletionServer, shared: Make
+    server: CompletionsServer, shared: Make
 ) -> None:
     """Without the news they would wait for an hour."""
     news = HotLoadSignal()

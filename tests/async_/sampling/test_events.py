@@ -21,12 +21,12 @@ from fireworks_training import (
     SubmitEvent,
     WindowEvent,
 )
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, quick
-from tests.stub_completions import CompletionServer
 
 
-async def test_a_retried_completion_is_told_in_order(server: CompletionServer, make: Make) -> None:
+async def test_a_retried_completion_is_told_in_order(server: CompletionsServer, make: Make) -> None:
     server.script = [stub.status(500)]
     heard = list[Event]()
     sampler = make(on_event=heard.append)
@@ -45,7 +45,7 @@ async def test_a_retried_completion_is_told_in_order(server: CompletionServer, m
     assert times == sorted(times)
 
 
-async def test_a_completion_given_up_is_told(server: CompletionServer, make: Make) -> None:
+async def test_a_completion_given_up_is_told(server: CompletionsServer, make: Make) -> None:
     server.otherwise = stub.status(503)
     heard = list[Event]()
     sampler = make(on_event=heard.append, retries=quick(attempts=2))
@@ -57,7 +57,7 @@ async def test_a_completion_given_up_is_told(server: CompletionServer, make: Mak
     assert KEY not in repr(heard)
 
 
-async def test_each_change_of_the_window_is_told(server: CompletionServer, make: Make) -> None:
+async def test_each_change_of_the_window_is_told(server: CompletionsServer, make: Make) -> None:
     heard = list[Event]()
     controller = AdaptiveConcurrencyController(initial_window=2)
     sampler = make(on_event=heard.append, concurrency_controller=controller)
@@ -71,7 +71,7 @@ async def test_each_change_of_the_window_is_told(server: CompletionServer, make:
 
 
 async def test_the_hook_runs_on_the_loop_that_does_the_work(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     threads = set[int]()
     sampler = make(on_event=lambda _: threads.add(threading.get_ident()))
@@ -81,7 +81,7 @@ async def test_the_hook_runs_on_the_loop_that_does_the_work(
 
 
 async def test_a_hook_that_raises_is_logged_once_and_breaks_nothing(
-    server: CompletionServer, make: Make, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = 0
 
@@ -116,7 +116,7 @@ def test_what_is_no_plain_function_is_refused(hook: Any) -> None:
 
 
 async def test_without_a_hook_no_event_is_made(
-    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = list[str]()
     for kind in (SubmitEvent, RetryEvent, FinishEvent, FailureEvent, WindowEvent):

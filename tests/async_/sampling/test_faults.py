@@ -19,9 +19,9 @@ from fireworks_training.errors import (
     NotFound,
     SamplingRequestError,
 )
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, PROMPT, Make, quick, until
-from tests.stub_completions import CompletionServer
 
 TOKEN = stub.token_chunk(2, logprobs=False)
 PARTLY = stub.event(TOKEN)
@@ -47,7 +47,7 @@ PARTLY = stub.event(TOKEN)
     ],
 )
 async def test_a_passing_fault_costs_one_attempt(
-    server: CompletionServer, make: Make, fault: stub.Behaviour, kind: str
+    server: CompletionsServer, make: Make, fault: stub.Behaviour, kind: str
 ) -> None:
     server.script = [fault]
     controller = FixedConcurrencyController(2)
@@ -91,7 +91,7 @@ async def test_a_passing_fault_costs_one_attempt(
     ],
 )
 async def test_a_fault_that_no_retry_mends_is_raised_at_once(
-    server: CompletionServer, make: Make, fault: stub.Behaviour, kind: str, says: str
+    server: CompletionsServer, make: Make, fault: stub.Behaviour, kind: str, says: str
 ) -> None:
     server.otherwise = fault
     with pytest.raises(SamplingRequestError, match=says) as caught:
@@ -104,7 +104,7 @@ async def test_a_fault_that_no_retry_mends_is_raised_at_once(
 
 
 async def test_errors_hold_neither_prompt_nor_key_and_pickle(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     message = f"bad: {PROMPT + PROMPT} {KEY}"
     server.otherwise = stub.status(401, {"error": {"message": message, "code": "X"}})
@@ -128,7 +128,7 @@ async def test_errors_hold_neither_prompt_nor_key_and_pickle(
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-async def test_seven_attempts_and_their_delays(server: CompletionServer, make: Make) -> None:
+async def test_seven_attempts_and_their_delays(server: CompletionsServer, make: Make) -> None:
     delays: list[float] = []
     server.otherwise = stub.status(503)
     controller = AdaptiveConcurrencyController()
@@ -141,7 +141,7 @@ async def test_seven_attempts_and_their_delays(server: CompletionServer, make: M
     assert controller.step_completed()["retry_exhaustions"] == 1.0
 
 
-async def test_retry_after_is_a_floor(server: CompletionServer, make: Make) -> None:
+async def test_retry_after_is_a_floor(server: CompletionsServer, make: Make) -> None:
     delays: list[float] = []
     date = {"Date": "Tue, 15 Nov 1994 08:12:31 GMT", "Retry_After": "Tue, 15 Nov 1994 08:12:41 GMT"}
     server.script = [
@@ -155,7 +155,7 @@ async def test_retry_after_is_a_floor(server: CompletionServer, make: Make) -> N
 
 @pytest.mark.parametrize("hang", [stub.hang_before_headers, stub.hang_headers_only])
 async def test_silence_is_a_timeout(
-    server: CompletionServer, make: Make, hang: stub.Behaviour
+    server: CompletionsServer, make: Make, hang: stub.Behaviour
 ) -> None:
     server.script = [hang]
     sampler = make()
@@ -170,14 +170,14 @@ async def test_silence_is_a_timeout(
     await asyncio.wait_for(server.idle.wait(), 5)
 
 
-async def test_a_stall_mid_stream_is_a_timeout(server: CompletionServer, make: Make) -> None:
+async def test_a_stall_mid_stream_is_a_timeout(server: CompletionsServer, make: Make) -> None:
     server.otherwise = stub.hang_mid_stream
     with pytest.raises(DeploymentSamplerTimeoutError):
         await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1], http_timeout=0.05)
     assert len(server.bodies) == 2
 
 
-async def test_a_504_counts_as_a_timeout(server: CompletionServer, make: Make) -> None:
+async def test_a_504_counts_as_a_timeout(server: CompletionsServer, make: Make) -> None:
     server.otherwise = stub.status(504)
     with pytest.raises(DeploymentSamplerTimeoutError):
         await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1])
@@ -207,7 +207,7 @@ async def test_a_name_that_does_not_resolve(make: Make) -> None:
     ],
 )
 async def test_a_hot_load_is_waited_for(
-    server: CompletionServer, make: Make, loading: stub.Behaviour
+    server: CompletionsServer, make: Make, loading: stub.Behaviour
 ) -> None:
     server.script = [loading] * 10
     assert len(await make().sample_with_prompt_tokens([1], max_tokens=1)) == 1
@@ -218,7 +218,7 @@ async def test_a_hot_load_is_waited_for(
     assert caught.value.attempts == 11
 
 
-async def test_an_unknown_model_is_not_waited_for(server: CompletionServer, make: Make) -> None:
+async def test_an_unknown_model_is_not_waited_for(server: CompletionsServer, make: Make) -> None:
     server.otherwise = stub.status(404, {"error": {"message": "x", "code": "NOT_FOUND"}})
     with pytest.raises(SamplingRequestError, match="no such deployment") as caught:
         await make().sample_with_prompt_tokens([1], max_tokens=1)
@@ -227,7 +227,7 @@ async def test_an_unknown_model_is_not_waited_for(server: CompletionServer, make
 
 
 async def test_the_first_failure_takes_its_siblings_with_it(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     async def fail_once_the_others_are_there(*args: Any) -> Any:
         await until(lambda: server.generating == 4)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fireworks_training.errors import InvalidArgument, NotSupported, SamplingRequestError
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import Make
-from tests.stub_completions import CompletionServer
 
 
-async def test_each_attempt_is_told(server: CompletionServer, make: Make) -> None:
+async def test_each_attempt_is_told(server: CompletionsServer, make: Make) -> None:
     server.script = [stub.status(503, x_request_id="busy"), stub.stream(end=False)]
     result = await make().sample_with_prompt_tokens_result(
         [1], max_tokens=2, logical_request_id="mine"
@@ -44,7 +44,7 @@ async def test_a_completion_that_is_too_long_is_left_out(make: Make) -> None:
     assert result.attempts == 1
 
 
-async def test_the_routes_own_json(server: CompletionServer, make: Make) -> None:
+async def test_the_routes_own_json(server: CompletionsServer, make: Make) -> None:
     sampler = make()
     assert sampler.account_id == "a"
     body, metrics = await sampler.async_completions_stream(
@@ -70,7 +70,7 @@ async def test_the_routes_own_json(server: CompletionServer, make: Make) -> None
 
 
 async def test_labels_of_a_sampler_are_in_the_messages_of_its_calls(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     server.otherwise = stub.status(400, {"error": "no"})
     sampler = make(request_context={"run": "r1", "step": 3})

@@ -23,12 +23,12 @@ from fireworks_training.errors import (
     UnknownOption,
 )
 from fireworks_training.models import ServerMetrics
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, CharacterTokenizer, Make, cancel, until
-from tests.stub_completions import CompletionServer
 
 
-async def test_n_completions_of_one_prompt(server: CompletionServer, make: Make) -> None:
+async def test_n_completions_of_one_prompt(server: CompletionsServer, make: Make) -> None:
     sampler = make()
     found = await sampler.sample_with_prompt_tokens([1, 2], n=3, max_tokens=4, logprobs=True)
     assert [(one.prompt_index, one.sample_index) for one in found] == [(0, 0), (0, 1), (0, 2)]
@@ -46,14 +46,14 @@ async def test_n_completions_of_one_prompt(server: CompletionServer, make: Make)
     assert len(server.bodies) == 3
 
 
-async def test_prompts_come_back_in_order(server: CompletionServer, make: Make) -> None:
+async def test_prompts_come_back_in_order(server: CompletionsServer, make: Make) -> None:
     found = await make().sample_with_prompt_tokens([[10], [20], [30]], n=2, max_tokens=1)
     assert [one.full_tokens for one in found] == [[10, 11]] * 2 + [[20, 21]] * 2 + [[30, 31]] * 2
     indices = [(one.prompt_index, one.sample_index) for one in found]
     assert indices == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
-async def test_what_goes_over_the_wire(server: CompletionServer, make: Make) -> None:
+async def test_what_goes_over_the_wire(server: CompletionsServer, make: Make) -> None:
     sampler = make(additional_headers={"X-Team": "blue"})
     call = sampler.sample_with_prompt_tokens(
         [1], n=2, max_tokens=2, temperature=0.5, seed=11, additional_headers_snapshot={"X-A": "b"}
@@ -72,7 +72,7 @@ async def test_what_goes_over_the_wire(server: CompletionServer, make: Make) -> 
 
 
 async def test_conversations_go_through_the_chat_template(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     tokenizer = CharacterTokenizer()
     sampler = make(tokenizer=tokenizer)
@@ -130,13 +130,13 @@ async def test_wrong_arguments_are_refused_at_the_call(make: Make) -> None:
         sampler.sample_with_tokens([{"role": "user", "content": "hi"}])
 
 
-async def test_a_string_is_one_stop(server: CompletionServer, make: Make) -> None:
+async def test_a_string_is_one_stop(server: CompletionsServer, make: Make) -> None:
     await make().sample_with_prompt_tokens([1], max_tokens=1, stop="END")
     assert server.bodies[0]["stop"] == ["END"]
 
 
 async def test_stop_ids_become_text_only_where_the_server_needs_it(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     tokenizer = CharacterTokenizer()
     await make(integer_stops=True).sample_with_prompt_tokens([1], max_tokens=1, stop=[65])
@@ -150,7 +150,7 @@ async def test_stop_ids_become_text_only_where_the_server_needs_it(
 
 @pytest.mark.parametrize("text", ["#abNEW", "abNEW"])
 async def test_an_echoed_prompt_is_no_part_of_the_text(
-    server: CompletionServer, make: Make, text: str
+    server: CompletionsServer, make: Make, text: str
 ) -> None:
     ids = [*b"#ab", 78]
     chunk = {"choices": [{"text": text}]}
@@ -161,7 +161,7 @@ async def test_an_echoed_prompt_is_no_part_of_the_text(
 
 
 async def test_max_seq_len(
-    server: CompletionServer, make: Make, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler = make()
     assert await sampler.sample_with_prompt_tokens([1, 2, 3], max_seq_len=3) == []
@@ -174,7 +174,7 @@ async def test_max_seq_len(
     assert "1 of 2 completions are longer than max_seq_len (3)" in caplog.text
 
 
-async def test_a_call_gives_its_result_again(server: CompletionServer, make: Make) -> None:
+async def test_a_call_gives_its_result_again(server: CompletionsServer, make: Make) -> None:
     call = make().sample_with_prompt_tokens([1], max_tokens=1)
     first = await call
     assert await call is first
@@ -183,7 +183,7 @@ async def test_a_call_gives_its_result_again(server: CompletionServer, make: Mak
 
 def test_a_plain_function_and_twenty_runs_use_one_connection() -> None:
     with (
-        stub.serving_in_a_thread() as server,
+        stub.CompletionsServer() as server,
         DeploymentSampler(
             server.url, MODEL, KEY, concurrency_controller=FixedConcurrencyController(1)
         ) as sampler,
@@ -197,14 +197,14 @@ def test_a_plain_function_and_twenty_runs_use_one_connection() -> None:
 
 
 async def test_a_long_prompt_is_sent_without_a_warning(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     prompt = list(range(100_000, 300_000))
     (one,) = await make().sample_with_prompt_tokens(prompt, max_tokens=1)
     assert one.prompt_len == 200_000
 
 
-async def test_the_window_bounds_what_is_in_flight(server: CompletionServer, make: Make) -> None:
+async def test_the_window_bounds_what_is_in_flight(server: CompletionsServer, make: Make) -> None:
     controller = FixedConcurrencyController(3)
     found = await make(concurrency_controller=controller).sample_with_prompt_tokens(
         [1], n=20, max_tokens=1
@@ -216,7 +216,7 @@ async def test_the_window_bounds_what_is_in_flight(server: CompletionServer, mak
 
 
 async def test_any_controller_with_the_protocol_will_do(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     class Counting:
         window_size = 2
@@ -249,7 +249,7 @@ async def test_any_controller_with_the_protocol_will_do(
         sampler.concurrency_controller = object()  # type: ignore[assignment]
 
 
-async def test_metrics_are_kept_until_drained(server: CompletionServer, make: Make) -> None:
+async def test_metrics_are_kept_until_drained(server: CompletionsServer, make: Make) -> None:
     sampler = make()
     server.script = [stub.status(503, x_request_id="r9")]
     await sampler.sample_with_prompt_tokens([1], max_tokens=3)
@@ -260,7 +260,7 @@ async def test_metrics_are_kept_until_drained(server: CompletionServer, make: Ma
 
 
 async def test_raw_logprobs_stand_in_with_one_notice(
-    server: CompletionServer, make: Make, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     chunk = stub.token_chunk(8, logprobs=True, sampling_logprob=None)
     whole = stub.stream(chunk, stub.last_chunk({"prompt": [1]}, [8]), stub.event(b"[DONE]"))
@@ -305,7 +305,7 @@ def test_what_it_tells_of_itself() -> None:
 
 
 async def test_a_long_wait_says_what_it_waits_for(
-    server: CompletionServer, make: Make, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.script = [stub.complete]
     server.otherwise = stub.hang_mid_stream

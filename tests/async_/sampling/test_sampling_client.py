@@ -23,15 +23,15 @@ from fireworks_training import (
 from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
 from fireworks_training._async.sampling.retry_config import retries_of, window_of
 from fireworks_training.errors import for_status
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, CharacterTokenizer, Make, until
-from tests.stub_completions import CompletionServer
 
 PARAMS = SamplingParams(max_tokens=3, temperature=1.0, seed=5, stop=["END"], top_k=-1)
 PROMPT = ModelInput.from_ints([1, 2])
 
 
-async def test_samples_come_as_tinker_s(server: CompletionServer, either: Make) -> None:
+async def test_samples_come_as_tinker_s(server: CompletionsServer, either: Make) -> None:
     client = FiretitanSamplingClient(either())
     response = await client.sample(PROMPT, 2, PARAMS)
     first, second = response.sequences
@@ -44,12 +44,12 @@ async def test_samples_come_as_tinker_s(server: CompletionServer, either: Make) 
     assert server.bodies[0]["top_k"] == 0
 
 
-def echo(server: CompletionServer) -> None:
+def echo(server: CompletionsServer) -> None:
     chunks = [stub.token_chunk(token, logprobs=True) for token in (1, 2, 3)]
     server.otherwise = stub.stream(*chunks, stub.last_chunk({"prompt": [1, 2]}, [1, 2, 3]))
 
 
-async def test_prompt_logprobs_begin_with_none(server: CompletionServer, make: Make) -> None:
+async def test_prompt_logprobs_begin_with_none(server: CompletionsServer, make: Make) -> None:
     echo(server)
     client = FiretitanSamplingClient(make())
     response = await client.sample_async(PROMPT, 1, PARAMS, include_prompt_logprobs=True)
@@ -63,7 +63,7 @@ async def test_prompt_logprobs_begin_with_none(server: CompletionServer, make: M
 
 def test_a_plain_function_asks_for_results() -> None:
     with (
-        stub.serving_in_a_thread() as server,
+        stub.CompletionsServer() as server,
         FiretitanSamplingClient.create(
             inference_url=server.url, model=MODEL, api_key=KEY, tokenizer=CharacterTokenizer()
         ) as client,
@@ -87,7 +87,7 @@ async def test_what_it_can_t_do_is_refused_at_the_call(make: Make) -> None:
 
 
 async def test_logprobs_of_another_distribution_do_not_stand_in(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     chunk = stub.token_chunk(8, logprobs=True, sampling_logprob=None)
     server.otherwise = stub.stream(chunk, stub.last_chunk({"prompt": [1, 2]}, [8]))
@@ -97,7 +97,7 @@ async def test_logprobs_of_another_distribution_do_not_stand_in(
 
 
 async def test_a_handle_holds_no_credentials(
-    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = make(
         additional_headers={"X-Team": "blue", "X-Api-Token": "s3cret"},
@@ -123,7 +123,7 @@ async def test_a_handle_holds_no_credentials(
 
 
 async def test_closing_lets_what_is_under_way_finish(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     client = FiretitanSamplingClient(either())
@@ -136,7 +136,7 @@ async def test_closing_lets_what_is_under_way_finish(
     assert (await future).sequences[0].tokens == [3, 4, 5]
 
 
-async def test_a_drain_ends_at_its_limit(server: CompletionServer, either: Make) -> None:
+async def test_a_drain_ends_at_its_limit(server: CompletionsServer, either: Make) -> None:
     server.otherwise = stub.hang_mid_stream
     client = FiretitanSamplingClient(either())
     future = client.sample(PROMPT, 1, PARAMS)
@@ -148,7 +148,7 @@ async def test_a_drain_ends_at_its_limit(server: CompletionServer, either: Make)
 
 
 async def test_cancelling_the_awaited_form_cancels_the_request(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     client = FiretitanSamplingClient(either())
@@ -161,13 +161,13 @@ async def test_cancelling_the_awaited_form_cancels_the_request(
     assert server.left == 2
 
 
-def configured(server: CompletionServer, config: RetryConfig) -> FiretitanSamplingClient:
+def configured(server: CompletionsServer, config: RetryConfig) -> FiretitanSamplingClient:
     return FiretitanSamplingClient.create(
         inference_url=server.url, model=MODEL, api_key=KEY, retry_config=config
     )
 
 
-async def test_tinker_s_retries_go_on_for_as_long_as_it_says(server: CompletionServer) -> None:
+async def test_tinker_s_retries_go_on_for_as_long_as_it_says(server: CompletionsServer) -> None:
     server.script.extend([stub.status(503)] * 12)
     config = RetryConfig(retry_delay_base=0.001, retry_delay_max=0.002)
     client = configured(server, config)
@@ -176,7 +176,7 @@ async def test_tinker_s_retries_go_on_for_as_long_as_it_says(server: CompletionS
     await client.aclose()
 
 
-async def test_without_retries_there_is_one_attempt(server: CompletionServer) -> None:
+async def test_without_retries_there_is_one_attempt(server: CompletionsServer) -> None:
     server.otherwise = stub.status(503)
     client = configured(server, RetryConfig(enable_retry_logic=False))
     with pytest.raises(SamplingRequestError, match="after 1 attempt") as raised:
@@ -186,7 +186,7 @@ async def test_without_retries_there_is_one_attempt(server: CompletionServer) ->
     await client.aclose()
 
 
-async def test_calls_that_make_no_progress_are_given_up(server: CompletionServer) -> None:
+async def test_calls_that_make_no_progress_are_given_up(server: CompletionsServer) -> None:
     server.otherwise = stub.hang_mid_stream
     client = configured(server, RetryConfig(progress_timeout=0.05))
     calls = [client.sample(PROMPT, 1, PARAMS) for _ in range(3)]
@@ -197,7 +197,7 @@ async def test_calls_that_make_no_progress_are_given_up(server: CompletionServer
     await client.aclose()
 
 
-async def test_a_call_of_a_patient_client_can_be_cancelled(server: CompletionServer) -> None:
+async def test_a_call_of_a_patient_client_can_be_cancelled(server: CompletionsServer) -> None:
     server.otherwise = stub.hang_mid_stream
     client = configured(server, RetryConfig())
     task = asyncio.create_task(client.sample_async(PROMPT, 1, PARAMS))

@@ -17,12 +17,12 @@ from fireworks_training._core.sse import MAX_EVENT_BYTES, ServerSentEvent, SseDe
 from fireworks_training._wire.completions.request import sampling_request
 from fireworks_training.errors import SamplingRequestError
 from fireworks_training.models import TokenDelta
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import MODEL, Make
-from tests.stub_completions import CompletionServer
 
 
-def attempt_at(server: CompletionServer, max_tokens: int = 3, **options: Any) -> Attempt:
+def attempt_at(server: CompletionsServer, max_tokens: int = 3, **options: Any) -> Attempt:
     request = sampling_request(
         MODEL, max_tokens=max_tokens, temperature=1.0, options=options, decode_stop=None
     )
@@ -39,7 +39,7 @@ def attempt_at(server: CompletionServer, max_tokens: int = 3, **options: Any) ->
 
 
 async def test_deltas_arrive_while_the_server_generates(
-    server: CompletionServer, shared: Make
+    server: CompletionsServer, shared: Make
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     sampler = shared()
@@ -66,7 +66,7 @@ async def test_deltas_arrive_while_the_server_generates(
 
 
 async def test_leaving_a_stream_early_stops_the_server(
-    server: CompletionServer, shared: Make
+    server: CompletionsServer, shared: Make
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     sampler = shared()
@@ -84,7 +84,7 @@ async def test_leaving_a_stream_early_stops_the_server(
 
 @pytest.mark.parametrize("cancelled_too", [False, True])
 async def test_silence_before_the_headers_is_a_time_out_and_no_cancellation(
-    server: CompletionServer, shared: Make, cancelled_too: bool
+    server: CompletionsServer, shared: Make, cancelled_too: bool
 ) -> None:
     server.otherwise = stub.hang_before_headers
     stream = CompletionStream(shared().context.transport, attempt_at(server))
@@ -104,7 +104,7 @@ async def test_silence_before_the_headers_is_a_time_out_and_no_cancellation(
 
 
 async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
-    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, sent, size = 0, 0, 100 * 2**20
 
@@ -136,7 +136,7 @@ async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
 
 
 async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
-    server: CompletionServer, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: CompletionsServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fireworks_training._async.sampling.completion_stream.END_TIMEOUT", 0.01)
 
@@ -145,7 +145,7 @@ async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
         response = await stub.open_stream(request)
         ids = stub.tokens_of(body)
         await response.write(stub.event(stub.last_chunk(body, ids)) + stub.event(b"[DONE]"))
-        await server.until_the_client_leaves()
+        await server.hang()
 
     server.script = [never_ends]
     sampler = make()

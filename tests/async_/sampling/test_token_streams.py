@@ -17,7 +17,8 @@ from fireworks_training import (
     WrongLoop,
 )
 from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
-from tests import stub_completions as stub
+from fireworks_training.testing import CompletionsServer
+from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import (
     KEY,
     MODEL,
@@ -28,11 +29,10 @@ from tests.async_.sampling.support import (
     quick,
     until,
 )
-from tests.stub_completions import CompletionServer
 
 
 async def test_deltas_come_while_the_server_generates(
-    server: CompletionServer, either: Make
+    server: CompletionsServer, either: Make
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     deltas = either().stream([1], max_tokens=3, logprobs=True)
@@ -55,13 +55,13 @@ async def test_deltas_come_while_the_server_generates(
 
 
 def test_a_plain_function_iterates_too() -> None:
-    with stub.serving_in_a_thread() as server, DeploymentSampler(server.url, MODEL, KEY) as sampler:
+    with stub.CompletionsServer() as server, DeploymentSampler(server.url, MODEL, KEY) as sampler:
         with sampler.stream([1], max_tokens=4) as deltas:
             assert "".join(delta.text for delta in deltas) == "<2><3><4><5>"
         assert deltas.completion.finish_reason == "length"
 
 
-async def test_a_conversation_may_be_streamed(server: CompletionServer, make: Make) -> None:
+async def test_a_conversation_may_be_streamed(server: CompletionsServer, make: Make) -> None:
     sampler = make(tokenizer=CharacterTokenizer())
     deltas = sampler.stream([{"role": "u", "content": "hi"}], max_tokens=1)
     assert [delta.text async for delta in deltas] == ["<59>"]
@@ -73,7 +73,7 @@ async def test_a_conversation_may_be_streamed(server: CompletionServer, make: Ma
 
 @pytest.mark.parametrize("how", ["aclose", "block", "drop", "cancel"])
 async def test_leaving_early_stops_the_server(
-    server: CompletionServer, either: Make, how: str
+    server: CompletionsServer, either: Make, how: str
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     controller = FixedConcurrencyController(2)
@@ -101,7 +101,7 @@ async def test_leaving_early_stops_the_server(
 
 
 async def test_an_attempt_that_nobody_saw_is_tried_again(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     server.script = [stub.status(503), stub.stream(end=False)]
     deltas = make().stream([1], max_tokens=2)
@@ -110,10 +110,10 @@ async def test_an_attempt_that_nobody_saw_is_tried_again(
 
 
 async def test_tokens_of_two_attempts_are_never_spliced(
-    server: CompletionServer, make: Make
+    server: CompletionsServer, make: Make
 ) -> None:
     async def break_later(
-        here: CompletionServer, request: stub.web.Request, body: dict[str, object]
+        here: CompletionsServer, request: stub.web.Request, body: dict[str, object]
     ) -> stub.web.StreamResponse:
         response = await stub.open_stream(request)
         await response.write(stub.event(stub.token_chunk(2, logprobs=False)))
@@ -132,13 +132,15 @@ async def test_tokens_of_two_attempts_are_never_spliced(
     assert len(server.bodies) == 1
 
 
-async def test_a_failure_is_raised_by_the_iteration(server: CompletionServer, make: Make) -> None:
+async def test_a_failure_is_raised_by_the_iteration(server: CompletionsServer, make: Make) -> None:
     server.otherwise = stub.status(400)
     with pytest.raises(SamplingRequestError, match="400"):
         await anext(make(retries=quick(attempts=1)).stream([1]))
 
 
-async def test_closing_the_sampler_ends_its_streams(server: CompletionServer, either: Make) -> None:
+async def test_closing_the_sampler_ends_its_streams(
+    server: CompletionsServer, either: Make
+) -> None:
     server.otherwise = stub.hang_mid_stream
     sampler = either()
     deltas = sampler.stream([1])
@@ -152,7 +154,7 @@ async def test_closing_the_sampler_ends_its_streams(server: CompletionServer, ei
 
 
 async def test_a_blocking_wait_on_the_stream_s_own_loop_is_refused(
-    server: CompletionServer, shared: Make
+    server: CompletionsServer, shared: Make
 ) -> None:
     server.otherwise = stub.hang_headers_only
     with pytest.raises(WrongLoop), shared().stream([1]) as deltas:
@@ -160,7 +162,7 @@ async def test_a_blocking_wait_on_the_stream_s_own_loop_is_refused(
     await until(lambda: server.generating == 0)
 
 
-async def test_a_slow_consumer_finds_deltas_merged(server: CompletionServer, make: Make) -> None:
+async def test_a_slow_consumer_finds_deltas_merged(server: CompletionsServer, make: Make) -> None:
     sampler = make()
     deltas = sampler.stream([1], max_tokens=50, logprobs=True)
     first = await anext(deltas)
@@ -171,7 +173,7 @@ async def test_a_slow_consumer_finds_deltas_merged(server: CompletionServer, mak
     assert first.text + "".join(delta.text for delta in rest) == deltas.completion.text
 
 
-async def test_async_with_runs_the_sampler_on_this_loop(server: CompletionServer) -> None:
+async def test_async_with_runs_the_sampler_on_this_loop(server: CompletionsServer) -> None:
     async with DeploymentSampler(server.url, MODEL, KEY) as sampler:
         await sampler.sample_with_prompt_tokens([1], max_tokens=1)
         assert sampler.context.transport.owner.bound is asyncio.get_running_loop()

@@ -16,13 +16,13 @@ from fireworks_training._async.training import batch_polls, data_plane
 from fireworks_training._async.training.client_config import ClientConfig
 from fireworks_training._wire.training.batch_polls import decode_poll
 from fireworks_training.errors import ProtocolError
+from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, DIALECTS, datum
-from tests.stub_trainer import StubTrainer
 
 
 @DIALECTS
 async def test_a_hundred_results_come_in_a_few_requests(connect: Any, wire: list[str]) -> None:
-    stub = StubTrainer(batch=True, wire=wire)
+    stub = TrainerServer(batch_polls=True, dialects=wire)
     async with connect(stub) as client:
         futures = [client.forward_backward([datum()], "cross_entropy") for _ in range(99)]
         await client.optim_step(ADAM)
@@ -37,7 +37,7 @@ async def test_a_hundred_results_come_in_a_few_requests(connect: Any, wire: list
 
 
 async def test_a_large_result_is_fetched(connect: Any) -> None:
-    stub = StubTrainer(batch=True, inline=100)
+    stub = TrainerServer(batch_polls=True, inline_bytes=100)
     async with connect(stub) as client:
         large = client.forward_backward([datum()], "cross_entropy")
         assert len((await large).loss_fn_outputs) == 1
@@ -46,7 +46,7 @@ async def test_a_large_result_is_fetched(connect: Any) -> None:
 
 
 async def test_a_failure_comes_with_its_words(connect: Any) -> None:
-    stub = StubTrainer(batch=True, fail={1})
+    stub = TrainerServer(batch_polls=True, failing={1})
     async with connect(stub) as client:
         with pytest.raises(RequestFailed, match="scripted failure"):
             await client.forward([datum()])
@@ -65,7 +65,7 @@ async def test_polls_that_fail_are_made_again(
     async def fail(_: str) -> web.Response | None:
         return answers.pop()() if answers else None
 
-    stub = StubTrainer(batch=True)
+    stub = TrainerServer(batch_polls=True)
     async with connect(stub) as client:
         stub.before_poll = fail
         await client.optim_step(ADAM)
@@ -80,7 +80,7 @@ async def test_nonsense_turns_batch_polls_off(
     async def nonsense(asked: str) -> web.Response | None:
         return web.json_response(answer) if asked == "batch" else None
 
-    stub = StubTrainer(batch=True)
+    stub = TrainerServer(batch_polls=True)
     async with connect(stub) as client:
         stub.before_poll = nonsense
         futures = [client.optim_step(ADAM) for _ in range(3)]
@@ -92,7 +92,7 @@ async def test_nonsense_turns_batch_polls_off(
 
 
 async def test_a_refusal_turns_batch_polls_off(connect: Any) -> None:
-    stub = StubTrainer(batch=True, inline=None)
+    stub = TrainerServer(batch_polls=True, inline_bytes=None)
     async with connect(stub) as client:
         await client.optim_step(ADAM)
         await client.optim_step(ADAM)
@@ -105,14 +105,14 @@ async def test_a_request_that_no_poll_tells_of_is_asked_for(
 ) -> None:
     monkeypatch.setattr(batch_polls, "DOUBT_AFTER", 0.0)
     monkeypatch.setattr(batch_polls, "QUICK_POLL", 0.001)
-    stub = StubTrainer(batch=True, forgotten={"r1"})
+    stub = TrainerServer(batch_polls=True, unreported={"r1"})
     async with connect(stub) as client:
         await client.optim_step(ADAM)
     assert stub.applied == [("optim_step", 1)]
 
 
 async def test_results_that_are_told_before_their_submits_are_answered(connect: Any) -> None:
-    stub = StubTrainer(batch=True, drop_answers=set(range(2, 20)))
+    stub = TrainerServer(batch_polls=True, lost_answers=set(range(2, 20)))
     async with connect(stub) as client:
         futures = [client.optim_step(ADAM) for _ in range(20)]
         for future in futures:
@@ -122,9 +122,9 @@ async def test_results_that_are_told_before_their_submits_are_answered(connect: 
 
 
 async def test_the_trainers_death_ends_the_wait(connect: Any) -> None:
-    stub = StubTrainer(batch=True)
+    stub = TrainerServer(batch_polls=True)
     async with connect(stub) as client:
-        stub._next = 2  # nothing is executed
+        stub.executing = False
         waiting = client.optim_step(ADAM)
         await stub.until(lambda: bool(stub.submitted))
         await stub.die()
@@ -148,7 +148,7 @@ async def test_a_fault_in_batch_polls_leaves_nobody_waiting(
     def broken(*_: object) -> Any:
         raise LookupError("a fault of ours")
 
-    stub = StubTrainer(batch=True)
+    stub = TrainerServer(batch_polls=True)
     async with connect(stub) as client, asyncio.timeout(10):
         monkeypatch.setattr("fireworks_training._async.training.data_plane.decode_poll", broken)
         await client.optim_step(ADAM)
@@ -178,7 +178,7 @@ async def test_a_trainer_that_repeats_itself_is_not_hammered(
 
     clock = Clock()
     monkeypatch.setattr(batch_polls, "asyncio", clock)
-    stub = StubTrainer(batch=True, before_poll=again)
+    stub = TrainerServer(batch_polls=True, before_poll=again)
     async with connect(stub) as client, asyncio.timeout(10):
         await client.optim_step(ADAM)
     assert clock.pauses == 20
@@ -201,7 +201,7 @@ async def test_requests_are_compressed_where_the_trainer_asks(connect: Any) -> N
     bodies: list[Any] = []
     results: list[tinker.ForwardBackwardOutput] = []
     for config in ({}, {"proto_compress_fwdbwd": True}):
-        stub = StubTrainer(wire=["json", "protobuf"], config=config)
+        stub = TrainerServer(dialects=["json", "protobuf"], client_config=config)
         async with connect(stub) as client:
             results += [
                 await client.forward_backward(data, "cross_entropy")
@@ -219,14 +219,16 @@ async def test_requests_are_compressed_where_the_trainer_asks(connect: Any) -> N
 
 
 async def test_json_is_never_compressed(connect: Any) -> None:
-    stub = StubTrainer(wire=["json", "protobuf"], config={"proto_compress_fwdbwd": True})
+    stub = TrainerServer(
+        dialects=["json", "protobuf"], client_config={"proto_compress_fwdbwd": True}
+    )
     async with connect(stub, dialect="json") as client:
         await client.forward([datum()])
     assert stub.encodings == []
 
 
 async def test_requests_are_cut_as_the_trainer_asks(connect: Any) -> None:
-    stub = StubTrainer(config={"fwdbwd_max_chunk_len": 2, "parallel_fwdbwd_chunks": False})
+    stub = TrainerServer(client_config={"fwdbwd_max_chunk_len": 2, "parallel_fwdbwd_chunks": False})
     async with connect(stub) as client:
         result = await client.forward_backward([datum()] * 5, "cross_entropy")
         assert len(result.loss_fn_outputs) == 5
@@ -240,9 +242,9 @@ async def test_requests_are_cut_as_the_trainer_asks(connect: Any) -> None:
 async def test_a_trainer_that_says_nothing_gets_the_defaults(
     connect: Any, status: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stub = StubTrainer(config=None if status == 404 else {"fwdbwd_max_chunk_len": -1})
+    stub = TrainerServer(client_config=None if status == 404 else {"fwdbwd_max_chunk_len": -1})
     if status == 500:
-        stub.fails_config = True
+        stub.client_config_fails = True
     with caplog.at_level(logging.WARNING):
         async with connect(stub) as client:
             await client.optim_step(ADAM)

@@ -28,12 +28,12 @@ from fireworks_training import (
     WrongLoop,
 )
 from fireworks_training._async.training.official_names import OfficialTrainingNames
+from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, datum, good_loss
-from tests.stub_trainer import StubTrainer
 
 
 async def test_call_order_is_wire_order_whatever_is_awaited_first(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         first = client.forward_backward([datum()], "cross_entropy")
         second = client.optim_step(ADAM)
@@ -50,7 +50,7 @@ async def test_call_order_is_wire_order_whatever_is_awaited_first(connect: Any) 
 
 
 async def test_every_way_to_get_a_result(connect: Any) -> None:
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         assert (await client.optim_step(ADAM)).metrics == {"grad_norm": 1.0}
         assert (await (await client.optim_step_async(ADAM))).metrics == {"grad_norm": 1.0}
         future = client.optim_step(ADAM)
@@ -61,7 +61,7 @@ async def test_every_way_to_get_a_result(connect: Any) -> None:
 
 
 async def test_result_on_the_owner_loop_raises_unless_done(connect: Any) -> None:
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         future = client.optim_step(ADAM)
         with pytest.raises(WrongLoop, match="await"):
             future.result()
@@ -70,7 +70,7 @@ async def test_result_on_the_owner_loop_raises_unless_done(connect: Any) -> None
 
 
 async def test_operations_from_many_threads_keep_each_threads_order(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
 
         def work(name: str) -> None:
@@ -87,7 +87,7 @@ async def test_operations_from_many_threads_keep_each_threads_order(connect: Any
 async def test_a_name_that_is_used_again_is_said(
     connect: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         await client.save_state("one")
         await client.save_state("two")
         assert "save_state" not in caplog.text
@@ -96,7 +96,7 @@ async def test_a_name_that_is_used_again_is_said(
 
 
 async def test_a_lost_answer_is_asked_for_again_and_nothing_runs_twice(connect: Any) -> None:
-    stub = StubTrainer(drop_answers={1, 2})
+    stub = TrainerServer(lost_answers={1, 2})
     async with connect(stub) as client:
         step = client.forward_backward([datum()], "cross_entropy"), client.optim_step(ADAM)
         await asyncio.gather(*step)
@@ -111,14 +111,14 @@ async def test_server_errors_are_outlived(connect: Any) -> None:
         left[0] -= 1
         return web.Response(status=503) if left[0] >= 0 else None
 
-    stub = StubTrainer(before=busy)
+    stub = TrainerServer(before_submit=busy)
     async with connect(stub) as client:
         await client.optim_step(ADAM)
     assert stub.applied == [("optim_step", 1)]
 
 
 async def test_a_loss_that_raises_fails_its_step_and_spares_the_next(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
 
     def bad_loss(data: Any, logprobs: list[torch.Tensor]) -> Any:
         raise ZeroDivisionError("the reward was zero")
@@ -148,7 +148,7 @@ async def test_a_refused_request_is_filled_and_fails_its_step(connect: Any) -> N
             return web.json_response({"error": "token 999 is outside the vocabulary"}, status=400)
         return None
 
-    stub = StubTrainer(step_protocol=False, before=refuse)
+    stub = TrainerServer(step_protocol=False, before_submit=refuse)
     async with connect(stub) as client:
         broken = client.forward_backward([datum()], "cross_entropy")
         step = client.optim_step(ADAM)
@@ -166,7 +166,7 @@ async def test_a_filler_that_is_refused_ends_the_session(connect: Any) -> None:
     async def refuse(path: str, body: dict[str, Any]) -> web.Response | None:
         return web.json_response({"error": "no"}, status=400) if body["seq_id"] == 2 else None
 
-    stub = StubTrainer(before=refuse)
+    stub = TrainerServer(before_submit=refuse)
     async with connect(stub) as client:
         await client.save_state("kept")
         broken = client.forward([datum()])
@@ -180,7 +180,7 @@ async def test_a_filler_that_is_refused_ends_the_session(connect: Any) -> None:
 
 
 async def test_the_second_of_three_chunks_fails(connect: Any) -> None:
-    stub = StubTrainer(fail={2}, config={"fwdbwd_max_chunk_len": 1})
+    stub = TrainerServer(failing={2}, client_config={"fwdbwd_max_chunk_len": 1})
     async with connect(stub) as client:
         broken = client.forward_backward([datum()] * 3, "cross_entropy")
         step = client.optim_step(ADAM)
@@ -200,7 +200,7 @@ async def test_without_the_protocol_the_step_waits_for_its_results(connect: Any)
         if request_id == "r1":
             await gate.wait()
 
-    stub = StubTrainer(step_protocol=False, before_poll=hold)
+    stub = TrainerServer(step_protocol=False, before_poll=hold)
     async with connect(stub) as client:
         gradient = client.forward_backward([datum()], "cross_entropy")
         step = client.optim_step(ADAM)
@@ -212,7 +212,7 @@ async def test_without_the_protocol_the_step_waits_for_its_results(connect: Any)
 
 
 async def test_without_the_protocol_a_partly_added_step_is_in_doubt(connect: Any) -> None:
-    stub = StubTrainer(step_protocol=False, fail={2})
+    stub = TrainerServer(step_protocol=False, failing={2})
     async with connect(stub) as client:
         await client.forward_backward([datum()], "cross_entropy")
         broken = client.forward_backward([datum()], "cross_entropy")
@@ -234,7 +234,7 @@ async def test_a_result_that_is_lost_leaves_the_step_in_doubt(connect: Any) -> N
         gone = {"error": "expired", "error_class": "ResultExpired"}
         return web.json_response(gone, status=410) if request_id == "r1" else None
 
-    stub = StubTrainer(step_protocol=False, before_poll=expired)
+    stub = TrainerServer(step_protocol=False, before_poll=expired)
     async with connect(stub) as client:
         with pytest.raises(RequestFailed, match="no longer has the result"):
             await client.forward_backward([datum()], "cross_entropy")
@@ -250,11 +250,11 @@ async def test_the_death_of_the_trainer_fails_everything_open(connect: Any) -> N
         if request_id == "r2":
             await asyncio.Event().wait()
 
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         await client.save_state("newest")
-        stub.fail = set()
-        stub._next = 10**9  # nothing is executed any more
+        stub.failing = set()
+        stub.executing = False
         open_operations = [client.forward([datum()]), client.optim_step(ADAM)]
         await stub.until(lambda: len(stub.submitted) == 3)
         await stub.die()
@@ -265,7 +265,7 @@ async def test_the_death_of_the_trainer_fails_everything_open(connect: Any) -> N
 
 
 async def test_a_custom_loss_is_one_place_in_the_line(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         custom = client.forward_backward_custom([datum()], good_loss)
         step = client.optim_step(ADAM)
@@ -288,13 +288,13 @@ async def test_a_custom_loss_is_one_place_in_the_line(connect: Any) -> None:
     ],
 )
 async def test_a_wrong_loss_says_what_is_wrong(connect: Any, loss: Any, says: str) -> None:
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         with pytest.raises(LossFailed, match=says):
             await client.forward_backward_custom([datum()], loss)
 
 
 async def test_bad_content_fails_in_its_place(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     uneven = tinker.Datum(
         model_input=tinker.ModelInput.from_ints([1, 2, 3]),
         loss_fn_inputs={"target_tokens": [1, 2], "weights": [1.0, 1.0]},
@@ -314,7 +314,7 @@ async def test_bad_content_fails_in_its_place(connect: Any) -> None:
 
 
 async def test_bad_calls_raise_at_the_call_and_take_no_place(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         with pytest.raises(InvalidArgument, match=r"data\[0\]"):
             client.forward(["not a datum"])
@@ -337,7 +337,7 @@ async def test_an_unsent_operation_can_be_cancelled_and_fails_its_step(connect: 
         assert leave.wait(5)
         return good_loss(data, logprobs)
 
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         slow = client.forward_backward_custom([datum()], slow_loss)
         queued = client.forward_backward([datum()], "cross_entropy")
@@ -360,7 +360,7 @@ async def test_a_cancelled_or_timed_out_waiter_leaves_the_operation_alone(connec
     async def hold(request_id: str) -> None:
         await gate.wait()
 
-    stub = StubTrainer(before_poll=hold)
+    stub = TrainerServer(before_poll=hold)
     # The model itself is made by a poll, so the gate is open until it is there.
     gate.set()
     async with connect(stub) as client:
@@ -379,7 +379,7 @@ async def test_a_cancelled_or_timed_out_waiter_leaves_the_operation_alone(connec
 
 
 async def test_after_close_everything_raises(connect: Any) -> None:
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         pass
     with pytest.raises(ClientClosed):
         client.forward([datum()])

@@ -28,9 +28,9 @@ from fireworks_training import (
 from fireworks_training._async.training import queue
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
+from fireworks_training.testing import TrainerServer
 from tests.async_.conftest import connected
 from tests.async_.training.support import ADAM, DIALECTS, datum, good_loss
-from tests.stub_trainer import StubTrainer
 
 
 @DIALECTS
@@ -38,7 +38,7 @@ from tests.stub_trainer import StubTrainer
 async def test_a_request_that_can_not_be_written_leaves_no_gap(
     connect: Any, wire: list[str], enforced: bool
 ) -> None:
-    stub = StubTrainer(wire=wire, step_protocol=enforced)
+    stub = TrainerServer(dialects=wire, step_protocol=enforced)
     async with connect(stub) as client:
         await client.forward_backward([datum()], "cross_entropy")
         broken = client.forward_backward([datum()], "\ud800")  # no text that UTF-8 can hold
@@ -71,7 +71,7 @@ async def test_a_step_with_a_refused_part_is_not_applied_though_all_of_it_is_on_
         await behind.wait()
         return web.json_response({"error": "too large"}, status=413)
 
-    stub = StubTrainer(before=refuse)
+    stub = TrainerServer(before_submit=refuse)
     async with connect(stub) as client:
         first = client.forward_backward([datum()], "cross_entropy")
         broken = client.forward_backward([datum()], "cross_entropy")
@@ -99,7 +99,7 @@ async def test_a_step_with_a_refused_part_is_not_applied_though_all_of_it_is_on_
 async def test_options_that_no_dialect_takes_are_refused_at_the_call(
     connect: Any, config: Any, words: str | None
 ) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         if words is None:  # as a float it can be sent
             await client.forward([datum()], "cross_entropy", config)
@@ -111,7 +111,7 @@ async def test_options_that_no_dialect_takes_are_refused_at_the_call(
 
 @DIALECTS
 async def test_options_may_be_numpy_numbers_and_none(connect: Any, wire: list[str]) -> None:
-    stub = StubTrainer(wire=wire)
+    stub = TrainerServer(dialects=wire)
     given = {"a": np.float32(0.5), "b": np.int64(3), "c": None, "d": "text"}
     async with connect(stub) as client:
         await client.forward([datum()], "cross_entropy", given)
@@ -125,7 +125,7 @@ async def test_gradients_whose_answer_can_not_be_read_are_in_doubt(connect: Any)
     async def nonsense(request_id: str) -> web.Response | None:
         return web.json_response({"loss_fn_outputs": 3}) if request_id == "r1" else None
 
-    stub = StubTrainer(step_protocol=False, before_poll=nonsense)
+    stub = TrainerServer(step_protocol=False, before_poll=nonsense)
     async with connect(stub) as client:
         with pytest.raises(ProtocolError):
             await client.forward_backward([datum()], "cross_entropy")
@@ -144,7 +144,7 @@ async def test_a_forward_that_is_lost_leaves_nothing_in_doubt(connect: Any, datu
         gone = {"error": "expired", "error_class": "ResultExpired"}
         return web.json_response(gone, status=410) if request_id == "r1" else None
 
-    stub = StubTrainer(step_protocol=False, before_poll=expired)
+    stub = TrainerServer(step_protocol=False, before_poll=expired)
     async with connect(stub) as client:
         with pytest.raises(RequestFailed, match="no longer has the result"):
             await client.forward_backward_custom([datum(1)] * datums, good_loss)
@@ -158,7 +158,7 @@ async def test_a_loss_that_fails_leaves_nothing_in_doubt(connect: Any) -> None:
     def failing(*_: object) -> Any:
         raise RuntimeError("no")
 
-    stub = StubTrainer(step_protocol=False)
+    stub = TrainerServer(step_protocol=False)
     async with connect(stub) as client:
         with pytest.raises(LossFailed):
             await client.forward_backward_custom([datum()], failing)
@@ -182,7 +182,7 @@ async def test_what_a_loss_returns_is_checked(connect: Any, metrics: Any, words:
         total = logprobs[0].sum()
         return (total * 1j, {}) if metrics is None else (total, metrics)
 
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         with pytest.raises(LossFailed, match=words):
             await client.forward_backward_custom([datum()], loss)
 
@@ -203,7 +203,7 @@ async def test_a_sparse_tensor_that_contradicts_itself_fails_its_operation(
         model_input=tinker.ModelInput.from_ints([1, 2, 3]),
         loss_fn_inputs={"target_tokens": [1, 2, 3], "weights": sparse},
     )
-    async with connect(StubTrainer(wire=wire)) as client:
+    async with connect(TrainerServer(dialects=wire)) as client:
         future = client.forward_backward([datum(), broken], "cross_entropy")
         with pytest.raises(InvalidDatum, match="datum 1: 'weights' is no tensor") as refused:
             await future
@@ -218,7 +218,7 @@ async def test_a_number_that_its_type_does_not_hold_is_no_answer(connect: Any) -
         answer = {"loss_fn_output_type": "x", "loss_fn_outputs": [output], "metrics": {}}
         return web.json_response(answer)
 
-    async with connect(StubTrainer(before_poll=nonsense)) as client:
+    async with connect(TrainerServer(before_poll=nonsense)) as client:
         with pytest.raises(ProtocolError):
             await client.forward([datum()])
 
@@ -242,7 +242,7 @@ async def test_the_end_of_thousands_of_operations_takes_time_in_proportion(
         if request_id != "create":
             await asyncio.Event().wait()
 
-    stub = StubTrainer(before_poll=hold)
+    stub = TrainerServer(before_poll=hold)
     async with connect(stub) as client:
         futures = [client.optim_step(ADAM) for _ in range(2000)]
         await stub.until(lambda: bool(stub.submitted))
@@ -254,7 +254,7 @@ async def test_the_end_of_thousands_of_operations_takes_time_in_proportion(
 
 
 def test_operations_on_a_loop_that_stands_still_fail_and_are_never_sent() -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     loop = asyncio.new_event_loop()
     held = connected(stub)
     client = loop.run_until_complete(held.__aenter__())
@@ -282,7 +282,7 @@ async def test_a_close_that_is_cancelled_leaves_nothing_running(connect: Any) ->
         if request_id != "create":
             await asyncio.Event().wait()
 
-    stub = StubTrainer(before_poll=hold)
+    stub = TrainerServer(before_poll=hold)
     async with connect(stub) as client:
         future = client.forward([datum()])
         await stub.until(lambda: bool(stub.submitted))
@@ -315,7 +315,7 @@ async def test_after_a_save_that_failed_a_whole_snapshot_is_asked_for(
         told = {"snapshot": {"identity": path, "kind": kind}} if tells else {}
         return web.json_response({"path": path, **told})
 
-    stub = StubTrainer(before_poll=answer)
+    stub = TrainerServer(before_poll=answer)
     async with connect(stub) as client:
         for number in range(1, 5):
             save = client.save_weights_for_sampler(f"s{number}")

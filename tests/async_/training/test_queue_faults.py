@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from fireworks_training._async.training import data_plane
+from fireworks_training.testing import TrainerServer
 from tests.async_.conftest import connected
 from tests.async_.training.support import ADAM, datum, good_loss
 from tests.fault_proxy import FAULTS, FaultProxy
-from tests.stub_trainer import StubTrainer
 
 
 def thirty(client: Any) -> list[Any]:
@@ -29,8 +29,8 @@ def thirty(client: Any) -> list[Any]:
     return futures
 
 
-async def run(spoil: dict[int, str], *, batch: bool = False) -> tuple[StubTrainer, FaultProxy]:
-    stub, proxy = StubTrainer(config={}, batch=batch), FaultProxy("", spoil)
+async def run(spoil: dict[int, str], *, batch: bool = False) -> tuple[TrainerServer, FaultProxy]:
+    stub, proxy = TrainerServer(client_config={}, batch_polls=batch), FaultProxy("", spoil)
     async with connected(stub, through=proxy) as client:
         for future in thirty(client):
             await future

@@ -29,13 +29,13 @@ from fireworks_training._async.http import transport
 from fireworks_training._async.training import data_plane, requests
 from fireworks_training._async.training.data_plane import retry_budget
 from fireworks_training._core.waits.reports import WaitReporter
+from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, DIALECTS, datum, good_loss
-from tests.stub_trainer import StubTrainer
 
 
 @DIALECTS
 async def test_each_dialect_carries_the_same_numbers(connect: Any, wire: list[str]) -> None:
-    stub = StubTrainer(wire=wire)
+    stub = TrainerServer(dialects=wire)
     given = tinker.Datum(
         model_input=tinker.ModelInput.from_ints([5, 6]),
         loss_fn_inputs={
@@ -64,7 +64,7 @@ async def test_each_dialect_carries_the_same_numbers(connect: Any, wire: list[st
 
 @DIALECTS
 async def test_arrays_changed_after_the_call_do_no_harm(connect: Any, wire: list[str]) -> None:
-    stub = StubTrainer(wire=wire)
+    stub = TrainerServer(dialects=wire)
     weights = np.ones(4000, np.float32)  # encoded in a thread, later
     given = tinker.Datum(
         model_input=tinker.ModelInput.from_ints([1] * 4000),
@@ -82,7 +82,7 @@ async def test_arrays_changed_after_the_call_do_no_harm(connect: Any, wire: list
 
 
 async def test_a_sparse_tensor_is_written_out_without_torch(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     sparse = tinker.TensorData(
         data=[2.0, 3.0],
         dtype="float32",
@@ -101,7 +101,7 @@ async def test_a_sparse_tensor_is_written_out_without_torch(connect: Any) -> Non
 
 
 async def test_a_failure_ahead_of_its_turn_comes_in_its_place(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         first = client.forward_backward([datum(4000)], "cross_entropy")
         broken = client.forward_backward([datum(4000, weight=float("inf"))], "cross_entropy")
@@ -116,7 +116,7 @@ async def test_a_failure_ahead_of_its_turn_comes_in_its_place(connect: Any) -> N
 
 @DIALECTS
 async def test_backward_by_a_forward(connect: Any, wire: list[str]) -> None:
-    stub = StubTrainer(wire=wire, backward=True)
+    stub = TrainerServer(dialects=wire, supports_backward=True)
     async with connect(stub) as client:
         await client.forward([datum()])
         result = await client.forward_backward_custom([datum(), datum(2)], good_loss)
@@ -134,7 +134,7 @@ async def test_backward_by_a_forward(connect: Any, wire: list[str]) -> None:
 async def test_a_forgotten_forward_falls_back_in_the_same_place(
     connect: Any, wire: list[str]
 ) -> None:
-    stub = StubTrainer(wire=wire, backward=True, forgets={1})
+    stub = TrainerServer(dialects=wire, supports_backward=True, forgotten_forwards={1})
     async with connect(stub) as client:
         await client.forward_backward_custom([datum()], good_loss)
         await client.optim_step(ADAM)
@@ -145,7 +145,7 @@ async def test_a_forgotten_forward_falls_back_in_the_same_place(
 
 
 async def test_a_forward_that_is_there_already(connect: Any) -> None:
-    stub = StubTrainer(backward=True)
+    stub = TrainerServer(supports_backward=True)
     seen: list[float] = []
 
     def loss(data: Any, logprobs: list[torch.Tensor]) -> Any:
@@ -183,7 +183,7 @@ async def test_waiting_inside_the_loss_for_what_waits_for_it(connect: Any) -> No
                     said.append(error)
         return good_loss(data, logprobs)
 
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         futures["before"] = client.forward([datum()])
         futures["own"] = client.forward_backward_custom([datum()], loss)
         futures["behind"] = client.optim_step(ADAM)
@@ -200,7 +200,7 @@ async def test_a_loss_runs_in_the_callers_context(connect: Any) -> None:
         seen.append(request.get())
         return good_loss(data, logprobs)
 
-    async with connect(StubTrainer()) as client:
+    async with connect(TrainerServer()) as client:
         token = request.set("mine")
         future = client.forward_backward_custom([datum()], loss)
         request.reset(token)
@@ -209,7 +209,7 @@ async def test_a_loss_runs_in_the_callers_context(connect: Any) -> None:
 
 
 async def test_wrong_options_raise_at_the_call(connect: Any) -> None:
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         with pytest.raises(InvalidArgument, match="output='tokens': allowed are logprobs"):
             client.forward_backward_custom([datum()], good_loss, output="tokens")
@@ -245,7 +245,7 @@ async def test_gradient_norms_are_asked_for_in_the_parameters_or_the_call(
 ) -> None:
     from fireworks_training.compat import AdamParams
 
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         await client.optim_step(AdamParams(emit_grad_norm_metrics=of_params), None, of_call)
     asked = stub.bodies[1]["adam_params"]
@@ -259,7 +259,7 @@ async def test_a_save_with_a_timeout_waits_but_never_on_its_own_loop(connect: An
     async def hold(_: str) -> None:
         await held.wait()
 
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         with pytest.raises(WrongLoop, match="result_async"):
             client.save_state("on-the-loop", timeout=5.0)
@@ -274,7 +274,9 @@ async def test_a_save_with_a_timeout_waits_but_never_on_its_own_loop(connect: An
 
 
 async def test_what_the_trainer_says_it_supports(connect: Any) -> None:
-    stub = StubTrainer(says={"supports_reinforce": True, "supports_score_centering": "perhaps"})
+    stub = TrainerServer(
+        capabilities={"supports_reinforce": True, "supports_score_centering": "perhaps"}
+    )
     async with connect(stub) as client:
         assert client.supports_reinforce is True
         assert client.supports_score_centering is None
@@ -300,10 +302,10 @@ async def test_a_request_that_hangs_is_said_cut_and_sent_again(
             await asyncio.Event().wait()
 
     monkeypatch.setattr(requests, "WaitReporter", partial(WaitReporter, first=0.01))
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         await client.optim_step(ADAM)
-        stub.before, stub.before_poll = (hang, None) if which == "submit" else (None, hang)
+        stub.before_submit, stub.before_poll = (hang, None) if which == "submit" else (None, hang)
         monkeypatch.setattr(data_plane, f"{which.upper()}_TIMEOUT", 0.1)
         with caplog.at_level(logging.WARNING):
             await client.optim_step(ADAM)
@@ -349,7 +351,7 @@ async def test_not_ready_at_once_is_not_asked_at_once_again(
         pauses.append(delay)
         await real(0)
 
-    stub = StubTrainer()
+    stub = TrainerServer()
     async with connect(stub) as client:
         stub.before_poll = not_ready
         monkeypatch.setattr(data_plane.asyncio, "sleep", pause)
@@ -364,7 +366,7 @@ async def test_a_place_that_another_holds_ends_the_session_at_once(connect: Any)
         answer = {"error": "place 2 holds another operation", "error_class": "Conflict"}
         return web.json_response(answer, status=409) if body["seq_id"] == 2 else None
 
-    stub = StubTrainer(before=taken)
+    stub = TrainerServer(before_submit=taken)
     async with connect(stub) as client:
         await client.save_state("kept")
         with pytest.raises(SessionLost, match="second client") as lost:
@@ -376,7 +378,7 @@ async def test_a_large_body_goes_in_pieces_and_again_after_a_cut(
     connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "PIECE", 1000)
-    stub = StubTrainer(wire=["protobuf"], drop_answers={1})
+    stub = TrainerServer(dialects=["protobuf"], lost_answers={1})
     async with connect(stub) as client:
         result = await client.forward_backward([datum(3000)], "cross_entropy")
     assert len(result.loss_fn_outputs[0]["logprobs"].tolist()) == 3000
@@ -391,7 +393,7 @@ async def test_the_filler_is_in_the_dialect_of_the_model(connect: Any) -> None:
         return None
 
     refusals = ["no"]
-    stub = StubTrainer(wire=["protobuf"], before=refuse)
+    stub = TrainerServer(dialects=["protobuf"], before_submit=refuse)
     async with connect(stub) as client:
         with pytest.raises(RequestFailed):
             await client.forward([datum(1)])
@@ -402,7 +404,7 @@ async def test_the_filler_is_in_the_dialect_of_the_model(connect: Any) -> None:
 
 async def test_a_dialect_that_the_trainer_does_not_take(connect: Any) -> None:
     with pytest.raises(NotSupported, match="takes json"):
-        async with connect(StubTrainer(wire=["json"]), dialect="protobuf"):
+        async with connect(TrainerServer(dialects=["json"]), dialect="protobuf"):
             pass
-    async with connect(StubTrainer(wire=["json", "protobuf"]), dialect="json") as client:
+    async with connect(TrainerServer(dialects=["json", "protobuf"]), dialect="json") as client:
         assert client.dialect == "json"

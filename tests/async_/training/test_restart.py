@@ -8,28 +8,10 @@ from typing import Any
 import pytest
 import tinker
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from fireworks_training import supervised_datum
+from fireworks_training.testing import TrainerServer
 from tests.async_.conftest import Connect
-from tests.stub_trainer import StubTrainer
-
-
-class Restarted(StubTrainer):
-    """A trainer whose server can be started again where it was, and knows what it has executed."""
-
-    server: TestServer
-
-    async def start(self, port: int | None = None) -> TestServer:
-        self.server = TestServer(self.app(), port=port)
-        # A poll that is held open is cut off, as by a process that dies.
-        await self.server.start_server(shutdown_timeout=0.01)
-        return self.server
-
-    async def restart(self) -> None:
-        port = self.server.port
-        await self.server.close()
-        await self.start(port)
 
 
 @pytest.mark.parametrize("lost", [[], [2], [1, 2]], ids=["none", "one", "two"])
@@ -37,7 +19,7 @@ async def test_operations_wait_for_a_trainer_that_restarts(
     connect: Connect, lost: list[int]
 ) -> None:
     """Open requests are sent again under their numbers; each is executed once, and in order."""
-    trainer, gone = Restarted(drop_answers=set(lost)), asyncio.Event()
+    trainer, gone = TrainerServer(lost_answers=set(lost)), asyncio.Event()
 
     async def unreachable(path: str, body: dict[str, Any]) -> web.StreamResponse | None:
         if body["seq_id"] >= 3 and not gone.is_set():
@@ -45,7 +27,7 @@ async def test_operations_wait_for_a_trainer_that_restarts(
         return web.Response(status=503) if gone.is_set() and not back else None
 
     back: list[bool] = []
-    trainer.before = unreachable
+    trainer.before_submit = unreachable
     async with connect(trainer) as client:
         operations = [
             operation
@@ -60,6 +42,5 @@ async def test_operations_wait_for_a_trainer_that_restarts(
         back.append(True)
         for operation in operations:
             await operation
-        await trainer.server.close()
     assert [seq_id for _, seq_id in trainer.applied] == [1, 2, 3, 4, 5, 6]
     assert trainer.steps == [1, 1, 1]

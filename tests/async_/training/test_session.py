@@ -21,36 +21,34 @@ from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training._async.training.session import Heartbeat, TrainerSession
 from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training.errors import ConnectionFailed
-from tests.stub_trainer import StubTrainer
+from fireworks_training.testing import TrainerServer
 
 CONFIG = FiretitanProvisioningConfig(base_model="accounts/test/models/stub")
 OTHER = FiretitanProvisioningConfig(base_model="accounts/test/models/stub", seed=3)
 
 
 @asynccontextmanager
-async def opened(stub: StubTrainer) -> AsyncIterator[TrainerSession]:
-    server = await stub.start()
-    url = str(server.make_url("")).rstrip("/")
-    owner = OwnerLoop()
-    owner.get()
+async def opened(stub: TrainerServer) -> AsyncIterator[TrainerSession]:
+    async with stub:
+        owner = OwnerLoop()
+        owner.get()
 
-    def make(loop: OwnerLoop) -> Transport:
-        return Transport(owner=loop, base_url=url, api_key="tml-test")
+        def make(loop: OwnerLoop) -> Transport:
+            return Transport(owner=loop, base_url=stub.url, api_key="tml-test")
 
-    transport = make(owner)
-    session = TrainerSession(transport, make, url)
-    try:
-        await session.open(None)
-        yield session
-    finally:
-        await session.close()
-        await transport.close()
-        owner.release()
-        await server.close()
+        transport = make(owner)
+        session = TrainerSession(transport, make, stub.url)
+        try:
+            await session.open(None)
+            yield session
+        finally:
+            await session.close()
+            await transport.close()
+            owner.release()
 
 
 @asynccontextmanager
-async def cut_short() -> AsyncIterator[tuple[StubTrainer, TrainerSession]]:
+async def cut_short() -> AsyncIterator[tuple[TrainerServer, TrainerSession]]:
     """A session in which the making of a model was cancelled while the trainer made it."""
     polled, answers = asyncio.Event(), asyncio.Event()
 
@@ -58,7 +56,7 @@ async def cut_short() -> AsyncIterator[tuple[StubTrainer, TrainerSession]]:
         polled.set()
         await answers.wait()
 
-    stub = StubTrainer(before_poll=hold)
+    stub = TrainerServer(before_poll=hold)
     async with opened(stub) as session:
         making = asyncio.create_task(session.create_model(CONFIG))
         await polled.wait()
@@ -71,17 +69,17 @@ async def cut_short() -> AsyncIterator[tuple[StubTrainer, TrainerSession]]:
 async def test_a_model_whose_making_was_cut_short_is_asked_for_again() -> None:
     async with cut_short() as (stub, session):
         await session.create_model(CONFIG)
-        assert stub.created == [0, 0]  # one model, not two
+        assert stub.models == [0, 0]  # one model, not two
         await session.create_model(OTHER)
         await session.create_model(CONFIG)
-    assert stub.created == [0, 0, 1, 2]
+    assert stub.models == [0, 0, 1, 2]
 
 
 async def test_another_model_than_the_one_that_was_cut_short_is_another() -> None:
     async with cut_short() as (stub, session):
         await session.create_model(OTHER)
         await session.create_model(CONFIG)
-    assert stub.created == [0, 1, 0]
+    assert stub.models == [0, 1, 0]
 
 
 async def test_a_model_that_could_not_be_made_is_not_asked_for_again() -> None:
@@ -90,12 +88,12 @@ async def test_a_model_that_could_not_be_made_is_not_asked_for_again() -> None:
     async def fail(request_id: str) -> web.Response | None:
         return web.json_response(failures.pop()) if failures else None
 
-    stub = StubTrainer(before_poll=fail)
+    stub = TrainerServer(before_poll=fail)
     async with opened(stub) as session:
         with pytest.raises(RequestFailed, match="no memory"):
             await session.create_model(CONFIG)
         await session.create_model(CONFIG)
-    assert stub.created == [0, 1]
+    assert stub.models == [0, 1]
 
 
 # -- heartbeat -------------------------------------------------------------------------------------
@@ -104,23 +102,21 @@ async def test_a_model_that_could_not_be_made_is_not_asked_for_again() -> None:
 async def test_refused_heartbeats_are_told_of_at_once_and_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    stub = StubTrainer(refuses_beats=True)
-    server = await stub.start()
-    url = str(server.make_url("")).rstrip("/")
-    beat = Heartbeat(
-        lambda owner: Transport(owner=owner, base_url=url, api_key="tml-test"),
-        url,
-        "session-1",
-        period=0.001,
-    )
-    with caplog.at_level(logging.WARNING, "fireworks_training.trainer"):
-        beat.start()
-        await stub.until(lambda: stub.counts["session_heartbeat"] > 5)
-        await beat.stop()
-    await server.close()
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "no heartbeat for 0 s" in said
-    assert "the session has ended" in said
+    stub = TrainerServer(session_ended=True)
+    async with stub:
+        beat = Heartbeat(
+            lambda owner: Transport(owner=owner, base_url=stub.url, api_key="tml-test"),
+            stub.url,
+            "session-1",
+            period=0.001,
+        )
+        with caplog.at_level(logging.WARNING, "fireworks_training.trainer"):
+            beat.start()
+            await stub.until(lambda: stub.counts["session_heartbeat"] > 5)
+            await beat.stop()
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert "no heartbeat for 0 s" in said
+        assert "the session has ended" in said
 
 
 @pytest.mark.parametrize("first", [0.02, 30.0])
@@ -161,17 +157,17 @@ async def test_a_cancelled_stop_gives_the_portal_back(monkeypatch: pytest.Monkey
         release(owner)
 
     monkeypatch.setattr(OwnerLoop, "release", noted)
-    stub = StubTrainer()
-    server = await stub.start()
-    url = str(server.make_url("")).rstrip("/")
-    beat = Heartbeat(
-        lambda owner: Transport(owner=owner, base_url=url, api_key="tml-test"), url, "session-1"
-    )
-    beat.start()
-    stopping = asyncio.create_task(beat.stop())
-    await asyncio.sleep(0)
-    stopping.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await stopping
-    assert released == [beat._owner]
-    await server.close()
+    stub = TrainerServer()
+    async with stub:
+        beat = Heartbeat(
+            lambda owner: Transport(owner=owner, base_url=stub.url, api_key="tml-test"),
+            stub.url,
+            "session-1",
+        )
+        beat.start()
+        stopping = asyncio.create_task(beat.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert released == [beat._owner]

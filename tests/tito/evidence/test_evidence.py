@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fireworks_training import InvalidArgument, TITOError
+from fireworks_training.testing import CompletionsServer
 from fireworks_training.tito import (
     TITODistribution,
     TITOFailureTraceConfig,
@@ -28,7 +29,6 @@ from fireworks_training.tito import (
 from fireworks_training.tito.evidence import failure_traces
 from fireworks_training.tito.evidence.journal import Journal
 from tests.async_.sampling.support import until
-from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars
 from tests.tito.support import ask, says, user
 
@@ -64,7 +64,7 @@ def modes(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("redact", [False, True])
 async def test_the_log_holds_a_trajectory_in_order(
-    server: CompletionServer, sidecars: Sidecars, tmp_path: Path, redact: bool
+    server: CompletionsServer, sidecars: Sidecars, tmp_path: Path, redact: bool
 ) -> None:
     server.otherwise = says("one")
     log = sink(tmp_path, redact_text=redact, run_id="r", writer_id="w")
@@ -140,7 +140,7 @@ async def test_an_event_is_told_though_its_teller_is_cancelled(
 
 
 async def test_evidence_that_does_not_fit_fails_the_call_and_not_in_silence(
-    server: CompletionServer, sidecars: Sidecars, tmp_path: Path
+    server: CompletionsServer, sidecars: Sidecars, tmp_path: Path
 ) -> None:
     server.otherwise = says("one")
 
@@ -204,7 +204,7 @@ def config(folder: Path, **options: Any) -> TITOFailureTraceConfig:
 
 
 async def test_a_failed_trajectory_is_kept_and_can_be_trained_on_its_bytes(
-    server: CompletionServer, sidecars: Sidecars, tmp_path: Path
+    server: CompletionsServer, sidecars: Sidecars, tmp_path: Path
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(failure_trace_config=config(tmp_path, max_failed_traces=2))

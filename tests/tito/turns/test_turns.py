@@ -12,13 +12,13 @@ import pytest
 
 import fireworks_training
 from fireworks_training import ChatTemplateRenderer, DeploymentSampler, TITOError, rollout_datum
+from fireworks_training.testing import CompletionsServer
 from fireworks_training.tito import (
     TITOIncrementalPrompt,
     TITOTrajectoryArtifact,
     TITOTurn,
     TrajectoryDriftPolicy,
 )
-from tests.stub_completions import CompletionServer
 from tests.tito.conftest import Sidecars
 from tests.tito.support import END, Characters, ask, assistant, says, user
 
@@ -50,7 +50,7 @@ def rows_are_true(artifact: TITOTrajectoryArtifact) -> None:
 
 @pytest.mark.parametrize("mode", ["full_history", "incremental"])
 async def test_a_history_sent_back_as_it_was_is_appended_to(
-    server: CompletionServer, sidecars: Sidecars, mode: str
+    server: CompletionsServer, sidecars: Sidecars, mode: str
 ) -> None:
     sidecar = await sidecars(prompt_mode=mode)
     endpoint = await sidecar.create_trajectory_async()
@@ -82,7 +82,7 @@ async def test_a_history_sent_back_as_it_was_is_appended_to(
 
 
 async def test_text_that_tokenizes_otherwise_is_masked_or_kept_exact(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     odd = [7001, 7002]  # what the text "ab" is not encoded as
     for mode, disposition in (("full_history", "realign"), ("incremental", "append")):
@@ -106,7 +106,7 @@ async def test_text_that_tokenizes_otherwise_is_masked_or_kept_exact(
 
 
 async def test_an_answer_cut_by_its_length_gets_its_end_of_turn_without_loss(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     sidecar = await sidecars(prompt_mode="incremental")
     endpoint = await sidecar.create_trajectory_async()
@@ -132,7 +132,7 @@ async def test_an_answer_cut_by_its_length_gets_its_end_of_turn_without_loss(
     ids=["context", "answer", "truncated"],
 )
 async def test_an_edited_history_starts_anew_or_is_rejected(
-    server: CompletionServer,
+    server: CompletionsServer,
     sidecars: Sidecars,
     edited: list[dict[str, Any]],
     reason: str,
@@ -169,7 +169,7 @@ class Forgetful(Characters):
 
 
 async def test_a_drift_that_masks_too_much_starts_a_new_segment(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("<think>long thoughts</think>42")
     for bound, segments in ((1024, 1), (3, 2)):
@@ -187,7 +187,7 @@ async def test_a_drift_that_masks_too_much_starts_a_new_segment(
 
 
 async def test_other_tools_are_another_segment(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(prompt_mode="incremental")
@@ -208,7 +208,7 @@ class Liar(ChatTemplateRenderer):
 
 
 async def test_a_renderer_that_drops_exact_tokens_is_caught(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(renderer=Liar(Characters()), prompt_mode="incremental")
@@ -221,7 +221,7 @@ async def test_a_renderer_that_drops_exact_tokens_is_caught(
 
 
 async def test_tool_calls_come_back_as_calls_and_their_tokens_stay(
-    server: CompletionServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     call = '<tool_call>\n{"name": "look", "arguments": {"b": 1, "a": "x"}}\n</tool_call>'
     server.script = [says(f"Let me see.{call}"), says("done"), says("<tool_call>{oops</tool_call>")]
@@ -255,7 +255,7 @@ async def test_tool_calls_come_back_as_calls_and_their_tokens_stay(
 
 
 async def test_auxiliary_calls_are_answered_and_leave_no_tokens(
-    server: CompletionServer, sidecars: Sidecars, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer, sidecars: Sidecars, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.otherwise = says("one")
     sidecar = await sidecars(
@@ -275,7 +275,7 @@ async def test_auxiliary_calls_are_answered_and_leave_no_tokens(
 
 
 async def test_the_readmes_snippet_runs(
-    server: CompletionServer, sampler: DeploymentSampler
+    server: CompletionsServer, sampler: DeploymentSampler
 ) -> None:
     (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "TITO" in s]
     server.otherwise = says("one")
@@ -303,7 +303,7 @@ async def test_the_readmes_snippet_runs(
 
 @pytest.mark.parametrize("damage", [b"", b"TITOART\x01no", b"TITOART\x02"])
 async def test_an_artifact_survives_a_file(
-    server: CompletionServer, sidecars: Sidecars, damage: bytes
+    server: CompletionsServer, sidecars: Sidecars, damage: bytes
 ) -> None:
     server.otherwise = says("öne")
     sidecar = await sidecars()

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fireworks_training._perf_metrics import request_id_of
 from fireworks_training._wire.completions.chunks import (
     CompletionAssembler,
     server_metrics,
@@ -31,7 +32,6 @@ from fireworks_training.errors import (
     ServerFailed,
 )
 from fireworks_training.models import SampledCompletion, ServerMetrics
-from fireworks_training.server_metrics import request_id_of
 
 MODEL = "accounts/a/deployments/d"
 

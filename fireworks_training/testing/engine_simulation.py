@@ -1,7 +1,6 @@
-"""Fakes for tests of this package and of code that uses it.
+"""Runs a concurrency window against an engine of so many slots, in virtual time.
 
-`ManualClock` stands in for a steady clock: it moves only when a test says so. `simulate_engine`
-runs a concurrency window against an engine of so many slots, in virtual time.
+Knows queues, slots and network times; the law of the window is the window's.
 """
 
 from __future__ import annotations
@@ -13,47 +12,50 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
-from fireworks_training._core.window.aimd import FixedWindow
-from fireworks_training.errors import InvalidArgument
+from fireworks_training._core.window.aimd import AdaptiveWindow, FixedWindow
+from fireworks_training._core.window.settings import AimdSettings
 from fireworks_training.models import ServerMetrics
 
-__all__ = ["EngineRun", "ManualClock", "simulate_engine"]
 
+class Window(Protocol):
+    """A concurrency window as a simulation needs it: who may send, and when."""
 
-class ManualClock:
-    """A steady clock in seconds that moves only by `advance`.
+    @property
+    def size(self) -> int:
+        """Requests that may be in flight."""
+        ...
 
-    Pass it where a clock is taken: `AdaptiveConcurrencyController(clock=ManualClock())`.
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may be sent."""
+        ...
 
-    Args:
-        start: its first reading.
-    """
+    def admit(self) -> None:
+        """Take a slot for a request."""
+        ...
 
-    def __init__(self, start: float = 0.0) -> None:
-        self._now = start
+    def hold_back(self, now: float, /) -> float:
+        """Seconds that a request admitted now is held back before it is sent."""
+        ...
 
-    def __call__(self) -> float:
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        """Move on; never backwards."""
-        if seconds < 0:
-            raise InvalidArgument(f"a steady clock can't go back by {-seconds} s")
-        self._now += seconds
+    def release(self, metrics: ServerMetrics | None, now: float, /) -> None:
+        """Give a slot back, with what the attempt cost."""
+        ...
 
 
 @dataclass(slots=True)
 class EngineRun:
-    """What a simulated engine saw.
+    """The record of a simulated engine.
 
     Attributes:
         seconds: virtual time until the last answer.
-        busy: share of the slot-seconds that were used, from the first request to the last that was
-            sent.
-        queues: seconds that each request queued, by the time it was answered.
-        windows: (time, window) at each change.
-        refused: requests that were refused with 429.
+        busy: share of the slot-seconds that were used, from the first request to the last one sent.
+        queues: for each request, in the order of the answers: time of the answer, and the seconds
+            that it queued.
+        windows: time and size of the window at the start and at each change.
+        refused: number of requests that were refused with 429.
     """
 
     seconds: float = 0.0
@@ -63,17 +65,22 @@ class EngineRun:
     refused: int = 0
 
     def queue_quantile(self, share: float, *, after: float = 0.0) -> float:
-        """Queue time that a share of the requests stayed below, of those answered after a time."""
+        """Compute the seconds that a share of the requests queued at most.
+
+        Args:
+            share: share of the requests, 0 to 1.
+            after: virtual time in seconds; requests that were answered before don't count.
+        """
         queues = sorted(queue for at, queue in self.queues if at >= after)
         return queues[min(len(queues) - 1, int(share * len(queues)))] if queues else 0.0
 
 
 class _Simulation:
-    """One run: a program with endless work, a window, an engine, and the time between them."""
+    """Plays one run of a program with endless work, its window and an engine, event by event."""
 
     def __init__(
         self,
-        window: FixedWindow,
+        window: Window,
         slots: Callable[[float], int],
         service: Callable[[], float],
         queue_limit: int | None,
@@ -159,7 +166,7 @@ class _Simulation:
         self.send()
         while self.events:
             when, _, event = heapq.heappop(self.events)
-            if self.left:  # the end, when there is no work to fill the slots with, counts for none
+            if self.left:  # the end has no work to fill the slots with: it doesn't count
                 slots, span = self.slots(self.now), when - self.now
                 self.used += min(self.running, slots) * span
                 self.offered += slots * span
@@ -171,7 +178,7 @@ class _Simulation:
 
 
 def simulate_engine(
-    window: FixedWindow,
+    window: Window | AimdSettings | int,
     *,
     slots: int | Callable[[float], int],
     service: float,
@@ -186,16 +193,20 @@ def simulate_engine(
     """Run a window against an engine in virtual time; there is always more work than it admits.
 
     Args:
-        window: a window of `_core.aimd`, as the concurrency controllers hold.
-        slots: requests that the engine serves at once, as a number or by the time.
+        window: the arguments of an `AdaptiveConcurrencyController` as `AimdSettings(...)`; or the
+            size of a fixed window; or a window of your own, which keeps what it learns.
+        slots: requests that the engine serves at once, as a number or by the time in seconds.
         service: seconds of one request.
-        requests: how many.
+        requests: how many requests are served in all.
         jitter: service times are uniform within this share of `service`, both ways.
-        seed: of the jitter.
+        seed: seed of the jitter.
         queue_limit: requests that may queue before the engine answers 429; None: any number.
         reports_queue: whether the engine reports queue times, as dedicated deployments do.
         network: seconds each way.
         lag: seconds from an admission until the request is sent: a program's loop is busy.
+
+    Raises:
+        InvalidArgument: the size of the window is less than 1.
     """
     random_source = random.Random(seed)  # noqa: S311 - a simulation, no secret
 
@@ -205,5 +216,9 @@ def simulate_engine(
     def capacity(now: float) -> int:
         return slots if isinstance(slots, int) else slots(now)
 
+    if isinstance(window, int):
+        window = FixedWindow(window)
+    elif isinstance(window, AimdSettings):
+        window = AdaptiveWindow(window)
     simulation = _Simulation(window, capacity, seconds, queue_limit, reports_queue, network, lag)
     return simulation.play(requests)
