@@ -45,6 +45,17 @@ from fireworks_training import (
     supervised_datum,
     write_evaluation,
 )
+from fireworks_training.testing import (
+    AimdSettings,
+    CharacterTokenizer,
+    CompletionsServer,
+    ControlPlaneServer,
+    EngineRun,
+    ManualClock,
+    TrainerServer,
+    simulate_engine,
+)
+from fireworks_training.testing.completions_server import completes, status
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -167,3 +178,18 @@ def wrappers(
     assert_type(sampler.tokenizer, Tokenizer | None)
     made = service.create_inference_deployment_sampler(deployment)
     assert_type(made, DeploymentSampler)
+
+
+async def servers_for_tests() -> None:
+    trainer, completions = TrainerServer(failing={1}), CompletionsServer(script=[status(429)])
+    completions.otherwise = completes([7], "7")
+    async with ControlPlaneServer(trainer, completions) as platform:
+        assert_type(platform, ControlPlaneServer)
+        assert_type(platform.url, str)
+        assert_type(trainer.applied, list[tuple[str, int]])
+    with CompletionsServer() as server:
+        assert_type(server, CompletionsServer)
+    AdaptiveConcurrencyController(clock=ManualClock())
+    run = simulate_engine(AimdSettings(initial_window=4), slots=8, service=0.5, requests=100)
+    assert_type(run, EngineRun)
+    DeploymentSampler("http://localhost", "m", "key", tokenizer=CharacterTokenizer())

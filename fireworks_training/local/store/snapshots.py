@@ -119,7 +119,7 @@ class Manifest(BaseModel):
 
     @property
     def consistent(self) -> bool:
-        """Whether it has what its kind needs, and nothing else."""
+        """True when the manifest has what its kind needs, and nothing else."""
         links = (self.predecessor is not None, self.predecessor_sha256 is not None)
         return (self.lora is not None) == (self.kind == "lora") and set(links) == {
             self.kind == "delta"

@@ -121,7 +121,7 @@ class CheckpointNote:
 
     @property
     def expired(self) -> bool:
-        """Whether its time is over."""
+        """True once the checkpoint's time is over."""
         return self.expires_at is not None and datetime.fromisoformat(self.expires_at) <= now()
 
 

@@ -76,7 +76,7 @@ class CompletionBody(BaseModel):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether each token comes with its logprobs. A number asks for them too, 0 included."""
+        """True when each token comes with its logprobs. A number asks for them too, 0 included."""
         given = self.logprobs is not None and self.logprobs is not False
         return given or self.top_count > 0
 

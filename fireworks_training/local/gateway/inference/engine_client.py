@@ -151,7 +151,7 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the connection has ended."""
+        """True once the connection has ended."""
         return self._closed.is_set()
 
     async def close(self, *, stop: bool = False) -> None:
@@ -178,7 +178,7 @@ class EngineClient(asyncio.Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether the engine would take one more request."""
+        """True while the engine would take one more request."""
         limits = self._limits
         return limits is None or len(self._streams) < limits.max_slots + limits.max_waiting
 
