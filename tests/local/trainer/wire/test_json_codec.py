@@ -9,9 +9,10 @@ import numpy as np
 import orjson
 import pytest
 
+from fireworks_training._core.operations import Role
 from fireworks_training.local.model.losses import LOSSES
 from fireworks_training.local.model.optimizer import AdamSettings
-from fireworks_training.local.trainer.queue.line import Failure, Role
+from fireworks_training.local.trainer.queue.line import Failure
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     LoadState,
@@ -59,7 +60,7 @@ def test_a_pass() -> None:
         datum([1, 2], [2, 3], **RL), loss="ppo", loss_fn_config={"clip_low_threshold": 0.5}
     )
     submission = submitted("forward_backward", {**body, "comms": "v2", "type": "forward_backward"})
-    assert (submission.model_id, submission.seq_id, submission.role) == ("m", 3, Role.ADDS)
+    assert (submission.model_id, submission.seq_id, submission.role) == ("m", 3, Role.GRADIENT)
     operation = submission.operation
     assert isinstance(operation, Pass)
     assert operation.backward
