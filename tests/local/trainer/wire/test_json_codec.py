@@ -9,9 +9,10 @@ import numpy as np
 import orjson
 import pytest
 
+from fireworks_training._core.operations import Role
 from fireworks_training.local.model.losses import LOSSES
 from fireworks_training.local.model.optimizer import AdamSettings
-from fireworks_training.local.trainer.queue.line import Failure, Role
+from fireworks_training.local.trainer.queue.line import Failure
 from fireworks_training.local.trainer.queue.operations import (
     Answer,
     LoadState,
