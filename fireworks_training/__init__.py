@@ -1,7 +1,8 @@
 """Train a language model on a remote trainer, hot-load its snapshots, sample from them.
 
 Everything public stands here. Names are loaded when they are first used, so that importing the
-package costs next to nothing; type checkers see the real imports.
+package costs next to nothing; type checkers see the real imports. A new name of a module of values
+(`_VALUES`) needs its line in `__all__` and no other.
 """
 
 from __future__ import annotations
@@ -30,130 +31,19 @@ if TYPE_CHECKING:
     from fireworks_training._sync.service import FiretitanServiceClient
     from fireworks_training._sync.training.client import FiretitanTrainingClient
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
-    from fireworks_training.config import (
-        CleanUp,
-        FiretitanProvisioningConfig,
-        ProvisioningOptions,
-        SnapshotDtype,
-        TransitionType,
-        WireDialect,
-    )
-    from fireworks_training.data import (
-        ChatTokenizer,
-        chat_datum,
-        check_alignment,
-        check_normalization,
-        completion_datum,
-        rl_datum,
-        rollout_datum,
-        supervised_datum,
-    )
-    from fireworks_training.errors import (
-        ApiError,
-        ApiStatusError,
-        AuthenticationFailed,
-        ClientClosed,
-        Conflict,
-        ConnectionFailed,
-        DeploymentSamplerTimeoutError,
-        Fault,
-        FireworksTrainingError,
-        GradientsInDoubt,
-        HotLoadFailed,
-        HotLoadTimeout,
-        InvalidArgument,
-        InvalidDatum,
-        LocalPlatformError,
-        LossFailed,
-        MissingExtra,
-        NotFound,
-        NotSupported,
-        OperationCancelled,
-        OperationError,
-        OwnerLoopGone,
-        PrecedingOperationFailed,
-        ProtocolError,
-        ProvisioningError,
-        ProvisioningTimeout,
-        RateLimited,
-        RequestFailed,
-        RequestTimedOut,
-        SamplingClientClosedError,
-        SamplingError,
-        SamplingRequestError,
-        ServerFailed,
-        SessionEnded,
-        SessionLost,
-        TrainerLost,
-        UnknownOption,
-        UsageError,
-        WeightsDrifted,
-        WeightSyncError,
-        WrongLoop,
-    )
-    from fireworks_training.evaluation import (
-        EvaluatedSample,
-        Evaluation,
-        read_evaluation,
-        write_evaluation,
-    )
-    from fireworks_training.events import (
-        AckEvent,
-        Event,
-        EventKind,
-        FailureEvent,
-        FinishEvent,
-        LoopBlockedEvent,
-        OnEvent,
-        RetryEvent,
-        SubmitEvent,
-        SwapEvent,
-        SyncEvent,
-        SyncStage,
-        WindowEvent,
-    )
-    from fireworks_training.futures import APIFuture, SampleCall
-    from fireworks_training.models import (
-        CheckpointInfo,
-        DeploymentInfo,
-        FinishReason,
-        HeldResource,
-        ModelInfo,
-        Observation,
-        OperationInfo,
-        ReplicaStatus,
-        SampledCompletion,
-        SampledRequestResult,
-        SampledServerAttempt,
-        SaveSamplerResult,
-        ServerMetrics,
-        Snapshot,
-        SnapshotKind,
-        TokenDelta,
-        TrainerJobInfo,
-        TrainingProfile,
-        WeightSyncResult,
-    )
-    from fireworks_training.options import (
-        CheckpointType,
-        Conversation,
-        DeploymentConfig,
-        GradNorms,
-        LossConfig,
-        LossFunction,
-        Normalization,
-        OnDrift,
-        Output,
-        Pooling,
-        RetryConfig,
-        SamplingOptions,
-        Tokenizer,
-    )
+    from fireworks_training.config import *
+    from fireworks_training.data import *
+    from fireworks_training.errors import *
+    from fireworks_training.evaluation import *
+    from fireworks_training.events import *
+    from fireworks_training.futures import *
+    from fireworks_training.models import *
+    from fireworks_training.options import *
     from fireworks_training.tito.rendering.chat_template import ChatTemplateRenderer
     from fireworks_training.tito.sidecar import TITOSidecar
     from fireworks_training.tito.values.errors import TITOError
     from fireworks_training.tito.values.records import TITOTrajectoryArtifact
-    from fireworks_training.usage import RunState, RunUsage, Usage
+    from fireworks_training.usage import *
 
 _HOMES = {
     "AdaptiveConcurrencyController": "_async.sampling.concurrency",

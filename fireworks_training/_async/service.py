@@ -15,32 +15,28 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
-from fireworks_training._async.official_names import OfficialServiceNames
 from fireworks_training._async.platform.platform import Platform
-from fireworks_training._async.resources.plans import (
-    reference_config,
-    separate_reference,
-)
+from fireworks_training._async.resources.plans import separate_reference
 from fireworks_training._async.resources.provisioner import Provisioner
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
-from fireworks_training._async.sampling.retry_config import RetryConfig, retries_of, window_of
+from fireworks_training._async.sampling.retry_config import retries_of, window_of
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.training.data_plane import DataPlane
-from fireworks_training._async.training.factory import ModelOptions, TrainingClients
-from fireworks_training._async.training.references import ReferenceClients
+from fireworks_training._async.training.factory import (
+    ModelOptions,
+    ReferenceClients,
+    TrainingClients,
+)
+from fireworks_training._async.training.official_service_names import OfficialServiceNames
 from fireworks_training._async.weights.deployment import ServedDeployment
-from fireworks_training._async.weights.publisher import OnDrift, WeightPublisher
+from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training.config import (
     CleanUp,
     Endpoint,
@@ -54,6 +50,7 @@ from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupporte
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
+from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig
 from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
@@ -95,27 +92,17 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         self._provisioner = Provisioner(self._platform, config)
         self._deployment = ServedDeployment(self._platform, config, self._provisioner)
         self._publisher = WeightPublisher(self._owner, self._deployment, events)
-        clients = partial(
-            TrainingClients,
+        self._trainers = TrainingClients(
             self._platform,
+            config,
+            resources=self._provisioner.provisioned,
             revive=self._provisioner.revive,
             owner=self._owner,
             publisher=self._publisher,
-        )
-        self._trainers = clients(
-            config,
-            resources=self._provisioner.provisioned,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
         )
-        self._references = ReferenceClients(
-            config,
-            self._trainers,
-            separate=lambda: clients(
-                reference_config(config), resources=self._provisioner.reference
-            ),
-            release=self._provisioner.release_references,
-        )
+        self._references = ReferenceClients(config, self._trainers, self._provisioner)
         self._closed = False
         self._closing: asyncio.Task[BaseException | None] | None = None
 
@@ -298,11 +285,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         """
         return await self._on_owner(
             lambda: self._trainers.from_state(
-                ModelOptions(lora_rank=lora_rank),
-                path,
-                optimizer=False,
-                weights_access_token=weights_access_token,
-                user_metadata=user_metadata,
+                path, user_metadata, weights_access_token, lora_rank, optimizer=False
             ),
             "create_training_client_from_state",
         )
@@ -321,11 +304,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         """
         return await self._on_owner(
             lambda: self._trainers.from_state(
-                ModelOptions(lora_rank=lora_rank),
-                path,
-                optimizer=True,
-                weights_access_token=weights_access_token,
-                user_metadata=user_metadata,
+                path, user_metadata, weights_access_token, lora_rank, optimizer=True
             ),
             "create_training_client_from_state_with_optimizer",
         )
@@ -342,14 +321,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             InvalidArgument: another model, or a full-parameter service, whose trainer no longer
                 holds the base weights: use `create_reference_client`.
         """
-        self._check_model(base_model)
-        if separate_reference(self._config) and not self._config.lora_rank:
-            raise InvalidArgument(
-                "a full-parameter trainer holds no base model beside the one it trains: "
-                "create_reference_client gives it a trainer of its own"
-            )
         return await self._on_owner(
-            lambda: self._trainers.base(user_metadata), "create_base_training_client"
+            lambda: self._references.base(base_model, user_metadata), "create_base_training_client"
         )
 
     async def create_reference_client(
@@ -377,16 +350,9 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             InvalidArgument: as said above.
             ProvisioningError: the reference trainer did not come up.
         """
-        self._check_model(base_model)
-        if lora_rank not in (None, self._config.lora_rank):
-            raise InvalidArgument(
-                f"lora_rank={lora_rank}, but the policy's is {self._config.lora_rank}"
-            )
-        if self._config.max_lora_rank is not None and policy_client is None:
-            raise InvalidArgument("policy_client= is needed: this service trains several models")
-        self._check_client("policy_client", policy_client)
         return await self._on_owner(
-            lambda: self._references.client(user_metadata), "create_reference_client"
+            lambda: self._references.client(base_model, lora_rank, policy_client, user_metadata),
+            "create_reference_client",
         )
 
     async def release_references(self) -> None:
@@ -415,7 +381,6 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             InvalidArgument: the trainer is not lost, or this client was recovered already.
             ProvisioningError: the job could not be started again.
         """
-        self._check_client("lost", lost)
         return await self._on_owner(
             lambda: self._trainers.recovered(lost), "recover_training_client"
         )
@@ -445,7 +410,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         Raises:
             HotLoadFailed, HotLoadTimeout: the snapshot did not become live.
         """
-        self._check_client("training_client", training_client)
+        self._trainers.check_owns("training_client", training_client)
         return await self._on_owner(
             lambda: self._deployment.of_deployment(model_path, tokenizer, concurrency_controller),
             "create_deployment_sampler",
@@ -581,14 +546,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         Raises:
             InvalidArgument: no training client was made, or it is of another service.
         """
-        self._check_client("training_client", training_client)
-        client = training_client or self._trainers.made
-        if client is None:
-            raise InvalidArgument(
-                "there is nothing to sync: call create_training_client() first, or name the "
-                "training_client"
-            )
-        return client.weight_sync(name, on_drift=on_drift)
+        return self._trainers.to_sync(training_client).weight_sync(name, on_drift=on_drift)
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model: the platform's own where it serves one, else
@@ -613,7 +571,6 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         job = job_id or self.trainer_job_id or self._config.trainer_job_id
         if job is None:
             raise InvalidArgument("no trainer job yet: pass job_id=")
-
         return await self._on_plane(
             lambda plane: plane.list_checkpoints(job, page_size=page_size), "list_checkpoints"
         )
@@ -658,15 +615,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
 
     async def get_server_capabilities(self) -> dict[str, Any]:
         """What the trainer says that it can do, as it says it; provisions the trainer."""
-
-        async def ask() -> dict[str, Any]:
-            resources = await self._provisioner.provisioned()
-            url = await self._platform.trainer_url(resources.job_id)
-            return await DataPlane(self._platform.transport, url).get(
-                "get_server_capabilities", what="get_server_capabilities"
-            )
-
-        return await self._on_owner(ask, "get_server_capabilities")
+        return await self._on_owner(self._trainers.server_capabilities, "get_server_capabilities")
 
     # -- what it has -------------------------------------------------------------------------------
 
@@ -729,13 +678,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     def max_context_length(self) -> int | None:
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
         resources = self._provisioner.resources
-        job, profile = resources.job, resources.profile
-        told = [
-            job.max_context_length if job else None,
-            self._config.max_context_length,
-            profile.max_context_length if profile else None,
-        ]
-        return next((length for length in told if length is not None), None)
+        return resources.max_context_length(self._config.max_context_length)
 
     def requires_initial_sampler_sync(self) -> bool:
         """Whether the deployment was found, so that it may serve another run's weights until a
@@ -758,13 +701,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        await self._close(quiet=exc is not None)
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        await self._close(quiet=error is not None)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else (self.trainer_job_id or "not provisioned")
@@ -773,33 +711,25 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     async def _close(self, *, quiet: bool) -> None:
         self._closed = True
         if self._owner.bound is None or (self._closing is not None and self._closing.done()):
-            return  # nothing was ever asked of it, or everything has been given back
+            return  # nothing was ever asked of it, or everything has been released
         await self._owner.run(lambda: self._close_once(quiet), label="close")
 
     async def _close_once(self, quiet: bool) -> None:
         if self._closing is None:
-            self._closing = asyncio.create_task(self._give_everything_back(drain=not quiet))
+            self._closing = asyncio.create_task(self._release_everything(drain=not quiet))
         error = await asyncio.shield(self._closing)
         if error is not None and not quiet and not was_retrieved(error):
             mark_retrieved(error)  # raised once: a second close is quiet
             raise error
 
-    async def _record_usage(self) -> None:
-        """Keep what was used, for `fireworks-training usage`."""
-        await self._provisioner.recorder.finish(self._platform.release_usage())
-
-    async def _give_everything_back(self, *, drain: bool) -> BaseException | None:
+    async def _release_everything(self, *, drain: bool) -> BaseException | None:
         """Close in order, whatever fails on the way; the error worth raising."""
         errors = list[BaseException]()
-
-        async def clean_up() -> None:
-            errors.extend(await self._provisioner.clean_up())
-
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._owner.release)
             stack.push_async_callback(self._platform.close)
-            stack.push_async_callback(clean_up)
-            stack.push_async_callback(self._record_usage)
+            stack.push_async_callback(self._provisioner.clean_up, errors)
+            stack.push_async_callback(self._provisioner.record_usage)
             stack.push_async_callback(self._publisher.close)
             stack.push_async_callback(self._deployment.close)
             for clients in (self._references, self._trainers):
@@ -813,17 +743,6 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         return errors[0] if errors else None
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _check_model(self, base_model: str | None) -> None:
-        if base_model not in (None, self._config.base_model):
-            raise InvalidArgument(
-                f"base_model={base_model!r}, but the service was made for "
-                f"{self._config.base_model!r}: make another service for another model"
-            )
-
-    def _check_client(self, name: str, client: AsyncFiretitanTrainingClient | None) -> None:
-        if client is not None and not self._trainers.owns(client):
-            raise InvalidArgument(f"{name} is a client of another service: pass one of this one")
 
     async def _on_owner(self, factory: Callable[[], Coroutine[Any, Any, T]], label: str) -> T:
         if self._closed:

@@ -6,23 +6,20 @@ Written by `python -m fireworks_training._generate_sync`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
-from fireworks_training._async.sampling.retry_config import RetryConfig
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.service import AsyncFiretitanServiceClient
-from fireworks_training._async.weights.publisher import OnDrift
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.training.client import FiretitanTrainingClient
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
+from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig
 from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
@@ -615,13 +612,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         self._run(self._async.__aenter__)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._run(self._async.__aexit__, exc_type, exc, tb)
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._run(self._async.__aexit__, kind, error, traceback)
 
     def create_lora_training_client(
         self,

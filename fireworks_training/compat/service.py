@@ -24,7 +24,7 @@ from fireworks_training.models import CheckpointInfo, ModelInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fireworks_training._async.sampling.retry_config import RetryConfig
+    from fireworks_training.options import RetryConfig
 
 P = ParamSpec("P")
 S = TypeVar("S")

@@ -13,15 +13,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from fireworks_training._sync.training import client as blocking
-from fireworks_training.errors import NotSupported
-from fireworks_training.models import SaveSamplerResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fireworks_training._async.sampling.retry_config import RetryConfig
     from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
-    from fireworks_training.futures import APIFuture
+    from fireworks_training.options import RetryConfig
 
 ExportPrecision = Literal["source", "bf16", "nvfp4", "mxfp8", "fp8_block128"]
 DEFAULT_MERGED_BASE_EXPORT_PRECISION: ExportPrecision = "source"
@@ -68,45 +65,6 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         named = cls._wrap(client._async)
         named._service = service
         return named
-
-    # -- snapshots ---------------------------------------------------------------------------------
-
-    async def save_weights_for_sampler_async(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        *,
-        checkpoint_type: Any = None,
-        export_precision: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> APIFuture[Any]:
-        """Call `save_weights_for_sampler`; awaited, gives its future."""
-        return self.save_weights_for_sampler(
-            name,
-            ttl_seconds,
-            checkpoint_type=checkpoint_type,
-            export_precision=export_precision,
-            metadata=metadata,
-        )
-
-    def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: Any = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> SaveSamplerResult:
-        """Call `save_weights_for_sampler` and wait for it; the snapshot's path and name.
-
-        Raises:
-            NotSupported: `ttl_seconds` or `metadata` is given.
-        """
-        if metadata is not None:
-            raise NotSupported("metadata is not supported with a snapshot; leave it out")
-        return super().save_weights_for_sampler_ext(
-            name, checkpoint_type, ttl_seconds, export_precision
-        )
 
     def resolve_checkpoint_path(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, checkpoint_name: str, source_job_id: str | None = None

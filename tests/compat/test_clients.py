@@ -32,6 +32,7 @@ from fireworks_training.compat import (
 from fireworks_training.errors import InvalidArgument, NotSupported, RequestFailed
 from tests.conftest import RunningPlatform
 from tests.interop.record import Exchange, passing
+from tests.tinker_server import tinker_server
 
 
 def datum() -> Datum:
@@ -202,6 +203,22 @@ async def test_a_snapshots_name_is_the_one_that_was_sent(
     assert [saved.snapshot_name] == sent
     assert saved.snapshot_name.startswith("compat-named-")
     assert saved.path == saved.snapshot_name  # this platform adds nothing to it
+
+
+@SDKS
+async def test_a_snapshots_name_on_a_server_that_adds_to_it(
+    platform: RunningPlatform, package: ModuleType
+) -> None:
+    def save(url: str) -> Any:
+        with package.FiretitanServiceClient.from_tinker_server(
+            platform.model, base_url=url, api_key=platform.api_key, lora_rank=4
+        ) as service:
+            return service.create_training_client().save_weights_for_sampler_ext("compat-added")
+
+    async with tinker_server(platform) as (url, _):
+        saved = await asyncio.to_thread(save, url)
+    assert saved.snapshot_name.startswith("compat-added-")
+    assert saved.path.endswith(f".{saved.snapshot_name}")
 
 
 def test_weights_are_saved_loaded_sampled_and_promoted(

@@ -56,7 +56,7 @@ def test_a_window_of_ones_own() -> None:
         def admit(self) -> None:
             self.in_flight += 1
 
-        def delay(self, now: float) -> float:
+        def hold_back(self, now: float) -> float:
             return 0.0
 
         def release(self, metrics: ServerMetrics | None, now: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fireworks_training._async.control_plane.bodies import present
-from fireworks_training.options import DeploymentConfig as DeploymentConfig
+from fireworks_training.options import DeploymentConfig
 
 
 def create_body(config: DeploymentConfig) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The connection pool of a service: requests and their retries, time limits, open files."""

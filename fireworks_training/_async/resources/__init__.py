@@ -1,0 +1,1 @@
+"""The trainers and deployments of a run: planned, provisioned, owned, recorded and deleted."""

@@ -21,11 +21,7 @@ from fireworks_training._async.control_plane.bodies import (
     job_query,
 )
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import (
-    DeploymentConfig,
-    create_body,
-    create_query,
-)
+from fireworks_training._async.control_plane.deployment_config import create_body, create_query
 from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._async.resources.ownership import Claim, Role, RunResources
 from fireworks_training._async.resources.readiness import deployment_ready, trainer_ready
@@ -42,6 +38,7 @@ from fireworks_training.errors import (
     ProvisioningError,
 )
 from fireworks_training.models import DeploymentInfo, TrainerJobInfo, TrainingProfile
+from fireworks_training.options import DeploymentConfig
 
 logger = logging.getLogger("fireworks_training.provisioning")
 
@@ -67,6 +64,16 @@ class Resources:
     deployment: DeploymentInfo | None = None
     reference: Resources | None = None
     stale: bool = False
+
+    def max_context_length(self, configured: int | None) -> int | None:
+        """Tokens of a sequence that the trainer takes at most, by its job, the configuration or
+        its shape; None where none of them says."""
+        lengths = [
+            self.job.max_context_length if self.job else None,
+            configured,
+            self.profile.max_context_length if self.profile else None,
+        ]
+        return next((length for length in lengths if length is not None), None)
 
 
 def separate_reference(config: FiretitanProvisioningConfig) -> bool:

@@ -175,14 +175,18 @@ class Provisioner:
             plane = await self._connection.open()
             await finish_in_spite_of_cancellation(self.holdings.give_back(plane, "reference"))
 
-    async def clean_up(self) -> list[BaseException]:
-        """End attempts under way and clean up what was made; gives the errors on the way."""
+    async def record_usage(self) -> None:
+        """Keep the counts of the run for `fireworks-training usage`, and stop counting."""
+        await self.recorder.finish(self._connection.release_usage())
+
+    async def clean_up(self, errors: list[BaseException]) -> None:
+        """End attempts under way and clean up what was made; the errors on the way are added."""
         self._closing = True
         await self._end_attempts()
         if self.holdings.open:
             await self.holdings.give_back(await self._connection.open())
         self._forget_exit()
-        return self.holdings.errors
+        errors.extend(self.holdings.errors)
 
     async def _end_attempts(self) -> None:
         """Cancel the attempts of this loop, and wait until what they made is deleted."""
@@ -196,7 +200,7 @@ class Provisioner:
     async def _clean_up_at_exit(self) -> None:
         """Clean up at interpreter exit, on the portal's loop, over a pool of its own."""
         await self._end_attempts()
-        await self.recorder.finish(self._connection.release_usage())
+        await self.record_usage()
         if self._connection.temporary or not self.holdings.open:
             return
         async with self._connection.make_transport(OwnerLoop(portal=True)) as transport:

@@ -1,0 +1,1 @@
+"""What the other rooms run on: owner loops, cancellation, waits, the worker thread, counters."""

@@ -1,0 +1,1 @@
+"""Samplers: completions from a deployment, streamed, retried, within a concurrency window."""

@@ -21,17 +21,17 @@ from fireworks_training._async.sampling.concurrency import (
 )
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
-from fireworks_training._async.sampling.prompts import LockedTokenizer, Tokenizer
+from fireworks_training._async.sampling.prompts import LockedTokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
 from fireworks_training._wire.completions.request import (
     PATH,
-    SamplingOptions,
     SamplingRequest,
     check_labels,
     sampling_request,
 )
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import SampledServerAttempt, ServerMetrics
+from fireworks_training.options import SamplingOptions, Tokenizer
 
 METRICS_KEPT = 65_536
 """Attempts whose metrics are kept until `drain_metrics()`; the oldest go first."""

@@ -12,8 +12,7 @@ from typing import Any, TypeAlias, cast
 
 from fireworks_training._wire.completions.request import token_ids
 from fireworks_training.errors import InvalidArgument
-from fireworks_training.options import Conversation as Conversation
-from fireworks_training.options import Tokenizer as Tokenizer
+from fireworks_training.options import Conversation, Tokenizer
 
 Ids: TypeAlias = tuple[int, ...]
 """The token ids of a prompt. The garbage collector walks lists of integers, not tuples of them."""

@@ -20,7 +20,7 @@ from fireworks_training.errors import (
     InvalidArgument,
     NotSupported,
 )
-from fireworks_training.options import RetryConfig as RetryConfig
+from fireworks_training.options import RetryConfig
 
 T = TypeVar("T")
 

@@ -25,9 +25,7 @@ from fireworks_training._async.sampling.concurrency import (
 )
 from fireworks_training._async.sampling.context import RequestLog, SamplerContext
 from fireworks_training._async.sampling.prompts import (
-    Conversation,
     Ids,
-    Tokenizer,
     conversations_of,
     is_conversation,
     one_prompt,
@@ -40,15 +38,12 @@ from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenSt
 from fireworks_training._checks import integer
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.completions.body import completion_body
-from fireworks_training._wire.completions.request import (
-    EncodedRequest,
-    SamplingOptions,
-    SamplingRequest,
-)
+from fireworks_training._wire.completions.request import EncodedRequest, SamplingRequest
 from fireworks_training.errors import InvalidArgument, NotSupported, UsageError
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import SampleCall
 from fireworks_training.models import SampledCompletion, SampledRequestResult, ServerMetrics
+from fireworks_training.options import Conversation, SamplingOptions, Tokenizer
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -85,16 +80,12 @@ class DeploymentSampler:
         on_event: is called with requests, retries, windows and failures, as the `on_event` of
             `from_firetitan_config` is.
 
-    Attributes:
-        context: holds the state that its calls share, for the rest of the SDK.
-        tasks: its running calls, for the rest of the SDK.
-
     Raises:
         InvalidArgument: an argument is missing or contradicts another.
     """
 
-    context: SamplerContext
-    tasks: SamplerTasks
+    _context: SamplerContext
+    _tasks: SamplerTasks
 
     def __init__(
         self,
@@ -135,7 +126,7 @@ class DeploymentSampler:
             verify_ssl=verify_ssl,
             events=events,
         )
-        self.context = SamplerContext(
+        self._context = SamplerContext(
             transport=transport,
             inference_url=inference_url,
             model=model,
@@ -145,59 +136,59 @@ class DeploymentSampler:
             retries=retries,
             labels=request_context,
         )
-        self.tasks = SamplerTasks(transport, owns_transport=True, label=f"sampler of {model}")
+        self._tasks = SamplerTasks(transport, owns_transport=True, label=f"sampler of {model}")
 
     # -- what it is --------------------------------------------------------------------------------
 
     @property
     def model(self) -> str:
         """Model string of the deployment."""
-        return self.context.model
+        return self._context.model
 
     @property
     def account_id(self) -> str | None:
         """Account of the deployment; None where the model string names none."""
-        found = re.match(r"accounts/([^/]+)/", self.context.model)
+        found = re.match(r"accounts/([^/]+)/", self._context.model)
         return found[1] if found else None
 
     @property
     def inference_url(self) -> str:
         """Scheme and host of the inference API."""
-        return self.context.inference_url
+        return self._context.inference_url
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that turns messages into token ids."""
-        return None if self.context.tokenizer is None else self.context.tokenizer.tokenizer
+        return None if self._context.tokenizer is None else self._context.tokenizer.tokenizer
 
     @property
     def additional_headers(self) -> Mapping[str, str]:
         """HTTP headers that are sent with every request."""
-        return self.context.transport.additional_headers
+        return self._context.transport.additional_headers
 
     @property
     def integer_stops(self) -> bool:
         """Whether the server takes token ids in `stop`."""
-        return self.context.integer_stops
+        return self._context.integer_stops
 
     @property
     def verify_ssl(self) -> bool:
         """Whether the server's certificate is checked."""
-        return self.context.transport.verify_ssl
+        return self._context.transport.verify_ssl
 
     @property
     def concurrency_controller(self) -> SamplingConcurrencyController:
         """Bounds the requests in flight; may be replaced for the calls that follow."""
-        return self.context.concurrency_controller
+        return self._context.concurrency_controller
 
     @concurrency_controller.setter
     def concurrency_controller(self, controller: SamplingConcurrencyController) -> None:
-        self.context.concurrency_controller = controller
+        self._context.concurrency_controller = controller
 
     @property
     def current_snapshot(self) -> str | None:
         """Identity of the snapshot that the service synced last; None if it synced none."""
-        return self.context.current_snapshot
+        return self._context.current_snapshot
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -233,7 +224,7 @@ class DeploymentSampler:
         """
         request = self._request(max_tokens, temperature, options)
         conversations = conversations_of(messages)
-        tokenizer = self.context.needed_tokenizer()
+        tokenizer = self._context.needed_tokenizer()
         return self._call(
             lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
             len(conversations),
@@ -303,7 +294,7 @@ class DeploymentSampler:
         self, ids: Ids, request: SamplingRequest, max_seq_len: int | None, log: RequestLog
     ) -> SampledRequestResult:
         started = time.monotonic()
-        with SamplingRun(self.context, request) as run:
+        with SamplingRun(self._context, request) as run:
             one = await run.one(request.encode(ids), log=log)
         return SampledRequestResult(
             completions=self._within([one], max_seq_len),
@@ -397,7 +388,7 @@ class DeploymentSampler:
         find = self._finder(prompt)
         label = "streaming a completion"
         return TokenStream(
-            lambda buffer: self.tasks.spawn(self._stream, find, request, buffer, label=label),
+            lambda buffer: self._tasks.spawn(self._stream, find, request, buffer, label=label),
             label=label,
         )
 
@@ -405,14 +396,14 @@ class DeploymentSampler:
         self, find: Prompts, request: SamplingRequest, buffer: DeltaBuffer
     ) -> SampledCompletion:
         (ids,) = await find() if callable(find) else find
-        with SamplingRun(self.context, request) as run:
+        with SamplingRun(self._context, request) as run:
             return await run.one(request.encode(ids), deltas=buffer)
 
     def _request(
         self, max_tokens: int, temperature: float, options: SamplingOptions
     ) -> SamplingRequest:
-        self.tasks.check_open()
-        return self.context.request(max_tokens, temperature, options)
+        self._tasks.check_open()
+        return self._context.request(max_tokens, temperature, options)
 
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
         """Check one prompt as far as it can be at once; returns its ids, or what finds them."""
@@ -421,12 +412,12 @@ class DeploymentSampler:
         conversations = conversations_of(cast(Conversation, prompt))
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
-        tokenizer = self.context.needed_tokenizer()
+        tokenizer = self._context.needed_tokenizer()
         return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """Take the metrics of attempts since the last drain, oldest first; the newest 65,536."""
-        metrics = self.context.metrics
+        metrics = self._context.metrics
         drained: list[ServerMetrics] = []
         while metrics:
             drained.append(metrics.popleft())
@@ -455,7 +446,7 @@ class DeploymentSampler:
         label: str,
     ) -> Outcome[T]:
         try:
-            return self.tasks.spawn(work, *args, label=label)
+            return self._tasks.spawn(work, *args, label=label)
         except UsageError as error:
             # The call has started, and this is its result: also for later awaits.
             outcome = Outcome[T](label=label)
@@ -470,7 +461,7 @@ class DeploymentSampler:
         if not fitting:
             return []
         total = len(fitting) * n
-        with SamplingRun(self.context, request, total) as run:
+        with SamplingRun(self._context, request, total) as run:
             found = [await run.one(fitting.pop())] if total == 1 else await run.all(fitting, n)
         return self._within(found, max_seq_len)
 
@@ -498,11 +489,11 @@ class DeploymentSampler:
 
         The calls fail with `SamplingClientClosedError`. Idempotent.
         """
-        await self.tasks.aclose()
+        await self._tasks.aclose()
 
     def close(self) -> None:
         """Do as `aclose()`, for plain functions; not for the loop that runs the sampler."""
-        self.tasks.close()
+        self._tasks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -511,7 +502,7 @@ class DeploymentSampler:
         self.close()
 
     async def __aenter__(self) -> Self:
-        self.context.transport.owner.use_running()
+        self._context.transport.owner.use_running()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -524,11 +515,21 @@ class DeploymentSampler:
 def shared_sampler(context: SamplerContext) -> DeploymentSampler:
     """Make a sampler over the pool and the loop of a service, which closes them."""
     sampler = DeploymentSampler.__new__(DeploymentSampler)
-    sampler.context = context
-    sampler.tasks = SamplerTasks(
+    sampler._context = context
+    sampler._tasks = SamplerTasks(
         context.transport, owns_transport=False, label=f"sampler of {context.model}"
     )
     return sampler
+
+
+def context_of(sampler: DeploymentSampler) -> SamplerContext:
+    """Return what the calls of a sampler share, for the rest of the SDK."""
+    return sampler._context
+
+
+def tasks_of(sampler: DeploymentSampler) -> SamplerTasks:
+    """Return the running calls of a sampler, for the rest of the SDK."""
+    return sampler._tasks
 
 
 def _fitting(

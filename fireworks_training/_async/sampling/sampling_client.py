@@ -18,21 +18,19 @@ from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
 )
-from fireworks_training._async.sampling.prompts import Tokenizer
 from fireworks_training._async.sampling.retry_config import (
     ProgressTimeout,
     Retries,
-    RetryConfig,
     retries_of,
     window_of,
 )
-from fireworks_training._async.sampling.sampler import DeploymentSampler
-from fireworks_training._wire.completions.request import SamplingOptions
+from fireworks_training._async.sampling.sampler import DeploymentSampler, context_of, tasks_of
 from fireworks_training.config import environment_api_key
 from fireworks_training.errors import InvalidArgument, NotSupported, SamplingError
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SampledCompletion
+from fireworks_training.options import RetryConfig, SamplingOptions, Tokenizer
 
 if TYPE_CHECKING:
     from tinker import ModelInput, SampledSequence, SampleResponse, SamplingParams
@@ -69,7 +67,7 @@ class FiretitanSamplingClient:
         self.deployment_sampler = deployment_sampler
         self._timeout: ProgressTimeout | None = None
         if retries is not None:
-            deployment_sampler.context.retries = retries.policy
+            context_of(deployment_sampler).retries = retries.policy
             self._timeout = ProgressTimeout(retries.progress_timeout, deployment_sampler.model)
 
     @classmethod
@@ -212,7 +210,7 @@ class FiretitanSamplingClient:
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> APIFuture[T]:
         timeout = self._timeout
         timed = work if timeout is None else lambda: timeout.run(work)
-        return APIFuture(self.deployment_sampler.tasks.spawn(timed, label=label))
+        return APIFuture(tasks_of(self.deployment_sampler).spawn(timed, label=label))
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -315,11 +313,11 @@ class FiretitanSamplingClient:
         still runs after `drain_timeout_s` seconds is cancelled, and fails with
         `SamplingClientClosedError`. Idempotent.
         """
-        self.deployment_sampler.tasks.close_later(drain_timeout_s)
+        tasks_of(self.deployment_sampler).close_later(drain_timeout_s)
 
     async def aclose(self, drain_timeout_s: float = DRAIN_TIMEOUT) -> None:
         """Refuse new requests, and wait until none is running any more."""
-        await self.deployment_sampler.tasks.aclose(drain_timeout_s)
+        await tasks_of(self.deployment_sampler).aclose(drain_timeout_s)
 
     def __enter__(self) -> Self:
         return self

@@ -23,30 +23,20 @@ from fireworks_training._async.training import operations
 from fireworks_training._async.training.arguments import check_job, check_name
 from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.official_names import OfficialTrainingNames
-from fireworks_training._async.training.operations import (
-    CheckpointType,
-    GradNorms,
-    LossConfig,
-    Normalization,
-)
-from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift, WeightPublisher
+from fireworks_training._async.weights.publisher import DRIFT_BOUND, WeightPublisher
 from fireworks_training._wire.training import bodies
 from fireworks_training.errors import FireworksTrainingError, WrongLoop
 from fireworks_training.futures import APIFuture
-from fireworks_training.models import WeightSyncResult
+from fireworks_training.models import SaveSamplerResult, WeightSyncResult
+from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
 
 if TYPE_CHECKING:
     import tinker
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
-    from fireworks_training._async.training.custom_loss import LossFunction
-    from fireworks_training._async.training.pass_operations import (
-        Datums,
-        Output,
-        PassFuture,
-        Pooling,
-    )
+    from fireworks_training._async.training.pass_operations import Datums, PassFuture
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+    from fireworks_training.options import LossFunction, Output, Pooling
 
 
 class AsyncFiretitanTrainingClient(OfficialTrainingNames):
@@ -358,6 +348,25 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
                 metadata=metadata,
             )
         )
+
+    async def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SaveSamplerResult:
+        """Call `save_weights_for_sampler` and wait for it; gives the snapshot's path, and the name
+        that was sent for it (the official SDK's method)."""
+        saved = await self.save_weights_for_sampler(
+            name,
+            ttl_seconds,
+            checkpoint_type=checkpoint_type,
+            export_precision=export_precision,
+            metadata=metadata,
+        )
+        return SaveSamplerResult(path=saved.path, snapshot_name=f"{name}-{self._model.suffix}")
 
     def weight_sync(
         self,

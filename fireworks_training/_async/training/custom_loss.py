@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import tinker
     import torch
 
-    from fireworks_training.options import LossFunction as LossFunction
+    from fireworks_training.options import LossFunction
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float32]

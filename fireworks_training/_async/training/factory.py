@@ -1,4 +1,4 @@
-"""Makes the training clients of one trainer job: its session, and the models made in it.
+"""Makes the training clients of a trainer job, and the reference clients of a service.
 
 Knows which client there is already and which is to be made; the client itself is in `client`, the
 model behind it in `model`. A service has one of these for its own trainer, and another for a
@@ -14,13 +14,20 @@ import importlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from fireworks_training._async.platform.platform import Platform
-from fireworks_training._async.resources.plans import Resources
+from fireworks_training._async.resources.plans import (
+    Resources,
+    reference_config,
+    separate_reference,
+)
+from fireworks_training._async.resources.provisioner import Provisioner
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation, first_of
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.arguments import check_state
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
+from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
@@ -119,8 +126,21 @@ class TrainingClients:
         self._session: TrainerSession | None = None
         self._policy: Client | None = None
         self._base: Client | None = None
-        self._models: dict[Client, RemoteModel] = {}
+        self._clients: dict[Client, RemoteModel] = {}
         self._recovered: set[Client] = set()
+
+    def beside(
+        self, config: FiretitanProvisioningConfig, resources: Callable[[], Awaitable[Resources]]
+    ) -> TrainingClients:
+        """Make the clients of another job of the same service."""
+        return TrainingClients(
+            self._platform,
+            config,
+            resources=resources,
+            revive=self._revive,
+            owner=self._owner,
+            publisher=self._publisher,
+        )
 
     async def policy(
         self, options: ModelOptions, user_metadata: Mapping[str, str] | None = None
@@ -142,12 +162,12 @@ class TrainingClients:
 
     async def from_state(
         self,
-        options: ModelOptions,
         path: str,
+        user_metadata: Mapping[str, str] | None,
+        weights_access_token: str | None,
+        lora_rank: int | None,
         *,
         optimizer: bool,
-        weights_access_token: str | None,
-        user_metadata: Mapping[str, str] | None,
     ) -> Client:
         """Make a client whose model starts from a saved state; nothing is left if that fails."""
         if self._policy is not None and self._config.max_lora_rank is None:
@@ -156,7 +176,7 @@ class TrainingClients:
                 "load_state or load_state_with_optimizer on that"
             )
         check_state("path", path)
-        client = await self.policy(options, user_metadata)
+        client = await self.policy(ModelOptions(lora_rank=lora_rank), user_metadata)
         load = client.load_state_with_optimizer if optimizer else client.load_state
         try:
             await load(path, weights_access_token)
@@ -169,7 +189,7 @@ class TrainingClients:
         """Free a model that nobody was given."""
         if self._policy is client:
             self._policy = None
-        model = self._models.pop(client)
+        model = self._clients.pop(client)
         with contextlib.suppress(FireworksTrainingError):
             await client.unload_model()
         await model.close(drain=False)
@@ -196,7 +216,7 @@ class TrainingClients:
         try:
             await client.unload_model()
         finally:
-            await self._models[client].close(drain=True)
+            await self._clients[client].close(drain=True)
 
     async def recovered(self, lost: Client | None = None) -> Client:
         """Make a client that goes on where the lost one last saved, in the job started again.
@@ -204,6 +224,7 @@ class TrainingClients:
         Args:
             lost: which one; default the one there is.
         """
+        self.check_owns("lost", lost)
         several = self._config.max_lora_rank is not None
         if lost is None and several:
             raise InvalidArgument("lost= is needed: this service trains several models")
@@ -221,7 +242,7 @@ class TrainingClients:
             if state is None:
                 raise ended.with_traceback(None)
             # Another lost client may have had the job started again already.
-            model = self._models[lost]
+            model = self._clients[lost]
             if self._session is None or model.session is self._session:
                 await self._restart()
             client = await self._successor(model.config, state)
@@ -241,7 +262,7 @@ class TrainingClients:
             if made is not None:
                 await finish_in_spite_of_cancellation(self._forget(made))
             # A process that died again must be started again, not asked again.
-            if self._session is not None and not any(map(self._lives, self._models.values())):
+            if self._session is not None and not any(map(self._lives, self._clients.values())):
                 session, self._session = self._session, None
                 await finish_in_spite_of_cancellation(session.close())
             raise
@@ -268,9 +289,38 @@ class TrainingClients:
         except BaseExceptionGroup as failures:
             raise first_of(failures) from None
 
-    def owns(self, client: Client) -> bool:
-        """Whether a client is one of these."""
-        return client in self._models
+    def check_owns(self, name: str, client: Client | None) -> None:
+        """Refuse the argument `name` if it is a client of another service; None passes.
+
+        Raises:
+            InvalidArgument: it is.
+        """
+        if client is not None and client not in self._clients:
+            raise InvalidArgument(f"{name} is a client of another service: pass one of this one")
+
+    def to_sync(self, client: Client | None) -> Client:
+        """Return the client whose weights are to be synced: the given one, or the service's.
+
+        Raises:
+            InvalidArgument: it is of another service, or there is none yet.
+        """
+        self.check_owns("training_client", client)
+        found = client or self._policy
+        if found is None:
+            raise InvalidArgument(
+                "there is nothing to sync: call create_training_client() first, or name the "
+                "training_client"
+            )
+        return found
+
+    async def server_capabilities(self) -> dict[str, Any]:
+        """Ask the trainer what it can do; gets the job up."""
+        plane = DataPlane(self._platform.transport, await self._trainer_url())
+        path = "get_server_capabilities"
+        return await plane.get(path, what=path)
+
+    async def _trainer_url(self) -> str:
+        return await self._platform.trainer_url((await self._resources()).job_id)
 
     async def _make(
         self,
@@ -292,13 +342,12 @@ class TrainingClients:
             forward_only=base_only or config.forward_only,
         )
         client = Client(model, self._publisher)
-        self._models[client] = model
+        self._clients[client] = model
         return client
 
     async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
         if self._session is None:
-            resources = await self._resources()
-            url = await self._platform.trainer_url(resources.job_id)
+            url = await self._trainer_url()
             session = TrainerSession(
                 self._platform.transport,
                 self._platform.make_transport,
@@ -314,11 +363,6 @@ class TrainingClients:
         return self._session
 
     @property
-    def made(self) -> Client | None:
-        """The client of the service's model, if there is one."""
-        return self._policy
-
-    @property
     def session_id(self) -> str | None:
         """The trainer's name for the open session; None before there is one."""
         return self._session.session_id if self._session is not None else None
@@ -326,7 +370,7 @@ class TrainingClients:
     @property
     def saved_a_state(self) -> bool:
         """Whether some client has saved a state."""
-        return any(model.states.newest is not None for model in self._models.values())
+        return any(model.states.newest is not None for model in self._clients.values())
 
     async def close(self, *, drain: bool) -> BaseException | None:
         """Let accepted operations finish (or not), and end the session; idempotent.
@@ -337,8 +381,8 @@ class TrainingClients:
         async with contextlib.AsyncExitStack() as stack:
             if self._session is not None:
                 stack.push_async_callback(self._session.close)
-            await asyncio.gather(*(model.close(drain=drain) for model in self._models.values()))
-        unseen = (model.queue.unseen_failures.first for model in self._models.values())
+            await asyncio.gather(*(model.close(drain=drain) for model in self._clients.values()))
+        unseen = (model.queue.unseen_failures.first for model in self._clients.values())
         return next((failure for failure in unseen if failure is not None), None)
 
 
@@ -346,6 +390,85 @@ def _lost(client: Client | None) -> TrainerLost | None:
     """The error with which a client lost its trainer, if it did."""
     ended = None if client is None else client.ended
     return ended if isinstance(ended, TrainerLost) else None
+
+
+class ReferenceClients:
+    """The reference clients of one service; everything runs on its owner loop.
+
+    Args:
+        config: what the service was made for.
+        policy: the clients of the policy's trainer.
+        provisioner: gets a separate reference trainer up, and releases it.
+    """
+
+    def __init__(
+        self,
+        config: FiretitanProvisioningConfig,
+        policy: TrainingClients,
+        provisioner: Provisioner,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._provisioner = provisioner
+        self._separate: TrainingClients | None = None
+
+    async def client(
+        self,
+        base_model: str | None,
+        lora_rank: int | None,
+        policy: Client | None,
+        user_metadata: Mapping[str, str] | None,
+    ) -> Client:
+        """Make the reference client; it stays the same one until `release`.
+
+        Args and errors are those of `create_reference_client`.
+        """
+        config = self._config
+        self._check_model(base_model)
+        if lora_rank not in (None, config.lora_rank):
+            raise InvalidArgument(f"lora_rank={lora_rank}, but the policy's is {config.lora_rank}")
+        if config.max_lora_rank is not None and policy is None:
+            raise InvalidArgument("policy_client= is needed: this service trains several models")
+        self._policy.check_owns("policy_client", policy)
+        if not separate_reference(self._config):
+            return await self._policy.base(user_metadata)
+        if self._separate is None:
+            self._separate = self._policy.beside(
+                reference_config(self._config), self._provisioner.reference
+            )
+        return await self._separate.policy(ModelOptions(), user_metadata)
+
+    async def base(self, base_model: str | None, user_metadata: Mapping[str, str] | None) -> Client:
+        """Make the client of the base model on the policy's trainer, with the adapter off.
+
+        Args and errors are those of `create_base_training_client`.
+        """
+        self._check_model(base_model)
+        if separate_reference(self._config) and not self._config.lora_rank:
+            raise InvalidArgument(
+                "a full-parameter trainer holds no base model beside the one it trains: "
+                "create_reference_client gives it a trainer of its own"
+            )
+        return await self._policy.base(user_metadata)
+
+    def _check_model(self, base_model: str | None) -> None:
+        if base_model not in (None, self._config.base_model):
+            raise InvalidArgument(
+                f"base_model={base_model!r}, but the service was made for "
+                f"{self._config.base_model!r}: make another service for another model"
+            )
+
+    async def release(self) -> None:
+        """Free the base model, and release a separate reference trainer by its policy."""
+        separate, self._separate = self._separate, None
+        await self._policy.release_base()
+        if separate is not None:
+            await separate.close(drain=True)
+        await self._provisioner.release_references()
+
+    async def close(self, *, drain: bool) -> BaseException | None:
+        """End the session of a separate reference trainer; the first failure nobody asked about."""
+        return None if self._separate is None else await self._separate.close(drain=drain)
 
 
 async def _import_tinker() -> None:

@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.queue import OperationQueue
-from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._async.training.session import Capabilities, TrainerSession
 from fireworks_training._core.operations import OperationLine
+from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._wire.training.bodies import failing_pass
 from fireworks_training.config import FiretitanProvisioningConfig
 

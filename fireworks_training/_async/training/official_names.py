@@ -1,4 +1,4 @@
-"""The official SDK's names for operations of the training client: coroutines, and `_ext`.
+"""The official SDK's names for operations of the training client: coroutines that give the future.
 
 The official SDK's operations are coroutines that give a future, beside methods that return it.
 Needs nothing of the client but the public methods that it declares.
@@ -9,28 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fireworks_training._async.training.operations import (
-    CheckpointType,
-    GradNorms,
-    LossConfig,
-    Normalization,
-)
-from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift
+from fireworks_training._async.weights.publisher import DRIFT_BOUND
 from fireworks_training.futures import APIFuture
-from fireworks_training.models import SaveSamplerResult, WeightSyncResult
+from fireworks_training.models import WeightSyncResult
+from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
 
 if TYPE_CHECKING:
     import tinker
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
-    from fireworks_training._async.training.custom_loss import LossFunction
-    from fireworks_training._async.training.pass_operations import (
-        Datums,
-        Output,
-        PassFuture,
-        Pooling,
-    )
+    from fireworks_training._async.training.pass_operations import Datums, PassFuture
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+    from fireworks_training.options import LossFunction, Output, Pooling
 
 
 class OfficialTrainingNames:
@@ -161,19 +151,6 @@ class OfficialTrainingNames:
             export_precision=export_precision,
             metadata=metadata,
         )
-
-    async def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: CheckpointType | None = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-    ) -> SaveSamplerResult:
-        """Call `save_weights_for_sampler`, and wait for the snapshot's path and name."""
-        saved = await self.save_weights_for_sampler(
-            name, ttl_seconds, checkpoint_type=checkpoint_type, export_precision=export_precision
-        )
-        return SaveSamplerResult(path=saved.path, snapshot_name=saved.snapshot.identity)
 
     async def weight_sync_async(
         self,

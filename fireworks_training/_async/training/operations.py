@@ -22,10 +22,7 @@ from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training import bodies
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.models import Snapshot
-from fireworks_training.options import CheckpointType as CheckpointType
-from fireworks_training.options import GradNorms as GradNorms
-from fireworks_training.options import LossConfig as LossConfig
-from fireworks_training.options import Normalization as Normalization
+from fireworks_training.options import CheckpointType, GradNorms, Normalization
 
 if TYPE_CHECKING:
     import tinker

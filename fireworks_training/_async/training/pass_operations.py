@@ -46,9 +46,7 @@ from fireworks_training._wire.training.datums import (
     count_tokens,
 )
 from fireworks_training.errors import InvalidArgument, ProtocolError
-from fireworks_training.options import LossFunction
-from fireworks_training.options import Output as Output
-from fireworks_training.options import Pooling as Pooling
+from fireworks_training.options import LossFunction, Output, Pooling
 
 if TYPE_CHECKING:
     import tinker

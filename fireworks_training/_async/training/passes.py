@@ -41,7 +41,7 @@ from fireworks_training.errors import InvalidDatum, ProtocolError
 if TYPE_CHECKING:
     import tinker
 
-    from fireworks_training._async.training.custom_loss import LossFunction
+    from fireworks_training.options import LossFunction
 
 Array = npt.NDArray[Any]
 Inputs = Callable[[Captured, int], Mapping[str, Array]]

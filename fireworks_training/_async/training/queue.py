@@ -32,8 +32,8 @@ from fireworks_training._async.training.requests import (
     Request,
     RequestPipeline,
 )
-from fireworks_training._async.training.saved_states import SavedStates
 from fireworks_training._core.operations import OperationLine, Role, Skip, Ticket, WaitFor
+from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._outcome import Outcome, done_here
 from fireworks_training._wire.training.bodies import discard_gradients
 from fireworks_training.errors import (

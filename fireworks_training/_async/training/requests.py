@@ -25,7 +25,7 @@ from fireworks_training._async.training.data_plane import (
     read_outcome,
     was_refused,
 )
-from fireworks_training._async.training.saved_states import SavedStates
+from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._core.waits.reports import WaitReporter
 from fireworks_training._wire.training.bodies import WireRequest
 from fireworks_training.errors import (

@@ -1,0 +1,1 @@
+"""The way of new weights into the deployment: save, hot load, verified live, sampled."""

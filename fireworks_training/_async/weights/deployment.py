@@ -1,7 +1,8 @@
-"""The sampling side of a service: its deployment's weights, tokenizer, window, and samplers.
+"""The deployment of a service: the weights that it serves, its tokenizer, and its samplers.
 
-All samplers share the service's pool, and one controller unless another is given, so that a new
-snapshot costs no connection and forgets no window.
+Samplers share connections and the concurrency window across snapshots, so that a new snapshot costs
+no connection and forgets no window. How weights are loaded is in `weight_sync`; which snapshot a
+training client saves for it, and when, in `publisher`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
-from fireworks_training._async.control_plane.deployment_config import DeploymentConfig
 from fireworks_training._async.platform.platform import Platform
 from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT, find_tokenizer, load
 from fireworks_training._async.resources.ownership import Claim
@@ -31,33 +31,34 @@ from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import DeploymentInfo
+from fireworks_training.options import DeploymentConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class ServedDeployment:
-    """What samples for one service; everything runs on its owner loop.
+    """Serves the weights of one service; everything runs on its owner loop.
 
     Args:
-        connection: its platform.
+        platform: its platform.
         config: what the service was made for.
         provisioner: gets the deployment up.
     """
 
     def __init__(
         self,
-        connection: Platform,
+        platform: Platform,
         config: FiretitanProvisioningConfig,
         provisioner: Provisioner,
     ) -> None:
-        self._connection = connection
+        self._platform = platform
         self._config = config
         self._provisioner = provisioner
         self._fetching = asyncio.Lock()
         self.chain = Chain(whole_only=bool(config.lora_rank or config.max_lora_rank))
-        self._news = HotLoadSignal()
-        self._made: WeakSet[DeploymentSampler] = WeakSet()
+        self._hot_loads = HotLoadSignal()
+        self._sampled: WeakSet[SamplerContext] = WeakSet()
         self._sync: WeightSync | None = None
         self._controller: SamplingConcurrencyController | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -81,24 +82,24 @@ class ServedDeployment:
         deployment = await self.deployment()
         if self._sync is None:
             target = Target(
-                url=self._connection.hotload_url,
+                url=self._platform.hotload_url,
                 deployment=deployment.name,
                 base_model=self._config.base_model,
             )
             self._sync = WeightSync(
-                self._connection.transport,
+                self._platform.transport,
                 target,
                 chain=self.chain,
                 timeout=self._config.hotload_timeout_s,
-                news=self._news,
+                hot_loads=self._hot_loads,
                 on_live=self._note_live,
             )
         return self._sync
 
     def _note_live(self, identity: str) -> None:
         self._provisioner.resources.stale = False
-        for sampler in self._made:
-            sampler.context.current_snapshot = identity
+        for context in self._sampled:
+            context.current_snapshot = identity
 
     async def close(self) -> None:
         """Let the load under way end; idempotent."""
@@ -136,20 +137,21 @@ class ServedDeployment:
         tokenizer: PreTrainedTokenizerBase | None,
         controller: SamplingConcurrencyController,
     ) -> DeploymentSampler:
+        model, integer_stops = (await self.deployment()).name, await self._integer_stops()
+        # Nothing is awaited from here on: a snapshot that goes live is either current or noted.
         context = SamplerContext(
-            transport=self._connection.transport,
-            inference_url=self._connection.inference_url,
-            model=(await self.deployment()).name,
+            transport=self._platform.transport,
+            inference_url=self._platform.inference_url,
+            model=model,
             tokenizer=tokenizer,
             concurrency_controller=controller,
             current_snapshot=weights.current,
-            integer_stops=await self._integer_stops(),
-            hot_loads=self._news,
+            integer_stops=integer_stops,
+            hot_loads=self._hot_loads,
             distance=self.chain.distance,
         )
-        sampler = shared_sampler(context)
-        self._made.add(sampler)
-        return sampler
+        self._sampled.add(context)
+        return shared_sampler(context)
 
     async def of_model(
         self,
@@ -159,10 +161,10 @@ class ServedDeployment:
         inference_url: str | None,
     ) -> DeploymentSampler:
         """A sampler of any model string; it has a window of its own unless one is given."""
-        await self._connection.open()
+        await self._platform.open()
         context = SamplerContext(
-            transport=self._connection.transport,
-            inference_url=inference_url or self._connection.inference_url,
+            transport=self._platform.transport,
+            inference_url=inference_url or self._platform.inference_url,
             model=model,
             tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
             concurrency_controller=controller or AdaptiveConcurrencyController(),
@@ -198,7 +200,7 @@ class ServedDeployment:
         return await self.of_model(found[0].name, tokenizer, controller, None)
 
     async def _integer_stops(self) -> bool:
-        return await (await self._connection.open()).account() == LOCAL_ACCOUNT
+        return await (await self._platform.open()).account() == LOCAL_ACCOUNT
 
     def controller(self) -> SamplingConcurrencyController:
         """The service's own, made at first use."""
@@ -209,10 +211,10 @@ class ServedDeployment:
     async def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the service's model, found once."""
         async with self._fetching:
-            if self._tokenizer is None and self._connection.tinker_only:
+            if self._tokenizer is None and self._platform.tinker_only:
                 named = self._config.tokenizer_model or self._config.base_model
                 self._tokenizer = await load(named)
             elif self._tokenizer is None:
-                plane = await self._connection.open()
+                plane = await self._platform.open()
                 self._tokenizer = await find_tokenizer(plane, self._config)
             return self._tokenizer

@@ -22,7 +22,7 @@ from fireworks_training.errors import InvalidArgument, NotSupported, WeightsDrif
 from fireworks_training.events import SyncEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import Snapshot, WeightSyncResult
-from fireworks_training.options import OnDrift as OnDrift
+from fireworks_training.options import OnDrift
 
 if TYPE_CHECKING:
     import tinker

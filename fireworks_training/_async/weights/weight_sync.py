@@ -1,6 +1,7 @@
-"""Brings snapshots into a deployment, and knows when they are live there.
+"""Loads snapshots into a deployment, and knows when every replica serves them.
 
-What to ask for next is decided in `_core.snapshots`; here it is asked, looked at, and waited for.
+What to request next is decided in `_core.snapshots`; the requests are in `hot_load_requests`; here
+they are sent, and waited for.
 One load runs at a time. Loads that are asked for meanwhile coalesce: only the newest of them is
 carried out, and those that it replaced end with it. A load that has begun goes on when the one who
 asked for it goes away.
@@ -95,7 +96,7 @@ class WeightSync:
         target: the deployment.
         chain: what is known of the snapshots that this service saves.
         timeout: seconds for every replica to report a snapshot.
-        news: who waits for the end of a load is told through it.
+        hot_loads: wakes the requests that wait for the end of a load.
         on_live: told the identity whenever a snapshot has become live everywhere.
     """
 
@@ -106,7 +107,7 @@ class WeightSync:
         *,
         chain: Chain | None = None,
         timeout: float,
-        news: HotLoadSignal | None = None,
+        hot_loads: HotLoadSignal | None = None,
         on_live: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.chain = chain if chain is not None else Chain()
@@ -115,7 +116,7 @@ class WeightSync:
         self._requests = HotLoadRequests(transport, target)
         self._events = transport.events
         self._timeout = timeout
-        self._news = news if news is not None else HotLoadSignal()
+        self._hot_loads = hot_loads if hot_loads is not None else HotLoadSignal()
         self._on_live = on_live
         self._wanted: _Wanted | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -137,7 +138,7 @@ class WeightSync:
             HotLoadTimeout: not every replica reported it in time.
         """
         if self._closed:
-            raise ClientClosed("the service was closed; make a new one")
+            raise ClientClosed.of("service")
         wanted = _Wanted(identity, save_whole, asyncio.get_running_loop().create_future())
         if self._wanted is not None:
             wanted.replaced = [*self._wanted.replaced, self._wanted.outcome]
@@ -164,7 +165,7 @@ class WeightSync:
         while (wanted := self._wanted) is not None:
             self._wanted = None
             try:
-                with self._news.load():
+                with self._hot_loads.load():
                     loaded = await self._bring(wanted)
             except BaseException as error:
                 if isinstance(error, Exception):

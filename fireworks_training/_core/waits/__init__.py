@@ -1,0 +1,1 @@
+"""Decides when a long wait is reported, and whether an event loop stands still."""

@@ -9,30 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.training.operations import (
-    CheckpointType,
-    GradNorms,
-    LossConfig,
-    Normalization,
-)
-from fireworks_training._async.weights.publisher import DRIFT_BOUND, OnDrift
+from fireworks_training._async.weights.publisher import DRIFT_BOUND
 from fireworks_training._portal import Blocking
 from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SaveSamplerResult, WeightSyncResult
+from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
 
 if TYPE_CHECKING:
     import tinker
     from tinker.types import LoadWeightsResponse, OptimStepResponse, SaveWeightsResponse
 
-    from fireworks_training._async.training.custom_loss import LossFunction
-    from fireworks_training._async.training.pass_operations import (
-        Datums,
-        Output,
-        PassFuture,
-        Pooling,
-    )
+    from fireworks_training._async.training.pass_operations import Datums, PassFuture
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
+    from fireworks_training.options import LossFunction, Output, Pooling
 
 
 class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
@@ -298,6 +288,25 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             metadata=metadata,
         )
 
+    def save_weights_for_sampler_ext(
+        self,
+        name: str,
+        checkpoint_type: CheckpointType | None = None,
+        ttl_seconds: int | None = None,
+        export_precision: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SaveSamplerResult:
+        """Call `save_weights_for_sampler` and wait for it; gives the snapshot's path, and the name
+        that was sent for it (the official SDK's method)."""
+        return self._run(
+            self._async.save_weights_for_sampler_ext,
+            name,
+            checkpoint_type,
+            ttl_seconds,
+            export_precision,
+            metadata,
+        )
+
     def weight_sync(
         self,
         name: str | None = None,
@@ -541,22 +550,6 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             checkpoint_type=checkpoint_type,
             export_precision=export_precision,
             metadata=metadata,
-        )
-
-    def save_weights_for_sampler_ext(
-        self,
-        name: str,
-        checkpoint_type: CheckpointType | None = None,
-        ttl_seconds: int | None = None,
-        export_precision: str | None = None,
-    ) -> SaveSamplerResult:
-        """Call `save_weights_for_sampler`, and wait for the snapshot's path and name."""
-        return self._run(
-            self._async.save_weights_for_sampler_ext,
-            name,
-            checkpoint_type,
-            ttl_seconds,
-            export_precision,
         )
 
     async def weight_sync_async(

@@ -17,7 +17,7 @@ import orjson
 
 from fireworks_training._checks import integer, number
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
-from fireworks_training.options import SamplingOptions as SamplingOptions
+from fireworks_training.options import SamplingOptions
 
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0

@@ -1,0 +1,1 @@
+"""Requests and answers of the trainer API: JSON bodies, and passes in JSON or protobuf."""

@@ -1,0 +1,1 @@
+"""The turns of a trajectory: planned, sampled, joined to the tokens before them."""

@@ -1,0 +1,1 @@
+"""The values of a trajectory: requests, messages, records, artifacts, metrics, errors."""

@@ -81,7 +81,7 @@ async def test_conversations_go_through_the_chat_template(
     assert "".join(map(chr, one.prompt_tokens)) == "u:hi;a:"
     both = await sampler.sample_with_tokens(messages=[hello, hello + hello], max_tokens=1)
     assert [one.prompt_len for one in both] == [7, 12]
-    loop = sampler.context.transport.owner.bound
+    loop = sampler._context.transport.owner.bound
     assert loop is not None
 
     async def where() -> int:
@@ -296,7 +296,7 @@ def test_what_it_tells_of_itself() -> None:
     sampler = DeploymentSampler("http://h/", MODEL, KEY)
     assert (sampler.model, sampler.inference_url) == (MODEL, "http://h")
     seen = [sampler.current_snapshot]
-    sampler.context.current_snapshot = "step-1"
+    sampler._context.current_snapshot = "step-1"
     seen.append(sampler.current_snapshot)
     assert seen == [None, "step-1"]
     assert isinstance(sampler.concurrency_controller, AdaptiveConcurrencyController)
@@ -310,7 +310,7 @@ async def test_a_long_wait_says_what_it_waits_for(
     server.script = [stub.complete]
     server.otherwise = stub.hang_mid_stream
     sampler = make(concurrency_controller=FixedConcurrencyController(2))
-    sampler.context.progress = Progress(lambda: 2, first_report=0.01)
+    sampler._context.progress = Progress(lambda: 2, first_report=0.01)
     with caplog.at_level(logging.WARNING):
         call = sampler.sample_with_prompt_tokens(
             [1], n=4, max_tokens=1, sampling_context={"step": 7}

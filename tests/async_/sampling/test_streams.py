@@ -53,7 +53,7 @@ async def test_deltas_arrive_while_the_server_generates(
         text += delta.text
         logprobs.extend(delta.logprobs)
 
-    stream = CompletionStream(sampler.context.transport, attempt_at(server, logprobs=True))
+    stream = CompletionStream(sampler._context.transport, attempt_at(server, logprobs=True))
     try:
         await stream.open()
         completion = await stream.read(tell)
@@ -70,7 +70,7 @@ async def test_leaving_a_stream_early_stops_the_server(
 ) -> None:
     server.otherwise = stub.hang_mid_stream
     sampler = shared()
-    stream = CompletionStream(sampler.context.transport, attempt_at(server))
+    stream = CompletionStream(sampler._context.transport, attempt_at(server))
     await stream.open()
     first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     reading = asyncio.create_task(stream.read(lambda delta: first.set_result(delta.text)))
@@ -87,7 +87,7 @@ async def test_silence_before_the_headers_is_a_time_out_and_no_cancellation(
     server: CompletionsServer, shared: Make, cancelled_too: bool
 ) -> None:
     server.otherwise = stub.hang_before_headers
-    stream = CompletionStream(shared().context.transport, attempt_at(server))
+    stream = CompletionStream(shared()._context.transport, attempt_at(server))
     opening = asyncio.create_task(stream.open())
     await server.reached.wait()
     stream.fail(TimeoutError("silent"))

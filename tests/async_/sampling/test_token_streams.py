@@ -167,7 +167,7 @@ async def test_a_slow_consumer_finds_deltas_merged(server: CompletionsServer, ma
     deltas = sampler.stream([1], max_tokens=50, logprobs=True)
     first = await anext(deltas)
     await until(lambda: server.idle.is_set())
-    await until(lambda: bool(sampler.context.metrics))
+    await until(lambda: bool(sampler._context.metrics))
     rest = [delta async for delta in deltas]
     assert len(rest) <= 1
     assert first.text + "".join(delta.text for delta in rest) == deltas.completion.text
@@ -176,4 +176,4 @@ async def test_a_slow_consumer_finds_deltas_merged(server: CompletionsServer, ma
 async def test_async_with_runs_the_sampler_on_this_loop(server: CompletionsServer) -> None:
     async with DeploymentSampler(server.url, MODEL, KEY) as sampler:
         await sampler.sample_with_prompt_tokens([1], max_tokens=1)
-        assert sampler.context.transport.owner.bound is asyncio.get_running_loop()
+        assert sampler._context.transport.owner.bound is asyncio.get_running_loop()

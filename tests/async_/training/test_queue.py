@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fireworks_training import RequestFailed
 from fireworks_training._async.training.queue import UnseenFailures
-from fireworks_training._async.training.saved_states import SavedStates
+from fireworks_training._core.saved_states import SavedStates
 from fireworks_training.futures import mark_retrieved
 
 

@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.weights.publisher import OnDrift
 from fireworks_training.errors import NotSupported
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import TrainingProfile, WeightSyncResult
+from fireworks_training.options import OnDrift
 
 
 class OfficialServiceNames:
