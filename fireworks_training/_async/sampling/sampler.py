@@ -512,24 +512,28 @@ class DeploymentSampler:
         return f"<{type(self).__name__} of {self.model}: {self.concurrency_controller!r}>"
 
 
-def shared_sampler(context: SamplerContext) -> DeploymentSampler:
-    """Make a sampler over the pool and the loop of a service, which closes them."""
-    sampler = DeploymentSampler.__new__(DeploymentSampler)
-    sampler._context = context
-    sampler._tasks = SamplerTasks(
-        context.transport, owns_transport=False, label=f"sampler of {context.model}"
-    )
-    return sampler
+class SamplerInternals(DeploymentSampler):
+    """Gives the rest of the SDK what stands behind a sampler; users meet the sampler alone."""
 
+    @staticmethod
+    def over(context: SamplerContext) -> DeploymentSampler:
+        """Make a sampler over the pool and the loop of a service, which closes them."""
+        sampler = DeploymentSampler.__new__(DeploymentSampler)
+        sampler._context = context
+        sampler._tasks = SamplerTasks(
+            context.transport, owns_transport=False, label=f"sampler of {context.model}"
+        )
+        return sampler
 
-def context_of(sampler: DeploymentSampler) -> SamplerContext:
-    """Return what the calls of a sampler share, for the rest of the SDK."""
-    return sampler._context
+    @staticmethod
+    def context_of(sampler: DeploymentSampler) -> SamplerContext:
+        """Return the state that the calls of a sampler share."""
+        return sampler._context
 
-
-def tasks_of(sampler: DeploymentSampler) -> SamplerTasks:
-    """Return the running calls of a sampler, for the rest of the SDK."""
-    return sampler._tasks
+    @staticmethod
+    def tasks_of(sampler: DeploymentSampler) -> SamplerTasks:
+        """Return the running calls of a sampler."""
+        return sampler._tasks
 
 
 def _fitting(

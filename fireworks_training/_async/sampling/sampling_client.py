@@ -24,7 +24,7 @@ from fireworks_training._async.sampling.retry_config import (
     retries_of,
     window_of,
 )
-from fireworks_training._async.sampling.sampler import DeploymentSampler, context_of, tasks_of
+from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
 from fireworks_training.config import environment_api_key
 from fireworks_training.errors import InvalidArgument, NotSupported, SamplingError
 from fireworks_training.events import OnEvent
@@ -67,7 +67,7 @@ class FiretitanSamplingClient:
         self.deployment_sampler = deployment_sampler
         self._timeout: ProgressTimeout | None = None
         if retries is not None:
-            context_of(deployment_sampler).retries = retries.policy
+            SamplerInternals.context_of(deployment_sampler).retries = retries.policy
             self._timeout = ProgressTimeout(retries.progress_timeout, deployment_sampler.model)
 
     @classmethod
@@ -210,7 +210,9 @@ class FiretitanSamplingClient:
     def _start(self, work: Callable[[], Coroutine[Any, Any, T]], label: str) -> APIFuture[T]:
         timeout = self._timeout
         timed = work if timeout is None else lambda: timeout.run(work)
-        return APIFuture(tasks_of(self.deployment_sampler).spawn(timed, label=label))
+        return APIFuture(
+            SamplerInternals.tasks_of(self.deployment_sampler).spawn(timed, label=label)
+        )
 
     # -- what it is --------------------------------------------------------------------------------
 
@@ -313,11 +315,11 @@ class FiretitanSamplingClient:
         still runs after `drain_timeout_s` seconds is cancelled, and fails with
         `SamplingClientClosedError`. Idempotent.
         """
-        tasks_of(self.deployment_sampler).close_later(drain_timeout_s)
+        SamplerInternals.tasks_of(self.deployment_sampler).close_later(drain_timeout_s)
 
     async def aclose(self, drain_timeout_s: float = DRAIN_TIMEOUT) -> None:
         """Refuse new requests, and wait until none is running any more."""
-        await tasks_of(self.deployment_sampler).aclose(drain_timeout_s)
+        await SamplerInternals.tasks_of(self.deployment_sampler).aclose(drain_timeout_s)
 
     def __enter__(self) -> Self:
         return self

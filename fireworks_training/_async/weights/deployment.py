@@ -24,7 +24,7 @@ from fireworks_training._async.sampling.concurrency import (
 )
 from fireworks_training._async.sampling.context import SamplerContext
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
-from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
+from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
 from fireworks_training._async.weights.hot_load_requests import Target
 from fireworks_training._async.weights.weight_sync import WeightSync
 from fireworks_training._core.snapshots import Chain
@@ -151,7 +151,7 @@ class ServedDeployment:
             distance=self.chain.distance,
         )
         self._sampled.add(context)
-        return shared_sampler(context)
+        return SamplerInternals.over(context)
 
     async def of_model(
         self,
@@ -170,7 +170,7 @@ class ServedDeployment:
             concurrency_controller=controller or AdaptiveConcurrencyController(),
             integer_stops=await self._integer_stops(),
         )
-        return shared_sampler(context)
+        return SamplerInternals.over(context)
 
     async def of_inference(
         self,

@@ -11,7 +11,7 @@ import pytest
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.sampling.context import SamplerContext
-from fireworks_training._async.sampling.sampler import DeploymentSampler, shared_sampler
+from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
 from fireworks_training.testing import CompletionsServer
 from fireworks_training.testing import completions_server as stub
 from tests.async_.sampling.support import KEY, MODEL, Make, quick
@@ -46,7 +46,7 @@ async def shared(server: CompletionsServer) -> AsyncIterator[Make]:
 
     def maker(**options: Any) -> DeploymentSampler:
         url = options.pop("url", server.url)
-        return shared_sampler(
+        return SamplerInternals.over(
             SamplerContext(
                 transport=transport,
                 inference_url=url,
