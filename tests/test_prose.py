@@ -107,3 +107,53 @@ def test_a_name_in_code_or_on_the_wire_is_known(tmp_path: Path) -> None:
     )
     (tmp_path / "module.py").write_text(text)
     assert strays(tmp_path) == []
+
+
+# -- the contributor's page ------------------------------------------------------------------------
+
+LINK = re.compile(r"\[`([\w./]+)`\]\(([\w./]+)\)|`([A-Za-z_]\w*(?:\.\w+)?)`")
+
+
+def defined(path: Path) -> set[str]:
+    """The classes and functions of a module, methods behind the name of their class."""
+    names = set[str]()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            functions = ast.FunctionDef | ast.AsyncFunctionDef
+            methods = (child for child in node.body if isinstance(child, functions))
+            names |= {f"{node.name}.{method.name}" for method in methods}
+    return names
+
+
+def lost_on_the_way(page: str, root: Path) -> list[str]:
+    """Names in the walks that the modules linked so far do not define."""
+    known, lost = set[str](), list[str]()
+    for _, linked, name in LINK.findall(page):
+        if linked.endswith(".py"):
+            known |= defined(root / linked)
+        elif (name[:1].isupper() or "." in name) and name not in known:
+            lost.append(name)
+    return lost
+
+
+def test_the_walks_of_the_contributors_page_name_what_is_there() -> None:
+    page = (PACKAGE / "README.md").read_text("utf-8")
+    walks = page.partition("## Three walks")[2].partition("## Recipes")[0]
+    assert walks.count("`") > 100
+    assert lost_on_the_way(walks, PACKAGE) == []
+
+
+def test_the_contributors_page_links_to_what_is_there() -> None:
+    page = (PACKAGE / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", page)
+    assert [link for link in links if not (PACKAGE / link).exists()] == []
+    rooms = {f"_async/{path.parent.name}" for path in PACKAGE.glob("_async/*/__init__.py")}
+    assert rooms <= set(links)
+
+
+def test_a_walk_that_gets_lost_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("class A:\n    def go(self): ...\n\n\ndef f(): ...\n")
+    walk = "[`a.py`](a.py) `A.go`, `A.gone`, then `B`; `not_checked` is no class."
+    assert lost_on_the_way(walk, tmp_path) == ["A.gone", "B"]

@@ -75,7 +75,7 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineCapacity:
+class EngineHello:
     """Holds what an engine takes, from its hello."""
 
     vocab_size: int
@@ -102,7 +102,7 @@ class EngineClient(asyncio.Protocol):
         self.active = 0
         self.waiting = 0
         self._socket = socket
-        self._limits: EngineCapacity | None = None
+        self._limits: EngineHello | None = None
         self._transport: asyncio.Transport | None = None
         self._decoder = FrameDecoder()
         self._streams: dict[int, EngineStream] = {}
@@ -165,7 +165,7 @@ class EngineClient(asyncio.Protocol):
     # -- what it is ----------------------------------------------------------------------------
 
     @property
-    def limits(self) -> EngineCapacity:
+    def limits(self) -> EngineHello:
         """Capacity of the engine; only after `connect`."""
         if self._limits is None:
             raise EngineGone(f"engine {self.name} is not connected")
@@ -405,7 +405,7 @@ class EngineClient(asyncio.Protocol):
     def _take_control(self, message: dict[str, object]) -> None:
         match message:
             case {"op": "hello"}:
-                self._limits = EngineCapacity(
+                self._limits = EngineHello(
                     *(
                         cast(int, message[name])
                         for name in ("vocab_size", "max_context", "max_slots", "max_waiting")

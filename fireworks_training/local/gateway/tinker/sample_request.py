@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from fireworks_training._wire.training import schema
 from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
-from fireworks_training.local.gateway.inference.engine_client import EngineCapacity
+from fireworks_training.local.gateway.inference.engine_client import EngineHello
 from fireworks_training.local.gateway.inference.engine_stream import (
     Delta,
     EngineStream,
@@ -128,7 +128,7 @@ class SamplePlan:
     top_sample: int
 
 
-def plan_samples(body: SampleBody, limits: EngineCapacity) -> SamplePlan:
+def plan_samples(body: SampleBody, limits: EngineHello) -> SamplePlan:
     """Return the generations of a request.
 
     Raises:
