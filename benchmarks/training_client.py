@@ -190,19 +190,28 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
 
     transport = make(owner)
     session = TrainerSession(transport, make, url)
+    model: RemoteModel | None = None
 
-    async def no_deployment() -> Any:
-        raise NotImplementedError
+    class NoDeployment:
+        """Counts what is saved, and serves nothing."""
+
+        chain = Chain()
+
+        async def weights(self) -> Any:
+            raise AssertionError("this benchmark has no deployment")
+
+        of_probe = weights
 
     async def begin() -> AsyncFiretitanTrainingClient:
         await session.open(None)
         config = FiretitanProvisioningConfig(base_model="stub", dialect=dialect)  # type: ignore[arg-type]
+        nonlocal model
         model = RemoteModel(session, await session.create_model(config), config, owner=owner)
-        publisher = WeightPublisher(owner, Chain(), no_deployment, no_deployment)
-        return AsyncFiretitanTrainingClient(model, publisher)
+        return AsyncFiretitanTrainingClient(model, WeightPublisher(owner, NoDeployment()))
 
     async def end() -> None:
-        await client._model.close(drain=False)
+        assert model is not None
+        await model.close(drain=False)
         await session.close()
         await transport.close()
 

@@ -50,7 +50,7 @@ from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupporte
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
-from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig
+from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig, Tokenizer
 from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         self,
         model_path: str | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         training_client: AsyncFiretitanTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> DeploymentSampler:
@@ -420,7 +420,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         self,
         model: str,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
         inference_url: str | None = None,
     ) -> DeploymentSampler:
@@ -446,7 +446,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         *,
         timeout_s: float = 5400.0,
         cleanup_on_close: CleanUp | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> DeploymentSampler:
         """A sampler of another deployment, such as a judge's or a teacher's, made if there is none.
@@ -477,7 +477,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         base_model: str | None = None,
         retry_config: RetryConfig | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         training_client: AsyncFiretitanTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> FiretitanSamplingClient:

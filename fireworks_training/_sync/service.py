@@ -19,7 +19,7 @@ from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, Prov
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
-from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig
+from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig, Tokenizer
 from fireworks_training.usage import Usage
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         self,
         model_path: str | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         training_client: FiretitanTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> DeploymentSampler:
@@ -349,7 +349,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         self,
         model: str,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
         inference_url: str | None = None,
     ) -> DeploymentSampler:
@@ -376,7 +376,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         *,
         timeout_s: float = 5400.0,
         cleanup_on_close: CleanUp | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> DeploymentSampler:
         """A sampler of another deployment, such as a judge's or a teacher's, made if there is none.
@@ -409,7 +409,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         base_model: str | None = None,
         retry_config: RetryConfig | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         training_client: FiretitanTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> FiretitanSamplingClient:
@@ -652,7 +652,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         alpha: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> FiretitanTrainingClient:
-        """`create_lora_training_client`, awaited."""
+        """Call `create_lora_training_client`."""
         instance = await self._hop(
             self._async.create_lora_training_client_async,
             base_model,
@@ -667,13 +667,21 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         return FiretitanTrainingClient._wrap(instance)
 
     async def weight_sync_async(
-        self, name: str | None = None, *, on_drift: OnDrift | None = None
+        self,
+        name: str | None = None,
+        *,
+        training_client: FiretitanTrainingClient | None = None,
+        on_drift: OnDrift | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
-        return await self._async.weight_sync_async(name, on_drift=on_drift)
+        """Call `weight_sync` and return its future."""
+        return await self._async.weight_sync_async(
+            name,
+            training_client=training_client._async if training_client else None,
+            on_drift=on_drift,
+        )
 
     async def get_server_capabilities_async(self) -> dict[str, Any]:
-        """`get_server_capabilities`."""
+        """Call `get_server_capabilities`."""
         return await self._hop(self._async.get_server_capabilities_async)
 
     def delete_training_session(self) -> None:

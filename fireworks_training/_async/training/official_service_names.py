@@ -94,19 +94,23 @@ class OfficialServiceNames:
         alpha: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> AsyncFiretitanTrainingClient:
-        """`create_lora_training_client`, awaited."""
+        """Call `create_lora_training_client`."""
         return await self.create_lora_training_client(
             base_model, rank, seed, train_mlp, train_attn, train_unembed, alpha, user_metadata
         )
 
     async def weight_sync_async(
-        self, name: str | None = None, *, on_drift: OnDrift | None = None
+        self,
+        name: str | None = None,
+        *,
+        training_client: AsyncFiretitanTrainingClient | None = None,
+        on_drift: OnDrift | None = None,
     ) -> APIFuture[WeightSyncResult]:
-        """`weight_sync`, awaited for its future."""
-        return self.weight_sync(name, on_drift=on_drift)
+        """Call `weight_sync` and return its future."""
+        return self.weight_sync(name, training_client=training_client, on_drift=on_drift)
 
     async def get_server_capabilities_async(self) -> dict[str, Any]:
-        """`get_server_capabilities`."""
+        """Call `get_server_capabilities`."""
         return await self.get_server_capabilities()
 
     async def delete_training_session(self) -> None:

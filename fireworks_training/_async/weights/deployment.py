@@ -31,7 +31,7 @@ from fireworks_training._core.snapshots import Chain
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import DeploymentInfo
-from fireworks_training.options import DeploymentConfig
+from fireworks_training.options import DeploymentConfig, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ class ServedDeployment:
     async def of_deployment(
         self,
         model_path: str | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         controller: SamplingConcurrencyController | None,
     ) -> DeploymentSampler:
         """A sampler of the deployment, with a snapshot live if one is named."""
@@ -134,7 +134,7 @@ class ServedDeployment:
     async def _make(
         self,
         weights: WeightSync,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         controller: SamplingConcurrencyController,
     ) -> DeploymentSampler:
         model, integer_stops = (await self.deployment()).name, await self._integer_stops()
@@ -156,7 +156,7 @@ class ServedDeployment:
     async def of_model(
         self,
         model: str,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         controller: SamplingConcurrencyController | None,
         inference_url: str | None,
     ) -> DeploymentSampler:
@@ -177,7 +177,7 @@ class ServedDeployment:
         config: DeploymentConfig,
         budget: float,
         clean_up: CleanUp | None,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         controller: SamplingConcurrencyController | None,
     ) -> DeploymentSampler:
         """A sampler of a deployment that only serves, made if there is none."""
