@@ -22,9 +22,7 @@ from fireworks_training.errors import InvalidArgument, NotSupported
 from fireworks_training.models import CheckpointInfo, ModelInfo
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fireworks_training.options import RetryConfig
+    from fireworks_training.options import RetryConfig, Tokenizer
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -249,7 +247,7 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         retry_config: RetryConfig | None = None,
         deployment_sampler: DeploymentSampler | None = None,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         training_client: AnyTrainingClient | None = None,
         concurrency_controller: SamplingConcurrencyController | None = None,
     ) -> FiretitanSamplingClient:
