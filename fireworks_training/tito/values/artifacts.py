@@ -79,8 +79,11 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _as_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Change the JSON of an artifact in place, into the fields that the records' classes take."""
     for row in _rows_with_metrics(raw):
-        if row.get("server_metrics") is not None:
-            row["server_metrics"] |= row.get("server_metrics_more", {})
+        if (metrics := row.get("server_metrics")) is not None:
+            metrics |= row.get("server_metrics_more", {})
+            # The other SDK notes whether there was one; this one, which.
+            if isinstance(metrics.get("transport_error"), bool):
+                metrics["transport_error"] = "transport" if metrics["transport_error"] else None
     for turn in _turns(raw):
         request, assistant = turn["request"], turn["assistant"]
         if (body := request.get("wire_request_body")) is not None:

@@ -317,9 +317,13 @@ async def test_an_artifact_survives_a_file(
     assert again.pack() == data
     raw = json.loads(zlib.decompress(data[8:]))
     turn = raw["segments"][0]["turns"][0]
-    turn["routing_matrices"] = [[1]]  # the other SDK's
+    turn["routing_matrices"] = [[1]]  # the other SDK's, as is its flag for what is named here
+    turn["server_metrics"]["transport_error"] = False
     theirs = TITOTrajectoryArtifact.unpack(data[:8] + zlib.compress(json.dumps(raw).encode()))
-    assert theirs.segments[0].turns[0].routing_matrices == [[1]]
+    read = theirs.segments[0].turns[0]
+    assert read.routing_matrices == [[1]]
+    assert read.server_metrics is not None
+    assert read.server_metrics.transport_error is None
     turn["exact_prompt_ids"] = "sesame"
     with pytest.raises(TITOError, match=r"turns\.0\.exact_prompt_ids") as wrong:
         TITOTrajectoryArtifact.unpack(data[:8] + zlib.compress(json.dumps(raw).encode()))
