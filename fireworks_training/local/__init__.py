@@ -1,6 +1,6 @@
 """The embedded local platform: a gateway, a trainer worker a job, an engine worker a replica.
 
-The rooms, from the lowest up (each imports only what stands above it in this list):
+The rooms, from the bottom up (each imports only from those above it in this list):
 
 - `limits`, `settings`: shortages that the platform imitates, and the settings of each process.
 - `engine_frames`, `results`: formats that gateway and workers share: the engine's socket frames,

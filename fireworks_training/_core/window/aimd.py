@@ -2,8 +2,8 @@
 
 They know the count, the debt after a decrease, slow start and the age of evidence; the laws that
 set the window at the end of a round stand in `queue_law.py` (where the server reports how long
-prompts queued: then statuses count for nothing) and `status_law.py`. Where both kinds of evidence
-were seen within a round, the queue decides. The package's text has the symbols and the formulas.
+prompts queued: once it did, statuses count for nothing) and `status_law.py`. The package's text has
+the symbols and the formulas.
 """
 
 from __future__ import annotations
