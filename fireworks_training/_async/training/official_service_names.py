@@ -1,6 +1,7 @@
 """The official SDK's names for what the service client has under shorter ones.
 
-Needs nothing of the service but the public members that it declares.
+Needs nothing of the service but the public members that it declares. It stands in this room since
+what it makes are training clients, and since the service, which inherits it, stands above.
 """
 
 from __future__ import annotations
