@@ -27,6 +27,7 @@ from typing import Protocol, runtime_checkable
 
 from fireworks_training._core.window.aimd import AdaptiveWindow, FixedWindow
 from fireworks_training._core.window.settings import AimdSettings
+from fireworks_training._core.window.status_law import is_success
 from fireworks_training._inbox import call_on
 from fireworks_training.models import ServerMetrics
 
@@ -222,8 +223,9 @@ class AdaptiveConcurrencyController(SlotQueue):
     """Follows what the server reports about its load, by a window that grows and shrinks (AIMD).
 
     With reported prefill queue times (dedicated deployments) it keeps all but one in twenty below
-    the target; without (serverless) it steers by 429, 503 and transport errors. The window triples
-    in a round trip until the server is found full. From then on, where queue times are reported, a
+    the target; by 429, 503 and transport errors it shrinks on every server, and steers where no
+    queue times are reported (serverless). The window triples in a round trip until the server is
+    found full. From then on, where queue times are reported, a
     request that takes a freed slot over may be held back, by `prefill_queue_target` at most: those
     that ended together don't begin together. The law stands in `_core/window`.
 
@@ -289,7 +291,8 @@ class AdaptiveConcurrencyController(SlotQueue):
         """
         before = self.window_size
         super().release(metrics)
-        if self._window.signal == "status" and not self._warned_of_statuses:
+        served = metrics is not None and is_success(metrics)
+        if served and self._window.signal == "status" and not self._warned_of_statuses:
             self._warned_of_statuses = True
             logger.warning(
                 "the server reports no prefill queue times: the concurrency window follows "
