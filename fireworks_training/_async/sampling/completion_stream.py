@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -209,7 +210,9 @@ class CompletionStream:
         return status_error(
             response.status,
             body,
-            retry_after=parse_retry_after(headers.get("retry-after"), date=headers.get("date")),
+            retry_after=parse_retry_after(
+                headers.get("retry-after"), date=headers.get("date"), now=time.time()
+            ),
             request_id=request_id_of(headers),
         )
 

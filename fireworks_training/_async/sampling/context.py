@@ -7,7 +7,9 @@ Neither knows prompts, attempts under way (`run.py`) or tasks (`tasks.py`).
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.prompts import LockedTokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._core.backoff import BILLING_PATIENCE
 from fireworks_training._wire.completions.request import (
     PATH,
     SamplingRequest,
@@ -35,6 +38,9 @@ from fireworks_training.options import SamplingOptions, Tokenizer
 
 METRICS_KEPT = 65_536
 """Attempts whose metrics are kept until `drain_metrics()`; the oldest go first."""
+
+BILLING_REPORT = 60.0
+"""Seconds between two log lines about an account that has to be paid for."""
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
 
@@ -104,6 +110,7 @@ class SamplerContext:
         self.progress = Progress(lambda: self._controller.window_size)
         self._labels = dict(labels or {})
         self._warned_substituted = False
+        self._next_billing_warning = -math.inf
         # A rollout loop makes the same call again and again: it is checked once.
         self._last_request: tuple[dict[str, object], list[type], SamplingRequest] | None = None
 
@@ -169,6 +176,18 @@ class SamplerContext:
                 "sampler, or token ids to sample_with_prompt_tokens"
             )
         return self.tokenizer
+
+    def warn_billing(self) -> None:
+        """Log, once a minute at most, that requests wait until the account is paid for."""
+        now = time.monotonic()
+        if now >= self._next_billing_warning:
+            self._next_billing_warning = now + BILLING_REPORT
+            logger.warning(
+                "%s answers 402 (payment required): its requests wait until the account is paid "
+                "for, for up to %g minutes",
+                self.model,
+                BILLING_PATIENCE / 60,
+            )
 
     def warn_substituted(self) -> None:
         """Log once that raw logprobs stand in for the sampling logprobs that no answer reports."""

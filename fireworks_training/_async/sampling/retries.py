@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
-from fireworks_training._core.backoff import Backoff, is_retryable
+from fireworks_training._core.backoff import (
+    BILLING_PATIENCE,
+    Backoff,
+    billing_budget,
+    is_billing,
+    is_retryable,
+    outage_budget,
+)
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -49,12 +56,15 @@ def _hot_load_budget() -> Backoff:
 class RetryPolicy:
     """Makes the retry budgets of a completion; tests make quicker ones.
 
-    `transient` counts attempts, not seconds: a budget in seconds would have to be larger than the
-    time-out of one attempt, which the caller chooses.
+    Attributes:
+        transient: for outages and crowded servers; the usual one outlasts 90 s.
+        hot_load: for a deployment that loads a snapshot.
+        billing: for an account that has to be paid for.
     """
 
-    transient: Callable[[], Backoff] = Backoff
+    transient: Callable[[], Backoff] = outage_budget
     hot_load: Callable[[], Backoff] = _hot_load_budget
+    billing: Callable[[], Backoff] = billing_budget
 
 
 class Budgets:
@@ -68,18 +78,22 @@ class Budgets:
         loading: whether the last failure was that of a deployment that loads a snapshot.
     """
 
-    __slots__ = ("_hot_load", "_hot_loads", "_policy", "_transient", "loading")
+    __slots__ = ("_billing", "_hot_load", "_hot_loads", "_policy", "_transient", "loading")
 
     def __init__(self, policy: RetryPolicy, hot_loads: HotLoadSignal) -> None:
         self._policy = policy
         self._hot_loads = hot_loads
         self._transient: Backoff | None = None
         self._hot_load: Backoff | None = None
+        self._billing: Backoff | None = None
         self.loading = False
 
     def next_delay(self, error: ApiError, *, now: float) -> float | None:
         """Note a failed attempt; seconds to wait before the next one, or None to give up."""
         self.loading = is_hot_load(error)
+        if is_billing(error):
+            self._billing = self._billing or self._policy.billing()
+            return self._billing.next_delay(error, now=now)
         if not self.loading:
             self._transient = self._transient or self._policy.transient()
             return self._transient.next_delay(error, now=now)
@@ -117,7 +131,7 @@ def final_error(
         attempts=attempts,
         final_status=status,
         final_error_kind=failure.kind,
-        retry_budget_exhausted=hot_loading or is_retryable(error),
+        retry_budget_exhausted=hot_loading or is_retryable(error) or is_billing(error),
         request_id=error.request_id or failure.metrics.request_id or request_id,
         cause=error,
     )
@@ -126,6 +140,11 @@ def final_error(
 def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
     if isinstance(failure.error, AuthenticationFailed):
         return " Check the API key, and that it may use this deployment."
+    if is_billing(failure.error):
+        return (
+            f" The account has to be paid for; after {BILLING_PATIENCE / 60:g} minutes the request "
+            "was given up."
+        )
     if hot_loading:
         return " The deployment did not become ready; check its state and the model name."
     if isinstance(failure.error, NotFound):

@@ -28,7 +28,7 @@ from fireworks_training._async.sampling.concurrency import SlotQueue
 from fireworks_training._async.sampling.context import RequestLog, SamplerContext
 from fireworks_training._async.sampling.retries import Budgets, final_error, is_hot_load
 from fireworks_training._async.sampling.token_stream import DeltaBuffer
-from fireworks_training._core.backoff import is_retryable
+from fireworks_training._core.backoff import is_billing, is_retryable
 from fireworks_training._core.window.status_law import is_congestion
 from fireworks_training._wire.completions.request import EncodedRequest, SamplingRequest
 from fireworks_training.errors import SamplingRequestError
@@ -241,6 +241,9 @@ class SamplingRun:
     ) -> None:
         hook = self._context.transport.events
         events.retried(hook, attempt.headers, attempt.number, delay, failure.error)
+        self._context.progress.failed(failure.error.message)
+        if is_billing(failure.error):
+            self._context.warn_billing()
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
             self._context.model,

@@ -12,6 +12,8 @@ from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
 )
+from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._core.backoff import BILLING_PATIENCE, OUTAGE_PATIENCE
 from fireworks_training.errors import (
     AuthenticationFailed,
     ConnectionFailed,
@@ -64,6 +66,26 @@ async def test_a_passing_fault_costs_one_attempt(
         await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1], max_tokens=2)
     assert (caught.value.final_error_kind, caught.value.attempts) == (kind, 2)
     assert caught.value.retry_budget_exhausted
+
+
+async def test_an_unpaid_account_is_waited_for_and_said(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script = [stub.status(402)] * 3
+    (one,) = await make().sample_with_prompt_tokens([1], max_tokens=2)
+    assert one.text == "<2><3>"
+    said = [record for record in caplog.records if "payment required" in record.getMessage()]
+    assert len(said) == 1
+    server.otherwise = stub.status(402)
+    with pytest.raises(SamplingRequestError, match="paid for") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=2)
+    assert caught.value.final_status == 402
+
+
+def test_the_usual_budgets_are_those_of_the_policy() -> None:
+    usual = RetryPolicy()
+    assert usual.transient()._patience == OUTAGE_PATIENCE >= 100
+    assert usual.billing()._patience == BILLING_PATIENCE
 
 
 @pytest.mark.parametrize(
