@@ -11,13 +11,14 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import aiohttp
 
 from fireworks_training._async.http import open_files
 from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
 from fireworks_training._perf_metrics import request_id_of
@@ -84,7 +85,8 @@ class CompletionStream:
     Args:
         transport: the connection pool.
         attempt: holds the request to send.
-        without_echo: takes the text of echoed prompt tokens off a text.
+        without_echo: takes the text of echoed prompt tokens off a text; it is called in a thread.
+            None leaves the text as the server sent it.
         keep_tokens: whether the deltas hold token ids.
     """
 
@@ -99,6 +101,7 @@ class CompletionStream:
         "_sent_at",
         "_silence",
         "_transport",
+        "_without_echo",
     )
 
     def __init__(
@@ -113,8 +116,9 @@ class CompletionStream:
         self._attempt = attempt
         self._decoder = SseDecoder()
         self._assembler = CompletionAssembler(
-            attempt.request, attempt.prompt_ids, without_echo, keep_tokens=keep_tokens
+            attempt.request, attempt.prompt_ids, keep_tokens=keep_tokens
         )
+        self._without_echo = without_echo
         self._response: aiohttp.ClientResponse | None = None
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
@@ -245,7 +249,13 @@ class CompletionStream:
         completion = self._finish()
         if not content.at_eof():
             await self._reach_the_end(response)
-        return completion
+        echoed = self._attempt.request.echoed(completion.prompt_len)
+        if not (echoed and self._without_echo):
+            return completion
+        # The tokenizer may be busy with a template in another thread.
+        ids = completion.prompt_tokens[completion.prompt_len - echoed :]
+        text = await in_thread(self._without_echo, completion.text, ids)
+        return replace(completion, text=text)
 
     def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
         """Take one piece of the stream, as it came from the network."""

@@ -7,6 +7,7 @@ It sends nothing.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -18,8 +19,23 @@ Ids: TypeAlias = tuple[int, ...]
 """The token ids of a prompt. The garbage collector walks lists of integers, not tuples of them."""
 
 
+_locks: weakref.WeakKeyDictionary[Tokenizer, threading.Lock] = weakref.WeakKeyDictionary()
+_lock_of_others = threading.Lock()
+
+
+def lock_of(tokenizer: Tokenizer) -> threading.Lock:
+    """Return the one lock of a tokenizer, whoever uses it.
+
+    Tokenizers that can't be looked up (without hash or weak reference) share one.
+    """
+    try:
+        return _locks.setdefault(tokenizer, threading.Lock())
+    except TypeError:
+        return _lock_of_others
+
+
 class LockedTokenizer:
-    """Uses a tokenizer in one thread at a time.
+    """Uses a tokenizer in one thread at a time, however many samplers share it.
 
     Attributes:
         tokenizer: the user's own object.
@@ -27,7 +43,7 @@ class LockedTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._lock = lock_of(tokenizer)
 
     def apply_template(self, conversations: Sequence[Conversation]) -> list[Ids]:
         """Turn conversations into token ids, with a generation prompt each; too slow for a loop."""

@@ -8,7 +8,6 @@ token ids in a worker thread. What its calls share stands in `context.py`, its r
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
@@ -226,7 +226,7 @@ class DeploymentSampler:
         conversations = conversations_of(messages)
         tokenizer = self._context.needed_tokenizer()
         return self._call(
-            lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
+            lambda: in_thread(tokenizer.apply_template, conversations),
             len(conversations),
             n,
             request,
@@ -413,7 +413,7 @@ class DeploymentSampler:
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
         tokenizer = self._context.needed_tokenizer()
-        return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
+        return lambda: in_thread(tokenizer.apply_template, conversations)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """Take the metrics of attempts since the last drain, oldest first; the newest 65,536."""
@@ -529,6 +529,25 @@ class SamplerInternals(DeploymentSampler):
     def context_of(sampler: DeploymentSampler) -> SamplerContext:
         """Return the state that the calls of a sampler share."""
         return sampler._context
+
+    @staticmethod
+    def sampling(
+        sampler: DeploymentSampler,
+        prompt: Sequence[int],
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        options: SamplingOptions,
+    ) -> Callable[[], Coroutine[Any, Any, list[SampledCompletion]]]:
+        """Check a call of one prompt; returns the coroutine function that does its work.
+
+        For a caller whose own task of the sampler awaits it: that task was accepted, and its
+        work is not asked for admission a second time.
+        """
+        request = sampler._request(max_tokens, temperature, options)
+        prompts = one_prompt(prompt)
+        integer("n", n, 1)
+        return lambda: sampler._sample(prompts, n, request, None)
 
     @staticmethod
     def tasks_of(sampler: DeploymentSampler) -> SamplerTasks:

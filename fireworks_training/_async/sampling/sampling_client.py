@@ -26,7 +26,12 @@ from fireworks_training._async.sampling.retry_config import (
 )
 from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
 from fireworks_training.config import environment_api_key
-from fireworks_training.errors import InvalidArgument, NotSupported, SamplingError
+from fireworks_training.errors import (
+    InvalidArgument,
+    NotSupported,
+    SamplingError,
+    SamplingRequestError,
+)
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SampledCompletion
@@ -153,16 +158,17 @@ class FiretitanSamplingClient:
         if include_prompt_logprobs:
             options["echo"] = True
         limit = sampling_params.max_tokens
-        call = self.deployment_sampler.sample_with_prompt_tokens(
+        sampling = SamplerInternals.sampling(
+            self.deployment_sampler,
             _text_tokens(prompt),
             num_samples,
             DEFAULT_MAX_TOKENS if limit is None else limit,
             float(sampling_params.temperature),
-            **options,
+            options,
         )
 
         async def work() -> SampleResponse:
-            return _response(await call, with_prompt=include_prompt_logprobs)
+            return _response(await sampling(), with_prompt=include_prompt_logprobs)
 
         return self._start(work, "sampling")
 
@@ -190,15 +196,27 @@ class FiretitanSamplingClient:
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """Compute the natural logprobs of a prompt under the raw model; None for the first token.
 
-        It samples one token with an echo. For training, `forward` of the training client gives the
-        trainer's own.
+        It samples one token with an echo; and none, where the server refuses that one: a prompt may
+        fill the context. For training, `forward` of the training client gives the trainer's own.
         """
-        call = self.deployment_sampler.sample_with_prompt_tokens(
-            _text_tokens(prompt), 1, 1, 1.0, logprobs=True, echo=True
+        tokens = _text_tokens(prompt)
+        one_token, no_token = (
+            SamplerInternals.sampling(
+                self.deployment_sampler, tokens, 1, limit, 1.0, {"logprobs": True, "echo": True}
+            )
+            for limit in (1, 0)
         )
 
         async def work() -> list[float | None]:
-            (one,) = await call
+            try:
+                (one,) = await one_token()
+            except SamplingRequestError as refused:
+                if refused.final_status != 400:
+                    raise
+                try:
+                    (one,) = await no_token()
+                except SamplingRequestError:
+                    raise refused from None
             return _prompt_logprobs(one)
 
         return self._start(work, "computing logprobs")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import orjson
@@ -53,8 +53,6 @@ class CompletionAssembler:
     Args:
         request: the options that were sent.
         prompt_ids: the prompt that was sent.
-        without_echo: takes the text of echoed prompt tokens off a text. None leaves the text as the
-            server sent it.
         keep_tokens: whether `since` returns token ids too.
 
     Attributes:
@@ -78,7 +76,6 @@ class CompletionAssembler:
         "_text",
         "_tokens",
         "_top",
-        "_without_echo",
         "completion_tokens",
         "done",
         "finish_reason",
@@ -90,7 +87,6 @@ class CompletionAssembler:
         self,
         request: SamplingRequest,
         prompt_ids: Sequence[int],
-        without_echo: Callable[[str, Sequence[int]], str] | None = None,
         *,
         keep_tokens: bool = False,
     ) -> None:
@@ -98,7 +94,6 @@ class CompletionAssembler:
         self._tokens: list[int] | None = [] if keep_tokens else None
         self._logprobs_wanted = request.logprobs
         self._prompt_ids = prompt_ids
-        self._without_echo = without_echo
         self._text: list[str] = []
         self._logprobs = array("d")
         self._sampling = array("d")
@@ -245,7 +240,7 @@ class CompletionAssembler:
     def completion(
         self, *, prompt_index: int, sample_index: int, metrics: ServerMetrics
     ) -> SampledCompletion:
-        """Check and return the completion.
+        """Check and return the completion; its text is as the server sent it, an echo included.
 
         Raises:
             ProtocolError: something that it must have is missing, or lengths disagree.
@@ -267,7 +262,7 @@ class CompletionAssembler:
         identity = self.snapshot_identity()
         first = self._snapshot.get("snapshot-identity-first", identity)
         return SampledCompletion(
-            text=self._completion_text(answered[:echoed]),
+            text="".join(self._text),
             full_tokens=prompt + answered[echoed:],
             prompt_len=len(prompt),
             finish_reason=reason,
@@ -300,12 +295,6 @@ class CompletionAssembler:
         if not _is_ids(used):
             raise ProtocolError("the answer's prompt_token_ids are not token ids")
         return cast(list[int], used), cast(list[int], answered)
-
-    def _completion_text(self, echoed_ids: Sequence[int]) -> str:
-        text = "".join(self._text)
-        if echoed_ids and self._without_echo is not None:
-            return self._without_echo(text, echoed_ids)
-        return text
 
     def _token_arrays(
         self, answered: int, echoed: int, dropped: int

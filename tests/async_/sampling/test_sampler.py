@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from fireworks_training._async.sampling import tasks as tasks_module
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
 )
 from fireworks_training._async.sampling.progress import Progress
+from fireworks_training._async.sampling.prompts import LockedTokenizer, lock_of
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training.errors import (
     ApiError,
@@ -327,3 +331,82 @@ async def test_a_long_wait_says_what_it_waits_for(
 
 def test_an_attempt_s_failure_stays_inside() -> None:
     assert not issubclass(AttemptFailed, ApiError)
+
+
+async def test_a_hundred_blocking_callers_on_the_owner_loop_all_return(
+    server: CompletionsServer,
+) -> None:
+    """Blocking callers fill the loop's default executor; no work of the sampler is behind them."""
+    sampler = DeploymentSampler(server.url, MODEL, KEY, CharacterTokenizer())
+    async with sampler:
+
+        def ask(number: int) -> int:
+            messages = [{"role": "user", "content": str(number)}]
+            (one,) = sampler.sample_with_tokens(messages, max_tokens=1).result()
+            return one.completion_len
+
+        async with asyncio.timeout(30):
+            lengths = await asyncio.gather(*(asyncio.to_thread(ask, i) for i in range(100)))
+    assert len(lengths) == 100
+
+
+def test_one_tokenizer_has_one_lock_however_many_samplers_use_it() -> None:
+    class Unhashable(CharacterTokenizer):
+        __hash__ = None  # type: ignore[assignment]
+
+    one, other = CharacterTokenizer(), CharacterTokenizer()
+    assert lock_of(one) is lock_of(one)
+    assert lock_of(one) is not lock_of(other)
+    assert lock_of(Unhashable()) is lock_of(Unhashable())
+
+
+def test_samplers_of_one_tokenizer_never_use_it_at_once() -> None:
+    inside, most = 0, 0
+
+    class Watched(CharacterTokenizer):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.002)
+            inside -= 1
+            return [1, 2]
+
+    tokenizer = Watched()
+    samplers = [LockedTokenizer(tokenizer) for _ in range(4)]
+    threads = [
+        threading.Thread(target=one.apply_template, args=([[{"role": "user"}]],))
+        for one in samplers
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_two_first_calls_from_two_threads_register_one_exit_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hooks: list[str] = []
+
+    def at_exit(what: str, clean_up: object) -> Callable[[], None]:
+        time.sleep(0.02)  # as long as another thread needs to come here too
+        hooks.append(what)
+        return lambda: hooks.remove(what)
+
+    monkeypatch.setattr(tasks_module, "at_exit", at_exit)
+    with stub.CompletionsServer() as server:
+        sampler = DeploymentSampler(server.url, MODEL, KEY)
+        threads = [
+            threading.Thread(target=lambda: sampler.sample_with_prompt_tokens([1]).result(10))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(hooks) == 1
+        sampler.close()
+        assert hooks == []

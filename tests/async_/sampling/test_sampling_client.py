@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import pickle
+import threading
+import time
 
 import pytest
 from tinker import ModelInput, SamplingParams
@@ -59,6 +61,75 @@ async def test_prompt_logprobs_begin_with_none(server: CompletionsServer, make: 
     assert await client.compute_logprobs(PROMPT) == [None, -2 / 8]
     assert await client.compute_logprobs_async(PROMPT) == [None, -2 / 8]
     assert server.bodies[-1]["max_tokens"] == 1
+
+
+async def test_a_prompt_that_fills_the_context_is_scored_without_a_token(
+    server: CompletionsServer, make: Make
+) -> None:
+    full = {"error": {"message": "prompt and max_tokens are over the context length"}}
+    chunks = [stub.token_chunk(token, logprobs=True) for token in (1, 2)]
+    whole = stub.stream(*chunks, stub.last_chunk({"prompt": [1, 2]}, [1, 2]))
+    server.script = [stub.status(400, full), whole]
+    client = FiretitanSamplingClient(make())
+    assert await client.compute_logprobs(PROMPT) == [None, -2 / 8]
+    assert [body["max_tokens"] for body in server.bodies] == [1, 0]
+    server.script = [stub.status(400, full), stub.status(400, {"error": {"message": "no zero"}})]
+    with pytest.raises(SamplingRequestError, match="context length"):
+        await client.compute_logprobs(PROMPT)
+    server.script = [stub.status(401)]
+    with pytest.raises(SamplingRequestError, match="API key"):
+        await client.compute_logprobs(PROMPT)
+
+
+def test_what_was_accepted_before_the_close_finishes() -> None:
+    with stub.CompletionsServer() as server:
+        for _ in range(30):
+            client = FiretitanSamplingClient.create(
+                inference_url=server.url, model=MODEL, api_key=KEY
+            )
+            with client:
+                future = client.sample(PROMPT, 2, PARAMS)
+                scored = client.sample(PROMPT, 1, PARAMS)
+            with pytest.raises(ClientClosed):
+                client.sample(PROMPT, 1, PARAMS)
+            assert len(future.result(10).sequences) == 2
+            assert len(scored.result(10).sequences) == 1
+
+
+async def test_the_same_on_the_owner_s_own_loop(server: CompletionsServer, shared: Make) -> None:
+    for _ in range(30):
+        client = FiretitanSamplingClient(shared())
+        with client:
+            future = client.sample(PROMPT, 2, PARAMS)
+        assert len((await future).sequences) == 2
+
+
+def test_threads_that_race_with_the_close_are_refused_or_served() -> None:
+    """Each call is told one of two things: refused at the call, or a result."""
+    with stub.CompletionsServer() as server:
+        client = FiretitanSamplingClient.create(inference_url=server.url, model=MODEL, api_key=KEY)
+        client.sample(PROMPT, 1, PARAMS).result(10)
+        told: list[str] = []
+
+        def work() -> None:
+            for _ in range(200):
+                try:
+                    future = client.sample(PROMPT, 1, PARAMS)
+                except ClientClosed:
+                    told.append("refused")
+                    return
+                told.append("ok" if len(future.result(10).sequences) == 1 else "?")
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while len(told) < 8:
+            time.sleep(0.001)
+        client.close()
+        for thread in threads:
+            thread.join()
+        assert set(told) <= {"ok", "refused"}
+        assert told.count("refused") == 8
 
 
 def test_a_plain_function_asks_for_results() -> None:

@@ -68,8 +68,8 @@ def last(ids: object, reason: str | None = "stop", **choice: Any) -> dict[str, A
     return {"choices": [{"finish_reason": reason, "raw_output": raw_output, "text": ""} | choice]}
 
 
-def assembled(asked: SamplingRequest, *chunks: dict[str, Any], without_echo: Any = None) -> Any:
-    assembler = CompletionAssembler(asked, PROMPT, without_echo)
+def assembled(asked: SamplingRequest, *chunks: dict[str, Any]) -> Any:
+    assembler = CompletionAssembler(asked, PROMPT)
     for chunk in chunks:
         assembler.feed(orjson.dumps(chunk))
     return assembler.completion(prompt_index=4, sample_index=5, metrics=ServerMetrics())
@@ -185,17 +185,6 @@ def test_an_echo_of_the_last_prompt_tokens_has_no_first_row_to_drop() -> None:
 def test_an_echo_that_differs_from_the_prompt_is_refused() -> None:
     with pytest.raises(ProtocolError, match="echoed"):
         assembled(request(echo=True), last([1, 2, 4, 10]))
-
-
-def test_the_echoed_prompt_is_taken_off_the_text() -> None:
-    chunk = {"choices": [{"text": "<1><2><3>new"}]}
-
-    def without_echo(text: str, ids: list[int]) -> str:
-        return text.removeprefix("".join(f"<{token}>" for token in ids))
-
-    ids = last([1, 2, 3, 10])
-    assert assembled(request(echo=True), chunk, ids, without_echo=without_echo).text == "new"
-    assert assembled(request(echo=True), chunk, ids).text == "<1><2><3>new"
 
 
 def test_the_snapshot_it_came_from() -> None:
