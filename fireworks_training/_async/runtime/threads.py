@@ -1,9 +1,9 @@
-"""`in_thread`: runs a blocking function in a daemon thread of the SDK's own, and awaits it.
+"""Runs blocking work in daemon threads of the SDK's own, never in the caller's default executor.
 
-The default executor of a loop belongs to the caller, who may fill it with functions that wait for
-this very loop: work of ours that queued behind them would wait for ever. The threads here take
-nothing but the SDK's work, which waits for no loop. They are daemons: a program ends without them.
-It knows neither what runs nor who waits.
+A loop's default executor has few threads, and callers block them on what this SDK's loop has to do
+(`asyncio.to_thread(future.result)`): work of ours that waited there for its turn would never begin,
+and neither would what they wait for. Here no work waits for other work: one begins in a thread that
+is idle, or in a new one. It knows nothing of the work, whose callers bound how much there is.
 """
 
 from __future__ import annotations
@@ -11,122 +11,116 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar, TypeVarTuple
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
 
-from fireworks_training._inbox import call_on
-
+P = ParamSpec("P")
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
 
-MAX_THREADS = 32
-"""Threads at most; what comes when all are busy waits for the first that is free."""
-
-IDLE_SECONDS = 10.0
+IDLE = 10.0
 """Seconds after which a thread without work ends."""
 
-
-class _Job:
-    """Holds one call, and the future of the loop that waits for it."""
-
-    __slots__ = ("_context", "_future", "_loop", "_work")
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
-        self._loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
-        self._future: asyncio.Future[Any] = self._loop.create_future()
-
-    @property
-    def future(self) -> asyncio.Future[Any]:
-        """Is done when the call has returned."""
-        return self._future
-
-    def run(self) -> None:
-        """Make the call, unless nobody waits for it any more; hand its result to the loop."""
-        if self._future.cancelled():
-            return
-        result: object = None
-        error: BaseException | None = None
-        try:
-            result = self._context.run(self._work)
-        except StopIteration as stop:  # no future takes one
-            error = RuntimeError("the function raised StopIteration")
-            error.__cause__ = stop
-        except BaseException as failure:
-            error = failure
-        try:
-            call_on(self._loop, lambda: self._settle(result, error))
-        except RuntimeError:
-            return  # the loop is closed, and with it whoever waited
-
-    def _settle(self, result: object, error: BaseException | None) -> None:
-        if self._future.done():
-            return
-        if error is None:
-            self._future.set_result(result)
-        else:
-            self._future.set_exception(error)
+NAME = "fireworks-training work"
+"""Name of the threads."""
 
 
-class _Threads:
-    """Starts daemon threads as they are needed, up to `MAX_THREADS`, and ends those that idle."""
+class Threads:
+    """Runs each piece of work at once, in a daemon thread that is idle or new.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._threads = 0
-        self._free = 0  # threads that wait for a job, less the jobs that wait for one of them
-
-    def submit(self, job: _Job) -> None:
-        """Run a job in a free thread, or in a new one."""
-        with self._lock:
-            self._free -= 1
-            new = self._free < 0 and self._threads < MAX_THREADS
-            if new:
-                self._threads += 1
-                self._free += 1
-            self._jobs.put(job)
-        if new:
-            threading.Thread(target=self._work, name="fireworks_training", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                with self._lock:
-                    if self._free > 0:  # else a job is on its way to this thread
-                        self._free -= 1
-                        self._threads -= 1
-                        return
-                continue
-            job.run()
-            del job
-            with self._lock:
-                self._free += 1
-
-
-_threads = _Threads()
-
-
-def _after_fork() -> None:
-    global _threads
-    _threads = _Threads()  # the child has none of the threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-async def in_thread(work: Callable[[*Args], T], *args: *Args) -> T:
-    """Run `work(*args)` in a daemon thread of the SDK's own, in the caller's context.
-
-    A cancelled caller does not wait: work that has begun ends by itself, and its result is dropped.
+    Args:
+        idle: seconds after which a thread without work ends.
     """
-    job = _Job((lambda: work(*args)) if args else work)
-    _threads.submit(job)
-    result: T = await job.future
-    return result
+
+    def __init__(self, idle: float = IDLE) -> None:
+        self._idle_limit = idle
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all threads: a forked child has none of them."""
+        self._lock = threading.Lock()
+        self._work = SimpleQueue[Callable[[], object]]()
+        self._idle = 0  # threads that wait for work, less the work that is on its way to them
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Run `work`, which must not raise, in a thread.
+
+        Raises:
+            RuntimeError: the system allows no further thread, or the interpreter ends.
+        """
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._work.put(work)
+                return
+        threading.Thread(target=self._run, args=(work,), name=NAME, daemon=True).start()
+
+    def _run(self, work: Callable[[], object]) -> None:
+        while True:
+            work()
+            del work  # and what it holds, while this thread is idle
+            with self._lock:
+                self._idle += 1
+            while True:
+                try:
+                    work = self._work.get(timeout=self._idle_limit)
+                    break
+                except Empty:
+                    with self._lock:
+                        if self._idle:
+                            self._idle -= 1
+                            return
+                    # Work is on its way to this thread, or to one that takes it before.
+
+
+_THREADS = Threads()
+os.register_at_fork(after_in_child=_THREADS.forget)
+
+
+async def in_thread(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a blocking function in a thread of the SDK's own, in the caller's context.
+
+    When cancelled, it lets a function that has begun end by itself, and drops its result.
+
+    Raises:
+        BaseException: what the function raised.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+    call = partial(contextvars.copy_context().run, partial(fn, *args, **kwargs))
+    _THREADS.start(partial(_carry_out, call, loop, done))
+    return await done
+
+
+def _carry_out(
+    call: Callable[[], T], loop: asyncio.AbstractEventLoop, done: asyncio.Future[T]
+) -> None:
+    deliver: Callable[[], None]
+    try:
+        result = call()
+        deliver = partial(_settle, done, result=result)
+    except StopIteration as error:  # no future takes one
+        raised = RuntimeError(f"the work raised {type(error).__name__}")
+        raised.__cause__ = error
+        deliver = partial(_settle, done, error=raised)
+    except BaseException as error:
+        deliver = partial(_settle, done, error=error)
+    try:
+        loop.call_soon_threadsafe(deliver)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+        # Nobody can wait for it any more.
+
+
+def _settle(
+    done: asyncio.Future[Any], *, result: object = None, error: BaseException | None = None
+) -> None:
+    if done.done():  # cancelled
+        return
+    if error is None:
+        done.set_result(result)
+    else:
+        done.set_exception(error)

@@ -110,6 +110,7 @@ class SamplerContext:
         self.progress = Progress(lambda: self._controller.window_size)
         self._labels = dict(labels or {})
         self._warned_substituted = False
+        self._warned_no_logprobs = False
         self._next_billing_warning = -math.inf
         # A rollout loop makes the same call again and again: it is checked once.
         self._last_request: tuple[dict[str, object], list[type], SamplingRequest] | None = None
@@ -187,6 +188,16 @@ class SamplerContext:
                 "for, for up to %g minutes",
                 self.model,
                 BILLING_PATIENCE / 60,
+            )
+
+    def warn_no_logprobs(self) -> None:
+        """Log once that the server sends no logprobs though they are asked for."""
+        if not self._warned_no_logprobs:
+            self._warned_no_logprobs = True
+            logger.warning(
+                "%s was asked for logprobs and sends none: inference_logprobs, sampling_logprobs "
+                "and top_logprobs of its completions are None",
+                self.model,
             )
 
     def warn_substituted(self) -> None:

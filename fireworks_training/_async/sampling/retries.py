@@ -33,6 +33,9 @@ HOT_LOAD_STATUS = frozenset({404, 425})
 HOT_LOAD_POLL = 8.0
 """Seconds between two attempts at a deployment of which a load is known to be under way."""
 
+FLAWED_ATTEMPTS = 3
+"""Attempts of a completion that ends by an abort, or has a token without a logprob."""
+
 _TIMEOUT_STATUS = frozenset({408, 504})
 
 
@@ -52,6 +55,11 @@ def _hot_load_budget() -> Backoff:
     return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
 
 
+def _flawed_budget() -> Backoff:
+    # The server is well, and has answered: a few more tries, and soon.
+    return Backoff(attempts=FLAWED_ATTEMPTS, cap=1.0, retryable=lambda _: True)
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Makes the retry budgets of a completion; tests make quicker ones.
@@ -60,11 +68,13 @@ class RetryPolicy:
         transient: for outages and crowded servers; the usual one outlasts 90 s.
         hot_load: for a deployment that loads a snapshot.
         billing: for an account that has to be paid for.
+        flawed: for whole answers that lack what another attempt may bring, by how they ended.
     """
 
     transient: Callable[[], Backoff] = outage_budget
     hot_load: Callable[[], Backoff] = _hot_load_budget
     billing: Callable[[], Backoff] = billing_budget
+    flawed: Callable[[], Backoff] = _flawed_budget
 
 
 class Budgets:
@@ -78,7 +88,15 @@ class Budgets:
         loading: whether the last failure was that of a deployment that loads a snapshot.
     """
 
-    __slots__ = ("_billing", "_hot_load", "_hot_loads", "_policy", "_transient", "loading")
+    __slots__ = (
+        "_billing",
+        "_flawed",
+        "_hot_load",
+        "_hot_loads",
+        "_policy",
+        "_transient",
+        "loading",
+    )
 
     def __init__(self, policy: RetryPolicy, hot_loads: HotLoadSignal) -> None:
         self._policy = policy
@@ -86,10 +104,16 @@ class Budgets:
         self._transient: Backoff | None = None
         self._hot_load: Backoff | None = None
         self._billing: Backoff | None = None
+        self._flawed: Backoff | None = None
         self.loading = False
 
-    def next_delay(self, error: ApiError, *, now: float) -> float | None:
+    def next_delay(self, failure: AttemptFailed, *, now: float) -> float | None:
         """Note a failed attempt; seconds to wait before the next one, or None to give up."""
+        error = failure.error
+        if failure.flawed:
+            self.loading = False
+            self._flawed = self._flawed or self._policy.flawed()
+            return self._flawed.next_delay(error, now=now)
         self.loading = is_hot_load(error)
         if is_billing(error):
             self._billing = self._billing or self._policy.billing()

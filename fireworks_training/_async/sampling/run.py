@@ -138,7 +138,7 @@ class SamplingRun:
                 return completion
             except AttemptFailed as failure:
                 budgets = budgets or Budgets(context.retries, context.hot_loads)
-                delay = budgets.next_delay(failure.error, now=self._loop.time())
+                delay = budgets.next_delay(failure, now=self._loop.time())
                 if deltas is not None and not deltas.restart():
                     delay = None
                 if log is not None:
@@ -198,6 +198,8 @@ class SamplingRun:
             )
             if stream.sampling_substituted:
                 context.warn_substituted()
+            if stream.logprobs_missing:
+                context.warn_no_logprobs()
             if log is not None:
                 log.succeeded(reported, stream.response_id)
             if hook is not None:

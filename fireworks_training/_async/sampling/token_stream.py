@@ -67,7 +67,10 @@ class DeltaBuffer:
             if self._text:
                 self._taken = True
                 delta = TokenDelta(
-                    "".join(self._text), self._tokens, self._logprobs, self._sampling
+                    "".join(self._text),
+                    self._tokens,
+                    self._logprobs.tolist(),
+                    self._sampling.tolist(),
                 )
                 self._text, self._tokens = [], []
                 self._logprobs, self._sampling = array("d"), array("d")

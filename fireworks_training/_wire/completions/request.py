@@ -21,6 +21,18 @@ from fireworks_training.options import SamplingOptions
 
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0
+ANSWER_BYTES: Final = 2**20
+"""Bytes of an answer beside those of its tokens: figures, names, keep-alives."""
+
+TOKEN_BYTES: Final = 4096
+"""Bytes that a token may take: a chunk of its own, with names, figures and logprobs."""
+
+ALTERNATIVE_BYTES: Final = 512
+"""Bytes that each of a token's likeliest alternatives may take."""
+
+ID_BYTES: Final = 16
+"""Bytes that the id of a prompt's token may take."""
+
 LABELS: Final = ("session", "run", "checkpoint", "step", "group", "item")
 
 
@@ -141,6 +153,7 @@ class SamplingRequest:
 
     Attributes:
         fields: those of the body, but prompt and seed.
+        max_tokens: tokens of the completion at most.
         seed: seed of sample 0; None lets the server choose.
         logprobs, top_logprobs, echo, echo_last: the options of these names.
         full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
@@ -151,6 +164,7 @@ class SamplingRequest:
     """
 
     fields: Mapping[str, Any]
+    max_tokens: int
     seed: int | None
     logprobs: bool
     top_logprobs: int
@@ -184,6 +198,12 @@ class SamplingRequest:
         if self.echo_last is not None:
             return min(self.echo_last, prompt_len)
         return prompt_len if self.echo else 0
+
+    def answer_limit(self, prompt_len: int) -> int:
+        """Return how many bytes an honest answer has at most, generously."""
+        tokens = self.max_tokens + self.echoed(prompt_len)
+        per_token = TOKEN_BYTES + ALTERNATIVE_BYTES * self.top_logprobs
+        return ANSWER_BYTES + tokens * per_token + ID_BYTES * prompt_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +269,7 @@ def sampling_request(
     fields |= _stop_fields(normalise_stop(given.get("stop")), decode_stop)
     return SamplingRequest(
         fields=fields,
+        max_tokens=fields["max_tokens"],
         seed=seed,
         logprobs=logprobs,
         top_logprobs=top_logprobs,

@@ -49,6 +49,7 @@ def quick(delays: list[float] | None = None, *, attempts: int = 7) -> RetryPolic
         hot_load=lambda: RecordedBackoff(
             seen, attempts=11, base=0.5, cap=8.0, retryable=retries.is_hot_load
         ),
+        flawed=lambda: RecordedBackoff(seen, attempts=3, retryable=lambda _: True),
         billing=lambda: RecordedBackoff(seen, attempts=attempts, retryable=is_billing),
     )
 

@@ -264,3 +264,32 @@ async def test_the_first_failure_takes_its_siblings_with_it(
     assert server.left == 3
     assert len(server.bodies) == 4  # those that waited for a slot were never sent
     assert (controller.in_flight, controller.waiting) == (0, 0)
+
+
+async def test_an_aborted_completion_and_a_missing_logprob_are_tried_again(
+    server: CompletionsServer, make: Make
+) -> None:
+    aborted = stub.completes([7], "x", finish_reason="abort")
+    chunk = stub.token_chunk(2, logprobs=True, logprob=None)
+    holed = stub.stream(chunk, stub.last_chunk({"prompt": [1]}, [2]))
+    server.script = [aborted, holed]
+    found = await make(
+        concurrency_controller=FixedConcurrencyController(1)
+    ).sample_with_prompt_tokens([1], n=3, max_tokens=1, logprobs=True)
+    assert [one.completion_tokens for one in found] == [[2], [2], [2]]
+    assert len(server.bodies) == 5
+    server.otherwise = aborted
+    with pytest.raises(SamplingRequestError, match="abort") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=1)
+    assert caught.value.attempts == 3
+
+
+async def test_a_server_without_logprobs_is_told_once(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.otherwise = stub.stream(TOKEN, stub.last_chunk({"prompt": [1]}, [2]))
+    sampler = make()
+    for _ in range(2):
+        (one,) = await sampler.sample_with_prompt_tokens([1], max_tokens=1, logprobs=True)
+        assert one.inference_logprobs is None
+    assert caplog.text.count("sends none") == 1

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +39,8 @@ async def test_n_completions_of_one_prompt(server: CompletionsServer, make: Make
         assert one.text == "<3><4><5><6>"
         assert one.full_tokens == [1, 2, 3, 4, 5, 6]
         assert (one.prompt_len, one.completion_len, one.finish_reason) == (2, 4, "length")
-        assert one.inference_logprobs == array("d", [-3 / 8, -4 / 8, -5 / 8, -6 / 8])
-        assert one.sampling_logprobs == array("d", [-3 / 16, -4 / 16, -5 / 16, -6 / 16])
+        assert one.inference_logprobs == [-3 / 8, -4 / 8, -5 / 8, -6 / 8]
+        assert one.sampling_logprobs == [-3 / 16, -4 / 16, -5 / 16, -6 / 16]
         assert one.metrics.http_status_code == 200
         assert one.metrics.prefill_queue_duration == 0.0
         assert one.metrics.client_ttft is not None
