@@ -23,12 +23,15 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol, Self, runtime_checkable
 
 from fireworks_training._core.window.aimd import AdaptiveWindow, FixedWindow
 from fireworks_training._core.window.settings import AimdSettings
 from fireworks_training._core.window.status_law import is_success
 from fireworks_training._inbox import call_on
+from fireworks_training.errors import NotSupported
 from fireworks_training.models import ServerMetrics
 
 logger = logging.getLogger("fireworks_training.sampling")
@@ -107,6 +110,12 @@ class SlotQueue:
         self._lock = threading.Lock()
         self._waiters: OrderedDict[_SlotWaiter, None] = OrderedDict()
         self._retries: OrderedDict[_SlotWaiter, None] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSupported(
+            f"a {type(self).__name__} counts the requests of this process and does not pickle: "
+            "make one in the other process"
+        )
 
     @property
     def window_size(self) -> int:
@@ -218,6 +227,10 @@ class FixedConcurrencyController(SlotQueue):
     def __init__(self, max_concurrency: int) -> None:
         super().__init__(FixedWindow(max_concurrency), time.monotonic)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        """Pickle the bound; in another process it bounds the requests of that process."""
+        return type(self), (self.window_size,)
+
 
 class AdaptiveConcurrencyController(SlotQueue):
     """Follows what the server reports about its load, by a window that grows and shrinks (AIMD).
@@ -276,7 +289,12 @@ class AdaptiveConcurrencyController(SlotQueue):
             shrink_cooldown_s=shrink_cooldown_s,
         )
         super().__init__(AdaptiveWindow(settings), clock)
+        self._settings = settings
         self._warned_of_statuses = False
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        """Pickle the settings; another process learns its window by itself, on its own clock."""
+        return partial(type(self), **asdict(self._settings)), ()
 
     @property
     def ema_prefill_queue(self) -> float | None:

@@ -36,6 +36,7 @@ HOT_LOAD_POLL = 8.0
 FLAWED_ATTEMPTS = 3
 """Attempts of a completion that ends by an abort, or has a token without a logprob."""
 
+_FAILS_ALL_STATUS = frozenset({401, 402, 403, 404, 429, 502, 503})
 _TIMEOUT_STATUS = frozenset({408, 504})
 
 
@@ -130,6 +131,17 @@ class Budgets:
         """Note that the load is over: another one has a budget of its own."""
         if self._hot_load is not None:
             self._hot_load.reset()
+
+
+def fails_all(failure: AttemptFailed) -> bool:
+    """Whether what failed one completion for good fails all of its call: no other need be sent.
+
+    A refused prompt, an answer of no use or a slow one are no such thing.
+    """
+    if failure.kind == "connection" or is_hot_load(failure.error):
+        return True
+    error = failure.error
+    return isinstance(error, ApiStatusError) and error.status in _FAILS_ALL_STATUS
 
 
 def final_error(

@@ -11,10 +11,10 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from fireworks_training._outcome import Outcome, done_here
-from fireworks_training.errors import ClientClosed, InvalidArgument
+from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
 from fireworks_training.futures import mark_retrieved
 from fireworks_training.models import SampledCompletion, TokenDelta
 
@@ -201,6 +201,12 @@ class TokenStream:
         outcome = getattr(self, "_outcome", None)
         if outcome is not None and not outcome.done():
             outcome.request_cancel()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSupported(
+            f"{self._label}: a stream is a connection of this process and does not pickle: send "
+            "its `completion`, or the sampler"
+        )
 
     def __repr__(self) -> str:
         state = "not started" if self._outcome is None else "open"

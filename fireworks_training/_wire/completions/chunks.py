@@ -17,7 +17,7 @@ import orjson
 
 from fireworks_training._perf_metrics import measured, request_id_of
 from fireworks_training._wire.completions.errors import object_in, stream_error
-from fireworks_training._wire.completions.request import SamplingRequest
+from fireworks_training._wire.completions.request import MAX_TOKEN_ID, SamplingRequest
 from fireworks_training.errors import ProtocolError
 from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
 
@@ -26,9 +26,6 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "tool_calls": "tool_calls",
 }
-MAX_TOKEN_ID = 2**31 - 1
-"""Largest token id: vocabularies are far smaller, and trainers hold ids in 32 bits at times."""
-
 MAX_LOGPROB = 1e-3
 """Largest log probability; over 0 by what rounding may do."""
 

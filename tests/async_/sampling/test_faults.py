@@ -18,6 +18,7 @@ from fireworks_training.errors import (
     AuthenticationFailed,
     ConnectionFailed,
     DeploymentSamplerTimeoutError,
+    InvalidArgument,
     NotFound,
     SamplingRequestError,
 )
@@ -248,17 +249,54 @@ async def test_an_unknown_model_is_not_waited_for(server: CompletionsServer, mak
     assert len(server.bodies) == 1
 
 
-async def test_the_first_failure_takes_its_siblings_with_it(
+async def test_one_failed_sample_does_not_lose_the_others(
+    server: CompletionsServer, either: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = stub.status(400, {"error": {"message": "content filter"}})
+    server.script = [refused]
+    sampler = either(concurrency_controller=FixedConcurrencyController(1))
+    with pytest.raises(SamplingRequestError, match=r"content filter.* 7 of the call's 8") as caught:
+        await sampler.sample_with_prompt_tokens([1], n=8, max_tokens=2)
+    came = caught.value.completions
+    assert [one.sample_index for one in came] == [1, 2, 3, 4, 5, 6, 7]
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.completions == came
+    assert str(again) == str(caught.value)
+
+    server.script = [refused]
+    found = await sampler.sample_with_prompt_tokens(
+        [[1], [2]], n=4, max_tokens=2, return_partial=True
+    )
+    assert [(one.prompt_index, one.sample_index) for one in found] == [
+        (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)
+    ]  # fmt: skip
+    assert "1 of 8 completions failed and are left out" in caplog.text
+    assert all("return_partial" not in body for body in server.bodies)
+
+    server.otherwise = refused
+    with pytest.raises(SamplingRequestError) as caught:
+        await sampler.sample_with_prompt_tokens([1], n=2, return_partial=True)
+    assert caught.value.completions == ()
+
+
+async def test_return_partial_has_no_effect_on_one_completion_and_is_refused(make: Make) -> None:
+    with pytest.raises(InvalidArgument, match="return_partial"):
+        make().sample_with_prompt_tokens_result([1], return_partial=True)
+    with pytest.raises(InvalidArgument, match="return_partial"):
+        make().stream([1], return_partial=True)
+
+
+async def test_what_fails_one_completion_and_all_takes_its_siblings_with_it(
     server: CompletionsServer, make: Make
 ) -> None:
     async def fail_once_the_others_are_there(*args: Any) -> Any:
         await until(lambda: server.generating == 4)
-        return await stub.status(400)(*args)
+        return await stub.status(401)(*args)
 
     server.script = [stub.hang_mid_stream, stub.hang_before_headers, fail_once_the_others_are_there]
     server.otherwise = stub.hang_headers_only
     controller = FixedConcurrencyController(4)
-    with pytest.raises(SamplingRequestError, match="400"):
+    with pytest.raises(SamplingRequestError, match="401"):
         await make(concurrency_controller=controller).sample_with_prompt_tokens([1], n=6)
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fireworks_training._async.sampling import tasks as tasks_module
@@ -409,3 +411,41 @@ def test_two_first_calls_from_two_threads_register_one_exit_hook(
         assert len(hooks) == 1
         sampler.close()
         assert hooks == []
+
+
+class Encoding(collections.UserDict[str, Any]):
+    """A mapping of the parts of an encoding, as `transformers` returns one."""
+
+
+async def test_an_encoding_is_taken_by_the_name_of_its_ids(
+    server: CompletionsServer, make: Make
+) -> None:
+    sampler = make()
+    encoding = Encoding(input_ids=[1, 2], attention_mask=[1, 1])
+    for given in (encoding, Encoding(input_ids=np.array([[1, 2]])), [encoding]):
+        (one,) = await sampler.sample_with_prompt_tokens(given, max_tokens=1)  # type: ignore[arg-type]
+        assert one.prompt_tokens == [1, 2]
+    (one,) = (await sampler.sample_with_prompt_tokens_result(encoding)).completions  # type: ignore[arg-type]
+    assert one.prompt_tokens == [1, 2]
+    async with sampler.stream(encoding) as deltas:  # type: ignore[arg-type]
+        assert [delta async for delta in deltas]
+    rows = await sampler.sample_with_prompt_tokens(np.array([[5], [6]]), max_tokens=1)  # type: ignore[arg-type]
+    assert [one.prompt_tokens for one in rows] == [[5], [6]]
+    with pytest.raises(InvalidArgument, match="input_ids"):
+        sampler.sample_with_prompt_tokens(Encoding(ids=[1]))  # type: ignore[arg-type]
+
+
+async def test_a_template_that_fails_says_on_which_conversation(
+    server: CompletionsServer, make: Make
+) -> None:
+    class Picky(CharacterTokenizer):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
+            return Encoding(input_ids=[1, 2]) if messages[0]["content"] else messages[0]["text"]
+
+    sampler = make(tokenizer=Picky())
+    good, bad = [{"role": "user", "content": "hi"}], [{"role": "user", "content": ""}]
+    with pytest.raises(InvalidArgument, match=r"conversation 1 of 2 .*KeyError") as caught:
+        await sampler.sample_with_tokens([good, bad], max_tokens=1)
+    assert isinstance(caught.value.cause, KeyError)
+    (one,) = await sampler.sample_with_tokens(good, max_tokens=1)
+    assert one.prompt_tokens == [1, 2]
