@@ -16,7 +16,7 @@ from typing import Any, cast
 import orjson
 
 from fireworks_training._perf_metrics import measured, request_id_of
-from fireworks_training._wire.completions.errors import object_in, stream_error
+from fireworks_training._wire.completions.errors import named, object_in, stream_error
 from fireworks_training._wire.completions.request import MAX_TOKEN_ID, SamplingRequest
 from fireworks_training.errors import ProtocolError
 from fireworks_training.models import FinishReason, SampledCompletion, ServerMetrics, TokenDelta
@@ -68,6 +68,7 @@ class CompletionAssembler:
             token has no logprob.
         logprobs_missing: whether logprobs were asked for, and the completion has none at all.
         events: events of the stream taken so far, keep-alives not counted.
+        given: whether all that was asked for has come; what may follow is the end of the stream.
         response_id: the first id that the chunks bore.
         finish_reason: the server's, once it came.
         perf_metrics: the server's own figures, once they came.
@@ -93,6 +94,7 @@ class CompletionAssembler:
         "events",
         "finish_reason",
         "flawed",
+        "given",
         "logprobs_missing",
         "perf_metrics",
         "response_id",
@@ -122,6 +124,7 @@ class CompletionAssembler:
         self.flawed = False
         self.logprobs_missing = False
         self.events = 0
+        self.given = False
         self.response_id: str | None = None
         self.finish_reason: str | None = None
         self.perf_metrics: dict[str, Any] = {}
@@ -136,13 +139,6 @@ class CompletionAssembler:
     def truncated(self) -> bool:
         """Whether the stream, if it ended here, ended too early."""
         return self.finish_reason is None or not (self.done or self._raw_output)
-
-    @property
-    def given(self) -> bool:
-        """Whether all that was asked for has come; what may follow is the end of the stream."""
-        if self.finish_reason is not None:
-            return bool(self._raw_output)
-        return len(self._logprobs) >= self._most > 0
 
     def mark(self) -> tuple[int, int]:
         """Return the present end of the completion, for `since`."""
@@ -181,6 +177,7 @@ class CompletionAssembler:
         """
         decode, texts, wanted = orjson.loads, self._text, self._logprobs_wanted
         data = b""
+        self.events += len(messages)
         try:
             for data in messages:
                 if data[:1] != b"{":
@@ -189,9 +186,9 @@ class CompletionAssembler:
                         self.done = True
                         return  # what follows is no part of the completion
                     if not bare:
+                        self.events -= 1
                         continue  # proxies keep connections alive so
                 chunk = decode(data)
-                self.events += 1
                 if not _SELDOM.isdisjoint(chunk):
                     self._take_seldom(chunk)
                 for choice in chunk.get("choices") or ():
@@ -204,7 +201,10 @@ class CompletionAssembler:
                     if wanted and (logprobs := choice.get("logprobs")):
                         self._take_logprobs(logprobs.get("content") or ())
                     if reason := choice.get("finish_reason"):
-                        self.finish_reason = str(reason)[:NAME_LENGTH]
+                        if type(reason) is not str:
+                            raise TypeError("finish_reason")
+                        self.finish_reason = reason[:NAME_LENGTH]
+                        self.given = True
                     if not _LAST.isdisjoint(choice):
                         self._take_ids(choice)
                 if self.response_id is None and "id" in chunk:
@@ -253,8 +253,10 @@ class CompletionAssembler:
         except TypeError:
             self._logprobs.extend(_doubles(raw))
             self._raw_nulls += raw.count(None)
-        if len(self._logprobs) > self._most:
-            raise self._too_many(len(self._logprobs))
+        if len(self._logprobs) >= self._most:
+            self.given = True
+            if len(self._logprobs) > self._most:
+                raise self._too_many(len(self._logprobs))
         if self._tokens is not None:
             self._take_streamed_ids(content, raw)
         if self._top is not None:
@@ -301,7 +303,7 @@ class CompletionAssembler:
             self.flawed = True
             raise ProtocolError(
                 "the server ended the completion with finish_reason "
-                f"{str(self.finish_reason)[:40]!r}; known: "
+                f"{named(self.finish_reason) or 'that is no name'}; known: "
                 f"{', '.join(FINISH_REASONS)}"
             )
         prompt, answered = self._ids()
