@@ -25,7 +25,7 @@ from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.prompts import LockedTokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
-from fireworks_training._core.backoff import BILLING_PATIENCE
+from fireworks_training._core.backoff import BILLING_PATIENCE, OUTAGE_PATIENCE
 from fireworks_training._wire.completions.request import (
     PATH,
     SamplingRequest,
@@ -111,6 +111,8 @@ class SamplerContext:
         self._labels = dict(labels or {})
         self._warned_substituted = False
         self._warned_no_logprobs = False
+        self._warned_unreachable = False
+        self._answered = False
         self._next_billing_warning = -math.inf
         # A rollout loop makes the same call again and again: it is checked once.
         self._last_request: tuple[dict[str, object], list[type], SamplingRequest] | None = None
@@ -188,6 +190,20 @@ class SamplerContext:
                 "for, for up to %g minutes",
                 self.model,
                 BILLING_PATIENCE / 60,
+            )
+
+    def note_answer(self, failure: AttemptFailed | None) -> None:
+        """Note an attempt that ended: whether this server has ever answered is in its warnings."""
+        if failure is None or failure.kind not in ("connection", "timeout"):
+            self._answered = True
+        elif not self._answered and not self._warned_unreachable:
+            self._warned_unreachable = True
+            logger.warning(
+                "%s has not answered yet (%s): is the inference URL right, and the server up? "
+                "Its requests are tried again for at least %g s",
+                self.inference_url,
+                failure.error.message,
+                OUTAGE_PATIENCE,
             )
 
     def warn_no_logprobs(self) -> None:

@@ -234,6 +234,7 @@ class SamplingRun:
             completion = self._with_distance(completion)
             reported = completion.metrics
             context.metrics.append(reported)
+            context.note_answer(None)
             context.transport.usage.sampled(
                 reported.prompt_tokens, reported.cached_prompt_tokens, reported.completion_tokens
             )
@@ -248,6 +249,7 @@ class SamplingRun:
             return completion
         except AttemptFailed as failure:
             context.metrics.append(failure.metrics)
+            context.note_answer(failure)
             # Other failures are no evidence of how crowded the server is.
             reported = failure.metrics if is_congestion(failure.metrics) else None
             raise

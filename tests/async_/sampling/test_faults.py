@@ -331,3 +331,19 @@ async def test_a_server_without_logprobs_is_told_once(
         (one,) = await sampler.sample_with_prompt_tokens([1], max_tokens=1, logprobs=True)
         assert one.inference_logprobs is None
     assert caplog.text.count("sends none") == 1
+
+
+async def test_a_server_that_never_answered_is_named_at_once(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first failed connection is told; an outage after an answer is told by the waits."""
+    sampler = make(url="http://127.0.0.1:9", retries=quick(attempts=2))
+    with pytest.raises(SamplingRequestError):
+        await sampler.sample_with_prompt_tokens([1], n=2, max_tokens=1)
+    assert caplog.text.count("http://127.0.0.1:9 has not answered yet") == 1
+    caplog.clear()
+    sampler = make()
+    await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+    server.script = [stub.stream(PARTLY, end=False)]
+    await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+    assert "has not answered yet" not in caplog.text
