@@ -24,12 +24,12 @@ from fireworks_training.tito.turns.backend import (
     Backend,
     Classifier,
     ExactTokenSampler,
-    MalformedAnswers,
 )
 from fireworks_training.tito.turns.registry import TrajectoryRegistry
 from fireworks_training.tito.turns.trajectory import Trajectory
 from fireworks_training.tito.values.errors import safe_text
 from fireworks_training.tito.values.records import (
+    TITOMalformedAnswers,
     TITOPromptMode,
     TITOTrajectoryArtifact,
     TITOTrajectoryEndpoint,
@@ -114,7 +114,7 @@ class TITOSidecar:
         failure_trace_config: TITOFailureTraceConfig | None = None,
         default_drift_policy: TrajectoryDriftPolicy | None = None,
         prompt_mode: TITOPromptMode = "full_history",
-        malformed_answers: MalformedAnswers = "content",
+        malformed_answers: TITOMalformedAnswers = "content",
         keepalive_seconds: float = 5.0,
         bind_address: str = "127.0.0.1",
     ) -> None:
@@ -157,7 +157,7 @@ class TITOSidecar:
         keepalive_seconds: float = 5.0,
         default_drift_policy: TrajectoryDriftPolicy | None = None,
         prompt_mode: TITOPromptMode = "full_history",
-        malformed_answers: MalformedAnswers = "content",
+        malformed_answers: TITOMalformedAnswers = "content",
         bind_address: str = "127.0.0.1",
     ) -> Self:
         """Make a sidecar that samples through a deployment's sampler, which the caller keeps.

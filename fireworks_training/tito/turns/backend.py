@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 from fireworks_training._checks import one_of
 from fireworks_training._wire.completions.request import check_names
@@ -30,7 +30,7 @@ from fireworks_training.tito.values.errors import (
     invalid,
     safe_text,
 )
-from fireworks_training.tito.values.records import TITOPromptMode
+from fireworks_training.tito.values.records import TITOMalformedAnswers, TITOPromptMode
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
 logger = logging.getLogger("fireworks_training.tito")
@@ -46,10 +46,6 @@ INTERNAL = (
     *("ignore_eos", "prompt", "stream", "raw_output", "perf_metrics_in_response"),
 )
 """Options that the sidecar sets itself, or that would break a turn."""
-
-MalformedAnswers = Literal["content", "discard"]
-"""What becomes of an answer that the renderer can't parse: a message of its text, whose tokens are
-trained on like others; or an error (422) after which the trajectory is discarded."""
 
 Classifier = Callable[[TITOChatRequest], Any]
 
@@ -91,7 +87,7 @@ class Backend:
         sampling_defaults: Mapping[str, Any],
         headers: Mapping[str, str],
         prompt_mode: TITOPromptMode,
-        malformed_answers: MalformedAnswers,
+        malformed_answers: TITOMalformedAnswers,
         journal: Journal,
     ) -> None:
         if max_context_tokens < 2 or max_output_tokens < 1:
@@ -105,7 +101,7 @@ class Backend:
                 f"render_contract_id() and stop_sequences(); {type(renderer).__name__} lacks some"
             )
         one_of("prompt_mode", prompt_mode, ("full_history", "incremental"))
-        one_of("malformed_answers", malformed_answers, get_args(MalformedAnswers))
+        one_of("malformed_answers", malformed_answers, get_args(TITOMalformedAnswers))
         incremental = prompt_mode == "incremental"
         if incremental and not isinstance(renderer, TITOIncrementalRenderer):
             raise InvalidArgument(
