@@ -6,6 +6,7 @@ resources may be removed.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,14 @@ from fireworks_training.cli.output import (
     errors_end_the_command,
     json_option,
     show,
+    wide_option,
 )
 
 if TYPE_CHECKING:
     from fireworks_training import HeldResource
+
+ELSEWHERE = "of another account or platform"
+"""Begins the reason of a resource about which the platform that is asked can say nothing."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _OUTCOMES = {
@@ -53,18 +58,36 @@ class Duration(click.ParamType[float]):
 
 
 @click.command()
+@click.option(
+    "--all", "everything", is_flag=True, help="Also what other platforms and accounts hold."
+)
 @base_url_option
+@wide_option
 @json_option
-def ps(base_url: str | None, as_json: bool) -> None:
+def ps(everything: bool, base_url: str | None, wide: bool, as_json: bool) -> None:
     """Show what runs of yours hold or have left: state, age, replicas, run.
 
-    The key comes from FIREWORKS_API_KEY.
+    What is proven gone is forgotten. The key comes from FIREWORKS_API_KEY; without one, and without
+    --base-url, only platforms of this machine are asked.
     """
     from fireworks_training import ResourceLedger
 
-    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
-        rows = ledger.ps()
-    _show(rows, as_json=as_json, empty="nothing is held, and nothing was left")
+    url = _platform(base_url)
+    with errors_end_the_command(), ResourceLedger.connect(base_url=url) as ledger:
+        rows = [row for row in ledger.ps(forget=True) if row.outcome != "closed"]
+    shown = [row for row in rows if everything or not row.reason.startswith(ELSEWHERE)]
+    _show(shown, as_json=as_json, wide=wide, empty="nothing is held, and nothing was left")
+    if len(shown) < len(rows) and not as_json:
+        held = len(rows) - len(shown)
+        click.echo(f"{held} of other platforms or accounts are not shown: --all", err=True)
+
+
+def _platform(base_url: str | None) -> str | None:
+    """Give the platform to ask: the local one where nothing names another and there is no key."""
+    if base_url or os.environ.get("FIREWORKS_BASE_URL") or os.environ.get("FIREWORKS_API_KEY"):
+        return base_url
+    click.echo("no FIREWORKS_API_KEY: only platforms of this machine are asked", err=True)
+    return "local"
 
 
 @click.command()
@@ -82,6 +105,7 @@ def ps(base_url: str | None, as_json: bool) -> None:
     help="Also what runs on other machines made; only if you know that they have ended.",
 )
 @base_url_option
+@wide_option
 @json_option
 def reap(
     older_than: float,
@@ -89,6 +113,7 @@ def reap(
     kept: bool,
     other_machines: bool,
     base_url: str | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Remove what runs of yours have left behind.
@@ -98,19 +123,20 @@ def reap(
     """
     from fireworks_training import ResourceLedger
 
-    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
+    url = _platform(base_url)
+    with errors_end_the_command(), ResourceLedger.connect(base_url=url) as ledger:
         rows = ledger.reap(
             older_than_s=older_than,
             dry_run=dry_run,
             kept=kept,
             other_machines=other_machines,
         )
-    _show(rows, as_json=as_json, empty="nothing was left behind")
+    _show(rows, as_json=as_json, wide=wide, empty="nothing was left behind")
     if any(row.outcome == "failed" for row in rows):
         sys.exit(1)
 
 
-def _show(rows: Sequence[HeldResource], *, as_json: bool, empty: str) -> None:
+def _show(rows: Sequence[HeldResource], *, as_json: bool, wide: bool, empty: str) -> None:
     fields = [asdict(row) for row in rows]
     if not as_json:
         for row, shown in zip(rows, fields, strict=True):
@@ -127,7 +153,8 @@ def _show(rows: Sequence[HeldResource], *, as_json: bool, empty: str) -> None:
         "OUTCOME": "outcome",
         "WHY": "reason",
     }
-    show(fields, columns, as_json=as_json, empty=empty)
+    drop = ("REPLICAS", "OWNER", "WHY", "RUN", "AGE")
+    show(fields, columns, as_json=as_json, wide=wide, drop=drop, empty=empty)
 
 
 def _age(seconds: float) -> str:

@@ -49,6 +49,7 @@ class _ReapOptions:
     older_than_s: float = 0.0
     kept: bool = False
     other_machines: bool = False
+    forget: bool = False
 
 
 class AsyncResourceLedger:
@@ -97,15 +98,20 @@ class AsyncResourceLedger:
         )
         return cls(AsyncControlPlane(transport), owner, endpoint.base_url)
 
-    async def ps(self) -> list[HeldResource]:
-        """List resources that are held or left behind, oldest first; changes nothing.
+    async def ps(self, *, forget: bool = False) -> list[HeldResource]:
+        """List resources that are held or left behind, oldest first; changes nothing by default.
 
         Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
+
+        Args:
+            forget: note in the ledger that what is proven gone has ended, so that it is listed this
+                once ("closed") and not again.
 
         Raises:
             ApiError: the platform can't be asked.
         """
-        return await self._owner.run(lambda: self._all(_ReapOptions(), act=False), label="ps")
+        options = _ReapOptions(forget=forget)
+        return await self._owner.run(lambda: self._all(options, act=False), label="ps")
 
     async def reap(
         self,
@@ -222,9 +228,10 @@ class AsyncResourceLedger:
         if isinstance(decision, Leave):
             return replace(shown, outcome="leave", reason=decision.reason)
         if isinstance(decision, Close):
-            if act:
+            noted = act or options.forget
+            if noted:
                 await self._note_gone(claim, decision.reason)
-            return replace(shown, outcome="closed" if act else "close", reason=decision.reason)
+            return replace(shown, outcome="closed" if noted else "close", reason=decision.reason)
         reason = "its run has ended" if claim.last.event != "kept" else "it was kept"
         if not act:
             return replace(shown, outcome="remove", reason=reason)
