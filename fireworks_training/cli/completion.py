@@ -5,7 +5,6 @@ The scripts are click's own. Knows the shells that click knows.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -16,8 +15,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(SHELLS), required=False)
-def completion(shell: str | None) -> None:
+@click.argument("shell", envvar="SHELL", default="", metavar="[bash|zsh|fish]")
+def completion(shell: str) -> None:
     """Print the script that completes commands and options in SHELL (yours by default).
 
     bash and zsh: eval "$(fireworks-training completion)" in the shell's start file. fish:
@@ -25,7 +24,7 @@ def completion(shell: str | None) -> None:
     """
     from fireworks_training.cli.main import main
 
-    wanted = shell or Path(os.environ.get("SHELL", "")).name
+    wanted = Path(shell).name
     if wanted not in SHELLS:
         raise click.UsageError(f"the shell is not known: name it, one of {', '.join(SHELLS)}")
     made = get_completion_class(wanted)

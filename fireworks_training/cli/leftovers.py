@@ -6,7 +6,6 @@ resources may be removed.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fireworks_training.cli.output import (
+    NO_KEY,
     base_url_option,
     errors_end_the_command,
     json_option,
@@ -24,7 +24,7 @@ from fireworks_training.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from fireworks_training import HeldResource
+    from fireworks_training import HeldResource, ResourceLedger
 
 ELSEWHERE = "of another account or platform"
 """Begins the reason of a resource about which the platform that is asked can say nothing."""
@@ -70,10 +70,7 @@ def ps(everything: bool, base_url: str | None, wide: bool, as_json: bool) -> Non
     What is proven gone is forgotten. The key comes from FIREWORKS_API_KEY; without one, and without
     --base-url, only platforms of this machine are asked.
     """
-    from fireworks_training import ResourceLedger
-
-    url = _platform(base_url)
-    with errors_end_the_command(), ResourceLedger.connect(base_url=url) as ledger:
+    with errors_end_the_command(), _ledger(base_url) as ledger:
         rows = [row for row in ledger.ps(forget=True) if row.outcome != "closed"]
     shown = [row for row in rows if everything or not row.reason.startswith(ELSEWHERE)]
     _show(shown, as_json=as_json, wide=wide, empty="nothing is held, and nothing was left")
@@ -82,12 +79,17 @@ def ps(everything: bool, base_url: str | None, wide: bool, as_json: bool) -> Non
         click.echo(f"{held} of other platforms or accounts are not shown: --all", err=True)
 
 
-def _platform(base_url: str | None) -> str | None:
-    """Give the platform to ask: the local one where nothing names another and there is no key."""
-    if base_url or os.environ.get("FIREWORKS_BASE_URL") or os.environ.get("FIREWORKS_API_KEY"):
-        return base_url
-    click.echo("no FIREWORKS_API_KEY: only platforms of this machine are asked", err=True)
-    return "local"
+def _ledger(base_url: str | None) -> ResourceLedger:
+    """Connect to the platform; without a key for it, to those of this machine."""
+    from fireworks_training import InvalidArgument, ResourceLedger
+
+    try:
+        return ResourceLedger.connect(base_url=base_url)
+    except InvalidArgument as error:
+        if base_url is not None or not str(error).startswith(NO_KEY):
+            raise
+        click.echo("no FIREWORKS_API_KEY: only platforms of this machine are asked", err=True)
+        return ResourceLedger.connect(base_url="local")
 
 
 @click.command()
@@ -121,10 +123,7 @@ def reap(
     Only what carries the mark of such a run, and whose process has ended. The key comes from
     FIREWORKS_API_KEY. Exit status 1 if something could not be removed.
     """
-    from fireworks_training import ResourceLedger
-
-    url = _platform(base_url)
-    with errors_end_the_command(), ResourceLedger.connect(base_url=url) as ledger:
+    with errors_end_the_command(), _ledger(base_url) as ledger:
         rows = ledger.reap(
             older_than_s=older_than,
             dry_run=dry_run,

@@ -29,6 +29,9 @@ wide_option = click.option(
 
 Row = Mapping[str, object]
 
+NO_KEY = "no API key"
+"""Begins the message of the error that a missing key raises."""
+
 
 @contextmanager
 def errors_end_the_command() -> Generator[None]:
@@ -42,7 +45,7 @@ def errors_end_the_command() -> Generator[None]:
 
 
 def _for_a_shell(message: str) -> str:
-    if message.startswith("no API key"):
+    if message.startswith(NO_KEY):
         return (
             "no API key: set FIREWORKS_API_KEY (and FIREWORKS_BASE_URL, or --base-url, for a "
             "platform other than the Fireworks cloud)"
