@@ -98,6 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
+    "dropin": {"root", "compat", "errors", "_tinker_types"},
     # A server for agents over the public sampler: it samples like any user, and knows the names of
     # sampling options.
     "tito": {"_checks", "_wire", "models", "errors", "_async.runtime", "tito"},

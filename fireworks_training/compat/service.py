@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from functools import update_wrapper
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
 from fireworks_training._async.sampling.sampler import DeploymentSampler
@@ -58,6 +58,16 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     makes it."""
 
     _made_a_model = False
+
+    @classmethod
+    def from_firetitan_config(cls, **options: Any) -> Self:
+        """Describe a trainer and a deployment, as the core's `from_firetitan_config` does.
+
+        Args:
+            options: the core's arguments; None stands for the default of any of them.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return super().from_firetitan_config(**given)
 
     # -- training clients --------------------------------------------------------------------------
 

@@ -72,6 +72,11 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         """Build the path by which `load_state` finds a state of this job, or of `source_job_id`."""
         return super().resolve_checkpoint_path(checkpoint_name, source_job_id)
 
+    @property
+    def run_name(self) -> str | None:
+        """Name of the serverless run that made the model: None, since a trainer of its own did."""
+        return None
+
     # -- facts, and clients made from it -----------------------------------------------------------
 
     def get_info(self) -> Any:
