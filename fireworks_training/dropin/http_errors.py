@@ -1,6 +1,6 @@
 """The helpers of `fireworks.training.sdk.errors`: words for errors, and requests with retries.
 
-Programs import them beside the clients. They take responses of `httpx` and `requests` alike, and
+Programs import them beside the clients. They take responses of httpx and requests alike, and
 know of them only `status_code`, `headers`, `json()` and `text`.
 """
 
@@ -27,7 +27,7 @@ _RETRIED_BY_NAME = frozenset(
     {"TransportError", "ConnectError", "ReadError", "TimeoutException", "Timeout"}
     | {"ConnectionError", "RemoteProtocolError"}
 )
-"""Exceptions of `httpx` and `requests` after which a request is sent again; by name, since neither
+"""Exceptions of httpx and requests after which a request is sent again; by name, since neither
 needs to be installed."""
 
 
