@@ -66,11 +66,12 @@ else:
     Datum = _module.Datum
     ForwardBackwardOutput = _module.ForwardBackwardOutput
     ForwardBackwardRequest = _module.ForwardBackwardRequest
-    PromptAltTokens = _module.PromptAltTokens
+    # Of answers to samples alone, which the local platform writes; tinker 0.23 has no such messages.
+    PromptAltTokens = getattr(_module, "PromptAltTokens", None)
     SampledSequence = _module.SampledSequence
     SampleResponse = _module.SampleResponse
     Tensor = _module.Tensor
-    TopkLogprobs = _module.TopkLogprobs
+    TopkLogprobs = getattr(_module, "TopkLogprobs", None)
 
 __all__ = [
     "DESCRIPTOR",
