@@ -166,7 +166,10 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "transformers": (TENSOR_ROOMS, {"_async.platform.tokenizers", *DEMO}),
     "peft": (TENSOR_ROOMS, set()),
     "safetensors": (TENSOR_ROOMS, {"local.store.snapshots"}),
-    "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "dropin", "rollouts", "losses", *DEMO}),
+    "tinker": (
+        {"_tinker_types"},
+        {"_async", "data", "compat", "dropin", "rollouts", "losses", *DEMO},
+    ),
     "matplotlib": (set(), {"cli"}),
     "click": ({"cli", "local.pretrain"}, set()),
     "rich": ({"cli"}, {"_async"}),

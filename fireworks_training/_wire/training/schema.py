@@ -73,8 +73,12 @@ else:
     Tensor = _module.Tensor
     TopkLogprobs = getattr(_module, "TopkLogprobs", None)
 
+TYPED_OPTIONS = "loss_fn_config_v2" in ForwardBackwardRequest.DESCRIPTOR.fields_by_name
+"""Whether options of a loss may be text; the schema of tinker 0.23 has numbers alone."""
+
 __all__ = [
     "DESCRIPTOR",
+    "TYPED_OPTIONS",
     "ArrayRecord",
     "BatchedTensor",
     "Datum",
