@@ -66,7 +66,7 @@ else:
     Datum = _module.Datum
     ForwardBackwardOutput = _module.ForwardBackwardOutput
     ForwardBackwardRequest = _module.ForwardBackwardRequest
-    # Of answers to samples alone, which the local platform writes; tinker 0.23 has no such messages.
+    # Of answers to samples, which the local platform writes; tinker 0.23 has no such messages.
     PromptAltTokens = getattr(_module, "PromptAltTokens", None)
     SampledSequence = _module.SampledSequence
     SampleResponse = _module.SampleResponse
