@@ -201,7 +201,8 @@ def logprobs_of(completion: SampledCompletion, texts: Sequence[str]) -> dict[str
     Args:
         texts: the tokens as text, one each.
     """
-    top = completion.top_logprobs or [{}] * len(texts)
+    none = [dict[int, float]()] * len(texts)
+    top = completion.top_logprobs or none
     content: list[dict[str, Any]] = []
     for text, logprob, row in zip(texts, completion.inference_logprobs or (), top, strict=True):
         # Ids and not texts: decoding each alternative would cost more than the answer.

@@ -85,7 +85,7 @@ class Turns:
         assistant = await self._backend.parsed(request, completion)
         logprobs = await self._logprobs(request, completion)
         ids = tuple(completion.completion_tokens)
-        payload = {"call_id": call.call_id, "finish_reason": completion.finish_reason}
+        payload = dict[str, Any](call_id=call.call_id, finish_reason=completion.finish_reason)
         if assistant.parser_fallback:
             measured.count(f"calls/parser_fallback_{assistant.fallback_reason}")
             payload["parser_reason_code"] = assistant.fallback_reason

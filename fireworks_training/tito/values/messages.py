@@ -98,8 +98,8 @@ def template_message(message: Message) -> dict[str, Any]:
     made, _ = canonical_message(message)
     came = _tool_calls(message.get("tool_calls") or []) if made["role"] == "assistant" else []
     for call, sent in zip(made.get("tool_calls") or (), came, strict=False):
-        arguments = (sent.get("function") or {}).get("arguments", "")
-        call["function"]["arguments"] = _as_mapping(arguments)
+        function: Any = sent.get("function") or {}
+        call["function"]["arguments"] = _as_mapping(function.get("arguments", ""))
     return made
 
 
