@@ -34,11 +34,16 @@ _RULES = {
 
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    **{"frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,)},
-    **{"min_p": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},)},
-    **{"service_tier": ("auto", "default"), "typical_p": (1,)},
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "typical_p": (1,),
 }
-"""Fields of the contract that this platform can't serve, with the values at which they do nothing."""
+"""Fields of the contract that this platform can't serve, with values that do nothing."""
 
 _IGNORED = ("metadata", "prompt_cache_isolation_key", "safety_identifier")
 """Fields that concern no sampling."""

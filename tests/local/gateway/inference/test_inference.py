@@ -245,9 +245,15 @@ async def test_more_requests_than_slots_all_get_their_own_tokens(
 
 
 NEUTRAL = {
-    **{"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.0, "min_p": 0.0},
-    **{"logit_bias": {}, "response_format": {"type": "text"}, "service_tier": "auto"},
-    **{"metadata": {"run": "7"}, "max_completion_tokens": 4},
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "metadata": {"run": "7"},
+    "max_completion_tokens": 4,
 }
 
 
