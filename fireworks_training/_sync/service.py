@@ -482,49 +482,6 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         `tokenizer_model` by name."""
         return self._run(self._async.get_tokenizer)
 
-    def list_checkpoints(
-        self, job_id: str | None = None, page_size: int = PAGE_SIZE
-    ) -> list[CheckpointInfo]:
-        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
-
-        Args:
-            job_id: default the service's own job, or the `trainer_job_id` it was made for.
-            page_size: rows of one exchange.
-
-        Raises:
-            InvalidArgument: no job is named, and there is none yet.
-            NotFound: there is no such job.
-        """
-        return self._run(self._async.list_checkpoints, job_id, page_size)
-
-    def promote_checkpoint(
-        self,
-        name: str,
-        output_model_id: str,
-        base_model: str | None = None,
-        *,
-        hot_load_deployment_id: str | None = None,
-    ) -> ModelInfo:
-        """Make a model of a checkpoint, and wait until it is one.
-
-        Args:
-            name: full name of the checkpoint, as `list_checkpoints` gives it.
-            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
-            base_model: default the service's.
-            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
-
-        Raises:
-            InvalidArgument: an id that is not allowed, before anything is sent.
-            ProvisioningError: the promotion failed.
-        """
-        return self._run(
-            self._async.promote_checkpoint,
-            name,
-            output_model_id,
-            base_model,
-            hot_load_deployment_id=hot_load_deployment_id,
-        )
-
     def usage(self) -> Usage:
         """What this service has used so far: tokens trained and sampled, replica-seconds.
 
@@ -736,3 +693,46 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     def training_session_name(self) -> str | None:
         """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
         return self._async.training_session_name
+
+    def list_checkpoints(
+        self, job_id: str | None = None, page_size: int = PAGE_SIZE
+    ) -> list[CheckpointInfo]:
+        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
+
+        Args:
+            job_id: default the service's own job, or the `trainer_job_id` it was made for.
+            page_size: rows of one exchange.
+
+        Raises:
+            InvalidArgument: no job is named, and there is none yet.
+            NotFound: there is no such job.
+        """
+        return self._run(self._async.list_checkpoints, job_id, page_size)
+
+    def promote_checkpoint(
+        self,
+        name: str,
+        output_model_id: str,
+        base_model: str | None = None,
+        *,
+        hot_load_deployment_id: str | None = None,
+    ) -> ModelInfo:
+        """Make a model of a checkpoint, and wait until it is one.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            base_model: default the service's.
+            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+
+        Raises:
+            InvalidArgument: an id that is not allowed, before anything is sent.
+            ProvisioningError: the promotion failed.
+        """
+        return self._run(
+            self._async.promote_checkpoint,
+            name,
+            output_model_id,
+            base_model,
+            hot_load_deployment_id=hot_load_deployment_id,
+        )

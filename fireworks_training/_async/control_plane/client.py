@@ -11,7 +11,7 @@ import asyncio
 import re
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
@@ -24,13 +24,16 @@ from fireworks_training._async.control_plane.rows import (
     read_checkpoint,
     read_deployment,
     read_job,
+    read_list,
     read_model,
+    read_name,
     read_operation,
     read_profile,
 )
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
+from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
     Conflict,
@@ -52,6 +55,9 @@ from fireworks_training.models import (
 PROBE_TIMEOUT = 10.0
 FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
 """Seconds between two looks at an operation: at first, and at most."""
+
+_BEING_MADE = ("CREATING", "UPLOADING")
+"""States of a model that is not there yet."""
 
 _SHAPE = re.compile(r"accounts/[^/?#]+/trainingShapes/[^/?#]+(/versions/[^/?#]+)?")
 
@@ -142,7 +148,7 @@ class AsyncControlPlane:
         """List the training shapes of the account, each at its latest validated version; shapes
         without one are left out."""
         rows = await self._account.rows("trainingShapes", "trainingShapes")
-        found = [await self._latest(str(row.get("name"))) for row in rows]
+        found = [await self._latest(read_name(row)) for row in rows]
         return [profile for profile in found if profile is not None]
 
     async def training_profile(self, shape: str) -> TrainingProfile:
@@ -172,10 +178,9 @@ class AsyncControlPlane:
 
     async def _latest(self, shape: str) -> TrainingProfile | None:
         query = urlencode({"filter": "latest_validated=true", "pageSize": 1})
-        answer = await self._account.call(
-            "GET", f"/v1/{shape}/versions?{query}", what=f"look up the training shape {shape}"
-        )
-        rows = cast(list[Row], answer.get("trainingShapeVersions") or [])
+        what = f"look up the training shape {shape}"
+        answer = await self._account.call("GET", f"/v1/{shape}/versions?{query}", what=what)
+        rows = read_list(answer, "trainingShapeVersions", what=what)
         return read_profile(rows[0], shape) if rows else None
 
     # -- trainer jobs ------------------------------------------------------------------------------
@@ -229,13 +234,31 @@ class AsyncControlPlane:
         return [read_job(row) for row in rows]
 
     async def resume_job(self, job_id: str) -> None:
-        """Start a stopped trainer job again.
+        """Start a stopped trainer job again; it is no error if it starts or runs already.
 
         Raises:
             Conflict: the job is in a state that can't be resumed.
         """
-        path = f"{await self._account.path('rlorTrainerJobs', job_id)}:resume"
-        await self._account.call("POST", path, what=f"resume {job_id}", json={})
+        job = await self._account.path("rlorTrainerJobs", job_id)
+
+        async def resumed(*unless: Readiness) -> Row | None:
+            """The job, judged by its state; None if that is one of `unless`."""
+            row = await self._account.get(job)
+            return None if row is None or job_readiness(read_job(row).state) in unless else row
+
+        try:
+            await self._account.call(
+                "POST",
+                f"{job}:resume",
+                what=f"resume {job_id}",
+                json={},
+                # The lost answer may have been a success, after which the old state lingers.
+                after_retry=lambda _: resumed(Readiness.GONE),
+            )
+        except Conflict:  # somebody else may have resumed it
+            stands = (Readiness.GONE, Readiness.FAILED, Readiness.RESUMABLE, Readiness.STOPPING)
+            if await resumed(*stands) is None:
+                raise
 
     async def delete_job(self, job_id: str) -> None:
         """Delete a trainer job; it is no error if it is gone."""
@@ -389,11 +412,34 @@ class AsyncControlPlane:
         if operation is not None:
             await self.wait_for_operation(operation, timeout_s=timeout_s)
         elif row.get("name"):
-            return read_model(row)
+            return await self._made(read_model(row), timeout_s)
         model = await self.get_model(body["output_model"])
         if model is None:
             raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
         return model
+
+    async def _made(self, model: ModelInfo, timeout_s: float) -> ModelInfo:
+        """Wait until a model that is being made, by an operation of no known name, is there."""
+        name, last = model.name, [model]
+
+        async def there() -> ModelInfo:
+            delay = FIRST_POLL
+            while last[0].state in _BEING_MADE:
+                await asyncio.sleep(delay)
+                delay = min(delay * 1.5, SLOWEST_POLL)
+                found = await self.get_model(name)
+                if found is None:
+                    raise ProvisioningError(f"{name} was not made", resource=name)
+                last[0] = found
+            return last[0]
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await log_if_slow(there(), lambda: f"{name} {last[0].state}")
+        except TimeoutError as error:
+            raise ProvisioningTimeout(
+                f"{name} is {last[0].state} after {timeout_s:g} s", resource=name
+            ) from error
 
     # -- operations --------------------------------------------------------------------------------
 

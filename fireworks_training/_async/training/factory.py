@@ -282,12 +282,15 @@ class TrainingClients:
     async def _ready(self) -> None:
         """Get the job up; meanwhile a thread imports what a training client needs, tinker above
         all, which would stop the loop for seconds at its first use."""
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_import_tinker())
                 await self._resources()
         except BaseExceptionGroup as failures:
-            raise first_of(failures) from None
+            failure = first_of(failures)
+        if failure is not None:  # raised out here, where no group becomes its context
+            raise failure
 
     def check_owns(self, name: str, client: Client | None) -> None:
         """Refuse the argument `name` if it is a client of another service; None passes.

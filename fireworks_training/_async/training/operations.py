@@ -187,7 +187,9 @@ def save_weights_for_sampler(
             # Chosen now, at this operation's turn: what came before it is on its way.
             asked = chain.take_next_type(checkpoint_type)
             try:
-                snapshot = chain.saved(await save(asked), asked, context.step)
+                snapshot = chain.saved(
+                    await save(asked), asked, context.step, lambda: model.queue.line.steps
+                )
             except BaseException:
                 chain.failed()
                 raise

@@ -33,7 +33,10 @@ def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Bo
         manifest = _manifest(folder)
         if manifest.get("job") == job:
             kind = _SNAPSHOT_TYPES.get(str(manifest.get("kind")), "CHECKPOINT_TYPE_UNSPECIFIED")
-            found.append(_row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE))
+            changed, row = _row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE)
+            if manifest.get("predecessor") is not None:
+                row["predecessor"] = manifest["predecessor"]
+            found.append((changed, row))
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
