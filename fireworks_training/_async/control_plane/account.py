@@ -96,7 +96,8 @@ class Account:
                 what = "look up the account"
                 answer = await self._call("GET", "/v1/accounts?pageSize=2", what=what)
                 rows = read_list(answer, "accounts", what=f"{what} (GET /v1/accounts)")
-                names = [read_name(row) for row in rows]
+                with naming("GET /v1/accounts"):
+                    names = [read_name(row) for row in rows]
                 if len(names) != 1:
                     raise InvalidArgument(
                         f"the API key belongs to {len(names)} accounts; exactly one is needed"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
@@ -21,6 +22,7 @@ from fireworks_training._async.control_plane.promotions import start_promotion
 from fireworks_training._async.control_plane.rows import (
     CHECKPOINT_LISTS,
     Row,
+    naming,
     read_checkpoint,
     read_deployment,
     read_job,
@@ -51,6 +53,8 @@ from fireworks_training.models import (
     TrainerJobInfo,
     TrainingProfile,
 )
+
+T = TypeVar("T")
 
 PROBE_TIMEOUT = 10.0
 FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
@@ -138,17 +142,19 @@ class AsyncControlPlane:
     async def get_model(self, name: str) -> ModelInfo | None:
         """Look up a model by its full resource name; None if there is none."""
         row = await self._account.get(f"/v1/{name}")
-        return None if row is None else read_model(row)
+        return None if row is None else _read(read_model, row, "models")
 
     async def list_models(self) -> list[ModelInfo]:
         """List the models of the account."""
-        return [read_model(row) for row in await self._account.rows("models", "models")]
+        return [
+            _read(read_model, row, "models") for row in await self._account.rows("models", "models")
+        ]
 
     async def list_training_shapes(self) -> list[TrainingProfile]:
         """List the training shapes of the account, each at its latest validated version; shapes
         without one are left out."""
         rows = await self._account.rows("trainingShapes", "trainingShapes")
-        found = [await self._latest(read_name(row)) for row in rows]
+        found = [await self._latest(_read(read_name, row, "trainingShapes")) for row in rows]
         return [profile for profile in found if profile is not None]
 
     async def training_profile(self, shape: str) -> TrainingProfile:
@@ -170,7 +176,7 @@ class AsyncControlPlane:
         pinned, _, version = shape.partition("/versions/")
         if version and version != "latest":
             row = await self._account.call("GET", f"/v1/{shape}", what=f"look up {shape}")
-            return read_profile(row, shape)
+            return _read(partial(read_profile, shape=shape), row, shape)
         profile = await self._latest(pinned)
         if profile is None:
             raise InvalidArgument(f"the training shape {pinned} has no validated version")
@@ -181,7 +187,7 @@ class AsyncControlPlane:
         what = f"look up the training shape {shape}"
         answer = await self._account.call("GET", f"/v1/{shape}/versions?{query}", what=what)
         rows = read_list(answer, "trainingShapeVersions", what=what)
-        return read_profile(rows[0], shape) if rows else None
+        return _read(partial(read_profile, shape=shape), rows[0], shape) if rows else None
 
     # -- trainer jobs ------------------------------------------------------------------------------
 
@@ -208,12 +214,12 @@ class AsyncControlPlane:
             if existing is None:
                 raise
             return existing, False
-        return read_job(row), True
+        return _read(read_job, row, "rlorTrainerJobs"), True
 
     async def get_job(self, job_id: str) -> TrainerJobInfo | None:
         """Look up a trainer job; None if there is none of that id."""
         row = await self._account.get(await self._account.path("rlorTrainerJobs", job_id))
-        return None if row is None else read_job(row)
+        return None if row is None else _read(read_job, row, "rlorTrainerJobs")
 
     async def look_at_job(
         self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
@@ -231,7 +237,7 @@ class AsyncControlPlane:
     async def list_jobs(self) -> list[TrainerJobInfo]:
         """List the trainer jobs of the account."""
         rows = await self._account.rows("rlorTrainerJobs", "rlorTrainerJobs")
-        return [read_job(row) for row in rows]
+        return [_read(read_job, row, "rlorTrainerJobs") for row in rows]
 
     async def resume_job(self, job_id: str) -> None:
         """Start a stopped trainer job again; it is no error if it starts or runs already.
@@ -244,7 +250,12 @@ class AsyncControlPlane:
         async def resumed(*unless: Readiness) -> Row | None:
             """The job, judged by its state; None if that is one of `unless`."""
             row = await self._account.get(job)
-            return None if row is None or job_readiness(read_job(row).state) in unless else row
+            return (
+                None
+                if row is None
+                or job_readiness(_read(read_job, row, "rlorTrainerJobs").state) in unless
+                else row
+            )
 
         try:
             await self._account.call(
@@ -302,12 +313,12 @@ class AsyncControlPlane:
             if existing is None:
                 raise
             return existing, False
-        return read_deployment(row), True
+        return _read(read_deployment, row, "deployments"), True
 
     async def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
         """Look up a deployment; None if there is none of that id."""
         row = await self._account.get(await self._account.path("deployments", deployment_id))
-        return None if row is None else read_deployment(row)
+        return None if row is None else _read(read_deployment, row, "deployments")
 
     async def look_at_deployment(
         self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
@@ -326,7 +337,7 @@ class AsyncControlPlane:
     async def list_deployments(self) -> list[DeploymentInfo]:
         """List the deployments of the account."""
         rows = await self._account.rows("deployments", "deployments")
-        return [read_deployment(row) for row in rows]
+        return [_read(read_deployment, row, "deployments") for row in rows]
 
     async def update_deployment(
         self, deployment_id: str, fields: Mapping[str, Any], mask: str | None = None
@@ -372,7 +383,7 @@ class AsyncControlPlane:
         rows = await self._account.rows(
             f"rlorTrainerJobs/{job_id}/checkpoints", *CHECKPOINT_LISTS, page_size=page_size
         )
-        return [read_checkpoint(row) for row in rows]
+        return [_read(read_checkpoint, row, "checkpoints") for row in rows]
 
     async def promote_checkpoint(
         self,
@@ -412,7 +423,7 @@ class AsyncControlPlane:
         if operation is not None:
             await self.wait_for_operation(operation, timeout_s=timeout_s)
         elif row.get("name"):
-            return await self._made(read_model(row), timeout_s)
+            return await self._made(_read(read_model, row, "models"), timeout_s)
         model = await self.get_model(body["output_model"])
         if model is None:
             raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
@@ -445,9 +456,8 @@ class AsyncControlPlane:
 
     async def get_operation(self, name: str) -> OperationInfo:
         """Look up a long-running operation by its full name."""
-        return read_operation(
-            await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
-        )
+        row = await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
+        return _read(read_operation, row, name)
 
     async def wait_for_operation(self, name: str, *, timeout_s: float = 7200.0) -> OperationInfo:
         """Wait until an operation has ended well.
@@ -519,3 +529,9 @@ class AsyncControlPlane:
 
     def _bind_to_portal(self) -> None:
         self._account.transport.owner.use_portal()
+
+
+def _read(read: Callable[[Row], T], row: Row, route: str) -> T:
+    """Read a row; a `ProtocolError` names the route that gave it."""
+    with naming(route):
+        return read(row)
