@@ -443,6 +443,7 @@ class CheckpointInfo:
         create_time, update_time: RFC 3339, as reported.
         predecessor: of a delta snapshot, the identity that it is a difference to, where the
             platform lists it.
+        expire_time: RFC 3339, when the platform may remove it; None keeps it.
     """
 
     name: str
@@ -451,6 +452,7 @@ class CheckpointInfo:
     create_time: str | None = None
     update_time: str | None = None
     predecessor: str | None = None
+    expire_time: str | None = None
 
     @property
     def checkpoint_id(self) -> str:

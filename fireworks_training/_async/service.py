@@ -333,8 +333,12 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
         lora_rank: int | None = None,
         policy_client: AsyncFiretitanTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        model_path: str | None = None,
     ) -> AsyncFiretitanTrainingClient:
-        """A client of the model before training, for KL penalties and DPO; only `forward` is legal.
+        """A client of a model that stays as it is, for KL penalties and DPO; only for `forward`.
+
+        It is the model before training, or with `model_path` the one of a saved state, such as the
+        one that fine-tuning ended with.
 
         A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
         or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
@@ -346,13 +350,19 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             base_model, lora_rank: if given, must be those of the service.
             policy_client: whose reference it is; required with `max_lora_rank`.
             user_metadata: noted with the model.
+            model_path: a state, by a name that the policy's job saved, `cross_job://<job>/<name>`,
+                or what `save_state` returned; None is the model before training. One client for
+                each, beside the policy for LoRA, on the separate trainer otherwise.
 
         Raises:
-            InvalidArgument: as said above.
+            InvalidArgument: as said above; or `model_path` of an adapter, and a trainer of its own.
+            RequestFailed: there is no such state, or it does not fit; no client is made.
             ProvisioningError: the reference trainer did not come up.
         """
         return await self._on_owner(
-            lambda: self._references.client(base_model, lora_rank, policy_client, user_metadata),
+            lambda: self._references.client(
+                base_model, lora_rank, policy_client, user_metadata, model_path
+            ),
             "create_reference_client",
         )
 

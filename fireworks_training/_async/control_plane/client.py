@@ -8,11 +8,12 @@ promotion waits here, since its operation serves no other purpose.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
@@ -35,6 +36,7 @@ from fireworks_training._async.control_plane.rows import (
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
+from fireworks_training._core.kept_checkpoints import to_delete
 from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
@@ -54,6 +56,8 @@ from fireworks_training.models import (
     TrainingProfile,
 )
 
+logger = logging.getLogger("fireworks_training.control_plane")
+
 T = TypeVar("T")
 
 PROBE_TIMEOUT = 10.0
@@ -63,6 +67,7 @@ FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
 _BEING_MADE = ("CREATING", "UPLOADING")
 """States of a model that is not there yet."""
 
+_CHECKPOINT = re.compile(r"accounts/[^/?#]+/rlorTrainerJobs/[^/?#]+/checkpoints/[^/?#]+")
 _SHAPE = re.compile(r"accounts/[^/?#]+/trainingShapes/[^/?#]+(/versions/[^/?#]+)?")
 
 
@@ -384,6 +389,68 @@ class AsyncControlPlane:
             f"rlorTrainerJobs/{job_id}/checkpoints", *CHECKPOINT_LISTS, page_size=page_size
         )
         return [_read(read_checkpoint, row, "checkpoints") for row in rows]
+
+    async def checkpoint_name(self, job_id: str, checkpoint_id: str) -> str:
+        """Build a checkpoint's full name."""
+        return f"{await self.resource_name('rlorTrainerJobs', job_id)}/checkpoints/{checkpoint_id}"
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint for good; it is no error if it is gone.
+
+        Args:
+            name: its full name, as `list_checkpoints` gives it.
+
+        Raises:
+            InvalidArgument: it is no such name.
+            Conflict: a deployment serves the snapshot, or a later one is a difference to it.
+        """
+        job, checkpoint = id_after(name, "rlorTrainerJobs"), id_after(name, "checkpoints")
+        if job is None or checkpoint is None or not _CHECKPOINT.fullmatch(name):
+            raise InvalidArgument(
+                f"name={name!r}: a checkpoint's full name is needed, "
+                "accounts/<account>/rlorTrainerJobs/<job>/checkpoints/<checkpoint>"
+            )
+        await self._account.delete(f"/v1/{name}")
+
+    async def keep_checkpoints(
+        self,
+        job_id: str,
+        last: int,
+        keep: Collection[str] = (),
+        kinds: Collection[Literal["state", "snapshot"]] = ("state", "snapshot"),
+        *,
+        dry_run: bool = False,
+    ) -> list[CheckpointInfo]:
+        """Keep the newest checkpoints of a job, and those that are named; delete the rest.
+
+        Args:
+            last: how many of the newest of each kind are kept.
+            keep: ids or full names to keep besides.
+            kinds: the kinds to clean up.
+            dry_run: only list what would be deleted.
+
+        Returns:
+            What was deleted, newest first; without what a deployment serves, which stays.
+
+        Raises:
+            InvalidArgument: a name to keep that the job does not have: nothing is deleted.
+        """
+        rows = await self.list_checkpoints(job_id)
+        there = {name for row in rows for name in (row.name, row.checkpoint_id)}
+        if missing := sorted(set(keep) - there):
+            raise InvalidArgument(
+                f"keep={missing}: the job {job_id} has no such checkpoint; nothing was deleted"
+            )
+        gone: list[CheckpointInfo] = []
+        for row in to_delete(rows, kinds=kinds, last=last, keep=keep):
+            try:
+                if not dry_run:
+                    await self.delete_checkpoint(row.name)
+            except Conflict as error:
+                logger.info("%s stays: %s", row.name, error)
+                continue
+            gone.append(row)
+        return gone
 
     async def promote_checkpoint(
         self,

@@ -146,6 +146,7 @@ def read_checkpoint(row: Row) -> CheckpointInfo:
         create_time=_text(row, "createTime"),
         update_time=_text(row, "updateTime"),
         predecessor=_text(row, "predecessor"),
+        expire_time=_text(row, "expireTime"),
     )
 
 

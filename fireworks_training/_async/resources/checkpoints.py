@@ -1,20 +1,24 @@
 """What a service client does with checkpoints: list, keep, delete and promote them.
 
-Knows which job is meant, and the control plane. Nothing here provisions anything.
+Knows which job is meant, and the control plane. Nothing here provisions anything. Which checkpoints
+may go is decided in `_core.kept_checkpoints`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from typing import Literal, TypeVar
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._checks import integer, one_of
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import CheckpointInfo, ModelInfo
 
 T = TypeVar("T")
+
+KINDS: tuple[Literal["state", "snapshot"], ...] = ("state", "snapshot")
 
 
 class ServiceCheckpoints:
@@ -81,4 +85,63 @@ class ServiceCheckpoints:
                 hot_load_deployment_id=hot_load_deployment_id,
             ),
             "promote_checkpoint",
+        )
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Delete a saved state or a snapshot for good; it is no error if it is gone.
+
+        Args:
+            name: its id in the service's own job (the name of a state, the `path` of a snapshot),
+                or its full name, as `list_checkpoints` gives it.
+
+        Raises:
+            Conflict: a deployment serves the snapshot, or a later one is a difference to it.
+            NotFound: the platform does not delete checkpoints, or there is no such job.
+        """
+        full = name if name.startswith("accounts/") else None
+        job = None if full else self._job(None)
+
+        async def work(plane: AsyncControlPlane) -> None:
+            await plane.delete_checkpoint(full or await plane.checkpoint_name(job or "", name))
+
+        await self._on_plane(work, "delete_checkpoint")
+
+    async def keep_checkpoints(
+        self,
+        last: int,
+        *,
+        keep: Collection[str] = (),
+        kind: Literal["state", "snapshot"] | None = None,
+        job_id: str | None = None,
+        dry_run: bool = False,
+    ) -> list[CheckpointInfo]:
+        """Keep the newest checkpoints of a job, and those that are named; delete the rest.
+
+        What a kept snapshot is a difference to stays, and so does what a deployment serves.
+
+        Args:
+            last: how many of the newest states, and of the newest snapshots, are kept; from 0.
+            keep: ids or full names to keep besides, such as the best one's.
+            kind: "state" or "snapshot" cleans up only those; None both.
+            job_id: default the service's own job.
+            dry_run: only list what would be deleted.
+
+        Returns:
+            What was deleted, newest first.
+
+        Raises:
+            InvalidArgument: a name to keep that the job does not have: nothing is deleted.
+            NotFound: the platform does not delete checkpoints, or there is no such job.
+        """
+        integer("last", last, 0)
+        if isinstance(keep, str):
+            raise InvalidArgument(f"keep={keep!r}: a list of names is needed")
+        one_of("kind", kind, (None, "state", "snapshot"))
+        job = self._job(job_id)
+        kinds: tuple[Literal["state", "snapshot"], ...] = (
+            ("state", "snapshot") if kind is None else (kind,)
+        )
+        return await self._on_plane(
+            lambda plane: plane.keep_checkpoints(job, last, keep, kinds, dry_run=dry_run),
+            "keep_checkpoints",
         )
