@@ -225,3 +225,29 @@ async def test_samplers_of_several_snapshots_at_once_are_right_or_refused(
         await service.hotload_sampler_snapshot(paths[1])
         await newest
         assert await sampled(paths[1]) == paths[1]
+
+
+async def test_the_distance_of_a_snapshot_counts_its_own_models_steps(
+    platform: RunningPlatform,
+) -> None:
+    async with service_on(platform, create_deployment=True, max_lora_rank=8) as service:
+
+        async def distance(path: str) -> int | None:
+            sampler = await service.create_deployment_sampler(path)
+            (completion,) = await sampler.sample_with_prompt_tokens([10, 11], max_tokens=2)
+            return completion.metrics.snapshot_distance
+
+        first = await service.create_training_client(lora_rank=4)
+        await train(first, steps=3)
+        of_first = (await first.save_weights_for_sampler("a")).path
+        assert await distance(of_first) == 0
+        second = await service.create_training_client(lora_rank=4)
+        assert await distance(of_first) == 0
+        await train(second, steps=2)
+        of_second = (await second.save_weights_for_sampler("b")).path
+        assert await distance(of_second) == 0
+        assert await distance(of_first) == 0
+        await train(first)
+        assert await distance(of_first) == 1
+        again = (await first.weight_sync("c")).optimizer_step
+        assert again == 4
