@@ -87,8 +87,7 @@ def save_state(
     """Save weights and optimizer, and note the state."""
     check_name("name", name)
     ttl_seconds = check_ttl(ttl_seconds)
-    if not isinstance(overwrite, bool):
-        raise InvalidArgument(f"overwrite={overwrite!r}: True or False is needed")
+    one_of("overwrite", overwrite, (True, False))
     if not (model.session.tinker_only or model.capabilities.state_options):
         _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
     states = model.states

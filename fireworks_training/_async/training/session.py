@@ -107,7 +107,8 @@ class TrainerSession:
         tinker_only: bool = False,
     ) -> None:
         self.tinker_only = tinker_only
-        self.plane = DataPlane(transport, trainer_url)
+        # The control plane said that this trainer runs; a Tinker server is a stranger at first.
+        self.plane = DataPlane(transport, trainer_url, known=not tinker_only)
         self.session_id = ""
         self.client_config = ClientConfig()
         self._make_transport = make_transport
