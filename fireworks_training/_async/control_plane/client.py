@@ -40,6 +40,7 @@ from fireworks_training._core.kept_checkpoints import to_delete
 from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
+    ApiStatusError,
     Conflict,
     InvalidArgument,
     ProtocolError,
@@ -245,36 +246,23 @@ class AsyncControlPlane:
         return [_read(read_job, row, "rlorTrainerJobs") for row in rows]
 
     async def resume_job(self, job_id: str) -> None:
-        """Start a stopped trainer job again; it is no error if it starts or runs already.
+        """Start a stopped trainer job again.
 
         Raises:
             Conflict: the job is in a state that can't be resumed.
         """
         job = await self._account.path("rlorTrainerJobs", job_id)
 
-        async def resumed(*unless: Readiness) -> Row | None:
-            """The job, judged by its state; None if that is one of `unless`."""
+        async def there(_: ApiStatusError) -> Row | None:
+            # The lost answer may have been a success, after which the old state lingers: whoever
+            # waits for the job judges it.
             row = await self._account.get(job)
-            return (
-                None
-                if row is None
-                or job_readiness(_read(read_job, row, "rlorTrainerJobs").state) in unless
-                else row
-            )
+            gone = row is None or job_readiness(_read(read_job, row, job).state) is Readiness.GONE
+            return None if gone else row
 
-        try:
-            await self._account.call(
-                "POST",
-                f"{job}:resume",
-                what=f"resume {job_id}",
-                json={},
-                # The lost answer may have been a success, after which the old state lingers.
-                after_retry=lambda _: resumed(Readiness.GONE),
-            )
-        except Conflict:  # somebody else may have resumed it
-            stands = (Readiness.GONE, Readiness.FAILED, Readiness.RESUMABLE, Readiness.STOPPING)
-            if await resumed(*stands) is None:
-                raise
+        await self._account.call(
+            "POST", f"{job}:resume", what=f"resume {job_id}", json={}, after_retry=there
+        )
 
     async def delete_job(self, job_id: str) -> None:
         """Delete a trainer job; it is no error if it is gone."""

@@ -129,7 +129,7 @@ class ControlPlane(Blocking[AsyncControlPlane]):
         return self._run(self._async.list_jobs)
 
     def resume_job(self, job_id: str) -> None:
-        """Start a stopped trainer job again; it is no error if it starts or runs already.
+        """Start a stopped trainer job again.
 
         Raises:
             Conflict: the job is in a state that can't be resumed.

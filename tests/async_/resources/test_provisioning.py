@@ -245,6 +245,22 @@ async def test_a_job_that_is_stopping_is_resumed_once_it_stands(stub: ControlPla
     assert stub.resumed == [f"{JOBS}/mine"]
 
 
+async def test_a_job_that_somebody_else_resumed_is_waited_for(stub: ControlPlaneServer) -> None:
+    stub.put(JOBS, "mine", state="JOB_STATE_CANCELLED")
+    stub.states = {JOBS: ["JOB_STATE_CANCELLED", "JOB_STATE_CREATING", "JOB_STATE_RUNNING"]}
+    stub.deny[("POST", f"{JOBS}/mine:resume")] = [409]
+    async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
+        await service.create_training_client()
+    assert stub.deny[("POST", f"{JOBS}/mine:resume")] == []
+    # The control: a job that stands, and may not be resumed.
+    stub.put(JOBS, "other", state="JOB_STATE_CANCELLED")
+    stub.states = {JOBS: ["JOB_STATE_CANCELLED"]}
+    stub.deny[("POST", f"{JOBS}/other:resume")] = [409]
+    async with service_on(stub, trainer_job_id="other", create_deployment=False) as service:
+        with pytest.raises(ApiStatusError, match="409"):
+            await service.create_training_client()
+
+
 async def test_a_job_that_is_deleted_is_refused(stub: ControlPlaneServer) -> None:
     stub.put(JOBS, "mine", state="JOB_STATE_DELETED")
     async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
