@@ -221,6 +221,9 @@ class TrainingClients:
         await self._ready()
         async with self._making:
             config = self._config if policy is None else self._clients[policy].config
+            lives = any(map(self._lives, self._clients.values()))
+            if self._config.forward_only and not lives and any(map(_lost, self._clients)):
+                await self._restart()  # the process of the separate trainer was lost
             model = await self._make_model(config, user_metadata)
             try:
                 await model.queue.submit(load_state(model, path, None, optimizer=False))
