@@ -7,14 +7,16 @@ exclude each other and which this version refuses; it does not know how they are
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, ForwardRef, Literal, TypedDict, cast
 
 from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
@@ -138,13 +140,15 @@ class FiretitanProvisioningConfig:
             its own, of this shape, or this job (which is resumed if it has stopped).
         cleanup_reference_trainer_on_close: delete the reference trainer that this service made.
         reference_required: start a separate reference trainer together with the rest.
-        max_context_length: tokens; None takes the shape's.
+        max_context_length: tokens of a sequence; what the service reports, also beside a training
+            shape, which decides what the trainer itself takes. None takes the shape's.
         learning_rate: shown with the job; the rate of each step comes with `optim_step`.
         seed: seed of the adapter's initialisation; None lets the trainer choose.
         train_mlp, train_attn, train_unembed: which layers an adapter covers.
         trainer_replica_count, region, custom_image_tag, extra_args, extra_values, purpose,
-            managed_by, preemptible, skip_validations, inactivity_timeout,
-            disable_inactivity_cleanup, display_name: passed on to the trainer job.
+            managed_by, preemptible, use_reservation, skip_validations, inactivity_timeout,
+            disable_inactivity_cleanup, display_name: passed on to the trainer job. Arguments with
+            blanks are split there. `use_reservation=False` leaves reserved capacity alone.
         deployment_extra_args, deployment_extra_values, disable_speculative_decoding: passed on to
             the deployment.
         replica_count: replicas of the deployment (alias `deployment_replica_count`), at least 1.
@@ -152,8 +156,9 @@ class FiretitanProvisioningConfig:
         trainer_pending_timeout_s: seconds to wait for capacity.
         deployment_timeout_s: seconds for the deployment to become ready.
         hotload_timeout_s: seconds for every replica to report a snapshot.
-        reattach_settle_timeout_s, reattach_poll_interval_s: budget and pace, in seconds, of the
-            wait after a deployment was pointed to another trainer.
+        reattach_settle_timeout_s: seconds for a deployment that was found to become ready before it
+            is pointed to this trainer, and the same again to settle afterwards.
+        reattach_poll_interval_s: the longest pause between two looks meanwhile, in seconds.
         cleanup_trainer_on_close: delete the trainer job if this service created it.
         cleanup_deployment_on_close: "delete" or "scale_to_zero" the deployment if this service
             created it; None leaves it.
@@ -208,6 +213,7 @@ class FiretitanProvisioningConfig:
     purpose: str | None = None
     managed_by: str | None = None
     preemptible: bool = False
+    use_reservation: bool = True
     skip_validations: bool = False
     disable_speculative_decoding: bool = False
     hot_load_transition_type: TransitionType | None = None
@@ -242,6 +248,10 @@ class FiretitanProvisioningConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be more than 0 seconds")
+        if not (isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise InvalidArgument(
+                f"learning_rate={self.learning_rate!r}: a finite number of at least 0 is needed"
+            )
         for name in ("trainer_job_id", "deployment_id", "reference_trainer_job_id"):
             value = getattr(self, name)
             if value is not None and not RESOURCE_ID.fullmatch(value):
@@ -282,7 +292,6 @@ class FiretitanProvisioningConfig:
         for name, reason in _REFUSED.items():
             if chosen.pop(name, None):
                 raise NotSupported(f"{name}: {reason}")
-        chosen.pop("use_reservation", None)  # only chooses among reservations, which are refused
         if chosen.pop("gradient_accumulation_steps", 1) != 1:
             raise InvalidArgument(
                 "gradient_accumulation_steps must be 1: accumulate by calling forward_backward "
@@ -456,6 +465,35 @@ def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpo
     if not key:
         raise InvalidArgument("no API key: pass api_key=, or set TINKER_API_KEY")
     return Endpoint(url, key, tinker_only=True)
+
+
+def show_options(service: type) -> None:
+    """Let `inspect.signature`, and so an editor, show each keyword of `from_firetitan_config`.
+
+    Args:
+        service: a class whose `from_firetitan_config` ends in `**options`; it stays as it is where
+            it has none of its own.
+    """
+    method = service.__dict__.get("from_firetitan_config")
+    if not isinstance(method, classmethod):
+        return
+    function = cast(Any, method).__func__
+    plain = inspect.signature(function)
+    defaults = {
+        field.name: field.default
+        for field in fields(FiretitanProvisioningConfig)
+        if field.default is not MISSING
+    }
+    parameters = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, kind in ProvisioningOptions.__annotations__.items():
+        written = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+        default = defaults.get(_ALIASES.get(name, name))
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=written
+            )
+        )
+    function.__signature__ = plain.replace(parameters=parameters)
 
 
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:

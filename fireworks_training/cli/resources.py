@@ -1,4 +1,4 @@
-"""`fireworks-training shapes`, `jobs`, `deployments` and `checkpoints list|promote`.
+"""`fireworks-training shapes`, `jobs`, `deployments`, `checkpoints list|promote|delete|keep`.
 
 Each sends one question to the control plane and prints the answer. Knows columns. Does not know
 HTTP, and decides nothing. The key comes from FIREWORKS_API_KEY.
@@ -98,7 +98,7 @@ def deployments(base_url: str | None, wide: bool, as_json: bool) -> None:
 
 @click.group()
 def checkpoints() -> None:
-    """List the checkpoints of a trainer job, or make a model of one."""
+    """List, keep or delete the checkpoints of a trainer job, or make a model of one."""
 
 
 @checkpoints.command("list")
@@ -148,3 +148,48 @@ def promote(
         wide=wide,
         as_json=as_json,
     )
+
+
+@checkpoints.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@base_url_option
+def delete(names: tuple[str, ...], base_url: str | None) -> None:
+    """Delete the checkpoints NAME for good.
+
+    A NAME is a full one, as `checkpoints list` shows it.
+    """
+    with control_plane(base_url) as plane:
+        for name in names:
+            with not_found_means(
+                f"no checkpoint {name!r}: `checkpoints list JOB` shows their names"
+            ):
+                plane.delete_checkpoint(name)
+            click.echo(f"deleted {name}")
+
+
+@checkpoints.command()
+@click.argument("job")
+@click.option("--last", type=click.IntRange(0), required=True, help="Newest ones kept, per kind.")
+@click.option("--keep", "names", multiple=True, metavar="NAME", help="Kept besides; repeatable.")
+@click.option("--kind", type=click.Choice(["state", "snapshot"]), help="Only those; default both.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be deleted.")
+@base_url_option
+@json_option
+def keep(
+    job: str,
+    last: int,
+    names: tuple[str, ...],
+    kind: str | None,
+    dry_run: bool,
+    base_url: str | None,
+    as_json: bool,
+) -> None:
+    """Keep the newest checkpoints of JOB and those named, delete the rest, and show it.
+
+    What a kept snapshot builds on stays, and what a deployment serves.
+    """
+    kinds = ("state", "snapshot") if kind is None else (kind,)
+    with control_plane(base_url) as plane:
+        gone = plane.keep_checkpoints(job, last, names, kinds, dry_run=dry_run)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    columns = {"DELETED" if not dry_run else "WOULD DELETE": "name", "TYPE": "checkpoint_type"}
+    show([asdict(row) for row in gone], columns, as_json=as_json, empty="nothing to delete")

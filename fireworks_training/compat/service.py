@@ -170,13 +170,15 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         lora_rank: int | None = None,
         policy_client: AnyTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        model_path: str | None = None,
     ) -> FiretitanTrainingClient:
-        """Make a client of the model before training; only `forward` is legal."""
+        """Make a client of the model before training, or of a saved state; only for `forward`."""
         made = super().create_reference_client(
             base_model,
             lora_rank=lora_rank,
             policy_client=policy_client,
             user_metadata=user_metadata,
+            model_path=model_path,
         )
         return self._mine(made)
 

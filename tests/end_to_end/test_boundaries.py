@@ -329,7 +329,7 @@ async def test_a_disk_that_fills_up_while_a_save_is_written(platform: RunningPla
         try:
             for save, name in (
                 (client.save_state, "new"),
-                (client.save_state, "kept"),
+                (functools.partial(client.save_state, overwrite=True), "kept"),
                 (client.save_weights_for_sampler, "new"),
             ):
                 with pytest.raises(RequestFailed, match=says):

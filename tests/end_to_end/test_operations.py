@@ -140,12 +140,13 @@ async def test_a_client_begins_at_a_saved_state(
     async with service_on(platform) as service:
         client = await service.create_training_client()
         await client.save_state("kept")
-        assert "replaced" not in caplog.text
         await client.forward_backward(datums(2), "cross_entropy")
         await client.optim_step(ADAM)
-        # The later one of a name counts, and is not taken in silence.
-        path = (await client.save_state("kept")).path
-        assert "save_state('kept') replaced an earlier state of this name" in caplog.text
+        # A state is overwritten only when that is asked for.
+        with pytest.raises(RequestFailed, match="overwrite=True") as refusal:
+            await client.save_state("kept")
+        assert refusal.value.error_class == "StateExists"
+        path = (await client.save_state("kept", overwrite=True)).path
         wanted = (await client.forward(datums(2))).loss_fn_outputs[0]["logprobs"].to_numpy()
         with pytest.raises(InvalidArgument, match="load_state"):
             await service.create_training_client_from_state(path)

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,12 @@ _FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 logger = logging.getLogger("fireworks_training.ledger")
 
 NAME = "ledger.jsonl"
+
+LOCK_NOTICE, LOCK_TIMEOUT = 5.0, 30.0
+"""Seconds after which a wait for another process's lock is said, and given up."""
+
+LOCK_PAUSE = 0.02
+"""Seconds between two tries to get the lock."""
 
 COMPACT_EVERY = 64 << 10
 """Bytes by which the file grows between two checks whether to compact it."""
@@ -52,7 +59,7 @@ class LedgerFile:
         If this process dies meanwhile, a part of them may be there.
 
         Raises:
-            OSError: the folder can't be written.
+            OSError: the folder can't be written, or another process keeps the lock.
         """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
@@ -104,12 +111,36 @@ class LedgerFile:
         while True:
             file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(file, lock)
+                self._lock(file, lock)
                 if self._is_ledger(file):
                     yield file
                     return
             finally:
                 os.close(file)  # releases the lock
+
+    def _lock(self, file: int, lock: int) -> None:
+        """Get the file's lock; a wait for it is said, and has an end.
+
+        Raises:
+            TimeoutError: another process, which may be stopped, holds it.
+        """
+        started, said = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(file, lock | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waited = time.monotonic() - started
+            else:
+                return
+            if waited >= LOCK_TIMEOUT:
+                raise TimeoutError(
+                    f"another process has held the lock of {self.path} for {waited:.0f} s: is one "
+                    "of yours stopped? `fuser` names it"
+                )
+            if waited >= LOCK_NOTICE and not said:
+                said = True
+                logger.warning("waiting for the lock of %s, which another process holds", self.path)
+            time.sleep(LOCK_PAUSE)
 
     def _is_ledger(self, file: int) -> bool:
         """Whether an open file is still the one under the ledger's name."""

@@ -33,7 +33,7 @@ from fireworks_training._core.ledger import (
     judge_found,
 )
 from fireworks_training.config import resolve_endpoint
-from fireworks_training.errors import FireworksTrainingError
+from fireworks_training.errors import ApiError, FireworksTrainingError
 from fireworks_training.models import DeploymentInfo, HeldResource, TrainerJobInfo
 
 AT_ONCE = 8
@@ -185,7 +185,12 @@ class AsyncResourceLedger:
         return [done[id(claim)] for claim in claims]
 
     async def _claims(self) -> list[OpenClaim]:
-        return fold(await asyncio.to_thread(self._file.read))
+        try:
+            return fold(await asyncio.to_thread(self._file.read))
+        except OSError as error:
+            raise ApiError(
+                f"the ledger {self._file.path} can't be read: {error}", cause=error
+            ) from error
 
     async def _one(
         self,

@@ -90,6 +90,11 @@ class RemoteModel:
         """The trainer's name for the model."""
         return self.capabilities.model_id
 
+    def freeze(self) -> None:
+        """Keep the weights as they are from now on: a reference that was just loaded."""
+        self.forward_only = True
+        self.queue.freeze()
+
     async def close(self, *, drain: bool) -> None:
         """Let accepted operations finish (or not), and accept no more."""
         await self.queue.close(drain=drain)

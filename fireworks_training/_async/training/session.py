@@ -43,6 +43,7 @@ class Capabilities:
         wire: the dialects it takes; empty where it lists none.
         step_protocol: whether it enforces atomic steps.
         snapshot_protocol: whether its saves describe the snapshots they wrote.
+        state_options: whether a save may overwrite, and be given a time to live.
         backward: whether it takes a backward that refers to an earlier forward.
         batch_polls: whether one poll gives all finished results of a model.
         features: the other `supports_...` flags, by name.
@@ -53,6 +54,7 @@ class Capabilities:
     wire: tuple[str, ...] = ()
     step_protocol: bool = False
     snapshot_protocol: bool = False
+    state_options: bool = False
     backward: bool = False
     batch_polls: bool = False
     features: Mapping[str, bool] = field(default_factory=dict[str, bool])
@@ -74,6 +76,7 @@ class Capabilities:
             wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
+            state_options=payload.get("state_options") == 1,
             backward=payload.get("supports_backward") is True,
             batch_polls=payload.get("retrieve_futures") == 1,
             features={
@@ -104,7 +107,8 @@ class TrainerSession:
         tinker_only: bool = False,
     ) -> None:
         self.tinker_only = tinker_only
-        self.plane = DataPlane(transport, trainer_url)
+        # The control plane said that this trainer runs; a Tinker server is a stranger at first.
+        self.plane = DataPlane(transport, trainer_url, known=not tinker_only)
         self.session_id = ""
         self.client_config = ClientConfig()
         self._make_transport = make_transport

@@ -111,3 +111,19 @@ def test_who_waited_for_the_lock_writes_to_the_new_file(
     monkeypatch.setattr(fcntl, "flock", flock)
     file.append([entry("created", "b")])
     assert held(file.path) == {"a", "b"}
+
+
+def test_a_lock_that_another_process_keeps_is_waited_for_in_words_and_with_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "LOCK_NOTICE", 0.0)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.05)
+    path = tmp_path / "ledger.jsonl"
+    LedgerFile(path).append([entry("intent", "mine")])
+    with path.open("rb") as held_open:
+        fcntl.flock(held_open, fcntl.LOCK_EX)
+        for use in (LedgerFile(path).read, lambda: LedgerFile(path).append([])):
+            with pytest.raises(TimeoutError, match="another process"):
+                use()
+    assert "waiting for the lock" in caplog.text
+    assert held(path) == {"mine"}
