@@ -92,6 +92,7 @@ GRID: tuple[Scenario, ...] = tuple(
         route.habits,
         (replace(fault, route=route.name, skip=route.skip),),
         route.options,
+        limit_s=30.0,
     )
     for route in ROUTES
     for what, fault in FAULTS.items()

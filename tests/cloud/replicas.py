@@ -108,3 +108,9 @@ class Replicas:
     def rows(self, now: float) -> list[dict[str, Any]]:
         """What the deployment reports."""
         return [row for state in self._states if (row := state.row(now)) is not None]
+
+    def loading(self, now: float) -> bool:
+        """Some replica does not hold yet what was asked for last."""
+        for state in self._states:
+            state.settle(now)
+        return any(state.asked is not None for state in self._states)

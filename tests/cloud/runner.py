@@ -49,6 +49,8 @@ def _outcome(said: dict[str, Any], cloud: Cloud) -> Outcome:
         steps=steps,
         requests=sum(counted.values()),
         routes=counted,
+        applied=cloud.applied,
+        stale=cloud.stale,
         left=cloud.left,
         seconds=said["seconds"],
         finished=said["finished"],
@@ -123,11 +125,12 @@ class _Worker:
         return found
 
 
-def _by_environment(scenarios: Sequence[Scenario]) -> list[list[Scenario]]:
-    """Scenarios that may share a process: those without variables; each other one has its own."""
-    plain = [scenario for scenario in scenarios if not scenario.environment]
+def _by_process(scenarios: Sequence[Scenario]) -> list[list[Scenario]]:
+    """Scenarios that may share a process; one with variables, or to run alone, has its own."""
+    own = [bool(scenario.environment) or scenario.alone for scenario in scenarios]
+    plain = [scenario for scenario, alone in zip(scenarios, own, strict=True) if not alone]
     plain.sort(key=lambda scenario: -scenario.limit_s)
-    special = [[scenario] for scenario in scenarios if scenario.environment]
+    special = [[scenario] for scenario, alone in zip(scenarios, own, strict=True) if alone]
     return [group for group in (plain, *special) if group]
 
 
@@ -157,7 +160,7 @@ async def run_side(
                 _Worker(side, group, [made[one.name] for one in group], pause_s).run(
                     [urls[one.name] for one in group]
                 )
-                for group in _by_environment(scenarios)
+                for group in _by_process(scenarios)
             )
         )
     return {name: outcome for part in parts for name, outcome in part.items()}

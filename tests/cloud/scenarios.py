@@ -75,6 +75,7 @@ def _provisioning() -> list[Scenario]:
         "everything 503 for 5 s": Fault("*", seconds=5, skip=3),
         "everything 503 for 20 s": Fault("*", seconds=20, skip=3, after_s=0.2),
         "everything 503 for 60 s": Fault("*", seconds=60, skip=3, after_s=0.2),
+        "everything 503 for 90 s": Fault("*", seconds=90, skip=3, after_s=0.2),
     }
     rows += [
         Scenario(f"provisioning: {what}", "managed", faults=(fault,), limit_s=150)
@@ -296,7 +297,9 @@ def _sampling() -> list[Scenario]:
         "1,000, with queue times": (1000, queue),
     }
     rows += [
-        Scenario(f"storm: {what}", "sample", habits, options={"count": count}, limit_s=LONG)
+        Scenario(
+            f"storm: {what}", "sample", habits, options={"count": count}, alone=True, limit_s=LONG
+        )
         for what, (count, habits) in storms.items()
     ]
     rows += [

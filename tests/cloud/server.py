@@ -116,7 +116,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Habits:
-    """How the cloud behaves when nothing is wrong; durations in seconds."""
+    """How the cloud behaves when nothing is wrong; durations in seconds.
+
+    `pass_s` is how long a forward_backward takes, `result_body_s` how long its result's body.
+    """
 
     job_post_s: float = 0.1
     job_ready_s: float = 0.0
@@ -172,6 +175,7 @@ class _Operation:
     seq: int | None
     ready: float
     result: dict[str, Any]
+    slow: bool
 
 
 def refusal(status: int, message: str) -> web.Response:
@@ -206,7 +210,8 @@ class Cloud:
             self.deployments[DEPLOYMENT][1]["baseModel"] = habits.deployment_model
         self.patched: float | None = None
         self.replicas = Replicas(habits.replicas)
-        self.most_at_once = 0
+        self.applied = 0
+        self.stale = 0
         self._at_once = 0
         self._faults = [_FaultClock(fault) for fault in faults]
         self._operations: dict[str, _Operation] = {}
@@ -462,8 +467,9 @@ class Cloud:
         if known is None:
             known = self._submitted[place] = f"request-{next(self._ids)}"
             result = self._result(operation, model, body)
-            ready = time.monotonic() + (self.habits.pass_s if operation in _PASSES else 0.0)
-            self._operations[known] = _Operation(model, seq, ready, result)
+            slow = operation == "forward_backward"
+            ready = time.monotonic() + (self.habits.pass_s if slow else 0.0)
+            self._operations[known] = _Operation(model, seq, ready, result, slow)
             if seq is not None:
                 self._arrived.setdefault(model, set()).add(seq)
         return web.json_response({"request_id": known, "model_id": model})
@@ -482,6 +488,7 @@ class Cloud:
                 "metrics": metrics,
             }
         if operation == "optim_step":
+            self.applied += 1
             return {"metrics": {"grad_norm": 1.0}}
         if operation == "save_weights":
             self._states.append(body["path"])
@@ -501,7 +508,7 @@ class Cloud:
                 return self._not_yet(body["request_id"])
             ahead = operation.ready - time.monotonic()
             await asyncio.sleep(min(left, ahead if ahead > 0 else 0.02))
-        if self.habits.result_body_s:
+        if operation.slow and self.habits.result_body_s:
             return await self._slowly(request, operation.result)
         return operation.result
 
@@ -544,7 +551,7 @@ class Cloud:
                 answer.headers["Retry-After"] = self.habits.retry_after
             return answer
         self._at_once += 1
-        self.most_at_once = max(self.most_at_once, self._at_once)
+        self.stale += self.replicas.loading(time.monotonic())
         try:
             await asyncio.sleep(self.habits.service_s)
             attempt = self.requests["completions"]

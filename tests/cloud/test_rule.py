@@ -15,7 +15,9 @@ from tests.cloud.scenarios import SCENARIOS
 OFFICIAL = Outcome(
     steps=[("step", "ok"), ("step", "RuntimeError: no"), ("alive", "ok")],
     requests=10,
-    routes={"forward": 10},
+    routes={"forward": 9, "hot_load_post": 1},
+    applied=0,
+    stale=1,
     left=1,
     seconds=4.0,
     finished=True,
@@ -35,6 +37,8 @@ def test_the_same_outcome_is_not_worse() -> None:
         ({"requests": 21}, "21 requests"),
         ({"seconds": 7.1}, "7.1 s"),
         ({"left": 2}, "2 resources"),
+        ({"applied": 1}, "1 optimizer steps applied, 0 asked for"),
+        ({"stale": 2}, "2 completions of replicas that load"),
         ({"steps": [("step", "ok")], "finished": False}, "1 of 2 operations; cut off"),
     ],
 )
@@ -45,6 +49,15 @@ def test_each_way_of_being_worse(change: dict[str, Any], said: str) -> None:
 def test_more_operations_may_take_more_requests_and_time() -> None:
     done = [("step", "ok"), ("step", "ok"), ("alive", "ok")]
     assert worse(OFFICIAL, replace(OFFICIAL, steps=done, requests=90, seconds=90.0)) == []
+
+
+def test_a_load_is_asked_for_once() -> None:
+    steps = [*OFFICIAL.steps, ("hot load a", "ok")]
+    official = replace(OFFICIAL, steps=steps)
+    often = replace(official, routes={"hot_load_post": 3})
+    assert worse(official, often) == ["3 loads asked for, not 1"]
+    # The first was refused: the official client asked again, too.
+    assert worse(replace(official, routes={"hot_load_post": 2}), often) == []
 
 
 def test_what_was_recorded_elsewhere_is_not_timed() -> None:

@@ -95,6 +95,8 @@ def test_a_replica_notices_late_and_loads_slowly() -> None:
     assert replicas.rows(11.0)[0]["readiness"] is True
     assert replicas.rows(13.0)[0]["loading_state"]["target_snapshot_identity"] == "a"
     assert replicas.rows(13.0)[0]["readiness"] is False
+    assert replicas.loading(14.9)
+    assert not replicas.loading(15.0)
     row = replicas.rows(15.0)[0]
     assert (row["current_snapshot_identity"], row["readiness"]) == ("a", True)
 
