@@ -193,7 +193,7 @@ def _check_finite(
     if not torch.isfinite(loss_M.sum()):
         bad = sorted(indices)
         if sequence_M is not None and not (finite_M := torch.isfinite(loss_M)).all():
-            bad = sorted(indices[place] for place in sequence_M[~finite_M].unique().tolist())
+            bad = sorted({indices[place] for place in sequence_M[~finite_M].tolist()})
         raise OperationFailed(
             f"the loss is not finite (in datums {bad[:8]}): look for logprobs or advantages that"
             " are far out of range; the ratio of a token to its sampling logprob may be infinite",

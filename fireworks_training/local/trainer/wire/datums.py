@@ -18,6 +18,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from fireworks_training._wire.training.datums import MASKS, RATIO_MASK
 from fireworks_training.local.model.losses import LOSSES, Loss
 from fireworks_training.local.trainer.queue.operations import (
     GRADIENT_INPUTS,
@@ -36,12 +37,6 @@ MAX_DATUMS = 1024
 MAX_TARGETS = 1 << 24
 """Targets of one request at most: sparse tensors could name more than memory holds."""
 MAX_TOP_K = 128
-
-MASKS = ("weights", "loss_mask", "mask")
-"""Names of the input that says which targets count, and how much; the first is the contract's."""
-
-RATIO_MASK = "sequence_ratio_mask"
-"""The same, of a loss with one ratio a sequence, by the name that tinker gives it."""
 
 KNOWN_INPUTS = frozenset(
     {name for loss in LOSSES.values() for name in loss.inputs} | {*MASKS, RATIO_MASK}
@@ -258,7 +253,8 @@ def _weights(
                 " leaves out. Send one of them, or make them 0 at the same positions"
             )
     if given:
-        return inputs[given[0]].astype(np.float32, copy=False)
+        weights: NDArray[np.float32] = inputs[given[0]].astype(np.float32, copy=False)
+        return weights
     if "advantages" not in inputs:
         return np.ones(math.prod(shape), np.float32)
     counts = inputs["advantages"] != 0
@@ -273,7 +269,7 @@ def _weights(
         "a row without weights: a position counts where advantages or logprobs is not 0. Send"
         " weights to say it (the SDK's datum builders do)"
     )
-    return counts.astype(np.float32)
+    return np.asarray(counts, np.float32)
 
 
 @lru_cache(maxsize=256)
