@@ -46,6 +46,7 @@ def test_on_policy_rows_train_alike_with_a_mask_and_without(platform: RunningPla
             norm = client.optim_step(
                 STILL, grad_accumulation_normalization="num_loss_tokens"
             ).result()
+            assert norm.metrics
             return metrics["loss:sum"], norm.metrics["grad_norm"]
 
         for names in (("importance_sampling", "ppo", "gspo", "dppo"), ("reinforce", "dro")):
@@ -56,4 +57,6 @@ def test_on_policy_rows_train_alike_with_a_mask_and_without(platform: RunningPla
 
         huge = rl_datum([5, 6], [7, 8], logprobs=[-1.0, -9999.0], advantages=1.0)
         client.forward_backward([huge], "ppo").result()  # one token is e^9990 too likely
-        assert 0 < client.optim_step(STILL).result().metrics["grad_norm"] < 1e6
+        held = client.optim_step(STILL).result().metrics
+        assert held
+        assert 0 < held["grad_norm"] < 1e6
