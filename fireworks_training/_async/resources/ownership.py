@@ -22,6 +22,7 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.processes import this_process
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.ledger import (
     ANNOTATION,
     Event,
@@ -282,7 +283,7 @@ class RunResources:
 
         try:
             # To its end, so that the entries are in the order of the events.
-            await finish_in_spite_of_cancellation(asyncio.to_thread(write))
+            await finish_in_spite_of_cancellation(in_thread(write))
         except OSError as error:
             if not self._complained:
                 self._complained = True
