@@ -314,12 +314,18 @@ class FiretitanProvisioningConfig:
 
     @classmethod
     def for_tinker_server(
-        cls, *, lora_rank: int | None, max_lora_rank: int | None, **options: Any
+        cls,
+        *,
+        lora_rank: int | None,
+        max_lora_rank: int | None,
+        dialect: WireDialect = "protobuf",
+        **options: Any,
     ) -> FiretitanProvisioningConfig:
         """The configuration of a service on a server that has the Tinker API and nothing else.
 
         Args:
             lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            dialect: how passes are written.
             max_lora_rank, options: fields of the configuration.
 
         Raises:
@@ -333,7 +339,7 @@ class FiretitanProvisioningConfig:
             lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,
             create_deployment=False,
-            dialect="protobuf",
+            dialect=dialect,
             **options,
         )
 

@@ -34,7 +34,7 @@ from fireworks_training._core.ledger import (
 )
 from fireworks_training._core.lifecycle import Readiness, deployment_readiness, job_readiness
 from fireworks_training.config import CleanUp
-from fireworks_training.errors import ApiError, FireworksTrainingError
+from fireworks_training.errors import ApiError, FireworksTrainingError, LedgerUnavailable
 from fireworks_training.models import DeploymentInfo, TrainerJobInfo
 
 Row = TypeVar("Row", TrainerJobInfo, DeploymentInfo)
@@ -284,7 +284,7 @@ class RunResources:
         try:
             # To its end, so that the entries are in the order of the events.
             await finish_in_spite_of_cancellation(in_thread(write))
-        except OSError as error:
+        except LedgerUnavailable as error:
             if not self._complained:
                 self._complained = True
                 logger.warning(
