@@ -78,7 +78,7 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> tuple[str, str | None]
         if code is None and isinstance(inner, dict):
             named = cast(dict[str, Any], inner)
             code = named.get("error_class") or named.get("code")
-    return scrubbed(_told(payload), secrets), _code(code, secrets)
+    return scrubbed(_told(cast(object, payload)), secrets), _code(code, secrets)
 
 
 def _told(value: object, depth: int = 0) -> str:
@@ -100,7 +100,7 @@ def _told(value: object, depth: int = 0) -> str:
         case list():
             entries = cast(list[object], value)
             told = [
-                _told(entry, depth + 1)
+                _told(cast(object, entry), depth + 1)
                 for entry in entries[:_ENTRIES]
                 if isinstance(entry, Mapping) and depth < 4
             ]
