@@ -70,6 +70,7 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> tuple[str, str | None]
     except orjson.JSONDecodeError:
         text = body[: 4 * LONGEST_TEXT].decode("utf-8", "replace").strip()
         return scrubbed(text, secrets, limit=500) or "(no body)", None
+    told = _told(payload)
     code: object = None
     if isinstance(payload, dict):
         fields = cast(dict[str, Any], payload)
@@ -78,7 +79,7 @@ def words_of(body: bytes, secrets: Iterable[str] = ()) -> tuple[str, str | None]
         if code is None and isinstance(inner, dict):
             named = cast(dict[str, Any], inner)
             code = named.get("error_class") or named.get("code")
-    return scrubbed(_told(cast(object, payload)), secrets), _code(code, secrets)
+    return scrubbed(told, secrets), _code(code, secrets)
 
 
 def _told(value: object, depth: int = 0) -> str:
