@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, ForwardRef, Literal, TypedDict, cast
+from urllib.parse import urlsplit
 
 from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
@@ -108,6 +109,7 @@ _ALIASES = {
     "deployment_replica_count": "replica_count",
 }
 _URL = re.compile(r"https?://[^/]")
+EXAMPLE_URL = "https://api.fireworks.ai"
 _SHAPE_OWNED = ("node_count", "accelerator_type", "accelerator_count")
 _REFUSED: dict[str, str] = {
     "projection_head_dim": "projection heads are not supported yet",
@@ -321,12 +323,18 @@ class FiretitanProvisioningConfig:
 
     @classmethod
     def for_tinker_server(
-        cls, *, lora_rank: int | None, max_lora_rank: int | None, **options: Any
+        cls,
+        *,
+        lora_rank: int | None,
+        max_lora_rank: int | None,
+        dialect: WireDialect = "protobuf",
+        **options: Any,
     ) -> FiretitanProvisioningConfig:
         """The configuration of a service on a server that has the Tinker API and nothing else.
 
         Args:
             lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            dialect: how passes are written.
             max_lora_rank, options: fields of the configuration.
 
         Raises:
@@ -340,7 +348,7 @@ class FiretitanProvisioningConfig:
             lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,
             create_deployment=False,
-            dialect="protobuf",
+            dialect=dialect,
             **options,
         )
 
@@ -404,6 +412,112 @@ class Endpoint:
         return self.base_url.removeprefix("local:") if ":" in self.base_url else None
 
 
+def checked_key(key: str, source: str = "api_key") -> str:
+    """Check that a key can be sent in a header; it is never repeated.
+
+    Args:
+        source: where it came from, for the message.
+
+    Raises:
+        InvalidArgument: it holds blanks, line ends or characters outside ASCII.
+    """
+    if not isinstance(cast(object, key), str):
+        raise InvalidArgument(f"{source} must be a string, got {type(key).__name__}")
+    if key != key.strip():
+        wrong = "begins or ends with a blank or a line end"
+    elif not key.isascii():
+        wrong = "holds a character outside ASCII (typographic quotes?)"
+    elif not key.isprintable() or any(sign in " \"'" for sign in key):
+        wrong = "holds a blank, a line end, a quote or a control character"
+    else:
+        return key
+    raise InvalidArgument(f"{source} {wrong}: copy the key alone, without what stands around it")
+
+
+def checked_url(name: str, url: str) -> str:
+    """Check the URL of a host; gives it without a trailing slash.
+
+    Raises:
+        InvalidArgument: it is no http(s) URL, holds a user name or password, has a query, or ends
+            with the version that the SDK adds itself.
+    """
+    bare = url.rstrip("/")
+    if not _URL.match(bare):
+        raise InvalidArgument(f"{name}: an http(s) URL of a host is needed, such as {EXAMPLE_URL}")
+    try:
+        parts = urlsplit(bare)
+        port = parts.port
+    except ValueError:
+        raise InvalidArgument(f"{name} is no URL: its port must be a number") from None
+    if "@" in parts.netloc:
+        raise InvalidArgument(
+            f"{name} holds a user name or password: leave them out, and pass api_key="
+        )
+    if port == 0 or not parts.hostname or any(sign.isspace() for sign in bare):
+        raise InvalidArgument(f"{name} is no URL of a host; one is {EXAMPLE_URL}")
+    if parts.query or parts.fragment:
+        raise InvalidArgument(f"{name} has a query or a fragment: leave out what follows the path")
+    for version in ("/inference/v1", "/api/v1", "/v1"):
+        if parts.path.endswith(version):
+            raise InvalidArgument(
+                f"{name} ends with {version}, which the SDK adds itself: pass "
+                f"{bare.removesuffix(version)}"
+            )
+    return bare
+
+
+def environment_proxy(url: str) -> str | None:
+    """Find the proxy for a URL: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, less NO_PROXY.
+
+    Raises:
+        InvalidArgument: the proxy's own scheme is neither http nor https.
+    """
+    from urllib.request import getproxies, proxy_bypass  # not needed to build a service
+
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(parts.netloc):
+        return None
+    if "://" not in proxy:
+        proxy = "http://" + proxy
+    scheme = proxy.partition("://")[0]
+    if scheme not in ("http", "https"):
+        raise InvalidArgument(
+            f"the environment's proxy for {parts.scheme} has the scheme {scheme[:20]!r}; http and "
+            "https are supported. NO_PROXY lists hosts that need none"
+        )
+    return proxy
+
+
+def certificate_file() -> str | None:
+    """Find the file of certificates to trust, `SSL_CERT_FILE`; None if it is not set.
+
+    Raises:
+        InvalidArgument: there is no such file.
+    """
+    name = os.environ.get("SSL_CERT_FILE")
+    if name and not Path(name).is_file():
+        raise InvalidArgument(f"SSL_CERT_FILE={name!r}: there is no such file")
+    return name or None
+
+
+def cloudflare_headers() -> dict[str, str]:
+    """Make the headers of Cloudflare Access, from the two variables of the official client.
+
+    Raises:
+        InvalidArgument: one of the two can't be sent in a header.
+    """
+    names = {
+        "CF-Access-Client-Id": "CLOUDFLARE_ACCESS_CLIENT_ID",
+        "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
+    }
+    values = {header: os.environ.get(name, "") for header, name in names.items()}
+    if not all(values.values()):
+        return {}
+    return {header: checked_key(values[header], name) for header, name in names.items()}
+
+
 def environment_api_key() -> str | None:
     """Read `FIREWORKS_API_KEY`; None if it is not set."""
     return os.environ.get("FIREWORKS_API_KEY") or None
@@ -435,12 +549,14 @@ def resolve_endpoint(
         raise InvalidArgument(
             f"base_url={url!r} is neither an http(s) URL nor 'local' nor 'local:/path'"
         )
+    url = checked_url("base_url" if base_url else "FIREWORKS_BASE_URL", url)
     key = api_key or environment_api_key()
     if not key:
         raise InvalidArgument(
             "no API key: pass api_key=, or set FIREWORKS_API_KEY (or use base_url='local', which "
             "needs none)"
         )
+    checked_key(key, "api_key" if api_key else "FIREWORKS_API_KEY")
     return Endpoint(
         url,
         key,
@@ -461,9 +577,11 @@ def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpo
         raise InvalidArgument(
             f"base_url={url!r}: pass the http(s) URL of a Tinker server, or set TINKER_BASE_URL"
         )
+    url = checked_url("base_url" if base_url else "TINKER_BASE_URL", url)
     key = api_key or os.environ.get("TINKER_API_KEY")
     if not key:
         raise InvalidArgument("no API key: pass api_key=, or set TINKER_API_KEY")
+    checked_key(key, "api_key" if api_key else "TINKER_API_KEY")
     return Endpoint(url, key, tinker_only=True)
 
 

@@ -75,8 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_core.waits": set(),
     "_core.window": {"errors", "models", "_checks"},
     "_wire": {"errors", "models"},
-    "_wire.completions": {"errors", "models", "options", "_checks", "_perf_metrics"},
-    "_wire.training": {"errors", "models"},
+    "_wire.completions": {"errors", "models", "options", "_checks", "_perf_metrics", "_wire"},
+    "_wire.training": {"errors", "models", "_wire"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures", "_outcome", "_inbox"},
     # A file beside the rooms is the service's.

@@ -42,6 +42,7 @@ from fireworks_training.config import (
     Endpoint,
     FiretitanProvisioningConfig,
     ProvisioningOptions,
+    WireDialect,
     cast_options,
     resolve_endpoint,
     resolve_tinker_server,
@@ -187,6 +188,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
         verify_ssl: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
+        dialect: WireDialect = "protobuf",
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -205,12 +207,14 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
             additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
                 `from_firetitan_config`.
+            dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
         """
         config = FiretitanProvisioningConfig.for_tinker_server(
             base_model=base_model,
+            dialect=dialect,
             tokenizer_model=tokenizer_model,
             lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,

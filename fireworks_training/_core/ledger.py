@@ -17,10 +17,10 @@ line, `OpenClaim` is a claim as its lines add up to, read by any process, and
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any, Literal, cast
 
 Kind = Literal["trainer", "deployment"]
@@ -97,24 +97,24 @@ def decode(line: bytes) -> LedgerEntry | None:
         row = dict(cast(dict[str, Any], fields))
         row["at"], row["owner"] = float(row["at"]), Owner(**row["owner"])
         entry = LedgerEntry(**row)
+        if not _well_typed(entry):
+            return None
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
-    return entry if _is_sound(entry) else None
+    return entry if entry.event in _EVENTS and entry.kind in ("trainer", "deployment") else None
 
 
-def _is_sound(entry: LedgerEntry) -> bool:
-    """Whether every field is of its kind: what another program wrote is not trusted."""
+def _well_typed(entry: LedgerEntry) -> bool:
+    """Whether the values, which come from a file, are of the kinds that the fields declare."""
     owner = entry.owner
     texts: list[object] = [entry.event, entry.kind, entry.resource_id, entry.account]
     texts += [entry.base_url, entry.nonce, entry.run, entry.note]
     texts += [owner.machine, owner.boot, owner.started]
     return (
         all(isinstance(text, str) for text in texts)
-        and isinstance(cast(object, owner.pid), int)
         and isinstance(cast(object, entry.embedded), bool)
-        and math.isfinite(entry.at)
-        and entry.event in _EVENTS
-        and entry.kind in ("trainer", "deployment")
+        and type(owner.pid) is int
+        and isfinite(entry.at)
     )
 
 

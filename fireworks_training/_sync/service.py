@@ -15,7 +15,12 @@ from fireworks_training._async.sampling.sampling_client import FiretitanSampling
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.training.client import FiretitanTrainingClient
-from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
+from fireworks_training.config import (
+    CleanUp,
+    FiretitanProvisioningConfig,
+    ProvisioningOptions,
+    WireDialect,
+)
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
@@ -106,6 +111,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         verify_ssl: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
+        dialect: WireDialect = "protobuf",
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -124,6 +130,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
             additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
                 `from_firetitan_config`.
+            dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
@@ -143,6 +150,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            dialect=dialect,
             on_event=on_event,
         )
         return cls._wrap(instance)._bind()

@@ -7,11 +7,11 @@ method calls the core's of the same name and wraps its result.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run blocking work beside the caller's loop, which users' coroutines need meanwhile."""
-    return await asyncio.to_thread(work, *args, **kwargs)
+    return await in_thread(work, *args, **kwargs)
 
 
 def _awaited(

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from aiohttp import web
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.tito.evidence.failures import as_tito_error
 from fireworks_training.tito.turns.trajectory import Trajectory
 from fireworks_training.tito.values.errors import TITOError, invalid
@@ -167,7 +168,7 @@ async def _chat(
 async def _read(request: web.Request) -> _ChatCall:
     try:
         body = (await request.read()).decode()
-        payload: Any = await asyncio.to_thread(json.loads, body)
+        payload: Any = await in_thread(json.loads, body)
     except web.HTTPRequestEntityTooLarge:
         raise TITOError(
             "tito_request_too_large", 413, f"the body has more than {MAX_BODY_BYTES} bytes"

@@ -6,7 +6,6 @@ folder. It knows the control plane and the cache, and no chat templates.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.config import FiretitanProvisioningConfig, cache_dir
 from fireworks_training.errors import InvalidArgument, ProtocolError
 
@@ -39,7 +39,7 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
         auto = cast(Any, AutoTokenizer)
         return cast("PreTrainedTokenizerBase", auto.from_pretrained(str(source)))
 
-    return await asyncio.to_thread(work)
+    return await in_thread(work)
 
 
 async def find_tokenizer(

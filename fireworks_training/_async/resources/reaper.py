@@ -21,6 +21,7 @@ from fireworks_training._async.resources.ownership import carries_nonce, delete,
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.processes import is_alive, this_process
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.ledger import (
     AskPlatform,
     Close,
@@ -33,7 +34,7 @@ from fireworks_training._core.ledger import (
     judge_found,
 )
 from fireworks_training.config import resolve_endpoint
-from fireworks_training.errors import ApiError, FireworksTrainingError
+from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.models import DeploymentInfo, HeldResource, TrainerJobInfo
 
 AT_ONCE = 8
@@ -185,12 +186,7 @@ class AsyncResourceLedger:
         return [done[id(claim)] for claim in claims]
 
     async def _claims(self) -> list[OpenClaim]:
-        try:
-            return fold(await asyncio.to_thread(self._file.read))
-        except OSError as error:
-            raise ApiError(
-                f"the ledger {self._file.path} can't be read: {error}", cause=error
-            ) from error
+        return fold(await in_thread(self._file.read))
 
     async def _one(
         self,
@@ -202,7 +198,7 @@ class AsyncResourceLedger:
         act: bool,
     ) -> HeldResource:
         shown = self._shown(claim)
-        decision: Decision = await asyncio.to_thread(_judged, claim, claims, options)
+        decision: Decision = await in_thread(_judged, claim, claims, options)
         here = (claim.last.base_url, claim.last.account) == (self._base_url, account)
         if not here or self._plane is None:
             if isinstance(decision, AskPlatform):
@@ -241,7 +237,7 @@ class AsyncResourceLedger:
         if not act:
             return replace(shown, outcome="remove", reason=reason)
         # Another run may have adopted it since the ledger was read.
-        again = await asyncio.to_thread(_judged, claim, await self._claims(), options)
+        again = await in_thread(_judged, claim, await self._claims(), options)
         if isinstance(again, Leave):
             return replace(shown, outcome="leave", reason=again.reason)
         assert self._plane is not None
@@ -254,7 +250,7 @@ class AsyncResourceLedger:
 
     async def _note_gone(self, claim: OpenClaim, note: str) -> None:
         entry = close(claim, at=time.time(), owner=this_process(), note=note)
-        await finish_in_spite_of_cancellation(asyncio.to_thread(self._file.append, [entry]))
+        await finish_in_spite_of_cancellation(in_thread(self._file.append, [entry]))
 
     def _shown(self, claim: OpenClaim) -> HeldResource:
         entry = claim.last

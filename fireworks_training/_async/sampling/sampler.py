@@ -8,7 +8,6 @@ token ids in a worker thread. What its calls share stands in `context.py`, its r
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
@@ -231,7 +231,7 @@ class DeploymentSampler:
         conversations = conversations_of(messages)
         tokenizer = self._context.needed_tokenizer()
         return self._call(
-            lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
+            lambda: in_thread(tokenizer.apply_template, conversations),
             len(conversations),
             n,
             request,
@@ -418,7 +418,7 @@ class DeploymentSampler:
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
         tokenizer = self._context.needed_tokenizer()
-        return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
+        return lambda: in_thread(tokenizer.apply_template, conversations)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """Take the metrics of attempts since the last drain, oldest first; the newest 65,536."""

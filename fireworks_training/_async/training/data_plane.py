@@ -24,6 +24,7 @@ from fireworks_training._async.http.transport import (
 )
 from fireworks_training._async.runtime.worker import in_worker
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._wire.server_words import scrubbed
 from fireworks_training._wire.training import bodies
 from fireworks_training._wire.training.batch_polls import FinishedRequest, decode_poll, encode_poll
 from fireworks_training.errors import (
@@ -359,7 +360,7 @@ async def _parsed(response: Response) -> dict[str, Any]:
 
 
 def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> OperationError:
-    message = f"{what}: {payload['error']}"
+    message = f"{what}: {scrubbed(str(payload['error']))}"
     if payload.get("error_class") == "PrecedingOperationFailed":
         return PrecedingOperationFailed(message, request_id=request_id)
     return RequestFailed(

@@ -17,6 +17,7 @@ from typing import Any, cast
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
@@ -233,7 +234,7 @@ class Heartbeat:
         with contextlib.suppress(FireworksTrainingError):
             await APIFuture(running)
         # Giving the portal back may end its thread, which is waited for off this loop.
-        await asyncio.to_thread(self._owner.release)
+        await in_thread(self._owner.release)
 
     async def _beat(self) -> None:
         """Beat until cancelled; failures are logged after 30 s and at doubling intervals."""
