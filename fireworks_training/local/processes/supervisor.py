@@ -326,6 +326,9 @@ class Supervisor:
                 default_model=self.default_model,
                 limits=self._settings.limits,
                 offers=self._settings.offers,
+                as_cloud=self._settings.as_cloud,
+                cloud_pace=self._settings.cloud_pace,
+                trouble=self._settings.trouble,
             )
         )
 
