@@ -122,6 +122,7 @@ async def test_losses_over_embeddings_have_the_gradients_of_the_trainers_own(
     assert float(cosine) > 0.999
 
 
+@pytest.mark.as_cloud
 async def test_a_forward_that_is_there_spares_one(platform: RunningPlatform) -> None:
     async with service_on(platform) as service:
         client = await service.create_training_client()
@@ -134,6 +135,7 @@ async def test_a_forward_that_is_there_spares_one(platform: RunningPlatform) -> 
         assert first > 0
 
 
+@pytest.mark.as_cloud
 async def test_a_client_begins_at_a_saved_state(
     platform: RunningPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +162,7 @@ async def test_a_client_begins_at_a_saved_state(
             assert await other.create_training_client() is again
 
 
+@pytest.mark.as_cloud
 @pytest.mark.extension("error_class")
 async def test_two_clients_on_one_model_do_not_mix(platform: RunningPlatform) -> None:
     """A second line on the same model meets a place that is taken, and ends; the first goes on.

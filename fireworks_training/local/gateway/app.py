@@ -107,7 +107,9 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     delays = {} if habits is None else habits.limits()
     conditions = Conditions(Limits().changed({**delays, **settings.limits}))
     workers = Workers(database, parts.spawner, runtime_dir, conditions)
-    jobs = TrainerJobs(database, workers, registry, state_dir, conditions)
+    jobs = TrainerJobs(
+        database, workers, registry, state_dir, conditions, atomic_steps=not settings.as_cloud
+    )
     deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,

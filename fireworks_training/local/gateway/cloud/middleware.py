@@ -159,7 +159,7 @@ def _lesser(
         return response
     status, shown = answers.as_cloud(operation, response.status, cast("dict[str, object]", body))
     if operation.kind == "look" and status < 400 and not habits.lists_replicas(deployment):
-        shown = {"replicas": []}
+        shown = cast("answers.Fields", {"replicas": []})
     response.set_status(status)
     response.body = orjson.dumps(shown)
     return response
