@@ -176,7 +176,6 @@ async def test_a_service_without_a_deployment_says_so(platform: RunningPlatform)
             await service.create_deployment_sampler()
 
 
-@pytest.mark.as_cloud
 async def test_what_this_service_made_is_gone_after_close_and_what_it_found_stays(
     platform: RunningPlatform,
 ) -> None:

@@ -178,7 +178,6 @@ async def test_without_a_saved_state_there_is_nothing_to_go_on_from(
             await service.recover_training_client()
 
 
-@pytest.mark.as_cloud
 async def test_the_names_of_the_official_sdk(platform: RunningPlatform) -> None:
     service = FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
