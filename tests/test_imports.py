@@ -146,6 +146,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         control_plane="inference web",
         tinker="control_plane inference web",
         faults="control_plane web",
+        cloud="control_plane web",
     ),
     "root": UNITS,
     "_generate_sync": set(),
