@@ -195,7 +195,7 @@ FUNCTION_LINES = 60
 FRIENDS = {"_async.runtime.loop_watch"}
 """Where pyright may be told to pass over a private name: the frames of other threads, in `sys`."""
 
-READS, READER = {"environ", "environb", "getenv"}, "config"
+READS, READER = {"environ", "environb", "getenv"}, "config.endpoint"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
 
 
