@@ -128,6 +128,7 @@ __all__ = [
     "HotLoadTimeout",
     "InvalidArgument",
     "InvalidDatum",
+    "LedgerUnavailable",
     "LocalPlatformError",
     "LoopBlockedEvent",
     "LossConfig",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import index
 from typing import SupportsFloat, SupportsIndex, cast
 
 from fireworks_training.errors import InvalidArgument
@@ -22,55 +21,47 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise InvalidArgument(f"{name}={value!r}: allowed are {names}")
 
 
-def _is_scalar(value: object) -> bool:
-    """Whether a value is a number as Python, numpy or torch write one; a bool is none.
-
-    Arrays and tensors are numbers if they have no dimension; neither library is imported for that.
-    """
-    if type(value) is int or type(value) is float:
-        return True
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return False
-    if isinstance(value, numbers.Real):
-        return True
-    return getattr(value, "ndim", None) == 0 and hasattr(value, "__float__")
-
-
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer within its bounds, both included; a bool is none, one of numpy or torch is.
+    """An integer of Python, numpy or torch within its bounds, both included; a bool is none.
 
     Raises:
         InvalidArgument: it is another kind, or out of bounds.
     """
     try:
-        if not _is_scalar(value):
-            raise TypeError
-        number = operator.index(cast(SupportsIndex, value))
-    except (TypeError, RuntimeError):
+        found = index(cast(SupportsIndex, value if _is_scalar(value) else None))
+    except (TypeError, ValueError, RuntimeError):
         raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}") from None
-    if number < least or (most is not None and number > most):
+    if found < least or (most is not None and found > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InvalidArgument(f"{name} must be {bounds}, got {number}")
-    return number
+        raise InvalidArgument(f"{name} must be {bounds}, got {found}")
+    return found
 
 
 def number(name: str, value: object, least: float, most: float = math.inf) -> float:
-    """A finite number within its bounds, both included; a bool is none, one of numpy or torch is.
+    """A finite number of Python, numpy or torch within its bounds, both included; a bool is none.
 
     Raises:
         InvalidArgument: it is another kind, not finite, or out of bounds.
     """
+    # A tensor that requires a gradient is a number too, and torch would warn.
+    detach: Callable[[], object] | None = getattr(value, "detach", None)
+    given = value if detach is None else detach()
     try:
-        if not _is_scalar(value):
+        if not (_is_scalar(given) and hasattr(given, "__float__")):  # text has none
             raise TypeError
-        figure = float(cast(SupportsFloat, value))
-    except (TypeError, RuntimeError):
-        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}") from None
+        found = float(cast(SupportsFloat, given))
     except OverflowError:
-        figure = math.inf  # an integer that no double holds
-    if not (math.isfinite(figure) and least <= figure <= most):
+        found = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}") from None
+    if not (math.isfinite(found) and least <= found <= most):
         bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        if not math.isfinite(figure):
-            bounds = "a finite number"
-        raise InvalidArgument(f"{name} must be {bounds}, got {figure}")
-    return figure
+        raise InvalidArgument(f"{name} must be {bounds}, got {found}")
+    return found
+
+
+def _is_scalar(value: object) -> bool:
+    """Whether a value is neither a bool nor an array, not even one of a single element."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    return getattr(value, "ndim", 0) == 0

@@ -63,6 +63,7 @@ NAMES = [
     "HotLoadTimeout",
     "InvalidArgument",
     "InvalidDatum",
+    "LedgerUnavailable",
     "LocalPlatformError",
     "LoopBlockedEvent",
     "LossConfig",

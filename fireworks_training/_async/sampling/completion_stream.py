@@ -184,7 +184,7 @@ class CompletionStream:
             AttemptFailed: the connection failed, or the answer is not a stream.
         """
         attempt = self._attempt
-        session = self._transport.session()
+        session = self._session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._loop.time()
         self._transport.read_timeouts.add(self, attempt.request.http_timeout)
@@ -204,6 +204,15 @@ class CompletionStream:
             )
             raise self._failed("upstream_stream", wrong)
 
+    def _session(self) -> aiohttp.ClientSession:
+        """Return the pool's session; the first use of it may read certificates from a file."""
+        try:
+            return self._transport.session()
+        except OSError as error:
+            if not (open_files.exhausted(error) and open_files.raise_limit()):
+                raise self._broken(error) from error
+        return self._transport.session()
+
     async def _post(
         self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
     ) -> aiohttp.ClientResponse:
@@ -214,7 +223,11 @@ class CompletionStream:
             try:
                 self._opener = task
                 return await session.post(
-                    attempt.url, data=body, headers=attempt.headers, allow_redirects=False
+                    attempt.url,
+                    data=body,
+                    headers=attempt.headers,
+                    allow_redirects=False,
+                    proxy=self._transport.proxy_for(attempt.url),
                 )
             except asyncio.CancelledError as cancelled:
                 if self._silence is None or task.uncancel() > cancelled_before:
@@ -350,7 +363,8 @@ class CompletionStream:
         if isinstance(error, TimeoutError):
             timed_out = RequestTimedOut(f"no byte came in time ({what})", cause=error)
             return self._failed("timeout", timed_out)
-        if isinstance(error, aiohttp.ClientConnectorError) and open_files.exhausted(error.os_error):
+        system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        if isinstance(system, OSError) and open_files.exhausted(system):
             what = open_files.advice()
         return self._failed(
             "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)

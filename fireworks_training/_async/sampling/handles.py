@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict
-from urllib.parse import urlsplit
 
 import orjson
 
@@ -66,7 +65,7 @@ def encode(sampler: Sampler) -> str:
     controller = sampler.concurrency_controller
     fixed = isinstance(controller, FixedConcurrencyController)
     handle = {
-        "inference_url": _without_user(sampler.inference_url),
+        "inference_url": sampler.inference_url,  # holds no name or password: the pool refuses such
         "model": sampler.model,
         "headers": {
             name: value
@@ -79,12 +78,6 @@ def encode(sampler: Sampler) -> str:
         "verify_ssl": sampler.verify_ssl,
     }
     return base64.urlsafe_b64encode(orjson.dumps(handle)).decode()
-
-
-def _without_user(url: str) -> str:
-    """Return a URL without the name and the password that it may hold."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def arguments(handle: str, *, api_key: str | None = None) -> Arguments:

@@ -152,6 +152,11 @@ class DeploymentSampler:
         return self._context.model
 
     @property
+    def base_url(self) -> str:
+        """Scheme and host of the inference API."""
+        return self._context.inference_url
+
+    @property
     def account_id(self) -> str | None:
         """Account of the deployment; None where the model string names none."""
         found = re.match(r"accounts/([^/]+)/", self._context.model)

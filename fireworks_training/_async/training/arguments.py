@@ -75,6 +75,19 @@ def check_name(what: str, value: object) -> None:
     _check(_NAME, value, f"{what}={value!r} is not a valid name: {_RULE}")
 
 
+def check_ttl(value: object) -> int | None:
+    """Read a time to live, in whole seconds of at least 1; None is none.
+
+    Raises:
+        InvalidArgument: it is something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise InvalidArgument(f"ttl_seconds={value!r}: whole seconds of at least 1 are needed")
+    return int(value)
+
+
 def check_job(what: str, value: object) -> None:
     """Refuse what can't be the id of a trainer job.
 

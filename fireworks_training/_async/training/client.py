@@ -240,13 +240,15 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
-        A second save under a name takes the place of the first in one step, and a warning says so:
-        states are the job's, so that a run that begins again, or another model of the job, may
-        come to a name that is taken. A save that fails leaves the earlier state as it was.
+        States are the job's, so that a run that begins again, or another model of the job, may come
+        to a name that is taken: such a save fails, unless it is asked to overwrite. Another trainer
+        than the local platform's may keep both, under different paths; `path` is what loads it.
 
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
-            ttl_seconds, overwrite: of Tinker servers; refused.
+            ttl_seconds: seconds after which the platform may remove it; None keeps it.
+            overwrite: take the place of a state of this name, in one step; a save that fails leaves
+                the earlier state as it was.
             timeout: seconds; wait in this thread until the state is saved, and raise `TimeoutError`
                 if it is not by then (the save goes on). None does not wait.
 
@@ -255,6 +257,10 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
         Raises:
             WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
+            NotSupported: `ttl_seconds` or `overwrite`, and the trainer does not offer it.
+
+        Raises, through the future:
+            RequestFailed: there is a state of this name (`error_class` is "StateExists").
         """
         if timeout is not None and self._model.owner.is_current():
             raise WrongLoop(
@@ -328,7 +334,9 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
                 and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
                 "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
             export_precision: of "merged_base": "source" or "bf16" on the local platform.
-            ttl_seconds, metadata: refused.
+            ttl_seconds: seconds after which the platform may remove it, unless it is served; None
+                leaves it to the platform. Refused where the trainer does not offer it.
+            metadata: refused.
 
         Returns:
             `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was

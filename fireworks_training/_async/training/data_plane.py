@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from fireworks_training._async.control_plane.account import SpokenPatience
 from fireworks_training._async.http.transport import (
     Body,
     Response,
@@ -23,6 +24,7 @@ from fireworks_training._async.http.transport import (
 )
 from fireworks_training._async.runtime.worker import in_worker
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._wire.server_words import scrubbed
 from fireworks_training._wire.training import bodies
 from fireworks_training._wire.training.batch_polls import FinishedRequest, decode_poll, encode_poll
 from fireworks_training.errors import (
@@ -84,10 +86,12 @@ class DataPlane:
     Args:
         transport: the service's pool.
         base_url: of the trainer, without `/api/v1`.
+        known: whether the host has answered before, so that it is waited for when it is away.
     """
 
-    def __init__(self, transport: Transport, base_url: str) -> None:
+    def __init__(self, transport: Transport, base_url: str, *, known: bool = False) -> None:
         self._transport = transport
+        self._known = known
         self.usage = transport.usage
         self.events = transport.events
         self._base = f"{base_url.rstrip('/')}/api/v1"
@@ -97,7 +101,8 @@ class DataPlane:
         return f"{self._base}/{path}"
 
     async def call(self, path: str, payload: object, *, what: str) -> dict[str, Any]:
-        """POST what is answered at once (sessions, get_info); retried."""
+        """POST what is answered at once (sessions, get_info); retried by the clock, as requests of
+        the control plane are."""
         return await self._answered("POST", path, payload, what)
 
     async def client_config(self) -> dict[str, Any]:
@@ -116,10 +121,15 @@ class DataPlane:
         return await self._answered("GET", path, None, what)
 
     async def _answered(self, method: str, path: str, payload: object, what: str) -> dict[str, Any]:
+        patience = SpokenPatience(what, known=self._known)
         try:
-            return await self._transport.call(method, self.url(path), json=payload, what=what)
+            answer = await self._transport.call(
+                method, self.url(path), json=payload, what=what, backoff=patience
+            )
         except ApiStatusError as error:
             raise _lost(error) or error from error.cause
+        self._known = True
+        return answer
 
     async def beat(self, session_id: str) -> None:
         """Send one heartbeat, without a retry.
@@ -350,7 +360,7 @@ async def _parsed(response: Response) -> dict[str, Any]:
 
 
 def _failure(payload: Mapping[str, Any], request_id: str, what: str) -> OperationError:
-    message = f"{what}: {payload['error']}"
+    message = f"{what}: {scrubbed(str(payload['error']))}"
     if payload.get("error_class") == "PrecedingOperationFailed":
         return PrecedingOperationFailed(message, request_id=request_id)
     return RequestFailed(

@@ -29,6 +29,7 @@ from fireworks_training._async.training.arguments import check_state
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
 from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training._async.training.model import RemoteModel
+from fireworks_training._async.training.operations import load_state, unload_model
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
 from fireworks_training.config import FiretitanProvisioningConfig
@@ -205,6 +206,45 @@ class TrainingClients:
                 self._base = await self._make(config, user_metadata, base_only=True)
             return self._base
 
+    async def at_state(
+        self,
+        path: str,
+        user_metadata: Mapping[str, str] | None = None,
+        policy: Client | None = None,
+    ) -> Client:
+        """Make a client that computes logprobs only, with the weights of a saved state; nothing is
+        left if that fails.
+
+        Args:
+            policy: whose adapter the state fits; default the one that the service was made for.
+        """
+        await self._ready()
+        async with self._making:
+            config = self._config if policy is None else self._clients[policy].config
+            lives = any(map(self._lives, self._clients.values()))
+            if self._config.forward_only and not lives and any(map(_lost, self._clients)):
+                await self._restart()  # the process of the separate trainer was lost
+            model = await self._make_model(config, user_metadata)
+            try:
+                await model.queue.submit(load_state(model, path, None, optimizer=False))
+            except BaseException:
+                await finish_in_spite_of_cancellation(self._discard(model))
+                raise
+            model.freeze()
+            client = Client(model, self._publisher)
+            self._clients[client] = model
+            return client
+
+    async def _discard(self, model: RemoteModel) -> None:
+        with contextlib.suppress(FireworksTrainingError):
+            await model.queue.submit(unload_model(model))
+        await model.close(drain=False)
+
+    async def release_client(self, client: Client) -> None:
+        """Free a model of `at_state`."""
+        if client.ended is None:
+            await finish_in_spite_of_cancellation(self._unload(client))
+
     async def release_base(self) -> None:
         """Free the base model; another call of `base` makes a new one."""
         async with self._making:
@@ -282,12 +322,15 @@ class TrainingClients:
     async def _ready(self) -> None:
         """Get the job up; meanwhile a thread imports what a training client needs, tinker above
         all, which would stop the loop for seconds at its first use."""
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_import_tinker())
                 await self._resources()
         except BaseExceptionGroup as failures:
-            raise first_of(failures) from None
+            failure = first_of(failures)
+        if failure is not None:  # raised out here, where no group becomes its context
+            raise failure
 
     def check_owns(self, name: str, client: Client | None) -> None:
         """Refuse the argument `name` if it is a client of another service; None passes.
@@ -329,21 +372,33 @@ class TrainingClients:
         *,
         base_only: bool = False,
     ) -> Client:
+        model = await self._make_model(config, user_metadata, base_only=base_only)
+        if config.forward_only:
+            model.freeze()
+        client = Client(model, self._publisher)
+        self._clients[client] = model
+        return client
+
+    async def _make_model(
+        self,
+        config: FiretitanProvisioningConfig,
+        user_metadata: Mapping[str, str] | None,
+        *,
+        base_only: bool = False,
+    ) -> RemoteModel:
         session = await self._open_session(user_metadata)
         capabilities = await session.create_model(
             config, base_only=base_only, user_metadata=user_metadata
         )
-        model = RemoteModel(
+        return RemoteModel(
             session,
             capabilities,
             config,
             owner=self._owner,
             pipeline_steps=self._pipeline_steps,
-            forward_only=base_only or config.forward_only,
+            # A separate reference that is yet to load a state is frozen afterwards.
+            forward_only=base_only,
         )
-        client = Client(model, self._publisher)
-        self._clients[client] = model
-        return client
 
     async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
         if self._session is None:
@@ -411,6 +466,8 @@ class ReferenceClients:
         self._policy = policy
         self._provisioner = provisioner
         self._separate: TrainingClients | None = None
+        self._making = asyncio.Lock()
+        self._at_states: dict[tuple[str, Client | None], tuple[TrainingClients, Client]] = {}
 
     async def client(
         self,
@@ -418,6 +475,7 @@ class ReferenceClients:
         lora_rank: int | None,
         policy: Client | None,
         user_metadata: Mapping[str, str] | None,
+        model_path: str | None = None,
     ) -> Client:
         """Make the reference client; it stays the same one until `release`.
 
@@ -430,13 +488,45 @@ class ReferenceClients:
         if config.max_lora_rank is not None and policy is None:
             raise InvalidArgument("policy_client= is needed: this service trains several models")
         self._policy.check_owns("policy_client", policy)
+        if model_path is not None:
+            return await self._at_state(model_path, policy, user_metadata)
         if not separate_reference(self._config):
             return await self._policy.base(user_metadata)
+        return await self._separate_clients().policy(ModelOptions(), user_metadata)
+
+    def _separate_clients(self) -> TrainingClients:
         if self._separate is None:
             self._separate = self._policy.beside(
                 reference_config(self._config), self._provisioner.reference
             )
-        return await self._separate.policy(ModelOptions(), user_metadata)
+        return self._separate
+
+    async def _at_state(
+        self, path: str, policy: Client | None, user_metadata: Mapping[str, str] | None
+    ) -> Client:
+        check_state("model_path", path)
+        config = self._config
+        separate = separate_reference(config)
+        if separate and (config.lora_rank or config.max_lora_rank):
+            raise InvalidArgument(
+                "model_path= of an adapter is loaded beside the policy: leave "
+                "reference_training_shape_id and reference_trainer_job_id out, whose trainer holds "
+                "all parameters"
+            )
+        async with self._making:
+            made = self._at_states.get((path, policy))
+            if made is not None and made[1].ended is None:
+                return made[1]
+            if separate:
+                job = (await self._provisioner.provisioned()).job_id
+                place = path if "://" in path else f"cross_job://{job}/{path}"
+                clients = self._separate_clients()
+                client = await clients.at_state(place, user_metadata)
+            else:
+                clients = self._policy
+                client = await clients.at_state(path, user_metadata, policy)
+            self._at_states[path, policy] = clients, client
+            return client
 
     async def base(self, base_model: str | None, user_metadata: Mapping[str, str] | None) -> Client:
         """Make the client of the base model on the policy's trainer, with the adapter off.
@@ -461,6 +551,9 @@ class ReferenceClients:
     async def release(self) -> None:
         """Free the base model, and release a separate reference trainer by its policy."""
         separate, self._separate = self._separate, None
+        at_states, self._at_states = self._at_states, {}
+        for clients, client in at_states.values():
+            await clients.release_client(client)
         await self._policy.release_base()
         if separate is not None:
             await separate.close(drain=True)

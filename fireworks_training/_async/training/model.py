@@ -65,6 +65,8 @@ class RemoteModel:
             self.id,
             dialect,
             backward=capabilities.backward,
+            # A server of the Tinker contract alone lists no inputs but those of each loss.
+            masks=bool(capabilities.wire) or dialect.name == "json",
             usage=session.plane.usage,
             limits=session.client_config,
         )
@@ -89,6 +91,11 @@ class RemoteModel:
     def id(self) -> str:
         """The trainer's name for the model."""
         return self.capabilities.model_id
+
+    def freeze(self) -> None:
+        """Keep the weights as they are from now on: a reference that was just loaded."""
+        self.forward_only = True
+        self.queue.freeze()
 
     async def close(self, *, drain: bool) -> None:
         """Let accepted operations finish (or not), and accept no more."""

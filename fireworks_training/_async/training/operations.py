@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fireworks_training._async.training.arguments import check_name, check_state
+from fireworks_training._async.training.arguments import check_name, check_state, check_ttl
 from fireworks_training._async.training.context import Operation, OperationContext
 from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.requests import Request
@@ -86,19 +86,24 @@ def save_state(
 ) -> Operation[SaveWeightsResponse]:
     """Save weights and optimizer, and note the state."""
     check_name("name", name)
-    _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
+    ttl_seconds = check_ttl(ttl_seconds)
+    one_of("overwrite", overwrite, (True, False))
+    if not (model.session.tinker_only or model.capabilities.state_options):
+        _refuse(ttl_seconds=ttl_seconds, overwrite=overwrite or None)
     states = model.states
 
     async def run(context: OperationContext) -> SaveWeightsResponse:
         from tinker.types import SaveWeightsResponse
 
-        payload = await _send(context, "save_weights", bodies.save_weights(model.id, name))
+        body = bodies.save_weights(model.id, name, overwrite=overwrite, ttl_seconds=ttl_seconds)
+        payload = await _send(context, "save_weights", body)
         path = payload.get("path")
         if not isinstance(path, str):
             raise ProtocolError("the trainer saved a state but named no path")
         if payload.get("replaced") is True:
-            logger.warning("save_state(%r) replaced an earlier state of this name", name)
-        elif name in states:
+            if not overwrite:
+                logger.warning("save_state(%r) replaced an earlier state of this name", name)
+        elif name in states and not model.capabilities.state_options:
             logger.warning(
                 "save_state(%r): this client saved a state of this name before, and the trainer "
                 "does not say what became of it",
@@ -153,6 +158,7 @@ def save_weights_for_sampler(
     chain: Chain,
     checkpoint_type: CheckpointType | None,
     export_precision: str | None = None,
+    ttl_seconds: int | None = None,
     **refused: object,
 ) -> Operation[SaveWeightsForSamplerResponse]:
     """Save a snapshot that a deployment can load, named with the model's suffix.
@@ -164,7 +170,10 @@ def save_weights_for_sampler(
     tinker_only = model.session.tinker_only
     check_name("name", name)
     one_of("checkpoint_type", checkpoint_type, CHECKPOINT_TYPES)
+    ttl_seconds = check_ttl(ttl_seconds)
     _refuse(**refused, **({"checkpoint_type": checkpoint_type} if tinker_only else {}))
+    if not (tinker_only or model.capabilities.state_options):
+        _refuse(ttl_seconds=ttl_seconds)
     if export_precision is not None and checkpoint_type != "merged_base":
         raise InvalidArgument("export_precision goes only with checkpoint_type='merged_base'")
 
@@ -177,6 +186,7 @@ def save_weights_for_sampler(
                 f"{name}-{model.suffix}",
                 checkpoint_type=None if tinker_only else kind,
                 export_precision=export_precision,
+                ttl_seconds=ttl_seconds,
             )
             payload = await _send(context, "save_weights_for_sampler", body)
             return bodies.decode_snapshot(payload)
@@ -187,7 +197,9 @@ def save_weights_for_sampler(
             # Chosen now, at this operation's turn: what came before it is on its way.
             asked = chain.take_next_type(checkpoint_type)
             try:
-                snapshot = chain.saved(await save(asked), asked, context.step)
+                snapshot = chain.saved(
+                    await save(asked), asked, context.step, lambda: model.queue.line.steps
+                )
             except BaseException:
                 chain.failed()
                 raise

@@ -10,6 +10,7 @@ losses and outputs belong together is decided in `pass_operations`; bytes are ma
 from __future__ import annotations
 
 import contextvars
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,14 @@ from fireworks_training._async.training.encoding import EncodingJob
 from fireworks_training._async.training.requests import Request
 from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.training.bodies import PassKind, WireRequest
-from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
+from fireworks_training._wire.training.datums import (
+    ALL_MASKS,
+    Captured,
+    Encoding,
+    PassResult,
+    check_inputs,
+    without_idle_weights,
+)
 from fireworks_training._wire.training.dialects import (
     ACCEPT,
     Dialect,
@@ -46,6 +54,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Inputs = Callable[[Captured, int], Mapping[str, Array]]
 """Selects the loss inputs of a datum that go to the trainer."""
+
+logger = logging.getLogger(__name__)
 
 _ACCEPT = {"Accept": ACCEPT}
 
@@ -75,6 +85,11 @@ def given_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
 def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
     """Targets and weights, all that a forward needs: other inputs stay here."""
     return datum.targets(index)
+
+
+def contract_inputs(loss_fn: str, datum: Captured, index: int) -> Mapping[str, Array]:
+    """Loss inputs for a server whose losses with advantages take weights only where they matter."""
+    return without_idle_weights(datum.arrays(index), loss_fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +144,13 @@ class Passes:
         backward: whether the trainer takes a backward by an earlier forward.
         usage: counts the tokens of finished passes.
         limits: what one request may hold.
+        masks: whether the trainer's losses with advantages take weights whatever they are.
     """
 
     model_id: str
     dialect: Dialect
     backward: bool = False
+    masks: bool = True
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
 
@@ -166,6 +183,10 @@ class Passes:
         if not data:
             raise InvalidDatum("no datums: a pass needs at least one")
         arrays = [inputs(datum, index) for index, datum in enumerate(data)]
+        if any(
+            "advantages" in datum.tensors and ALL_MASKS.isdisjoint(datum.tensors) for datum in data
+        ):
+            _note_rows_without_mask(self.model_id)
         datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
         sizes = [datum.size for datum in datums]
         limits = self.limits
@@ -302,6 +323,16 @@ class Passes:
         )
 
 
+@lru_cache(maxsize=256)
+def _note_rows_without_mask(model_id: str) -> None:
+    """Say once for a model that rows came whose mask the trainer has to guess."""
+    logger.warning(
+        "model %s: rows with advantages came without 'weights', the mask that says which tokens "
+        "count: the trainer takes its own view of them. The datum builders write it",
+        model_id,
+    )
+
+
 @lru_cache(maxsize=64)
 def _plain_loss(name: str) -> BuiltInLoss:
     return BuiltInLoss(name)
@@ -312,12 +343,12 @@ def _length(datum: Captured) -> int:
 
 
 def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
-    """Count the targets with a weight; all of them where a datum has no weights."""
+    """Count the targets with a weight; all, K a position for `[T, K]`, where there are none."""
     return float(
         sum(
             np.count_nonzero(given["weights"])
             if "weights" in given
-            else given["target_tokens"].shape[0]
+            else given["target_tokens"].size
             for given in inputs
             if "target_tokens" in given
         )

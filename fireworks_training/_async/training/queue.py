@@ -175,6 +175,10 @@ class OperationQueue:
 
     # -- from any thread ---------------------------------------------------------------------------
 
+    def freeze(self) -> None:
+        """Take forward passes only from now on: the weights are what they are to be."""
+        self._forward_only = True
+
     def submit(self, operation: Operation[T]) -> APIFuture[T]:
         """Take the next place in the line for an operation.
 

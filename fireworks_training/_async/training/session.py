@@ -17,6 +17,7 @@ from typing import Any, cast
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
@@ -43,6 +44,7 @@ class Capabilities:
         wire: the dialects it takes; empty where it lists none.
         step_protocol: whether it enforces atomic steps.
         snapshot_protocol: whether its saves describe the snapshots they wrote.
+        state_options: whether a save may overwrite, and be given a time to live.
         backward: whether it takes a backward that refers to an earlier forward.
         batch_polls: whether one poll gives all finished results of a model.
         features: the other `supports_...` flags, by name.
@@ -53,6 +55,7 @@ class Capabilities:
     wire: tuple[str, ...] = ()
     step_protocol: bool = False
     snapshot_protocol: bool = False
+    state_options: bool = False
     backward: bool = False
     batch_polls: bool = False
     features: Mapping[str, bool] = field(default_factory=dict[str, bool])
@@ -74,6 +77,7 @@ class Capabilities:
             wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
+            state_options=payload.get("state_options") == 1,
             backward=payload.get("supports_backward") is True,
             batch_polls=payload.get("retrieve_futures") == 1,
             features={
@@ -104,7 +108,8 @@ class TrainerSession:
         tinker_only: bool = False,
     ) -> None:
         self.tinker_only = tinker_only
-        self.plane = DataPlane(transport, trainer_url)
+        # The control plane said that this trainer runs; a Tinker server is a stranger at first.
+        self.plane = DataPlane(transport, trainer_url, known=not tinker_only)
         self.session_id = ""
         self.client_config = ClientConfig()
         self._make_transport = make_transport
@@ -229,7 +234,7 @@ class Heartbeat:
         with contextlib.suppress(FireworksTrainingError):
             await APIFuture(running)
         # Giving the portal back may end its thread, which is waited for off this loop.
-        await asyncio.to_thread(self._owner.release)
+        await in_thread(self._owner.release)
 
     async def _beat(self) -> None:
         """Beat until cancelled; failures are logged after 30 s and at doubling intervals."""

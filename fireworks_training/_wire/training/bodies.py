@@ -120,9 +120,11 @@ def optim_step(model_id: str, adam_params: Mapping[str, Any], normalization: str
     )
 
 
-def save_weights(model_id: str, name: str) -> bytes:
-    """Save weights and optimizer."""
-    return _operation("save_weights", model_id, path=name)
+def save_weights(model_id: str, name: str, *, overwrite: bool, ttl_seconds: int | None) -> bytes:
+    """Save weights and optimizer; a time to live is sent only if there is one."""
+    return _operation(
+        "save_weights", model_id, path=name, overwrite=overwrite, ttl_seconds=ttl_seconds
+    )
 
 
 def load_weights(model_id: str, path: str, *, optimizer: bool, access_token: str | None) -> bytes:
@@ -142,7 +144,12 @@ def load_adapter(model_id: str, adapter_path: str) -> bytes:
 
 
 def save_weights_for_sampler(
-    model_id: str, path: str, *, checkpoint_type: str | None, export_precision: str | None
+    model_id: str,
+    path: str,
+    *,
+    checkpoint_type: str | None,
+    export_precision: str | None,
+    ttl_seconds: int | None = None,
 ) -> bytes:
     """Save a snapshot that a deployment can load; Tinker servers know no checkpoint types."""
     return _operation(
@@ -151,6 +158,7 @@ def save_weights_for_sampler(
         path=path,
         export_precision=export_precision,
         checkpoint_type=checkpoint_type,
+        ttl_seconds=ttl_seconds,
     )
 
 

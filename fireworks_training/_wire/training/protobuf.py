@@ -120,12 +120,13 @@ def encode_request(
         model_id=model_id, seq_id=seq_id, loss_fn=loss_fn, forward_only=kind == "forward"
     )
     for name, value in (loss_fn_config or {}).items():
-        if isinstance(value, str):
+        if isinstance(value, str) and schema.TYPED_OPTIONS:
             message.loss_fn_config_v2[name].text = value
         elif isinstance(value, (int, float)):
             # Older servers know only the map of numbers.
             message.loss_fn_config[name] = float(value)
-            message.loss_fn_config_v2[name].number = float(value)
+            if schema.TYPED_OPTIONS:
+                message.loss_fn_config_v2[name].number = float(value)
         else:
             raise InvalidArgument(
                 f"loss_fn_config[{name!r}] is a {type(value).__name__}; the protobuf dialect "

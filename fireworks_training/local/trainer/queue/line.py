@@ -125,10 +125,17 @@ class Advance(Generic[OperationT]):
 
 
 class ModelLine(Generic[OperationT, ResultT]):
-    """Keeps the module's rules for one model; every method returns at once, to one caller."""
+    """Keeps the module's rules for one model; every method returns at once, to one caller.
 
-    def __init__(self, limits: QueueLimits | None = None) -> None:
+    Args:
+        limits: bounds on what it keeps.
+        atomic_steps: whether a failure takes the rest of its step with it. False: only what failed
+            fails, and what was accumulated beside it stays, as on other servers.
+    """
+
+    def __init__(self, limits: QueueLimits | None = None, *, atomic_steps: bool = True) -> None:
         self._limits = limits or QueueLimits()
+        self._atomic_steps = atomic_steps
         self._next = 1
         self._running: tuple[int, Role] | None = None
         self._waiting: dict[int, _Waiting[OperationT]] = {}
@@ -224,6 +231,8 @@ class ModelLine(Generic[OperationT, ResultT]):
         while self._running is None and (entry := self._waiting.pop(self._next, None)) is not None:
             seq_id = self._next
             self._waiting_bytes -= entry.size
+            if not self._atomic_steps:
+                self._failed, self._drop_first = None, False
             operation = entry.operation
             if isinstance(operation, Failure):
                 self._settle(seq_id, entry.role, operation)

@@ -330,3 +330,17 @@ def test_what_concerns_others_can_not_leave_the_line() -> None:
     assert line.advance().run is not None
     with pytest.raises(RuntimeError, match="adds gradients"):
         line.detach()
+
+
+@pytest.mark.parametrize("fate", ["fails", "refused"])
+@pytest.mark.parametrize(("atomic", "applied"), [(True, [(5,)]), (False, [(1,), (5,)])])
+def test_without_atomic_steps_only_what_failed_fails(
+    fate: str, atomic: bool, applied: list[tuple[int, ...]]
+) -> None:
+    line, weights = ModelLine[Op, str](atomic_steps=atomic), Weights()
+    works = "works"
+    ops = [Op(GRADIENT, works), Op(GRADIENT, fate), Op(SAVE, works), Op(OPTIM, works)]
+    for seq_id, op in enumerate([*ops, Op(GRADIENT, works), Op(OPTIM, works)], 1):
+        put(line, seq_id, op)
+    weights.drain(line)
+    assert weights.applied == applied
