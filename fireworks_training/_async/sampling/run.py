@@ -238,7 +238,7 @@ class SamplingRun:
             context.transport.usage.sampled(
                 reported.prompt_tokens, reported.cached_prompt_tokens, reported.completion_tokens
             )
-            if stream.sampling_substituted:
+            if stream.sampling_substituted and completion.completion_len:
                 context.warn_substituted()
             if stream.logprobs_missing:
                 context.warn_no_logprobs()
