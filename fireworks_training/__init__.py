@@ -133,6 +133,7 @@ __all__ = [
     "LossConfig",
     "LossFailed",
     "LossFunction",
+    "LossName",
     "MissingExtra",
     "ModelInfo",
     "Normalization",

@@ -37,6 +37,7 @@ from fireworks_training._async.training.factory import (
 from fireworks_training._async.training.official_service_names import OfficialServiceNames
 from fireworks_training._async.weights.deployment import ServedDeployment
 from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._outcome import mark_retrieved
 from fireworks_training.config import (
     CleanUp,
     Endpoint,
@@ -48,7 +49,7 @@ from fireworks_training.config import (
 )
 from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
 from fireworks_training.events import OnEvent
-from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
+from fireworks_training.futures import APIFuture, was_retrieved
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
 from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig, Tokenizer
 from fireworks_training.usage import Usage

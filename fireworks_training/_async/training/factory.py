@@ -382,7 +382,7 @@ class TrainingClients:
             if self._session is not None:
                 stack.push_async_callback(self._session.close)
             await asyncio.gather(*(model.close(drain=drain) for model in self._clients.values()))
-        unseen = (model.queue.unseen_failures.first for model in self._clients.values())
+        unseen = (model.queue.failures.first for model in self._clients.values())
         return next((failure for failure in unseen if failure is not None), None)
 
 

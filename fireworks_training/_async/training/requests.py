@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from fireworks_training._async.runtime.worker import off_loop
 from fireworks_training._async.training.batch_polls import BatchPolls
 from fireworks_training._async.training.data_plane import (
-    RESULT_GONE,
     Answer,
     DataPlane,
     NotReady,
@@ -293,8 +292,8 @@ class RequestPipeline:
 
 def nothing_added(outcome: Answer | BaseException) -> bool:
     """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
-    if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
-        return False
+    if isinstance(outcome, RequestFailed) and outcome.category != "user":
+        return False  # a trainer that broke in the midst of it may have added a part
     failed = isinstance(outcome, (OperationError, UsageError))
     return failed and not isinstance(outcome, SessionEnded)
 

@@ -305,10 +305,9 @@ async def test_bad_content_fails_in_its_place(connect: Any) -> None:
             await broken
         with pytest.raises(InvalidDatum, match="datum 0: 'weights' is nan at position 0"):
             await client.forward([datum(weight=math.nan)])
-        with pytest.raises(InvalidDatum, match="at least one"):
-            await client.forward([])
-        with pytest.raises(PrecedingOperationFailed):
+        with pytest.raises(PrecedingOperationFailed) as emptied:
             await client.optim_step(ADAM)
+        assert isinstance(emptied.value.cause, InvalidDatum)
         await client.optim_step(ADAM)
     assert [path for path, _ in stub.applied] == ["discard_gradients", "optim_step"]
 
@@ -318,6 +317,16 @@ async def test_bad_calls_raise_at_the_call_and_take_no_place(connect: Any) -> No
     async with connect(stub) as client:
         with pytest.raises(InvalidArgument, match=r"data\[0\]"):
             client.forward(["not a datum"])
+        with pytest.raises(InvalidArgument, match="at least one"):
+            client.forward([])
+        with pytest.raises(InvalidArgument, match="did you mean 'cross_entropy'"):
+            client.forward_backward([datum()], "cross_entropyy")
+        for name in tinker.AdamParams.model_fields:
+            for value in (math.nan, math.inf, -1.0):
+                with pytest.raises(InvalidArgument, match=f"adam_params.{name} is"):
+                    client.optim_step(tinker.AdamParams(**{name: value}))
+        with pytest.raises(InvalidArgument, match="passes"):
+            client.optim_step(ADAM, passes=0)
         with pytest.raises(InvalidArgument, match="AdamParams"):
             client.optim_step({"learning_rate": 1})
         with pytest.raises(InvalidArgument, match="valid name"):
