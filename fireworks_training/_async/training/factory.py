@@ -31,8 +31,17 @@ from fireworks_training._async.training.data_plane import DataPlane
 from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import FireworksTrainingError, InvalidArgument, TrainerLost
+from fireworks_training.errors import (
+    FireworksTrainingError,
+    InvalidArgument,
+    SessionEnded,
+    SessionLost,
+)
+
+ENDED = (Readiness.RESUMABLE, Readiness.GONE, Readiness.FAILED)
+"""What a job is whose trainer is gone."""
 
 Client = AsyncFiretitanTrainingClient
 
@@ -152,6 +161,8 @@ class TrainingClients:
         async with self._making:
             if self._config.max_lora_rank is not None:
                 return await self._make(config, user_metadata)
+            if self._policy is not None and isinstance(self._policy.ended, SessionLost):
+                await self._leave_session()
             if self._config.forward_only and _lost(self._policy) is not None:
                 # Its weights are those that the job begins with: there is nothing to load.
                 await self._restart()
@@ -170,7 +181,9 @@ class TrainingClients:
         optimizer: bool,
     ) -> Client:
         """Make a client whose model starts from a saved state; nothing is left if that fails."""
-        if self._policy is not None and self._config.max_lora_rank is None:
+        policy = self._policy
+        alive = policy is not None and not isinstance(policy.ended, SessionLost)
+        if alive and self._config.max_lora_rank is None:
             raise InvalidArgument(
                 "the service has its training client already, of which it makes one: call "
                 "load_state or load_state_with_optimizer on that"
@@ -234,7 +247,7 @@ class TrainingClients:
             if lost is None or ended is None:
                 raise InvalidArgument(
                     "the trainer is not lost: recover_training_client() is for a training client "
-                    "that ended with TrainerLost"
+                    "that ended with TrainerLost or SessionLost"
                 )
             if lost in self._recovered or not (several or lost is self._policy):
                 raise InvalidArgument("this client was recovered already: use its successor")
@@ -271,6 +284,13 @@ class TrainingClients:
     def _lives(self, model: RemoteModel) -> bool:
         """Whether a model is of the open session, and has not ended."""
         return model.session is self._session and model.queue.ended is None
+
+    async def _leave_session(self) -> None:
+        """Let go of a session that can't go on; the next client opens another one."""
+        self._policy = self._base = None
+        session, self._session = self._session, None
+        if session is not None:
+            await finish_in_spite_of_cancellation(session.close())
 
     async def _restart(self) -> None:
         """Start the job again; the models and the session of its last process are gone."""
@@ -319,6 +339,16 @@ class TrainingClients:
         path = "get_server_capabilities"
         return await plane.get(path, what=path)
 
+    async def _job_ended(self) -> str | None:
+        """Ask the control plane whether the job has ended; why, or None."""
+        job_id = (await self._resources()).job_id
+        if job_id is None:
+            return None
+        job = await (await self._platform.open()).get_job(job_id)
+        if job is None:
+            return "its job was deleted"
+        return f"its job is in {job.state}" if job_readiness(job.state) in ENDED else None
+
     async def _trainer_url(self) -> str:
         return await self._platform.trainer_url((await self._resources()).job_id)
 
@@ -353,6 +383,7 @@ class TrainingClients:
                 self._platform.make_transport,
                 url,
                 tinker_only=self._platform.tinker_only,
+                job_ended=None if self._platform.tinker_only else self._job_ended,
             )
             try:
                 await session.open({**self._user_metadata, **(user_metadata or {})})
@@ -386,10 +417,10 @@ class TrainingClients:
         return next((failure for failure in unseen if failure is not None), None)
 
 
-def _lost(client: Client | None) -> TrainerLost | None:
-    """The error with which a client lost its trainer, if it did."""
+def _lost(client: Client | None) -> SessionEnded | None:
+    """The error with which a client lost its trainer or its session, if it did."""
     ended = None if client is None else client.ended
-    return ended if isinstance(ended, TrainerLost) else None
+    return ended if isinstance(ended, SessionEnded) else None
 
 
 class ReferenceClients:

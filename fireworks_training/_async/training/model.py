@@ -80,6 +80,7 @@ class RemoteModel:
             filler_request=partial(filler_pass, dialect, self.id),
             failing_request=partial(failing_pass, self.id),
             states=self.states,
+            gone=session.gone,
             forward_only=forward_only,
             batch_polls=capabilities.batch_polls,
             parallel=session.client_config.parallel_chunks,

@@ -103,7 +103,7 @@ def discard_step() -> Operation[int]:
     """Drop the step under way; the queue sends what is needed for it before this runs."""
 
     async def run(context: OperationContext) -> int:
-        return context.dropped
+        return int(context.dropped)
 
     return Operation(Role.DISCARD, "discard_step", run)
 
@@ -228,7 +228,7 @@ def unload_model(model: RemoteModel) -> Operation[None]:
     body = bodies.unload_model(model.id)
 
     async def run(context: OperationContext) -> None:
-        if model.session.tinker_only:  # to such a server it is no operation of the line
+        if not model.capabilities.step_protocol:  # to such a server it is none of the line
             request = bodies.WireRequest("unload_model", body)
             await context.send([Request(lambda _: request)])
         else:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -115,6 +115,7 @@ class OperationQueue:
         filler_request: makes a request that changes nothing, for a place that must not stay empty.
         failing_request: makes one that a trainer which enforces steps takes as failed.
         states: the states that the client saved, for messages.
+        gone: takes a second look whether the trainer is gone; why, or None.
         forward_only: the model's weights stay as they are.
         batch_polls: whether one poll of this trainer gives all finished results of the model.
         parallel: whether requests go out side by side.
@@ -134,6 +135,7 @@ class OperationQueue:
         filler_request: MakeRequest,
         failing_request: MakeRequest,
         states: SavedStates,
+        gone: Callable[[], Awaitable[str | None]],
         forward_only: bool = False,
         batch_polls: bool = False,
         parallel: bool = True,
@@ -155,6 +157,7 @@ class OperationQueue:
             name=model_id,
             states=states,
             on_session_end=self._end_session,
+            gone=gone,
             uploads=MAX_UPLOADS if parallel else 1,
             batch_polls=batch_polls,
         )
@@ -337,6 +340,8 @@ class OperationQueue:
         if ticket.role is Role.DISCARD and error is None:
             result[:] = [context.dropped]  # which is known now
         voided = self.line.failure_before(ticket) if ticket.role.changes_model else None
+        if ticket.role is Role.OPTIM and error is None and self.line.step_protocol:
+            voided = None  # a trainer that enforces steps says that it is whole
         if voided is not None and (error is None or isinstance(error, PrecedingOperationFailed)):
             ticket.maybe_added |= error is None
             error = OperationLine.preceding_failed(voided)

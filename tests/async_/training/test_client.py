@@ -27,6 +27,7 @@ from fireworks_training import (
     TrainerLost,
     WrongLoop,
 )
+from fireworks_training._async.training import requests
 from fireworks_training._async.training.official_names import OfficialTrainingNames
 from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, datum, good_loss
@@ -162,7 +163,11 @@ async def test_a_refused_request_is_filled_and_fails_its_step(connect: Any) -> N
     assert stub.steps == [1]
 
 
-async def test_a_filler_that_is_refused_ends_the_session(connect: Any) -> None:
+async def test_a_filler_that_is_refused_twice_ends_the_session(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "FILL_AGAIN_AFTER", 0.0)
+
     async def refuse(path: str, body: dict[str, Any]) -> web.Response | None:
         return web.json_response({"error": "no"}, status=400) if body["seq_id"] == 2 else None
 
