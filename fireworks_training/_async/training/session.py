@@ -172,7 +172,7 @@ class TrainerSession:
         wanted = bodies.create_model(
             self.session_id,
             config.base_model,
-            lora,
+            None if base_only else lora,
             base_only=base_only,
             user_metadata=user_metadata,
         )

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
+import tinker
+import torch
 from aiohttp import web
 
 from fireworks_training import (
     AsyncFiretitanServiceClient,
     FireworksTrainingError,
+    InvalidDatum,
+    ProtocolError,
     RequestFailed,
     SessionLost,
     TrainerLost,
 )
 from fireworks_training._async.training import requests, session
+from fireworks_training._async.training.passes import combine
 from fireworks_training._core import patience
+from fireworks_training._wire.training import protobuf, schema
+from fireworks_training._wire.training.datums import PassResult
 from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, datum
 
@@ -182,6 +191,81 @@ async def test_after_a_lost_session_the_service_makes_a_new_client() -> None:
             second = await service.create_training_client()
             assert second is not first
             assert await service.create_training_client() is second
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [([-1.0], "1 logprobs for 3"), ([-1.0] * 4, "4 logprobs for 3"), ([], "0 logprobs for 3")],
+)
+async def test_logprobs_of_another_number_fail_their_pass_alone(
+    connect: Any, values: list[float], says: str
+) -> None:
+    output = {"logprobs": {"data": values, "dtype": "float32", "shape": [len(values)]}}
+    answer = {"loss_fn_output_type": "x", "loss_fn_outputs": [output], "metrics": {}}
+    stub = Spoiled("poll", [web.json_response(answer)])
+    async with connect(stub) as client:
+        with pytest.raises(ProtocolError, match=says):
+            await client.forward([datum()])
+        await client.forward([datum()])
+
+
+def test_numbers_that_are_not_finite_are_no_answer() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        output = {"logprobs": np.array([-1.0, value], np.float32)}
+        body = protobuf.encode_result(PassResult("x", [output], {}))
+        with pytest.raises(ProtocolError, match="not finite"):
+            combine([body], [range(1)], [2])
+
+
+def test_a_count_is_believed_as_far_as_datums_were_sent() -> None:
+    message = schema.ForwardBackwardOutput(loss_fn_output_type="x")
+    message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=20_000_000)
+    with pytest.raises(ProtocolError, match="more outputs than the 2 datums"):
+        combine([message.SerializeToString()], [range(2)])
+
+
+async def test_a_forward_counts_its_response_tokens_too(connect: Any) -> None:
+    async with connect(TrainerServer()) as client:
+        forward = await client.forward([datum()])
+        backward = await client.forward_backward([datum()], "cross_entropy")
+    assert forward.metrics["response_tokens"] == backward.metrics["response_tokens"] == 3.0
+
+
+class Embeds(TrainerServer):
+    """A trainer whose passes answer with embeddings of 64 numbers."""
+
+    def _one(self, path: str, body: dict[str, Any], seq_id: int) -> dict[str, Any]:
+        result = super()._one(path, body, seq_id)
+        for output in result.get("loss_fn_outputs", ()):
+            output["embedding"] = {"data": [0.5] * 64, "dtype": "float32", "shape": [64]}
+        return result
+
+
+@pytest.mark.parametrize(
+    ("output", "fits"), [("embedding", True), ("cos_similarity_matrix", False)]
+)
+async def test_gradients_by_embeddings_may_take_several_requests(
+    connect: Any, output: str, fits: bool
+) -> None:
+    """The forward fits into one request, and the gradients, which are larger, do not."""
+
+    def loss(_: Any, values: list[torch.Tensor]) -> Any:
+        return torch.stack(values).square().sum() / 3.0, {}
+
+    datums = [
+        tinker.Datum(model_input=tinker.ModelInput.from_ints([1, 2]), loss_fn_inputs={})
+        for _ in range(8)
+    ]
+    stub = Embeds(client_config={"fwdbwd_max_chunk_bytes_count": 3000})
+    async with connect(stub) as client:
+        future = client.forward_backward_custom(datums, loss, output=output)
+        if fits:
+            assert len((await future).loss_fn_outputs) == 8
+            assert len([path for path, _ in stub.applied if path == "forward"]) == 1
+            assert len([path for path, _ in stub.applied if path == "forward_backward"]) > 1
+        else:
+            with pytest.raises(InvalidDatum, match="depend on each other"):
+                await future
 
 
 async def test_the_same_key_goes_with_each_sending_again(connect: Any) -> None:
