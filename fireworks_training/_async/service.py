@@ -78,6 +78,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         verify_ssl: bool,
         user_metadata: Mapping[str, str] | None,
         pipeline_steps: bool,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> None:
         self._config = config
@@ -102,6 +103,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             publisher=self._publisher,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
         )
         self._references = ReferenceClients(config, self._trainers, self._provisioner)
         self._closed = False
@@ -121,6 +123,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
@@ -139,6 +142,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            accept_partial: have every `optim_step` apply what the server holds, even where that is
+                a part of a step that failed (`GradientsInDoubt`).
             on_event: a plain, quick function that is told what happens (see `Event`), on the
                 service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
@@ -166,6 +171,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -187,6 +193,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         verify_ssl: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -203,8 +210,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             seed: of the adapter's initialisation; None lets the server choose.
             train_mlp, train_attn, train_unembed: which layers an adapter covers.
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, accept_partial,
+                on_event: as for `from_firetitan_config`.
 
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
@@ -226,6 +233,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -649,8 +657,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     @property
     def reference_client_job_id(self) -> str | None:
         """Id of the job that the reference client runs on: its own, or the policy's."""
-        shared = not separate_reference(self._config)
-        return self.trainer_job_id if shared else self.reference_job_id
+        return self.reference_job_id if separate_reference(self._config) else self.trainer_job_id
 
     @property
     def training_session_id(self) -> str | None:
@@ -678,8 +685,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     @property
     def max_context_length(self) -> int | None:
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        resources = self._provisioner.resources
-        return resources.max_context_length(self._config.max_context_length)
+        return self._provisioner.resources.max_context_length(self._config.max_context_length)
 
     def requires_initial_sampler_sync(self) -> bool:
         """Whether the deployment was found, so that it may serve another run's weights until a
@@ -734,13 +740,11 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             stack.push_async_callback(self._publisher.close)
             stack.push_async_callback(self._deployment.close)
             for clients in (self._references, self._trainers):
-                unseen = await clients.close(drain=drain)
-                errors.extend([unseen] if unseen is not None else [])
+                if (unseen := await clients.close(drain=drain)) is not None:
+                    errors.append(unseen)
             if self._platform.temporary and self._trainers.saved_a_state:
-                logger.info(
-                    "the saved states go away with the embedded platform; "
-                    "base_url='local:/path' keeps them"
-                )
+                keep = "base_url='local:/path' keeps them"
+                logger.info("the saved states go away with the embedded platform; %s", keep)
         return errors[0] if errors else None
 
     # -- inside ------------------------------------------------------------------------------------

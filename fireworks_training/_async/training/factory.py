@@ -108,7 +108,7 @@ class TrainingClients:
         owner: the service's loop.
         publisher: brings the snapshots that they save into the deployment.
         user_metadata: noted with the session.
-        pipeline_steps: as for `from_firetitan_config`.
+        pipeline_steps, accept_partial: as for `from_firetitan_config`.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class TrainingClients:
         publisher: WeightPublisher,
         user_metadata: Mapping[str, str] = MappingProxyType({}),
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
     ) -> None:
         self._platform = platform
         self._config = config
@@ -131,6 +132,7 @@ class TrainingClients:
         self._publisher = publisher
         self._user_metadata = dict(user_metadata)
         self._pipeline_steps = pipeline_steps
+        self._accept_partial = accept_partial
         self._making = asyncio.Lock()
         self._session: TrainerSession | None = None
         self._policy: Client | None = None
@@ -369,6 +371,7 @@ class TrainingClients:
             config,
             owner=self._owner,
             pipeline_steps=self._pipeline_steps,
+            accept_partial=self._accept_partial,
             forward_only=base_only or config.forward_only,
         )
         client = Client(model, self._publisher)

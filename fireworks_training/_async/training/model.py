@@ -27,6 +27,7 @@ class RemoteModel:
         config: what it was made from.
         owner: the service's loop.
         pipeline_steps: send an `optim_step` at once even where the server does not enforce steps.
+        accept_partial: apply what the server holds even where that is in doubt.
         forward_only: its weights stay as they are.
 
     Attributes:
@@ -44,6 +45,7 @@ class RemoteModel:
         *,
         owner: OwnerLoop,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         forward_only: bool = False,
     ) -> None:
         # Imported here, since they load numpy, which a service that only samples does without.
@@ -75,7 +77,9 @@ class RemoteModel:
             owner=owner,
             model_id=self.id,
             line=OperationLine(
-                step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps
+                step_protocol=capabilities.step_protocol,
+                pipeline_steps=pipeline_steps,
+                accept_partial=accept_partial,
             ),
             filler_request=partial(filler_pass, dialect, self.id),
             failing_request=partial(failing_pass, self.id),

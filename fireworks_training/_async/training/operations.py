@@ -93,7 +93,7 @@ async def _optim_step(context: OperationContext, body: bytes) -> OptimStepRespon
     from tinker.types import OptimStepResponse
 
     payload = await _send(context, "optim_step", body)
-    metrics = payload.get("metrics")
+    metrics: dict[str, float] | None = payload.get("metrics")
     if context.given_up:
         metrics = {**(metrics or {}), GIVEN_UP: float(context.given_up)}
     return OptimStepResponse(metrics=metrics)

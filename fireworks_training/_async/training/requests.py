@@ -264,7 +264,7 @@ class RequestPipeline:
             raise TrainerLost(f"the trainer is gone: {reason}", cause=error) from error
 
     async def _settle_place(self, seq_id: int, error: ApiError, adds: bool) -> None:
-        """See to it that a place is taken of which nobody knows whether it is."""
+        """Fill a place that may be empty: a 409 to the filler says that it was taken."""
         if is_conflict(error):
             raise self._lost(seq_id, error) from error
         await self._fill(seq_id, error, adds)

@@ -19,10 +19,12 @@ import pytest
 from aiohttp import web
 
 from fireworks_training import (
+    APIFuture,
     FireworksTrainingError,
     GradientsInDoubt,
     InvalidArgument,
     OperationCancelled,
+    OwnerLoopGone,
     PrecedingOperationFailed,
     RequestFailed,
 )
@@ -275,6 +277,16 @@ async def test_a_foreign_trainer_that_broke_in_a_pass_may_hold_a_part(connect: A
             await client.optim_step(ADAM)
 
 
+async def test_a_part_is_accepted_once_for_all(connect: Any) -> None:
+    stub = TrainerServer(step_protocol=False, failing={1}, category="server")
+    async with connect(stub, accept_partial=True) as client:
+        with pytest.raises(RequestFailed):
+            await client.forward_backward([datum()], "cross_entropy")
+        await client.forward_backward([datum()] * 2, "cross_entropy")
+        await client.optim_step(ADAM)
+    assert stub.steps == [2]
+
+
 async def test_time_outs_and_cancelled_waiters_withdraw_nothing(connect: Any) -> None:
     release = asyncio.Event()
 
@@ -352,3 +364,63 @@ async def test_a_failure_speaks_when_nobody_waits_for_it_and_once(
     errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
     assert len(errors) == 1, errors
     assert "operation 2 (forward_backward) of step 1 failed" in errors[0]
+
+
+# -- the end of the loop ---------------------------------------------------------------------------
+
+
+def test_what_a_loop_leaves_behind_fails_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    stub = TrainerServer()
+    stub.executing = False
+    kept: list[Any] = []
+
+    async def program() -> list[Any]:
+        held = connected(stub)
+        kept.append(held)
+        client = await held.__aenter__()
+        return [client.forward([datum()]) for _ in range(200)]
+
+    futures = asyncio.run(program())
+    for future in futures:
+        with pytest.raises(OwnerLoopGone, match="async with"):
+            future.result(1)
+    said = [r for r in caplog.records if "failed: OwnerLoopGone" in r.getMessage()]
+    assert len(said) == 1
+
+
+def test_a_loop_that_is_closed_under_its_work_ends_the_waits() -> None:
+    """No task is cancelled here: the waiters look at the loop themselves."""
+    loop = asyncio.new_event_loop()
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    outcomes = [spawn_on(loop, never, label="work") for _ in range(100)]
+    plain = APIFuture(outcomes[-1]).future()
+    loop.run_until_complete(asyncio.sleep(0))
+    late = [spawn_on(loop, never, label="work") for _ in range(100)]  # lie in the inbox
+    loop.close()
+    for outcome in outcomes + late:
+        with pytest.raises(OwnerLoopGone):
+            APIFuture(outcome).result(5)
+    assert isinstance(plain.exception(5), OwnerLoopGone)
+
+    async def elsewhere() -> None:
+        with pytest.raises(OwnerLoopGone):
+            await APIFuture(await asyncio.to_thread(lambda: late[0]))
+
+    asyncio.run(elsewhere())
+
+
+async def test_waits_that_time_out_leave_nothing_behind(connect: Any) -> None:
+    stub = TrainerServer()
+    async with connect(stub) as client:
+        stub.executing = False
+        future = client.forward([datum()])
+        for _ in range(200):
+            with pytest.raises(TimeoutError):
+                await future.result_async(0)
+        with pytest.raises(TimeoutError):
+            await asyncio.to_thread(future.result, 0)
+        assert len(future._outcome._callbacks or ()) < 5
+        assert not future._outcome.is_waited_for
