@@ -138,7 +138,7 @@ def load_weights(model_id: str, path: str, *, optimizer: bool, access_token: str
 
 def load_adapter(model_id: str, adapter_path: str) -> bytes:
     """Load the weights of an adapter."""
-    return orjson.dumps({"model_id": model_id, "adapter_path": adapter_path})
+    return _operation("load_adapter", model_id, adapter_path=adapter_path)
 
 
 def save_weights_for_sampler(
