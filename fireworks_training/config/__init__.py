@@ -1,7 +1,7 @@
 """Configures a service: what is provisioned, and where the platform is.
 
-The options of a trainer and a deployment are in `provisioning`; URLs, keys, proxies and folders, and
-the environment that holds them, in `endpoint`.
+The options of a trainer and a deployment are in `provisioning`; URLs, keys, proxies and folders,
+and the environment that holds them, in `endpoint`.
 """
 
 from __future__ import annotations

@@ -150,17 +150,11 @@ BAD_PASSES: dict[str, tuple[Any, type[FireworksTrainingError], str]] = {
         RequestFailed,
         "it has 2999 tokens; this trainer takes 1 to 2048",
     ),
-    "unknown-loss": (
-        lambda: (datums(1), "cross_entrpy"),
-        RequestFailed,
-        "cross_entrpy.*cross_entropy",
-    ),
     "missing-inputs": (
         lambda: (datums(1), "importance_sampling"),
         RequestFailed,
         "needs loss_fn_inputs logprobs, advantages",
     ),
-    "none": (lambda: ([], "cross_entropy"), InvalidDatum, "at least one"),
     "unconnected": (lambda: (datums(2), unconnected), LossFailed, "does not depend on any of"),
     "detached": (lambda: (datums(2), detached), LossFailed, r"was it detached.*\.item\(\)"),
 }

@@ -57,7 +57,8 @@ def refused_by_the_server(client: Any) -> Any:
 
 
 def that_can_not_be_written(client: Any) -> Any:
-    return client.forward_backward(datums(2), "\ud800")  # no text that UTF-8 can hold
+    unwritable = {"option": "\ud800"}  # no text that UTF-8 can hold
+    return client.forward_backward(datums(2), "cross_entropy", unwritable)
 
 
 def refused_in_the_second_of_three_chunks(client: Any) -> Any:
