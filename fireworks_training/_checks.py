@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
+from typing import SupportsFloat, SupportsIndex, cast
 
 from fireworks_training.errors import InvalidArgument
 
@@ -20,28 +22,42 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer within its bounds, both included; a bool is none.
+    """An integer of Python, numpy or torch within its bounds, both included; a bool is none.
 
     Raises:
         InvalidArgument: it is another kind, or out of bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least or (most is not None and value > most):
+    try:
+        found = index(cast(SupportsIndex, None if _is_bool(value) else value))
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}") from None
+    if found < least or (most is not None and found > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
-    return value
+        raise InvalidArgument(f"{name} must be {bounds}, got {found}")
+    return found
 
 
 def number(name: str, value: object, least: float, most: float = math.inf) -> float:
-    """A finite number within its bounds, both included; a bool is none.
+    """A finite number of Python, numpy or torch within its bounds, both included; a bool is none.
 
     Raises:
         InvalidArgument: it is another kind, not finite, or out of bounds.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value <= most):
+    # A tensor that requires a gradient is a number too, and torch would warn.
+    given = value.detach() if hasattr(value, "detach") else value
+    try:
+        if _is_bool(given) or not hasattr(given, "__float__"):  # text has none
+            raise TypeError
+        found = float(cast(SupportsFloat, given))
+    except OverflowError:
+        found = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidArgument(f"{name} must be a number, got {type(value).__name__}") from None
+    if not (math.isfinite(found) and least <= found <= most):
         bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise InvalidArgument(f"{name} must be {bounds}, got {value}")
-    return float(value)
+        raise InvalidArgument(f"{name} must be {bounds}, got {found}")
+    return found
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_inbox": set(),
     "_outcome": {"errors", "_inbox"},
     "futures": {"errors", "models", "_outcome"},
-    "data": {"errors", "models"},
+    "data": {"errors", "models", "_checks"},
     "evaluation": {"errors", "models"},
     "_core": {"errors", "models", "_core.waits", "_core.window"},
     "_core.waits": set(),

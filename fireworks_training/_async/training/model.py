@@ -65,6 +65,8 @@ class RemoteModel:
             self.id,
             dialect,
             backward=capabilities.backward,
+            # A server of the Tinker contract alone lists no inputs but those of each loss.
+            masks=bool(capabilities.wire) or dialect.name == "json",
             usage=session.plane.usage,
             limits=session.client_config,
         )

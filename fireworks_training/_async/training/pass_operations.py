@@ -31,6 +31,7 @@ from fireworks_training._async.training.passes import (
     Inputs,
     Passes,
     combine,
+    contract_inputs,
     given_inputs,
     output_of,
     target_inputs,
@@ -99,7 +100,8 @@ class PassOperations:
         # A plain forward needs the targets only, whatever loss the datum was made for.
         output = (config or {}).get("output", "logprobs")
         plain = kind == "forward" and loss_fn == "cross_entropy" and output == "logprobs"
-        job = self._encoding(data, target_inputs if plain else given_inputs)
+        given = given_inputs if self._passes.masks else partial(contract_inputs, loss_fn)
+        job = self._encoding(data, target_inputs if plain else given)
         role = Role.FORWARD if kind == "forward" else Role.GRADIENT
         return Operation(role, kind, self._run, (kind, job, BuiltInLoss.of(loss_fn, config)), job)
 

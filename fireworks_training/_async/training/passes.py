@@ -30,7 +30,13 @@ from fireworks_training._async.training.encoding import EncodingJob
 from fireworks_training._async.training.requests import Request
 from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.training.bodies import PassKind, WireRequest
-from fireworks_training._wire.training.datums import Captured, Encoding, PassResult, check_inputs
+from fireworks_training._wire.training.datums import (
+    Captured,
+    Encoding,
+    PassResult,
+    check_inputs,
+    without_idle_weights,
+)
 from fireworks_training._wire.training.dialects import (
     ACCEPT,
     Dialect,
@@ -75,6 +81,11 @@ def given_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
 def target_inputs(datum: Captured, index: int) -> Mapping[str, Array]:
     """Targets and weights, all that a forward needs: other inputs stay here."""
     return datum.targets(index)
+
+
+def contract_inputs(loss_fn: str, datum: Captured, index: int) -> Mapping[str, Array]:
+    """Loss inputs for a server whose losses with advantages take weights only where they matter."""
+    return without_idle_weights(datum.arrays(index), loss_fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +140,13 @@ class Passes:
         backward: whether the trainer takes a backward by an earlier forward.
         usage: counts the tokens of finished passes.
         limits: what one request may hold.
+        masks: whether the trainer's losses with advantages take weights whatever they are.
     """
 
     model_id: str
     dialect: Dialect
     backward: bool = False
+    masks: bool = True
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
 
@@ -312,12 +325,12 @@ def _length(datum: Captured) -> int:
 
 
 def _response_tokens(inputs: Sequence[Mapping[str, Array]]) -> float:
-    """Count the targets with a weight; all of them where a datum has no weights."""
+    """Count the targets with a weight; all, K a position for `[T, K]`, where there are none."""
     return float(
         sum(
             np.count_nonzero(given["weights"])
             if "weights" in given
-            else given["target_tokens"].shape[0]
+            else given["target_tokens"].size
             for given in inputs
             if "target_tokens" in given
         )

@@ -18,6 +18,12 @@ from fireworks_training.errors import InvalidDatum, NotSupported
 
 Array = npt.NDArray[Any]
 
+MASKS = ("weights", "loss_mask", "mask")
+"""Names of the input that says which targets count; the first is the contract's."""
+
+RATIO_MASK = "sequence_ratio_mask"
+"""Tinker's name for the mask of the tokens that a sequence's ratio is the mean of (gspo)."""
+
 
 class TensorLike(Protocol):
     """The part of `tinker.TensorData` that this module needs."""
@@ -113,7 +119,7 @@ class Captured:
         }
 
     def targets(self, index: int) -> dict[str, Array]:
-        """Targets and weights, all that a plain forward needs; weights are 0 where none are given.
+        """Targets and weights, all that a plain forward needs; without a mask every target counts.
 
         Raises:
             InvalidDatum: there are no targets.
@@ -125,10 +131,33 @@ class Captured:
                 index=index,
             )
         targets = arrays["target_tokens"]
-        weights = arrays.get("weights")
+        weights = next((arrays[name] for name in MASKS if name in arrays), None)
         if weights is None:
-            weights = np.zeros(targets.shape, np.float32)
+            weights = np.ones(targets.shape, np.float32)
+        elif weights.dtype.kind != "f":
+            weights = weights.astype(np.float32)
         return {"target_tokens": targets, "weights": weights}
+
+
+def without_idle_weights(arrays: Mapping[str, Array], loss_fn: str) -> Mapping[str, Array]:
+    """Leave out weights that change no sum, for a server whose contract has none beside advantages.
+
+    gspo's are the mask of its ratio there, by that name; dro's penalty always needs them.
+    """
+    weights, advantages = arrays.get("weights"), arrays.get("advantages")
+    if (
+        weights is None
+        or advantages is None
+        or loss_fn == "dro"
+        or weights.shape != advantages.shape
+    ):
+        return arrays
+    if ((weights != 1) & (advantages != 0)).any():
+        return arrays
+    rest = {name: array for name, array in arrays.items() if name != "weights"}
+    if loss_fn == "gspo" and RATIO_MASK not in rest:
+        rest[RATIO_MASK] = weights
+    return rest
 
 
 def capture(datum: DatumLike, *, copy: bool = True) -> Captured:

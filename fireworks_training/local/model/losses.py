@@ -5,17 +5,30 @@ batches, padding or gradients.
 
 Legend: M targets of all datums of a pass, laid end to end (one a token; K a token where a datum has
 targets `[N, K]`). For target t: l = logprob under the current weights, q = `logprobs` (under the
-weights that sampled it), A = `advantages`, w = `weights` (1 where none are given), r = exp(l - q),
-sg = no gradient flows through. Beside the inputs that users give, each loss gets `sequence`: the
-index of the datum that target t belongs to, int64, not falling.
+weights that sampled it), A = `advantages`, w = `weights`, r = exp(l - q), sg = no gradient flows
+through. A token counts, for sums and for a sequence's mean, if and only if its w is not 0. Beside
+the inputs that users give, each loss gets `sequence`: the index of the datum that target t belongs
+to, int64, not falling.
+
+Every loss is a plain sum; a mean over tokens or sequences is the caller's, in weights or
+advantages.
+Bounds are defaults of this module, not the papers': gspo has 0.8 to 1.2 as ppo does (its paper:
+1 - 3e-4 to 1 + 4e-4), and cispo has a lower bound (its paper: none).
+
+A token whose ratio the bounds reject adds a constant to the loss and nothing to the gradient. Its
+ratio is not computed, since it may be infinite, and infinity times a gradient of zero is NaN. A
+ratio that is infinite and *not* rejected makes the loss infinite, which the pass refuses.
 
 Formulas: cross_entropy, importance_sampling, ppo, cispo and dro as the Tinker documentation gives
 them; gspo in the token form of Zheng et al. 2025 (arXiv:2507.18071, section 4.3); dppo masks by the
-total variation of each token's probability; reinforce as Williams 1992.
+total variation of each token's probability; reinforce as Williams 1992. `ratio_log_cap` bounds the
+log-ratio as the vendor's cookbook does it in `training/utils/rl/is_loss.py` (20 there, infinite
+here unless it is sent).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,9 +39,6 @@ from torch.autograd.function import FunctionCtx
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
-
-MAX_LOG_RATIO = 10.0
-"""Cap of gspo's mean log-ratio: beyond it exp gives nothing that a clip would leave standing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class Loss:
         optional: names besides `weights` that may be given.
         config: settings and their defaults.
         many_targets: whether targets may be `[N, K]`.
+        ratio_mask: whether `sequence_ratio_mask` may name the tokens of a sequence's ratio.
     """
 
     per_token: Callable[[Tensor, Inputs, Config], Tensor]
@@ -48,6 +59,7 @@ class Loss:
     optional: tuple[str, ...] = ()
     config: Mapping[str, float] = field(default_factory=dict)
     many_targets: bool = False
+    ratio_mask: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -61,42 +73,49 @@ def cross_entropy(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -inputs["weights"] * logprobs_M
 
 
-def _log_ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
-    """l - q, and 0 where the token has no say.
+def _speaks(inputs: Inputs) -> Tensor:
+    """Tell which tokens add to a loss that multiplies by w and A.
 
-    A token with w = 0 or A = 0 adds nothing whatever its ratio, and often has a placeholder for q
-    (a prompt token): exp of it could overflow, and infinity times zero is not zero.
+    Others add nothing whatever their ratio, and often have a placeholder for q (a prompt token):
+    exp of it could overflow, and infinity times zero is not zero.
     """
-    active_M = (inputs["weights"] != 0) & (inputs["advantages"] != 0)
-    return torch.where(active_M, logprobs_M - inputs["logprobs"], 0.0)
+    return (inputs["weights"] != 0) & (inputs["advantages"] != 0)
 
 
-def _ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
-    """r, and 1 where the token has no say."""
-    return torch.exp(_log_ratio(logprobs_M, inputs))
+def _log_ratio(logprobs_M: Tensor, inputs: Inputs) -> Tensor:
+    """l - q, and 0 where the token has no say."""
+    return torch.where(_speaks(inputs), logprobs_M - inputs["logprobs"], 0.0)
 
 
 def importance_sampling(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
-    """-w r A"""
-    del config
-    return -inputs["weights"] * _ratio(logprobs_M, inputs) * inputs["advantages"]
+    """-w r A, r = exp(clip(l - q, -ratio_log_cap, ratio_log_cap)); no gradient beyond the cap."""
+    cap = config["ratio_log_cap"]
+    log_r_M = _log_ratio(logprobs_M, inputs).clamp(-cap, cap)
+    return -inputs["weights"] * torch.exp(log_r_M) * inputs["advantages"]
 
 
-def _clipped(r_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
+def _clipped(log_r_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """-w min(r A, clip(r, low, high) A)"""
-    clipped_M = r_M.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     advantages_M = inputs["advantages"]
-    return -inputs["weights"] * torch.minimum(r_M * advantages_M, clipped_M * advantages_M)
+    r_M = torch.exp(log_r_M.detach())
+    # clip's side is the smaller one exactly where A pushes the ratio on beyond its bound.
+    too_high_M = (advantages_M > 0) & (r_M > high)
+    too_low_M = (advantages_M < 0) & (r_M < low)
+    rejected_M = too_high_M | too_low_M
+    kept_M = torch.exp(torch.where(rejected_M, 0.0, log_r_M))
+    value_M = torch.where(rejected_M, r_M.clamp(low, high), kept_M)
+    return -inputs["weights"] * value_M * advantages_M
 
 
 def ppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """-w min(r A, clip(r, low, high) A); the thresholds are bounds of the ratio itself."""
-    return _clipped(_ratio(logprobs_M, inputs), inputs, config)
+    return _clipped(_log_ratio(logprobs_M, inputs), inputs, config)
 
 
 def cispo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """-w sg(clip(r, low, high)) l A: no token loses its gradient, only its weight is bounded."""
-    r_M = _ratio(logprobs_M, inputs).detach()
+    r_M = torch.exp(_log_ratio(logprobs_M.detach(), inputs))
     clipped_M = r_M.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     return -inputs["weights"] * clipped_M * logprobs_M * inputs["advantages"]
 
@@ -115,8 +134,8 @@ def gspo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     means_S = sums_S.index_add(0, sequence_M, weights_M * deltas_M) / torch.where(
         totals_S == 0, 1.0, totals_S
     )
-    s_M = torch.exp(means_S.clamp(max=MAX_LOG_RATIO))[sequence_M]
-    return _clipped(s_M * torch.exp(logprobs_M - logprobs_M.detach()), inputs, config)
+    log_s_M = means_S[sequence_M] + (logprobs_M - logprobs_M.detach())
+    return _clipped(torch.where(_speaks(inputs), log_s_M, 0.0), inputs, config)
 
 
 def dppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -131,8 +150,8 @@ def dppo(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
     too_high_M = (advantages_M > 0) & (moved_M > config["delta_high"])
     too_low_M = (advantages_M < 0) & (-moved_M > config["delta_low"])
     kept_M = ~(too_high_M | too_low_M)
-    loss_M = -inputs["weights"] * _ratio(logprobs_M, inputs) * advantages_M
-    return torch.where(kept_M, loss_M, 0.0)
+    r_M = torch.exp(torch.where(kept_M, _log_ratio(logprobs_M, inputs), 0.0))
+    return -inputs["weights"] * torch.where(kept_M, r_M, 0.0) * advantages_M
 
 
 def dro(logprobs_M: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -154,10 +173,12 @@ _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 LOSSES: Mapping[str, Loss] = {
     "cross_entropy": Loss(cross_entropy, many_targets=True),
-    "importance_sampling": Loss(importance_sampling, required=_OFF_POLICY),
+    "importance_sampling": Loss(
+        importance_sampling, required=_OFF_POLICY, config={"ratio_log_cap": math.inf}
+    ),
     "ppo": Loss(ppo, required=_OFF_POLICY, config=_CLIP),
     "cispo": Loss(cispo, required=_OFF_POLICY, config=_CLIP),
-    "gspo": Loss(gspo, required=_OFF_POLICY, config=_CLIP),
+    "gspo": Loss(gspo, required=_OFF_POLICY, config=_CLIP, ratio_mask=True),
     "dppo": Loss(dppo, required=_OFF_POLICY, config={"delta_low": 0.2, "delta_high": 0.2}),
     "dro": Loss(dro, required=_OFF_POLICY, config={"beta": 0.05}),
     "reinforce": Loss(reinforce, required=("advantages",), optional=("logprobs",)),

@@ -12,7 +12,9 @@ weight is not rounded again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -20,6 +22,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fireworks_training.local.model import devices
@@ -43,7 +46,8 @@ class LoraSettings:
     Attributes:
         rank: rank of each adapter matrix, at least 1.
         alpha: the adapter's output is scaled by `alpha / rank`.
-        train_mlp, train_attn, train_unembed: which linear layers get an adapter.
+        train_mlp, train_attn, train_unembed: which linear layers get an adapter: those of the
+            blocks outside and inside their attention, and the output layer.
         seed: seed of the initial values of `A` (`B` starts at zero).
     """
 
@@ -99,25 +103,48 @@ def parameter_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
+def _in_blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Walk the modules inside the repeated blocks: name, module, whether it is of the attention."""
+    modules = dict(model.named_modules())
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    for name, module in modules.items():
+        if any(name.startswith(prefix) for prefix in lists):
+            parts = name.split(".")
+            above = [modules[".".join(parts[:end])] for end in range(1, len(parts) + 1)]
+            yield name, module, any("attention" in type(each).__name__.lower() for each in above)
+
+
 def _adapted_layers(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
+    """Choose layers by what they are: linear, inside the blocks, in an attention module or not.
+
+    Matrices that stand in no linear module (experts in one tensor, convolutions) can't be adapted:
+    a flag that means them is refused. A router, a matrix beside the experts, stays as it is.
+    """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     layers: list[str] = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear):
+    bare: list[str] = []
+    for name, module, attention in _in_blocks(model):
+        if not (lora.train_attn if attention else lora.train_mlp) or module is head:
             continue
-        if layer is head:
-            wanted = lora.train_unembed
-        elif ".mlp." in name:
-            wanted = lora.train_mlp
-        else:
-            wanted = lora.train_attn and "attn" in name
-        if wanted:
+        if isinstance(module, (nn.Linear, Conv1D)):
             layers.append(name)
-    if lora.train_unembed and model.config.tie_word_embeddings:
+        else:
+            own = module.named_parameters(recurse=False)
+            bare += [f"{name}.{key}" for key, value in own if value.ndim >= 3]
+    if bare:
+        shown = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in bare}))
         raise LoraNotPossible(
-            "this model ties its output layer to its input embedding, so an adapter on the output"
-            " layer would not be what is served; pass train_unembed=False"
+            f"an adapter can't cover these weights, which are in no linear layer: {shown}. Pass"
+            " train_mlp=False (or train_attn=False, where they are of the attention) to train the"
+            " other layers, or lora_rank=0 to train all parameters"
         )
+    if lora.train_unembed and isinstance(head, nn.Linear):
+        if model.config.tie_word_embeddings:
+            raise LoraNotPossible(
+                "this model ties its output layer to its input embedding, so an adapter on the"
+                " output layer would not be what is served; pass train_unembed=False"
+            )
+        layers += [name for name, module in model.named_modules() if module is head]
     if not layers:
         raise LoraNotPossible(
             "the adapter would train nothing: set at least one of train_mlp, train_attn and"
@@ -137,15 +164,28 @@ def apply_lora(model: PreTrainedModel, lora: LoraSettings) -> LoraBlock:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = _adapted_layers(model, lora)
+    turned = [name for name in layers if isinstance(model.get_submodule(name), Conv1D)]
     config = LoraConfig(
-        r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=layers, lora_dropout=0.0
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        target_modules=layers,
+        lora_dropout=0.0,
+        fan_in_fan_out=bool(turned),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # GPT-2 has layers of both storage orders; peft sets each one right, and says so.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         torch.manual_seed(lora.seed)
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     nn.Module.eval(model)
     leaves = sorted({name.rpartition(".")[2] for name in layers})
-    return LoraBlock(rank=lora.rank, alpha=lora.alpha, target_modules=tuple(leaves))
+    transposed = [leaf for leaf in leaves if leaf in {n.rpartition(".")[2] for n in turned}]
+    return LoraBlock(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        target_modules=tuple(leaves),
+        transposed=tuple(transposed),
+    )
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -200,7 +240,9 @@ def merged_weights(
         raise SnapshotMismatch(f"adapter {identity!r} has unpaired tensors: {odd}")
     for name_a in sorted(halves):
         layer = name_a.removeprefix(ADAPTER_PREFIX).removesuffix(".lora_A.weight")
-        weight = base_tensors.get(f"{layer}.weight")
+        turned = layer.rpartition(".")[2] in lora.transposed
+        stored = base_tensors.get(f"{layer}.weight")
+        weight = stored.T if turned and stored is not None else stored
         a_RI = tensors[name_a].float()
         b_OR = tensors[name_a.replace(".lora_A.", ".lora_B.")].float()
         if weight is None or weight.shape != (b_OR.shape[0], a_RI.shape[1]):
@@ -208,7 +250,8 @@ def merged_weights(
                 f"adapter {identity!r} changes {layer!r}, which this model does not have in that"
                 " shape"
             )
-        merged[f"{layer}.weight"] = weight.float() + scale * (b_OR @ a_RI)
+        whole = weight.float() + scale * (b_OR @ a_RI)
+        merged[f"{layer}.weight"] = whole.T.contiguous() if turned else whole
     return merged
 
 

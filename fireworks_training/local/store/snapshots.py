@@ -74,13 +74,18 @@ class NotWritten(SnapshotError):
 
 
 class LoraBlock(BaseModel):
-    """Describes an adapter in a manifest: the effective weight is `W + (alpha / rank) B @ A`."""
+    """Describes an adapter in a manifest: the effective weight is `W + (alpha / rank) B @ A`.
+
+    Attributes:
+        transposed: those of `target_modules` whose weight is stored as `[in, out]` (GPT-2's).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(ge=1)
     alpha: float
     target_modules: tuple[str, ...]
+    transposed: tuple[str, ...] = ()
 
 
 class Manifest(BaseModel):

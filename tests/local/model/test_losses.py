@@ -74,7 +74,7 @@ def gspo(
         weighted = sum(tokens[t]["weights"] * (frozen[t] - tokens[t]["logprobs"]) for t in members)
         mean = weighted / sum(tokens[t]["weights"] for t in members)
         for t in members:
-            ratio = math.exp(min(mean, 10.0)) * math.exp(live[t] - frozen[t])
+            ratio = math.exp(mean) * math.exp(live[t] - frozen[t])
             a = tokens[t]["advantages"]
             total -= tokens[t]["weights"] * min(ratio * a, clip(ratio, config) * a)
     return total
@@ -248,6 +248,74 @@ def test_a_token_without_a_say_may_have_any_sampling_logprob(name: str, muted: s
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert loss.item() == (1.0 if name == "cispo" else -1.0)
     assert gradient.tolist() == [-1.0, 0.0]
+
+
+def naive(name: str, live: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The formula as it is printed; right where nothing is rejected, infinite or masked."""
+    r, a, w = torch.exp(live - inputs["logprobs"]), inputs["advantages"], inputs["weights"]
+    if name == "dppo":
+        moved = torch.exp(live.detach()) - torch.exp(inputs["logprobs"])
+        kept = ~((a > 0) & (moved > 0.2) | (a < 0) & (-moved > 0.2))
+        return (-w * r * a * kept).sum()
+    if name == "gspo":
+        mean = (w * (live.detach() - inputs["logprobs"])).sum() / w.sum()
+        r = torch.exp(mean) * torch.exp(live - live.detach())
+    if name == "cispo":
+        return (-w * r.detach().clamp(0.8, 1.2) * live * a).sum()
+    return (-w * torch.minimum(r * a, r.clamp(0.8, 1.2) * a)).sum()
+
+
+@pytest.mark.parametrize("exponent", [80.0, 90.0, 110.0, 9999.0])
+@pytest.mark.parametrize("name", ["ppo", "dppo", "cispo", "gspo"])
+def test_one_token_with_a_huge_ratio_leaves_the_others_right(name: str, exponent: float) -> None:
+    """In float32, where e^90 is infinite: the bounds reject or hold the token."""
+    generator = torch.Generator().manual_seed(1)
+    sampled = -torch.rand(6, generator=generator)
+    leaf = (sampled + 0.1 * torch.randn(6, generator=generator)).requires_grad_()
+    sampled[2] = leaf.detach()[2] - exponent
+    weights, sequence = torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    inputs = {"weights": weights, "logprobs": sampled, "advantages": torch.ones(6)}
+    loss = summed(name, leaf, {**inputs, "sequence": sequence})
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    rest = [3, 4, 5] if name == "gspo" else [0, 1, 3, 4, 5]
+    others = leaf.detach()[rest].requires_grad_()
+    plain = naive(name, others, {key: value[rest] for key, value in inputs.items()})
+    (wanted,) = torch.autograd.grad(plain, others)
+    torch.testing.assert_close(gradient[rest], wanted)
+    held = {"ppo": -1.2, "dppo": 0.0, "cispo": -1.2 * leaf[2].item(), "gspo": -3.6}[name]
+    assert loss.item() == pytest.approx(plain.item() + held, rel=1e-5)
+    assert gradient[2].item() == pytest.approx(-1.2 if name == "cispo" else 0.0)
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+def test_a_ratio_that_no_bound_rejects_has_its_own_value(name: str) -> None:
+    """A < 0 has no upper bound: e^12 counts in full, and what float32 can't hold is infinite."""
+    for exponent in (12.0, 90.0):
+        leaf = torch.tensor([-1.0, -1.0], requires_grad=True)
+        inputs = {
+            "weights": torch.ones(2),
+            "logprobs": torch.full((2,), -1.0 - exponent),
+            "advantages": -torch.ones(2),
+            "sequence": torch.zeros(2, dtype=torch.int64),
+        }
+        loss = summed(name, leaf, inputs)
+        if exponent == 12.0:
+            assert loss.item() == pytest.approx(2 * math.exp(12.0), rel=1e-5)
+        else:
+            assert loss.item() == math.inf
+
+
+def test_importance_sampling_is_infinite_unless_it_is_capped() -> None:
+    leaf = torch.tensor([-1.0, -1.0], requires_grad=True)
+    inputs = {
+        "weights": torch.ones(2),
+        "logprobs": torch.tensor([-1.0, -101.0]),
+        "advantages": torch.ones(2),
+    }
+    assert summed("importance_sampling", leaf, inputs).item() == -math.inf
+    capped = LOSSES["importance_sampling"].per_token(leaf, inputs, {"ratio_log_cap": 20.0}).sum()
+    assert capped.item() == pytest.approx(-1.0 - math.exp(20.0), rel=1e-5)
+    assert torch.autograd.grad(capped, leaf)[0].tolist() == [-1.0, 0.0]
 
 
 def test_target_logprobs_are_a_log_softmax() -> None:

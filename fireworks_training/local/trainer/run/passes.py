@@ -33,7 +33,7 @@ class ComputedPass:
         outputs: for each datum, in the order of the data, `logprobs` float32 in the shape of its
             targets; with top_k also `top_k_logprobs` float32 and `top_k_indices` int64 `[T, k]`.
         loss: the sum over all tokens.
-        loss_tokens: tokens whose weight is not zero.
+        loss_tokens: tokens that count, those whose weight is not zero.
         gradients: one for each parameter, or None for a forward pass.
     """
 
@@ -86,7 +86,7 @@ def run_pass(
                 logprobs_M = network.logprobs(computed, [_targets(d) for d in data], counted)
                 loss_M = LOSSES[request.loss].per_token(logprobs_M, inputs, request.config)
                 loss = loss_M.sum()
-            _check_finite(logprobs_M, loss, indices)
+            _check_finite(logprobs_M, loss_M, indices, inputs["sequence"])
             if kept is not None:
                 kept.put(request, place, logprobs_M)
             if request.backward:
@@ -134,15 +134,23 @@ def run_backward(
             else:
                 cached += sum(len(data[i].tokens) for i in indices)
             loss_M = logprobs_M.detach().double() * gradient_M
-            _check_finite(logprobs_M, loss_M.sum(), indices)
+            _check_finite(logprobs_M, loss_M, indices)
             torch.autograd.backward(logprobs_M, gradient_M, inputs=list(parameters))
             loss_sum += float(loss_M.sum())
-            loss_tokens += int(torch.count_nonzero(gradient_M))
+            loss_tokens += sum(_counted(data[i], request.gradients[i]) for i in indices)
         gradients = take_gradients(parameters)
     finally:
         for parameter in parameters:
             parameter.grad = None
     return ComputedPass([{} for _ in data], loss_sum, loss_tokens, gradients), cached
+
+
+def _counted(datum: Datum, gradient: NDArray[np.float32]) -> int:
+    """Count a datum's tokens as its built-in twin does: by the forward's weights.
+
+    A token whose gradient a loss has clipped to 0 counts; without any weight, gradients tell.
+    """
+    return int(np.count_nonzero(datum.inputs["weights"]) or np.count_nonzero(gradient))
 
 
 def _targets(datum: Datum) -> NDArray[np.int64]:
@@ -173,17 +181,22 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     ]
 
 
-def _check_finite(logprobs_M: Tensor, loss: Tensor, indices: Sequence[int]) -> None:
+def _check_finite(
+    logprobs_M: Tensor, loss_M: Tensor, indices: Sequence[int], sequence_M: Tensor | None = None
+) -> None:
     if not torch.isfinite(logprobs_M).all():
         raise OperationFailed(
             "the model's logprobs are not finite: its weights have become infinite or NaN. Load a"
             " saved state, and lower the learning rate or clip the gradient",
             error_class="NonFinite",
         )
-    if not torch.isfinite(loss):
+    if not torch.isfinite(loss_M.sum()):
+        bad = sorted(indices)
+        if sequence_M is not None and not (finite_M := torch.isfinite(loss_M)).all():
+            bad = sorted({indices[place] for place in sequence_M[~finite_M].tolist()})
         raise OperationFailed(
-            f"the loss is not finite (in datums {sorted(indices)[:8]}): look for logprobs or"
-            " advantages that are far out of range",
+            f"the loss is not finite (in datums {bad[:8]}): look for logprobs or advantages that"
+            " are far out of range; the ratio of a token to its sampling logprob may be infinite",
             error_class="NonFinite",
         )
 

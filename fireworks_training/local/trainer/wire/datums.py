@@ -7,14 +7,18 @@ quotes tokens.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fireworks_training._wire.training.datums import MASKS, RATIO_MASK
 from fireworks_training.local.model.losses import LOSSES, Loss
 from fireworks_training.local.trainer.queue.operations import (
     GRADIENT_INPUTS,
@@ -33,6 +37,16 @@ MAX_DATUMS = 1024
 MAX_TARGETS = 1 << 24
 """Targets of one request at most: sparse tensors could name more than memory holds."""
 MAX_TOP_K = 128
+
+KNOWN_INPUTS = frozenset(
+    {name for loss in LOSSES.values() for name in loss.inputs} | {*MASKS, RATIO_MASK}
+)
+"""Names of inputs that some loss takes."""
+
+NOT_PUBLIC = {"stable_reinforce": "importance_sampling"}
+"""Losses that clients name and whose formula is in no public text, with what to send instead."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +131,11 @@ def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
     Raises:
         OperationFailed: a field does not fit the model or the loss.
     """
+    if raw.loss in NOT_PUBLIC:
+        raise OperationFailed(
+            f"loss {raw.loss!r} is not offered here, since its formula is not public: pass"
+            f" loss_fn={NOT_PUBLIC[raw.loss]!r}"
+        )
     if raw.loss not in LOSSES:
         raise OperationFailed(f"loss {raw.loss[:40]!r} is unknown; there are {', '.join(LOSSES)}")
     if raw.config.get("output", "logprobs") != "logprobs":
@@ -130,6 +149,8 @@ def make_pass(raw: RawPass, limits: ModelLimits) -> Operation:
     settings = _settings(rest, loss.config, allowed, f"loss {raw.loss!r}")
     if settings.get("clip_low_threshold", 0) > settings.get("clip_high_threshold", math.inf):
         raise OperationFailed("clip_low_threshold must not be above clip_high_threshold")
+    if settings.get("ratio_log_cap", 0) < 0:
+        raise OperationFailed("ratio_log_cap must be at least 0")
     datums = _each(raw, lambda datum: _checked(datum, loss, raw.loss, limits))
     return Pass(datums, raw.loss, settings, raw.backward, top_k)
 
@@ -198,18 +219,63 @@ def make_backward(request: BackwardRequest, forward: Pass) -> Backward:
 def _checked(datum: RawDatum, loss: Loss, loss_name: str, limits: ModelLimits) -> Datum:
     tokens = _check_tokens(datum.tokens, limits)
     given = datum.tensors
-    _check_names(given, loss.inputs, loss_name)
     missing = [name for name in ("target_tokens", *loss.required) if name not in given]
     if missing:
         raise OperationFailed(f"loss {loss_name!r} needs loss_fn_inputs {', '.join(missing)}")
+    _check_unused(given, (*loss.inputs, *MASKS), loss_name)
     width = _width(given["target_tokens"], len(tokens), loss, loss_name, limits)
     shape = (len(tokens), width) if width else (len(tokens),)
-    inputs = {name: _fitting(tensor, name, shape) for name, tensor in given.items()}
+    used = [name for name in given if name in (*loss.inputs, *_masks(loss))]
+    inputs = {name: _fitting(given[name], name, shape) for name in used}
     _check_vocabulary(cast("NDArray[np.int64]", inputs["target_tokens"]), "target_tokens", limits)
-    inputs.setdefault("weights", np.ones(math.prod(shape), np.float32))
-    for name in loss.optional:
-        inputs.pop(name, None)  # not used, and not every datum need have it
-    return Datum(tokens, inputs, width)
+    weights = _weights(inputs, loss, shape)
+    kept = {name: inputs[name] for name in ("target_tokens", *loss.required)}
+    return Datum(tokens, {**kept, "weights": weights}, width)
+
+
+def _masks(loss: Loss) -> tuple[str, ...]:
+    return (*MASKS, RATIO_MASK) if loss.ratio_mask else MASKS
+
+
+def _weights(
+    inputs: Mapping[str, NDArray[np.generic]], loss: Loss, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Find the weight of each target: which ones count is said by a mask, or by the row itself.
+
+    Raises:
+        OperationFailed: two masks name different targets, or nothing says that any target counts.
+    """
+    given = [name for name in _masks(loss) if name in inputs]
+    for other in given[1:]:
+        if ((inputs[other] != 0) != (inputs[given[0]] != 0)).any():
+            raise OperationFailed(
+                f"{given[0]} and {other} contradict each other: one counts tokens that the other"
+                " leaves out. Send one of them, or make them 0 at the same positions"
+            )
+    if given:
+        weights: NDArray[np.float32] = inputs[given[0]].astype(np.float32, copy=False)
+        return weights
+    if "advantages" not in inputs:
+        return np.ones(math.prod(shape), np.float32)
+    counts = inputs["advantages"] != 0
+    if "logprobs" in inputs:
+        counts = counts | (inputs["logprobs"] != 0)
+    if not counts.any():
+        raise OperationFailed(
+            "it has no weights, and neither advantages nor logprobs is other than 0 anywhere, so"
+            " no token counts: send weights, 1 for each sampled token and 0 for the others"
+        )
+    note_once(
+        "a row without weights: a position counts where advantages or logprobs is not 0. Send"
+        " weights to say it (the SDK's datum builders do)"
+    )
+    return np.asarray(counts, np.float32)
+
+
+@lru_cache(maxsize=256)
+def note_once(text: str) -> None:
+    """Log a warning, once in the life of this trainer."""
+    logger.warning("%s", text)
 
 
 def _width(targets: RawTensor, length: int, loss: Loss, loss_name: str, limits: ModelLimits) -> int:
@@ -229,7 +295,21 @@ def _width(targets: RawTensor, length: int, loss: Loss, loss_name: str, limits: 
     return shape[1]
 
 
-def _check_names(given: Mapping[str, object], allowed: Sequence[str], loss_name: str) -> None:
+def _check_unused(given: Mapping[str, object], used: Sequence[str], loss_name: str) -> None:
+    """Note inputs that the loss leaves unused; refuse one that looks like a misspelt input of it.
+
+    Datums are made once for several losses, and other trainers ignore what a loss does not need.
+    """
+    for name in sorted(given.keys() - set(used) - {RATIO_MASK}):
+        meant = None if name in KNOWN_INPUTS else get_close_matches(name, used, 1, 0.8)
+        if meant:
+            raise OperationFailed(
+                f"loss {loss_name!r} does not know {name[:40]!r}: did you mean {meant[0]!r}?"
+            )
+        note_once(f"loss {loss_name!r} does not use {name[:40]!r}: it is ignored")
+
+
+def _check_names(given: Iterable[str], allowed: Sequence[str], loss_name: str) -> None:
     unknown = sorted(name for name in given if name not in allowed)
     if unknown:
         raise OperationFailed(
@@ -324,7 +404,10 @@ def _embedded(datum: RawDatum, output: EmbeddingOutput, raw: RawPass, limits: Mo
     tokens = _check_tokens(datum.tokens, limits)
     name = GRADIENT_INPUTS.get(output)
     wanted = (name,) if name is not None and raw.backward else ()
-    _check_names(datum.tensors, ("target_tokens", "weights", *wanted), f"output={output}")
+    known = ("target_tokens", "weights", *wanted)
+    _check_names(
+        {n: t for n, t in datum.tensors.items() if n not in KNOWN_INPUTS}, known, f"output={output}"
+    )
     if not wanted:
         return Datum(tokens, {})
     shape: tuple[int, ...] = {

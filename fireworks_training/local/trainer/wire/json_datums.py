@@ -69,7 +69,7 @@ def _array(values: object, name: str) -> NDArray[np.generic]:
 
 
 def decode_tensor(value: object, name: str) -> RawTensor:
-    """Decode a tensor: int64 for target_tokens, float32 for any other name.
+    """Decode a tensor: int64 for target_tokens; float32, or int64 made so, for any other name.
 
     Raises:
         OperationFailed: it does not have the form of a tensor.
@@ -78,14 +78,15 @@ def decode_tensor(value: object, name: str) -> RawTensor:
         raise OperationFailed(f"{name} must be a tensor with data, dtype and shape")
     allow(value, ("data", "dtype", "shape", *_SPARSE), f"{name} (a tensor)")
     shape = _shape(value.get("shape"), name)
-    integral = name == "target_tokens"
-    if value.get("dtype") != ("int64" if integral else "float32"):
-        raise OperationFailed(f"{name} must have dtype {'int64' if integral else 'float32'}")
-    if integral:
-        data: NDArray[np.generic] = _integers(value["data"], name)
-    else:
-        with np.errstate(over="ignore"):
-            data = _array(value["data"], name).astype(np.float32)
+    dtype = value.get("dtype")
+    allowed = ("int64",) if name == "target_tokens" else ("float32", "int64")
+    if dtype not in allowed:
+        raise OperationFailed(f"{name} must have dtype {' or '.join(allowed)}")
+    with np.errstate(over="ignore"):
+        numbers = _integers if dtype == "int64" else _array
+        data = numbers(value["data"], name)
+        if name != "target_tokens":
+            data = data.astype(np.float32)
     crow, columns = (value.get(key) for key in _SPARSE)
     if crow is None and columns is None:
         return RawTensor(data, shape)

@@ -95,9 +95,10 @@ def _backward(request: protobuf.PassRequest) -> BackwardRequest:
 
 
 def _tensor(name: str, array: NDArray[np.generic]) -> RawTensor:
-    integral = name == "target_tokens"
-    if array.dtype.kind != ("i" if integral else "f"):
-        raise OperationFailed(f"{name} must have dtype {'int64' if integral else 'float32'}")
+    if name != "target_tokens":
+        array = array.astype(np.float32, copy=False)  # masks may come as integers
+    elif array.dtype.kind != "i":
+        raise OperationFailed(f"{name} must have dtype int64")
     # A copy: the message's arrays are views that can't be written to, which torch does not take.
     return RawTensor(array.reshape(-1).copy(), array.shape)
 

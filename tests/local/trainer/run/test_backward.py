@@ -59,6 +59,14 @@ async def test_it_is_the_linearised_pass_from_the_graph_and_without(start: Start
         wanted = await second.ok("forward_backward", **linearised(gradients(seed)))
         assert got["loss_fn_outputs"] == [{}] * 4
         cached.append(got["metrics"].pop("backward_cached_tokens:sum"))
+        # Tokens count as they did in the forward, whatever gradient the caller's loss gave them.
+        counted = sum(np.count_nonzero(e["loss_fn_inputs"]["weights"]["data"]) for e in DATA)
+        assert (
+            got["metrics"]["num_loss_tokens:sum"]
+            == counted
+            < wanted["metrics"].pop("num_loss_tokens:sum")
+        )
+        del got["metrics"]["num_loss_tokens:sum"]
         assert got["metrics"] == pytest.approx(wanted["metrics"], rel=1e-5)
         assert (await step(first))["grad_norm"] == pytest.approx(
             (await step(second))["grad_norm"], rel=1e-5

@@ -25,7 +25,7 @@ from fireworks_training.local.trainer.queue.operations import (
     SaveState,
     Submission,
 )
-from fireworks_training.local.trainer.wire import json_codec
+from fireworks_training.local.trainer.wire import datums, json_codec
 from fireworks_training.local.trainer.wire.datums import ModelLimits
 from tests.local.trainer.trainer_driver import datum, tensor
 
@@ -112,7 +112,8 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(weights={"data": [[1.0], [1.0]], "dtype": "float32"}), "flat list"),
         (changed(weights={"data": [[1.0], 1.0], "dtype": "float32"}), "flat list"),
         (changed(weights={"data": [True, False], "dtype": "float32"}), "flat list"),
-        (changed(weights=tensor([1, 1], "int64")), "dtype float32"),
+        (changed(weights=tensor([1, 1], "int32")), "dtype float32 or int64"),
+        (changed(weights=tensor([0.5, 1], "int64")), "weights must hold integers"),
         (changed(weights={**tensor([1.0, 1.0]), "shape": [2, 1]}), "shape [2, 1]"),
         (changed(weights={**tensor([1.0, 1.0]), "sparse_col_indices": [0]}), "sparse_crow_indices"),
         (changed(weights=[1.0, 1.0]), "weights must be a tensor"),
@@ -120,7 +121,9 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(target_tokens={"data": [2.5, 3], "dtype": "int64"}), "integers"),
         (changed(target_tokens={"data": [2, 1 << 70], "dtype": "int64"}), "target_tokens"),
         (changed(target_tokens=None), "needs loss_fn_inputs target_tokens"),
-        (changed(advantages=tensor([1.0, 1.0])), "does not know 'advantages'"),
+        (changed(weihgts=tensor([1.0, 1.0])), "did you mean 'weights'"),
+        (changed(loss_mask=tensor([1.0, 0.0])), "weights and loss_mask contradict each other"),
+        (changed(mask=tensor([0, 1], "int64")), "weights and mask contradict each other"),
         (changed(model_input={}), "chunks"),
         (changed(model_input={"chunks": [{"type": "image", "data": ""}]}), "text only"),
         (changed(model_input={"chunks": [{"type": "encoded_text"}]}), "list of tokens"),
@@ -159,6 +162,82 @@ def test_datums_that_are_refused(entry: Any, words: str) -> None:
 )
 def test_passes_that_are_refused(fields: dict[str, Any], words: str) -> None:
     assert words in refused("forward_backward", fields)
+
+
+def weights_of(loss: str, **inputs: Any) -> list[float]:
+    operation = decoded("forward_backward", passes(datum([1, 2], [2, 3], **inputs), loss=loss))
+    assert isinstance(operation, Pass)
+    assert operation.data[0].inputs.keys() == {"target_tokens", "weights", *LOSSES[loss].required}
+    assert operation.data[0].inputs["weights"].dtype == np.float32
+    return operation.data[0].inputs["weights"].tolist()
+
+
+RL_LOSSES = [name for name in LOSSES if "advantages" in LOSSES[name].required]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_mask_has_three_names_and_two_dtypes(loss: str) -> None:
+    for name in ("weights", "loss_mask", "mask"):
+        for dtype in ("float32", "int64"):
+            entry = datum([1, 2], [2, 3], **RL)
+            entry["loss_fn_inputs"][name] = tensor([0, 1], dtype)
+            operation = decoded("forward_backward", passes(entry, loss=loss))
+            assert isinstance(operation, Pass)
+            assert operation.data[0].inputs["weights"].tolist() == [0.0, 1.0]
+    both = {"weights": [0.0, 0.5], "loss_mask": [0.0, 1.0]}  # they agree on what counts
+    assert weights_of(loss, **RL, **both) == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("loss", RL_LOSSES)
+def test_without_a_mask_the_row_says_what_was_sampled(loss: str) -> None:
+    def row(logprobs: list[float], advantages: list[float]) -> list[float]:
+        return weights_of(loss, logprobs=logprobs, advantages=advantages)
+
+    assert row([0.0, -1.0], [0.0, 2.0]) == [0.0, 1.0]
+    assert row([0.0, -1.0], [0.0, 0.0]) == [0.0, 1.0]  # advantage 0 was sampled all the same
+    assert row([0.0, 0.0], [0.0, 2.0]) == [0.0, 1.0]  # a probability of 1, too
+    nothing = datum([1, 2], [2, 3], logprobs=[0.0, 0.0], advantages=[0.0, 0.0])
+    message = refused("forward_backward", passes(nothing, loss=loss))
+    assert "no weights" in message
+    assert "advantages nor logprobs" in message
+    assert weights_of(loss, **RL, weights=[0.0, 0.0]) == [0.0, 0.0]  # said: it is taken
+
+
+def test_cross_entropy_without_a_mask_counts_every_token() -> None:
+    assert weights_of("cross_entropy") == [1.0, 1.0]
+    assert weights_of("cross_entropy", logprobs=[0.0, -1.0], advantages=[0.0, 1.0]) == [1.0, 1.0]
+
+
+def test_gspo_takes_the_mask_of_its_ratio_by_tinker_s_name() -> None:
+    assert weights_of("gspo", **RL, sequence_ratio_mask=[0.0, 1.0]) == [0.0, 1.0]
+    assert weights_of("ppo", **RL, sequence_ratio_mask=[0.0, 1.0]) == [1.0, 1.0]
+    entry = datum([1, 2], [2, 3], **RL, weights=[1.0, 0.0], sequence_ratio_mask=[0.0, 1.0])
+    words = "weights and sequence_ratio_mask contradict"
+    assert words in refused("forward_backward", passes(entry, loss="gspo"))
+
+
+def test_what_a_loss_does_not_use_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    datums.note_once.cache_clear()
+    for _ in range(2):
+        weights_of("cross_entropy", **RL, values=[0.0, 1.0])
+        weights_of("ppo", **RL)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) == 4
+    for name in ("advantages", "logprobs", "values"):
+        assert f"loss 'cross_entropy' does not use '{name}': it is ignored" in said
+    assert any(text.startswith("a row without weights") for text in said)
+
+
+def test_settings_of_other_trainers() -> None:
+    entry = datum([1, 2], [2, 3], **RL)
+    sent = passes(entry, loss="importance_sampling", loss_fn_config={"ratio_log_cap": 20.0})
+    operation = decoded("forward_backward", sent)
+    assert isinstance(operation, Pass)
+    assert operation.config == {"ratio_log_cap": 20.0}
+    sent = passes(entry, loss="importance_sampling", loss_fn_config={"ratio_log_cap": -1.0})
+    assert "ratio_log_cap must be at least 0" in refused("forward_backward", sent)
+    unknown = refused("forward_backward", passes(entry, loss="stable_reinforce"))
+    assert "not public: pass loss_fn='importance_sampling'" in unknown
 
 
 def test_refusals_quote_no_tokens() -> None:
