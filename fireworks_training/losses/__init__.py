@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         sequence_mask,
         tis,
     )
-    from fireworks_training.losses.library.base import Loss
+    from fireworks_training.losses.library.base import BatchLoss
     from fireworks_training.losses.library.policy import PolicyLoss, PolicyOptions
     from fireworks_training.losses.library.rl import (
         cispo,
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attached": ("attach",),
     "corrections": ("Correction", "decoupled", "geometric", "icepop", "sequence_mask", "tis"),
-    "library.base": ("Loss",),
+    "library.base": ("BatchLoss",),
     "library.policy": ("PolicyLoss", "PolicyOptions"),
     "library.rl": (
         "cispo",
@@ -95,8 +95,8 @@ _HOMES = {
 """The modules of the names, which are loaded when one is first used."""
 
 __all__ = [
+    "BatchLoss",
     "Correction",
-    "Loss",
     "PolicyLoss",
     "PolicyOptions",
     "PreferenceLoss",

@@ -115,16 +115,21 @@ def totals(data: Sequence[tinker.Datum]) -> Totals:
         InvalidDatum: a row's masks contradict each other, or it has none and nothing to tell by.
         InvalidArgument: no token counts.
     """
-    sizes = [float(mask_of(datum, index).sum()) for index, datum in enumerate(data)]
+    masks = [unchecked_mask(datum, index) for index, datum in enumerate(data)]
+    for mask in masks:
+        check_masks(mask, masks)
+    sizes = [float(mask.sum(dtype="float64")) for mask in masks]
     return Totals(sum(size > 0 for size in sizes), sum(sizes))
 
 
-def mask_of(datum: tinker.Datum, index: int) -> npt.NDArray[np.floating[Any]]:
+def unchecked_mask(datum: tinker.Datum, index: int) -> npt.NDArray[np.floating[Any]]:
     """The mask of a row: one entry for each target, 0 for a token that does not count.
 
+    Its values are for `check_masks`, once for a whole batch.
+
     Raises:
-        InvalidDatum: masks of several names contradict each other; an entry is negative or not
-            finite; or an RL row has no mask and both its `advantages` and `logprobs` are all 0.
+        InvalidDatum: masks of several names contradict each other, or an RL row has no mask and
+            both its `advantages` and `logprobs` are all 0.
     """
     import numpy as np
 
@@ -138,12 +143,7 @@ def mask_of(datum: tinker.Datum, index: int) -> npt.NDArray[np.floating[Any]]:
                 index=index,
             )
     if given:
-        name, mask = given[0]
-        if not bool(np.isfinite(mask).all()) or bool((mask < 0).any()):
-            raise InvalidDatum(
-                f"datum {index}: {name!r} must be finite and not negative", index=index
-            )
-        return mask
+        return given[0][1]
     if "target_tokens" not in inputs:
         raise InvalidDatum(f"datum {index} has no 'target_tokens'", index=index)
     counted = np.zeros(inputs["target_tokens"].to_numpy().shape, bool)
@@ -161,3 +161,22 @@ def mask_of(datum: tinker.Datum, index: int) -> npt.NDArray[np.floating[Any]]:
             index=index,
         )
     return counted.astype(np.float32)
+
+
+def check_masks(
+    flat: npt.NDArray[np.floating[Any]], masks: Sequence[npt.NDArray[np.floating[Any]]]
+) -> None:
+    """Check the values of the masks of a batch, laid end to end.
+
+    Raises:
+        InvalidDatum: an entry is negative or not finite.
+    """
+    import numpy as np
+
+    if not flat.size or (flat.min() >= 0 and flat.max() < np.inf):  # a NaN fails both
+        return
+    for index, mask in enumerate(masks):
+        if not bool(np.isfinite(mask).all()) or bool((mask < 0).any()):
+            raise InvalidDatum(
+                f"datum {index}: the mask ('weights') must be finite and not negative", index=index
+            )

@@ -1,7 +1,8 @@
 """Errors that were published in losses, each rebuilt small, with the place that describes it.
 
-Each is the smallest function that makes the same error; none is anybody's code. They are the negative
-controls of the court: `test_court.py` holds that it convicts every one, by the law that names it.
+Each is the smallest function that makes the same error; none is anybody's code. They are the
+negative controls of the court: `test_court.py` holds that it convicts every one, by the law that
+names it.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def clamped_k3(row: Row) -> Tensor:
     return surrogate(row) + 0.1 * weight * (torch.expm1(gap) - gap).clamp(-0.3, 0.3)
 
 
-# -- masks --------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------
 
 
 def gspo_over_masked_tokens(data: Any, leaves: list[Tensor]) -> Returned:
@@ -158,7 +159,7 @@ def sft_off_by_one(data: Any, leaves: list[Tensor]) -> Returned:
     return -total / torch.stack([row.m.sum() for row in rows]).sum(), {}
 
 
-# -- preference terms ---------------------------------------------------------------------------
+# -- preference terms -----------------------------------------------
 
 
 def log_odds(a: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def ipo_of_sums(won: Row, lost: Row) -> Tensor:
     return (score(won) - score(lost) - 1 / 0.2).square()
 
 
-# -- weights and clips --------------------------------------------------------------------------
+# -- weights and clips -----------------------------------------------
 
 
 def cispo_cut_to_epsilon(data: Any, leaves: list[Tensor]) -> Returned:
@@ -252,7 +253,7 @@ def dro_square_only_where_rewarded(row: Row) -> Tensor:
     return -row.lp * row.advantages + square
 
 
-# -- reductions ---------------------------------------------------------------------------------
+# -- reductions -----------------------------------------------
 
 
 def sft_mean_of_the_call(data: Any, leaves: list[Tensor]) -> Returned:

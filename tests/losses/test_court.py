@@ -60,7 +60,7 @@ def test_it_acquits_the_library(case: Case) -> None:
     assert max(measured) <= 1e-6
 
 
-def built_in(name: str, config: dict[str, float] | None = None) -> Implementation:
+def built_in(name: str) -> Implementation:
     """A loss function of the trainer on datums: the trainer reads them in its own way."""
     loss = LOSSES[name]
 
@@ -74,14 +74,11 @@ def built_in(name: str, config: dict[str, float] | None = None) -> Implementatio
             for column in columns
         }
         inputs["sequence"] = torch.repeat_interleave(torch.arange(len(leaves)), sizes)
-        return loss.per_token(
-            torch.cat(leaves), inputs, {**loss.config, **(config or {})}
-        ).sum(), {}
+        return loss.per_token(torch.cat(leaves), inputs, loss.config).sum(), {}
 
     return call
 
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.2, "reduction": "sum"}
 BUILT_IN: dict[str, Objective] = {
     "cross_entropy": objectives.sft(reduction="sum"),
     "importance_sampling": objectives.reinforce(importance=True),
@@ -134,6 +131,17 @@ def test_the_table_names_the_broken_law_in_a_sentence() -> None:
     text = str(conformance.check(half, objectives.sft()))
     assert "the gradient is 0.5 times the objective's, everywhere" in text
     assert text.startswith("sft: ")
+
+
+def test_a_gradient_that_is_no_number_where_nothing_counts_is_seen() -> None:
+    def spoilt(data: Any, leaves: list[Tensor]) -> Any:
+        loss, metrics = losses.reinforce()(data, leaves)
+        for leaf in leaves:
+            leaf.register_hook(lambda slope: torch.where(slope == 0, torch.nan, slope))
+        return loss, metrics
+
+    result = conformance.check(spoilt, objectives.reinforce())
+    assert "masked contents" in {law.name for law in result.broken}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
     print(result)               # a table of laws; a broken one in a sentence
     assert result.ok
 
-`my_loss` is a function `(data, logprobs_list) -> (loss, metrics)`, as `forward_backward_custom`
+The loss is a function `(data, logprobs_list) -> (loss, metrics)`, as `forward_backward_custom`
 takes it: one of this package, your own, or another library's behind a small adapter. It sees every
 outcome of a tiny policy as rows with `weights` (the mask), and what the objective needs: `logprobs`
 (as sampled), `advantages`, `old_logprobs`, `ref_logprobs`, `teacher_logprobs`.

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from fireworks_training.losses.conformance.arithmetic import Counted
 
@@ -181,7 +182,7 @@ def with_prompt(row: Row, count: int) -> Row:
 def with_other_contents(row: Row) -> Row:
     """The row with other values wherever nothing counts, a sentinel for a logprob among them."""
     junk = {"sampled": -9999.0, "advantages": 2.0, "logprobs": -4.0}
-    changed = {
+    changed: dict[str, Any] = {
         name: tuple(
             value if keep else junk.get(name, -1.25)
             for value, keep in zip(getattr(row, name), row.mask, strict=True)

@@ -64,12 +64,7 @@ def run(
 
     kind = torch.float32 if single else torch.float64
     leaves = [torch.tensor(row.logprobs, dtype=kind, requires_grad=True) for row in rows]
-    returned: Any = loss([datum(row, objective.arrays) for row in rows], leaves)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise Misuse(f"it returned {type(returned).__name__}, not (loss, metrics)")
-    value = returned[0]
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        raise Misuse("its loss is no scalar tensor")
+    value = _scalar(loss([datum(row, objective.arrays) for row in rows], leaves))
     if not value.requires_grad:
         return float(value), [[0.0] * len(row.mask) for row in rows]
     found = torch.autograd.grad(value.reshape(()), leaves, allow_unused=True)
@@ -78,6 +73,18 @@ def run(
         for row, gradient in zip(rows, found, strict=True)
     ]
     return float(value.detach()), gradients
+
+
+def _scalar(returned: object) -> torch.Tensor:
+    """The loss of what an implementation returned."""
+    import torch
+
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise Misuse(f"it returned {type(returned).__name__}, not (loss, metrics)")
+    value: object = returned[0]
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise Misuse("its loss is no scalar tensor")
+    return value
 
 
 def distance(found: list[list[float]], right: list[list[float]]) -> float:

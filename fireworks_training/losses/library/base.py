@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss:
+class BatchLoss:
     """A loss for `forward_backward_custom`; immutable, and safe to share.
 
     Attributes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fireworks_training._checks import integer, number, one_of
 from fireworks_training.errors import InvalidArgument, InvalidDatum, UnknownOption
 from fireworks_training.losses.corrections import Correction, CorrectionName, correction_of
-from fireworks_training.losses.library.base import Loss, floats
+from fireworks_training.losses.library.base import BatchLoss, floats
 from fireworks_training.losses.reductions import Reduction, Totals
 from fireworks_training.losses.tensors import kl as estimators
 from fireworks_training.losses.tensors.corrections import correction_weights
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     import tinker
 
 KLName = Literal["k1_in_reward", "k2", "k3", "k3+"]
-ARRAYS = (
-    "logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "teacher_logprobs",
-    "kept_mass",
-    "advantages",
-)
 
 
 class PolicyOptions(TypedDict, total=False):
@@ -85,7 +77,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyLoss(Loss):
+class PolicyLoss(BatchLoss):
     """A policy term with a reduction, a KL and a correction.
 
     Attributes:
@@ -121,7 +113,7 @@ class PolicyLoss(Loss):
             InvalidDatum: the rows lack an array that the loss needs, or have it in another length.
             InvalidArgument: the call holds more than its totals.
         """
-        rows = read_rows(data, logprobs_list, ARRAYS)
+        rows = read_rows(data, logprobs_list, self._arrays())
         sampled_T = self._sampled(rows)
         old_T = self._old(rows, sampled_T)
         advantages_T = self._advantages(rows, sampled_T)
@@ -140,6 +132,15 @@ class PolicyLoss(Loss):
         loss = reduce(terms_T, rows, self.reduction, self.totals)
         with torch.no_grad():
             return loss, self._metrics(rows, term, old_T, sampled_T, weights_T)
+
+    def _arrays(self) -> tuple[str, ...]:
+        """The arrays to read, where the rows have them."""
+        compared = self.compares or self.kl is not None or self.correction is not None
+        return (
+            *(("logprobs", "old_logprobs", "kept_mass") if compared else ()),
+            "ref_logprobs",
+            "advantages" if self.teacher is None else "teacher_logprobs",
+        )
 
     def no_twin(self) -> str | None:
         """Why no built-in loss is the same; None where one is."""
@@ -212,7 +213,7 @@ class PolicyLoss(Loss):
         sampled_T: Tensor | None,
         weights_T: Tensor | None,
     ) -> dict[str, float]:
-        here = rows.totals()
+        here = rows.here
 
         def mean(values_T: Tensor) -> Tensor:
             return torch.dot(rows.mask_T, values_T.to(rows.mask_T.dtype)) / here.tokens

@@ -76,11 +76,11 @@ def _clip(
         log_ratio_T = tokens.logprobs_T - tokens.old_T if ratio is None else ratio(tokens)
         advantages_T = tokens.advantages_T
         loss_T = policy.clipped(log_ratio_T, advantages_T, low, high, dual_clip)
-        found_T = log_ratio_T.detach().exp()
+        found_T = log_ratio_T.detach()
         return Term(
             loss_T,
-            low_T=(advantages_T < 0) & (found_T < low),
-            high_T=(advantages_T > 0) & (found_T > high),
+            low_T=(advantages_T < 0) & (found_T < policy.log(low)),
+            high_T=(advantages_T > 0) & (found_T > policy.log(high)),
         )
 
     kind = "ppo" if ratio is None else "gspo"
@@ -170,8 +170,12 @@ def cispo(
         loss_T = policy.cispo(
             tokens.logprobs_T, log_ratio_T, tokens.advantages_T, min_weight, max_weight
         )
-        found_T = log_ratio_T.detach().exp()
-        return Term(loss_T, low_T=found_T < min_weight, high_T=found_T > max_weight)
+        found_T = log_ratio_T.detach()
+        return Term(
+            loss_T,
+            low_T=found_T < policy.log(min_weight),
+            high_T=found_T > policy.log(max_weight),
+        )
 
     settings = {"clip_low_threshold": min_weight, "clip_high_threshold": max_weight}
     return _loss("cispo", term, per_token, options, twin=("cispo", settings))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fireworks_training._checks import number
 from fireworks_training.errors import InvalidArgument, InvalidDatum
-from fireworks_training.losses.library.base import Loss, floats
+from fireworks_training.losses.library.base import BatchLoss, floats
 from fireworks_training.losses.reductions import Reduction, Totals, reduction_of
 from fireworks_training.losses.tensors import preference
 from fireworks_training.losses.tensors.rows import Rows, checked_totals, read_rows, reduce
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedLoss(Loss):
+class SupervisedLoss(BatchLoss):
     """-l of each counted token."""
 
     def __call__(
@@ -29,8 +30,8 @@ class SupervisedLoss(Loss):
         """Compute the loss of a call, and its metrics: `nll` (a token), `tokens`, `sequences`."""
         rows = read_rows(data, logprobs_list, ())
         loss = reduce(-rows.logprobs_T, rows, self.reduction, self.totals)
-        here = rows.totals()
-        nll = -(rows.mask_T * rows.logprobs_T.detach()).sum() / here.tokens
+        here = rows.here
+        nll = -torch.dot(rows.mask_T, rows.logprobs_T.detach()) / here.tokens
         return loss, floats({"nll": nll, "tokens": here.tokens, "sequences": float(here.sequences)})
 
 
@@ -38,7 +39,7 @@ Pair = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceLoss(Loss):
+class PreferenceLoss(BatchLoss):
     """A loss of pairs of rows: rows 2i and 2i + 1 are the chosen and the rejected response.
 
     Attributes:
@@ -86,7 +87,7 @@ class PreferenceLoss(Loss):
                 "logps/chosen": logps_S[0::2].mean(),
                 "logps/rejected": logps_S[1::2].mean(),
                 "pairs": len(data) / 2,
-                "tokens": rows.totals().tokens,
+                "tokens": rows.here.tokens,
             }
         )
 

@@ -15,7 +15,8 @@ FLAT = 20.0
 """Log-ratio from which SAPO's sigmoid is 1 and its slope 0 in float64: exp(20) is far beyond."""
 
 
-def _log(bound: float) -> float:
+def log(bound: float) -> float:
+    """The logarithm of a bound of a ratio; that of 0 is minus infinity."""
     return math.log(bound) if bound > 0 else -math.inf
 
 
@@ -28,11 +29,11 @@ def clipped(
     whose ratio the clip rejects has the bound's value and no gradient.
     """
     up_T, down_T = advantages_T > 0, advantages_T < 0
-    most = math.inf if dual is None else _log(dual)
+    most = math.inf if dual is None else log(dual)
     kept_T = torch.where(
         up_T,
-        log_ratio_T <= _log(high),
-        down_T & (log_ratio_T >= _log(low)) & (log_ratio_T <= most),
+        log_ratio_T <= log(high),
+        down_T & (log_ratio_T >= log(low)) & (log_ratio_T <= most),
     )
     bound_T = torch.where(up_T, high, low).to(log_ratio_T.dtype)
     if dual is not None:
@@ -61,7 +62,7 @@ def cispo(
 
     The bounds are those of the weight itself: 5.0 is five times, not 1 + 5.
     """
-    bounded_T = log_ratio_T.detach().clamp(_log(min_weight), _log(max_weight))
+    bounded_T = log_ratio_T.detach().clamp(log(min_weight), log(max_weight))
     active_T = advantages_T != 0
     return -torch.exp(bounded_T) * advantages_T * torch.where(active_T, logprobs_T, 0.0)
 

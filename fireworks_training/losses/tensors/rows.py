@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,29 +12,40 @@ import torch
 from torch import Tensor
 
 from fireworks_training.errors import InvalidArgument, InvalidDatum
-from fireworks_training.losses.reductions import Reduction, Totals, mask_of
+from fireworks_training.losses.reductions import Reduction, Totals, check_masks, unchecked_mask
 
 if TYPE_CHECKING:
     import tinker
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
     """The counted tokens of a batch, laid end to end.
 
     Attributes:
         logprobs_T: l, with its gradient.
         mask_T: the mask's entries, all above 0.
-        sequence_T: the row of each token, from 0, int64.
+        places: where the tokens stand in all targets laid end to end; None: every target counts.
+        lengths: how many targets each row has.
         sizes_S: the sum of the mask of each row; 0 for a row in which nothing counts.
+        here: how many rows and tokens these are.
         inputs: other arrays of the rows by name, T entries each.
     """
 
     logprobs_T: Tensor
     mask_T: Tensor
-    sequence_T: Tensor
+    places: Any
+    lengths: Any
     sizes_S: Tensor
+    here: Totals
     inputs: dict[str, Tensor]
+
+    @cached_property
+    def sequence_T(self) -> Tensor:
+        """The row of each token, from 0, int64."""
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        kept = rows if self.places is None else rows[self.places]
+        return torch.from_numpy(kept).to(self.mask_T.device)
 
     def sums(self, values_T: Tensor) -> Tensor:
         """Add the values of each row, weighted by the mask: S entries."""
@@ -43,10 +55,6 @@ class Rows:
     def means(self, values_T: Tensor) -> Tensor:
         """Compute each row's mean of the values, weighted by the mask; 0 for an empty row."""
         return self.sums(values_T) / torch.where(self.sizes_S == 0, 1.0, self.sizes_S)
-
-    def totals(self) -> Totals:
-        """Count what is here."""
-        return Totals(int((self.sizes_S > 0).sum()), float(self.sizes_S.double().sum()))
 
     def need(self, name: str, why: str) -> Tensor:
         """Take an array by its name.
@@ -80,44 +88,57 @@ def read_rows(
     masks: list[Any] = []
     columns: dict[str, list[Any]] = {name: [] for name in names}
     for index, (datum, leaf) in enumerate(zip(data, logprobs_list, strict=True)):
-        inputs = datum.loss_fn_inputs
-        row = {name: inputs[name].to_numpy() for name in names if name in inputs}
-        mask = mask_of(datum, index)
-        for name, values in (("weights", mask), *row.items()):
-            if leaf.ndim != 1 or values.shape != tuple(leaf.shape):
-                raise InvalidDatum(
-                    f"datum {index}: {name!r} has the shape {values.shape}, its logprobs have "
-                    f"{tuple(leaf.shape)}; both must be [N], one entry for each target",
-                    index=index,
-                )
-            if name in row:
-                columns[name].append(values)
+        inputs, shape = datum.loss_fn_inputs, tuple(leaf.shape)
+        mask = unchecked_mask(datum, index)
+        _check_shape("weights", mask, shape, index)
         masks.append(mask)
+        for name in names:
+            if name in inputs:
+                values = inputs[name].to_numpy()
+                _check_shape(name, values, shape, index)
+                columns[name].append(values)
     mask = np.concatenate(masks)
+    check_masks(mask, masks)
     places = np.flatnonzero(mask)
     if not places.size:
         raise InvalidDatum("no token of the batch counts: the mask of every datum is 0 everywhere")
     all_count = places.size == mask.size
     flat = torch.cat([*logprobs_list])
+    lengths = np.fromiter(map(len, masks), np.int64, len(masks))
+    sizes = _sizes(mask, lengths)
+    places_T = torch.from_numpy(places).to(flat.device)
 
     def tensor(values: Any) -> Tensor:
         kept = values if all_count else values[places]
         return torch.from_numpy(kept).to(dtype=flat.dtype, device=flat.device)
 
-    index_T = np.repeat(np.arange(len(masks)), [len(each) for each in masks])
-    sequence_T = torch.from_numpy(index_T if all_count else index_T[places]).to(flat.device)
-    mask_T = tensor(mask)
     return Rows(
-        flat if all_count else flat[torch.from_numpy(places).to(flat.device)],
-        mask_T,
-        sequence_T,
-        flat.new_zeros(len(masks)).index_add(0, sequence_T, mask_T),
-        {
-            name: tensor(_whole(name, column, len(data)))
-            for name, column in columns.items()
-            if column
-        },
+        logprobs_T=flat if all_count else torch.index_select(flat, 0, places_T),
+        mask_T=tensor(mask),
+        places=None if all_count else places,
+        lengths=lengths,
+        sizes_S=torch.from_numpy(sizes).to(dtype=flat.dtype, device=flat.device),
+        here=Totals(int((sizes > 0).sum()), float(sizes.sum())),
+        inputs={n: tensor(_whole(n, parts, len(data))) for n, parts in columns.items() if parts},
     )
+
+
+def _check_shape(name: str, values: Any, shape: tuple[int, ...], index: int) -> None:
+    if len(shape) != 1 or values.shape != shape:
+        raise InvalidDatum(
+            f"datum {index}: {name!r} has the shape {values.shape}, its logprobs have {shape}; "
+            "both must be [N], one entry for each target",
+            index=index,
+        )
+
+
+def _sizes(mask: Any, lengths: Any) -> Any:
+    """The sum of each row's mask, in float64."""
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    filled = lengths > 0  # reduceat gives a row of no length its successor's first entry
+    sizes = np.zeros(len(lengths))
+    sizes[filled] = np.add.reduceat(mask, starts[filled], dtype=np.float64)
+    return sizes
 
 
 def _whole(name: str, column: list[Any], count: int) -> Any:
@@ -132,21 +153,20 @@ def reduce(values_T: Tensor, rows: Rows, how: Reduction, given: Totals | None) -
     Raises:
         InvalidArgument: the totals handed in are smaller than this part of the batch.
     """
-    weighted_T = rows.mask_T * values_T
     if how.name == "sum":
-        return weighted_T.sum()
+        return torch.dot(rows.mask_T, values_T)
     size = checked_totals(rows, given)
     if how.name == "per_token":
-        return weighted_T.sum() / size.tokens
+        return torch.dot(rows.mask_T, values_T) / size.tokens
     if how.name == "constant":
         assert how.length is not None
-        return weighted_T.sum() / (size.sequences * how.length)
+        return torch.dot(rows.mask_T, values_T) / (size.sequences * how.length)
     return rows.means(values_T).sum() / size.sequences
 
 
 def checked_totals(rows: Rows, given: Totals | None) -> Totals:
     """The totals that were handed in, or those of this call where it is the whole batch."""
-    here = rows.totals()
+    here = rows.here
     if given is None:
         return here
     if here.sequences > given.sequences or here.tokens > given.tokens * (1 + 1e-6):
