@@ -67,7 +67,9 @@ def run(
     value = _scalar(loss([datum(row, objective.arrays) for row in rows], leaves))
     if not value.requires_grad:
         return float(value), [[0.0] * len(row.mask) for row in rows]
-    found = torch.autograd.grad(value.reshape(()), leaves, allow_unused=True)
+    found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+        value.reshape(()), leaves, allow_unused=True
+    )
     gradients = [
         [0.0] * len(row.mask) if gradient is None else gradient.tolist()
         for row, gradient in zip(rows, found, strict=True)
