@@ -9,6 +9,7 @@ import pytest
 import tinker
 
 from fireworks_training import FiretitanServiceClient, losses, rollout_datum, supervised_datum
+from fireworks_training._async.training.custom_loss import SpreadMeans
 from tests.conftest import RunningPlatform
 
 STILL = tinker.AdamParams(learning_rate=0.0)
@@ -48,7 +49,7 @@ def rows(service: FiretitanServiceClient, client: Any) -> list[tinker.Datum]:
     ids=["full, protobuf", "LoRA, JSON"],
 )
 def test_a_twin_has_the_same_loss_and_gradient(
-    platform: RunningPlatform, settings: dict[str, Any]
+    platform: RunningPlatform, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
@@ -82,7 +83,19 @@ def test_a_twin_has_the_same_loss_and_gradient(
             assert custom == pytest.approx(built_in, rel=1e-5), loss.name
             assert built_in[1] > 0
 
-        # A mean over calls: the totals make two parts the same step as one call.
+        # A mean over calls: without totals it is said once, with them nothing is said.
+        caplog.clear()
+        for _ in range(2):
+            for some in (data[:1], data[1:]):
+                client.forward_backward_custom(some, losses.grpo()).result()
+            client.optim_step(STILL).result()
+        assert [r.getMessage() for r in caplog.records if "losses.totals" in r.getMessage()] == [
+            "the loss 'grpo' takes the mean of each call, and this step has it in several: their "
+            "sum is not the mean of the whole batch. Hand in the totals of all its rows: "
+            "loss.over(losses.totals(all_rows))"
+        ]
+
+        # The totals make two parts the same step as one call.
         loss = losses.grpo(kl="k2", kl_coef=0.1)
         known = client.forward(data, "cross_entropy").result().loss_fn_outputs
         given = losses.attach(data, ref_logprobs=[o["logprobs"].to_numpy() - 0.2 for o in known])
@@ -94,3 +107,20 @@ def test_a_twin_has_the_same_loss_and_gradient(
             whole[0], rel=1e-5
         )
         assert stepped["grad_norm"] == pytest.approx(whole[1], rel=1e-5)
+
+
+def test_one_call_a_step_and_two_losses_a_step_are_no_spread_batch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    means = SpreadMeans()
+    for step in range(3):
+        means.note(step, losses.grpo())
+    means.note(2, losses.sft())
+    means.note(2, losses.reinforce())
+    means.note(3, losses.grpo().over(losses.Totals(3, 9)))
+    means.note(3, losses.grpo().over(losses.Totals(3, 9)))
+    means.note(3, lambda data, outputs: None)
+    assert not caplog.records
+    means.note(4, losses.sft())
+    means.note(4, losses.sft())
+    assert len(caplog.records) == 1
