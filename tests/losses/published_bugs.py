@@ -452,6 +452,12 @@ BUGS: dict[str, Bug] = {
     "advantages are normalised again over the call": Bug(
         f"{GITHUB}axon-rl/gem/pull/113", normalised_again, objectives.grpo(), "gradient, on policy"
     ),
+    "top-p samples are compared as they are": Bug(
+        f"{GITHUB}huggingface/trl/issues/6789",
+        by_sequence(surrogate),
+        objectives.grpo(truncated=True),
+        "gradient, on policy",
+    ),
     "GRPO's ratio has no gradient": Bug(
         f"{GITHUB}Goekdeniz-Guelmez/mlx-lm-lora/issues/55",
         by_sequence(ratio_without_gradient),

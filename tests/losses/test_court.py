@@ -44,6 +44,17 @@ SETTINGS: list[Case] = [
 ]
 
 
+TRUNCATED = (
+    (losses.grpo(top_p=0.9), objectives.grpo(truncated=True)),
+    (
+        losses.gspo(top_k=2, kl="k2", kl_coef=0.1),
+        objectives.gspo(truncated=True, kl="k2", kl_coef=0.1),
+    ),
+    (losses.cispo(top_p=0.9, correction="tis"), objectives.cispo(truncated=True, correction="tis")),
+    (losses.distill(top_p=0.9), objectives.distill(truncated=True)),
+)
+
+
 def named(case: Case) -> str:
     name, args, settings = case
     return " ".join([name, *map(str, args), *(f"{k}={v}" for k, v in settings.items())])
@@ -58,6 +69,14 @@ def test_it_acquits_the_library(case: Case) -> None:
     assert all(law.ok for law in result.laws), str(result)
     measured = [law.error for law in result.laws if law.name != "float32"]
     assert max(measured) <= 1e-6
+
+
+@pytest.mark.parametrize(("loss", "objective"), TRUNCATED, ids=lambda each: each.name)
+def test_it_acquits_the_library_on_truncated_samples(
+    loss: Implementation, objective: Objective
+) -> None:
+    result = conformance.check(loss, objective)
+    assert result.ok, str(result)
 
 
 def built_in(name: str) -> Implementation:

@@ -54,6 +54,7 @@ def test_gradients_are_the_differences_of_values(objective: Objective) -> None:
 # -- exact expectations -----------------------------------------------
 
 V = 3
+REWARDS = [0.3, -1.0, 0.8]
 
 
 def log_softmax(logits: list[float]) -> list[float]:
@@ -62,27 +63,10 @@ def log_softmax(logits: list[float]) -> list[float]:
 
 
 def outcomes(logits: list[float], sampler: list[float], reference: list[float]) -> list[Row]:
-    """A row for each token, under tables of one step; its reward is its number."""
-    made = []
-    for token in range(V):
-        made.append(
-            Row(
-                (token,),
-                (True,),
-                *(
-                    ((column[token],))
-                    for column in (
-                        log_softmax(logits),
-                        log_softmax(sampler),
-                        log_softmax(sampler),
-                        log_softmax(reference),
-                        log_softmax(reference),
-                        [0.3, -1.0, 0.8],
-                    )
-                ),
-            )
-        )
-    return made
+    """A row for each token, under tables of one step, with a reward for each."""
+    own, sampled, anchor = map(log_softmax, (logits, sampler, reference))
+    columns = (own, sampled, sampled, anchor, anchor, REWARDS, [1.0] * V)
+    return [Row((token,), (True,), *((column[token],) for column in columns)) for token in range(V)]
 
 
 def by_logits(objective: Objective, rows: list[Row], logits: list[float]) -> list[float]:
@@ -109,7 +93,7 @@ def differences(function: Any, logits: list[float]) -> list[float]:
 
 
 def expected_reward(logits: list[float]) -> float:
-    pairs = zip(log_softmax(logits), [0.3, -1.0, 0.8], strict=True)
+    pairs = zip(log_softmax(logits), REWARDS, strict=True)
     return sum(math.exp(lp) * r for lp, r in pairs)
 
 

@@ -22,6 +22,7 @@ class Counted:
     Attributes:
         logprobs: l. sampled: q. old: the ratio's denominator. reference, teacher: their logprobs.
         advantages: A, one a token.
+        kept: the probability that the sampler kept at each token, by top-p or top-k.
     """
 
     logprobs: list[float]
@@ -30,6 +31,7 @@ class Counted:
     reference: list[float]
     teacher: list[float]
     advantages: list[float]
+    kept: list[float]
 
 
 Term = Callable[[Counted, list[float]], Terms]

@@ -29,7 +29,7 @@ class Row:
     Attributes:
         tokens: the targets.
         mask: which of them count.
-        logprobs, sampled, old, reference, teacher, advantages: as in `Counted`.
+        logprobs, sampled, old, reference, teacher, advantages, kept: as in `Counted`.
     """
 
     tokens: tuple[int, ...]
@@ -40,6 +40,7 @@ class Row:
     reference: tuple[float, ...]
     teacher: tuple[float, ...]
     advantages: tuple[float, ...]
+    kept: tuple[float, ...]
 
     def counted(self) -> Counted:
         """The tokens that count."""
@@ -54,6 +55,7 @@ class Row:
             kept(self.reference),
             kept(self.teacher),
             kept(self.advantages),
+            kept(self.kept),
         )
 
     def at(self, place: int, **values: float) -> Row:
@@ -66,7 +68,7 @@ class Row:
         return replace(self, **changes)
 
 
-ARRAYS = ("logprobs", "sampled", "old", "reference", "teacher", "advantages")
+ARRAYS = ("logprobs", "sampled", "old", "reference", "teacher", "advantages", "kept")
 
 
 def single(value: float) -> float:
@@ -116,6 +118,7 @@ def _row(outcome: tuple[int, ...], policies: Sequence[Policy], advantage: float,
         tuple(map(single, reference)),
         tuple(map(single, teacher)),
         builder([advantage] * len(mask)),
+        tuple(single(0.95 - 0.1 * (token % VOCABULARY)) for token in (*prompt, *outcome)),
     )
 
 
@@ -172,7 +175,7 @@ def with_prompt(row: Row, count: int) -> Row:
     more = {name: (*(0.0,) * count, *getattr(row, name)) for name in ("sampled", "advantages")}
     more |= {
         name: (*(-0.9,) * count, *getattr(row, name))
-        for name in ("logprobs", "old", "reference", "teacher")
+        for name in ("logprobs", "old", "reference", "teacher", "kept")
     }
     return replace(
         row, tokens=(*(2,) * count, *row.tokens), mask=(*(False,) * count, *row.mask), **more

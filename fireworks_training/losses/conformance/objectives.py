@@ -6,6 +6,7 @@ An objective has the value and the derivative of every logprob. The defaults are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
@@ -111,6 +112,8 @@ class Options(TypedDict, total=False):
         reduction: another than the paper's.
         kl, kl_coef, kl_cap: a KL to the reference.
         correction: a correction for a sampler that differs from the trainer.
+        truncated: the sampler used top-p or top-k; `logprobs` are those of what it kept, and the
+            rows carry the probability of that, `kept_mass`.
     """
 
     reduction: Reduction | str
@@ -118,6 +121,7 @@ class Options(TypedDict, total=False):
     kl_coef: float
     kl_cap: float
     correction: Correction | CorrectionName | None
+    truncated: bool
 
 
 def _policy(
@@ -135,6 +139,8 @@ def _policy(
     how = correction_of(options.get("correction"))
 
     def row(counted: Counted) -> Terms:
+        if options.get("truncated"):
+            counted = _of_the_whole_vocabulary(counted, same=how is None)
         given = counted.advantages
         if teacher is not None:
             pairs = zip(counted.teacher, counted.sampled, strict=True)
@@ -158,6 +164,7 @@ def _policy(
 
     arrays = ["logprobs", "advantages"]
     arrays += ["old_logprobs"] if how is not None else []
+    arrays += ["kept_mass"] if options.get("truncated") else []
     arrays += ["ref_logprobs"] if kl is not None else []
     if teacher is not None:
         arrays += ["teacher_logprobs"]
@@ -169,6 +176,17 @@ def _policy(
         row=row,
         referred=kl is not None,
     )
+
+
+def _of_the_whole_vocabulary(row: Counted, *, same: bool) -> Counted:
+    """The row with the sampler's logprobs before it cut its distribution: q + log(kept).
+
+    Args:
+        same: whether the ratio's denominator is the sampler's logprob.
+    """
+    pairs = zip(row.sampled, row.kept, strict=True)
+    sampled = [q + math.log(kept) for q, kept in pairs]
+    return replace(row, sampled=sampled, old=sampled if same else row.old)
 
 
 def grpo(*, clip_low: float = 0.2, clip_high: float = 0.2, **options: Unpack[Options]) -> Objective:

@@ -23,6 +23,7 @@ FIELDS = {
     "ref_logprobs": "reference",
     "teacher_logprobs": "teacher",
     "advantages": "advantages",
+    "kept_mass": "kept",
 }
 """The arrays of a datum, and where a row has them."""
 

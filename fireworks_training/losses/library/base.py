@@ -55,7 +55,8 @@ class BatchLoss:
         """Whether the loss divides by the size of the batch, and was not told it.
 
         Such a loss is right for a batch that goes out in one call. Spread over several, each call
-        would take its own mean: hand the totals in with `over`.
+        would take its own mean: hand the totals in with `over`. A training client that meets it
+        twice in one step says so in its log.
         """
         return self.reduction.needs_totals and self.totals is None
 
@@ -70,7 +71,8 @@ class BatchLoss:
         """The trainer's own loss of the same value and gradient, for `forward_backward`.
 
         `client.forward_backward(data, *loss.builtin)` computes it there. Established for this
-        package's platform; other servers may sum in another way.
+        package's platform, and for rows whose ratio is to their `logprobs` (no `old_logprobs`, no
+        `kept_mass`); other servers may sum in another way.
 
         Raises:
             NotSupported: there is none; says why.
