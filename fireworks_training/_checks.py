@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import SupportsFloat, SupportsIndex, cast
 
@@ -44,7 +44,8 @@ def number(name: str, value: object, least: float, most: float = math.inf) -> fl
         InvalidArgument: it is another kind, not finite, or out of bounds.
     """
     # A tensor that requires a gradient is a number too, and torch would warn.
-    given = value.detach() if hasattr(value, "detach") else value
+    detach: Callable[[], object] | None = getattr(value, "detach", None)
+    given = value if detach is None else detach()
     try:
         if _is_bool(given) or not hasattr(given, "__float__"):  # text has none
             raise TypeError

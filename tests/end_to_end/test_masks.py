@@ -22,7 +22,9 @@ def bare(datum: tinker.Datum) -> tinker.Datum:
     return tinker.Datum(model_input=datum.model_input, loss_fn_inputs=kept)
 
 
-def test_on_policy_rows_train_alike_with_a_mask_and_without(platform: RunningPlatform) -> None:
+def test_on_policy_rows_train_alike_with_a_mask_and_without(
+    platform: RunningPlatform, caplog: pytest.LogCaptureFixture
+) -> None:
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,
@@ -60,3 +62,5 @@ def test_on_policy_rows_train_alike_with_a_mask_and_without(platform: RunningPla
         held = client.optim_step(STILL).result().metrics
         assert held
         assert 0 < held["grad_norm"] < 1e6
+    said = [r.getMessage() for r in caplog.records if "came without 'weights'" in r.getMessage()]
+    assert len(said) == 1

@@ -10,6 +10,7 @@ losses and outputs belong together is decided in `pass_operations`; bytes are ma
 from __future__ import annotations
 
 import contextvars
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from fireworks_training._async.training.requests import Request
 from fireworks_training._core.chunking import combine_metrics, split
 from fireworks_training._wire.training.bodies import PassKind, WireRequest
 from fireworks_training._wire.training.datums import (
+    ALL_MASKS,
     Captured,
     Encoding,
     PassResult,
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Inputs = Callable[[Captured, int], Mapping[str, Array]]
 """Selects the loss inputs of a datum that go to the trainer."""
+
+logger = logging.getLogger(__name__)
 
 _ACCEPT = {"Accept": ACCEPT}
 
@@ -186,6 +190,10 @@ class Passes:
         if not data:
             raise InvalidDatum("no datums: a pass needs at least one")
         arrays = [inputs(datum, index) for index, datum in enumerate(data)]
+        if any(
+            "advantages" in datum.tensors and ALL_MASKS.isdisjoint(datum.tensors) for datum in data
+        ):
+            _note_rows_without_mask(self.model_id)
         datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
         sizes = [datum.size for datum in datums]
         limits = self.limits
@@ -321,6 +329,16 @@ class Passes:
             model_id=self.model_id,
             seq_id=seq_id,
         )
+
+
+@lru_cache(maxsize=256)
+def _note_rows_without_mask(model_id: str) -> None:
+    """Say once for a model that rows came whose mask the trainer has to guess."""
+    logger.warning(
+        "model %s: rows with advantages came without 'weights', the mask that says which tokens "
+        "count: the trainer takes its own view of them. The datum builders write it",
+        model_id,
+    )
 
 
 @lru_cache(maxsize=64)

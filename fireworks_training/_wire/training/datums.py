@@ -24,6 +24,9 @@ MASKS = ("weights", "loss_mask", "mask")
 RATIO_MASK = "sequence_ratio_mask"
 """Tinker's name for the mask of the tokens that a sequence's ratio is the mean of (gspo)."""
 
+ALL_MASKS = frozenset({*MASKS, RATIO_MASK})
+"""Every name of a mask."""
+
 
 class TensorLike(Protocol):
     """The part of `tinker.TensorData` that this module needs."""
