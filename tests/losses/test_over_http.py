@@ -90,9 +90,11 @@ def test_a_twin_has_the_same_loss_and_gradient(
                 client.forward_backward_custom(some, losses.grpo()).result()
             client.optim_step(STILL).result()
         assert [r.getMessage() for r in caplog.records if "losses.totals" in r.getMessage()] == [
-            "the loss 'grpo' takes the mean of each call, and this step has it in several: their "
-            "sum is not the mean of the whole batch. Hand in the totals of all its rows: "
-            "loss.over(losses.totals(all_rows))"
+            (
+                "the loss 'grpo' takes the mean of each call, and this step has it in several: their "
+                "sum is not the mean of the whole batch. Hand in the totals of all its rows: "
+                "loss.over(losses.totals(all_rows))"
+            )
         ]
 
         # The totals make two parts the same step as one call.
