@@ -22,14 +22,14 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from functools import partial
-from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
+from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast, get_args
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 from fireworks_training._inbox import call_on
-from fireworks_training._outcome import Outcome
+from fireworks_training._outcome import LOOP_ADVICE, Outcome, mark_retrieved
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
-from fireworks_training.futures import APIFuture, mark_retrieved
+from fireworks_training.futures import APIFuture
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -38,11 +38,6 @@ Args = TypeVarTuple("Args")
 
 EXIT_BUDGET = 1.5
 """Seconds that all clean-ups at interpreter exit may take together."""
-
-LOOP_ADVICE = (
-    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
-    "(without `Async`), whose loop lives as long as the service."
-)
 
 logger = logging.getLogger("fireworks_training.portal")
 
@@ -300,6 +295,15 @@ class Blocking(Generic[A]):
     """Base of the generated blocking classes: holds the async object and runs its coroutines."""
 
     _async: A
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the signatures that the async class shows: `**options` written out."""
+        super().__init_subclass__(**kwargs)
+        (source,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownArgumentType, reportUnknownMemberType]
+        for name, member in vars(cls).items():
+            shown = getattr(getattr(source, name, None), "__signature__", None)
+            if isinstance(member, classmethod) and shown is not None:
+                cast(Any, member).__func__.__signature__ = shown
 
     def __init__(self) -> None:
         name = type(self).__name__

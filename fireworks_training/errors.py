@@ -39,6 +39,7 @@
     |   |-- SamplingRequestError      the attempts of one completion are used up
     |   |   `-- DeploymentSamplerTimeoutError
     |   `-- SamplingClientClosedError cancelled by close(); safe to submit again
+    |-- LedgerUnavailable             the list of held resources can't be read or written
     `-- LocalPlatformError            the embedded platform did not start, or stopped
 
 The type tells whose fault it is (`fault`) and whether the same call may succeed later
@@ -457,6 +458,13 @@ class DeploymentSamplerTimeoutError(SamplingRequestError, TimeoutError):
 class SamplingClientClosedError(SamplingError):
     """The sampler was closed under the request; it is safe to submit it again."""
 
+    retryable: ClassVar[bool] = True
+
+
+class LedgerUnavailable(FireworksTrainingError):
+    """The ledger of held resources can't be read or written, or another process keeps its lock."""
+
+    fault: ClassVar[Fault] = "environment"
     retryable: ClassVar[bool] = True
 
 

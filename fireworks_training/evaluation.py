@@ -240,6 +240,15 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
         yield json.dumps(asdict(sample))
 
 
+def _claim_and_replace(temporary: str, target: Path) -> None:
+    """Put a file under a name that must be free, by an empty file that holds the name meanwhile."""
+    try:
+        target.open("x").close()
+    except FileExistsError as error:
+        raise InvalidArgument(f"{target} exists by now: choose another path") from error
+    Path(temporary).replace(target)
+
+
 def _write(target: Path, evaluation: Evaluation) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -252,5 +261,7 @@ def _write(target: Path, evaluation: Evaluation) -> None:
             os.link(temporary, target)  # unlike a rename, it fails if the target exists by now
         except FileExistsError as error:
             raise InvalidArgument(f"{target} exists by now: choose another path") from error
+        except OSError:  # a file system without hard links, as shared folders often are
+            _claim_and_replace(temporary, target)
     finally:
-        Path(temporary).unlink()
+        Path(temporary).unlink(missing_ok=True)

@@ -441,6 +441,9 @@ class CheckpointInfo:
         checkpoint_type: `CHECKPOINT_TYPE_...`, as reported.
         promotable: whether it can become a model.
         create_time, update_time: RFC 3339, as reported.
+        predecessor: of a delta snapshot, the identity that it is a difference to, where the
+            platform lists it.
+        expire_time: RFC 3339, when the platform may remove it; None keeps it.
     """
 
     name: str
@@ -448,6 +451,8 @@ class CheckpointInfo:
     promotable: bool = False
     create_time: str | None = None
     update_time: str | None = None
+    predecessor: str | None = None
+    expire_time: str | None = None
 
     @property
     def checkpoint_id(self) -> str:
@@ -536,13 +541,14 @@ class ReplicaStatus:
     """The weights that one replica of a deployment holds, and the load under way.
 
     Attributes:
-        identity: the snapshot it serves; None before the first hot load.
+        identity: the snapshot it serves, or its one adapter; None before the first hot load.
         ready: whether it serves requests.
         stage: its loading stage, as reported.
         target: the snapshot that `stage` is about.
         error: reason why the load of `target` failed, where `stage` is "error".
         timings: seconds of the last load by stage: "prepare" (read, apply, verify, beside the
             decoding) and "swap"; None where it is not reported.
+        adapters: identities of the adapters that it has loaded, which may stay side by side.
     """
 
     identity: str | None
@@ -551,3 +557,4 @@ class ReplicaStatus:
     target: str | None = None
     error: str | None = None
     timings: Mapping[str, float] | None = None
+    adapters: tuple[str, ...] = ()

@@ -145,12 +145,14 @@ class World:
     Attributes:
         choose: draws one of the names of events that may happen now.
         naive: whether the server checks nothing, reports nothing and applies whatever it is sent.
+        prompt: whether the server says that it notes a request before it answers.
         truth: hashes of the weights by the identity that stands for them.
     """
 
     folder: Path
     replicas_wanted: int = 2
     naive: bool = False
+    prompt: bool = True
     choose: Callable[[list[str]], str] = lambda events: "nothing"
     truth: dict[str | None, str] = field(default_factory=dict[str | None, str])
     foreign: str | None = None
@@ -263,7 +265,7 @@ class World:
         if self.choose(["answer", "answer", "lose the answer"]) == "lose the answer":
             self.happen()
             return self._post(body)  # as the transport does when the connection broke
-        return {}
+        return {"long_poll": self.prompt}
 
     def _naive_load(self, replica: Replica, identity: str, previous: str | None) -> None:
         """Load without checks: a delta is added to whatever is held, or taken for the whole."""

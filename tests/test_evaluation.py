@@ -118,3 +118,24 @@ def test_a_damaged_record_is_told(tmp_path: Path) -> None:
         path.write_text("".join(content))
         with pytest.raises(InvalidArgument, match=says):
             read_evaluation(path)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_folder_without_hard_links_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    target = tmp_path / "e.jsonl"
+
+    def no_links(_: str, to: Path) -> None:
+        if taken:  # by another process, meanwhile
+            to.write_text("theirs")
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    if taken:
+        with pytest.raises(InvalidArgument, match="exists by now"):
+            write_evaluation(target, COMPLETIONS)
+        assert target.read_text() == "theirs"
+    else:
+        assert write_evaluation(target, COMPLETIONS) == read_evaluation(target)
+    assert [file.name for file in tmp_path.iterdir()] == ["e.jsonl"]

@@ -75,8 +75,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_core.waits": set(),
     "_core.window": {"errors", "models", "_checks"},
     "_wire": {"errors", "models"},
-    "_wire.completions": {"errors", "models", "options", "_checks", "_perf_metrics"},
-    "_wire.training": {"errors", "models"},
+    "_wire.completions": {"errors", "models", "options", "_checks", "_perf_metrics", "_wire"},
+    "_wire.training": {"errors", "models", "_wire"},
     "_tinker_types": {"errors", "models"},
     "_portal": {"errors", "futures", "_outcome", "_inbox"},
     # A file beside the rooms is the service's.
@@ -99,6 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
+    "dropin": {"root", "compat", "errors", "_tinker_types"},
     # A server for agents over the public sampler: it samples like any user, and knows the names of
     # sampling options.
     "tito": {"_checks", "_wire", "models", "errors", "_async.runtime", "tito"},
@@ -146,6 +147,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         control_plane="inference web",
         tinker="control_plane inference web",
         faults="control_plane web",
+        cloud="control_plane web",
     ),
     "root": UNITS,
     "_generate_sync": set(),
@@ -167,7 +169,10 @@ LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "transformers": (TENSOR_ROOMS, {"_async.platform.tokenizers", *DEMO}),
     "peft": (TENSOR_ROOMS, set()),
     "safetensors": (TENSOR_ROOMS, {"local.store.snapshots"}),
-    "tinker": ({"_tinker_types"}, {"_async", "data", "compat", "rollouts", "losses", *DEMO}),
+    "tinker": (
+        {"_tinker_types"},
+        {"_async", "data", "compat", "dropin", "rollouts", "losses", *DEMO},
+    ),
     "matplotlib": (set(), {"cli"}),
     "click": ({"cli", "local.pretrain"}, set()),
     "rich": ({"cli"}, {"_async"}),
@@ -192,7 +197,7 @@ FUNCTION_LINES = 60
 FRIENDS = {"_async.runtime.loop_watch"}
 """Where pyright may be told to pass over a private name: the frames of other threads, in `sys`."""
 
-READS, READER = {"environ", "environb", "getenv"}, "config"
+READS, READER = {"environ", "environb", "getenv"}, "config.endpoint"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
 
 

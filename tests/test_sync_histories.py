@@ -281,7 +281,7 @@ def test_live_means_every_replica(world: World, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(world, "work", second_is_slow)
     assert isinstance(run(world.load("s2", may_save=False)), HotLoadTimeout)
     monkeypatch.setattr(core, "judge", first_only)
-    assert run(world.load("s2")) == Loaded("s2", ())
+    assert run(world.load("s2")) == Loaded("s2", ("s2",))
     assert world.replicas[1].identity == "s1"
 
 
@@ -319,7 +319,7 @@ def test_a_load_that_a_replica_lost_is_asked_for_again(
     # Without that rule it waits until its time is up.
     restarted.clear()
     before = len(world.posts)
-    monkeypatch.setattr(core, "LOST_AFTER", float("inf"))
+    monkeypatch.setattr(core, "PROMPT_LOST_AFTER", float("inf"))
     assert isinstance(run(world.load("s3", may_save=False)), HotLoadTimeout)
 
 

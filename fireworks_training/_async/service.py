@@ -17,9 +17,9 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
-from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.platform.platform import Platform
+from fireworks_training._async.resources.checkpoints import ServiceCheckpoints
 from fireworks_training._async.resources.plans import separate_reference
 from fireworks_training._async.resources.provisioner import Provisioner
 from fireworks_training._async.runtime.event_hook import EventHook
@@ -29,27 +29,27 @@ from fireworks_training._async.sampling.retry_config import retries_of, window_o
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.training.factory import (
-    ModelOptions,
-    ReferenceClients,
-    TrainingClients,
-)
+from fireworks_training._async.training.factory import ReferenceClients, TrainingClients
+from fireworks_training._async.training.model import ModelOptions
 from fireworks_training._async.training.official_service_names import OfficialServiceNames
 from fireworks_training._async.weights.deployment import ServedDeployment
 from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._outcome import mark_retrieved
 from fireworks_training.config import (
     CleanUp,
     Endpoint,
     FiretitanProvisioningConfig,
     ProvisioningOptions,
+    WireDialect,
     cast_options,
     resolve_endpoint,
     resolve_tinker_server,
+    show_options,
 )
 from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
 from fireworks_training.events import OnEvent
-from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
-from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
+from fireworks_training.futures import APIFuture, was_retrieved
+from fireworks_training.models import TrainingProfile, WeightSyncResult
 from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig, Tokenizer
 from fireworks_training.usage import Usage
 
@@ -61,7 +61,7 @@ T = TypeVar("T")
 logger = logging.getLogger("fireworks_training.service")
 
 
-class AsyncFiretitanServiceClient(OfficialServiceNames):
+class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
     """A trainer and a deployment, managed together.
 
     Make one with `from_firetitan_config`; use it as a context manager, or `close()` it. Lazy:
@@ -77,6 +77,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         verify_ssl: bool,
         user_metadata: Mapping[str, str] | None,
         pipeline_steps: bool,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> None:
         self._config = config
@@ -101,6 +102,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             publisher=self._publisher,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
         )
         self._references = ReferenceClients(config, self._trainers, self._provisioner)
         self._closed = False
@@ -120,6 +122,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
@@ -138,6 +141,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            accept_partial: have every `optim_step` apply what the server holds, even where that is
+                a part of a step that failed (`GradientsInDoubt`).
             on_event: a plain, quick function that is told what happens (see `Event`), on the
                 service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
@@ -165,6 +170,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -186,6 +192,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         verify_ssl: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
+        dialect: WireDialect = "protobuf",
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -202,14 +210,16 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             seed: of the adapter's initialisation; None lets the server choose.
             train_mlp, train_attn, train_unembed: which layers an adapter covers.
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, accept_partial,
+                on_event: as for `from_firetitan_config`.
+            dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
         """
         config = FiretitanProvisioningConfig.for_tinker_server(
             base_model=base_model,
+            dialect=dialect,
             tokenizer_model=tokenizer_model,
             lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,
@@ -225,6 +235,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -332,8 +343,12 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         lora_rank: int | None = None,
         policy_client: AsyncFiretitanTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        model_path: str | None = None,
     ) -> AsyncFiretitanTrainingClient:
-        """A client of the model before training, for KL penalties and DPO; only `forward` is legal.
+        """A client of a model that stays as it is, for KL penalties and DPO; only for `forward`.
+
+        It is the model before training, or with `model_path` the one of a saved state, such as the
+        one that fine-tuning ended with.
 
         A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
         or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
@@ -345,13 +360,19 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             base_model, lora_rank: if given, must be those of the service.
             policy_client: whose reference it is; required with `max_lora_rank`.
             user_metadata: noted with the model.
+            model_path: a state, by a name that the policy's job saved, `cross_job://<job>/<name>`,
+                or what `save_state` returned; None is the model before training. One client for
+                each, beside the policy for LoRA, on the separate trainer otherwise.
 
         Raises:
-            InvalidArgument: as said above.
+            InvalidArgument: as said above; or `model_path` of an adapter, and a trainer of its own.
+            RequestFailed: there is no such state, or it does not fit; no client is made.
             ProvisioningError: the reference trainer did not come up.
         """
         return await self._on_owner(
-            lambda: self._references.client(base_model, lora_rank, policy_client, user_metadata),
+            lambda: self._references.client(
+                base_model, lora_rank, policy_client, user_metadata, model_path
+            ),
             "create_reference_client",
         )
 
@@ -553,57 +574,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
         `tokenizer_model` by name."""
         return await self._on_owner(self._deployment.tokenizer, "get_tokenizer")
 
-    # -- checkpoints, usage, capabilities ----------------------------------------------------------
-
-    async def list_checkpoints(
-        self, job_id: str | None = None, page_size: int = PAGE_SIZE
-    ) -> list[CheckpointInfo]:
-        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
-
-        Args:
-            job_id: default the service's own job, or the `trainer_job_id` it was made for.
-            page_size: rows of one exchange.
-
-        Raises:
-            InvalidArgument: no job is named, and there is none yet.
-            NotFound: there is no such job.
-        """
-        job = job_id or self.trainer_job_id or self._config.trainer_job_id
-        if job is None:
-            raise InvalidArgument("no trainer job yet: pass job_id=")
-        return await self._on_plane(
-            lambda plane: plane.list_checkpoints(job, page_size=page_size), "list_checkpoints"
-        )
-
-    async def promote_checkpoint(
-        self,
-        name: str,
-        output_model_id: str,
-        base_model: str | None = None,
-        *,
-        hot_load_deployment_id: str | None = None,
-    ) -> ModelInfo:
-        """Make a model of a checkpoint, and wait until it is one.
-
-        Args:
-            name: full name of the checkpoint, as `list_checkpoints` gives it.
-            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
-            base_model: default the service's.
-            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
-
-        Raises:
-            InvalidArgument: an id that is not allowed, before anything is sent.
-            ProvisioningError: the promotion failed.
-        """
-        return await self._on_plane(
-            lambda plane: plane.promote_checkpoint(
-                name,
-                output_model_id,
-                base_model or self._config.base_model,
-                hot_load_deployment_id=hot_load_deployment_id,
-            ),
-            "promote_checkpoint",
-        )
+    # -- usage, capabilities -----------------------------------------------------------------------
 
     def usage(self) -> Usage:
         """What this service has used so far: tokens trained and sampled, replica-seconds.
@@ -648,8 +619,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     @property
     def reference_client_job_id(self) -> str | None:
         """Id of the job that the reference client runs on: its own, or the policy's."""
-        shared = not separate_reference(self._config)
-        return self.trainer_job_id if shared else self.reference_job_id
+        return self.reference_job_id if separate_reference(self._config) else self.trainer_job_id
 
     @property
     def training_session_id(self) -> str | None:
@@ -677,8 +647,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
     @property
     def max_context_length(self) -> int | None:
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        resources = self._provisioner.resources
-        return resources.max_context_length(self._config.max_context_length)
+        return self._provisioner.resources.max_context_length(self._config.max_context_length)
 
     def requires_initial_sampler_sync(self) -> bool:
         """Whether the deployment was found, so that it may serve another run's weights until a
@@ -733,13 +702,11 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
             stack.push_async_callback(self._publisher.close)
             stack.push_async_callback(self._deployment.close)
             for clients in (self._references, self._trainers):
-                unseen = await clients.close(drain=drain)
-                errors.extend([unseen] if unseen is not None else [])
+                if (unseen := await clients.close(drain=drain)) is not None:
+                    errors.append(unseen)
             if self._platform.temporary and self._trainers.saved_a_state:
-                logger.info(
-                    "the saved states go away with the embedded platform; "
-                    "base_url='local:/path' keeps them"
-                )
+                keep = "base_url='local:/path' keeps them"
+                logger.info("the saved states go away with the embedded platform; %s", keep)
         return errors[0] if errors else None
 
     # -- inside ------------------------------------------------------------------------------------
@@ -755,5 +722,12 @@ class AsyncFiretitanServiceClient(OfficialServiceNames):
 
         return await self._on_owner(ask, label)
 
+    @property
+    def _model_and_job(self) -> tuple[str, str | None]:
+        return self._config.base_model, self.trainer_job_id or self._config.trainer_job_id
+
     def _bind_to_portal(self) -> None:
         self._owner.use_portal()
+
+
+show_options(AsyncFiretitanServiceClient)

@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any, Literal, cast
 
 Kind = Literal["trainer", "deployment"]
@@ -96,9 +97,25 @@ def decode(line: bytes) -> LedgerEntry | None:
         row = dict(cast(dict[str, Any], fields))
         row["at"], row["owner"] = float(row["at"]), Owner(**row["owner"])
         entry = LedgerEntry(**row)
-    except (ValueError, TypeError, KeyError):
+        if not _well_typed(entry):
+            return None
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
     return entry if entry.event in _EVENTS and entry.kind in ("trainer", "deployment") else None
+
+
+def _well_typed(entry: LedgerEntry) -> bool:
+    """Whether the values, which come from a file, are of the kinds that the fields declare."""
+    owner = entry.owner
+    texts: list[object] = [entry.event, entry.kind, entry.resource_id, entry.account]
+    texts += [entry.base_url, entry.nonce, entry.run, entry.note]
+    texts += [owner.machine, owner.boot, owner.started]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(cast(object, entry.embedded), bool)
+        and type(owner.pid) is int
+        and isfinite(entry.at)
+    )
 
 
 # -- marks ---------------------------------------------------------------------------------------

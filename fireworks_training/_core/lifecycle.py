@@ -36,7 +36,8 @@ SETTLE = 30.0
 """Seconds for which a resumed job may still show its old state."""
 
 STOPPING_BUDGET = 120.0
-"""Seconds for a job that is stopping to have stopped, so that it can be resumed."""
+"""Seconds for a job that is stopping to have stopped, so that it can be resumed; they count from
+when it was first seen stopping."""
 
 
 def pause(unchanged: float, slowest: float = SLOWEST) -> float:
@@ -167,6 +168,7 @@ class ReadinessWait:
         self._slowest = slowest
         self._advice = advice
         self._placed_at: float | None = None
+        self._stopping_since: float | None = None
         self._last: Seen | None = None
         self._since = started
         self._reports = ReportSchedule(started, first=FIRST_NOTICE)
@@ -199,13 +201,17 @@ class ReadinessWait:
             readiness is Readiness.STOPPING and not stopping
         ):
             return self._give_up(ProvisioningError, self._reason(row), readiness)
+        if not stopping:
+            self._stopping_since = None
+        elif self._stopping_since is None:
+            self._stopping_since = now
         if readiness is Readiness.QUEUED:
             self._placed_at = None  # also after CREATING: it has lost its place
         elif self._placed_at is None:
             self._placed_at = now
         # Whether it answers is no part of the row, so a held answer would not show it.
         hold = readiness is not Readiness.READY
-        return self._within_budget(now, STOPPING_BUDGET if stopping else None, hold=hold, held=held)
+        return self._within_budget(now, hold=hold, held=held)
 
     def unseen(self, now: float) -> Verdict:
         """Take into account that a poll failed: the wait goes on within its budget."""
@@ -214,7 +220,6 @@ class ReadinessWait:
     def _within_budget(
         self,
         now: float,
-        stopping: float | None = None,
         *,
         hold: bool = False,
         held: float | None = None,
@@ -223,10 +228,10 @@ class ReadinessWait:
         since, limit = (
             (self._started, self._queue_budget) if placed is None else (placed, self._budget)
         )
-        if stopping is not None:
-            since, limit = self._started, stopping
+        if self._stopping_since is not None:
+            since, limit = self._stopping_since, STOPPING_BUDGET
         if now - since > limit:
-            waited = f"after {now - self._started:.0f} s (budget {limit:.0f} s)"
+            waited = f"after {now - since:.0f} s (budget {limit:.0f} s)"
             reason = f"{self._reason(self._last)}, {waited}"
             state = "" if self._last is None else self._last.state
             return self._give_up(ProvisioningTimeout, reason, self._read(state))

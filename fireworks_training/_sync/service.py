@@ -5,8 +5,8 @@ Written by `python -m fireworks_training._generate_sync`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
@@ -15,7 +15,12 @@ from fireworks_training._async.sampling.sampling_client import FiretitanSampling
 from fireworks_training._async.service import AsyncFiretitanServiceClient
 from fireworks_training._portal import Blocking
 from fireworks_training._sync.training.client import FiretitanTrainingClient
-from fireworks_training.config import CleanUp, FiretitanProvisioningConfig, ProvisioningOptions
+from fireworks_training.config import (
+    CleanUp,
+    FiretitanProvisioningConfig,
+    ProvisioningOptions,
+    WireDialect,
+)
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import CheckpointInfo, ModelInfo, TrainingProfile, WeightSyncResult
@@ -47,6 +52,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
@@ -65,6 +71,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            accept_partial: have every `optim_step` apply what the server holds, even where that is
+                a part of a step that failed (`GradientsInDoubt`).
             on_event: a plain, quick function that is told what happens (see `Event`), on the
                 service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
@@ -83,6 +91,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             user_metadata=user_metadata,
             project_id=project_id,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
             **options,
         )
@@ -106,6 +115,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         verify_ssl: bool = True,
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
+        dialect: WireDialect = "protobuf",
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -122,8 +133,9 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             seed: of the adapter's initialisation; None lets the server choose.
             train_mlp, train_attn, train_unembed: which layers an adapter covers.
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, accept_partial,
+                on_event: as for `from_firetitan_config`.
+            dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
             InvalidArgument: no URL or key, or a rank below 1.
@@ -143,6 +155,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            dialect=dialect,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
         return cls._wrap(instance)._bind()
@@ -258,8 +272,12 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         lora_rank: int | None = None,
         policy_client: FiretitanTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        model_path: str | None = None,
     ) -> FiretitanTrainingClient:
-        """A client of the model before training, for KL penalties and DPO; only `forward` is legal.
+        """A client of a model that stays as it is, for KL penalties and DPO; only for `forward`.
+
+        It is the model before training, or with `model_path` the one of a saved state, such as the
+        one that fine-tuning ended with.
 
         A LoRA policy's reference is its own trainer with the adapter off. A full-parameter policy,
         or an explicit `reference_training_shape_id` or `reference_trainer_job_id`, gets a separate
@@ -271,9 +289,13 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             base_model, lora_rank: if given, must be those of the service.
             policy_client: whose reference it is; required with `max_lora_rank`.
             user_metadata: noted with the model.
+            model_path: a state, by a name that the policy's job saved, `cross_job://<job>/<name>`,
+                or what `save_state` returned; None is the model before training. One client for
+                each, beside the policy for LoRA, on the separate trainer otherwise.
 
         Raises:
-            InvalidArgument: as said above.
+            InvalidArgument: as said above; or `model_path` of an adapter, and a trainer of its own.
+            RequestFailed: there is no such state, or it does not fit; no client is made.
             ProvisioningError: the reference trainer did not come up.
         """
         instance = self._run(
@@ -282,6 +304,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             lora_rank=lora_rank,
             policy_client=policy_client._async if policy_client else None,
             user_metadata=user_metadata,
+            model_path=model_path,
         )
         return FiretitanTrainingClient._wrap(instance)
 
@@ -481,49 +504,6 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         """The tokenizer of the model: the platform's own where it serves one, else
         `tokenizer_model` by name."""
         return self._run(self._async.get_tokenizer)
-
-    def list_checkpoints(
-        self, job_id: str | None = None, page_size: int = PAGE_SIZE
-    ) -> list[CheckpointInfo]:
-        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
-
-        Args:
-            job_id: default the service's own job, or the `trainer_job_id` it was made for.
-            page_size: rows of one exchange.
-
-        Raises:
-            InvalidArgument: no job is named, and there is none yet.
-            NotFound: there is no such job.
-        """
-        return self._run(self._async.list_checkpoints, job_id, page_size)
-
-    def promote_checkpoint(
-        self,
-        name: str,
-        output_model_id: str,
-        base_model: str | None = None,
-        *,
-        hot_load_deployment_id: str | None = None,
-    ) -> ModelInfo:
-        """Make a model of a checkpoint, and wait until it is one.
-
-        Args:
-            name: full name of the checkpoint, as `list_checkpoints` gives it.
-            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
-            base_model: default the service's.
-            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
-
-        Raises:
-            InvalidArgument: an id that is not allowed, before anything is sent.
-            ProvisioningError: the promotion failed.
-        """
-        return self._run(
-            self._async.promote_checkpoint,
-            name,
-            output_model_id,
-            base_model,
-            hot_load_deployment_id=hot_load_deployment_id,
-        )
 
     def usage(self) -> Usage:
         """What this service has used so far: tokens trained and sampled, replica-seconds.
@@ -736,3 +716,95 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
     def training_session_name(self) -> str | None:
         """`training_session_id`: a dedicated trainer's session has no resource name of its own."""
         return self._async.training_session_name
+
+    def list_checkpoints(
+        self, job_id: str | None = None, page_size: int = PAGE_SIZE
+    ) -> list[CheckpointInfo]:
+        """The saved states and snapshots of a trainer job, oldest first; provisions nothing.
+
+        Args:
+            job_id: default the service's own job, or the `trainer_job_id` it was made for.
+            page_size: rows of one exchange.
+
+        Raises:
+            InvalidArgument: no job is named, and there is none yet.
+            NotFound: there is no such job.
+        """
+        return self._run(self._async.list_checkpoints, job_id, page_size)
+
+    def promote_checkpoint(
+        self,
+        name: str,
+        output_model_id: str,
+        base_model: str | None = None,
+        *,
+        hot_load_deployment_id: str | None = None,
+    ) -> ModelInfo:
+        """Make a model of a checkpoint, and wait until it is one.
+
+        Args:
+            name: full name of the checkpoint, as `list_checkpoints` gives it.
+            output_model_id: of the new model: 1 to 63 characters of a-z, 0-9 and '-'.
+            base_model: default the service's.
+            hot_load_deployment_id: a deployment whose bucket holds it, where that differs.
+
+        Raises:
+            InvalidArgument: an id that is not allowed, before anything is sent.
+            ProvisioningError: the promotion failed.
+        """
+        return self._run(
+            self._async.promote_checkpoint,
+            name,
+            output_model_id,
+            base_model,
+            hot_load_deployment_id=hot_load_deployment_id,
+        )
+
+    def delete_checkpoint(self, name: str) -> None:
+        """Delete a saved state or a snapshot for good; it is no error if it is gone.
+
+        Args:
+            name: its id in the service's own job (the name of a state, the `path` of a snapshot),
+                or its full name, as `list_checkpoints` gives it.
+
+        Raises:
+            Conflict: a deployment serves the snapshot, or a later one is a difference to it.
+            NotFound: the platform does not delete checkpoints, or there is no such job.
+        """
+        self._run(self._async.delete_checkpoint, name)
+
+    def keep_checkpoints(
+        self,
+        last: int,
+        *,
+        keep: Collection[str] = (),
+        kind: Literal["state", "snapshot"] | None = None,
+        job_id: str | None = None,
+        dry_run: bool = False,
+    ) -> list[CheckpointInfo]:
+        """Keep the newest checkpoints of a job, and those that are named; delete the rest.
+
+        What a kept snapshot is a difference to stays, and so does what a deployment serves.
+
+        Args:
+            last: how many of the newest states, and of the newest snapshots, are kept; from 0.
+            keep: ids or full names to keep besides, such as the best one's.
+            kind: "state" or "snapshot" cleans up only those; None both.
+            job_id: default the service's own job.
+            dry_run: only list what would be deleted.
+
+        Returns:
+            What was deleted, newest first.
+
+        Raises:
+            InvalidArgument: a name to keep that the job does not have: nothing is deleted.
+            NotFound: the platform does not delete checkpoints, or there is no such job.
+        """
+        return self._run(
+            self._async.keep_checkpoints,
+            last,
+            keep=keep,
+            kind=kind,
+            job_id=job_id,
+            dry_run=dry_run,
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -35,6 +36,7 @@ from fireworks_training.cli.demo_report import Report, draw_curve, result_table,
 
 SHIPPED_PROBLEMS = Path(fireworks_training.__file__).parent / "local" / "assets" / "problems.jsonl"
 MODEL = "accounts/local/models/tiny-qwen3"
+FOLDER = "fireworks-demo"
 INTERRUPTED = 130
 METRICS, SUMMARY, CURVE = "metrics.jsonl", "summary.json", "curve.png"
 EVALUATIONS = ("before", "before-greedy", "after", "after-greedy")
@@ -52,9 +54,10 @@ WRITTEN = (METRICS, SUMMARY, CURVE, *(f"{name}.jsonl" for name in EVALUATIONS))
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("fireworks-demo"),
-    show_default=True,
-    help="Folder for metrics.jsonl, summary.json, curve.png and the evaluations.",
+    default=None,
+    show_default=f"{FOLDER}, or the next free {FOLDER}-2, ...",
+    help="Folder for metrics.jsonl, summary.json, curve.png and the evaluations; one that holds "
+    "a run is refused.",
 )
 @click.option(
     "--prompts-per-step",
@@ -92,7 +95,7 @@ def demo(
     data: Path | None,
     steps: int,
     seed: int,
-    out: Path,
+    out: Path | None,
     prompts: int,
     samples: int,
     learning_rate: float,
@@ -109,17 +112,34 @@ def demo(
         seed=seed,
     )
     console = Console()
+    metrics = Path()
     try:
         problems = load_problems(data or SHIPPED_PROBLEMS)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:  # an earlier run's summary beside this run's metrics would mislead
-            (out / name).unlink(missing_ok=True)
-        asyncio.run(run(console, problems, plan, out, base_url))
+        folder = free_folder(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = folder / METRICS
+        asyncio.run(run(console, problems, plan, folder, base_url))
     except (FireworksTrainingError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
-        print_line(console, interrupted(out / METRICS))
+        print_line(console, interrupted(metrics))
         sys.exit(INTERRUPTED)
+
+
+def free_folder(asked: Path | None) -> Path:
+    """Find the folder of a run: the one asked for, else the first of the default's names.
+
+    Raises:
+        ClickException: the folder asked for holds another run.
+    """
+    if asked is not None:
+        if held := [name for name in WRITTEN if (asked / name).exists()]:
+            raise click.ClickException(
+                f"{asked} holds another run ({held[0]}): choose another folder, or remove that one"
+            )
+        return asked
+    names = (FOLDER if n == 1 else f"{FOLDER}-{n}" for n in itertools.count(1))
+    return next(Path(name) for name in names if not Path(name).exists())
 
 
 def print_line(console: Console, text: str) -> None:

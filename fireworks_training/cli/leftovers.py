@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING
 import click
 
 from fireworks_training.cli.output import (
+    NO_KEY,
     base_url_option,
     errors_end_the_command,
     json_option,
     show,
+    wide_option,
 )
 
 if TYPE_CHECKING:
-    from fireworks_training import HeldResource
+    from fireworks_training import HeldResource, ResourceLedger
+
+ELSEWHERE = "of another account or platform"
+"""Begins the reason of a resource about which the platform that is asked can say nothing."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _OUTCOMES = {
@@ -53,18 +58,38 @@ class Duration(click.ParamType[float]):
 
 
 @click.command()
+@click.option(
+    "--all", "everything", is_flag=True, help="Also what other platforms and accounts hold."
+)
 @base_url_option
+@wide_option
 @json_option
-def ps(base_url: str | None, as_json: bool) -> None:
+def ps(everything: bool, base_url: str | None, wide: bool, as_json: bool) -> None:
     """Show what runs of yours hold or have left: state, age, replicas, run.
 
-    The key comes from FIREWORKS_API_KEY.
+    What is proven gone is forgotten. The key comes from FIREWORKS_API_KEY; without one, and without
+    --base-url, only platforms of this machine are asked.
     """
-    from fireworks_training import ResourceLedger
+    with errors_end_the_command(), _ledger(base_url) as ledger:
+        rows = [row for row in ledger.ps(forget=True) if row.outcome != "closed"]
+    shown = [row for row in rows if everything or not row.reason.startswith(ELSEWHERE)]
+    _show(shown, as_json=as_json, wide=wide, empty="nothing is held, and nothing was left")
+    if len(shown) < len(rows) and not as_json:
+        held = len(rows) - len(shown)
+        click.echo(f"{held} of other platforms or accounts are not shown: --all", err=True)
 
-    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
-        rows = ledger.ps()
-    _show(rows, as_json=as_json, empty="nothing is held, and nothing was left")
+
+def _ledger(base_url: str | None) -> ResourceLedger:
+    """Connect to the platform; without a key for it, to those of this machine."""
+    from fireworks_training import InvalidArgument, ResourceLedger
+
+    try:
+        return ResourceLedger.connect(base_url=base_url)
+    except InvalidArgument as error:
+        if base_url is not None or not str(error).startswith(NO_KEY):
+            raise
+        click.echo("no FIREWORKS_API_KEY: only platforms of this machine are asked", err=True)
+        return ResourceLedger.connect(base_url="local")
 
 
 @click.command()
@@ -82,6 +107,7 @@ def ps(base_url: str | None, as_json: bool) -> None:
     help="Also what runs on other machines made; only if you know that they have ended.",
 )
 @base_url_option
+@wide_option
 @json_option
 def reap(
     older_than: float,
@@ -89,6 +115,7 @@ def reap(
     kept: bool,
     other_machines: bool,
     base_url: str | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Remove what runs of yours have left behind.
@@ -96,21 +123,19 @@ def reap(
     Only what carries the mark of such a run, and whose process has ended. The key comes from
     FIREWORKS_API_KEY. Exit status 1 if something could not be removed.
     """
-    from fireworks_training import ResourceLedger
-
-    with errors_end_the_command(), ResourceLedger.connect(base_url=base_url) as ledger:
+    with errors_end_the_command(), _ledger(base_url) as ledger:
         rows = ledger.reap(
             older_than_s=older_than,
             dry_run=dry_run,
             kept=kept,
             other_machines=other_machines,
         )
-    _show(rows, as_json=as_json, empty="nothing was left behind")
+    _show(rows, as_json=as_json, wide=wide, empty="nothing was left behind")
     if any(row.outcome == "failed" for row in rows):
         sys.exit(1)
 
 
-def _show(rows: Sequence[HeldResource], *, as_json: bool, empty: str) -> None:
+def _show(rows: Sequence[HeldResource], *, as_json: bool, wide: bool, empty: str) -> None:
     fields = [asdict(row) for row in rows]
     if not as_json:
         for row, shown in zip(rows, fields, strict=True):
@@ -127,7 +152,8 @@ def _show(rows: Sequence[HeldResource], *, as_json: bool, empty: str) -> None:
         "OUTCOME": "outcome",
         "WHY": "reason",
     }
-    show(fields, columns, as_json=as_json, empty=empty)
+    drop = ("REPLICAS", "OWNER", "WHY", "RUN", "AGE")
+    show(fields, columns, as_json=as_json, wide=wide, drop=drop, empty=empty)
 
 
 def _age(seconds: float) -> str:

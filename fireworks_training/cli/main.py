@@ -75,6 +75,11 @@ COMMANDS = {
         "reap",
         "Remove what runs of yours have left behind.",
     ),
+    "completion": LazyCommand(
+        "fireworks_training.cli.completion",
+        "completion",
+        "Print the script that completes commands in your shell.",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from typing import cast
 
 import click
 
-from fireworks_training.cli.output import json_option, show
+from fireworks_training.cli.output import json_option, show, wide_option
 
 
 def parse_prices(
@@ -39,8 +39,9 @@ def parse_prices(
     help='JSON file with money for a million tokens ("trained", "forward", "prefilled", "cached",'
     ' "sampled") and for an hour ("trainer_hour", "replica_hour"); what is absent is free.',
 )
+@wide_option
 @json_option
-def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> None:
+def usage(run: str | None, prices: dict[str, float] | None, wide: bool, as_json: bool) -> None:
     """Show what runs have used: all of them, or those of the name or id RUN.
 
     What a run has used is noted every few seconds, in the user's state folder; one that was killed
@@ -80,6 +81,7 @@ def usage(run: str | None, prices: dict[str, float] | None, as_json: bool) -> No
     if not as_json:
         for row in rows:
             row["ended"] = f"{row['ended']!s:.16}".replace("T", " ")
-    show(rows, columns, as_json=as_json, empty="no run is noted")
+    drop = ("CACHED", "PREFILLED", "FORWARD", "REPLICA S", "TRAINER S", "ID", "UNTIL")
+    show(rows, columns, as_json=as_json, wide=wide, drop=drop, empty="no run is noted")
     if rows and prices is not None and not as_json:
         click.echo(f"in all: {sum(cost or 0.0 for cost in costs):.2f}")

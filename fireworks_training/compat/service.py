@@ -7,11 +7,11 @@ method calls the core's of the same name and wraps its result.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from functools import update_wrapper
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run blocking work beside the caller's loop, which users' coroutines need meanwhile."""
-    return await asyncio.to_thread(work, *args, **kwargs)
+    return await in_thread(work, *args, **kwargs)
 
 
 def _awaited(
@@ -58,6 +58,16 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
     makes it."""
 
     _made_a_model = False
+
+    @classmethod
+    def from_firetitan_config(cls, **options: Any) -> Self:
+        """Describe a trainer and a deployment, as the core's `from_firetitan_config` does.
+
+        Args:
+            options: the core's arguments; None stands for the default of any of them.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return super().from_firetitan_config(**given)
 
     # -- training clients --------------------------------------------------------------------------
 
@@ -160,13 +170,15 @@ class FiretitanServiceClient(blocking.FiretitanServiceClient):
         lora_rank: int | None = None,
         policy_client: AnyTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        model_path: str | None = None,
     ) -> FiretitanTrainingClient:
-        """Make a client of the model before training; only `forward` is legal."""
+        """Make a client of the model before training, or of a saved state; only for `forward`."""
         made = super().create_reference_client(
             base_model,
             lora_rank=lora_rank,
             policy_client=policy_client,
             user_metadata=user_metadata,
+            model_path=model_path,
         )
         return self._mine(made)
 

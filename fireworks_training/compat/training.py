@@ -7,11 +7,11 @@ and this package refuses with a reason, and clients that are made from a client.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._sync.training import client as blocking
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         """Build the path by which `load_state` finds a state of this job, or of `source_job_id`."""
         return super().resolve_checkpoint_path(checkpoint_name, source_job_id)
 
+    @property
+    def run_name(self) -> str | None:
+        """Name of the serverless run that made the model: None, since a trainer of its own did."""
+        return None
+
     # -- facts, and clients made from it -----------------------------------------------------------
 
     def get_info(self) -> Any:
@@ -82,7 +87,7 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
 
     async def get_info_async(self) -> Any:
         """Call `get_info` without blocking the caller's loop."""
-        return await asyncio.to_thread(self.get_info)
+        return await in_thread(self.get_info)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the service's model."""
@@ -104,7 +109,7 @@ class FiretitanTrainingClient(blocking.FiretitanTrainingClient):
         self, model_path: str, retry_config: RetryConfig | None = None
     ) -> FiretitanSamplingClient:
         """Call `create_sampling_client` without blocking the caller's loop."""
-        return await asyncio.to_thread(self.create_sampling_client, model_path, retry_config)
+        return await in_thread(self.create_sampling_client, model_path, retry_config)
 
     def create_base_training_client(
         self, base_model: str, user_metadata: Mapping[str, str] | None = None

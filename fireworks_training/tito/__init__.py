@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fireworks_training.tito.values.records import (
         TITOCallRecord,
         TITOCallResult,
+        TITOMalformedAnswers,
         TITOPromptMode,
         TITOResponseAttempt,
         TITOSegmentResult,
@@ -64,6 +65,7 @@ __all__ = [
     "TITOIncrementalRenderer",
     "TITOLocalDebugConfig",
     "TITOLocalDebugSink",
+    "TITOMalformedAnswers",
     "TITOMetricSummary",
     "TITOParseError",
     "TITOParsedAssistant",

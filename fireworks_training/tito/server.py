@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from aiohttp import web
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.tito.evidence.failures import as_tito_error
 from fireworks_training.tito.turns.trajectory import Trajectory
 from fireworks_training.tito.values.errors import TITOError, invalid
@@ -67,7 +68,7 @@ def application(
         try:
             answer: web.StreamResponse = await handler(request)
         except web.HTTPException as error:
-            return error_answer(TITOError("tito_not_found", error.status, error.reason))
+            return error_answer(TITOError("tito_not_found", error.status, _no_route(request)))
         except Exception as error:
             if request.get(STARTED) or isinstance(error, ConnectionError):
                 raise  # a second answer would pass for that of the next request
@@ -93,6 +94,16 @@ def _has_key(request: web.Request, wanted: str) -> bool:
     given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
     # Bytes that are not UTF-8 come as surrogates.
     return hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode())
+
+
+def _no_route(request: web.Request) -> str:
+    routes = "POST .../v1/chat/completions and GET .../v1/models"
+    if request.path.endswith("/responses"):
+        return (
+            f"this endpoint has no Responses route, only {routes}: use the client's "
+            "chat.completions (an agents library: its chat-completions model)"
+        )
+    return f"no {request.method} route of this name: this endpoint has {routes}"
 
 
 def error_answer(error: TITOError) -> web.Response:
@@ -157,7 +168,7 @@ async def _chat(
 async def _read(request: web.Request) -> _ChatCall:
     try:
         body = (await request.read()).decode()
-        payload: Any = await asyncio.to_thread(json.loads, body)
+        payload: Any = await in_thread(json.loads, body)
     except web.HTTPRequestEntityTooLarge:
         raise TITOError(
             "tito_request_too_large", 413, f"the body has more than {MAX_BODY_BYTES} bytes"
@@ -264,6 +275,7 @@ def _chunks(answer: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]]:
         {**common, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
         for delta, reason in deltas
     ]
+    chunks[0]["choices"][0]["logprobs"] = choice["logprobs"]
     return [*chunks, {**common, "choices": [], "usage": answer["usage"]}] if usage else chunks
 
 

@@ -20,11 +20,16 @@ from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.errors import ClientClosed, InvalidArgument
 from fireworks_training.tito.evidence.journal import Journal, TITOEventObserver
 from fireworks_training.tito.rendering.renderers import TITORenderer
-from fireworks_training.tito.turns.backend import Backend, Classifier, ExactTokenSampler
+from fireworks_training.tito.turns.backend import (
+    Backend,
+    Classifier,
+    ExactTokenSampler,
+)
 from fireworks_training.tito.turns.registry import TrajectoryRegistry
 from fireworks_training.tito.turns.trajectory import Trajectory
 from fireworks_training.tito.values.errors import safe_text
 from fireworks_training.tito.values.records import (
+    TITOMalformedAnswers,
     TITOPromptMode,
     TITOTrajectoryArtifact,
     TITOTrajectoryEndpoint,
@@ -84,6 +89,10 @@ class TITOSidecar:
         default_drift_policy: the policy of trajectories without one of their own.
         prompt_mode: "full_history" renders all messages each time and compares the tokens;
             "incremental" renders new messages and appends them to the exact tokens.
+        malformed_answers: what becomes of an answer that the renderer can't parse, such as a tool
+            call that is no JSON or was cut off. "content": the agent gets its text, its tokens stay
+            in the row, and the turn says so (`parser_fallback`); "discard": an error (422), after
+            which the trajectory has failed.
         keepalive_seconds: pause between comments on a stream that waits for its answer.
         bind_address: an address of this host; the loopback one unless containers must reach it.
 
@@ -105,6 +114,7 @@ class TITOSidecar:
         failure_trace_config: TITOFailureTraceConfig | None = None,
         default_drift_policy: TrajectoryDriftPolicy | None = None,
         prompt_mode: TITOPromptMode = "full_history",
+        malformed_answers: TITOMalformedAnswers = "content",
         keepalive_seconds: float = 5.0,
         bind_address: str = "127.0.0.1",
     ) -> None:
@@ -121,6 +131,7 @@ class TITOSidecar:
             sampling_defaults=sampling_defaults or {},
             headers=backend_headers_snapshot or {},
             prompt_mode=prompt_mode,
+            malformed_answers=malformed_answers,
             journal=self._journal,
         )
         self._traces = _traces(failure_trace_config)
@@ -146,6 +157,7 @@ class TITOSidecar:
         keepalive_seconds: float = 5.0,
         default_drift_policy: TrajectoryDriftPolicy | None = None,
         prompt_mode: TITOPromptMode = "full_history",
+        malformed_answers: TITOMalformedAnswers = "content",
         bind_address: str = "127.0.0.1",
     ) -> Self:
         """Make a sidecar that samples through a deployment's sampler, which the caller keeps.
@@ -175,6 +187,7 @@ class TITOSidecar:
             keepalive_seconds=keepalive_seconds,
             default_drift_policy=default_drift_policy,
             prompt_mode=prompt_mode,
+            malformed_answers=malformed_answers,
             bind_address=bind_address,
         )
 

@@ -134,19 +134,23 @@ def test_a_folder_that_cannot_be_made_is_an_error_not_a_traceback(tmp_path: Path
     assert "Not a directory" in result.output
 
 
-def test_an_earlier_runs_files_do_not_outlive_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_run_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in WRITTEN:
-        (tmp_path / name).write_text("old\n")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / WRITTEN[0]).write_text("old\n")
     monkeypatch.setattr("fireworks_training.cli.demo.run", stop)
-    result = CliRunner().invoke(demo, ["--out", str(tmp_path)])
-    assert result.exit_code == 130
-    assert "before the first step" in result.output
-    assert not list(tmp_path.iterdir())
+    refused = CliRunner().invoke(demo, ["--out", str(old)])
+    assert (refused.exit_code, "holds another run" in refused.output) == (1, True)
+    assert [path.read_text() for path in old.iterdir()] == ["old\n"]
+    monkeypatch.chdir(tmp_path)
+    for wanted in ("fireworks-demo", "fireworks-demo-2"):
+        result = CliRunner().invoke(demo, [])
+        assert result.exit_code == 130
+        assert "before the first step" in result.output
+        assert (tmp_path / wanted).is_dir()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +44,7 @@ def rows(result: Result) -> list[dict[str, Any]]:
     return list(json.loads(result.output))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def resources(platform: RunningPlatform) -> Any:
     """A job and a deployment, and their ids."""
     with ControlPlane.connect(base_url=platform.base_url, api_key=platform.api_key) as plane:
@@ -79,7 +87,86 @@ def test_checkpoints(run: Run, platform: RunningPlatform) -> None:
     arguments = ("checkpoints", "promote", row["name"], "cli-model", "--base-model", platform.model)
     refused = run(*arguments)
     assert (refused.exit_code, "no snapshot 'step-1'" in refused.output) == (1, True)
-    assert run("checkpoints", "list", "nobody").exit_code == 1
+    nobody = run("checkpoints", "list", "nobody")
+    assert (nobody.exit_code, "`fireworks-training jobs` shows" in nobody.output) == (1, True)
+    half = run("checkpoints", "promote", "step-1", "cli-model", "--base-model", platform.model)
+    assert (half.exit_code, "NAME is a full one" in half.output) == (1, True)
+
+
+def on_terminal(platform: RunningPlatform, columns: int, *arguments: str) -> str:
+    """The output of a command on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fireworks_training.cli", *arguments],
+        env={
+            **environment,
+            "FIREWORKS_BASE_URL": platform.base_url,
+            "FIREWORKS_API_KEY": platform.api_key,
+        },
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 65536):
+            said += part
+    except OSError:  # how a terminal says on Linux that its program has ended
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    return said.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.usefixtures("resources")
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_row_is_one_line_with_its_id_whole_at_every_width(
+    platform: RunningPlatform, columns: int
+) -> None:
+    for command, name, state in (
+        ("jobs", "cli-job", "JOB_STATE_"),
+        ("deployments", "cli-deployment", "DEPLOYMENT_STATE_"),
+    ):
+        text = on_terminal(platform, columns, command)
+        (row,) = (line for line in text.splitlines() if name in line)
+        assert state in row or state.removeprefix("DEPLOYMENT_STATE_") in row
+        table = [line for line in text.splitlines() if not line.startswith("left out:")]
+        assert max(map(len, table)) <= columns
+        assert ("left out: " in text) == (columns < 200)
+        wide = on_terminal(platform, columns, command, "--wide")
+        assert "left out: " not in wide
+        assert len([line for line in wide.splitlines() if name in line]) == 1
+
+
+@pytest.mark.usefixtures("resources")
+def test_a_pipe_gets_every_column_on_one_line_a_row(run: Run) -> None:
+    piped = run("jobs", COLUMNS="20").output
+    (row,) = (line for line in piped.splitlines() if "cli-job" in line)
+    assert "JOB_STATE_" in row
+    assert "MESSAGE" in piped
+
+
+def test_ps_without_a_key_asks_this_machine_and_speaks_to_a_shell(tmp_path: Path) -> None:
+    bare = {"FIREWORKS_API_KEY": "", "FIREWORKS_BASE_URL": "", "XDG_STATE_HOME": str(tmp_path)}
+    asked = CliRunner().invoke(main, ["ps"], env=bare)
+    assert asked.exit_code == 0, asked.output
+    assert "only platforms of this machine are asked" in asked.output
+    refused = CliRunner().invoke(main, ["jobs"], env=bare)
+    assert (refused.exit_code, "set FIREWORKS_API_KEY" in refused.output) == (1, True)
+    assert "api_key=" not in refused.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    made = CliRunner().invoke(main, ["completion", shell])
+    assert (made.exit_code, "_FIREWORKS_TRAINING_COMPLETE" in made.output) == (0, True)
+    assert CliRunner().invoke(main, ["completion"], env={"SHELL": f"/bin/{shell}"}).output == (
+        made.output
+    )
+    assert CliRunner().invoke(main, ["completion"], env={"SHELL": "/bin/none"}).exit_code == 2
 
 
 def test_doctor_is_content(run: Run, platform: RunningPlatform) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -186,3 +187,30 @@ def test_what_is_left_of_a_ledger_says_the_same(rows: list[tuple[Any, str, str]]
 def test_a_line_of_another_version_is_kept_and_a_torn_one_is_not() -> None:
     newer = b'{"event":"lent","nonce":"1"}'
     assert compact([b'{"event":', newer, b"3"]) == [newer]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("resource_id", ["x"]),
+        ("resource_id", 5),
+        ("base_url", []),
+        ("account", None),
+        ("nonce", {}),
+        ("run", 1),
+        ("note", None),
+        ("embedded", "yes"),
+        ("at", "soon"),
+        ("at", float("inf")),
+        ("at", None),
+        ("event", ["gone"]),
+        ("kind", {}),
+        ("owner", []),
+        ("owner", {"machine": 1, "boot": "b", "pid": 7, "started": "1"}),
+        ("owner", {"machine": "m", "boot": "b", "pid": "7", "started": "1"}),
+    ],
+)
+def test_a_line_with_a_field_of_another_kind_is_skipped(name: str, value: Any) -> None:
+    sound = encode(LedgerEntry(1.0, "created", "trainer", "r", "a", "http://x", NONCE, OWNER))
+    assert decode(sound) is not None
+    assert decode(json.dumps({**json.loads(sound), name: value}).encode()) is None

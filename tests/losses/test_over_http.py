@@ -89,13 +89,9 @@ def test_a_twin_has_the_same_loss_and_gradient(
             for some in (data[:1], data[1:]):
                 client.forward_backward_custom(some, losses.grpo()).result()
             client.optim_step(STILL).result()
-        assert [r.getMessage() for r in caplog.records if "losses.totals" in r.getMessage()] == [
-            (
-                "the loss 'grpo' takes the mean of each call, and this step has it in several: their "
-                "sum is not the mean of the whole batch. Hand in the totals of all its rows: "
-                "loss.over(losses.totals(all_rows))"
-            )
-        ]
+        said = [r.getMessage() for r in caplog.records if "losses.totals" in r.getMessage()]
+        assert len(said) == 1
+        assert said[0].startswith("the loss 'grpo' takes the mean of each call")
 
         # The totals make two parts the same step as one call.
         loss = losses.grpo(kl="k2", kl_coef=0.1)

@@ -135,7 +135,8 @@ async def test_a_hot_load_of_no_replica_is_never_live() -> None:
             client = await service.create_training_client()
             with pytest.raises(HotLoadTimeout, match="no replica is up yet"):
                 await client.weight_sync("first")
-        assert platform.loads == []  # nobody was there to be asked
+        # It is asked for once all the same: a deployment may come up only by its first load.
+        assert len(platform.loads) == 1
 
 
 def test_the_servers_need_no_pytest() -> None:

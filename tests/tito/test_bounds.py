@@ -218,7 +218,9 @@ async def test_a_call_beside_the_trajectory_does_not_end_it(
     server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
-    sidecar = await sidecars(renderer=Sloppy(), call_classifier=lambda _: "auxiliary")
+    sidecar = await sidecars(
+        renderer=Sloppy(), call_classifier=lambda _: "auxiliary", malformed_answers="discard"
+    )
     endpoint = await sidecar.create_trajectory_async()
     answer = await ask(endpoint, HELLO)
     assert (answer.status, answer.code) == (422, "tito_sdk_parse_error")
@@ -231,7 +233,7 @@ async def test_a_discarded_trajectory_refuses_with_an_error_of_its_own_each_time
     server: CompletionsServer, sidecars: Sidecars
 ) -> None:
     server.otherwise = says("one")
-    sidecar = await sidecars(renderer=Sloppy())
+    sidecar = await sidecars(renderer=Sloppy(), malformed_answers="discard")
     endpoint = await sidecar.create_trajectory_async()
     trajectory = sidecar._trajectories.get(endpoint.trajectory_id)
     request = TITOChatRequest(messages=tuple(HELLO))

@@ -85,9 +85,13 @@ async def test_every_route_wants_the_key_of_its_own_trajectory(
         ({"parallel_tool_calls": False}, "tito_invalid_request"),
         ({"store": True}, "tito_invalid_request"),
         ({"n": 2}, "tito_invalid_request"),
-        ({"user": "me"}, "tito_affinity_override"),
         ({"prompt_cache_key": "me"}, "tito_affinity_override"),
-        ({"stop": ["x"]}, "tito_invalid_sampling_field"),
+        ({"stop": ["x", ""]}, "tito_invalid_request"),
+        ({"stop": 5}, "tito_invalid_request"),
+        ({"logprobs": 3}, "tito_invalid_request"),
+        ({"top_logprobs": 3}, "tito_invalid_request"),
+        ({"response_format": {"type": "json_object"}}, "tito_invalid_request"),
+        ({"service_tier": "flex"}, "tito_invalid_sampling_field"),
         ({"echo": True}, "tito_invalid_sampling_field"),
         ({"no_such_option": 1}, "tito_invalid_sampling_field"),
         ({"sampling_mask": True}, "tito_invalid_sampling_field"),
@@ -426,7 +430,8 @@ async def test_what_cannot_be_made(sampler: DeploymentSampler, sidecars: Sidecar
         {"max_context_tokens": 1},
         {"max_output_tokens": 0},
         {"keepalive_seconds": 0},
-        {"sampling_defaults": {"user": "x"}},
+        {"sampling_defaults": {"prompt_cache_key": "x"}},
+        {"malformed_answers": "repair"},
     ]
     for options in bad:
         with pytest.raises(InvalidArgument):

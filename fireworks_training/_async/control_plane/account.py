@@ -7,15 +7,16 @@ transport's owner loop, whichever loop asks for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import orjson
 
-from fireworks_training._async.control_plane.rows import Row
+from fireworks_training._async.control_plane.rows import Row, naming, read_list, read_name
 from fireworks_training._async.http.transport import Response, Transport, with_retries
-from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.control_patience import BILLING, ControlPatience
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -24,6 +25,8 @@ from fireworks_training.errors import (
     ProtocolError,
 )
 from fireworks_training.models import Observation
+
+logger = logging.getLogger("fireworks_training.control_plane")
 
 T = TypeVar("T")
 
@@ -38,6 +41,34 @@ WRITE_TIMEOUT = 60.0
 """Seconds for an exchange that changes something."""
 
 
+class SpokenPatience(ControlPatience):
+    """Says once that an account's billing is paused, and that it is waited for.
+
+    Args:
+        what: names the request.
+        known: whether the control plane has answered before.
+    """
+
+    def __init__(self, what: str, *, known: bool) -> None:
+        super().__init__(known=known)
+        self._what = what
+        self._said = False
+
+    def next_delay(self, error: ApiError, *, now: float) -> float | None:
+        """Note a failed attempt; seconds to wait before the next one, or None to give up."""
+        delay = super().next_delay(error, now=now)
+        if self.billing_paused and delay is not None and not self._said:
+            self._said = True
+            logger.warning(
+                "%s: the server asks for payment (402); this waits up to %.0f min for the "
+                "account's billing to be settled: %s",
+                self._what,
+                BILLING / 60,
+                error,
+            )
+        return delay
+
+
 class Account:
     """The account that a key belongs to.
 
@@ -48,6 +79,7 @@ class Account:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._id: str | None = None
+        self._known = False
         self._lock = asyncio.Lock()
 
     async def id(self) -> str:
@@ -61,10 +93,11 @@ class Account:
     async def _find(self) -> str:
         async with self._lock:
             if self._id is None:
-                answer = await self.transport.call(
-                    "GET", "/v1/accounts?pageSize=2", what="look up the account"
-                )
-                names = [str(row["name"]) for row in answer.get("accounts", [])]
+                what = "look up the account"
+                answer = await self._call("GET", "/v1/accounts?pageSize=2", what=what)
+                rows = read_list(answer, "accounts", what=f"{what} (GET /v1/accounts)")
+                with naming("GET /v1/accounts"):
+                    names = [read_name(row) for row in rows]
                 if len(names) != 1:
                     raise InvalidArgument(
                         f"the API key belongs to {len(names)} accounts; exactly one is needed"
@@ -78,13 +111,58 @@ class Account:
         return f"{path}/{resource_id}" if resource_id else path
 
     async def call(
-        self, method: str, path: str, *, what: str, json: object = None, timeout: float = 30.0
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        json: object = None,
+        timeout: float = 30.0,
+        after_retry: Callable[[ApiStatusError], Awaitable[Row | None]] | None = None,
     ) -> dict[str, Any]:
-        """Make one exchange, with retries; the answer's object."""
+        """Make one exchange, with retries by the clock (`ControlPatience`); the answer's object.
+
+        Args:
+            after_retry: for a request that is not safe to repeat: told that a repeated one was
+                refused with 400 or 409, since the first may have been carried out and its answer
+                lost. It looks, and gives the row that is the outcome; None lets the refusal stand.
+        """
         return await self.transport.owner.run(
-            lambda: self.transport.call(method, path, what=what, json=json, timeout=timeout),
+            lambda: self._call(
+                method, path, what=what, json=json, timeout=timeout, after_retry=after_retry
+            ),
             label=what,
         )
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        what: str,
+        json: object = None,
+        timeout: float = 30.0,
+        after_retry: Callable[[ApiStatusError], Awaitable[Row | None]] | None = None,
+    ) -> dict[str, Any]:
+        patience = self._patience(what)
+        try:
+            answer = await self.transport.call(
+                method, path, what=what, json=json, timeout=timeout, backoff=patience
+            )
+        except ApiStatusError as error:
+            self._known = True
+            # The refusal itself is counted, too.
+            if after_retry is None or patience.failures < 2 or error.status not in (400, 409):
+                raise
+            outcome = await after_retry(error)
+            if outcome is None:
+                raise
+            return dict(outcome)
+        self._known = True
+        return answer
+
+    def _patience(self, what: str) -> ControlPatience:
+        return SpokenPatience(what, known=self._known)
 
     async def get(self, path: str) -> Row | None:
         """Look up a row; None where there is none."""
@@ -126,15 +204,18 @@ class Account:
             return response
 
         response = await with_retries(
-            once, what=what, backoff=Backoff(), events=self.transport.events
+            once, what=what, backoff=self._patience(what), events=self.transport.events
         )
+        self._known = True
         waited = "wait" in response.headers.get("Preference-Applied", "").lower()
         held_s = clock() - asked if waited else None
         if response.status == 304 and since is not None:
             return Observation(since.row, since.tag, held_s)
         if response.status == 404:
             return Observation(None)
-        return Observation(read(response.object()), response.headers.get("ETag"), held_s)
+        with naming(f"GET {path}"):
+            row = read(response.object())
+        return Observation(row, response.headers.get("ETag"), held_s)
 
     async def answers(self, inference_url: str, model: str, *, timeout_s: float) -> bool:
         """Ask a model for a completion of four tokens; whether it answers now."""
@@ -166,11 +247,12 @@ class Account:
         query: dict[str, object] = {"pageSize": page_size}
         for _ in range(MOST_PAGES):
             answer = await self.call("GET", f"{path}?{urlencode(query)}", what=f"list {collection}")
-            pages = (cast(list[Row], answer.get(key) or []) for key in keys)
-            found.extend(next((page for page in pages if page), list[Row]()))
+            found.extend(read_list(answer, *keys, what=f"list {collection} (GET {path})"))
             token = answer.get("nextPageToken")
             if not token:
                 return found
+            if not isinstance(token, str):
+                raise ProtocolError(f"list {collection} (GET {path}): nextPageToken is no text")
             if token == query.get("pageToken"):
                 raise ProtocolError(f"list {collection}: the server gave the same page twice")
             query["pageToken"] = token

@@ -5,7 +5,7 @@ Pure functions; options that are not given are left out, so that the platform's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fireworks_training.config import FiretitanProvisioningConfig
@@ -21,7 +21,7 @@ def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str
         "serviceMode": True,
         "keepAlive": False,
         "dataset": "",
-        "useReservation": True,
+        "useReservation": config.use_reservation,
         "displayName": display_name,
         "trainingConfig": {
             "baseModel": config.base_model,
@@ -31,8 +31,7 @@ def job_body(config: FiretitanProvisioningConfig, display_name: str) -> dict[str
                 maxContextLength=None if config.training_shape_id else config.max_context_length,
                 customImageTag=config.custom_image_tag,
                 region=config.region,
-                extraArgs=list(config.extra_args),
-                extraValues=extra,
+                extraArgs=split_at_blanks(config.extra_args),
             ),
         },
         **present(
@@ -86,7 +85,7 @@ def deployment_body(
             hotLoadTransitionType=config.hot_load_transition_type,
             deploymentShape=config.deployment_shape
             or (profile.deployment_shape if profile else None),
-            extraArgs=list(config.deployment_extra_args),
+            extraArgs=split_at_blanks(config.deployment_extra_args),
             extraValues=dict(config.deployment_extra_values or {}),
             preemptible=config.preemptible,
         ),
@@ -112,6 +111,11 @@ def promotion_body(
         "base_model": base_model,
         **present(**where),
     }
+
+
+def split_at_blanks(arguments: Iterable[str]) -> list[str]:
+    """Split command-line arguments that were written together ("--flag value")."""
+    return [part for argument in arguments for part in argument.split()]
 
 
 def present(**fields: Any) -> dict[str, Any]:

@@ -8,10 +8,12 @@ promotion waits here, since its operation serves no other purpose.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlencode
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE, WRITE_TIMEOUT, Account
@@ -21,18 +23,24 @@ from fireworks_training._async.control_plane.promotions import start_promotion
 from fireworks_training._async.control_plane.rows import (
     CHECKPOINT_LISTS,
     Row,
+    naming,
     read_checkpoint,
     read_deployment,
     read_job,
+    read_list,
     read_model,
+    read_name,
     read_operation,
     read_profile,
 )
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
+from fireworks_training._core.kept_checkpoints import to_delete
+from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import resolve_endpoint
 from fireworks_training.errors import (
+    ApiStatusError,
     Conflict,
     InvalidArgument,
     ProtocolError,
@@ -49,10 +57,18 @@ from fireworks_training.models import (
     TrainingProfile,
 )
 
+logger = logging.getLogger("fireworks_training.control_plane")
+
+T = TypeVar("T")
+
 PROBE_TIMEOUT = 10.0
 FIRST_POLL, SLOWEST_POLL = 0.2, 5.0
 """Seconds between two looks at an operation: at first, and at most."""
 
+_BEING_MADE = ("CREATING", "UPLOADING")
+"""States of a model that is not there yet."""
+
+_CHECKPOINT = re.compile(r"accounts/[^/?#]+/rlorTrainerJobs/[^/?#]+/checkpoints/[^/?#]+")
 _SHAPE = re.compile(r"accounts/[^/?#]+/trainingShapes/[^/?#]+(/versions/[^/?#]+)?")
 
 
@@ -132,17 +148,19 @@ class AsyncControlPlane:
     async def get_model(self, name: str) -> ModelInfo | None:
         """Look up a model by its full resource name; None if there is none."""
         row = await self._account.get(f"/v1/{name}")
-        return None if row is None else read_model(row)
+        return None if row is None else _read(read_model, row, "models")
 
     async def list_models(self) -> list[ModelInfo]:
         """List the models of the account."""
-        return [read_model(row) for row in await self._account.rows("models", "models")]
+        return [
+            _read(read_model, row, "models") for row in await self._account.rows("models", "models")
+        ]
 
     async def list_training_shapes(self) -> list[TrainingProfile]:
         """List the training shapes of the account, each at its latest validated version; shapes
         without one are left out."""
         rows = await self._account.rows("trainingShapes", "trainingShapes")
-        found = [await self._latest(str(row.get("name"))) for row in rows]
+        found = [await self._latest(_read(read_name, row, "trainingShapes")) for row in rows]
         return [profile for profile in found if profile is not None]
 
     async def training_profile(self, shape: str) -> TrainingProfile:
@@ -164,7 +182,7 @@ class AsyncControlPlane:
         pinned, _, version = shape.partition("/versions/")
         if version and version != "latest":
             row = await self._account.call("GET", f"/v1/{shape}", what=f"look up {shape}")
-            return read_profile(row, shape)
+            return _read(partial(read_profile, shape=shape), row, shape)
         profile = await self._latest(pinned)
         if profile is None:
             raise InvalidArgument(f"the training shape {pinned} has no validated version")
@@ -172,11 +190,10 @@ class AsyncControlPlane:
 
     async def _latest(self, shape: str) -> TrainingProfile | None:
         query = urlencode({"filter": "latest_validated=true", "pageSize": 1})
-        answer = await self._account.call(
-            "GET", f"/v1/{shape}/versions?{query}", what=f"look up the training shape {shape}"
-        )
-        rows = cast(list[Row], answer.get("trainingShapeVersions") or [])
-        return read_profile(rows[0], shape) if rows else None
+        what = f"look up the training shape {shape}"
+        answer = await self._account.call("GET", f"/v1/{shape}/versions?{query}", what=what)
+        rows = read_list(answer, "trainingShapeVersions", what=what)
+        return _read(partial(read_profile, shape=shape), rows[0], shape) if rows else None
 
     # -- trainer jobs ------------------------------------------------------------------------------
 
@@ -203,12 +220,12 @@ class AsyncControlPlane:
             if existing is None:
                 raise
             return existing, False
-        return read_job(row), True
+        return _read(read_job, row, "rlorTrainerJobs"), True
 
     async def get_job(self, job_id: str) -> TrainerJobInfo | None:
         """Look up a trainer job; None if there is none of that id."""
         row = await self._account.get(await self._account.path("rlorTrainerJobs", job_id))
-        return None if row is None else read_job(row)
+        return None if row is None else _read(read_job, row, "rlorTrainerJobs")
 
     async def look_at_job(
         self, job_id: str, since: Observation[TrainerJobInfo] | None = None, hold_s: int = 0
@@ -226,7 +243,7 @@ class AsyncControlPlane:
     async def list_jobs(self) -> list[TrainerJobInfo]:
         """List the trainer jobs of the account."""
         rows = await self._account.rows("rlorTrainerJobs", "rlorTrainerJobs")
-        return [read_job(row) for row in rows]
+        return [_read(read_job, row, "rlorTrainerJobs") for row in rows]
 
     async def resume_job(self, job_id: str) -> None:
         """Start a stopped trainer job again.
@@ -234,8 +251,18 @@ class AsyncControlPlane:
         Raises:
             Conflict: the job is in a state that can't be resumed.
         """
-        path = f"{await self._account.path('rlorTrainerJobs', job_id)}:resume"
-        await self._account.call("POST", path, what=f"resume {job_id}", json={})
+        job = await self._account.path("rlorTrainerJobs", job_id)
+
+        async def there(_: ApiStatusError) -> Row | None:
+            # The lost answer may have been a success, after which the old state lingers: whoever
+            # waits for the job judges it.
+            row = await self._account.get(job)
+            gone = row is None or job_readiness(_read(read_job, row, job).state) is Readiness.GONE
+            return None if gone else row
+
+        await self._account.call(
+            "POST", f"{job}:resume", what=f"resume {job_id}", json={}, after_retry=there
+        )
 
     async def delete_job(self, job_id: str) -> None:
         """Delete a trainer job; it is no error if it is gone."""
@@ -279,12 +306,12 @@ class AsyncControlPlane:
             if existing is None:
                 raise
             return existing, False
-        return read_deployment(row), True
+        return _read(read_deployment, row, "deployments"), True
 
     async def get_deployment(self, deployment_id: str) -> DeploymentInfo | None:
         """Look up a deployment; None if there is none of that id."""
         row = await self._account.get(await self._account.path("deployments", deployment_id))
-        return None if row is None else read_deployment(row)
+        return None if row is None else _read(read_deployment, row, "deployments")
 
     async def look_at_deployment(
         self, deployment_id: str, since: Observation[DeploymentInfo] | None = None, hold_s: int = 0
@@ -303,7 +330,7 @@ class AsyncControlPlane:
     async def list_deployments(self) -> list[DeploymentInfo]:
         """List the deployments of the account."""
         rows = await self._account.rows("deployments", "deployments")
-        return [read_deployment(row) for row in rows]
+        return [_read(read_deployment, row, "deployments") for row in rows]
 
     async def update_deployment(
         self, deployment_id: str, fields: Mapping[str, Any], mask: str | None = None
@@ -349,7 +376,69 @@ class AsyncControlPlane:
         rows = await self._account.rows(
             f"rlorTrainerJobs/{job_id}/checkpoints", *CHECKPOINT_LISTS, page_size=page_size
         )
-        return [read_checkpoint(row) for row in rows]
+        return [_read(read_checkpoint, row, "checkpoints") for row in rows]
+
+    async def checkpoint_name(self, job_id: str, checkpoint_id: str) -> str:
+        """Build a checkpoint's full name."""
+        return f"{await self.resource_name('rlorTrainerJobs', job_id)}/checkpoints/{checkpoint_id}"
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint for good; it is no error if it is gone.
+
+        Args:
+            name: its full name, as `list_checkpoints` gives it.
+
+        Raises:
+            InvalidArgument: it is no such name.
+            Conflict: a deployment serves the snapshot, or a later one is a difference to it.
+        """
+        job, checkpoint = id_after(name, "rlorTrainerJobs"), id_after(name, "checkpoints")
+        if job is None or checkpoint is None or not _CHECKPOINT.fullmatch(name):
+            raise InvalidArgument(
+                f"name={name!r}: a checkpoint's full name is needed, "
+                "accounts/<account>/rlorTrainerJobs/<job>/checkpoints/<checkpoint>"
+            )
+        await self._account.delete(f"/v1/{name}")
+
+    async def keep_checkpoints(
+        self,
+        job_id: str,
+        last: int,
+        keep: Collection[str] = (),
+        kinds: Collection[Literal["state", "snapshot"]] = ("state", "snapshot"),
+        *,
+        dry_run: bool = False,
+    ) -> list[CheckpointInfo]:
+        """Keep the newest checkpoints of a job, and those that are named; delete the rest.
+
+        Args:
+            last: how many of the newest of each kind are kept.
+            keep: ids or full names to keep besides.
+            kinds: the kinds to clean up.
+            dry_run: only list what would be deleted.
+
+        Returns:
+            What was deleted, newest first; without what a deployment serves, which stays.
+
+        Raises:
+            InvalidArgument: a name to keep that the job does not have: nothing is deleted.
+        """
+        rows = await self.list_checkpoints(job_id)
+        there = {name for row in rows for name in (row.name, row.checkpoint_id)}
+        if missing := sorted(set(keep) - there):
+            raise InvalidArgument(
+                f"keep={missing}: the job {job_id} has no such checkpoint; nothing was deleted"
+            )
+        gone: list[CheckpointInfo] = []
+        for row in to_delete(rows, kinds=kinds, last=last, keep=keep):
+            try:
+                if not dry_run:
+                    await self.delete_checkpoint(row.name)
+            except Conflict as error:
+                logger.info("%s stays: %s", row.name, error)
+                continue
+            gone.append(row)
+        return gone
 
     async def promote_checkpoint(
         self,
@@ -389,19 +478,41 @@ class AsyncControlPlane:
         if operation is not None:
             await self.wait_for_operation(operation, timeout_s=timeout_s)
         elif row.get("name"):
-            return read_model(row)
+            return await self._made(_read(read_model, row, "models"), timeout_s)
         model = await self.get_model(body["output_model"])
         if model is None:
             raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
         return model
 
+    async def _made(self, model: ModelInfo, timeout_s: float) -> ModelInfo:
+        """Wait until a model that is being made, by an operation of no known name, is there."""
+        name, last = model.name, [model]
+
+        async def there() -> ModelInfo:
+            delay = FIRST_POLL
+            while last[0].state in _BEING_MADE:
+                await asyncio.sleep(delay)
+                delay = min(delay * 1.5, SLOWEST_POLL)
+                found = await self.get_model(name)
+                if found is None:
+                    raise ProvisioningError(f"{name} was not made", resource=name)
+                last[0] = found
+            return last[0]
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await log_if_slow(there(), lambda: f"{name} {last[0].state}")
+        except TimeoutError as error:
+            raise ProvisioningTimeout(
+                f"{name} is {last[0].state} after {timeout_s:g} s", resource=name
+            ) from error
+
     # -- operations --------------------------------------------------------------------------------
 
     async def get_operation(self, name: str) -> OperationInfo:
         """Look up a long-running operation by its full name."""
-        return read_operation(
-            await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
-        )
+        row = await self._account.call("GET", f"/v1/{name}", what=f"look up {name}")
+        return _read(read_operation, row, name)
 
     async def wait_for_operation(self, name: str, *, timeout_s: float = 7200.0) -> OperationInfo:
         """Wait until an operation has ended well.
@@ -473,3 +584,9 @@ class AsyncControlPlane:
 
     def _bind_to_portal(self) -> None:
         self._account.transport.owner.use_portal()
+
+
+def _read(read: Callable[[Row], T], row: Row, route: str) -> T:
+    """Read a row; a `ProtocolError` names the route that gave it."""
+    with naming(route):
+        return read(row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fireworks_training._async.control_plane.bodies import present
+from fireworks_training._async.control_plane.bodies import present, split_at_blanks
 from fireworks_training.options import DeploymentConfig
 
 
@@ -28,7 +28,7 @@ def create_body(config: DeploymentConfig) -> dict[str, Any]:
             hotLoadTransitionType=config.hot_load_transition_type,
             deploymentShape=config.deployment_shape,
             acceleratorType=None if config.deployment_shape else config.accelerator_type,
-            extraArgs=[part for arg in config.extra_args or [] for part in arg.split()],
+            extraArgs=split_at_blanks(config.extra_args or ()),
             extraValues=config.extra_values,
             annotations=config.annotations,
             preemptible=config.preemptible,

@@ -12,7 +12,7 @@ from typing import cast
 
 from fireworks_training._async.control_plane.account import Account
 from fireworks_training._async.control_plane.rows import Row, read_operation
-from fireworks_training.errors import ApiStatusError
+from fireworks_training.errors import ApiStatusError, ProtocolError
 
 PROMOTE_TIMEOUT = 300.0
 """Seconds for the answer: an older platform gives it when the model is there."""
@@ -29,12 +29,19 @@ async def start_promotion(account: Account, name: str, body: Row) -> tuple[str |
         The name of the operation to wait for, None if the promotion is done; and the model's row as
         far as the answer has it.
     """
+
+    async def model_there(_: ApiStatusError) -> Row | None:
+        # The first request may have been carried out: then the model is there, or being made.
+        model = await account.get(f"/v1/{body['output_model']}")
+        return None if model is None else {"model": model}
+
     ask = partial(
         account.call,
         "POST",
         f"/v1/{name}:promote",
         what=f"promote {name}",
         timeout=PROMOTE_TIMEOUT,
+        after_retry=model_there,
     )
     try:
         answer = await ask(json={**body, "async_promotion": True})
@@ -46,5 +53,7 @@ async def start_promotion(account: Account, name: str, body: Row) -> tuple[str |
     operation, model = answer.get("operation"), answer.get("model")
     if isinstance(operation, Mapping):
         operation = read_operation(cast(Row, operation)).name
+    if operation is not None and not isinstance(operation, str):
+        raise ProtocolError(f"promote {name}: the server named no operation, but a value")
     row = cast(Row, model if isinstance(model, Mapping) else {})
-    return str(operation) if operation else None, row
+    return operation or None, row

@@ -12,6 +12,8 @@ from typing import cast
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
+from fireworks_training._async.http.resolver import Resolver
+
 
 class QuietResponseHandler(ResponseHandler):
     """Resumes reading from its connection only if that was paused.
@@ -43,7 +45,7 @@ class Connector(aiohttp.TCPConnector):
     """
 
     def __init__(self, verify: ssl.SSLContext | bool = True) -> None:
-        super().__init__(limit=0, limit_per_host=0, ssl=verify)  # pyright: ignore[reportUnknownMemberType]
+        super().__init__(limit=0, limit_per_host=0, ssl=verify, resolver=Resolver())  # pyright: ignore[reportUnknownMemberType]
         # aiohttp has no argument for it. A version that makes them elsewhere loses the saving only.
         self._factory = cast(
             "partial[ResponseHandler]", partial(QuietResponseHandler, loop=self._loop)

@@ -12,18 +12,31 @@ import logging
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self, TypeVar, cast
+from urllib.parse import urljoin
 
 import aiohttp
 import orjson
 
+from fireworks_training._async.http.bodies import MAX_BODY, PARSE_INLINE, check_values, read_bounded
+from fireworks_training._async.http.hosts import Hosts, advice, origin_of
 from fireworks_training._async.http.quiet_handler import Connector
 from fireworks_training._async.http.read_timeouts import ReadTimeouts
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.usage_meter import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
+from fireworks_training._wire.server_words import scrubbed, words_of
+from fireworks_training.config import (
+    certificate_file,
+    checked_key,
+    checked_url,
+    cloudflare_headers,
+    environment_proxy,
+)
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -47,6 +60,9 @@ CONNECT_TIMEOUT = 30.0
 PIECE = 1 << 18
 """Bytes of a large body that are handed to the connection at a time, so that the loop goes on."""
 
+MAX_REDIRECTS = 5
+"""Redirects of one exchange that are followed."""
+
 USER_AGENT = f"fireworks-training/{__version__}"
 
 logger = logging.getLogger("fireworks_training.transport")
@@ -54,12 +70,17 @@ logger = logging.getLogger("fireworks_training.transport")
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Holds one answer, read whole."""
+    """Holds one answer, read whole.
+
+    Attributes:
+        secrets: what no message about the answer may repeat.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     request_id: str | None
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def ok(self) -> bool:
@@ -93,7 +114,7 @@ class Response:
 
     def error(self, what: str) -> ApiStatusError:
         """Make the typed error of an answer that is not `ok`."""
-        message, error_class = _error_text(self.body)
+        message, error_class = words_of(self.body, self.secrets)
         return for_status(
             self.status,
             f"{what}: the server answered {self.status}: {message}",
@@ -105,23 +126,6 @@ class Response:
         )
 
 
-def _error_text(body: bytes) -> tuple[str, str | None]:
-    try:
-        payload = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return (body[:500].decode("utf-8", "replace").strip() or "(no body)"), None
-    if not isinstance(payload, dict):
-        return str(payload)[:500], None
-    fields = cast(dict[str, Any], payload)
-    error = fields.get("error", fields.get("detail", fields.get("message", fields)))
-    error_class = fields.get("error_class")
-    if isinstance(error, dict):
-        inner = cast(dict[str, Any], error)
-        error_class = error_class or inner.get("error_class") or inner.get("code")
-        error = inner.get("message", inner)
-    return str(error)[:2000], str(error_class) if error_class is not None else None
-
-
 class Transport:
     """Keeps the connection pool of a service, and makes its HTTP exchanges.
 
@@ -130,8 +134,12 @@ class Transport:
         base_url: scheme, host and optional path, without a trailing slash.
         api_key: sent as `X-API-Key` and as bearer token; never part of a message or a repr.
         additional_headers: sent with every request; they win over the SDK's own.
-        verify_ssl: False accepts any certificate; only on the caller's request.
+        verify_ssl: False accepts any certificate; only on the caller's request. Otherwise
+            `SSL_CERT_FILE` names certificates to trust, if set.
         events: gets the events of retries; None where nobody listens.
+
+    Raises:
+        InvalidArgument: `api_key` can't be sent, or `base_url` is not the URL of a host.
     """
 
     def __init__(
@@ -146,12 +154,15 @@ class Transport:
     ) -> None:
         self.owner = owner
         self.events = events
-        self.base_url = base_url.rstrip("/")
-        self._api_key = api_key
+        self.base_url = checked_url("base_url", base_url)
+        self._api_key = checked_key(api_key) if api_key else api_key
         self._additional_headers = dict(additional_headers or {})
         self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._signed = {**cloudflare_headers(), **self._additional_headers}
+        self._proxies: dict[str, str | None] = {}
+        self.hosts = Hosts()
         self.usage = UsageMeter(time.monotonic)
         self.read_timeouts = ReadTimeouts()
 
@@ -172,8 +183,24 @@ class Transport:
             "Authorization": f"Bearer {self._api_key}",
             "User-Agent": USER_AGENT,
             **(extra or {}),
-            **self._additional_headers,
+            **self._signed,
         }
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no message may repeat: the key, and the values of the caller's own headers."""
+        return (self._api_key, *self._signed.values())
+
+    def proxy_for(self, url: str) -> str | None:
+        """Find the proxy of a URL, from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY.
+
+        They are read once for each host.
+        """
+        scheme, rest = url.split("://", 1)
+        place = f"{scheme}://{rest.partition('/')[0]}"
+        if place not in self._proxies:
+            self._proxies[place] = environment_proxy(place)
+        return self._proxies[place]
 
     def session(self) -> aiohttp.ClientSession:
         """Return the aiohttp session, made at first use. Call on the owner loop.
@@ -184,10 +211,11 @@ class Transport:
         if self._closed:
             raise ClientClosed.of("service")
         if self._session is None:
-            if self._verify_ssl or self.base_url.startswith("http://"):
-                verify: ssl.SSLContext | bool = True
-            else:
+            verify: ssl.SSLContext | bool = True
+            if not self._verify_ssl:
                 verify = False
+            elif (bundle := certificate_file()) is not None:
+                verify = ssl.create_default_context(cafile=bundle)
             self._session = aiohttp.ClientSession(
                 connector=Connector(verify),
                 auto_decompress=True,
@@ -204,54 +232,109 @@ class Transport:
         body: Body | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        limit: int = MAX_BODY,
     ) -> Response:
         """Make one HTTP exchange, without retries; any status is an answer.
+
+        A redirect is followed where it keeps the method; another host gets no key.
 
         Args:
             url: absolute, or a path below `base_url`.
             timeout: seconds for the whole exchange; for a large body, since its last piece was
                 taken, so that a slow upload is not cut while it goes on.
+            limit: bytes that the answer's body may have, decompressed.
 
         Raises:
-            ConnectionFailed: no connection, or it broke.
+            ConnectionFailed: no connection, or it broke, or redirects go on.
+            ProtocolError: the answer is larger than the limit.
             RequestTimedOut: no whole answer in time.
         """
-        session = self.session()
         target = url if "://" in url else self.base_url + url
         sent = self.headers(headers)
         if body is not None:
             sent.setdefault("Content-Type", "application/json")
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await self._once(method, target, body, sent, timeout, limit)
+            place = response.headers.get("Location")
+            keeps = response.status in (307, 308) or (
+                response.status in (301, 302, 303) and method in ("GET", "HEAD")
+            )
+            if not keeps or not place:
+                return response
+            target, sent = self._redirected(target, place, sent)
+        raise ConnectionFailed(
+            f"{method} {_path(target)} at {self.base_url}: more than {MAX_REDIRECTS} redirects; "
+            "check base_url"
+        )
+
+    def _redirected(
+        self, target: str, place: str, sent: Mapping[str, str]
+    ) -> tuple[str, dict[str, str]]:
+        """Follow a redirect: its URL, and the headers that the host there may see."""
+        there = urljoin(target, place)
+        try:
+            before, after = origin_of(target), origin_of(there)
+        except ValueError:
+            after = before = ("", "", 0)
+        if after[0] not in ("http", "https") or (before[0], after[0]) == ("https", "http"):
+            raise ConnectionFailed(
+                f"{_path(target)} at {self.base_url} is redirected to what is no http(s) URL, or "
+                "from https to plain http; check base_url"
+            )
+        if after == before:
+            return there, dict(sent)
+        private = {name.lower() for name in ("X-API-Key", "Authorization", *self._signed)}
+        return there, {name: text for name, text in sent.items() if name.lower() not in private}
+
+    async def _once(
+        self,
+        method: str,
+        target: str,
+        body: Body | None,
+        headers: Mapping[str, str],
+        timeout: float,
+        limit: int,
+    ) -> Response:
+        session, sent = self.session(), dict(headers)
         pieces = body if isinstance(body, tuple) else (body or b"",)
         size = sum(map(len, pieces))
         content: bytes | AsyncIterator[memoryview] | None = None
         if body is not None and size <= PIECE:
             content = b"".join(pieces)
         try:
-            async with asyncio.timeout(timeout) as limit:
+            async with asyncio.timeout(timeout) as clock:
                 if size > PIECE:
                     sent["Content-Length"] = str(size)
-                    content = _pieces(pieces, limit, timeout)
+                    content = _pieces(pieces, clock, timeout)
                 async with session.request(
-                    method, target, data=content, headers=sent, allow_redirects=False
+                    method,
+                    target,
+                    data=content,
+                    headers=sent,
+                    allow_redirects=False,
+                    proxy=self.proxy_for(target),
                 ) as response:
-                    answer = await response.read()
+                    answer = await read_bounded(response, limit, f"{method} {_path(target)}")
         except TimeoutError as error:
             raise RequestTimedOut(
                 f"{method} {_path(target)}: no answer within {timeout:g} s", cause=error
             ) from error
         except aiohttp.InvalidURL as error:
             raise ConnectionFailed(
-                f"{target!r} is not a URL; check base_url", cause=error
+                f"{_path(target)} at {self.base_url} is not a URL; check base_url", cause=error
             ) from error
         except (aiohttp.ClientError, OSError) as error:
+            told = scrubbed(str(error), self.secrets, limit=300) or "the connection broke"
             raise ConnectionFailed(
-                f"{method} {_path(target)} at {self.base_url}: "
-                f"{type(error).__name__}: {str(error) or 'the connection broke'}. "
-                "Check base_url and the network; `fireworks-training serve` starts a platform here",
+                f"{method} {_path(target)} at {self.base_url}: {type(error).__name__}: {told}. "
+                f"{advice(target, error)}",
                 cause=error,
             ) from error
+        self.hosts.answered(target)
         request_id = response.headers.get("x-request-id")
-        return Response(response.status, response.headers, answer, request_id)
+        if request_id is not None:
+            request_id = scrubbed(request_id, self.secrets, limit=200)
+        return Response(response.status, response.headers, answer, request_id, self.secrets)
 
     async def call(
         self,
@@ -279,9 +362,19 @@ class Transport:
             response = await self.exchange(method, url, body=body, headers=headers, timeout=timeout)
             if not response.ok:
                 raise response.error(what)
-            return response.object()
+            if len(response.body) <= PARSE_INLINE:
+                return response.object()
+            check_values(response.body, response.request_id)
+            return await in_thread(response.object)
 
-        return await with_retries(once, what=what, backoff=backoff or Backoff(), events=self.events)
+        target = url if "://" in url else self.base_url + url
+        return await with_retries(
+            once,
+            what=what,
+            backoff=backoff or Backoff(),
+            events=self.events,
+            hopeless=partial(self.hosts.hopeless, target),
+        )
 
     async def close(self) -> None:
         """Close the pool; idempotent."""
@@ -326,15 +419,20 @@ async def with_retries(
     backoff: Backoff,
     events: EventHook | None = None,
     kind: EventKind = "control",
+    hopeless: Callable[[ApiError, float], bool] = lambda _error, _now: False,
 ) -> T:
-    """Run `once` until it succeeds, fails for good, or the budget is used up."""
+    """Run `once` until it succeeds, fails for good, or the budget is used up.
+
+    Args:
+        hopeless: told of each failure and its time; True ends the retries.
+    """
     loop = asyncio.get_running_loop()
     while True:
         try:
             return await once()
         except ApiError as error:
             delay = backoff.next_delay(error, now=loop.time())
-            if delay is None:
+            if delay is None or hopeless(error, loop.time()):
                 raise
             logger.warning("%s failed (%s); next try in %.1f s", what, type(error).__name__, delay)
             report_retry(events, kind, what, backoff.failures, delay, error)

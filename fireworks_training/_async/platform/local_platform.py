@@ -19,6 +19,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, cast
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training.config import Endpoint
 from fireworks_training.errors import InvalidArgument, LocalPlatformError, MissingExtra
@@ -114,7 +115,7 @@ async def acquire(endpoint: Endpoint) -> EmbeddedPlatform:
     start = _Start(endpoint)
     try:
         return await log_if_slow(
-            asyncio.to_thread(start.run), lambda: "the embedded platform starts (it imports torch)"
+            in_thread(start.run), lambda: "the embedded platform starts (it imports torch)"
         )
     except asyncio.CancelledError:
         start.abandon()

@@ -13,6 +13,7 @@ from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.platform import local_platform
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.config import Endpoint
 from fireworks_training.errors import NotSupported
 from fireworks_training.usage import Usage
@@ -121,7 +122,7 @@ class Platform:
             await self._transport.close()
         if self._embedded:
             self._embedded = False
-            await asyncio.to_thread(local_platform.release)
+            await in_thread(local_platform.release)
 
     @property
     def usage(self) -> Usage:

@@ -6,22 +6,25 @@ folder. It knows the control plane and the cache, and no chat templates.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.config import FiretitanProvisioningConfig, cache_dir
 from fireworks_training.errors import InvalidArgument, ProtocolError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 LOCAL_ACCOUNT = "local"
 """The account of the local platform, which serves the tokenizers of its models."""
@@ -36,7 +39,7 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
         auto = cast(Any, AutoTokenizer)
         return cast("PreTrainedTokenizerBase", auto.from_pretrained(str(source)))
 
-    return await asyncio.to_thread(work)
+    return await in_thread(work)
 
 
 async def find_tokenizer(
@@ -49,7 +52,15 @@ async def find_tokenizer(
     """
     if await plane.account() == LOCAL_ACCOUNT:
         # The name that a script gives is ignored: only the served model's own tokenizer fits.
-        return await load(store(await plane.tokenizer_files(config.base_model)))
+        files = store(await plane.tokenizer_files(config.base_model))
+        try:
+            return await load(files)
+        except Exception as error:  # transformers raises anything
+            raise ProtocolError(
+                f"the tokenizer that the platform serves for {config.base_model} can't be loaded "
+                f"({type(error).__name__}); pass tokenizer= to the sampler",
+                cause=error,
+            ) from error
     if config.tokenizer_model is None:
         raise InvalidArgument(
             "no tokenizer: pass tokenizer_model= to from_firetitan_config, or tokenizer= to the "
@@ -58,17 +69,35 @@ async def find_tokenizer(
     return await load(config.tokenizer_model)
 
 
+def _served_files(answer: Mapping[str, Any]) -> dict[str, bytes]:
+    listed: object = answer.get("files")
+    if not isinstance(listed, dict) or not listed:
+        raise ProtocolError("the platform serves a tokenizer without files")
+    files: dict[str, bytes] = {}
+    told = hashlib.sha256()
+    for name, text in cast(dict[str, object], listed).items():
+        if not _FILE_NAME.fullmatch(name):
+            raise ProtocolError(f"the platform serves a tokenizer file with the name {name[:80]!r}")
+        try:
+            files[name] = base64.b64decode(cast(str, text), validate=True)
+        except (ValueError, TypeError):
+            raise ProtocolError(f"the tokenizer's file {name} is served as no base64") from None
+        told.update(f"{name}:{hashlib.sha256(files[name]).hexdigest()}\n".encode())
+    if answer.get("sha256") not in (None, told.hexdigest()):
+        raise ProtocolError("the tokenizer's files are not those of the hash that is told")
+    return files
+
+
 def store(answer: Mapping[str, Any]) -> Path:
     """Put served tokenizer files into the cache; gives their folder.
 
     Raises:
-        ProtocolError: a file has a name that is not allowed.
+        ProtocolError: there are none, a file has a name that is not allowed, or is no base64, or
+            the files are not those of the hash that is told.
     """
-    files = {str(name): base64.b64decode(text) for name, text in answer["files"].items()}
+    files = _served_files(answer)
     digest = hashlib.sha256()
     for name in sorted(files):
-        if name != Path(name).name or name.startswith("."):
-            raise ProtocolError(f"the platform serves a tokenizer file with the name {name!r}")
         digest.update(name.encode() + b"\0" + files[name])
     folder = cache_dir() / "tokenizers" / digest.hexdigest()
     if not folder.is_dir():

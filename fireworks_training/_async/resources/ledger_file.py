@@ -14,12 +14,14 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from fireworks_training._core.ledger import LedgerEntry, compact, decode, encode
 from fireworks_training.config import state_dir
+from fireworks_training.errors import LedgerUnavailable
 
 _FRESH = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
@@ -31,15 +33,32 @@ COMPACT_EVERY = 64 << 10
 """Bytes by which the file grows between two checks whether to compact it."""
 
 
+SAY_AFTER = 5.0
+"""Seconds after which a wait for the lock is logged."""
+
+LOCK_PATIENCE = 25.0
+"""Seconds for which the lock is waited for."""
+
+
 class LedgerFile:
     """Reads and appends to the ledger of a user.
 
     Args:
         path: the file; default `ledger.jsonl` in the user's state folder.
+        clock: gives seconds of a steady clock.
+        sleep: waits for so many seconds.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
         self._path = path
+        self._clock = clock
+        self._sleep = sleep
 
     @cached_property
     def path(self) -> Path:
@@ -52,9 +71,13 @@ class LedgerFile:
         If this process dies meanwhile, a part of them may be there.
 
         Raises:
-            OSError: the folder can't be written.
+            LedgerUnavailable: it can't be written, or its lock was not to be had in time.
         """
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._typed("written"):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._append(entries)
+
+    def _append(self, entries: Sequence[LedgerEntry]) -> None:
         with self._locked(os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
@@ -67,12 +90,17 @@ class LedgerFile:
                 self._compact(file)
 
     def read(self) -> list[LedgerEntry]:
-        """Read all entries, in order; none where there is no file."""
-        try:
-            with self._locked(os.O_RDONLY, fcntl.LOCK_SH) as file:
-                data = _whole(file)
-        except FileNotFoundError:
-            return []
+        """Read all entries, in order; none where there is no file.
+
+        Raises:
+            LedgerUnavailable: it can't be read, or its lock was not to be had in time.
+        """
+        with self._typed("read"):
+            try:
+                with self._locked(os.O_RDONLY, fcntl.LOCK_SH) as file:
+                    data = _whole(file)
+            except FileNotFoundError:
+                return []
         entries = list[LedgerEntry]()
         for number, line in enumerate(data.splitlines(), 1):
             entry = decode(line)
@@ -104,12 +132,48 @@ class LedgerFile:
         while True:
             file = os.open(self.path, flags | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(file, lock)
+                self._lock(file, lock)
                 if self._is_ledger(file):
                     yield file
                     return
             finally:
                 os.close(file)  # releases the lock
+
+    def _lock(self, file: int, lock: int) -> None:
+        """Take the lock of an open file; say when that takes long, and end.
+
+        Raises:
+            TimeoutError: another process keeps it.
+        """
+        began, said, pause = self._clock(), False, 0.005
+        while True:
+            try:
+                fcntl.flock(file, lock | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                waited = self._clock() - began
+            if waited >= LOCK_PATIENCE:
+                raise TimeoutError(f"another process has kept its lock for {waited:.0f} s")
+            if waited >= SAY_AFTER and not said:
+                said = True
+                logger.warning(
+                    "the ledger %s is locked by another process; this waits up to %.0f s",
+                    self.path,
+                    LOCK_PATIENCE,
+                )
+            self._sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    @contextlib.contextmanager
+    def _typed(self, done: str) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LedgerUnavailable(
+                f"the ledger {self.path} can't be {done}: {error}. It must be a file of yours, "
+                "which no other process keeps locked (`lsof` names who does)",
+                cause=error,
+            ) from error
 
     def _is_ledger(self, file: int) -> bool:
         """Whether an open file is still the one under the ledger's name."""

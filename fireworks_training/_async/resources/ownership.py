@@ -22,6 +22,7 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.processes import this_process
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.ledger import (
     ANNOTATION,
     Event,
@@ -33,7 +34,7 @@ from fireworks_training._core.ledger import (
 )
 from fireworks_training._core.lifecycle import Readiness, deployment_readiness, job_readiness
 from fireworks_training.config import CleanUp
-from fireworks_training.errors import ApiError, FireworksTrainingError
+from fireworks_training.errors import ApiError, FireworksTrainingError, LedgerUnavailable
 from fireworks_training.models import DeploymentInfo, TrainerJobInfo
 
 Row = TypeVar("Row", TrainerJobInfo, DeploymentInfo)
@@ -282,8 +283,8 @@ class RunResources:
 
         try:
             # To its end, so that the entries are in the order of the events.
-            await finish_in_spite_of_cancellation(asyncio.to_thread(write))
-        except OSError as error:
+            await finish_in_spite_of_cancellation(in_thread(write))
+        except LedgerUnavailable as error:
             if not self._complained:
                 self._complained = True
                 logger.warning(

@@ -1,6 +1,8 @@
-"""Makes or finds a trainer, a deployment and a reference trainer as configured, all at once.
+"""Makes or finds a trainer, a deployment and a reference trainer as configured.
 
-They are made in one task group: when one fails, the waits for the others end at once, the caller
+A deployment names the trainer job whose snapshots it loads, so it is asked for once the control
+plane has that job; what both of them take to come up passes at the same time. They are waited for
+in one task group: when one fails, the waits for the others end at once, the caller
 deletes what was made, and the first error is raised. It knows configurations and the control plane;
 `ownership` keeps track of the resources, `readiness` waits for them.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -26,6 +28,7 @@ from fireworks_training._async.platform.tokenizers import LOCAL_ACCOUNT
 from fireworks_training._async.resources.ownership import Claim, Role, RunResources
 from fireworks_training._async.resources.readiness import deployment_ready, trainer_ready
 from fireworks_training._core.lifecycle import (
+    SLOWEST,
     Readiness,
     ReadinessWait,
     deployment_readiness,
@@ -66,12 +69,12 @@ class Resources:
     stale: bool = False
 
     def max_context_length(self, configured: int | None) -> int | None:
-        """Tokens of a sequence that the trainer takes at most, by its job, the configuration or
-        its shape; None where none of them says."""
+        """Tokens of a sequence at most, by the configuration, the trainer's shape or its job; None
+        where none of them says."""
         lengths = [
-            self.job.max_context_length if self.job else None,
             configured,
             self.profile.max_context_length if self.profile else None,
+            self.job.max_context_length if self.job else None,
         ]
         return next((length for length in lengths if length is not None), None)
 
@@ -86,7 +89,11 @@ def separate_reference(config: FiretitanProvisioningConfig) -> bool:
 
 
 def reference_config(config: FiretitanProvisioningConfig) -> FiretitanProvisioningConfig:
-    """Configure the forward-only trainer that serves a service's reference model."""
+    """Configure the forward-only trainer that serves a service's reference model.
+
+    It has neither the shape of the policy's trainer, which is one for training, nor its number of
+    replicas: without a shape of its own the control plane chooses one.
+    """
     return replace(
         config,
         create_deployment=False,
@@ -94,7 +101,8 @@ def reference_config(config: FiretitanProvisioningConfig) -> FiretitanProvisioni
         lora_rank=0,
         lora_alpha=None,
         max_lora_rank=None,
-        training_shape_id=config.reference_training_shape_id or config.training_shape_id,
+        training_shape_id=config.reference_training_shape_id,
+        trainer_replica_count=None,
         trainer_job_id=config.reference_trainer_job_id,
         reference_training_shape_id=None,
         reference_trainer_job_id=None,
@@ -126,12 +134,13 @@ async def provision(
         )
     if config.training_shape_id is not None:
         resources.profile = await plane.training_profile(config.training_shape_id)
+    wait = await _trainer(plane, config, resources, holdings, role)
     if config.wait_for_trainer_before_deployment:
-        await _trainer(plane, config, resources, holdings, role)
+        await wait()
         await _deployment(plane, config, resources, holdings)
         return
     async with asyncio.TaskGroup() as group:
-        group.create_task(_trainer(plane, config, resources, holdings, role))
+        group.create_task(wait())
         group.create_task(_deployment(plane, config, resources, holdings))
 
 
@@ -144,7 +153,8 @@ async def _trainer(
     resources: Resources,
     holdings: RunResources,
     role: Role,
-) -> None:
+) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Make or find the trainer job; gives the wait until it runs."""
     job_id = resources.job_id
     assert job_id is not None
     claim = Claim(role, job_id, "delete" if config.cleanup_trainer_on_close else None)
@@ -163,8 +173,13 @@ async def _trainer(
     else:
         await holdings.adopt(plane, claim)
     _log_warning("trainer", job_id, job.message)
-    found = claim.standing == "adopted"
-    resources.job = await until_running(plane, config, job_id, first=job, resumable=found)
+    first = job
+
+    async def wait() -> None:
+        found = claim.standing == "adopted"
+        resources.job = await until_running(plane, config, job_id, first=first, resumable=found)
+
+    return wait
 
 
 async def until_running(
@@ -262,14 +277,20 @@ async def wait_for_deployment(
     *,
     budget: float,
     settled: Callable[[DeploymentInfo], bool] | None = None,
+    slowest: float = SLOWEST,
 ) -> DeploymentInfo:
-    """Wait up to `budget` seconds until a deployment is ready, and `settled`."""
+    """Wait up to `budget` seconds until a deployment is ready, and `settled`.
+
+    Args:
+        slowest: the longest pause between two looks, in seconds.
+    """
     watch = ReadinessWait(
         f"deployment {deployment_id}",
         deployment_readiness,
         started=asyncio.get_running_loop().time(),
         budget=budget,
         queue_budget=budget,
+        slowest=slowest,
     )
     return await deployment_ready(plane, deployment_id, watch, settled=settled)
 
@@ -277,27 +298,34 @@ async def wait_for_deployment(
 async def _reattach(
     plane: AsyncControlPlane, config: FiretitanProvisioningConfig, found: DeploymentInfo, job: str
 ) -> DeploymentInfo:
-    """Point a deployment that was found to this service's trainer; change only what differs."""
+    """Point a deployment that was found to this service's trainer; change only what differs.
+
+    It is changed when it is READY: one that is UPDATING carries out somebody's last change.
+    """
     wanted, has = config.deployment_shape, found.deployment_shape
     if wanted and has and _parent(wanted) != _parent(has):
         raise InvalidArgument(
             f"the deployment {found.deployment_id} has the shape {has}, but {wanted} was asked "
             "for: give another deployment_id, or leave deployment_shape out"
         )
-    budget = config.deployment_timeout_s
-    if found.state in SERVING:
-        budget = config.reattach_settle_timeout_s
-    else:
-        await wait_for_deployment(plane, found.deployment_id, budget=budget)
+    serves = found.state in SERVING
+    budget = config.reattach_settle_timeout_s if serves else config.deployment_timeout_s
+
+    async def until(settled: Callable[[DeploymentInfo], bool]) -> DeploymentInfo:
+        return await wait_for_deployment(
+            plane,
+            found.deployment_id,
+            budget=budget,
+            settled=settled,
+            slowest=config.reattach_poll_interval_s,
+        )
+
+    if found.state != "READY":
+        found = await until(lambda row: row.state == "READY")
     fields, masks = _changes(config, found, job)
     if fields:
         await plane.update_deployment(found.deployment_id, fields, ",".join(masks))
-
-    def settled(row: DeploymentInfo) -> bool:
-        left, _ = _changes(config, row, job)
-        return row.state == "READY" and not left
-
-    return await wait_for_deployment(plane, found.deployment_id, budget=budget, settled=settled)
+    return await until(lambda row: row.state == "READY" and not _changes(config, row, job)[0])
 
 
 def _changes(

@@ -148,12 +148,15 @@ class Provisioner:
         what = f"the service of {self._config.base_model}"
         self._forget_exit = at_exit(what, self._clean_up_at_exit)
         before = list(self.holdings.claims)
+        failure: BaseException | None = None
         try:
             await work(plane)
         except BaseException as error:
+            failure = first_of(error)
+        if failure is not None:  # raised out here, where no group becomes its context
             made = [c for c in self.holdings.claims if c not in before and is_of(c)]
             await finish_in_spite_of_cancellation(self.holdings.abandon(plane, made))
-            raise first_of(error) from None
+            raise failure
 
     async def _provision(self, plane: AsyncControlPlane) -> None:
         resources = Resources()

@@ -18,12 +18,23 @@ from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.runtime.cancellation import first_to_end
 from fireworks_training._async.runtime.terminal import shown_on_terminal
 from fireworks_training._core.backoff import is_retryable
-from fireworks_training._core.lifecycle import Again, GiveUp, Go, ReadinessWait, Resume, Seen
-from fireworks_training.errors import ApiError
+from fireworks_training._core.lifecycle import (
+    Again,
+    GiveUp,
+    Go,
+    Readiness,
+    ReadinessWait,
+    Resume,
+    Seen,
+    job_readiness,
+)
+from fireworks_training.errors import ApiError, Conflict
 from fireworks_training.models import DeploymentInfo, Observation, TrainerJobInfo
 
 PROBE_EVERY = 5.0
 """Seconds between two attempts to get a completion from a deployment that is CREATING."""
+
+_GOES_ON = (Readiness.READY, Readiness.STARTING, Readiness.QUEUED)
 
 
 class HasState(Protocol):
@@ -134,7 +145,12 @@ async def trainer_ready(
 
     async def resume() -> None:
         logger.info("trainer %s stands: resuming it", job_id)
-        await plane.resume_job(job_id)
+        try:
+            await plane.resume_job(job_id)
+        except Conflict:  # somebody else may have been quicker: the job's state tells
+            job = await plane.get_job(job_id)
+            if job is None or job_readiness(job.state) not in _GOES_ON:
+                raise
 
     return await until_ready(
         watch, partial(plane.look_at_job, job_id), first=first, resume=resume, answers=healthy

@@ -21,6 +21,7 @@ from fireworks_training._async.resources.ownership import carries_nonce, delete,
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.processes import is_alive, this_process
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.ledger import (
     AskPlatform,
     Close,
@@ -49,6 +50,7 @@ class _ReapOptions:
     older_than_s: float = 0.0
     kept: bool = False
     other_machines: bool = False
+    forget: bool = False
 
 
 class AsyncResourceLedger:
@@ -97,15 +99,20 @@ class AsyncResourceLedger:
         )
         return cls(AsyncControlPlane(transport), owner, endpoint.base_url)
 
-    async def ps(self) -> list[HeldResource]:
-        """List resources that are held or left behind, oldest first; changes nothing.
+    async def ps(self, *, forget: bool = False) -> list[HeldResource]:
+        """List resources that are held or left behind, oldest first; changes nothing by default.
 
         Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
+
+        Args:
+            forget: note in the ledger that what is proven gone has ended, so that it is listed this
+                once ("closed") and not again.
 
         Raises:
             ApiError: the platform can't be asked.
         """
-        return await self._owner.run(lambda: self._all(_ReapOptions(), act=False), label="ps")
+        options = _ReapOptions(forget=forget)
+        return await self._owner.run(lambda: self._all(options, act=False), label="ps")
 
     async def reap(
         self,
@@ -179,7 +186,7 @@ class AsyncResourceLedger:
         return [done[id(claim)] for claim in claims]
 
     async def _claims(self) -> list[OpenClaim]:
-        return fold(await asyncio.to_thread(self._file.read))
+        return fold(await in_thread(self._file.read))
 
     async def _one(
         self,
@@ -191,7 +198,7 @@ class AsyncResourceLedger:
         act: bool,
     ) -> HeldResource:
         shown = self._shown(claim)
-        decision: Decision = await asyncio.to_thread(_judged, claim, claims, options)
+        decision: Decision = await in_thread(_judged, claim, claims, options)
         here = (claim.last.base_url, claim.last.account) == (self._base_url, account)
         if not here or self._plane is None:
             if isinstance(decision, AskPlatform):
@@ -222,14 +229,15 @@ class AsyncResourceLedger:
         if isinstance(decision, Leave):
             return replace(shown, outcome="leave", reason=decision.reason)
         if isinstance(decision, Close):
-            if act:
+            noted = act or options.forget
+            if noted:
                 await self._note_gone(claim, decision.reason)
-            return replace(shown, outcome="closed" if act else "close", reason=decision.reason)
+            return replace(shown, outcome="closed" if noted else "close", reason=decision.reason)
         reason = "its run has ended" if claim.last.event != "kept" else "it was kept"
         if not act:
             return replace(shown, outcome="remove", reason=reason)
         # Another run may have adopted it since the ledger was read.
-        again = await asyncio.to_thread(_judged, claim, await self._claims(), options)
+        again = await in_thread(_judged, claim, await self._claims(), options)
         if isinstance(again, Leave):
             return replace(shown, outcome="leave", reason=again.reason)
         assert self._plane is not None
@@ -242,7 +250,7 @@ class AsyncResourceLedger:
 
     async def _note_gone(self, claim: OpenClaim, note: str) -> None:
         entry = close(claim, at=time.time(), owner=this_process(), note=note)
-        await finish_in_spite_of_cancellation(asyncio.to_thread(self._file.append, [entry]))
+        await finish_in_spite_of_cancellation(in_thread(self._file.append, [entry]))
 
     def _shown(self, claim: OpenClaim) -> HeldResource:
         entry = claim.last

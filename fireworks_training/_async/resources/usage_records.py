@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.processes import is_alive, this_process
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.ledger import Owner
 from fireworks_training.config import state_dir
 from fireworks_training.usage import RunState, RunUsage, Usage
@@ -183,7 +184,7 @@ class UsageRecorder:
 
     async def _in_thread(self, work: Callable[[Usage], None], used: Usage) -> None:
         try:
-            await asyncio.to_thread(work, used)
+            await in_thread(work, used)
         except OSError as error:
             if not self._complained:
                 self._complained = True

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+from fireworks_training._async.runtime.threads import in_thread
+
 T = TypeVar("T")
 
 INLINE_TOKENS = 2048
@@ -26,7 +28,7 @@ async def in_worker(work: Callable[[], T]) -> T:
     """
     lane = _LANES.setdefault(asyncio.get_running_loop(), asyncio.Lock())
     async with lane:
-        return await asyncio.to_thread(work)
+        return await in_thread(work)
 
 
 async def off_loop(tokens: int, work: Callable[[], T]) -> T:

@@ -187,7 +187,11 @@ class CompletionStream:
             try:
                 self._opener = task
                 return await session.post(
-                    attempt.url, data=body, headers=attempt.headers, allow_redirects=False
+                    attempt.url,
+                    data=body,
+                    headers=attempt.headers,
+                    allow_redirects=False,
+                    proxy=self._transport.proxy_for(attempt.url),
                 )
             except asyncio.CancelledError as cancelled:
                 if self._silence is None or task.uncancel() > cancelled_before:

@@ -8,7 +8,6 @@ token ids in a worker thread. What its calls share stands in `context.py`, its r
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -19,6 +18,7 @@ from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, cast
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
@@ -146,6 +146,11 @@ class DeploymentSampler:
         return self._context.model
 
     @property
+    def base_url(self) -> str:
+        """Scheme and host of the inference API."""
+        return self._context.inference_url
+
+    @property
     def account_id(self) -> str | None:
         """Account of the deployment; None where the model string names none."""
         found = re.match(r"accounts/([^/]+)/", self._context.model)
@@ -226,7 +231,7 @@ class DeploymentSampler:
         conversations = conversations_of(messages)
         tokenizer = self._context.needed_tokenizer()
         return self._call(
-            lambda: asyncio.to_thread(tokenizer.apply_template, conversations),
+            lambda: in_thread(tokenizer.apply_template, conversations),
             len(conversations),
             n,
             request,
@@ -413,7 +418,7 @@ class DeploymentSampler:
         if len(conversations) != 1:
             raise InvalidArgument(f"a stream takes one conversation, got {len(conversations)}")
         tokenizer = self._context.needed_tokenizer()
-        return lambda: asyncio.to_thread(tokenizer.apply_template, conversations)
+        return lambda: in_thread(tokenizer.apply_template, conversations)
 
     def drain_metrics(self) -> list[ServerMetrics]:
         """Take the metrics of attempts since the last drain, oldest first; the newest 65,536."""

@@ -28,7 +28,14 @@ from fireworks_training._wire.training import bodies
 from fireworks_training.errors import FireworksTrainingError, WrongLoop
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SaveSamplerResult, WeightSyncResult
-from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
+from fireworks_training.options import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    LossName,
+    Normalization,
+    OnDrift,
+)
 
 if TYPE_CHECKING:
     import tinker
@@ -66,7 +73,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
     # -- passes ------------------------------------------------------------------------------------
 
     def forward(
-        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Compute the logprobs of the targets, without gradients.
 
@@ -82,7 +89,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         return self._queue.submit(self._passes.built_in("forward", data, loss_fn, loss_fn_config))
 
     def forward_backward(
-        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName, loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Add the gradients of a built-in loss to those held for the next `optim_step`.
 
@@ -198,6 +205,7 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
         grad_accumulation_normalization: Normalization | None = None,
         emit_grad_norm_metrics: GradNorms | None = None,
         *,
+        passes: int | None = None,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
         """Apply the gradients held, by AdamW with decoupled weight decay, and drop them.
@@ -208,14 +216,21 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
             grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
                 "num_sequences" held; None or "none" takes the plain sum.
             emit_grad_norm_metrics: "off", "basic" or "detailed"; None leaves it to the trainer.
+            passes: how many passes the step must hold; with another number it is dropped, and
+                nothing is applied. None takes any number.
             accept_partial: apply even where the server may hold part of a step that failed
                 (`GradientsInDoubt`).
 
         Returns:
-            Metrics of the step, such as `grad_norm`.
+            Metrics of the step, such as `grad_norm`; `given_up_passes` where passes that had
+            succeeded went with a failure before.
+
+        Raises:
+            InvalidArgument: a setting is not finite or out of range.
 
         Raises, through the future:
             PrecedingOperationFailed: an operation of this step failed; nothing was applied.
+            InvalidArgument: the step does not hold as many `passes`; it is dropped.
             GradientsInDoubt: the server does not enforce steps, and one has failed.
         """
         return self._queue.submit(
@@ -225,8 +240,20 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
                 grad_accumulation_normalization,
                 emit_grad_norm_metrics,
                 accept_partial=accept_partial,
+                passes=passes,
             )
         )
+
+    def discard_step(self) -> APIFuture[int]:
+        """Drop the passes since the last `optim_step`: what comes after this opens a new step.
+
+        Returns:
+            How many passes had succeeded, and are dropped.
+
+        Raises, through the future:
+            GradientsInDoubt: the server offers no way to drop what it holds.
+        """
+        return self._queue.submit(operations.discard_step())
 
     # -- saving and loading ------------------------------------------------------------------------
 
@@ -240,13 +267,15 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
     ) -> APIFuture[SaveWeightsResponse]:
         """Save weights and optimizer, to be resumed from.
 
-        A second save under a name takes the place of the first in one step, and a warning says so:
-        states are the job's, so that a run that begins again, or another model of the job, may
-        come to a name that is taken. A save that fails leaves the earlier state as it was.
+        States are the job's, so that a run that begins again, or another model of the job, may come
+        to a name that is taken: such a save fails, unless it is asked to overwrite. Another trainer
+        than the local platform's may keep both, under different paths; `path` is what loads it.
 
         Args:
             name: of the state; 1 to 200 characters of letters, digits, '.', '_' and '-'.
-            ttl_seconds, overwrite: of Tinker servers; refused.
+            ttl_seconds: seconds after which the platform may remove it; None keeps it.
+            overwrite: take the place of a state of this name, in one step; a save that fails leaves
+                the earlier state as it was.
             timeout: seconds; wait in this thread until the state is saved, and raise `TimeoutError`
                 if it is not by then (the save goes on). None does not wait.
 
@@ -255,6 +284,10 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
 
         Raises:
             WrongLoop: `timeout` on the loop that has to do the work; nothing is saved.
+            NotSupported: `ttl_seconds` or `overwrite`, and the trainer does not offer it.
+
+        Raises, through the future:
+            RequestFailed: there is a state of this name (`error_class` is "StateExists").
         """
         if timeout is not None and self._model.owner.is_current():
             raise WrongLoop(
@@ -328,7 +361,9 @@ class AsyncFiretitanTrainingClient(OfficialTrainingNames):
                 and `snapshot.kind` says what it did. None chooses: first "base", then "delta".
                 "merged_base" saves all weights with the adapter merged into them, for a LoRA model.
             export_precision: of "merged_base": "source" or "bf16" on the local platform.
-            ttl_seconds, metadata: refused.
+            ttl_seconds: seconds after which the platform may remove it, unless it is served; None
+                leaves it to the platform. Refused where the trainer does not offer it.
+            metadata: refused.
 
         Returns:
             `path`: the snapshot's public identity, for `model_path=`; and `snapshot`, what was

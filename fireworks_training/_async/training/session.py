@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
 from fireworks_training._async.runtime.loops import OwnerLoop
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
@@ -24,11 +25,20 @@ from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.training import bodies
 from fireworks_training.config import FiretitanProvisioningConfig, session_tags
-from fireworks_training.errors import FireworksTrainingError, OperationError, ProtocolError
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    FireworksTrainingError,
+    OperationError,
+    ProtocolError,
+)
 from fireworks_training.futures import APIFuture
 
 HEARTBEAT_PERIOD = 10.0
 """Seconds between heartbeats."""
+
+LOOK_AGAIN_AFTER = 1.0
+"""Seconds between two looks at a session that may be gone."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -43,6 +53,7 @@ class Capabilities:
         wire: the dialects it takes; empty where it lists none.
         step_protocol: whether it enforces atomic steps.
         snapshot_protocol: whether its saves describe the snapshots they wrote.
+        state_options: whether a save may overwrite, and be given a time to live.
         backward: whether it takes a backward that refers to an earlier forward.
         batch_polls: whether one poll gives all finished results of a model.
         features: the other `supports_...` flags, by name.
@@ -53,6 +64,7 @@ class Capabilities:
     wire: tuple[str, ...] = ()
     step_protocol: bool = False
     snapshot_protocol: bool = False
+    state_options: bool = False
     backward: bool = False
     batch_polls: bool = False
     features: Mapping[str, bool] = field(default_factory=dict[str, bool])
@@ -74,6 +86,7 @@ class Capabilities:
             wire=tuple(map(str, cast(list[object], wire))) if isinstance(wire, list) else (),
             step_protocol=payload.get("step_protocol") == 1,
             snapshot_protocol=payload.get("snapshot_protocol") == 1,
+            state_options=payload.get("state_options") == 1,
             backward=payload.get("supports_backward") is True,
             batch_polls=payload.get("retrieve_futures") == 1,
             features={
@@ -93,6 +106,7 @@ class TrainerSession:
         trainer_url: of the trainer, without `/api/v1`.
         tinker_only: whether it is a Tinker server, which refuses fields that only Fireworks'
             trainers have.
+        job_ended: asks the control plane whether the job has ended; why, or None.
     """
 
     def __init__(
@@ -102,14 +116,17 @@ class TrainerSession:
         trainer_url: str,
         *,
         tinker_only: bool = False,
+        job_ended: Callable[[], Awaitable[str | None]] | None = None,
     ) -> None:
         self.tinker_only = tinker_only
-        self.plane = DataPlane(transport, trainer_url)
+        # The control plane said that this trainer runs; a Tinker server is a stranger at first.
+        self.plane = DataPlane(transport, trainer_url, known=not tinker_only)
         self.session_id = ""
         self.client_config = ClientConfig()
         self._make_transport = make_transport
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
+        self._job_ended = job_ended
         self._models = 0
         self._unsettled: dict[bytes, int] = {}  # models that may be there: their numbers
 
@@ -160,7 +177,7 @@ class TrainerSession:
         wanted = bodies.create_model(
             self.session_id,
             config.base_model,
-            lora,
+            None if base_only else lora,
             base_only=base_only,
             user_metadata=user_metadata,
         )
@@ -181,6 +198,33 @@ class TrainerSession:
         if isinstance(answer, bytes):
             raise ProtocolError("the trainer answered protobuf where JSON is due")
         return Capabilities.read(answer)
+
+    async def gone(self) -> str | None:
+        """Look a second time, elsewhere, whether the trainer is gone.
+
+        Returns:
+            Why it is: by the state of its job, else by the session, asked twice; None where
+            neither says so.
+        """
+        reason: str | None = None
+        if self._job_ended is not None:
+            with contextlib.suppress(FireworksTrainingError):
+                reason = await self._job_ended()
+        if reason is not None:
+            return reason
+        for pause in (0.0, LOOK_AGAIN_AFTER):
+            await asyncio.sleep(pause)
+            try:
+                await self.plane.beat(self.session_id)
+            except ApiStatusError as error:
+                if error.status not in (404, 410):
+                    return None
+                reason = f"its session is gone, too: {error.message}"
+            except ApiError:
+                return None
+            else:
+                return None
+        return reason
 
     async def close(self) -> None:
         """Stop the heartbeat; idempotent. The session ends with its job."""
@@ -229,7 +273,7 @@ class Heartbeat:
         with contextlib.suppress(FireworksTrainingError):
             await APIFuture(running)
         # Giving the portal back may end its thread, which is waited for off this loop.
-        await asyncio.to_thread(self._owner.release)
+        await in_thread(self._owner.release)
 
     async def _beat(self) -> None:
         """Beat until cancelled; failures are logged after 30 s and at doubling intervals."""

@@ -8,6 +8,7 @@ training client saves for it, and when, in `publisher`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -27,14 +28,16 @@ from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
 from fireworks_training._async.weights.hot_load_requests import Target
 from fireworks_training._async.weights.weight_sync import WeightSync
-from fireworks_training._core.snapshots import Chain
+from fireworks_training._core.snapshots import Chain, links_to
 from fireworks_training.config import CleanUp, FiretitanProvisioningConfig
-from fireworks_training.errors import InvalidArgument
+from fireworks_training.errors import ApiError, HotLoadFailed, InvalidArgument
 from fireworks_training.models import DeploymentInfo
 from fireworks_training.options import DeploymentConfig, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("fireworks_training.weight_sync")
 
 
 class ServedDeployment:
@@ -56,7 +59,10 @@ class ServedDeployment:
         self._config = config
         self._provisioner = provisioner
         self._fetching = asyncio.Lock()
-        self.chain = Chain(whole_only=bool(config.lora_rank or config.max_lora_rank))
+        self.chain = Chain(
+            whole_only=bool(config.lora_rank or config.max_lora_rank),
+            several=config.max_lora_rank is not None,
+        )
         self._hot_loads = HotLoadSignal()
         self._sampled: WeakSet[SamplerContext] = WeakSet()
         self._sync: WeightSync | None = None
@@ -84,7 +90,8 @@ class ServedDeployment:
             target = Target(
                 url=self._platform.hotload_url,
                 deployment=deployment.name,
-                base_model=self._config.base_model,
+                # It may serve another quantization of the trainer's model.
+                base_model=deployment.base_model or self._config.base_model,
             )
             self._sync = WeightSync(
                 self._platform.transport,
@@ -93,8 +100,30 @@ class ServedDeployment:
                 timeout=self._config.hotload_timeout_s,
                 hot_loads=self._hot_loads,
                 on_live=self._note_live,
+                learn=self._learn_chain,
             )
         return self._sync
+
+    async def _learn_chain(self, identity: str) -> None:
+        """Note the links up to a snapshot that another service saved, as its job lists them.
+
+        A platform that lists no predecessors is asked for the snapshot as it is.
+        """
+        job_id = self._provisioner.resources.job_id
+        if job_id is None or self._config.lora_rank or self._config.max_lora_rank:
+            return
+        try:
+            rows = await (await self._platform.open()).list_checkpoints(job_id)
+        except ApiError as error:
+            logger.debug("the chain of %s can't be looked up: %s", identity, error)
+            return
+        predecessors = {
+            row.name.rpartition("/")[2]: row.predecessor
+            for row in rows
+            if row.predecessor is not None or row.promotable
+        }
+        for snapshot in links_to(identity, predecessors):
+            self.chain.learn(snapshot)
 
     def _note_live(self, identity: str) -> None:
         self._provisioner.resources.stale = False
@@ -124,7 +153,15 @@ class ServedDeployment:
     ) -> DeploymentSampler:
         """A sampler of the deployment, with a snapshot live if one is named."""
         weights = await (self.weights() if model_path is None else self.load(model_path))
-        known = tokenizer if tokenizer is not None else await self.tokenizer()
+        known = tokenizer if tokenizer is not None else await self._tokenizer_if_any()
+        other = None if model_path is None else weights.replaces(model_path)
+        if other is not None:
+            raise HotLoadFailed(
+                f"{model_path} was loaded, but {other} was asked for by its name meanwhile, and "
+                "takes its place: a deployment serves one snapshot at a time. Make the samplers of "
+                "several snapshots one after the other, or give each its own deployment.",
+                identity=model_path,
+            )
         return await self._make(weights, known, controller or self.controller())
 
     async def of_probe(self) -> DeploymentSampler:
@@ -166,7 +203,7 @@ class ServedDeployment:
             transport=self._platform.transport,
             inference_url=inference_url or self._platform.inference_url,
             model=model,
-            tokenizer=tokenizer if tokenizer is not None else await self.tokenizer(),
+            tokenizer=tokenizer if tokenizer is not None else await self._tokenizer_if_any(),
             concurrency_controller=controller or AdaptiveConcurrencyController(),
             integer_stops=await self._integer_stops(),
         )
@@ -200,6 +237,9 @@ class ServedDeployment:
         return await self.of_model(found[0].name, tokenizer, controller, None)
 
     async def _integer_stops(self) -> bool:
+        return await self._local()
+
+    async def _local(self) -> bool:
         return await (await self._platform.open()).account() == LOCAL_ACCOUNT
 
     def controller(self) -> SamplingConcurrencyController:
@@ -207,6 +247,14 @@ class ServedDeployment:
         if self._controller is None:
             self._controller = AdaptiveConcurrencyController()
         return self._controller
+
+    async def _tokenizer_if_any(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer; None where none is named or served: token ids can be sampled without."""
+        return await self.tokenizer() if self._tokenizer_named or await self._local() else None
+
+    @property
+    def _tokenizer_named(self) -> bool:
+        return self._platform.tinker_only or self._config.tokenizer_model is not None
 
     async def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the service's model, found once."""

@@ -20,6 +20,10 @@ DELTA_COMPRESSION = "arc_v2"
 CHECKSUM_FORMAT = "alder32"
 ASK_TIMEOUT, STATUS_TIMEOUT = 60.0, 30.0
 
+FIELD_REST = 16
+"""Loads that are asked for without a field which was refused, before it is tried again: the
+platform behind a deployment may change."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -60,7 +64,7 @@ class HotLoadRequests:
             "fireworks-model": target.base_model,
             "fireworks-deployment": target.deployment,
         }
-        self._takes_reset = True
+        self._rest_of_reset = 0
 
     async def ask(
         self,
@@ -77,7 +81,8 @@ class HotLoadRequests:
         Args:
             difference: of a delta snapshot, as `difference_to` makes it.
             reset_prompt_cache: drop the prompts' caches, which the old weights made. A platform
-                that no longer takes the field is asked without it, and drops them by itself.
+                that no longer takes the field is asked without it for a while, and drops them by
+                itself.
             headers: sent beside those that name the deployment.
         """
         body: dict[str, Any] = {"identity": identity}
@@ -92,14 +97,15 @@ class HotLoadRequests:
             timeout=timeout,
             backoff=backoff,
         )
-        if self._takes_reset:
+        if self._rest_of_reset == 0:
             try:
                 return await ask(json={**body, "reset_prompt_cache": reset_prompt_cache})
             except ApiStatusError as error:
                 text = error.message.lower()
                 if "reset_prompt_cache" not in text or "extra inputs" not in text:
                     raise
-            self._takes_reset = False
+            self._rest_of_reset = FIELD_REST
+        self._rest_of_reset -= 1
         return await ask(json=body)
 
     async def status(

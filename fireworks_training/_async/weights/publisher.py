@@ -167,7 +167,7 @@ class WeightPublisher:
                 )
             )
         weights = await self._deployment.weights()
-        loaded = await weights.load(snapshot.identity, save_whole=save_whole)
+        loaded = await weights.load(snapshot.identity, save_whole=save_whole, newest=True)
         live = clock()
         drift = None if probe is None else await self._drift(probe, snapshot, loaded)
         return WeightSyncResult(

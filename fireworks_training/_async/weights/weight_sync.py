@@ -2,15 +2,20 @@
 
 What to request next is decided in `_core.snapshots`; the requests are in `hot_load_requests`; here
 they are sent, and waited for.
-One load runs at a time. Loads that are asked for meanwhile coalesce: only the newest of them is
-carried out, and those that it replaced end with it. A load that has begun goes on when the one who
-asked for it goes away.
+One load runs at a time. Loads of a snapshot by its name are carried out in turn; loads of "the
+newest weights" that are asked for meanwhile coalesce: only the last of them is carried out, and
+those that it replaced end with it. A load that has begun goes on when the one who asked for it goes
+away.
+
+A look that fails says nothing about the load: the deployment may be restarting, so whatever the
+answer is, it is looked at again until the time is up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
@@ -37,6 +42,7 @@ from fireworks_training._core.snapshots import (
 )
 from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training.errors import (
+    ApiError,
     ApiStatusError,
     ClientClosed,
     Conflict,
@@ -76,9 +82,14 @@ class Loaded:
 
 @dataclass(slots=True, eq=False)
 class _Wanted:
-    """A load that somebody waits for, and those that it replaced."""
+    """A load that somebody waits for, and those that it replaced.
+
+    Attributes:
+        newest: whether any newer snapshot serves as well; else it is this one or an error.
+    """
 
     identity: str
+    newest: bool
     save_whole: SaveWhole | None
     outcome: asyncio.Future[Loaded]
     replaced: list[asyncio.Future[Loaded]] = field(default_factory=list[asyncio.Future[Loaded]])
@@ -98,6 +109,7 @@ class WeightSync:
         timeout: seconds for every replica to report a snapshot.
         hot_loads: wakes the requests that wait for the end of a load.
         on_live: told the identity whenever a snapshot has become live everywhere.
+        learn: notes in the chain what can be known of a snapshot that this service did not save.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class WeightSync:
         timeout: float,
         hot_loads: HotLoadSignal | None = None,
         on_live: Callable[[str], None] = lambda _: None,
+        learn: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self.chain = chain if chain is not None else Chain()
         self.current: str | None = None
@@ -118,20 +131,30 @@ class WeightSync:
         self._timeout = timeout
         self._hot_loads = hot_loads if hot_loads is not None else HotLoadSignal()
         self._on_live = on_live
-        self._wanted: _Wanted | None = None
+        self._learn = learn
+        self._wanted: deque[_Wanted] = deque()
+        self._bringing: _Wanted | None = None
         self._worker: asyncio.Task[None] | None = None
         self._closed = False
         self._long_poll = False
 
     async def replicas(self) -> list[ReplicaStatus]:
-        """What each replica holds."""
-        return await self._look(None, self._timeout)
+        """What each replica holds.
 
-    async def load(self, identity: str, *, save_whole: SaveWhole | None = None) -> Loaded:
-        """Load a snapshot and wait until every replica serves it, or a newer one asked for since.
+        Raises:
+            ApiError: the status can't be read, also after retries.
+        """
+        return read_replicas(await self._requests.status(backoff=_within(self._timeout)))
+
+    async def load(
+        self, identity: str, *, save_whole: SaveWhole | None = None, newest: bool = False
+    ) -> Loaded:
+        """Load a snapshot and wait until every replica serves it.
 
         Args:
             save_whole: makes a whole snapshot to load in its place, where its chain is broken.
+            newest: the caller wants the newest weights: a load asked for later may take the place
+                of this one while it waits, and ends it (`superseded`).
 
         Raises:
             HotLoadFailed: a replica refused it; the old weights keep serving.
@@ -139,13 +162,22 @@ class WeightSync:
         """
         if self._closed:
             raise ClientClosed.of("service")
-        wanted = _Wanted(identity, save_whole, asyncio.get_running_loop().create_future())
-        if self._wanted is not None:
-            wanted.replaced = [*self._wanted.replaced, self._wanted.outcome]
-        self._wanted = wanted
+        outcome = asyncio.get_running_loop().create_future()
+        wanted = _Wanted(identity, newest, save_whole, outcome)
+        if newest and self._wanted and self._wanted[-1].newest:
+            passed_over = self._wanted.pop()
+            wanted.replaced = [*passed_over.replaced, passed_over.outcome]
+        self._wanted.append(wanted)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work(), name="weight sync")
-        return await asyncio.shield(wanted.outcome)
+        return await asyncio.shield(outcome)
+
+    def replaces(self, identity: str) -> str | None:
+        """Name the other snapshot whose load by name is under way or waits; None if none is."""
+        waiting = [wanted.identity for wanted in self._wanted if not wanted.newest]
+        if self._bringing is not None and not self._bringing.newest:
+            waiting.insert(0, self._bringing.identity)
+        return next((other for other in waiting if other != identity), None)
 
     async def close(self) -> None:
         """Let the load under way end, for a while; idempotent."""
@@ -155,15 +187,15 @@ class WeightSync:
             await asyncio.wait([worker], timeout=DRAIN)
             worker.cancel()
             await asyncio.gather(worker, return_exceptions=True)
-        if self._wanted is not None:
-            wanted, self._wanted = self._wanted, None
-            _fail(wanted, ClientClosed("the service was closed before the snapshot was loaded"))
+        while self._wanted:
+            closed = ClientClosed("the service was closed before the snapshot was loaded")
+            _fail(self._wanted.popleft(), closed)
 
     # -- one after the other -----------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while (wanted := self._wanted) is not None:
-            self._wanted = None
+        while self._wanted:
+            self._bringing = wanted = self._wanted.popleft()
             try:
                 with self._hot_loads.load():
                     loaded = await self._bring(wanted)
@@ -174,6 +206,8 @@ class WeightSync:
                     continue
                 _fail(wanted, ClientClosed("the service was closed under the load of a snapshot"))
                 raise
+            finally:
+                self._bringing = None
             for outcome in wanted.replaced:
                 if not outcome.done():
                     outcome.set_result(replace(loaded, superseded=True))
@@ -181,6 +215,8 @@ class WeightSync:
                 wanted.outcome.set_result(loaded)
 
     async def _bring(self, wanted: _Wanted) -> Loaded:
+        if self._learn is not None and not self.chain.knows(wanted.identity):
+            await self._learn(wanted.identity)
         try:
             loaded = Loaded(wanted.identity, await self._carry_out(wanted.identity))
         except _ChainBroken as broken:
@@ -223,7 +259,10 @@ class WeightSync:
         while True:
             left = self._timeout - notices.age(loop.time())
             looked_at = loop.time()
-            decision = sync.look(await self._look(waited_for, left), loop.time())
+            seen = await self._look(waited_for, left)
+            replicas = None if isinstance(seen, ApiError) else seen
+            sync.prompt = self._long_poll
+            decision = sync.look(replicas, loop.time())
             match decision:
                 case Done():
                     self._tell("live", identity, notices.age(loop.time()))
@@ -239,12 +278,14 @@ class WeightSync:
                     )
                 case Post():
                     self._tell("loading", decision.identity, notices.age(loop.time()))
-                    await self._ask(sync, decision, left)
-                    waited_for = decision.identity
-                    pace.restart()
+                    if await self._ask(sync, decision, left):
+                        waited_for = decision.identity
+                        pace.restart()
                     if not self._long_poll:
                         await asyncio.sleep(pace.take_next())
                 case Wait():
+                    if isinstance(seen, ApiError):
+                        decision = Wait({"-": f"the look at it failed: {seen}"})
                     waited = notices.age(loop.time())
                     if self._events is not None:
                         before, reported = reported, _listed(decision.waiting_for)
@@ -284,12 +325,14 @@ class WeightSync:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    async def _ask(self, sync: Sync, post: Post, left: float) -> None:
+    async def _ask(self, sync: Sync, post: Post, left: float) -> bool:
+        """Ask for a load; False if it was refused for a passing reason."""
         try:
             difference = None if post.previous is None else difference_to(post.previous)
             answer = await self._requests.ask(post.identity, difference, backoff=_within(left))
         except ApiStatusError as error:
-            decision = sync.refused(error.message, conflict=isinstance(error, Conflict))
+            now = asyncio.get_running_loop().time()
+            decision = sync.refused(error.message, conflict=isinstance(error, Conflict), now=now)
             if isinstance(decision, NeedWhole):
                 raise _ChainBroken(decision.reason) from error
             if isinstance(decision, Unloadable):
@@ -299,12 +342,14 @@ class WeightSync:
                     identity=post.identity,
                     cause=error,
                 ) from error
-            return
+            return False
         if answer.get("notice"):
             logger.info("hot load of %s: %s", post.identity, answer["notice"])
         self._long_poll = answer.get("long_poll") is True
+        return True
 
-    async def _look(self, waited_for: str | None, left: float) -> list[ReplicaStatus]:
+    async def _look(self, waited_for: str | None, left: float) -> list[ReplicaStatus] | ApiError:
+        """Read the replicas' reports once; the failure where that can't be done now."""
         query, timeout = "", STATUS_TIMEOUT
         if self._long_poll and waited_for is not None:
             hold = max(0.0, min(LONG_POLL, left))
@@ -312,9 +357,12 @@ class WeightSync:
                 f"?wait_for={quote(waited_for, safe='')}&timeout_s={hold:.3f}",
                 hold + STATUS_TIMEOUT,
             )
-        return read_replicas(
-            await self._requests.status(query, timeout=timeout, backoff=_within(left))
-        )
+        try:
+            once = Backoff(attempts=1)
+            return read_replicas(await self._requests.status(query, timeout=timeout, backoff=once))
+        except ApiError as error:
+            logger.debug("the look at a hot load failed, and is made again: %s", error)
+            return error
 
 
 def _within(left: float) -> Backoff:

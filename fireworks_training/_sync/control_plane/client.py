@@ -5,9 +5,9 @@ Written by `python -m fireworks_training._generate_sync`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from fireworks_training._async.control_plane.account import PAGE_SIZE
 from fireworks_training._async.control_plane.client import PROBE_TIMEOUT, AsyncControlPlane
@@ -203,6 +203,47 @@ class ControlPlane(Blocking[AsyncControlPlane]):
             NotFound: there is no such job; an empty list always means a job without checkpoints.
         """
         return self._run(self._async.list_checkpoints, job_id, page_size=page_size)
+
+    def checkpoint_name(self, job_id: str, checkpoint_id: str) -> str:
+        """Build a checkpoint's full name."""
+        return self._run(self._async.checkpoint_name, job_id, checkpoint_id)
+
+    def delete_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint for good; it is no error if it is gone.
+
+        Args:
+            name: its full name, as `list_checkpoints` gives it.
+
+        Raises:
+            InvalidArgument: it is no such name.
+            Conflict: a deployment serves the snapshot, or a later one is a difference to it.
+        """
+        self._run(self._async.delete_checkpoint, name)
+
+    def keep_checkpoints(
+        self,
+        job_id: str,
+        last: int,
+        keep: Collection[str] = (),
+        kinds: Collection[Literal["state", "snapshot"]] = ("state", "snapshot"),
+        *,
+        dry_run: bool = False,
+    ) -> list[CheckpointInfo]:
+        """Keep the newest checkpoints of a job, and those that are named; delete the rest.
+
+        Args:
+            last: how many of the newest of each kind are kept.
+            keep: ids or full names to keep besides.
+            kinds: the kinds to clean up.
+            dry_run: only list what would be deleted.
+
+        Returns:
+            What was deleted, newest first; without what a deployment serves, which stays.
+
+        Raises:
+            InvalidArgument: a name to keep that the job does not have: nothing is deleted.
+        """
+        return self._run(self._async.keep_checkpoints, job_id, last, keep, kinds, dry_run=dry_run)
 
     def promote_checkpoint(
         self,

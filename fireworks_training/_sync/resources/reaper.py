@@ -49,15 +49,19 @@ class ResourceLedger(Blocking[AsyncResourceLedger]):
         )
         return cls._wrap(instance)._bind()
 
-    def ps(self) -> list[HeldResource]:
-        """List resources that are held or left behind, oldest first; changes nothing.
+    def ps(self, *, forget: bool = False) -> list[HeldResource]:
+        """List resources that are held or left behind, oldest first; changes nothing by default.
 
         Each has the `outcome` that a plain `reap()` would give it: "remove", "close" or "leave".
+
+        Args:
+            forget: note in the ledger that what is proven gone has ended, so that it is listed this
+                once ("closed") and not again.
 
         Raises:
             ApiError: the platform can't be asked.
         """
-        return self._run(self._async.ps)
+        return self._run(self._async.ps, forget=forget)
 
     def reap(
         self,

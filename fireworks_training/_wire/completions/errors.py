@@ -5,11 +5,11 @@ It knows how servers spell them, and repeats nothing of a payload that may hold 
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
 import orjson
 
+from fireworks_training._wire.server_words import scrubbed
 from fireworks_training.errors import ApiError, ProtocolError, for_status
 
 
@@ -33,10 +33,6 @@ def stream_error(error: object) -> ApiError:
     return ProtocolError(f"the server reported an error{label} mid-stream")
 
 
-_LISTS = re.compile(r"\d+(\s*,\s*\d+){2,}")
-_SECRETS = re.compile(r"(?i)(bearer\s+\S+|\b(?:fw|sk|tml|key)[-_]\w{6,})")
-
-
 def status_error(
     status: int, body: bytes, *, retry_after: float | None, request_id: str | None
 ) -> ApiError:
@@ -57,7 +53,7 @@ def status_error(
     error = payload.get("error", payload)
     fields = object_in(error)
     message = error if isinstance(error, str) else fields.get("message")
-    text = _SECRETS.sub("***", _LISTS.sub("...", message))[:300] if isinstance(message, str) else ""
+    text = scrubbed(message, limit=300) if isinstance(message, str) else ""
     code = payload.get("error_class", fields.get("code"))
     if code == "NOT_FOUND" and "object" in fields:
         # The cloud's inference gateway answers this also while a deployment loads a snapshot.

@@ -57,7 +57,7 @@ def heartbeat(session_id: str) -> bytes:
 def create_model(
     session_id: str,
     base_model: str,
-    lora_config: Mapping[str, Any],
+    lora_config: Mapping[str, Any] | None,
     *,
     base_only: bool = False,
     user_metadata: Mapping[str, str] | None = None,
@@ -65,7 +65,7 @@ def create_model(
     """Make a model; its number is still missing, so that equal bytes ask for equal models.
 
     Args:
-        lora_config: of the adapter: its rank, which layers it has, its seed.
+        lora_config: of the adapter: its rank, which layers it has, its seed; None for `base_only`.
         base_only: the base model without an adapter.
         user_metadata: noted with the model.
     """
@@ -73,7 +73,7 @@ def create_model(
         {
             "session_id": session_id,
             "base_model": base_model,
-            "lora_config": lora_config,
+            **({"lora_config": lora_config} if lora_config is not None else {}),
             **({"base_only": True} if base_only else {}),
             **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
             "type": "create_model",
@@ -120,9 +120,11 @@ def optim_step(model_id: str, adam_params: Mapping[str, Any], normalization: str
     )
 
 
-def save_weights(model_id: str, name: str) -> bytes:
-    """Save weights and optimizer."""
-    return _operation("save_weights", model_id, path=name)
+def save_weights(model_id: str, name: str, *, overwrite: bool, ttl_seconds: int | None) -> bytes:
+    """Save weights and optimizer; a time to live is sent only if there is one."""
+    return _operation(
+        "save_weights", model_id, path=name, overwrite=overwrite, ttl_seconds=ttl_seconds
+    )
 
 
 def load_weights(model_id: str, path: str, *, optimizer: bool, access_token: str | None) -> bytes:
@@ -142,7 +144,12 @@ def load_adapter(model_id: str, adapter_path: str) -> bytes:
 
 
 def save_weights_for_sampler(
-    model_id: str, path: str, *, checkpoint_type: str | None, export_precision: str | None
+    model_id: str,
+    path: str,
+    *,
+    checkpoint_type: str | None,
+    export_precision: str | None,
+    ttl_seconds: int | None = None,
 ) -> bytes:
     """Save a snapshot that a deployment can load; Tinker servers know no checkpoint types."""
     return _operation(
@@ -151,6 +158,7 @@ def save_weights_for_sampler(
         path=path,
         export_precision=export_precision,
         checkpoint_type=checkpoint_type,
+        ttl_seconds=ttl_seconds,
     )
 
 

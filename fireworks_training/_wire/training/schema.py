@@ -66,14 +66,19 @@ else:
     Datum = _module.Datum
     ForwardBackwardOutput = _module.ForwardBackwardOutput
     ForwardBackwardRequest = _module.ForwardBackwardRequest
-    PromptAltTokens = _module.PromptAltTokens
+    # Of answers to samples, which the local platform writes; tinker 0.23 has no such messages.
+    PromptAltTokens = getattr(_module, "PromptAltTokens", None)
     SampledSequence = _module.SampledSequence
     SampleResponse = _module.SampleResponse
     Tensor = _module.Tensor
-    TopkLogprobs = _module.TopkLogprobs
+    TopkLogprobs = getattr(_module, "TopkLogprobs", None)
+
+TYPED_OPTIONS = "loss_fn_config_v2" in ForwardBackwardRequest.DESCRIPTOR.fields_by_name
+"""Whether options of a loss may be text; the schema of tinker 0.23 has numbers alone."""
 
 __all__ = [
     "DESCRIPTOR",
+    "TYPED_OPTIONS",
     "ArrayRecord",
     "BatchedTensor",
     "Datum",

@@ -294,8 +294,10 @@ class Supervisor:
         given = self._settings.state_dir
         folder = self.runtime_dir / "state" if given is None else Path(given).expanduser().resolve()
         try:
+            if folder.is_dir() and folder.stat().st_mode & 0o077:
+                # A folder of the user's own keeps the mode that they gave it.
+                log(f"others may look into {folder}, where the platform keeps its state")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
             self._state_lock = lifetime.lock_exclusively(folder / STATE_LOCK)
         except OSError as error:
             raise LocalPlatformError(f"the state folder {folder} can't be used: {error}") from error
@@ -326,6 +328,9 @@ class Supervisor:
                 default_model=self.default_model,
                 limits=self._settings.limits,
                 offers=self._settings.offers,
+                as_cloud=self._settings.as_cloud,
+                cloud_pace=self._settings.cloud_pace,
+                trouble=self._settings.trouble,
             )
         )
 

@@ -10,15 +10,18 @@ the gateway lists and removes. It knows no tensors, and reads no checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from fireworks_training.local.store.snapshots import sync_file
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["weights", "sampler_weights"]
 KINDS = get_args(Kind)
@@ -162,6 +165,9 @@ class SessionNote:
     detail: str | None = None
 
 
+Note = TypeVar("Note", RunNote, SessionNote, SamplerNote, CheckpointNote)
+
+
 def now() -> datetime:
     """Return the time, in UTC."""
     return datetime.now(UTC)
@@ -196,12 +202,11 @@ class TinkerStore:
         if _RUN.fullmatch(run) is None:
             return None
         raw = _read(self._runs / f"{run.replace(':', '.')}.json")
-        return None if raw is None else RunNote(**raw)
+        return _note_of(RunNote, raw)
 
     def runs(self) -> list[RunNote]:
         """Return all runs, oldest first."""
-        notes = (_read(path) for path in self._runs.glob("*.json"))
-        return sorted((RunNote(**raw) for raw in notes if raw), key=lambda note: note.created)
+        return sorted(_all_of(RunNote, self._runs), key=lambda note: note.created)
 
     def write_session(self, note: SessionNote) -> None:
         """Write the note of a session, in the place of an older one."""
@@ -212,12 +217,11 @@ class TinkerStore:
         if _SESSION.fullmatch(session) is None:
             return None
         raw = _read(self._sessions / f"{session}.json")
-        return None if raw is None else SessionNote(**raw)
+        return _note_of(SessionNote, raw)
 
     def sessions(self) -> list[SessionNote]:
         """Return all sessions, oldest first."""
-        notes = (_read(path) for path in self._sessions.glob("*.json"))
-        made = [SessionNote(**raw) for raw in notes if raw]
+        made = _all_of(SessionNote, self._sessions)
         return sorted(made, key=lambda note: (note.created, note.session))
 
     def write_sampler(self, note: SamplerNote) -> None:
@@ -229,29 +233,28 @@ class TinkerStore:
         if _SAMPLER.fullmatch(session) is None:
             return None
         raw = _read(self._samplers / f"{session.replace(':', '.')}.json")
-        return None if raw is None else SamplerNote(**raw)
+        return _note_of(SamplerNote, raw)
 
     def samplers_of(self, session: str) -> list[str]:
         """Return the ids of the sampling sessions of a client's session."""
         if _SAMPLER.fullmatch(f"{session}:sampler:0") is None:
             return []
-        notes = map(_read, self._samplers.glob(f"{session}.sampler.*.json"))
-        return sorted(str(raw["session"]) for raw in notes if raw is not None)
+        notes = _all_of(SamplerNote, self._samplers, f"{session}.sampler.*.json")
+        return sorted(note.session for note in notes)
 
     def write_checkpoint(self, note: CheckpointNote) -> None:
         """Write the note of a checkpoint, in the place of an older one of its path."""
-        _write(self._note(note.checkpoint), asdict(note), sync=True)
+        _write(self._note(note.checkpoint), asdict(note))
 
     def checkpoint(self, checkpoint: Checkpoint) -> CheckpointNote | None:
         """Return a checkpoint's note; None when there is none, or its time is over."""
         raw = _read(self._note(checkpoint))
-        note = None if raw is None else CheckpointNote(**raw)
+        note = _note_of(CheckpointNote, raw)
         return None if note is None or note.expired else note
 
     def checkpoints(self, run: str | None = None) -> list[CheckpointNote]:
         """Return the checkpoints of a run, or all, oldest first; also those whose time is over."""
-        found: Iterator[dict[str, Any] | None] = map(_read, self._checkpoints.glob("*.json"))
-        notes = [CheckpointNote(**raw) for raw in found if raw is not None]
+        notes = _all_of(CheckpointNote, self._checkpoints)
         chosen = [note for note in notes if run is None or note.checkpoint.run == run]
         return sorted(chosen, key=lambda note: note.time)
 
@@ -270,22 +273,46 @@ class TinkerStore:
         return self._checkpoints / f"{checkpoint.kind}.{checkpoint.identity}.json"
 
 
-def _write(path: Path, fields: Mapping[str, Any], *, sync: bool = False) -> None:
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a note so that a cut of power leaves the older one or this one, whole."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_text(json.dumps(fields))
-        if sync:
-            sync_file(draft)
+        sync_file(draft)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
 
 
+def _all_of(cls: type[Note], folder: Path, pattern: str = "*.json") -> list[Note]:
+    """Return the notes of a folder; those that can't be read are left out, with a warning."""
+    notes = (_note_of(cls, _read(path)) for path in folder.glob(pattern))
+    return [note for note in notes if note is not None]
+
+
+def _note_of(cls: type[Note], raw: Mapping[str, Any] | None) -> Note | None:
+    """Return a note by its fields; None where they are not those of this version."""
+    if raw is None:
+        return None
+    try:
+        return cls(**raw)
+    except TypeError as error:
+        log.warning("a note is left out that this version does not know: %s", error)
+        return None
+
+
 def _read(path: Path) -> dict[str, Any] | None:
+    """Return the fields in a file; None where there is none, or it is damaged."""
     if path.name.startswith("."):
         return None
     try:
-        return cast("dict[str, Any]", json.loads(path.read_bytes()))
+        found: object = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        log.warning("%s is damaged and left out; remove it, or put a copy in its place", path)
+        return None
+    return cast("dict[str, Any]", found)

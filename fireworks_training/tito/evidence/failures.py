@@ -58,8 +58,7 @@ def _sampling(error: SamplingRequestError, phase: str) -> TITOError:
     return TITOError(
         code,
         status if refused and status is not None else 502,
-        f"sampling failed after {error.attempts} attempts "
-        f"({error.final_error_kind or 'unknown'}); they are used up",
+        f"sampling failed ({error.final_error_kind or 'unknown'}): {error}",
         origin="server" if status is not None else "transport",
         context={**error.as_error_record(), "upstream_status": status, "phase": phase},
     )

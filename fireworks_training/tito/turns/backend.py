@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 from fireworks_training._checks import one_of
 from fireworks_training._wire.completions.request import check_names
@@ -30,18 +30,18 @@ from fireworks_training.tito.values.errors import (
     invalid,
     safe_text,
 )
-from fireworks_training.tito.values.records import TITOPromptMode
+from fireworks_training.tito.values.records import TITOMalformedAnswers, TITOPromptMode
 from fireworks_training.tito.values.requests import TITOChatRequest, TITOParsedAssistant
 
 logger = logging.getLogger("fireworks_training.tito")
 
 T = TypeVar("T")
 
-AFFINITY = ("prompt_cache_key", "prompt_cache_isolation_key", "user")
+AFFINITY = ("prompt_cache_key", "prompt_cache_isolation_key")
 """Options that mark calls as belonging together: set for a trajectory, never by the agent."""
 
 INTERNAL = (
-    *("additional_headers_snapshot", "logical_request_id", "max_seq_len", "n", "echo", "stop"),
+    *("additional_headers_snapshot", "logical_request_id", "max_seq_len", "n", "echo"),
     *("echo_last", "http_timeout", "sampling_context", "timeout_diagnostic_context"),
     *("ignore_eos", "prompt", "stream", "raw_output", "perf_metrics_in_response"),
 )
@@ -87,6 +87,7 @@ class Backend:
         sampling_defaults: Mapping[str, Any],
         headers: Mapping[str, str],
         prompt_mode: TITOPromptMode,
+        malformed_answers: TITOMalformedAnswers,
         journal: Journal,
     ) -> None:
         if max_context_tokens < 2 or max_output_tokens < 1:
@@ -100,6 +101,7 @@ class Backend:
                 f"render_contract_id() and stop_sequences(); {type(renderer).__name__} lacks some"
             )
         one_of("prompt_mode", prompt_mode, ("full_history", "incremental"))
+        one_of("malformed_answers", malformed_answers, get_args(TITOMalformedAnswers))
         incremental = prompt_mode == "incremental"
         if incremental and not isinstance(renderer, TITOIncrementalRenderer):
             raise InvalidArgument(
@@ -114,6 +116,7 @@ class Backend:
         self.max_context_tokens = max_context_tokens
         self.max_output_tokens = max_output_tokens
         self.incremental = incremental
+        self._keep_malformed = malformed_answers == "content"
         self._renderer: Any = renderer
         self._classifier = call_classifier
         self._defaults = defaults
@@ -161,21 +164,34 @@ class Backend:
         stored: Sequence[Mapping[str, Any]],
         checkpoint: Sequence[int],
     ) -> TITOIncrementalPrompt | None:
-        """Append the new messages to the exact tokens; None where the renderer declines."""
+        """Append the new messages to the exact tokens; None where the renderer declines or fails.
+
+        All messages are rendered then, which finds out whether the request itself is at fault.
+        """
         join = self._renderer.prepare_incremental_prompt
         new = request.messages[len(stored) :]
-        made: TITOIncrementalPrompt | None = await self._rendering(
-            join, request, stored, new, checkpoint
-        )
+        try:
+            made: TITOIncrementalPrompt | None = await self._in_worker(
+                join, request, stored, new, checkpoint
+            )
+        except TITOError:
+            raise
+        except Exception as error:
+            logger.warning(
+                "the renderer failed to join new messages (%s); all are rendered instead",
+                safe_text(error),
+            )
+            return None
         return made
 
     async def parsed(
         self, request: TITOChatRequest, completion: SampledCompletion
     ) -> TITOParsedAssistant:
-        """Parse a completion into a message.
+        """Parse a completion into a message; a malformed one into its text, where that is wanted.
 
         Raises:
-            TITOError: the completion is malformed; the trajectory is to be discarded (422).
+            TITOError: the parser failed, or the completion is malformed and its trajectory is to be
+                discarded (422).
         """
         ids = list(completion.completion_tokens)
         parse = self._renderer.parse_assistant
@@ -185,6 +201,10 @@ class Backend:
             )
         except Exception as error:
             known = isinstance(error, TITOParseError)
+            if isinstance(error, TITOParseError) and self._keep_malformed:
+                text = {"role": "assistant", "content": completion.text}
+                kind = f"malformed:{error.reason_code}"
+                return TITOParsedAssistant(text, output_kind=kind, parser_fallback=True)
             raise TITOError(
                 "tito_sdk_parse_error" if known else "tito_sdk_parser_internal_error",
                 422,
@@ -225,7 +245,8 @@ class Backend:
         Raises:
             TITOError: an option is unknown, or the agent may not set it (400).
         """
-        asked = dict(request.sampling_fields)
+        ours = ("stop", "logprobs", "tool_choice")
+        asked = {n: v for n, v in request.sampling_fields.items() if n not in ours}
         if taken := [name for name in AFFINITY if name in asked]:
             raise invalid(
                 f"{', '.join(taken)}: which calls belong together is the trajectory's to say; "
@@ -250,13 +271,20 @@ class Backend:
         return options
 
     async def stop(self, request: TITOChatRequest) -> list[str] | None:
-        """Ask the renderer for strings that end the answer; None for the model's own end alone."""
+        """Join the strings that end the answer, the renderer's and the agent's; None without."""
         stops = list(await self._rendering(self._renderer.stop_sequences, request) or ())
         if not all(isinstance(one, str) for one in stops):
             raise TITOError(
                 "tito_renderer_contract_error", 500, "the renderer's stop sequences are no strings"
             )
-        return stops or None
+        return list(dict.fromkeys((*stops, *request.stop))) or None
+
+    async def token_texts(self, completion: SampledCompletion) -> list[str]:
+        """Decode tokens one by one; "token_id:ID" where the renderer has no `token_texts`."""
+        ids = list(completion.completion_tokens)
+        if (decode := getattr(self._renderer, "token_texts", None)) is None:
+            return [f"token_id:{token}" for token in ids]
+        return list(await self._rendering(decode, ids))
 
     def close(self) -> None:
         """Stop the worker thread."""

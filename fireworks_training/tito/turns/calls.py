@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -167,8 +167,10 @@ def response_of(
     assistant: TITOParsedAssistant,
     completion: SampledCompletion,
     model: str,
+    logprobs: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Any]:
-    """Write the answer as OpenAI's chat completion."""
+    """Write the answer as OpenAI's chat completion; one that could not be parsed has `tito`."""
+    fallback = {"parser_fallback": True, "parser_reason_code": assistant.fallback_reason}
     message = dict(assistant.response_message)
     called = bool(message.get("tool_calls")) and completion.finish_reason == "stop"
     return {
@@ -180,12 +182,37 @@ def response_of(
             {
                 "index": 0,
                 "message": message,
+                "logprobs": logprobs,
                 "finish_reason": "tool_calls" if called else completion.finish_reason,
             }
         ],
+        **({"tito": fallback} if assistant.parser_fallback else {}),
         "usage": {
             "prompt_tokens": completion.prompt_len,
             "completion_tokens": completion.completion_len,
             "total_tokens": completion.prompt_len + completion.completion_len,
         },
     }
+
+
+def logprobs_of(completion: SampledCompletion, texts: Sequence[str]) -> dict[str, Any]:
+    """Write the logprobs of a completion as OpenAI's chat completion has them.
+
+    Args:
+        texts: the tokens as text, one each.
+    """
+    none = [dict[int, float]()] * len(texts)
+    top = completion.top_logprobs or none
+    content: list[dict[str, Any]] = []
+    for text, logprob, row in zip(texts, completion.inference_logprobs or (), top, strict=True):
+        # Ids and not texts: decoding each alternative would cost more than the answer.
+        others = [{"token": f"token_id:{n}", "logprob": v, "bytes": None} for n, v in row.items()]
+        content.append(
+            {
+                "token": text,
+                "logprob": logprob,
+                "bytes": list(text.encode()),
+                "top_logprobs": others,
+            }
+        )
+    return {"content": content, "refusal": None}

@@ -79,6 +79,7 @@ async def plan_turn(
         prompt = await backend.rendered(request)
         fallback = reason if backend.incremental else None
     else:
+        request = request.continuing(last.request, last.assistant)
         if backend.incremental:
             join = await backend.joined(request, history_of(last), last.exact_checkpoint_ids)
             fallback = None if join is not None else "renderer_declined"

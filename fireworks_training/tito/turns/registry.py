@@ -5,7 +5,6 @@ It makes and ends trajectories; it does not know HTTP.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 import uuid
@@ -13,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.tito.turns.backend import Backend
 from fireworks_training.tito.turns.trajectory import Trajectory
@@ -118,5 +118,5 @@ class TrajectoryRegistry:
         if self._traces is not None and artifact.status == "failed":
             code = artifact.terminal_reason or "trajectory_failed"
             error = TITOError(code, 500, f"the trajectory failed: {code}")
-            await asyncio.to_thread(self._traces.dump, artifact, error, code)
+            await in_thread(self._traces.dump, artifact, error, code)
         return artifact

@@ -13,7 +13,13 @@ from typing import Any
 
 from fireworks_training.models import SampledCompletion, SampledRequestResult
 from fireworks_training.tito.turns.backend import Backend
-from fireworks_training.tito.turns.calls import AgentCall, IdempotentAnswer, response_of, turn_of
+from fireworks_training.tito.turns.calls import (
+    AgentCall,
+    IdempotentAnswer,
+    logprobs_of,
+    response_of,
+    turn_of,
+)
 from fireworks_training.tito.turns.history import History
 from fireworks_training.tito.turns.planning import SegmentTip, TurnPlan, check_completion, plan_turn
 from fireworks_training.tito.values.errors import TITOError
@@ -77,12 +83,17 @@ class Turns:
         await self.record_event("prepare", payload, {"prepared_prompt_ids": plan.prompt_ids})
         sampled, completion = await self._sampled(call, plan, prepared)
         assistant = await self._backend.parsed(request, completion)
+        logprobs = await self._logprobs(request, completion)
         ids = tuple(completion.completion_tokens)
-        payload = {"call_id": call.call_id, "finish_reason": completion.finish_reason}
+        payload = dict[str, Any](call_id=call.call_id, finish_reason=completion.finish_reason)
+        if assistant.parser_fallback:
+            measured.count(f"calls/parser_fallback_{assistant.fallback_reason}")
+            payload["parser_reason_code"] = assistant.fallback_reason
         await self.record_event("completion", payload, {"exact_completion_ids": ids})
         # From here on nothing awaits and nothing fails: the turn is added as a whole.
         turn = turn_of(plan, sampled, completion, assistant, uuid.uuid4().hex)
-        response = response_of(turn.response_id, assistant, completion, self._backend.sampler.model)
+        model = self._backend.sampler.model
+        response = response_of(turn.response_id, assistant, completion, model, logprobs)
         self.history.append(plan, turn)
         record = call.record("succeeded", measured, turn_id=turn.turn_id)
         self.history.note(record)
@@ -115,11 +126,20 @@ class Turns:
         call.prompt_hash = json_hash(plan.prompt_ids)
         _, completion = await self._sampled(call, plan, prepared)
         assistant = await self._backend.parsed(request, completion)
+        logprobs = await self._logprobs(request, completion)
         record = call.record("succeeded", measured)
         self.history.note(record)
         response_id = f"chatcmpl-{call.call_id}"
         model = self._backend.sampler.model
-        return TITOCallResult(response_of(response_id, assistant, completion, model), record, None)
+        response = response_of(response_id, assistant, completion, model, logprobs)
+        return TITOCallResult(response, record, None)
+
+    async def _logprobs(
+        self, request: TITOChatRequest, completion: SampledCompletion
+    ) -> dict[str, Any] | None:
+        if not request.wants_logprobs:
+            return None
+        return logprobs_of(completion, await self._backend.token_texts(completion))
 
     async def _sampled(
         self, call: AgentCall, plan: TurnPlan, prepared: asyncio.Event | None

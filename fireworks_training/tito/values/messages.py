@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from fireworks_training.tito.values.errors import invalid
+from fireworks_training.tito.values.errors import TITOError, invalid
 
 Message = Mapping[str, Any]
 
@@ -84,6 +84,33 @@ def normalize_openai_tool_arguments(value: Any) -> str:
     except (ValueError, RecursionError):
         return value
     return made if _encodable(made) else value
+
+
+def template_message(message: Message) -> dict[str, Any]:
+    """Normalize a message for a chat template, which takes the arguments of calls as mappings.
+
+    Their keys keep the order in which they came, since a template writes them in that order. Text
+    that is no JSON object stays text.
+
+    Raises:
+        TITOError: the same errors as `canonical_message`.
+    """
+    made, _ = canonical_message(message)
+    came = _tool_calls(message.get("tool_calls") or []) if made["role"] == "assistant" else []
+    for call, sent in zip(made.get("tool_calls") or (), came, strict=False):
+        function: Any = sent.get("function") or {}
+        call["function"]["arguments"] = _as_mapping(function.get("arguments", ""))
+    return made
+
+
+def _as_mapping(arguments: Any) -> Any:
+    if isinstance(arguments, Mapping):
+        return plain_json(cast(Mapping[str, Any], arguments))
+    try:
+        decoded = json.loads(arguments)
+        return plain_json(decoded) if isinstance(decoded, dict) else arguments
+    except (ValueError, TypeError, RecursionError, TITOError):
+        return arguments
 
 
 def canonical_message(message: Message) -> tuple[dict[str, Any], list[str]]:

@@ -29,6 +29,9 @@ TITOPromptDisposition = Literal["append", "realign", "new_segment"]
 TITOPromptMode = Literal["full_history", "incremental"]
 """The way of making prompts: render all messages and compare the tokens with those so far, or
 render only the new messages and append them to those."""
+TITOMalformedAnswers = Literal["content", "discard"]
+"""What becomes of an answer that the renderer can't parse: a message of its text, whose tokens are
+trained on like others; or an error (422) after which the trajectory is discarded."""
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,20 @@ do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Self
 
+from fireworks_training.tito.values import openai_fields
 from fireworks_training.tito.values.errors import invalid
-from fireworks_training.tito.values.messages import canonical_message, json_text, plain_json
-
-_OWN = frozenset(
-    {"messages", "tools", "model", "max_tokens", "max_completion_tokens", "temperature"}
-    | {"stream", "stream_options", "tool_choice", "parallel_tool_calls", "store", "_tito"}
+from fireworks_training.tito.values.messages import (
+    canonical_message,
+    plain_json,
+    template_message,
 )
-"""Fields of a chat request that are no options of sampling."""
-
-_FARTHEST = 10**18
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class TITOParsedAssistant:
 
     Args:
         message: as an OpenAI message: role, content, tool_calls.
-        output_kind: such as "text" or "tool_calls".
-        parser_fallback: whether the renderer could not parse the output and took it as plain text.
+        output_kind: such as "text" or "tool_calls"; "malformed:CODE" of an output that could not be
+            parsed, with the reason code of its `TITOParseError`.
+        parser_fallback: whether the output could not be parsed, and was taken as plain text.
 
     Attributes:
         message: the normalized message; later histories are compared with it.
@@ -47,10 +47,16 @@ class TITOParsedAssistant:
         for call in response.get("tool_calls") or ():
             function: Any = call.get("function") or {}
             if not isinstance(function.get("arguments", ""), str):
-                function["arguments"] = json_text(function["arguments"])
+                # In the order in which the model wrote them: the agent sends them back so.
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         canonical, _ = canonical_message(self.message)
         object.__setattr__(self, "response_message", MappingProxyType(response))
         object.__setattr__(self, "message", MappingProxyType(canonical))
+
+    @property
+    def fallback_reason(self) -> str | None:
+        """Reason code for which the output was taken as plain text, such as "tool_call_json"."""
+        return self.output_kind.removeprefix("malformed:") if self.parser_fallback else None
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,14 @@ class TITOChatRequest:
         model: the agent's spelling; the sidecar's sampler decides which model is sampled.
         max_tokens: tokens of the completion at most; None for the sidecar's limit.
         temperature: 0 is greedy.
-        sampling_fields: further options of the request, such as `top_p`.
+        sampling_fields: further options of the request, such as `top_p` and `stop`.
         adapter_metadata: the request's `_tito` field, for a `call_classifier`.
         wire_request, wire_request_body: the request as received, decoded and as text.
         normalization_steps: the changes made, such as `messages[3].content:blank_to_empty`.
+
+    Attributes:
+        template_messages: `messages` as chat templates take them: the arguments of tool calls are
+            mappings, with their keys in the order in which they came.
 
     Raises:
         TITOError: the request can't succeed without a change (400).
@@ -82,6 +92,7 @@ class TITOChatRequest:
     wire_request: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     wire_request_body: str | None = field(default=None, compare=False, repr=False)
     normalization_steps: tuple[str, ...] = field(default=(), compare=False)
+    template_messages: tuple[Mapping[str, Any], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -94,6 +105,7 @@ class TITOChatRequest:
             canonical, changed = canonical_message(message)
             messages.append(MappingProxyType(canonical))
             steps += [f"messages[{place}].{change}" for change in changed]
+        self._set("template_messages", tuple(template_message(one) for one in self.messages))
         self._set("messages", tuple(messages))
         self._set("tools", tuple(MappingProxyType(plain_json(tool)) for tool in self.tools))
         for name in ("sampling_fields", "adapter_metadata", "wire_request"):
@@ -112,28 +124,52 @@ class TITOChatRequest:
 
         Raises:
             TITOError: fields of the wrong kind, or ones that are not supported: a `tool_choice`
-                other than "auto", `parallel_tool_calls` false, `store` true, `n` over 1 (400).
+                other than "auto" and "none", `parallel_tool_calls` false, `store` true, `n` over 1,
+                a `response_format` other than text (400).
         """
-        _refuse_unmet(payload)
+        openai_fields.refuse_unmet(payload)
         asked = payload.get("max_completion_tokens")
         asked = payload.get("max_tokens") if asked is None else asked
         temperature = payload.get("temperature")
-        options = {
-            name: value
-            for name, value in payload.items()
-            if name not in _OWN and value is not None and (name, value) != ("n", 1)
-        }
+        whole, number = openai_fields.whole, openai_fields.number
         return cls(
-            messages=_objects(payload, "messages"),
-            tools=_objects(payload, "tools"),
+            messages=openai_fields.objects(payload, "messages"),
+            tools=openai_fields.objects(payload, "tools"),
             model=str(payload.get("model") or "policy"),
-            max_tokens=None if asked is None else _whole("max_tokens", asked),
-            temperature=1.0 if temperature is None else _number("temperature", temperature),
-            sampling_fields=options,
-            adapter_metadata=_object(payload, "_tito"),
+            max_tokens=None if asked is None else whole("max_tokens", asked),
+            temperature=1.0 if temperature is None else number("temperature", temperature),
+            sampling_fields=openai_fields.sampling_options(payload),
+            adapter_metadata=openai_fields.an_object(payload, "_tito"),
             wire_request=payload,
             wire_request_body=wire_request_body,
         )
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings at which the agent wants the answer to end."""
+        return openai_fields.stops(self.sampling_fields)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer is to hold the logprobs of its tokens."""
+        return self.sampling_fields.get("logprobs") is True
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether tool calls in the answer are read as such: with tools, unless refused."""
+        return bool(self.tools) and self.sampling_fields.get("tool_choice") != "none"
+
+    def continuing(self, before: TITOChatRequest, answer: TITOParsedAssistant) -> Self:
+        """Copy the request, with earlier messages as the templates saw and the model wrote them.
+
+        Args:
+            before: the request of the turn before, whose messages and answer begin this one.
+        """
+        answered = template_message(answer.response_message)
+        known = (*before.template_messages, MappingProxyType(answered))
+        made = copy.copy(self)
+        made._set("template_messages", (*known, *self.template_messages[len(known) :]))
+        return made
 
     def canonical_value(self) -> dict[str, Any]:
         """Give the fields on which the prompt depends: messages, tools, model."""
@@ -154,47 +190,3 @@ class TITOChatRequest:
             "temperature": self.temperature,
             **plain_json(self.sampling_fields),
         }
-
-
-def _refuse_unmet(payload: Mapping[str, Any]) -> None:
-    if payload.get("tool_choice") not in (None, "auto"):
-        raise invalid("tool_choice: only 'auto' is supported; nothing constrains the sampling")
-    if payload.get("parallel_tool_calls") is False:
-        raise invalid("parallel_tool_calls=false is not supported: nothing constrains the sampling")
-    if payload.get("store") not in (None, False):
-        raise invalid("store=true is not supported: nothing is kept but the trajectory")
-    if payload.get("n") not in (None, 1):
-        raise invalid("n: a trajectory goes one way; make one trajectory for each sample")
-
-
-def _objects(payload: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], ...]:
-    value: object = payload.get(name) or []
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise invalid(f"{name} must be a list of objects, got a {type(value).__name__}")
-    items = cast(Sequence[object], value)
-    for item in items:
-        if not isinstance(item, Mapping):
-            raise invalid(f"{name} must hold objects, and holds a {type(item).__name__}")
-    return tuple(cast(Sequence[Mapping[str, Any]], items))
-
-
-def _object(payload: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value: object = payload.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise invalid(f"{name} must be an object, got a {type(value).__name__}")
-    return cast(Mapping[str, Any], value)
-
-
-def _whole(name: str, value: Any) -> int:
-    number = _number(name, value)
-    if not number.is_integer():
-        raise invalid(f"{name} must be a whole number, got {value!r}")
-    return int(number)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise invalid(f"{name} must be a number, got a {type(value).__name__}")
-    if not -_FARTHEST < value < _FARTHEST:
-        raise invalid(f"{name} is out of every range")
-    return float(value)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
 
 import pytest
+from aiohttp import web
 
 from fireworks_training import (
     ApiStatusError,
     AsyncControlPlane,
+    Conflict,
     ControlPlane,
+    FireworksTrainingError,
     InvalidArgument,
     NotFound,
     ProtocolError,
     ProvisioningError,
     ProvisioningTimeout,
 )
+from fireworks_training._core import control_patience
 from tests.async_.control_plane.support import StubPlane
 from tests.conftest import RunningPlatform
 
@@ -206,3 +212,181 @@ async def test_a_look_waits_for_a_change_where_the_platform_can(
         finally:
             await plane.delete_deployment("seen")
         assert (await plane.look_at_deployment("seen", look, 10)).row is None
+
+
+# -- answers that were lost ----------------------------------------------------------------------
+
+JOB = "accounts/me/rlorTrainerJobs/j1"
+LOST = (503, {"error": {"message": "the answer was lost"}})
+
+
+@pytest.mark.parametrize("refusal", [400, 409])
+@pytest.mark.parametrize("state", ["JOB_STATE_CREATING", "JOB_STATE_RUNNING", "JOB_STATE_FAILED"])
+async def test_a_resume_whose_answer_was_lost_is_judged_by_the_job(
+    refusal: int, state: str
+) -> None:
+    stub = StubPlane()
+    stub.answer(f"POST /v1/{JOB}:resume", LOST, (refusal, {"error": {"message": "is starting"}}))
+    stub.answer(f"GET /v1/{JOB}", {"name": JOB, "state": state})
+    async with serving(stub) as plane:
+        await plane.resume_job("j1")
+
+
+async def test_a_resume_that_is_refused_at_once_is_refused() -> None:
+    stub = StubPlane()
+    stub.answer(f"POST /v1/{JOB}:resume", (409, {"error": {"message": "is running"}}))
+    stub.answer(f"GET /v1/{JOB}", {"name": JOB, "state": "JOB_STATE_RUNNING"})
+    async with serving(stub) as plane:
+        with pytest.raises(Conflict, match="is running"):
+            await plane.resume_job("j1")
+
+
+async def test_a_promotion_whose_answer_was_lost_is_judged_by_the_model() -> None:
+    stub = StubPlane()
+    taken = (409, {"error": {"message": "there is such a model"}})
+    stub.answer(f"POST /v1/{CHECKPOINT}:promote", LOST, taken)
+    model = {"name": "accounts/me/models/mine"}
+    stub.answer(
+        "GET /v1/accounts/me/models/mine",
+        {**model, "state": "UPLOADING"},
+        {**model, "state": "UPLOADING"},
+        {**model, "state": "READY"},
+    )
+    async with serving(stub) as plane:
+        made = await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
+        assert made.state == "READY"
+        # The control: a name that was taken before is refused, and not taken for our own.
+        stub.answer(f"POST /v1/{CHECKPOINT}:promote", taken)
+        with pytest.raises(Conflict):
+            await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
+
+
+# -- answers of any shape ------------------------------------------------------------------------
+
+JUNK: list[Any] = [None, True, 0, 7, -1, 1.5, "", "ab", "\x00", [], [None], [1], ["x"], [[]], [{}]]
+JUNK += [{}, {"name": 1}, {"name": None}, {"name": []}, {"name": "n", "state": 3}]
+JUNK += [[{"name": "n", "status": "x", "state": None}], {"error": 5}, {"metadata": [1]}]
+FIELDS = [
+    "name",
+    "state",
+    "status",
+    "statusMessage",
+    "trainingConfig",
+    "annotations",
+    "replicaCount",
+    "maxReplicaCount",
+    "snapshot",
+    "done",
+    "error",
+    "metadata",
+    "response",
+    "operation",
+    "model",
+    "baseModelDetails",
+    "contextLength",
+    "checkpointType",
+    "createTime",
+    "displayName",
+    "nextPageToken",
+    "accounts",
+    "rlorTrainerJobs",
+    "deployments",
+    "models",
+    "trainingShapes",
+    "trainingShapeVersions",
+    "checkpoints",
+    "hotLoadTrainerJob",
+    "promotable",
+]
+SHAPE = "accounts/a/trainingShapes/s"
+
+PLANE_CALLS: dict[str, Callable[[AsyncControlPlane], Awaitable[object]]] = {
+    "account": lambda plane: plane.account(),
+    "get_model": lambda plane: plane.get_model("accounts/me/models/m"),
+    "list_models": lambda plane: plane.list_models(),
+    "list_training_shapes": lambda plane: plane.list_training_shapes(),
+    "training_profile": lambda plane: plane.training_profile(SHAPE),
+    "pinned profile": lambda plane: plane.training_profile(
+        "accounts/a/trainingShapes/s/versions/1"
+    ),
+    "create_job": lambda plane: plane.create_job("j", {}),
+    "get_job": lambda plane: plane.get_job("j"),
+    "look_at_job": lambda plane: plane.look_at_job("j"),
+    "list_jobs": lambda plane: plane.list_jobs(),
+    "resume_job": lambda plane: plane.resume_job("j"),
+    "delete_job": lambda plane: plane.delete_job("j"),
+    "create_deployment": lambda plane: plane.create_deployment("d", {}),
+    "get_deployment": lambda plane: plane.get_deployment("d"),
+    "look_at_deployment": lambda plane: plane.look_at_deployment("d"),
+    "list_deployments": lambda plane: plane.list_deployments(),
+    "update_deployment": lambda plane: plane.update_deployment("d", {}),
+    "list_checkpoints": lambda plane: plane.list_checkpoints("j"),
+    "promote": lambda plane: plane.promote_checkpoint(CHECKPOINT, "m", "b", timeout_s=0.05),
+    "get_operation": lambda plane: plane.get_operation("accounts/me/operations/o"),
+}
+
+
+class Babbling(StubPlane):
+    """Answers every request with the same JSON, the account's aside."""
+
+    said: Any = None
+    account_too = False
+
+    async def handle(self, request: web.Request) -> web.Response:
+        if request.path == "/v1/accounts" and not self.account_too:
+            return web.json_response({"accounts": [{"name": "accounts/me"}]})
+        return web.json_response(self.said)
+
+
+@pytest.mark.parametrize("call", PLANE_CALLS)
+async def test_no_answer_of_any_route_raises_an_untyped_error(call: str) -> None:
+    """Whole answers, and each field of an otherwise sound row, replaced by junk."""
+    stub = Babbling()
+    random = Random(call)
+    answers = [*JUNK]
+    sound = {"name": "accounts/me/x/y", "state": "READY", "done": True}
+    for name in FIELDS:
+        answers += [{**sound, name: value} for value in random.sample(JUNK, 8)]
+        answers.append({name: [{**sound, other: random.choice(JUNK)} for other in FIELDS[:6]]})
+    failures = 0
+    async with stub.running() as url:
+        stub.account_too = call == "account"
+        for answer in answers:
+            stub.said = answer
+            async with AsyncControlPlane.connect(api_key="key", base_url=url) as plane:
+                try:
+                    await PLANE_CALLS[call](plane)
+                except FireworksTrainingError:
+                    failures += 1
+    assert failures > 0  # the control: much of it is refused
+
+
+@pytest.mark.parametrize("accounts", [None, [1], [{}], "ab", {"name": "x"}, [{"name": 3}]])
+async def test_accounts_of_any_shape_are_a_typed_error_that_names_the_route(accounts: Any) -> None:
+    stub = StubPlane()
+    stub.answer("GET /v1/accounts", {"accounts": accounts})
+    async with serving(stub) as plane:
+        with pytest.raises((ProtocolError, InvalidArgument), match=r"account"):
+            await plane.account()
+
+
+async def test_an_explicit_null_is_an_empty_list() -> None:
+    stub = StubPlane()
+    stub.answer("GET /v1/accounts/me/rlorTrainerJobs", {"rlorTrainerJobs": None})
+    stub.answer("GET /v1/accounts/me/rlorTrainerJobs/j1/checkpoints", {"checkpoints": None})
+    async with serving(stub) as plane:
+        assert await plane.list_jobs() == []
+        assert await plane.list_checkpoints("j1") == []
+
+
+async def test_a_paused_account_is_said_in_words(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_patience, "BILLING_PAUSE", 0.0)
+    stub = StubPlane()
+    unpaid = (402, {"error": {"message": "no funds"}})
+    stub.answer("GET /v1/accounts/me/deployments", unpaid, unpaid, {"deployments": []})
+    async with serving(stub) as plane:
+        assert await plane.list_deployments() == []
+    said = [record.getMessage() for record in caplog.records if "billing" in record.getMessage()]
+    assert len(said) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fireworks_training import LedgerUnavailable
 from fireworks_training._async.resources import ledger_file as module
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._core.ledger import Event, LedgerEntry, Owner, fold
@@ -111,3 +113,77 @@ def test_who_waited_for_the_lock_writes_to_the_new_file(
     monkeypatch.setattr(fcntl, "flock", flock)
     file.append([entry("created", "b")])
     assert held(file.path) == {"a", "b"}
+
+
+class SteppedClock:
+    """A clock that only a sleeper moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_lock_that_another_process_keeps_is_waited_for_in_words_and_with_an_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, clock = tmp_path / "ledger.jsonl", SteppedClock()
+    file = LedgerFile(path, clock=clock, sleep=clock.sleep)
+    file.append([entry("intent", "one")])
+    with path.open("rb") as other, caplog.at_level(logging.WARNING):
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(LedgerUnavailable, match="another process has kept its lock"):
+            file.append([entry("intent", "two")])
+        with pytest.raises(LedgerUnavailable, match="can't be read"):
+            file.read()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # once a wait
+    assert "locked by another process" in caplog.text
+    assert 2 * module.LOCK_PATIENCE <= clock.now <= 2 * module.LOCK_PATIENCE + 1
+    assert held(path) == {"one"}
+
+
+def test_a_lock_that_is_given_back_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    LedgerFile(path).append([entry("intent", "one")])
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def give_back(_: float) -> None:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        LedgerFile(path, sleep=give_back).append([entry("intent", "two")])
+    assert held(path) == {"one", "two"}
+
+
+def test_a_folder_in_its_place_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(LedgerUnavailable, match="must be a file"):
+        LedgerFile(tmp_path).append([entry("intent", "one")])
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(LedgerUnavailable):
+        LedgerFile(tmp_path / "plain" / "ledger.jsonl").append([entry("intent", "one")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("resource_id", ["x"]), ("resource_id", 5), ("base_url", []), ("account", None),
+        ("nonce", {}), ("run", 1), ("embedded", "yes"), ("note", []), ("at", float("nan")),
+        ("owner", {"machine": [], "boot": "", "pid": 7, "started": ""}),
+        ("owner", {"machine": "", "boot": "", "pid": "7", "started": ""}),
+        ("event", []), ("kind", {}),
+    ],
+)  # fmt: skip
+def test_a_line_of_wrong_types_is_skipped(tmp_path: Path, name: str, value: object) -> None:
+    path = tmp_path / "ledger.jsonl"
+    file = LedgerFile(path)
+    file.append([entry("intent", "one")])
+    row = json.loads(path.read_bytes())
+    row[name] = value
+    with path.open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+    file.append([entry("created", "two")])
+    assert held(path) == {"one", "two"}

@@ -24,11 +24,12 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
+from fireworks_training._async.control_plane.bodies import job_body, job_query
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.resources import ownership, readiness
 from fireworks_training._async.resources.ledger_file import LedgerFile
 from fireworks_training._async.resources.ownership import RunResources
-from fireworks_training._async.resources.plans import Resources, provision
+from fireworks_training._async.resources.plans import Resources, provision, reference_config
 from fireworks_training._core.ledger import OpenClaim, fold
 from fireworks_training.options import DeploymentConfig
 from fireworks_training.testing import ControlPlaneServer
@@ -244,6 +245,22 @@ async def test_a_job_that_is_stopping_is_resumed_once_it_stands(stub: ControlPla
     assert stub.resumed == [f"{JOBS}/mine"]
 
 
+async def test_a_job_that_somebody_else_resumed_is_waited_for(stub: ControlPlaneServer) -> None:
+    stub.put(JOBS, "mine", state="JOB_STATE_CANCELLED")
+    stub.states = {JOBS: ["JOB_STATE_CANCELLED", "JOB_STATE_CREATING", "JOB_STATE_RUNNING"]}
+    stub.deny[("POST", f"{JOBS}/mine:resume")] = [409]
+    async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
+        await service.create_training_client()
+    assert stub.deny[("POST", f"{JOBS}/mine:resume")] == []
+    # The control: a job that stands, and may not be resumed.
+    stub.put(JOBS, "other", state="JOB_STATE_CANCELLED")
+    stub.states = {JOBS: ["JOB_STATE_CANCELLED"]}
+    stub.deny[("POST", f"{JOBS}/other:resume")] = [409]
+    async with service_on(stub, trainer_job_id="other", create_deployment=False) as service:
+        with pytest.raises(ApiStatusError, match="409"):
+            await service.create_training_client()
+
+
 async def test_a_job_that_is_deleted_is_refused(stub: ControlPlaneServer) -> None:
     stub.put(JOBS, "mine", state="JOB_STATE_DELETED")
     async with service_on(stub, trainer_job_id="mine", create_deployment=False) as service:
@@ -274,6 +291,66 @@ async def test_a_deployment_is_changed_by_one_patch_of_what_differs(
             "hotLoadTransitionType": "SYNC",
         }
     assert stub.left() == [f"{DEPLOYMENTS}/serving"]
+
+
+async def test_a_deployment_that_is_updating_is_changed_once_it_is_ready(
+    stub: ControlPlaneServer,
+) -> None:
+    old = "accounts/me/rlorTrainerJobs/old"
+    stub.put(DEPLOYMENTS, "serving", state="UPDATING", hotLoadTrainerJob=old)
+    stub.states = {DEPLOYMENTS: ["UPDATING", "UPDATING", "UPDATING", "READY"]}
+    async with service_on(stub, deployment_id="serving") as service:
+        await service.create_training_client()
+    of_it = [m for m, path, _ in stub.requests if path == f"{DEPLOYMENTS}/serving"]
+    assert of_it.index("PATCH") >= 4
+
+
+async def test_a_deployment_is_asked_for_when_its_trainer_exists(
+    stub: ControlPlaneServer,
+) -> None:
+    """A control plane that checks references refuses a job that it does not have yet."""
+    stub.slow = {"POST": threading.Event()}
+    async with service_on(stub) as service:
+        making = asyncio.ensure_future(service.create_training_client())
+        await stub.until(lambda: bool(stub.sent("POST", JOBS)))
+        assert stub.sent("POST", DEPLOYMENTS) == []
+        stub.slow["POST"].set()
+        await making
+        posts = [path for method, path, _ in stub.requests if method == "POST"]
+        assert posts.index(JOBS) < posts.index(DEPLOYMENTS)
+
+
+async def test_a_reference_trainer_has_neither_the_policys_shape_nor_its_replicas(
+    stub: ControlPlaneServer,
+) -> None:
+    config = FiretitanProvisioningConfig(
+        base_model="m",
+        training_shape_id="accounts/a/trainingShapes/policy",
+        trainer_replica_count=4,
+        use_reservation=False,
+    )
+    of_reference = reference_config(config)
+    body = job_body(of_reference, "n")
+    assert "trainerReplicaCount" not in body
+    assert job_query(of_reference, None) == {}
+    assert body["forwardOnly"] is True
+    assert body["useReservation"] is False
+    own = replace(config, reference_training_shape_id="accounts/a/trainingShapes/forward")
+    assert job_query(reference_config(own), None)["trainingShape"].endswith("/forward")
+
+
+async def test_what_fails_is_raised_without_the_group_that_it_came_in(
+    stub: ControlPlaneServer,
+) -> None:
+    """A notebook that shows a context can't show a group."""
+    stub.states = {JOBS: [("JOB_STATE_FAILED", "no such image")]}
+    async with service_on(stub) as service:
+        with pytest.raises(ProvisioningError) as failure:
+            await service.create_training_client()
+    seen: BaseException | None = failure.value
+    while seen is not None:
+        assert not isinstance(seen, BaseExceptionGroup)
+        seen = seen.__cause__ or seen.__context__
 
 
 async def test_a_change_that_does_not_settle_is_a_timeout(stub: ControlPlaneServer) -> None:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fireworks_training import (
+    ApiError,
     AsyncFiretitanServiceClient,
     AsyncResourceLedger,
     ResourceLedger,
@@ -227,3 +228,13 @@ def test_a_torn_line_is_skipped_and_the_next_one_stands_alone(
     assert "can't be read" in caplog.text
     assert ledger.path.stat().st_mode & 0o777 == 0o600
     assert ledger.path.parent.stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_ledger_that_cannot_be_read_is_a_typed_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "fireworks-training" / "ledger.jsonl").mkdir(parents=True)
+    async with AsyncResourceLedger.connect(base_url="http://127.0.0.1:9", api_key="key") as ledger:
+        with pytest.raises(ApiError, match="can't be read"):
+            await ledger.ps()

@@ -13,6 +13,7 @@ from fireworks_training import ApiStatusError
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.weights.hot_load_requests import (
+    FIELD_REST,
     PATH,
     HotLoadRequests,
     Target,
@@ -66,11 +67,18 @@ async def test_a_platform_that_no_longer_takes_the_field_is_asked_without_it(
     platform.refusal = refusal
     assert await ask("a", reset_prompt_cache=False) == {"to": "accounts/a/d"}
     assert platform.seen == [{"identity": "a", "reset_prompt_cache": False}, {"identity": "a"}]
-    # It is not tried again.
+    # It is not tried again at once.
     await ask("b", difference=difference_to("a"))
     assert platform.seen[2:] == [
         {"identity": "b", "incremental_snapshot_metadata": difference_to("a")}
     ]
+    # One refusal is not for good: the platform may be another one by then.
+    platform.refusal = None
+    for _ in range(FIELD_REST - 2):
+        await ask("c")
+    assert platform.seen[-1] == {"identity": "c"}
+    await ask("d")
+    assert platform.seen[-1] == {"identity": "d", "reset_prompt_cache": True}
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,20 @@ def test_files_go_with_their_snapshots(tmp_path: Path) -> None:
     assert clean(store, {"weight-sync-0"}, time.time()) == ["weight-sync-1", "weight-sync-2"]
     assert store.identities() == ["weight-sync-0", *(f"weight-sync-{n}" for n in range(3, 7))]
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_was_given_a_time_is_kept_until_then_and_goes_after_it() -> None:
+    def one(name: str, expires: float | None, predecessor: str | None = None) -> Stored:
+        return Stored(name, predecessor, "j", 0.0, expires)
+
+    now = 10_000.0
+    stored = [
+        one("over", now - 1),
+        one("left", now + 1),
+        one("served", now - 1),
+        one("plain", None),
+    ]
+    assert to_remove(stored, {"served"}, now) == ["over"]
+    # What a kept one builds on stays, whatever its time.
+    chain = [one("base", now - 1), one("delta", now + 1, "base")]
+    assert to_remove(chain, set(), now) == []

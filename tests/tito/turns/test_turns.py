@@ -220,18 +220,23 @@ async def test_a_renderer_that_drops_exact_tokens_is_caught(
     assert len(turns(artifact)) == 1
 
 
+@pytest.mark.parametrize("kept", [True, False])
 async def test_tool_calls_come_back_as_calls_and_their_tokens_stay(
-    server: CompletionsServer, sidecars: Sidecars
+    server: CompletionsServer, sidecars: Sidecars, kept: bool
 ) -> None:
     call = '<tool_call>\n{"name": "look", "arguments": {"b": 1, "a": "x"}}\n</tool_call>'
     server.script = [says(f"Let me see.{call}"), says("done"), says("<tool_call>{oops</tool_call>")]
-    sidecar = await sidecars(prompt_mode="incremental", max_output_tokens=200)
+    sidecar = await sidecars(
+        prompt_mode="incremental",
+        max_output_tokens=200,
+        malformed_answers="content" if kept else "discard",
+    )
     endpoint = await sidecar.create_trajectory_async()
     tools = [{"type": "function", "function": {"name": "look"}}]
     first = await ask(endpoint, HELLO, tools=tools)
     assert first.body["choices"][0]["finish_reason"] == "tool_calls"
     (made,) = first.message["tool_calls"]
-    assert made["function"] == {"name": "look", "arguments": '{"a":"x","b":1}'}
+    assert made["function"] == {"name": "look", "arguments": '{"b": 1, "a": "x"}'}
     # Sent back in other spacing, with a streaming index: the same history still.
     made = {**made, "index": 0}
     made["function"] = {"name": "look", "arguments": '{ "b": 1, "a": "x" }'}
@@ -240,6 +245,21 @@ async def test_tool_calls_come_back_as_calls_and_their_tokens_stay(
     second = await ask(endpoint, [*HELLO, back, result], tools=tools)
     assert second.message["content"] == "done"
     third = await ask(endpoint, [*HELLO, back, result, second.message, user("again")], tools=tools)
+    if kept:
+        assert third.message == {"role": "assistant", "content": "<tool_call>{oops</tool_call>"}
+        assert third.body["tito"] == {
+            "parser_fallback": True,
+            "parser_reason_code": "tool_call_json",
+        }
+        artifact = await sidecar.finish_trajectory(endpoint.trajectory_id)
+        assert artifact.status == "completed"
+        assert [turn.parser_fallback for turn in turns(artifact)] == [False, False, True]
+        assert turns(artifact)[2].assistant.fallback_reason == "tool_call_json"
+        assert artifact.metrics.counters["calls/parser_fallback_tool_call_json"] == 1
+        (row,) = artifact.segments  # the broken call has its place in the loss
+        assert sum(row.loss_mask) == sum(len(t.exact_completion_ids) for t in row.turns)
+        rows_are_true(artifact)
+        return
     assert (third.status, third.code) == (422, "tito_sdk_parse_error")
     assert third.body["error"]["parser_reason_code"] == "tool_call_json"
     # What was sampled can't be told any more: nothing goes on, and the trajectory has failed.

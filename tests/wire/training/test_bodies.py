@@ -16,7 +16,10 @@ OPERATIONS: dict[str, tuple[bytes, dict[str, Any]]] = {
         bodies.optim_step("m", {}, "num_sequences"),
         {"adam_params": {}, "grad_accumulation_normalization": "num_sequences"},
     ),
-    "save_weights": (bodies.save_weights("m", "a"), {"path": "a"}),
+    "save_weights": (
+        bodies.save_weights("m", "a", overwrite=False, ttl_seconds=None),
+        {"path": "a", "overwrite": False},
+    ),
     "load_weights": (
         bodies.load_weights("m", "a", optimizer=False, access_token=None),
         {"path": "a", "optimizer": False},

@@ -6,7 +6,10 @@ in the database, and a deleted job's checkpoints are listed as long as its folde
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -14,6 +17,8 @@ from typing import cast
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.settings import JOB_PREFIX
 from fireworks_training.local.store.database import Body
+from fireworks_training.local.store.expiry import expiry_of
+from fireworks_training.local.store.retention import remove
 from fireworks_training.local.store.snapshots import InvalidName, check_name
 
 _SNAPSHOT_TYPES = {
@@ -27,14 +32,64 @@ PROMOTABLE = frozenset({"base", "lora"})
 
 
 def list_checkpoints(job: str, states_dir: Path, snapshots_dir: Path) -> list[Body]:
-    """List the checkpoints of a job, oldest first. Blocks on the disk: call it in a thread."""
+    """List the checkpoints of a job, oldest first; states whose time is over are removed first.
+
+    Blocks on the disk: call it in a thread.
+    """
+    for folder in _folders(states_dir):
+        ends = expiry_of(folder)
+        if ends is not None and ends <= time.time():
+            with contextlib.suppress(FileNotFoundError):  # its trainer was quicker
+                remove(folder)
     found = [_row(job, folder, STATE_TYPE) for folder in _folders(states_dir)]
     for folder in _folders(snapshots_dir):
         manifest = _manifest(folder)
         if manifest.get("job") == job:
             kind = _SNAPSHOT_TYPES.get(str(manifest.get("kind")), "CHECKPOINT_TYPE_UNSPECIFIED")
-            found.append(_row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE))
+            changed, row = _row(job, folder, kind, promotable=manifest.get("kind") in PROMOTABLE)
+            if manifest.get("predecessor") is not None:
+                row["predecessor"] = manifest["predecessor"]
+            found.append((changed, row))
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
+
+
+def delete_checkpoint(
+    job: str, checkpoint: str, states_dir: Path, snapshots_dir: Path, in_use: Collection[str]
+) -> None:
+    """Remove a state or a snapshot of a job, and free its disk. Blocks: call it in a thread.
+
+    Args:
+        in_use: identities that deployments serve or are loading.
+
+    Raises:
+        HttpProblem: 404 without such a checkpoint; 409 for a snapshot that a deployment serves, or
+            that another snapshot is a difference to.
+    """
+    try:
+        name = check_name(checkpoint)
+    except InvalidName as error:
+        raise HttpProblem(404, str(error)) from None
+    state, snapshot = states_dir / name, snapshots_dir / name
+    if state.is_dir():
+        remove(state)
+        return
+    if _manifest(snapshot).get("job") != job:
+        raise HttpProblem(404, f"job {job!r} has no checkpoint {checkpoint!r}")
+    if name in in_use:
+        raise HttpProblem(
+            409,
+            f"snapshot {name!r} is served by a deployment: load another one first",
+            code="FAILED_PRECONDITION",
+        )
+    others = ((folder.name, _manifest(folder)) for folder in _folders(snapshots_dir))
+    later = [other for other, manifest in others if manifest.get("predecessor") == name]
+    if later:
+        raise HttpProblem(
+            409,
+            f"snapshot {name!r} is what {later[0]!r} is a difference to: delete that one first",
+            code="FAILED_PRECONDITION",
+        )
+    remove(snapshot)
 
 
 def find_snapshot(job: str, identity: str, snapshots_dir: Path) -> Body:
@@ -79,12 +134,18 @@ def _manifest(folder: Path) -> Body:
 
 def _row(job: str, folder: Path, kind: str, *, promotable: bool = False) -> tuple[float, Body]:
     changed = folder.stat().st_mtime
-    time = datetime.fromtimestamp(changed, UTC).isoformat(timespec="microseconds")
-    time = time.replace("+00:00", "Z")
+    written = _rfc3339(changed)
+    ends = expiry_of(folder)
     return changed, {
         "name": f"{JOB_PREFIX}{job}/checkpoints/{folder.name}",
-        "createTime": time,
-        "updateTime": time,
+        "createTime": written,
+        "updateTime": written,
         "checkpointType": kind,
         "promotable": promotable,
+        **({} if ends is None else {"expireTime": _rfc3339(ends)}),
     }
+
+
+def _rfc3339(seconds: float) -> str:
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+    return text.replace("+00:00", "Z")

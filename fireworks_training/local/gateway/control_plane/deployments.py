@@ -411,15 +411,18 @@ class Deployments:
         if event is not None:
             event.set()
 
-    async def _remove_old_snapshots(self) -> None:
-        """Remove the snapshots that no deployment serves or is loading, that none of the newest is
-        built up from, and that no client of the Tinker API has named."""
+    def snapshots_in_use(self) -> set[str]:
+        """Collect the snapshots that deployments serve or are loading."""
         in_use = {row.loaded_identity for row in self.table.rows()}
         for live in self._registry.deployments.values():
             for engine in live.engines:
                 in_use |= {engine.state.identity, engine.state.target}
-        store = SnapshotStore(self._state_dir / "snapshots")
-        used = {identity for identity in in_use if identity is not None}
+        return {identity for identity in in_use if identity is not None}
+
+    async def _remove_old_snapshots(self) -> None:
+        """Remove the snapshots that no deployment serves or is loading, that none of the newest is
+        built up from, and that no client of the Tinker API has named."""
+        store, used = SnapshotStore(self._state_dir / "snapshots"), self.snapshots_in_use()
 
         def work() -> None:
             named = TinkerStore(self._state_dir / "tinker").named_snapshots()

@@ -181,7 +181,8 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
     entry = model_field(registry, base_model, notices)
     if shape:
         shape_field(shape, TRAINING_SHAPE, notices)
-    extra = object_field(training, "extraValues")
+    # The official clients write them beside `trainingConfig`, others inside.
+    extra = {**object_field(training, "extraValues"), **object_field(body, "extraValues")}
     context = _context_length(training, entry, base_model, notices)
     lora_rank = int_field(training, "loraRank", 0, MAX_LORA_RANK, default=0)
     seed = int_field(extra, "seed", 0, 2**63 - 1, default=0)
@@ -189,7 +190,6 @@ def job_body(body: Mapping[str, object], shape: str, registry: ServingRegistry) 
     notices.add_ignored(body, _JOB_OPTIONS_WITHOUT_EFFECT)
     notices.add_ignored(training, _TRAINING_OPTIONS_WITHOUT_EFFECT)
     resource: Body = {name: body[name] for name in _JOB_FIELDS if body.get(name) is not None}
-    object_field(body, "extraValues")
     object_field(body, "annotations")
     resource["serviceMode"] = True
     resource["trainingShape"] = shape or TRAINING_SHAPE

@@ -27,7 +27,10 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.local.gateway.control_plane import resources
-from fireworks_training.local.gateway.control_plane.checkpoints import list_checkpoints
+from fireworks_training.local.gateway.control_plane.checkpoints import (
+    delete_checkpoint,
+    list_checkpoints,
+)
 from fireworks_training.local.gateway.control_plane.deployments import Deployments
 from fireworks_training.local.gateway.control_plane.promotions import Promotions
 from fireworks_training.local.gateway.control_plane.trainer_jobs import TrainerJobs
@@ -78,6 +81,7 @@ def add_routes(app: web.Application) -> None:
             web.delete(job, delete_job),
             web.post(f"{job}:resume", resume_job),
             web.get(f"{job}/checkpoints", list_job_checkpoints),
+            web.delete(f"{job}/checkpoints/{{checkpoint}}", delete_job_checkpoint),
             web.get(f"{account}/deployments", list_deployments),
             web.post(f"{account}/deployments", create_deployment),
             web.get(deployment, get_deployment),
@@ -148,6 +152,21 @@ async def list_job_checkpoints(request: web.Request) -> web.Response:
     states = plane.jobs.states_dir(id_)
     rows = await asyncio.to_thread(list_checkpoints, id_, states, plane.snapshots_dir)
     return page(request, rows, "checkpoints")
+
+
+async def delete_job_checkpoint(request: web.Request) -> web.Response:
+    """DELETE <job>/checkpoints/<c>: remove a saved state or a snapshot that nothing needs."""
+    plane, id_ = _plane(request), _ids(request, "job")
+    plane.jobs.table.get(id_)
+    await asyncio.to_thread(
+        delete_checkpoint,
+        id_,
+        request.match_info["checkpoint"],
+        plane.jobs.states_dir(id_),
+        plane.snapshots_dir,
+        plane.deployments.snapshots_in_use(),
+    )
+    return web.json_response({})
 
 
 # -- deployments ---------------------------------------------------------------------------------

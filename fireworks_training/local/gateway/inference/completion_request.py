@@ -7,7 +7,7 @@ refused, with the field's name: a sampling option that silently does nothing cos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,22 @@ _RULES = {
     "logprobs": f"true, false, or the number of top logprobs from 0 to {MAX_TOP_LOGPROBS}",
 }
 """Rules of fields with several forms, where the checker would list each form's fault."""
+
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "typical_p": (1,),
+}
+"""Fields of the contract that this platform can't serve, with values that do nothing."""
+
+_IGNORED = ("metadata", "prompt_cache_isolation_key", "safety_identifier")
+"""Fields that concern no sampling."""
 
 
 class CompletionBody(BaseModel):
@@ -103,6 +119,7 @@ def parse_body(data: bytes) -> CompletionBody:
     if found.get("images"):
         raise HttpProblem(400, "images are not supported by this platform, field: 'images'")
     found.pop("images", None)
+    _drop_neutral(found)
     try:
         body = CompletionBody.model_validate(found)
     except ValidationError as error:
@@ -114,6 +131,25 @@ def parse_body(data: bytes) -> CompletionBody:
             400, "max_tokens 0 gives prompt logprobs only: it needs echo, field: 'max_tokens'"
         )
     return body
+
+
+def _drop_neutral(found: dict[str, Any]) -> None:
+    """Take out of a body what asks for nothing, and refuse what can't be met, by name."""
+    for name in _IGNORED:
+        found.pop(name, None)
+    for name, neutral in _NEUTRAL.items():
+        value = found.pop(name, None)
+        if value is not None and value not in neutral:
+            raise HttpProblem(
+                400,
+                f"this platform does not serve {name}: leave it out, or pass {neutral[0]}, at "
+                f"which it does nothing, field: '{name}'",
+            )
+    most = found.pop("max_completion_tokens", None)
+    if most is not None and found.setdefault("max_tokens", most) != most:
+        raise HttpProblem(
+            400, "max_completion_tokens and max_tokens differ, field: 'max_completion_tokens'"
+        )
 
 
 def _fault_text(error: ValidationError) -> str:

@@ -152,11 +152,13 @@ class SaveState:
 
     Attributes:
         overwrite: replace a state of that name, which the answer reports; False refuses that.
+        ttl_seconds: time after which it may be removed; None keeps it.
     """
 
     name: str
     overwrite: bool = True
     tinker: TinkerSave | None = None
+    ttl_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,7 @@ class SaveSnapshot:
     name: str
     checkpoint_type: Literal["base", "delta", "merged_base"]
     tinker: TinkerSave | None = None
+    ttl_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from fireworks_training.local.model.optimizer import (
     NonFinite,
 )
 from fireworks_training.local.store.deltas import Effort
+from fireworks_training.local.store.expiry import set_expiry
 from fireworks_training.local.store.snapshots import (
     LoraBlock,
     SnapshotError,
@@ -288,13 +289,15 @@ class TrainedModel:
             projection_head_dim=None if self._head is None else self._head.out_features,
         )
         states = self._stores.states
+        states.remove_expired()
         taken = states.has(operation.name) and self._is_noted(operation.tinker)
         if taken and not operation.overwrite:
             raise OperationFailed(
-                f"there is a state {operation.name!r} already; pass overwrite=True to replace it",
+                f"there is a state {operation.name!r} already; pass overwrite=True to replace it,"
+                " or choose another name",
                 error_class="StateExists",
             )
-        states.save(operation.name, info, tensors)
+        states.save(operation.name, info, tensors, operation.ttl_seconds)
         path = operation.name
         if operation.tinker is not None:
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -415,7 +418,9 @@ class TrainedModel:
         exports, kind = self._exports, operation.checkpoint_type
         tensors = exports.capture(operation.name, weights)
         if operation.tinker is None:
-            return Deferred(lambda: exports.write(operation.name, tensors, kind))
+            return Deferred(
+                lambda: self._with_time(exports.write(operation.name, tensors, kind), operation)
+            )
         saved = operation.tinker
         if self._stores.snapshots.path(operation.name).exists():
             raise OperationFailed(
@@ -423,6 +428,14 @@ class TrainedModel:
                 error_class="SnapshotExists",
             )
         return Deferred(lambda: self._add_path(saved, exports.write(operation.name, tensors, kind)))
+
+    def _with_time(self, answer: Answer, operation: SaveSnapshot) -> Answer:
+        """Notes after how long a snapshot that was just written may be removed."""
+        if operation.ttl_seconds is not None:
+            written = cast("Mapping[str, str]", answer.fields["snapshot"])
+            folder = self._stores.snapshots.path(written["identity"])
+            set_expiry(folder, operation.ttl_seconds)
+        return answer
 
     def _served_masters(self) -> dict[str, Tensor]:
         """Returns the masters but for those of the projection head, which is never served."""

@@ -37,6 +37,7 @@ CAPABILITIES: Mapping[str, object] = {
     "comms": "v2",
     "step_protocol": 1,
     "snapshot_protocol": 1,
+    "state_options": 1,
     "supports_backward": True,
     # Official clients send passes of these kinds only to a trainer that declares them.
     "supports_reinforce": True,

@@ -10,7 +10,9 @@ that `state.json` does not name is a leftover.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from fireworks_training.local.model.model import LoraSettings
 from fireworks_training.local.model.optimizer import AdamSettings
+from fireworks_training.local.store import expiry
+from fireworks_training.local.store.retention import remove
 from fireworks_training.local.store.snapshots import (
     FreeBytes,
     LoraBlock,
@@ -93,15 +97,32 @@ class StateStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             try:
-                keep = {"state.json", self._info(folder).tensors_file}
+                keep = {"state.json", self._info(folder).tensors_file, expiry.FILE}
             except OperationFailed:
                 continue  # damaged: a load reports it, and nothing more of it is removed
             for leftover in folder.iterdir():
                 if leftover.name not in keep:
                     leftover.unlink()
 
-    def save(self, name: str, info: StateInfo, tensors: Mapping[str, Tensor]) -> None:
+    def remove_expired(self) -> None:
+        """Removes the states whose time is over."""
+        for name in self.names():
+            ends = expiry.expiry_of(self.folder / name)
+            if ends is not None and ends <= time.time():
+                with contextlib.suppress(FileNotFoundError):  # the gateway was quicker
+                    remove(self.folder / name)
+
+    def save(
+        self,
+        name: str,
+        info: StateInfo,
+        tensors: Mapping[str, Tensor],
+        ttl_seconds: int | None = None,
+    ) -> None:
         """Writes a state; it replaces an older one of that name.
+
+        Args:
+            ttl_seconds: time after which it may be removed; None keeps it.
 
         Raises:
             NoSpace: before anything is written.
@@ -112,6 +133,7 @@ class StateStore:
         check_space(self.folder, size, f"state {name!r}", self._free_bytes)
         with written_or_gone(f"state {name!r}"):
             self._write(folder, info, tensors)
+            expiry.set_expiry(folder, ttl_seconds)
 
     def _write(self, folder: Path, info: StateInfo, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir(exist_ok=True, mode=0o700)

@@ -37,10 +37,12 @@ _PLACE = ("model_id", "seq_id", "type")
 
 def save_weights(body: Body, limits: ModelLimits) -> Operation:
     """Decode a save of a state."""
-    overwrite = flag(body, "overwrite", False)
     if limits.tinker_run is None:
-        allow(body, (*_PLACE, "path", "overwrite"), "save_weights")
-        return SaveState(_name(body, "state"))
+        allow(body, (*_PLACE, "path", "overwrite", "ttl_seconds"), "save_weights")
+        # A client that does not know the field has always had a state of its name replaced.
+        replace = flag(body, "overwrite", True)
+        return SaveState(_name(body, "state"), replace, ttl_seconds=_ttl(body, 1))
+    overwrite = flag(body, "overwrite", False)
     allow(body, (*_PLACE, "path", "overwrite", *_NOTES), "save_weights")
     checkpoint = _checkpoint(limits.tinker_run, "weights", text(body, "path"))
     return SaveState(checkpoint.identity, overwrite, _tinker_save(body, checkpoint))
@@ -84,15 +86,14 @@ def save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
     """Decode a save of a sampler snapshot."""
     if limits.tinker_run is not None:
         return _tinker_snapshot(body, limits.tinker_run)
-    allow(
-        body, (*_PLACE, "path", "checkpoint_type", "export_precision"), "save_weights_for_sampler"
-    )
-    name = _name(body, "snapshot")
+    fields = ("path", "checkpoint_type", "export_precision", "ttl_seconds")
+    allow(body, (*_PLACE, *fields), "save_weights_for_sampler")
+    name, ttl = _name(body, "snapshot"), _ttl(body, 1)
     kind, precision = body.get("checkpoint_type") or "base", body.get("export_precision")
     if kind in ("base", "delta"):
         if precision is not None:
             raise OperationFailed("export_precision goes only with checkpoint_type 'merged_base'")
-        return SaveSnapshot(name, "base" if kind == "base" else "delta")
+        return SaveSnapshot(name, "base" if kind == "base" else "delta", ttl_seconds=ttl)
     if kind != "merged_base":
         raise OperationFailed("checkpoint_type must be base, delta or merged_base")
     if not limits.lora:
@@ -103,7 +104,7 @@ def save_weights_for_sampler(body: Body, limits: ModelLimits) -> Operation:
         raise OperationFailed(
             "export_precision takes source or bf16 here; others are not supported"
         )
-    return SaveSnapshot(name, "merged_base")
+    return SaveSnapshot(name, "merged_base", ttl_seconds=ttl)
 
 
 def load_adapter(body: Body, limits: ModelLimits) -> Operation:
@@ -157,10 +158,14 @@ def _tinker_snapshot(body: Body, run: str) -> SaveSnapshot:
     return SaveSnapshot(ephemeral_identity(session), "base", saved)
 
 
+def _ttl(body: Body, least: int) -> int | None:
+    if body.get("ttl_seconds") is None:
+        return None
+    return whole(body, "ttl_seconds", least=least, most=_TTL_S[1])
+
+
 def _tinker_save(body: Body, checkpoint: Checkpoint) -> TinkerSave:
-    ttl = None
-    if body.get("ttl_seconds") is not None:
-        ttl = whole(body, "ttl_seconds", least=_TTL_S[0], most=_TTL_S[1])
+    ttl = _ttl(body, _TTL_S[0])
     metadata = body.get("user_metadata")
     if metadata is not None and (
         not isinstance(metadata, dict)

@@ -244,6 +244,26 @@ async def test_more_requests_than_slots_all_get_their_own_tokens(
     assert together == alone
 
 
+NEUTRAL = {
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "metadata": {"run": "7"},
+    "max_completion_tokens": 4,
+}
+
+
+async def test_values_that_ask_for_nothing_change_nothing(model_path: Path, tmp_path: Path) -> None:
+    async with serving(model_path, tmp_path) as served:
+        plain = await served.complete(prompt=PROMPT, max_tokens=4, seed=1)
+        neutral = await served.complete(prompt=PROMPT, seed=1, **NEUTRAL)
+    assert neutral["choices"] == plain["choices"]
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 
@@ -274,6 +294,12 @@ async def test_more_requests_than_slots_all_get_their_own_tokens(
         ({"logprobs": 21}, "'logprobs'"),
         ({"top_logprobs": 21}, "'top_logprobs'"),
         ({"images": ["data:"]}, "images are not supported"),
+        ({"min_p": 0.1}, "does not serve min_p"),
+        ({"frequency_penalty": 0.5}, "does not serve frequency_penalty"),
+        ({"repetition_penalty": 1.2}, "does not serve repetition_penalty"),
+        ({"logit_bias": {"5": 1.0}}, "does not serve logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "does not serve response_format"),
+        ({"max_completion_tokens": 9}, "differ"),
         ({"model": 3}, "'model'"),
     ],
 )

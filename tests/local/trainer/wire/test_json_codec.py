@@ -280,7 +280,9 @@ def test_optim_steps_that_are_refused(fields: dict[str, Any], words: str) -> Non
 
 
 def test_saves_and_loads() -> None:
-    assert decoded("save_weights", {"path": "a", "overwrite": False}) == SaveState("a")
+    assert decoded("save_weights", {"path": "a"}) == SaveState("a")
+    kept = decoded("save_weights", {"path": "a", "overwrite": False, "ttl_seconds": 60})
+    assert kept == SaveState("a", overwrite=False, ttl_seconds=60)
     load = {"path": "step-1", "optimizer": True}
     assert decoded("load_weights", load) == LoadState("step-1", None, True)
     load = {"path": "cross_job://job/step-1", "optimizer": False}
@@ -295,7 +297,7 @@ def test_saves_and_loads() -> None:
     [
         ("save_weights", {"path": "../x"}, "name a state"),
         ("save_weights", {}, "path"),
-        ("save_weights", {"path": "a", "ttl_seconds": 3600}, "ttl_seconds"),
+        ("save_weights", {"path": "a", "ttl_seconds": 0}, "ttl_seconds"),
         ("load_weights", {"path": "a", "weights_access_token": "x"}, "weights_access_token"),
         ("load_weights", {"path": "a", "optimizer": 1}, "true or false"),
         ("save_weights_for_sampler", {"path": "a/b"}, "name a snapshot"),

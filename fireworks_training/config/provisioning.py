@@ -1,28 +1,26 @@
-"""Checks the keywords of `from_firetitan_config`, and reads the environment.
+"""Checks the keywords of `from_firetitan_config`: a trainer and a deployment, as options.
 
-This is the only module that reads environment variables. It knows which keywords exist, which
-exclude each other and which this version refuses; it does not know how they are carried out.
+It knows which keywords exist, which exclude each other and which this version refuses; it does not
+know how they are carried out.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
-import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from dataclasses import MISSING, dataclass, fields
+from math import isfinite
+from typing import Any, ForwardRef, Literal, TypedDict, cast
 
 from fireworks_training._checks import one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 
 logger = logging.getLogger("fireworks_training.config")
 
-_FOLDER = "fireworks-training"
-DEFAULT_BASE_URL = "https://api.fireworks.ai"
 RESOURCE_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 TransitionType = Literal["ASYNC", "SYNC"]
@@ -105,7 +103,6 @@ _ALIASES = {
     "trainer_id": "trainer_job_id",
     "deployment_replica_count": "replica_count",
 }
-_URL = re.compile(r"https?://[^/]")
 _SHAPE_OWNED = ("node_count", "accelerator_type", "accelerator_count")
 _REFUSED: dict[str, str] = {
     "projection_head_dim": "projection heads are not supported yet",
@@ -138,13 +135,15 @@ class FiretitanProvisioningConfig:
             its own, of this shape, or this job (which is resumed if it has stopped).
         cleanup_reference_trainer_on_close: delete the reference trainer that this service made.
         reference_required: start a separate reference trainer together with the rest.
-        max_context_length: tokens; None takes the shape's.
+        max_context_length: tokens of a sequence; what the service reports, also beside a training
+            shape, which decides what the trainer itself takes. None takes the shape's.
         learning_rate: shown with the job; the rate of each step comes with `optim_step`.
         seed: seed of the adapter's initialisation; None lets the trainer choose.
         train_mlp, train_attn, train_unembed: which layers an adapter covers.
         trainer_replica_count, region, custom_image_tag, extra_args, extra_values, purpose,
-            managed_by, preemptible, skip_validations, inactivity_timeout,
-            disable_inactivity_cleanup, display_name: passed on to the trainer job.
+            managed_by, preemptible, use_reservation, skip_validations, inactivity_timeout,
+            disable_inactivity_cleanup, display_name: passed on to the trainer job. Arguments with
+            blanks are split there. `use_reservation=False` leaves reserved capacity alone.
         deployment_extra_args, deployment_extra_values, disable_speculative_decoding: passed on to
             the deployment.
         replica_count: replicas of the deployment (alias `deployment_replica_count`), at least 1.
@@ -152,8 +151,9 @@ class FiretitanProvisioningConfig:
         trainer_pending_timeout_s: seconds to wait for capacity.
         deployment_timeout_s: seconds for the deployment to become ready.
         hotload_timeout_s: seconds for every replica to report a snapshot.
-        reattach_settle_timeout_s, reattach_poll_interval_s: budget and pace, in seconds, of the
-            wait after a deployment was pointed to another trainer.
+        reattach_settle_timeout_s: seconds for a deployment that was found to become ready before it
+            is pointed to this trainer, and the same again to settle afterwards.
+        reattach_poll_interval_s: the longest pause between two looks meanwhile, in seconds.
         cleanup_trainer_on_close: delete the trainer job if this service created it.
         cleanup_deployment_on_close: "delete" or "scale_to_zero" the deployment if this service
             created it; None leaves it.
@@ -208,6 +208,7 @@ class FiretitanProvisioningConfig:
     purpose: str | None = None
     managed_by: str | None = None
     preemptible: bool = False
+    use_reservation: bool = True
     skip_validations: bool = False
     disable_speculative_decoding: bool = False
     hot_load_transition_type: TransitionType | None = None
@@ -242,6 +243,10 @@ class FiretitanProvisioningConfig:
         ):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} must be more than 0 seconds")
+        if not (isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise InvalidArgument(
+                f"learning_rate={self.learning_rate!r}: a finite number of at least 0 is needed"
+            )
         for name in ("trainer_job_id", "deployment_id", "reference_trainer_job_id"):
             value = getattr(self, name)
             if value is not None and not RESOURCE_ID.fullmatch(value):
@@ -282,7 +287,6 @@ class FiretitanProvisioningConfig:
         for name, reason in _REFUSED.items():
             if chosen.pop(name, None):
                 raise NotSupported(f"{name}: {reason}")
-        chosen.pop("use_reservation", None)  # only chooses among reservations, which are refused
         if chosen.pop("gradient_accumulation_steps", 1) != 1:
             raise InvalidArgument(
                 "gradient_accumulation_steps must be 1: accumulate by calling forward_backward "
@@ -312,12 +316,18 @@ class FiretitanProvisioningConfig:
 
     @classmethod
     def for_tinker_server(
-        cls, *, lora_rank: int | None, max_lora_rank: int | None, **options: Any
+        cls,
+        *,
+        lora_rank: int | None,
+        max_lora_rank: int | None,
+        dialect: WireDialect = "protobuf",
+        **options: Any,
     ) -> FiretitanProvisioningConfig:
         """The configuration of a service on a server that has the Tinker API and nothing else.
 
         Args:
             lora_rank: of the adapter; default 32, or with `max_lora_rank` each client's own.
+            dialect: how passes are written.
             max_lora_rank, options: fields of the configuration.
 
         Raises:
@@ -331,7 +341,7 @@ class FiretitanProvisioningConfig:
             lora_rank=lora_rank,
             max_lora_rank=max_lora_rank,
             create_deployment=False,
-            dialect="protobuf",
+            dialect=dialect,
             **options,
         )
 
@@ -364,119 +374,35 @@ def _without_aliases(options: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Holds the platform's URLs and key; the repr hides the key.
+def show_options(service: type) -> None:
+    """Let `inspect.signature`, and so an editor, show each keyword of `from_firetitan_config`.
 
-    Attributes:
-        base_url: an http(s) URL without a trailing slash, or "local" / "local:/path".
-        api_key: None only for an embedded platform.
-        tinker_only: whether it is a Tinker server, with a trainer's routes and no control plane.
+    Args:
+        service: a class whose `from_firetitan_config` ends in `**options`; it stays as it is where
+            it has none of its own.
     """
-
-    base_url: str
-    api_key: str | None
-    inference_url: str | None = None
-    hotload_api_url: str | None = None
-    trainer_gateway_url: str | None = None
-    tinker_only: bool = False
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.base_url!r})"
-
-    @property
-    def embedded(self) -> bool:
-        """Whether this process starts the platform, and stops it."""
-        return self.base_url == "local" or self.base_url.startswith("local:")
-
-    @property
-    def state_dir(self) -> str | None:
-        """The folder of `local:/path`; None for temporary state."""
-        return self.base_url.removeprefix("local:") if ":" in self.base_url else None
-
-
-def environment_api_key() -> str | None:
-    """Read `FIREWORKS_API_KEY`; None if it is not set."""
-    return os.environ.get("FIREWORKS_API_KEY") or None
-
-
-def resolve_endpoint(
-    *,
-    base_url: str | None,
-    api_key: str | None,
-    inference_url: str | None = None,
-    hotload_api_url: str | None = None,
-) -> Endpoint:
-    """Find the platform from the arguments, then the environment, then the defaults.
-
-    The environment's key is never handed to an embedded platform.
-
-    Raises:
-        InvalidArgument: no key, or `base_url` is not a URL.
-    """
-    url = (base_url or os.environ.get("FIREWORKS_BASE_URL") or DEFAULT_BASE_URL).rstrip("/")
-    endpoint = Endpoint(url, api_key)
-    if endpoint.embedded:
-        if endpoint.state_dir == "":
-            raise InvalidArgument(
-                "base_url='local:' names no folder: write 'local' or 'local:/path'"
+    method = service.__dict__.get("from_firetitan_config")
+    if not isinstance(method, classmethod):
+        return
+    function = cast(Any, method).__func__
+    plain = inspect.signature(function)
+    defaults = {
+        field.name: field.default
+        for field in fields(FiretitanProvisioningConfig)
+        if field.default is not MISSING
+    }
+    parameters = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for name, kind in ProvisioningOptions.__annotations__.items():
+        written = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
+        default = defaults.get(_ALIASES.get(name, name))
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=written
             )
-        return endpoint
-    if not _URL.match(url):
-        raise InvalidArgument(
-            f"base_url={url!r} is neither an http(s) URL nor 'local' nor 'local:/path'"
         )
-    key = api_key or environment_api_key()
-    if not key:
-        raise InvalidArgument(
-            "no API key: pass api_key=, or set FIREWORKS_API_KEY (or use base_url='local', which "
-            "needs none)"
-        )
-    return Endpoint(
-        url,
-        key,
-        inference_url=inference_url,
-        hotload_api_url=hotload_api_url,
-        trainer_gateway_url=os.environ.get("FIREWORKS_TRAINER_GATEWAY_URL"),
-    )
-
-
-def resolve_tinker_server(*, base_url: str | None, api_key: str | None) -> Endpoint:
-    """Find a Tinker server from the arguments, then `TINKER_BASE_URL` and `TINKER_API_KEY`.
-
-    Raises:
-        InvalidArgument: no key, or `base_url` is not a URL.
-    """
-    url = (base_url or os.environ.get("TINKER_BASE_URL") or "").rstrip("/")
-    if not _URL.match(url):
-        raise InvalidArgument(
-            f"base_url={url!r}: pass the http(s) URL of a Tinker server, or set TINKER_BASE_URL"
-        )
-    key = api_key or os.environ.get("TINKER_API_KEY")
-    if not key:
-        raise InvalidArgument("no API key: pass api_key=, or set TINKER_API_KEY")
-    return Endpoint(url, key, tinker_only=True)
+    function.__signature__ = plain.replace(parameters=parameters)
 
 
 def cast_options(options: ProvisioningOptions) -> Mapping[str, Any]:
     """Type the keywords as a plain mapping."""
     return cast(Mapping[str, Any], options)
-
-
-def cache_dir() -> Path:
-    """Find the folder for files that can be fetched again: `XDG_CACHE_HOME`, else `~/.cache`."""
-    from platformdirs.unix import Unix  # not needed to build a service
-
-    return Unix(_FOLDER).user_cache_path
-
-
-def state_dir() -> Path:
-    """Find the folder for files that outlive a process: `XDG_STATE_HOME`, else `~/.local/state`."""
-    from platformdirs.unix import Unix
-
-    return Unix(_FOLDER).user_state_path
-
-
-def session_tags() -> list[str]:
-    """Read the tags of a new trainer session from `TINKER_TAGS`, comma-separated."""
-    return [tag for tag in os.environ.get("TINKER_TAGS", "").split(",") if tag]
