@@ -17,6 +17,6 @@ from __future__ import annotations
 
 from fireworks_training.losses.conformance.laws import check
 from fireworks_training.losses.conformance.objectives import Objective
-from fireworks_training.losses.conformance.verdict import Law, Verdict
+from fireworks_training.losses.conformance.result import ConformanceResult, Law
 
-__all__ = ["Law", "Objective", "Verdict", "check"]
+__all__ = ["ConformanceResult", "Law", "Objective", "check"]

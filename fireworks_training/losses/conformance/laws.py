@@ -14,13 +14,13 @@ from fireworks_training.errors import InvalidArgument
 from fireworks_training.losses.conformance import cases
 from fireworks_training.losses.conformance.cases import Row
 from fireworks_training.losses.conformance.objectives import Exact, Objective, totals_of
+from fireworks_training.losses.conformance.result import ConformanceResult, Law
 from fireworks_training.losses.conformance.runs import (
     Implementation,
     apart,
     distance,
     run,
 )
-from fireworks_training.losses.conformance.verdict import Law, Verdict
 from fireworks_training.losses.reductions import Totals
 
 SINGLE = 2e-3
@@ -39,7 +39,7 @@ def check(
     *,
     spread: Spread | None = None,
     tolerance: float = 1e-6,
-) -> Verdict:
+) -> ConformanceResult:
     """Hold an implementation of a loss against its objective.
 
     It is called with every outcome of tiny policies, of one to three tokens over three, on policy,
@@ -66,7 +66,7 @@ def check(
     if spread is None:
         spread = cast("Spread | None", getattr(loss, "over", None))
     court = _Court(loss, objective, spread, tolerance)
-    return Verdict(objective.name, tuple(_tried(name, law) for name, law in court.laws()))
+    return ConformanceResult(objective.name, tuple(_tried(name, law) for name, law in court.laws()))
 
 
 Found = tuple[bool | None, float, str]

@@ -23,7 +23,7 @@ class Law:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ConformanceResult:
     """The result of `check`; its text is a table.
 
     Attributes:
