@@ -23,6 +23,7 @@ from fireworks_training.local.gateway.control_plane.workers import TemplateSpawn
 from fireworks_training.local.gateway.inference import routes as inference
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
 from fireworks_training.local.processes import lifetime
+from fireworks_training.local.processes.worker_entry import leave_reason
 from fireworks_training.local.settings import GatewaySettings, parse, read_line
 
 
@@ -81,8 +82,11 @@ def main() -> int:
     alive_fd = lifetime.hold_alive(runtime_dir)
     try:
         orphaned = asyncio.run(serve(settings))
-    except LocalPlatformError as error:
-        print(f"gateway: {error.message}", file=sys.stderr, flush=True)
+    except (LocalPlatformError, OSError) as error:
+        reason = error.message if isinstance(error, LocalPlatformError) else str(error)
+        print(f"gateway: {reason}", file=sys.stderr, flush=True)
+        # For the supervisor, whose own error is what a user sees.
+        leave_reason(str(runtime_dir / "gateway"), reason)
         return 1
     if orphaned:
         # The supervisor removes the folder itself, unless it was killed.
