@@ -134,6 +134,7 @@ __all__ = [
     "LossConfig",
     "LossFailed",
     "LossFunction",
+    "LossName",
     "MissingExtra",
     "ModelInfo",
     "Normalization",

@@ -16,16 +16,25 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from fireworks_training._inbox import call_on
-from fireworks_training.errors import WrongLoop
+from fireworks_training.errors import OwnerLoopGone, WrongLoop
 
 T = TypeVar("T")
 
 logger = logging.getLogger("fireworks_training.futures")
+
+LOOK_EVERY = 0.25
+"""Seconds between two looks of a waiter at the loop that does the work: it may have been closed."""
+
+LOOP_ADVICE = (
+    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
+    "(without `Async`), whose loop lives as long as the service."
+)
 
 changing = threading.RLock()
 """Guards the state of all outcomes and calls: it is held for a few instructions at a time. It is
@@ -58,6 +67,7 @@ class Outcome(Generic[T]):
         "_loop",
         "_plain",
         "_result",
+        "_waits",
         "label",
     )
     _result: T
@@ -79,6 +89,7 @@ class Outcome(Generic[T]):
         self._callback: _Callback | None = None  # most have one
         self._callbacks: list[_Callback] | None = None  # the others
         self._plain: concurrent.futures.Future[T] | None = None
+        self._waits = 0
 
     # -- for its owner -----------------------------------------------------------------------------
 
@@ -120,6 +131,43 @@ class Outcome(Generic[T]):
     def _cancel_work(self) -> bool:
         return self._cancel is not None and self._cancel()
 
+    @property
+    def owner_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The loop that does the work, once known."""
+        return self._loop_of_work()
+
+    def handed_out(self) -> None:
+        """Note that user code was handed the error; for owners to whom that matters."""
+
+    def interrupted(self) -> None:
+        """Note that Ctrl-C has ended the wait of user code; for owners to whom that matters."""
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether user code is waiting right now, so that it will see how this ends."""
+        return self._waits > 0
+
+    def begin_wait(self) -> None:
+        """Count a waiter of user code."""
+        with changing:
+            self._waits += 1
+
+    def end_wait(self) -> None:
+        """Count a waiter less."""
+        with changing:
+            self._waits -= 1
+
+    def fail_if_loop_is_gone(self) -> None:
+        """Fail with `OwnerLoopGone` where the loop that has to do the work was closed."""
+        loop = self._loop_of_work()
+        if not self._done and loop is not None and loop.is_closed():
+            self.fail(
+                OwnerLoopGone(
+                    f"{self.label}: the event loop that owns this service was closed before the "
+                    f"result was there. {LOOP_ADVICE}"
+                )
+            )
+
     # -- for its waiters ---------------------------------------------------------------------------
 
     def done(self) -> bool:
@@ -152,12 +200,27 @@ class Outcome(Generic[T]):
             done.acquire()
             wake = _Releases(done)
             self.add_done_callback(wake)
-            if not done.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
-                self._forget(wake)
-                raise TimeoutError
+            try:
+                self._wait(done, timeout)
+            except BaseException:
+                self.forget(wake)
+                raise
         return self._error
 
-    def _forget(self, callback: _Callback) -> None:
+    def _wait(self, done: threading.Lock, timeout: float | None) -> None:
+        """Wait for the lock that is released when this is done, with an eye on the loop."""
+        until = None if timeout is None else time.monotonic() + max(timeout, 0.0)
+        self.fail_if_loop_is_gone()
+        while True:
+            left = LOOK_EVERY if until is None else until - time.monotonic()
+            if done.acquire(timeout=min(max(left, 0.0), LOOK_EVERY)):
+                return
+            self.fail_if_loop_is_gone()
+            if until is not None and time.monotonic() >= until and not self._done:
+                raise TimeoutError
+
+    def forget(self, callback: _Callback) -> None:
+        """Call a callback no more: its waiter has left."""
         with changing:
             if self._callback is callback:
                 self._callback = None
@@ -178,7 +241,7 @@ class Outcome(Generic[T]):
         """
         with changing:
             if self._plain is None:
-                plain: concurrent.futures.Future[T] = concurrent.futures.Future()
+                plain: concurrent.futures.Future[T] = _PlainFuture(self)
                 plain.set_running_or_notify_cancel()
                 self.add_done_callback(partial(_hand_over, plain))
                 # Last, so that a Ctrl-C leaves none that is never settled.
@@ -214,6 +277,60 @@ class Outcome(Generic[T]):
 _Callback = Callable[[Outcome[Any]], object]
 
 
+class _PlainFuture(concurrent.futures.Future[T]):
+    """A future of the standard library that tells its outcome when the error is handed out."""
+
+    def __init__(self, outcome: Outcome[T]) -> None:
+        super().__init__()
+        self._outcome = outcome
+
+    def result(self, timeout: float | None = None) -> T:
+        self._await_outcome(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._await_outcome(timeout)
+        return super().exception(0)
+
+    def _await_outcome(self, timeout: float | None) -> None:
+        outcome = self._outcome
+        outcome.refuse_endless_wait()
+        outcome.begin_wait()
+        try:
+            error = outcome.exception(timeout)
+        except KeyboardInterrupt:
+            outcome.interrupted()
+            raise
+        finally:
+            outcome.end_wait()
+        if error is not None:
+            hand_out(outcome, error)
+        if not self.done():  # its callback may run in another thread this moment
+            concurrent.futures.wait([self])
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], object]) -> None:
+        def told(plain: concurrent.futures.Future[T]) -> None:
+            error = self._outcome.exception()
+            if error is not None:
+                hand_out(self._outcome, error)
+            fn(plain)
+
+        super().add_done_callback(told)
+
+
+def hand_out(outcome: Outcome[Any], error: BaseException) -> None:
+    """Note that user code is handed the error of an outcome."""
+    mark_retrieved(error)
+    outcome.handed_out()
+
+
+def mark_retrieved(error: BaseException | None) -> None:
+    """Mark this error, and those it was caused by, as seen by the caller."""
+    while error is not None and "_fireworks_retrieved" not in error.__dict__:
+        error.__dict__["_fireworks_retrieved"] = True
+        error = getattr(error, "cause", None)
+
+
 def _hand_over(plain: concurrent.futures.Future[Any], outcome: Outcome[Any]) -> None:
     error = outcome.exception()
     if error is None:
@@ -237,7 +354,23 @@ class _Releases:
 class _LoopFuture(asyncio.Future[None]):
     """Waits on one loop for an outcome, which may be settled in any thread."""
 
-    __slots__ = ()
+    __slots__ = ("_outcome",)
+
+    def __init__(self, outcome: Outcome[Any], loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._outcome = outcome
+        outcome.add_done_callback(self)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Leave; the outcome keeps nothing of a waiter that has left."""
+        self._outcome.forget(self)
+        return super().cancel(msg)
+
+    def watch(self) -> None:
+        """Look at the loop of the work from time to time, until this is done."""
+        if not self.done():
+            self._outcome.fail_if_loop_is_gone()
+            self.get_loop().call_later(LOOK_EVERY, self.watch)
 
     def __call__(self, _: Outcome[Any]) -> None:
         loop = self.get_loop()
@@ -261,6 +394,9 @@ def done_here(outcome: Outcome[Any]) -> asyncio.Future[None]:
     Where the work ends on the same loop, it is woken without the write to the loop's own socket
     that `asyncio.wrap_future` costs.
     """
-    waiter = _LoopFuture(loop=asyncio.get_running_loop())
-    outcome.add_done_callback(waiter)
+    loop = asyncio.get_running_loop()
+    waiter = _LoopFuture(outcome, loop)
+    owner = outcome.owner_loop
+    if owner is not None and owner is not loop:
+        waiter.watch()
     return waiter

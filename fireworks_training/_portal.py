@@ -27,9 +27,9 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast, g
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 from fireworks_training._inbox import call_on
-from fireworks_training._outcome import Outcome
+from fireworks_training._outcome import LOOP_ADVICE, Outcome, mark_retrieved
 from fireworks_training.errors import OperationCancelled, OwnerLoopGone, WrongLoop
-from fireworks_training.futures import APIFuture, mark_retrieved
+from fireworks_training.futures import APIFuture
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -38,11 +38,6 @@ Args = TypeVarTuple("Args")
 
 EXIT_BUDGET = 1.5
 """Seconds that all clean-ups at interpreter exit may take together."""
-
-LOOP_ADVICE = (
-    "Use the service inside one `asyncio.run`, as `async with`, or take the synchronous class "
-    "(without `Async`), whose loop lives as long as the service."
-)
 
 logger = logging.getLogger("fireworks_training.portal")
 

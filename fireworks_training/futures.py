@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 
-from fireworks_training._outcome import Outcome, changing, done_here
+from fireworks_training._outcome import Outcome, changing, done_here, hand_out
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
@@ -31,13 +31,6 @@ T_co = TypeVar("T_co", covariant=True)
 Args = TypeVarTuple("Args")
 
 logger = logging.getLogger("fireworks_training.futures")
-
-
-def mark_retrieved(error: BaseException | None) -> None:
-    """Mark this error, and those it was caused by, as seen by the caller."""
-    while error is not None and "_fireworks_retrieved" not in error.__dict__:
-        error.__dict__["_fireworks_retrieved"] = True
-        error = getattr(error, "cause", None)
 
 
 def was_retrieved(error: BaseException | None) -> bool:
@@ -73,14 +66,32 @@ class APIFuture(Generic[T_co]):
                 the loss function of this operation or of one before it.
             FireworksTrainingError: why the operation failed.
         """
-        self._outcome.refuse_dead_lock()
-        return _retrieve(self._outcome, timeout)
+        outcome = self._outcome
+        outcome.refuse_dead_lock()
+        if outcome.done():
+            return _retrieve(outcome, timeout)
+        outcome.begin_wait()
+        try:
+            return _retrieve(outcome, timeout)
+        except KeyboardInterrupt:
+            outcome.interrupted()
+            raise
+        finally:
+            outcome.end_wait()
 
     def __await__(self) -> Generator[Any, None, T_co]:
-        if not self._outcome.done():
-            self._outcome.refuse_endless_wait()
-            yield from done_here(self._outcome)
-        return _retrieve(self._outcome, 0)
+        outcome = self._outcome
+        if not outcome.done():
+            outcome.refuse_endless_wait()
+            outcome.begin_wait()
+            try:
+                yield from done_here(outcome)
+            except KeyboardInterrupt:
+                outcome.interrupted()
+                raise
+            finally:
+                outcome.end_wait()
+        return _retrieve(outcome, 0)
 
     async def result_async(self, timeout: float | None = None) -> T_co:
         """Await with a time limit in seconds: on `TimeoutError` the operation goes on."""
@@ -92,8 +103,10 @@ class APIFuture(Generic[T_co]):
         return self.result_async()
 
     def future(self) -> concurrent.futures.Future[T_co]:
-        """Return a plain `concurrent.futures.Future`; `cancel()` on it has no effect."""
-        self._outcome.add_done_callback(_mark_outcome)
+        """Return a plain `concurrent.futures.Future`; `cancel()` on it has no effect.
+
+        A failure counts as seen when it is asked for its result or exception, or calls back.
+        """
         return self._outcome.plain()
 
     def cancel(self) -> bool:
@@ -120,7 +133,8 @@ def _log_unretrieved(outcome: Outcome[Any] | None) -> None:
         return
     error = outcome.exception()
     given_up = isinstance(error, (ClientClosed, OperationCancelled))  # by the caller's own doing
-    if error is not None and not given_up and not was_retrieved(error):
+    said = error is not None and "_fireworks_logged" in error.__dict__
+    if error is not None and not given_up and not said and not was_retrieved(error):
         logger.error("%s failed, and nobody asked for its result: %s", outcome.label, error)
 
 
@@ -132,16 +146,12 @@ def _retrieve(outcome: Outcome[T], timeout: float | None) -> T:
             f"{outcome.label} was not done within {timeout} s; it goes on, ask again"
         ) from None
     if error is not None:
-        mark_retrieved(error)
+        hand_out(outcome, error)
         if isinstance(error, FireworksTrainingError):
             # One error may end many operations: without this each raise would add to its traceback.
             error = error.with_traceback(None)
         raise error
     return outcome.result(0)
-
-
-def _mark_outcome(outcome: Outcome[Any]) -> None:
-    mark_retrieved(outcome.exception())
 
 
 class SampleCall(Coroutine[Any, Any, T]):

@@ -163,6 +163,20 @@ class LossFunction(Protocol):
         ...
 
 
+LossName = Literal[
+    "cross_entropy",
+    "importance_sampling",
+    "ppo",
+    "cispo",
+    "dro",
+    "dapo",
+    "gspo",
+    "dppo",
+    "reinforce",
+    "stable_reinforce",
+]
+"""Names of the built-in losses, of which a trainer may lack some."""
+
 LossConfig: TypeAlias = Mapping[str, Any] | None
 """Options of a built-in loss by name; None leaves them to the trainer."""
 

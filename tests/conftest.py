@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 READY_WITHIN = 120.0
 
+AS_CLOUD = ("--as-cloud", "--cloud-pace", "0.1")
+"""Options of a platform that stands in for a cloud, ten times as fast as one."""
+
 
 @dataclass(frozen=True)
 class RunningPlatform:
@@ -43,6 +46,7 @@ class RunningPlatform:
     tokenizer: str
     state_dir: Path
     process: subprocess.Popen[bytes]
+    as_cloud: bool = False
 
 
 @contextmanager
@@ -61,7 +65,9 @@ def running_platform(state_dir: Path, *options: str) -> Iterator[RunningPlatform
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, f"the platform ended with {process.wait(5)}"
-        yield RunningPlatform(**json.loads(line), state_dir=state_dir, process=process)
+        ready = json.loads(line)
+        as_cloud = AS_CLOUD[0] in options
+        yield RunningPlatform(**ready, state_dir=state_dir, process=process, as_cloud=as_cloud)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -76,10 +82,29 @@ def running_platform(state_dir: Path, *options: str) -> Iterator[RunningPlatform
 
 
 @pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPlatform]:
-    """The platform that the session's tests share."""
-    with running_platform(tmp_path_factory.mktemp("platform")) as running:
-        yield running
+def platforms(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], RunningPlatform]]:
+    """The platforms that the session's tests share, by mode; each starts when it is asked for."""
+    started: dict[str, RunningPlatform] = {}
+    with ExitStack() as stack:
+
+        def of(mode: str) -> RunningPlatform:
+            if mode not in started:
+                options = AS_CLOUD if mode == "as-cloud" else ()
+                folder = tmp_path_factory.mktemp("platform")
+                started[mode] = stack.enter_context(running_platform(folder, *options))
+            return started[mode]
+
+        yield of
+
+
+@pytest.fixture(scope="session")
+def platform(
+    request: pytest.FixtureRequest, platforms: Callable[[str], RunningPlatform]
+) -> RunningPlatform:
+    """The shared platform; that of a cloud's ways where the test is run "as-cloud"."""
+    return platforms(getattr(request, "param", "local"))
 
 
 @pytest.fixture

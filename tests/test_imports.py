@@ -146,6 +146,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         control_plane="inference web",
         tinker="control_plane inference web",
         faults="control_plane web",
+        cloud="control_plane web",
     ),
     "root": UNITS,
     "_generate_sync": set(),
@@ -194,7 +195,7 @@ FUNCTION_LINES = 60
 FRIENDS = {"_async.runtime.loop_watch"}
 """Where pyright may be told to pass over a private name: the frames of other threads, in `sys`."""
 
-READS, READER = {"environ", "environb", "getenv"}, "config"
+READS, READER = {"environ", "environb", "getenv"}, "config.endpoint"
 DYNAMIC = ("importlib.import_module('", "import_module('", "__import__('")
 
 

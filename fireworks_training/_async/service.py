@@ -37,6 +37,7 @@ from fireworks_training._async.training.factory import (
 from fireworks_training._async.training.official_service_names import OfficialServiceNames
 from fireworks_training._async.weights.deployment import ServedDeployment
 from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._outcome import mark_retrieved
 from fireworks_training.config import (
     CleanUp,
     Endpoint,
@@ -50,7 +51,7 @@ from fireworks_training.config import (
 )
 from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
 from fireworks_training.events import OnEvent
-from fireworks_training.futures import APIFuture, mark_retrieved, was_retrieved
+from fireworks_training.futures import APIFuture, was_retrieved
 from fireworks_training.models import TrainingProfile, WeightSyncResult
 from fireworks_training.options import DeploymentConfig, OnDrift, RetryConfig, Tokenizer
 from fireworks_training.usage import Usage
@@ -79,6 +80,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
         verify_ssl: bool,
         user_metadata: Mapping[str, str] | None,
         pipeline_steps: bool,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> None:
         self._config = config
@@ -103,6 +105,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             publisher=self._publisher,
             user_metadata=user_metadata or {},
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
         )
         self._references = ReferenceClients(config, self._trainers, self._provisioner)
         self._closed = False
@@ -122,6 +125,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
@@ -140,6 +144,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            accept_partial: have every `optim_step` apply what the server holds, even where that is
+                a part of a step that failed (`GradientsInDoubt`).
             on_event: a plain, quick function that is told what happens (see `Event`), on the
                 service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
@@ -167,6 +173,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -189,6 +196,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
         dialect: WireDialect = "protobuf",
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -205,8 +213,8 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             seed: of the adapter's initialisation; None lets the server choose.
             train_mlp, train_attn, train_unembed: which layers an adapter covers.
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, accept_partial,
+                on_event: as for `from_firetitan_config`.
             dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
@@ -230,6 +238,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             verify_ssl=verify_ssl,
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
 
@@ -613,8 +622,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
     @property
     def reference_client_job_id(self) -> str | None:
         """Id of the job that the reference client runs on: its own, or the policy's."""
-        shared = not separate_reference(self._config)
-        return self.trainer_job_id if shared else self.reference_job_id
+        return self.reference_job_id if separate_reference(self._config) else self.trainer_job_id
 
     @property
     def training_session_id(self) -> str | None:
@@ -642,8 +650,7 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
     @property
     def max_context_length(self) -> int | None:
         """Tokens of a sequence that the trainer takes at most; None where it does not say."""
-        resources = self._provisioner.resources
-        return resources.max_context_length(self._config.max_context_length)
+        return self._provisioner.resources.max_context_length(self._config.max_context_length)
 
     def requires_initial_sampler_sync(self) -> bool:
         """Whether the deployment was found, so that it may serve another run's weights until a
@@ -698,13 +705,11 @@ class AsyncFiretitanServiceClient(OfficialServiceNames, ServiceCheckpoints):
             stack.push_async_callback(self._publisher.close)
             stack.push_async_callback(self._deployment.close)
             for clients in (self._references, self._trainers):
-                unseen = await clients.close(drain=drain)
-                errors.extend([unseen] if unseen is not None else [])
+                if (unseen := await clients.close(drain=drain)) is not None:
+                    errors.append(unseen)
             if self._platform.temporary and self._trainers.saved_a_state:
-                logger.info(
-                    "the saved states go away with the embedded platform; "
-                    "base_url='local:/path' keeps them"
-                )
+                keep = "base_url='local:/path' keeps them"
+                logger.info("the saved states go away with the embedded platform; %s", keep)
         return errors[0] if errors else None
 
     # -- inside ------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
         **options: Unpack[ProvisioningOptions],
     ) -> Self:
@@ -70,6 +71,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a
                 step that failed.
+            accept_partial: have every `optim_step` apply what the server holds, even where that is
+                a part of a step that failed (`GradientsInDoubt`).
             on_event: a plain, quick function that is told what happens (see `Event`), on the
                 service's loop; an exception in it is logged once. None: no events are made.
             **options: see `FiretitanProvisioningConfig`.
@@ -88,6 +91,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             user_metadata=user_metadata,
             project_id=project_id,
             pipeline_steps=pipeline_steps,
+            accept_partial=accept_partial,
             on_event=on_event,
             **options,
         )
@@ -112,6 +116,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
         user_metadata: Mapping[str, str] | None = None,
         pipeline_steps: bool = False,
         dialect: WireDialect = "protobuf",
+        accept_partial: bool = False,
         on_event: OnEvent | None = None,
     ) -> Self:
         """Train on a server that has the Tinker API and nothing else; nothing is sent yet.
@@ -128,8 +133,8 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             seed: of the adapter's initialisation; None lets the server choose.
             train_mlp, train_attn, train_unembed: which layers an adapter covers.
             tokenizer_model: name or folder of the tokenizer; default `base_model`.
-            additional_headers, verify_ssl, user_metadata, pipeline_steps, on_event: as for
-                `from_firetitan_config`.
+            additional_headers, verify_ssl, user_metadata, pipeline_steps, accept_partial,
+                on_event: as for `from_firetitan_config`.
             dialect: how passes are written, "protobuf" or "json"; SkyRL's server reads JSON alone.
 
         Raises:
@@ -151,6 +156,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             user_metadata=user_metadata,
             pipeline_steps=pipeline_steps,
             dialect=dialect,
+            accept_partial=accept_partial,
             on_event=on_event,
         )
         return cls._wrap(instance)._bind()

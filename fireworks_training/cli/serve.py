@@ -142,6 +142,26 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     " compressed bodies. Repeatable.  [default: neither]",
 )
 @click.option(
+    "--as-cloud",
+    is_flag=True,
+    help="Stand in for a cloud: no extensions of this platform, closed request schemas, jobs and"
+    " deployments that take seconds, hot loads that are noticed late, passing faults.",
+)
+@click.option(
+    "--cloud-pace",
+    type=click.FloatRange(0, 100),
+    default=1.0,
+    metavar="FACTOR",
+    help="Factor on the durations of --as-cloud.  [default: 1]",
+)
+@click.option(
+    "--trouble",
+    type=click.IntRange(0),
+    metavar="SEED",
+    help="With --as-cloud: stray 404, 403, 408, 5xx and redirects too, the same for one seed."
+    "  [default: none]",
+)
+@click.option(
     "--until-eof",
     is_flag=True,
     help="End when standard input, a pipe, is closed: so it ends with the program that started it,"
@@ -156,6 +176,9 @@ def serve(
     api_key_file: Path | None,
     models: dict[str, str],
     offers: tuple[str, ...],
+    as_cloud: bool,
+    cloud_pace: float,
+    trouble: int | None,
     until_eof: bool,
     as_json: bool,
     **limits: float | None,
@@ -170,6 +193,8 @@ def serve(
         api_key = lines[0].strip() if lines else ""
         if not api_key:
             raise click.BadParameter(f"{api_key_file} is empty", param_hint="--api-key-file")
+    if trouble is not None and not as_cloud:
+        raise click.BadParameter("it needs --as-cloud", param_hint="--trouble")
     if until_eof and not stat.S_ISFIFO(os.fstat(0).st_mode):
         raise click.BadParameter("standard input is no pipe", param_hint="--until-eof")
     become_platform(
@@ -183,5 +208,8 @@ def serve(
             "until_eof": until_eof,
             "limits": {LIMITS[name]: value for name, value in limits.items() if value is not None},
             "offers": list(offers),
+            "as_cloud": as_cloud,
+            "cloud_pace": cloud_pace,
+            "trouble": trouble,
         }
     )

@@ -33,6 +33,7 @@ SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / SHIPPED_MODEL
 RESOURCE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 RESOURCE_ID_RULE = "1 to 63 of a-z, 0-9 and '-', starting and ending with a letter or digit"
 MAX_SETTINGS_BYTES = 1 << 20
+MOST_PACE = 100.0
 
 OFFERS: dict[str, str] = {
     "batch-polling": "sample_use_retrieve_futures",
@@ -110,6 +111,9 @@ class PlatformSettings:
         preload: modules that the template imports before it forks.
         limits: changes to the defaults of `limits.Limits`, in its JSON spelling.
         offers: names in `OFFERS` that clients of the Tinker API are asked to use.
+        as_cloud: stand in for a cloud: no extensions, and a cloud's habits.
+        cloud_pace: factor on the durations of these habits, from 0.
+        trouble: seed of stray faults beside them; None = none.
     """
 
     host: str = "127.0.0.1"
@@ -125,6 +129,9 @@ class PlatformSettings:
     preload: tuple[str, ...] = PRELOAD
     limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
+    as_cloud: bool = False
+    cloud_pace: float = 1.0
+    trouble: int | None = None
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -150,6 +157,12 @@ class PlatformSettings:
                 raise LocalPlatformError(
                     f"settings: offer {offer[:80]!r} is none of {', '.join(OFFERS)}"
                 )
+        if not 0 <= self.cloud_pace <= MOST_PACE:
+            raise LocalPlatformError(
+                f"settings: cloud_pace {self.cloud_pace} is not in 0..{MOST_PACE}"
+            )
+        if self.trouble is not None and not self.as_cloud:
+            raise LocalPlatformError("settings: trouble needs as_cloud")
         if set(self.entry_points) != set(ENTRY_POINTS):
             raise LocalPlatformError(f"settings: entry_points must name {sorted(ENTRY_POINTS)}")
 
@@ -169,6 +182,9 @@ class GatewaySettings:
     default_model: str
     limits: dict[str, float | None] = field(default_factory=dict[str, float | None])
     offers: tuple[str, ...] = ()
+    as_cloud: bool = False
+    cloud_pace: float = 1.0
+    trouble: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +204,8 @@ Settings = TypeVar("Settings", PlatformSettings, GatewaySettings, TemplateSettin
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
+    "float": (int, float),
+    "int | None": (int, type(None)),
     "bool": (bool,),
     "str | None": (str, type(None)),
     "dict[str, str]": (dict,),

@@ -60,6 +60,7 @@ class TrainerServer(LoopbackServer):
         encodings: content encoding of each protobuf pass.
         executing: False holds all operations back from the next one on.
         failing: seq_ids of operations whose execution fails.
+        category: whose fault their failures are: "user", or "server".
         lost_answers: seq_ids whose first submit is taken, and the connection then cut.
         before_submit, before_poll: called with each submit and each poll; may answer in the
             server's place.
@@ -87,6 +88,7 @@ class TrainerServer(LoopbackServer):
     encodings: list[str | None] = field(default_factory=list[str | None], init=False)
     executing: bool = True
     failing: set[int] = field(default_factory=set[int])
+    category: str = "user"
     lost_answers: set[int] = field(default_factory=set[int])
     before_submit: BeforeSubmit | None = None
     before_poll: BeforePoll | None = None
@@ -230,6 +232,8 @@ class TrainerServer(LoopbackServer):
             self._held, self._failed = 0, False
             self.applied.append((path, seq_id))
             return {"type": path}
+        if path == "load_weights":
+            self._held, self._failed = 0, False
         if self.step_protocol and self._failed and path in CHANGES_MODEL:
             self._failed = path != "optim_step"
             return {
@@ -239,9 +243,9 @@ class TrainerServer(LoopbackServer):
             }
         empty = path == "forward_backward" and not body["forward_backward_input"]["data"]
         if seq_id in self.failing or empty:
-            if path == "forward_backward" and self.step_protocol:
-                self._held, self._failed = 0, True
-            return {"error": "scripted failure", "category": "server"}
+            if path in CHANGES_MODEL and self.step_protocol:
+                self._held, self._failed = 0, path != "optim_step"
+            return {"error": "scripted failure", "category": self.category}
         self.applied.append((path, seq_id))
         if path in ("forward", "forward_backward"):
             data = (body.get("forward_input") or body["forward_backward_input"])["data"]

@@ -51,6 +51,9 @@ def test_the_defaults(serve: Any) -> None:
         "limits": {},
         "offers": [],
         "until_eof": False,
+        "as_cloud": False,
+        "cloud_pace": 1.0,
+        "trouble": None,
     }
 
 
@@ -62,7 +65,8 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
         "--model", f"mine={model}", "--model", f"other={model}", "--json", "--api-key", "k" * 20,
         "--max-trainers", "1", "--max-replicas", "2", "--trainer-delay", "1.5",
         "--deployment-delay", "3", "--inactivity-timeout", "600", "--session-timeout", "60",
-        "--offer", "zstd", "--offer", "batch-polling",
+        "--offer", "zstd", "--offer", "batch-polling", "--as-cloud",
+            "--cloud-pace", "0.25", "--trouble", "7",
     )  # fmt: skip
     assert settings == {
         "host": "0.0.0.0",
@@ -81,6 +85,9 @@ def test_every_option(serve: Any, tmp_path: Path) -> None:
         },
         "offers": ["zstd", "batch-polling"],
         "until_eof": False,
+        "as_cloud": True,
+        "cloud_pace": 0.25,
+        "trouble": 7,
     }
 
 
@@ -174,3 +181,10 @@ def test_options_that_do_not_fit_a_pipe_are_refused() -> None:
 
     with pytest.raises(ClickException, match="too long"):
         serve_module.become_platform({"host": "x" * 40_000})
+
+
+def test_trouble_without_a_cloud_is_refused(serve: Any) -> None:
+    result, settings = serve("--trouble", "7")
+    assert result.exit_code == 2
+    assert "--as-cloud" in result.output
+    assert not settings

@@ -130,7 +130,7 @@ def test_what_is_not_supported_is_refused(
     with pytest.raises(NotSupported, match="metadata"):
         client.save_weights_for_sampler_ext("s", metadata={"a": 1})
     with pytest.raises(InvalidArgument, match="loss_type_input='x'"):
-        asyncio.run(client.forward_backward_custom_async([], len, loss_type_input="x"))
+        asyncio.run(client.forward_backward_custom_async([datum()], len, loss_type_input="x"))
 
 
 def test_a_save_with_a_timeout_is_done_when_it_returns(client: FiretitanTrainingClient) -> None:

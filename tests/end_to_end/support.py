@@ -23,6 +23,9 @@ def service_on(platform: RunningPlatform, **options: Any) -> AsyncFiretitanServi
     options.setdefault("cleanup_trainer_on_close", True)
     options.setdefault("cleanup_deployment_on_close", "delete")
     options.setdefault("base_url", platform.base_url)
+    if platform.as_cloud:
+        # No cloud serves tokenizers: its name is a user's to give.
+        options.setdefault("tokenizer_model", platform.tokenizer)
     return AsyncFiretitanServiceClient.from_firetitan_config(
         api_key=platform.api_key,
         base_model=platform.model,

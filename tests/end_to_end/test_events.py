@@ -22,7 +22,7 @@ from fireworks_training import (
     SyncEvent,
     supervised_datum,
 )
-from fireworks_training._async.training import data_plane
+from fireworks_training._core import patience
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, datums, service_on
 from tests.fault_proxy import FaultProxy
@@ -78,7 +78,7 @@ async def test_a_step_a_sync_and_a_completion_are_told_in_order(platform: Runnin
 async def test_faults_on_the_way_are_told_as_retries(
     platform: RunningPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_plane, "RETRY_BASE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     heard = list[Event]()
     proxy = FaultProxy(platform.base_url)
     async with (

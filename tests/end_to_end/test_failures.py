@@ -57,7 +57,8 @@ def refused_by_the_server(client: Any) -> Any:
 
 
 def that_can_not_be_written(client: Any) -> Any:
-    return client.forward_backward(datums(2), "\ud800")  # no text that UTF-8 can hold
+    unwritable = {"option": "\ud800"}  # no text that UTF-8 can hold
+    return client.forward_backward(datums(2), "cross_entropy", unwritable)
 
 
 def refused_in_the_second_of_three_chunks(client: Any) -> Any:
@@ -142,6 +143,7 @@ async def test_a_failed_step_leaves_no_trace(
         assert relative(part(saved_state(platform, job, "after"), "master"), alone) < 1e-6
 
 
+@pytest.mark.as_cloud
 async def test_the_check_sees_a_step_that_was_applied(
     platform: RunningPlatform, alone: dict[str, torch.Tensor]
 ) -> None:
@@ -174,6 +176,7 @@ async def test_close_raises_the_failure_that_nobody_asked_about_and_cleans_up_al
         assert gone is None or gone.state == "JOB_STATE_DELETED"
 
 
+@pytest.mark.as_cloud
 async def test_close_does_not_cover_an_error_that_is_on_its_way(platform: RunningPlatform) -> None:
     with pytest.raises(ZeroDivisionError):
         async with service_on(platform) as service:

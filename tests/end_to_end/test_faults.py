@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fireworks_training._async.training import data_plane
 from fireworks_training._async.training.session import Capabilities
+from fireworks_training._core import patience
 from tests.conftest import RunningPlatform
 from tests.end_to_end.support import ADAM, curved_loss, datums, saved_state, service_on
 from tests.fault_proxy import FAULTS, FaultProxy
@@ -47,7 +47,7 @@ async def test_every_message_spoilt_and_pairs_of_them(
     platform: RunningPlatform, monkeypatch: pytest.MonkeyPatch, batched: bool
 ) -> None:
     """Polled one by one, or in batches, of which there are now more and now fewer."""
-    monkeypatch.setattr(data_plane, "RETRY_BASE", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
     read = Capabilities.read
     monkeypatch.setattr(
         Capabilities,

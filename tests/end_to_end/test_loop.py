@@ -96,6 +96,7 @@ def test_the_blocking_names_and_twenty_loops_on_one_sampler(
         base_url=platform.base_url,
         api_key=platform.api_key,
         base_model=platform.model,
+        tokenizer_model=platform.tokenizer if platform.as_cloud else None,
         training_shape_id=platform.training_shape,
         cleanup_trainer_on_close=True,
         cleanup_deployment_on_close="delete",
@@ -168,6 +169,7 @@ async def test_conversations_come_back_in_order(platform: RunningPlatform) -> No
             sampler.sample_with_tokens([])
 
 
+@pytest.mark.as_cloud
 async def test_a_service_without_a_deployment_says_so(platform: RunningPlatform) -> None:
     async with service_on(platform) as service:
         with pytest.raises(InvalidArgument, match="create_deployment=False"):

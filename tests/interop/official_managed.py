@@ -108,6 +108,20 @@ def managed() -> None:
     made.close()
 
 
+def lora() -> None:
+    """An adapter beside its reference: train, hot load twice, sample; leave nothing behind."""
+    made = service(cleanup_trainer_on_close=True, cleanup_deployment_on_close="delete")
+    client = made.create_training_client(MODEL, lora_rank=8)
+    losses, snapshots = [step(client) for _ in range(3)], []
+    for name in ("adapter-a", "adapter-b"):
+        saved = client.save_weights_for_sampler_ext(name)
+        sampler = made.create_deployment_sampler(model_path=saved.path)
+        snapshots.append(saved.snapshot_name)
+        losses.append(step(client))
+    say(losses=losses, snapshots=snapshots, completions=sample(sampler))
+    made.close()
+
+
 def reconnect() -> None:
     """Find both again, whatever became of the trainer; load the state; go on; clean up nothing."""
     made = service(
@@ -158,4 +172,5 @@ def managers() -> None:
 
 
 if __name__ == "__main__":
-    {"managed": managed, "reconnect": reconnect, "cleanup": cleanup, "managers": managers}[PART]()
+    parts = (managed, lora, reconnect, cleanup, managers)
+    {part.__name__: part for part in parts}[PART]()

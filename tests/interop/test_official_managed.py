@@ -68,6 +68,14 @@ def official(official_python: str, official_platform: RunningPlatform) -> Offici
     return Official(official_python, official_platform)
 
 
+@pytest.mark.parametrize(
+    "official_platform",
+    [
+        pytest.param((), id="with extensions"),
+        pytest.param(("--as-cloud", "--cloud-pace", "0.5"), id="as a cloud"),
+    ],
+    indirect=True,
+)
 def test_managed_flow_reconnect_and_cleanup(official: Official) -> None:
     facts = official.run("managed")
     assert (facts["job"], facts["deployment"]) == ("official-job", "official-deployment")
@@ -101,6 +109,12 @@ def test_managed_flow_reconnect_and_cleanup(official: Official) -> None:
     before = official.names("rlorTrainerJobs"), official.names("deployments")
     made = official.run("cleanup")
     assert made["job"] not in before[0]
+    assert (official.names("rlorTrainerJobs"), official.names("deployments")) == before
+
+    adapter = official.run("lora")
+    assert adapter["losses"] == sorted(adapter["losses"], reverse=True)
+    assert len(set(adapter["snapshots"])) == 2
+    assert all(len(tokens) == 7 for tokens in adapter["completions"])
     assert (official.names("rlorTrainerJobs"), official.names("deployments")) == before
 
     last = official.run("managers")

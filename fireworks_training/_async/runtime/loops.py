@@ -16,8 +16,8 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from fireworks_training._async.runtime.loop_watch import OnBlocked, watch
 from fireworks_training._inbox import call_on
-from fireworks_training._outcome import Outcome, done_here
-from fireworks_training._portal import LOOP_ADVICE, Lease, closed_loop, spawn_on
+from fireworks_training._outcome import LOOP_ADVICE, Outcome, done_here
+from fireworks_training._portal import Lease, closed_loop, spawn_on
 from fireworks_training.errors import OwnerLoopGone, WrongLoop
 
 T = TypeVar("T")

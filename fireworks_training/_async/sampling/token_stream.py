@@ -13,9 +13,8 @@ from array import array
 from collections.abc import Callable
 from typing import Self
 
-from fireworks_training._outcome import Outcome, done_here
+from fireworks_training._outcome import Outcome, done_here, mark_retrieved
 from fireworks_training.errors import ClientClosed, InvalidArgument
-from fireworks_training.futures import mark_retrieved
 from fireworks_training.models import SampledCompletion, TokenDelta
 
 

@@ -9,10 +9,17 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import cast
+from typing import cast, get_args
 
 from fireworks_training.errors import InvalidArgument
+from fireworks_training.options import LossName
+
+ADAM_BOUNDS = {"beta1": 1.0, "beta2": 1.0}
+"""What settings of an optimizer step must stay below; the others have no upper bound."""
+
+LOSS_NAMES: tuple[str, ...] = get_args(LossName)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _JOB = re.compile(r"[a-z0-9-]{1,63}")
@@ -22,7 +29,7 @@ _RULE = "1 to 200 letters, digits, '.', '_' and '-', starting with a letter or a
 
 
 def check_datums(data: object) -> None:
-    """Refuse what is not a list of `tinker.Datum`.
+    """Refuse what is not a list of `tinker.Datum`, and an empty one.
 
     Raises:
         InvalidArgument: names the first element that is none.
@@ -31,11 +38,33 @@ def check_datums(data: object) -> None:
     kind: type = getattr(sys.modules.get("tinker"), "Datum", object)
     if isinstance(data, (str, bytes)) or not isinstance(data, Sequence):
         raise InvalidArgument(f"data must be a list of tinker.Datum, not {type(data).__name__}")
+    if not data:
+        raise InvalidArgument("data is empty: a pass needs at least one datum")
     for index, datum in enumerate(cast(Sequence[object], data)):
         if not isinstance(datum, kind):
             raise InvalidArgument(
                 f"data[{index}] is a {type(datum).__name__}; a tinker.Datum is needed"
             )
+
+
+def check_loss_name(loss_fn: object) -> None:
+    """Refuse what is not the name of a built-in loss.
+
+    Raises:
+        InvalidArgument: names those there are.
+    """
+    if not isinstance(loss_fn, str):
+        raise InvalidArgument(
+            f"loss_fn must be the name of a built-in loss, not {type(loss_fn).__name__}; a "
+            "function goes to forward_backward_custom"
+        )
+    if loss_fn not in LOSS_NAMES:
+        near = get_close_matches(loss_fn, LOSS_NAMES, 1)
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        raise InvalidArgument(
+            f"loss_fn={loss_fn!r} is no built-in loss{hint} There are {', '.join(LOSS_NAMES)}; a "
+            "loss of your own goes to forward_backward_custom"
+        )
 
 
 def loss_config(config: object) -> dict[str, float | str] | None:
@@ -64,6 +93,28 @@ def loss_config(config: object) -> dict[str, float | str] | None:
                 f"loss_fn_config[{name!r}] is {given}; options are finite numbers, bools and text"
             )
     return options
+
+
+def adam_settings(given: Mapping[str, object]) -> dict[str, float]:
+    """Check the settings of an optimizer step.
+
+    Raises:
+        InvalidArgument: names the first that is no finite number, or out of range.
+    """
+    settings: dict[str, float] = {}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise InvalidArgument(
+                f"adam_params.{name} must be a number, not {type(value).__name__}"
+            )
+        number, most = float(value), ADAM_BOUNDS.get(name, math.inf)
+        if not (math.isfinite(number) and number >= 0 and (number < most or most == math.inf)):
+            bound = "" if most == math.inf else f" and below {most:g}"
+            raise InvalidArgument(
+                f"adam_params.{name} is {value!r}; it must be finite, at least 0{bound}"
+            )
+        settings[name] = number
+    return settings
 
 
 def check_name(what: str, value: object) -> None:

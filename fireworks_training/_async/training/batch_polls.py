@@ -3,7 +3,7 @@
 A batch poll names the requests that have ended, with the results of small ones. It is a hint and
 never the truth: whatever it leaves open is asked for by `retrieve_future`, as for any other
 trainer. So a request that no batch poll names within `DOUBT_AFTER` is asked for by itself, and
-where the trainer refuses batch polls after all, every request is.
+where the trainer refuses batch polls after all, every request is, for a while.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from typing import Any
 from fireworks_training._async.http.transport import Response
 from fireworks_training._async.training.data_plane import (
     QUICK_POLL,
-    UNDECIDED,
     DataPlane,
-    retry_budget,
     was_refused,
 )
+from fireworks_training._core.patience import Patience, judge_poll
 from fireworks_training._wire.training.batch_polls import MAX_IDS, FinishedRequest
 from fireworks_training.errors import ApiError, FireworksTrainingError, ProtocolError
 
-DOUBT_AFTER = 60.0
+DOUBT_AFTER = 20.0
 """Seconds in which no batch poll names a request, until it is asked for by itself."""
+
+TRY_AGAIN_AFTER = 60.0
+"""Seconds for which results are asked for one by one after a batch poll was refused; twice as long
+each time, up to `TRY_AGAIN_LONGEST`."""
+
+TRY_AGAIN_LONGEST = 900.0
 
 MAX_EARLY = 4096
 """Results that are kept for requests whose submits are not answered yet."""
@@ -53,7 +58,8 @@ class BatchPolls:
         self._early: dict[str, Response | None] = {}
         self._retrieved: list[str] = []
         self._task: asyncio.Task[None] | None = None
-        self._refused = False
+        self._refused_until = 0.0
+        self._pause = TRY_AGAIN_AFTER
 
     async def wait(self, request_id: str) -> Response | None:
         """Wait until a batch poll names a request as ended.
@@ -67,9 +73,9 @@ class BatchPolls:
         """
         if request_id in self._early:
             return self._early.pop(request_id)
-        if self._refused:
-            return None
         loop = asyncio.get_running_loop()
+        if loop.time() < self._refused_until:
+            return None
         answer: asyncio.Future[Response | None] = loop.create_future()
         self._waiting[request_id] = (answer, loop.time())
         if self._task is None or self._task.done():
@@ -81,7 +87,7 @@ class BatchPolls:
 
     def retrieved(self, request_id: str) -> None:
         """Note that the result of a request is here: the trainer need not keep it."""
-        if not self._refused:
+        if len(self._retrieved) < MAX_EARLY:
             self._retrieved.append(request_id)
 
     async def _run(self) -> None:
@@ -99,7 +105,7 @@ class BatchPolls:
     async def _round(self) -> None:
         """Poll until the trainer answers."""
         loop = asyncio.get_running_loop()
-        backoff = retry_budget(UNDECIDED - {409})
+        patience = Patience(judge_poll)
         while True:
             named = self._retrieved[:MAX_IDS]
             asked = loop.time()
@@ -109,11 +115,15 @@ class BatchPolls:
                 if was_refused(error) or isinstance(error, ProtocolError):
                     self._give_up(error)
                     return
-                delay = backoff.next_delay(error, now=loop.time())
+                delay = patience.next_delay(error, now=loop.time())
                 if delay is None:
                     raise
+                self._doubt(loop.time())
+                if not self._waiting:
+                    return
                 await asyncio.sleep(delay)
                 continue
+            self._pause = TRY_AGAIN_AFTER
             del self._retrieved[: len(named)]
             is_new = cursor != self._cursor  # else the trainer repeats itself
             self._cursor = cursor
@@ -149,7 +159,8 @@ class BatchPolls:
             self._give(request_id, None)
 
     def _give_up(self, error: Exception) -> None:
-        self._refused = True
+        self._refused_until = asyncio.get_running_loop().time() + self._pause
+        self._pause = min(2 * self._pause, TRY_AGAIN_LONGEST)
         self._retrieved.clear()
         logger.warning(
             "%s: the trainer offers batch polls, and they fail (%s: %s); results are asked for one "

@@ -47,6 +47,7 @@ class Operation(Generic[T]):
         args: what else `run` takes.
         encoding: work that is done before.
         accept_partial: apply a step of which the server may hold a failed part, too.
+        passes: how many passes the step of an `optim_step` must hold; None: any number.
     """
 
     role: Role
@@ -55,6 +56,7 @@ class Operation(Generic[T]):
     args: tuple[Any, ...] = ()
     encoding: EncodingJob[Any] | None = None
     accept_partial: bool = False
+    passes: int | None = None
 
 
 class OperationContext:
@@ -84,9 +86,20 @@ class OperationContext:
         self.sent: list[int] = []
 
     @property
+    def given_up(self) -> int:
+        """How many passes had succeeded in the steps that were given up before this one."""
+        return self._ticket.step.given_up
+
+    @property
+    def dropped(self) -> Any:
+        """How many passes had succeeded in the step that this operation puts an end to."""
+        step = self._ticket.gives_up
+        return 0 if step is None else step.given_up + step.succeeded
+
+    @property
     def step(self) -> int:
-        """The step that the operation belongs to, from 0."""
-        return self._ticket.step
+        """How many `optim_step`s were issued before the operation."""
+        return self._ticket.step.number
 
     async def send(self, requests: Sequence[Request], *, last: bool = True) -> list[Answer]:
         """Send requests with consecutive ids, and wait for all their results.
@@ -102,6 +115,8 @@ class OperationContext:
                 ticket then says whether a part may have been added.
         """
         ticket = self._ticket
+        if ticket.withdrawn is not None:  # by a Ctrl-C, between two requests
+            raise ticket.withdrawn
         # What a custom loss sends before its last requests adds nothing.
         adds = last and ticket.role is Role.GRADIENT
         in_flight = [self._requests.start(r, self._label, adds=adds) for r in requests]

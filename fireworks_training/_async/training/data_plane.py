@@ -11,19 +11,26 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
+from uuid import uuid4
 
-from fireworks_training._async.control_plane.account import SpokenPatience
+import orjson
+
 from fireworks_training._async.http.transport import (
     Body,
     Response,
     Transport,
     report_retry,
-    with_retries,
 )
 from fireworks_training._async.runtime.worker import in_worker
 from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.patience import (
+    UNDECIDED,
+    Patience,
+    Verdict,
+    judge_poll,
+    judge_submit,
+)
 from fireworks_training._wire.server_words import scrubbed
 from fireworks_training._wire.training import bodies
 from fireworks_training._wire.training.batch_polls import FinishedRequest, decode_poll, encode_poll
@@ -47,19 +54,18 @@ PROTOBUF_TYPE = "application/x-protobuf"
 SUBMIT_TIMEOUT = 40.0
 """Seconds that a submit may take, or that its upload may stand still; then it is sent again."""
 
+ANSWER_TIMEOUT = 30.0
+"""Seconds for an exchange that is answered at once."""
+
 POLL_TIMEOUT = 45.0
 """Seconds for one poll, which servers answer before; then it is made again."""
-
-RETRY_SECONDS = 600.0
-"""Seconds in which every exchange fails, before an operation is given up."""
-
-RETRY_BASE = 0.25
-"""Seconds; ceiling of the first pause after a failed exchange, of which half is random. It doubles
-with each further failure: at most four requests in the first second, and ever fewer."""
 
 QUICK_POLL = 0.5
 """Seconds; a "not ready" that comes sooner is answered by a pause of this, up to half of it
 shortened at random: no server is hammered, and many clients do not come in step."""
+
+IDEMPOTENCY_KEY = "X-Idempotency-Key"
+"""The header that is the same each time a request is sent again."""
 
 PARSE_INLINE = 1 << 16
 """Bytes of JSON that are parsed on the loop; more go to a thread."""
@@ -67,17 +73,8 @@ PARSE_INLINE = 1 << 16
 BEAT_TIMEOUT = 10.0
 """Seconds for one heartbeat, or for what can be done without."""
 
-BILLING_PAUSE = 5.0
-"""Seconds between polls while the server answers 402 (billing pause)."""
-
 RESULT_GONE = "ResultExpired"
 """`error_class` of an operation whose result is lost: whether it was applied is not known."""
-
-ENDLESS = 10**9
-"""Attempts, where only time bounds them."""
-
-UNDECIDED = frozenset({408, 409, 429})
-"""Client-error statuses that do not say the request was refused for good."""
 
 
 class DataPlane:
@@ -91,9 +88,9 @@ class DataPlane:
 
     def __init__(self, transport: Transport, base_url: str, *, known: bool = False) -> None:
         self._transport = transport
-        self._known = known
         self.usage = transport.usage
         self.events = transport.events
+        self._reached = known  # whether the server has answered anything yet
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:
@@ -121,15 +118,34 @@ class DataPlane:
         return await self._answered("GET", path, None, what)
 
     async def _answered(self, method: str, path: str, payload: object, what: str) -> dict[str, Any]:
-        patience = SpokenPatience(what, known=self._known)
-        try:
-            answer = await self._transport.call(
-                method, self.url(path), json=payload, what=what, backoff=patience
-            )
-        except ApiStatusError as error:
-            raise _lost(error) or error from error.cause
-        self._known = True
-        return answer
+        """Make an exchange that is answered at once, and again as `_core.patience` says; a server
+        that has never answered yet is given up sooner."""
+        loop = asyncio.get_running_loop()
+        body = None if payload is None else orjson.dumps(payload)
+        sent = None if body is None else {IDEMPOTENCY_KEY: uuid4().hex}
+        patience, first = Patience(judge_submit), Backoff()
+        while True:
+            try:
+                response = await self._transport.exchange(
+                    method, self.url(path), body=body, headers=sent, timeout=ANSWER_TIMEOUT
+                )
+                self._reached = True
+                if not response.ok:
+                    raise response.error(what)
+                return response.object()
+            except ApiStatusError as error:
+                if (lost := _lost(error)) is not None:
+                    raise lost from error
+                failure: ApiError = error
+            except ApiError as error:
+                failure = error
+            budget = patience if self._reached else first
+            delay = budget.next_delay(failure, now=loop.time())
+            if delay is None:
+                raise failure
+            report_retry(self.events, "training", what, budget.failures, delay, failure)
+            _say_again(what, failure, delay, billing=judge_submit(failure) is Verdict.BILLING)
+            await asyncio.sleep(delay)
 
     async def beat(self, session_id: str) -> None:
         """Send one heartbeat, without a retry.
@@ -153,37 +169,47 @@ class DataPlane:
         *,
         what: str,
         headers: Mapping[str, str] | None = None,
-        undecided: frozenset[int] = UNDECIDED,
+        final: frozenset[int] = frozenset(),
     ) -> str:
         """Send a request until the trainer accepts it; return its request id.
+
+        How long it is sent again is `_core.patience`'s to say.
+
+        Args:
+            final: statuses that are an answer, though they are asked again elsewhere.
 
         Raises:
             TrainerLost: the trainer's process is gone.
             ApiStatusError: refused for good, or its place in the line holds another request.
-            ApiError: not accepted within `RETRY_SECONDS`; whether it was is not known.
+            ApiError: not accepted for long; whether it was is not known.
         """
-        response = await with_retries(
-            partial(self._submit_once, path, body, headers, what),
-            what=what,
-            backoff=retry_budget(undecided),
-            events=self.events,
-            kind="training",
-        )
-        request_id = response.object().get("request_id")
-        if not isinstance(request_id, str) or not request_id:
-            raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
-        return request_id
+        loop = asyncio.get_running_loop()
+        patience = Patience(judge_submit, final=final)
+        sent = {IDEMPOTENCY_KEY: uuid4().hex, **(headers or {})}
+        while True:
+            try:
+                return await self._submit_once(path, body, sent, what)
+            except ApiError as error:
+                delay = patience.next_delay(error, now=loop.time())
+                if delay is None:
+                    raise
+                report_retry(self.events, "training", what, patience.failures, delay, error)
+                _say_again(what, error, delay, billing=judge_submit(error) is Verdict.BILLING)
+            await asyncio.sleep(delay)
 
     async def _submit_once(
-        self, path: str, body: Body, headers: Mapping[str, str] | None, what: str
-    ) -> Response:
+        self, path: str, body: Body, headers: Mapping[str, str], what: str
+    ) -> str:
         response = await self._transport.exchange(
             "POST", self.url(path), body=body, headers=headers, timeout=SUBMIT_TIMEOUT
         )
         if not response.ok:
             error = response.error(what)
             raise _lost(error) or error
-        return response
+        request_id = response.object().get("request_id")
+        if not isinstance(request_id, str) or not request_id:
+            raise ProtocolError(f"{what}: the trainer took the request but named no request_id")
+        return request_id
 
     async def fill(
         self,
@@ -203,9 +229,7 @@ class DataPlane:
             ApiError: refused too, or no answer.
         """
         try:
-            await self.submit(
-                path, body, what="filler", headers=headers, undecided=UNDECIDED - {409}
-            )
+            await self.submit(path, body, what="filler", headers=headers, final=frozenset({409}))
         except ApiStatusError as error:
             if error.status != 409 and not (fails and error.status == 400):
                 raise
@@ -227,12 +251,13 @@ class DataPlane:
         Raises:
             RequestFailed: the trainer failed it.
             TrainerLost: the trainer's process is gone.
-            ApiError: no answer from the trainer within `RETRY_SECONDS`.
+            ApiError: no answer from the trainer for long, or it was refused again and again; what
+                became of the request is not known.
         """
         loop = asyncio.get_running_loop()
         url = self.url("retrieve_future")
         body = bodies.retrieve_future(request_id)
-        backoff = retry_budget(UNDECIDED - {409})
+        patience = Patience(judge_poll)
         while True:
             asked = loop.time()
             try:
@@ -241,16 +266,17 @@ class DataPlane:
                 )
                 outcome = await read_outcome(response, request_id, what)
             except ApiError as error:
-                delay = backoff.next_delay(error, now=loop.time())
+                delay = patience.next_delay(error, now=loop.time())
                 if delay is None:
                     raise
                 note(f"polls fail: {type(error).__name__}: {error}")
-                report_retry(self.events, "training", what, backoff.failures, delay, error)
+                report_retry(self.events, "training", what, patience.failures, delay, error)
+                if judge_poll(error) is Verdict.BILLING:
+                    _say_again(what, error, delay, billing=True)
             else:
                 if not isinstance(outcome, NotReady):
                     return outcome
-                if backoff.failures:
-                    backoff = retry_budget(UNDECIDED - {409})
+                patience.reset()
                 note(f"the trainer says it is under way ({outcome.reason})")
                 quick = loop.time() - asked < QUICK_POLL
                 delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
@@ -280,26 +306,14 @@ class DataPlane:
         return decode_poll(await _parsed(response))
 
 
-def retry_budget(undecided: frozenset[int]) -> Backoff:
-    """Make a schedule of retries for `RETRY_SECONDS`, for what must not be given up soon.
-
-    Args:
-        undecided: client-error statuses after which to send again.
-    """
-
-    def retryable(error: ApiError) -> bool:
-        if isinstance(error, ApiStatusError):
-            return (error.status >= 500 or error.status in undecided) and not is_conflict(error)
-        return error.retryable
-
-    return Backoff(
-        attempts=ENDLESS,
-        base=RETRY_BASE,
-        cap=10.0,
-        spread=0.5,
-        max_elapsed=RETRY_SECONDS,
-        retryable=retryable,
-    )
+def _say_again(what: str, error: ApiError, delay: float, *, billing: bool) -> None:
+    if billing:
+        logger.warning(
+            "%s waits: the server answers 402, which is a matter of billing; it is asked again",
+            what,
+        )
+    else:
+        logger.warning("%s failed (%s); next try in %.1f s", what, type(error).__name__, delay)
 
 
 class NotReady:
@@ -327,8 +341,6 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
     """
     if response.status == 408:
         return _not_ready(_tolerant(response))
-    if response.status == 402:
-        return NotReady("billing pause", BILLING_PAUSE)
     if response.status == 410:
         error = response.error(what)
         raise _lost(error) or RequestFailed(
@@ -386,22 +398,11 @@ def _lost(error: ApiStatusError) -> TrainerLost | None:
     return TrainerLost(f"the trainer is gone: {error.message}", cause=error)
 
 
-def is_conflict(error: ApiError) -> bool:
-    """Whether another request holds the place in the line: no retry can mend that.
-
-    Other servers answer 409 for passing states too, so that only the `error_class` decides.
-    """
-    return (
-        isinstance(error, ApiStatusError)
-        and error.status == 409
-        and error.error_class == "Conflict"
-    )
-
-
 def was_refused(error: BaseException) -> bool:
     """Whether a submit was certainly refused, so that its place in the server's line is empty."""
     return (
         isinstance(error, ApiStatusError)
         and 400 <= error.status < 500
         and error.status not in UNDECIDED
+        and error.status != 402
     )

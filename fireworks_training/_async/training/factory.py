@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import importlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -28,65 +28,23 @@ from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training.arguments import check_state
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
 from fireworks_training._async.training.data_plane import DataPlane
-from fireworks_training._async.training.model import RemoteModel
+from fireworks_training._async.training.model import ModelOptions, RemoteModel, configured
 from fireworks_training._async.training.operations import load_state, unload_model
 from fireworks_training._async.training.session import TrainerSession
 from fireworks_training._async.weights.publisher import WeightPublisher
+from fireworks_training._core.lifecycle import Readiness, job_readiness
 from fireworks_training.config import FiretitanProvisioningConfig
-from fireworks_training.errors import FireworksTrainingError, InvalidArgument, TrainerLost
+from fireworks_training.errors import (
+    FireworksTrainingError,
+    InvalidArgument,
+    SessionEnded,
+    SessionLost,
+)
+
+ENDED = (Readiness.RESUMABLE, Readiness.GONE, Readiness.FAILED)
+"""What a job is whose trainer is gone."""
 
 Client = AsyncFiretitanTrainingClient
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """The options of a model; None leaves one to the service's configuration."""
-
-    base_model: str | None = None
-    lora_rank: int | None = None
-    lora_alpha: int | None = None
-    seed: int | None = None
-    train_mlp: bool | None = None
-    train_attn: bool | None = None
-    train_unembed: bool | None = None
-
-    def given(self) -> dict[str, object]:
-        """The options that are not left to the service."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-def configured(
-    config: FiretitanProvisioningConfig, options: ModelOptions
-) -> FiretitanProvisioningConfig:
-    """Make the configuration of one model.
-
-    Raises:
-        InvalidArgument: an option contradicts what the service was made for.
-    """
-    given = options.given()
-    if config.max_lora_rank is None:
-        for name, value in given.items():
-            mine = config.alpha if name == "lora_alpha" else getattr(config, name)
-            if value != mine:
-                raise InvalidArgument(
-                    f"{name}={value!r}, but the service was made for {mine!r}: give it to "
-                    "from_firetitan_config, or make another service for another model"
-                )
-        return config
-    if given.get("base_model", config.base_model) != config.base_model:
-        raise InvalidArgument(
-            f"base_model={options.base_model!r}, but the service's trainer holds "
-            f"{config.base_model!r}: make another service for another model"
-        )
-    rank = options.lora_rank
-    if rank is None or not 1 <= rank <= config.max_lora_rank:
-        raise InvalidArgument(
-            f"lora_rank={rank!r}: with max_lora_rank each model needs a rank from 1 to "
-            f"{config.max_lora_rank}"
-        )
-    single = replace(config, max_lora_rank=None, lora_rank=rank)
-    return replace(single, **given)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 class TrainingClients:
@@ -100,7 +58,7 @@ class TrainingClients:
         owner: the service's loop.
         publisher: brings the snapshots that they save into the deployment.
         user_metadata: noted with the session.
-        pipeline_steps: as for `from_firetitan_config`.
+        pipeline_steps, accept_partial: as for `from_firetitan_config`.
     """
 
     def __init__(
@@ -114,6 +72,7 @@ class TrainingClients:
         publisher: WeightPublisher,
         user_metadata: Mapping[str, str] = MappingProxyType({}),
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
     ) -> None:
         self._platform = platform
         self._config = config
@@ -123,6 +82,7 @@ class TrainingClients:
         self._publisher = publisher
         self._user_metadata = dict(user_metadata)
         self._pipeline_steps = pipeline_steps
+        self._accept_partial = accept_partial
         self._making = asyncio.Lock()
         self._session: TrainerSession | None = None
         self._policy: Client | None = None
@@ -153,6 +113,8 @@ class TrainingClients:
         async with self._making:
             if self._config.max_lora_rank is not None:
                 return await self._make(config, user_metadata)
+            if self._policy is not None and isinstance(self._policy.ended, SessionLost):
+                await self._leave_session()
             if self._config.forward_only and _lost(self._policy) is not None:
                 # Its weights are those that the job begins with: there is nothing to load.
                 await self._restart()
@@ -171,7 +133,9 @@ class TrainingClients:
         optimizer: bool,
     ) -> Client:
         """Make a client whose model starts from a saved state; nothing is left if that fails."""
-        if self._policy is not None and self._config.max_lora_rank is None:
+        policy = self._policy
+        alive = policy is not None and not isinstance(policy.ended, SessionLost)
+        if alive and self._config.max_lora_rank is None:
             raise InvalidArgument(
                 "the service has its training client already, of which it makes one: call "
                 "load_state or load_state_with_optimizer on that"
@@ -274,7 +238,7 @@ class TrainingClients:
             if lost is None or ended is None:
                 raise InvalidArgument(
                     "the trainer is not lost: recover_training_client() is for a training client "
-                    "that ended with TrainerLost"
+                    "that ended with TrainerLost or SessionLost"
                 )
             if lost in self._recovered or not (several or lost is self._policy):
                 raise InvalidArgument("this client was recovered already: use its successor")
@@ -311,6 +275,13 @@ class TrainingClients:
     def _lives(self, model: RemoteModel) -> bool:
         """Whether a model is of the open session, and has not ended."""
         return model.session is self._session and model.queue.ended is None
+
+    async def _leave_session(self) -> None:
+        """Let go of a session that can't go on; the next client opens another one."""
+        self._policy = self._base = None
+        session, self._session = self._session, None
+        if session is not None:
+            await finish_in_spite_of_cancellation(session.close())
 
     async def _restart(self) -> None:
         """Start the job again; the models and the session of its last process are gone."""
@@ -362,6 +333,16 @@ class TrainingClients:
         path = "get_server_capabilities"
         return await plane.get(path, what=path)
 
+    async def _job_ended(self) -> str | None:
+        """Ask the control plane whether the job has ended; why, or None."""
+        job_id = (await self._resources()).job_id
+        if job_id is None:
+            return None
+        job = await (await self._platform.open()).get_job(job_id)
+        if job is None:
+            return "its job was deleted"
+        return f"its job is in {job.state}" if job_readiness(job.state) in ENDED else None
+
     async def _trainer_url(self) -> str:
         return await self._platform.trainer_url((await self._resources()).job_id)
 
@@ -396,6 +377,7 @@ class TrainingClients:
             config,
             owner=self._owner,
             pipeline_steps=self._pipeline_steps,
+            accept_partial=self._accept_partial,
             # A separate reference that is yet to load a state is frozen afterwards.
             forward_only=base_only,
         )
@@ -408,6 +390,7 @@ class TrainingClients:
                 self._platform.make_transport,
                 url,
                 tinker_only=self._platform.tinker_only,
+                job_ended=None if self._platform.tinker_only else self._job_ended,
             )
             try:
                 await session.open({**self._user_metadata, **(user_metadata or {})})
@@ -437,14 +420,14 @@ class TrainingClients:
             if self._session is not None:
                 stack.push_async_callback(self._session.close)
             await asyncio.gather(*(model.close(drain=drain) for model in self._clients.values()))
-        unseen = (model.queue.unseen_failures.first for model in self._clients.values())
+        unseen = (model.queue.failures.first for model in self._clients.values())
         return next((failure for failure in unseen if failure is not None), None)
 
 
-def _lost(client: Client | None) -> TrainerLost | None:
-    """The error with which a client lost its trainer, if it did."""
+def _lost(client: Client | None) -> SessionEnded | None:
+    """The error with which a client lost its trainer or its session, if it did."""
     ended = None if client is None else client.ended
-    return ended if isinstance(ended, TrainerLost) else None
+    return ended if isinstance(ended, SessionEnded) else None
 
 
 class ReferenceClients:

@@ -6,6 +6,7 @@ with the operations that users call. Knows nothing of arguments, snapshots or de
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from uuid import uuid4
 
@@ -16,6 +17,58 @@ from fireworks_training._core.operations import OperationLine
 from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._wire.training.bodies import failing_pass
 from fireworks_training.config import FiretitanProvisioningConfig
+from fireworks_training.errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The options of a model; None leaves one to the service's configuration."""
+
+    base_model: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    seed: int | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+    train_unembed: bool | None = None
+
+    def given(self) -> dict[str, object]:
+        """The options that are not left to the service."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def configured(
+    config: FiretitanProvisioningConfig, options: ModelOptions
+) -> FiretitanProvisioningConfig:
+    """Make the configuration of one model.
+
+    Raises:
+        InvalidArgument: an option contradicts what the service was made for.
+    """
+    given = options.given()
+    if config.max_lora_rank is None:
+        for name, value in given.items():
+            mine = config.alpha if name == "lora_alpha" else getattr(config, name)
+            if value != mine:
+                raise InvalidArgument(
+                    f"{name}={value!r}, but the service was made for {mine!r}: give it to "
+                    "from_firetitan_config, or make another service for another model"
+                )
+        return config
+    if given.get("base_model", config.base_model) != config.base_model:
+        raise InvalidArgument(
+            f"base_model={options.base_model!r}, but the service's trainer holds "
+            f"{config.base_model!r}: make another service for another model"
+        )
+    rank = options.lora_rank
+    if rank is None or not 1 <= rank <= config.max_lora_rank:
+        raise InvalidArgument(
+            f"lora_rank={rank!r}: with max_lora_rank each model needs a rank from 1 to "
+            f"{config.max_lora_rank}"
+        )
+    single = replace(config, max_lora_rank=None, lora_rank=rank)
+    return replace(single, **given)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 class RemoteModel:
@@ -27,6 +80,7 @@ class RemoteModel:
         config: what it was made from.
         owner: the service's loop.
         pipeline_steps: send an `optim_step` at once even where the server does not enforce steps.
+        accept_partial: apply what the server holds even where that is in doubt.
         forward_only: its weights stay as they are.
 
     Attributes:
@@ -44,6 +98,7 @@ class RemoteModel:
         *,
         owner: OwnerLoop,
         pipeline_steps: bool = False,
+        accept_partial: bool = False,
         forward_only: bool = False,
     ) -> None:
         # Imported here, since they load numpy, which a service that only samples does without.
@@ -77,11 +132,14 @@ class RemoteModel:
             owner=owner,
             model_id=self.id,
             line=OperationLine(
-                step_protocol=capabilities.step_protocol, pipeline_steps=pipeline_steps
+                step_protocol=capabilities.step_protocol,
+                pipeline_steps=pipeline_steps,
+                accept_partial=accept_partial,
             ),
             filler_request=partial(filler_pass, dialect, self.id),
             failing_request=partial(failing_pass, self.id),
             states=self.states,
+            gone=session.gone,
             forward_only=forward_only,
             batch_polls=capabilities.batch_polls,
             parallel=session.client_config.parallel_chunks,

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fireworks_training._async.weights.publisher import DRIFT_BOUND
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import WeightSyncResult
-from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
+from fireworks_training.options import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    LossName,
+    Normalization,
+    OnDrift,
+)
 
 if TYPE_CHECKING:
     import tinker
@@ -39,13 +46,13 @@ class OfficialTrainingNames:
     weight_sync: Callable[..., APIFuture[WeightSyncResult]]
 
     async def forward_async(
-        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Call `forward` and return its future."""
         return self.forward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
-        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName, loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Call `forward_backward` and return its future."""
         return self.forward_backward(data, loss_fn, loss_fn_config)
@@ -94,6 +101,7 @@ class OfficialTrainingNames:
         grad_accumulation_normalization: Normalization | None = None,
         emit_grad_norm_metrics: GradNorms | None = None,
         *,
+        passes: int | None = None,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
         """Call `optim_step` and return its future."""
@@ -101,6 +109,7 @@ class OfficialTrainingNames:
             adam_params,
             grad_accumulation_normalization,
             emit_grad_norm_metrics,
+            passes=passes,
             accept_partial=accept_partial,
         )
 

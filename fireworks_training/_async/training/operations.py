@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fireworks_training._async.training.arguments import check_name, check_state, check_ttl
+from fireworks_training._async.training.arguments import (
+    adam_settings,
+    check_name,
+    check_state,
+    check_ttl,
+)
 from fireworks_training._async.training.context import Operation, OperationContext
 from fireworks_training._async.training.model import RemoteModel
 from fireworks_training._async.training.requests import Request
-from fireworks_training._checks import one_of
+from fireworks_training._checks import integer, one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._core.snapshots import Chain
 from fireworks_training._wire.training import bodies
@@ -31,6 +36,10 @@ if TYPE_CHECKING:
     from fireworks_training._tinker_types import SaveWeightsForSamplerResponse
 
 logger = logging.getLogger("fireworks_training.trainer")
+
+GIVEN_UP = "given_up_passes"
+"""The metric of an `optim_step` that counts the passes which had succeeded in steps given up before
+it."""
 
 CHECKPOINT_TYPES = (None, "base", "delta", "merged_base")
 NORMALIZATIONS = (None, "num_loss_tokens", "num_sequences", "none")
@@ -52,8 +61,9 @@ def optim_step(
     emit_grad_norm_metrics: GradNorms | None,
     *,
     accept_partial: bool,
+    passes: int | None = None,
 ) -> Operation[OptimStepResponse]:
-    """Apply the gradients held."""
+    """Apply the gradients held; `passes`: how many passes the step must hold."""
     import tinker
 
     if not isinstance(adam_params, tinker.AdamParams):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -67,18 +77,40 @@ def optim_step(
     if isinstance(mode, bool):
         mode = "basic" if mode else "off"
     one_of("emit_grad_norm_metrics", mode, GRAD_NORM_METRICS)
-    adam: dict[str, Any] = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
+    if passes is not None:
+        integer("passes", passes, 1)
+    given = adam_params.model_dump(exclude={"emit_grad_norm_metrics"})
+    adam: dict[str, Any] = {**adam_settings(given)}
     if mode is not None:
         adam["emit_grad_norm_metrics"] = mode
     body = bodies.optim_step(model.id, adam, normalization)
-    return Operation(Role.OPTIM, "optim_step", _optim_step, (body,), accept_partial=accept_partial)
+    return Operation(
+        Role.OPTIM,
+        "optim_step",
+        _optim_step,
+        (body,),
+        accept_partial=accept_partial,
+        passes=passes,
+    )
 
 
 async def _optim_step(context: OperationContext, body: bytes) -> OptimStepResponse:
     from tinker.types import OptimStepResponse
 
     payload = await _send(context, "optim_step", body)
-    return OptimStepResponse(metrics=payload.get("metrics"))
+    metrics: dict[str, float] | None = payload.get("metrics")
+    if context.given_up:
+        metrics = {**(metrics or {}), GIVEN_UP: float(context.given_up)}
+    return OptimStepResponse(metrics=metrics)
+
+
+def discard_step() -> Operation[int]:
+    """Drop the step under way; the queue sends what is needed for it before this runs."""
+
+    async def run(context: OperationContext) -> int:
+        return int(context.dropped)
+
+    return Operation(Role.DISCARD, "discard_step", run)
 
 
 def save_state(
@@ -213,7 +245,7 @@ def unload_model(model: RemoteModel) -> Operation[None]:
     body = bodies.unload_model(model.id)
 
     async def run(context: OperationContext) -> None:
-        if model.session.tinker_only:  # to such a server it is no operation of the line
+        if not model.capabilities.step_protocol:  # to such a server it is none of the line
             request = bodies.WireRequest("unload_model", body)
             await context.send([Request(lambda _: request)])
         else:

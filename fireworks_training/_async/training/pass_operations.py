@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fireworks_training._async.runtime.worker import INLINE_TOKENS, off_loop
-from fireworks_training._async.training.arguments import check_datums, loss_config
+from fireworks_training._async.training.arguments import (
+    check_datums,
+    check_loss_name,
+    loss_config,
+)
 from fireworks_training._async.training.context import Operation, OperationContext
 from fireworks_training._async.training.custom_loss import require_torch
 from fireworks_training._async.training.encoding import EncodingJob
@@ -37,7 +41,7 @@ from fireworks_training._async.training.passes import (
     target_inputs,
     with_loss,
 )
-from fireworks_training._checks import one_of
+from fireworks_training._checks import integer, number, one_of
 from fireworks_training._core.operations import Role
 from fireworks_training._wire.training.bodies import PassKind
 from fireworks_training._wire.training.datums import (
@@ -91,11 +95,7 @@ class PassOperations:
     ) -> Operation[tinker.ForwardBackwardOutput]:
         """Make a `forward` or `forward_backward` with a built-in loss."""
         check_datums(data)
-        if not isinstance(loss_fn, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidArgument(
-                f"loss_fn must be the name of a built-in loss, not {type(loss_fn).__name__}; a "
-                "function goes to forward_backward_custom"
-            )
+        check_loss_name(loss_fn)
         config = loss_config(loss_fn_config)
         # A plain forward needs the targets only, whatever loss the datum was made for.
         output = (config or {}).get("output", "logprobs")
@@ -132,6 +132,11 @@ class PassOperations:
         """Make a forward_backward of InfoNCE, computed by the trainer."""
         check_datums(data)
         one_of("pooling", pooling, POOLINGS)
+        for name, count in (
+            ("num_queries", num_queries),
+            ("num_extra_negatives", num_extra_negatives),
+        ):
+            integer(name, count, 0)
         if num_queries < 1 or num_extra_negatives < 0:
             raise InvalidArgument(
                 f"num_queries={num_queries} must be at least 1 and num_extra_negatives="
@@ -143,7 +148,7 @@ class PassOperations:
                 f"data has {len(data)} datums; {num_queries} queries, as many documents and "
                 f"{num_extra_negatives} extra negatives, in this order, are {wanted}"
             )
-        if not temperature > 0:
+        if not number("temperature", temperature, 0.0) > 0:
             raise InvalidArgument(f"temperature={temperature} must be above 0")
         config = {
             "output": "contrastive_loss",
@@ -216,7 +221,8 @@ class PassOperations:
         def inputs(_: Captured, index: int) -> Mapping[str, Array]:
             return {GRADIENTS_OF[output]: loss.gradients[index]}
 
-        single_request = len(encoded.chunks) == 1
+        # Rows of the matrix depend on each other; other outputs are each datum's own.
+        single_request = output == "cos_similarity_matrix"
         backward = passes.encoding(custom.captured, inputs, single_request=single_request)
         await off_loop(job.tokens, backward.do)
         again = await backward.result()

@@ -68,12 +68,14 @@ class EncodedData:
         bodies: the encoded datums of each request.
         chunks: the ranges of datums, one a request.
         responses: how many targets have a weight.
+        lengths: how many logprobs each datum's answer has.
         inputs: the loss inputs that were encoded, where the pass needs them again.
     """
 
     bodies: tuple[bytes, ...]
     chunks: tuple[range, ...]
     responses: float
+    lengths: tuple[int | None, ...] = ()
     inputs: Sequence[Mapping[str, Array]] = ()
 
 
@@ -202,6 +204,7 @@ class Passes:
             tuple([self.dialect.join(datums[chunk.start : chunk.stop]) for chunk in chunks]),
             tuple(chunks),
             _response_tokens(arrays),
+            tuple([None if (t := a.get("target_tokens")) is None else t.size for a in arrays]),
             arrays if keep else (),
         )
 
@@ -221,7 +224,7 @@ class Passes:
         encoded = await job.result()
         answers = await context.send(self.requests(kind, encoded.bodies, loss))
         self.usage.passed(job.tokens, trained=kind == "forward_backward")
-        counted = loss.name == "cross_entropy" and kind == "forward_backward"
+        counted = loss.name == "cross_entropy"
         return await off_loop(job.tokens, partial(_finish, answers, encoded, counted))
 
     async def run_custom(
@@ -238,7 +241,9 @@ class Passes:
             requests = self.requests("forward", encoded.bodies, BuiltInLoss())
             answers = await context.send(requests, last=False)
             self.usage.passed(job.tokens, trained=False)
-            first = await off_loop(job.tokens, partial(combine, answers, encoded.chunks))
+            first = await off_loop(
+                job.tokens, partial(combine, answers, encoded.chunks, encoded.lengths)
+            )
             logprobs = _logprobs(first.outputs, encoded.inputs)
         else:
             logprobs = _checked(precomputed, encoded.inputs)
@@ -260,7 +265,7 @@ class Passes:
         self.usage.passed(job.tokens, trained=True)
 
         def finish() -> tinker.ForwardBackwardOutput:
-            second = combine(answers, encoded.chunks)
+            second = combine(answers, encoded.chunks, encoded.lengths)
             answers.clear()
             if not any(second.outputs):  # a backward need not repeat what the forward answered
                 outputs = first.outputs if first is not None else second.outputs
@@ -391,26 +396,51 @@ def _checked(precomputed: Sequence[Array], inputs: Sequence[Mapping[str, Array]]
     return shaped
 
 
-def combine(answers: Sequence[Answer], chunks: Sequence[range]) -> PassResult:
-    """Put the results of a pass's chunks together."""
-    parts = [decode_result(answer) for answer in answers]
+def combine(
+    answers: Sequence[Answer], chunks: Sequence[range], lengths: Sequence[int | None] = ()
+) -> PassResult:
+    """Put the results of a pass's chunks together.
+
+    Args:
+        lengths: how many logprobs each datum has; None where that is not known.
+
+    Raises:
+        ProtocolError: an answer is none, has another number of datums or logprobs than was asked
+            for, or holds a number that is not finite.
+    """
+    parts = [
+        decode_result(answer, len(chunk)) for answer, chunk in zip(answers, chunks, strict=True)
+    ]
     for part, chunk in zip(parts, chunks, strict=True):
         if len(part.outputs) != len(chunk):
             raise ProtocolError(
                 f"the trainer answered {len(part.outputs)} outputs for {len(chunk)} datums"
             )
+    outputs = [output for part in parts for output in part.outputs]
+    for index, output in enumerate(outputs):
+        _check_output(output, lengths[index] if lengths else None, index)
     return PassResult(
         parts[0].output_type,
-        [output for part in parts for output in part.outputs],
+        outputs,
         combine_metrics([part.metrics for part in parts], [len(chunk) for chunk in chunks]),
     )
+
+
+def _check_output(output: Mapping[str, Array], length: int | None, index: int) -> None:
+    for name, values in output.items():
+        if name == "logprobs" and length is not None and values.size != length:
+            raise ProtocolError(
+                f"datum {index}: the trainer answered {values.size} logprobs for {length} targets"
+            )
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ProtocolError(f"datum {index}: the trainer answered {name} that are not finite")
 
 
 def _finish(
     answers: list[Answer], encoded: EncodedData, counted: bool
 ) -> tinker.ForwardBackwardOutput:
     """Read the result of a pass; `counted`: with its response tokens."""
-    result = combine(answers, encoded.chunks)
+    result = combine(answers, encoded.chunks, encoded.lengths)
     answers.clear()  # here, not on the loop: JSON's numbers take long to free
     if counted:
         result.metrics.setdefault("response_tokens", encoded.responses)

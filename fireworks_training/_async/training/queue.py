@@ -13,10 +13,12 @@ import contextlib
 import logging
 import threading
 from collections import deque
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from fireworks_training._async.runtime.cancellation import finish_in_spite_of_cancellation
+from fireworks_training._async.runtime.failure_log import FailureLog
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.context import (
@@ -32,13 +34,15 @@ from fireworks_training._async.training.requests import (
     Request,
     RequestPipeline,
 )
-from fireworks_training._core.operations import OperationLine, Role, Skip, Ticket, WaitFor
+from fireworks_training._core.operations import LineStep, OperationLine, Role, Skip, Ticket, WaitFor
 from fireworks_training._core.saved_states import SavedStates
-from fireworks_training._outcome import Outcome, done_here
+from fireworks_training._outcome import LOOP_ADVICE, Outcome, done_here, mark_retrieved
+from fireworks_training._portal import at_exit
 from fireworks_training._wire.training.bodies import discard_gradients
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
+    LossFailed,
     NotSupported,
     OperationCancelled,
     OwnerLoopGone,
@@ -48,7 +52,7 @@ from fireworks_training.errors import (
     TrainerLost,
 )
 from fireworks_training.events import FailureEvent
-from fireworks_training.futures import APIFuture, was_retrieved
+from fireworks_training.futures import APIFuture
 
 T = TypeVar("T")
 
@@ -78,7 +82,7 @@ class QueuedOperation(Outcome[T]):
         self.ticket = ticket
         self.operation: Operation[T] | None = operation
         self.started = False
-        self.cancelled = False
+        self.cancelled: OperationCancelled | None = None
 
     def _loop_of_work(self) -> asyncio.AbstractEventLoop | None:
         return self._queue.loop
@@ -86,31 +90,18 @@ class QueuedOperation(Outcome[T]):
     def _cancel_work(self) -> bool:
         return self._queue.cancel(self)
 
+    def handed_out(self) -> None:
+        """Note in the line that the caller has seen the failure."""
+        self._queue.saw(self)
+
+    def interrupted(self) -> None:
+        """Take back a pass whose waiter was ended by Ctrl-C."""
+        self._queue.withdraw(self)
+
     def refuse_endless_wait(self) -> None:
         """Raise `WrongLoop` inside a custom loss that holds up this operation."""
         if not self.done():
             refuse_wait_in_loss(self._queue.line, self.ticket, self.label)
-
-
-class UnseenFailures:
-    """Keeps the failures of a client whose errors nobody has retrieved."""
-
-    def __init__(self) -> None:
-        self._errors: list[BaseException] = []
-
-    def note(self, error: BaseException) -> None:
-        """Keep a failure, and few that were retrieved."""
-        if self._errors and self._errors[-1] is error:
-            return  # what ends a session fails thousands of operations
-        self._errors.append(error)
-        if (count := len(self._errors)) >= 64 and count & (count - 1) == 0:
-            # At each power of two: in proportion to their number, however few are retrieved.
-            self._errors = [e for e in self._errors if not was_retrieved(e)]
-
-    @property
-    def first(self) -> BaseException | None:
-        """The first failure whose error nobody has retrieved; None where there is none."""
-        return next((e for e in self._errors if not was_retrieved(e)), None)
 
 
 class OperationQueue:
@@ -124,13 +115,14 @@ class OperationQueue:
         filler_request: makes a request that changes nothing, for a place that must not stay empty.
         failing_request: makes one that a trainer which enforces steps takes as failed.
         states: the states that the client saved, for messages.
+        gone: takes a second look whether the trainer is gone; why, or None.
         forward_only: the model's weights stay as they are.
         batch_polls: whether one poll of this trainer gives all finished results of the model.
         parallel: whether requests go out side by side.
 
     Attributes:
         ended: why no more operations are accepted; None while they are.
-        unseen_failures: failures whose errors nobody has retrieved.
+        failures: tells those that nobody waits for, and keeps those that nobody has asked about.
     """
 
     def __init__(
@@ -143,13 +135,16 @@ class OperationQueue:
         filler_request: MakeRequest,
         failing_request: MakeRequest,
         states: SavedStates,
+        gone: Callable[[], Awaitable[str | None]],
         forward_only: bool = False,
         batch_polls: bool = False,
         parallel: bool = True,
     ) -> None:
         self.line = line
         self.ended: FireworksTrainingError | None = None
-        self.unseen_failures = UnseenFailures()
+        self.failures = FailureLog(model_id)
+        self._lacking = 0  # void steps that a save was last warned of
+        self._forget_exit: Callable[[], None] | None = None
         self._forward_only = forward_only
         self._owner = owner
         self._model_id = model_id
@@ -162,6 +157,7 @@ class OperationQueue:
             name=model_id,
             states=states,
             on_session_end=self._end_session,
+            gone=gone,
             uploads=MAX_UPLOADS if parallel else 1,
             batch_polls=batch_polls,
         )
@@ -196,11 +192,16 @@ class OperationQueue:
         with self._lock:
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            queued = QueuedOperation(self, self.line.issue(operation.role), operation)
+            ticket = self.line.issue(operation.role, passes=operation.passes)
+            queued = QueuedOperation(self, ticket, operation)
             self._waiting.append(queued)
             self._by_ticket[queued.ticket] = queued
             first = not self._new
             self._new.append(queued)
+            if self._forget_exit is None:
+                self._forget_exit = at_exit(self._model_id, self._say_at_exit)
+        if ticket.gives_up is not None and ticket.step.emptied_by is not None:
+            self._say_given_up(ticket.gives_up, ticket.step.emptied_by)
         if first:  # whatever is submitted before it runs is begun by the same callback
             self._owner.post(self._begin)
             if not loop.is_running():
@@ -218,10 +219,45 @@ class OperationQueue:
     def cancel(self, queued: QueuedOperation[Any]) -> bool:
         """Cancel an operation that has not begun; return whether it was cancelled."""
         with self._lock:
-            if queued.started:
-                return False
-            queued.cancelled = True
+            if queued.started or queued.cancelled:
+                return queued.cancelled is not None
+            queued.cancelled = OperationCancelled(
+                f"{queued.label} was cancelled before it was sent"
+            )
+            self.line.cancelled(queued.ticket, queued.cancelled)
             return True
+
+    def saw(self, queued: QueuedOperation[Any]) -> None:
+        """Note that the caller was handed the failure of an operation."""
+        with self._lock:
+            self.line.saw(queued.ticket)
+
+    def withdraw(self, queued: QueuedOperation[Any]) -> None:
+        """Take back a pass whose wait was ended by Ctrl-C: its step is over."""
+        if queued.ticket.role is not Role.GRADIENT or self.cancel(queued):
+            return
+        error = OperationCancelled(f"{queued.label} was withdrawn: Ctrl-C ended the wait for it")
+        mark_retrieved(error)
+        with self._lock:
+            withdrawn = self.line.withdraw(queued.ticket, error)
+        if not withdrawn and not queued.done():
+            logger.warning(
+                "%s: Ctrl-C came when the optim_step behind it had been sent: the step is applied",
+                queued.label,
+            )
+
+    def _say_given_up(self, step: LineStep, cause: BaseException) -> None:
+        logger.warning(
+            "%s: a new step begins, since you have seen that an operation failed (%s); %d passes "
+            "of the step before that had succeeded are dropped with it",
+            self._model_id,
+            type(cause).__name__,
+            step.given_up + step.succeeded,
+        )
+
+    async def _say_at_exit(self) -> None:
+        void = self.line.void_steps
+        self.failures.say_again("at exit", void_steps=void, unfinished=len(self._by_ticket))
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -241,6 +277,20 @@ class OperationQueue:
             self._pump = self._requests.keep(self._work(), "line")
 
     async def _work(self) -> None:
+        try:
+            await self._take_turns()
+        except asyncio.CancelledError:
+            if self.ended is None:  # the loop ends, and no other will carry on
+                self.end(self._loop_gone())
+            raise
+
+    def _loop_gone(self) -> OwnerLoopGone:
+        return OwnerLoopGone(
+            "the event loop that owns this service has ended, and the service was not closed. "
+            + LOOP_ADVICE
+        )
+
+    async def _take_turns(self) -> None:
         while self._waiting:
             await self._places.acquire()
             with self._lock:
@@ -277,7 +327,12 @@ class OperationQueue:
             result.append(await operation.run(context, *operation.args))
         except BaseException as caught:
             error = self._explain(caught)
-            self.line.will_fail(ticket, error)
+        with self._lock:
+            if ticket.withdrawn is not None:
+                ticket.maybe_added |= error is None
+                error = ticket.withdrawn
+            if error is not None:
+                self.line.will_fail(ticket, error)
         context.leave()
         if operation.encoding is not None:
             self._encodings.release(operation.encoding)
@@ -286,7 +341,11 @@ class OperationQueue:
             # the session ends meanwhile, what is known stands.
             with contextlib.suppress(asyncio.CancelledError):
                 await done_here(previous)
+        if ticket.role is Role.DISCARD and error is None:
+            result[:] = [context.dropped]  # which is known now
         voided = self.line.failure_before(ticket) if ticket.role.changes_model else None
+        if ticket.role is Role.OPTIM and error is None and self.line.step_protocol:
+            voided = None  # a trainer that enforces steps says that it is whole
         if voided is not None and (error is None or isinstance(error, PrecedingOperationFailed)):
             ticket.maybe_added |= error is None
             error = OperationLine.preceding_failed(voided)
@@ -295,9 +354,12 @@ class OperationQueue:
     async def _admit(self, queued: QueuedOperation[Any], operation: Operation[Any]) -> None:
         """Return when the operation may be sent; raise if it must not be."""
         if queued.cancelled:
-            raise OperationCancelled(f"{operation.label} was cancelled before it was sent")
+            raise queued.cancelled
         while True:
-            verdict = self.line.verdict(queued.ticket, accept_partial=operation.accept_partial)
+            with self._lock:
+                if queued.ticket.withdrawn is not None:
+                    raise queued.ticket.withdrawn
+                verdict = self.line.verdict(queued.ticket, accept_partial=operation.accept_partial)
             if isinstance(verdict, WaitFor):
                 await done_here(self._by_ticket[verdict.until])
             elif isinstance(verdict, Skip):
@@ -305,6 +367,8 @@ class OperationQueue:
                     await self._discard()
                 raise verdict.error
             else:
+                if verdict.discard:
+                    await self._discard()
                 return
 
     async def _discard(self) -> None:
@@ -324,7 +388,9 @@ class OperationQueue:
     def _explain(self, error: BaseException) -> BaseException:
         """Choose the error to hand out: what the end of the session cut fails with that."""
         if isinstance(error, asyncio.CancelledError):
-            return self.ended or OperationCancelled("the event loop cancelled the operation")
+            if self.ended is None:
+                self.end(self._loop_gone())
+            return self.ended or error
         if isinstance(error, TrainerLost) and error.last_saved_state is None:
             newest = self._states.newest
             return TrainerLost(
@@ -342,12 +408,21 @@ class OperationQueue:
     ) -> None:
         del self._by_ticket[queued.ticket]
         queued.operation = None
+        ticket = queued.ticket
         if error is None:
-            self.line.succeeded(queued.ticket)
+            with self._lock:
+                self.line.succeeded(ticket)
             queued.settle(result[0])
+            if ticket.role is Role.SAVE and self.line.void_steps > self._lacking:
+                self._say_lacking(queued.label)
             return
-        self.line.failed(queued.ticket, error)
-        self.unseen_failures.note(error)
+        with self._lock:
+            self.line.failed(ticket, error)
+            cause = error.cause if isinstance(error, LossFailed) else None
+            if isinstance(cause, KeyboardInterrupt):
+                self.line.saw(ticket)
+        what = f"operation {ticket.place + 1} ({queued.label}) of step {ticket.step.number + 1}"
+        self.failures.note(error, what, waited_for=queued.is_waited_for)
         queued.fail(error)
         if (events := self._events) is not None:
             events.emit(
@@ -360,6 +435,15 @@ class OperationQueue:
                 )
             )
 
+    def _say_lacking(self, label: str) -> None:
+        self._lacking = self.line.void_steps
+        logger.warning(
+            "%s: %s: the weights that were saved lack %d steps, whose optim_step was not applied",
+            self._model_id,
+            label,
+            self._lacking,
+        )
+
     # -- the end -----------------------------------------------------------------------------------
 
     def _end_session(self, error: SessionEnded) -> None:
@@ -371,6 +455,8 @@ class OperationQueue:
     def end(self, error: FireworksTrainingError) -> None:
         """Fail everything that is open, and refuse everything to come."""
         with self._lock:
+            if self.ended is not None:
+                return
             self.ended = error
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -391,7 +477,11 @@ class OperationQueue:
                 logger.warning(
                     "close(): %d operations were not done and are given up", len(self._by_ticket)
                 )
+            self.failures.say_again("close()", void_steps=self.line.void_steps)
+            if self._forget_exit is not None:
+                self._forget_exit()
             self.end(ClientClosed.of("service"))
+            self.ended = ClientClosed.of("service")
             await finish_in_spite_of_cancellation(self._stop())
 
     async def _drain(self, timeout: float) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,10 +21,10 @@ from fireworks_training._async.training.data_plane import (
     Answer,
     DataPlane,
     NotReady,
-    is_conflict,
     read_outcome,
     was_refused,
 )
+from fireworks_training._core.patience import is_conflict
 from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._core.waits.reports import WaitReporter
 from fireworks_training._wire.training.bodies import WireRequest
@@ -36,6 +36,7 @@ from fireworks_training.errors import (
     RequestFailed,
     SessionEnded,
     SessionLost,
+    TrainerLost,
     UsageError,
 )
 from fireworks_training.events import AckEvent, Event, FinishEvent, SubmitEvent
@@ -44,6 +45,9 @@ T = TypeVar("T")
 
 MAX_UPLOADS = 16
 """Submits in flight at a time, for one client."""
+
+FILL_AGAIN_AFTER = 60.0
+"""Seconds after which a filler that was refused is sent again, before the session is given up."""
 
 MAX_POLLS = 16
 """Polls in flight at a time, for one client; the oldest operations come first."""
@@ -96,6 +100,7 @@ class RequestPipeline:
         name: of the client, for messages.
         states: the states that the client saved, for messages.
         on_session_end: called when a request finds that the session has ended.
+        gone: takes a second look where a request finds no model; why the trainer is gone, or None.
         uploads: submits in flight at a time.
         batch_polls: whether one poll of this trainer gives all finished results of the model.
 
@@ -112,6 +117,7 @@ class RequestPipeline:
         name: str,
         states: SavedStates,
         on_session_end: Callable[[SessionEnded], None],
+        gone: Callable[[], Awaitable[str | None]],
         uploads: int = MAX_UPLOADS,
         batch_polls: bool = False,
     ) -> None:
@@ -121,6 +127,7 @@ class RequestPipeline:
         self._name = name
         self._states = states
         self._on_session_end = on_session_end
+        self._gone = gone
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(uploads)
         self._polls = asyncio.Semaphore(MAX_POLLS)
@@ -183,12 +190,18 @@ class RequestPipeline:
             self._emit(FinishEvent, seq_id, label, seconds=loop.time() - submitted)
             return answer
         except ApiStatusError as error:
-            if accepted.done() or not was_refused(error):
-                raise self._lost(seq_id, error) from error
+            await self._check_trainer(error)
+            if accepted.done():
+                raise _unknown(error, label) from error
+            if not was_refused(error):
+                await self._settle_place(seq_id, error, adds)
+                raise _unknown(error, label) from error
             await self._fill(seq_id, error, adds)
             raise _refusal(error, label) from error
         except ApiError as error:
-            raise self._lost(seq_id, error) from error
+            if not accepted.done():
+                await self._settle_place(seq_id, error, adds)
+            raise _unknown(error, label) from error
         finally:
             self._waits.end(seq_id)
 
@@ -241,6 +254,21 @@ class RequestPipeline:
                 raise
             raise InvalidArgument(f"{label} can't be sent: {error}", cause=error) from error
 
+    async def _check_trainer(self, error: ApiStatusError) -> None:
+        """Look whether the trainer is gone, where a request finds no model.
+
+        Raises:
+            TrainerLost: it is, and something else than this one answer says so.
+        """
+        if error.status in (404, 410) and (reason := await self._gone()) is not None:
+            raise TrainerLost(f"the trainer is gone: {reason}", cause=error) from error
+
+    async def _settle_place(self, seq_id: int, error: ApiError, adds: bool) -> None:
+        """Fill a place that may be empty: a 409 to the filler says that it was taken."""
+        if is_conflict(error):
+            raise self._lost(seq_id, error) from error
+        await self._fill(seq_id, error, adds)
+
     async def _fill(self, seq_id: int, refusal: Exception, adds: bool) -> None:
         """Fill the place of a request that is not accepted, so that the server's line goes on.
 
@@ -248,8 +276,26 @@ class RequestPipeline:
         """
         failing = self._failing_request if adds else None
         wire = (failing or self._filler_request)(seq_id)
+        fill = partial(
+            self._plane.fill, wire.path, wire.body, wire.headers, fails=failing is not None
+        )
         try:
-            await self._plane.fill(wire.path, wire.body, wire.headers, fails=failing is not None)
+            await fill()
+            return
+        except ApiError as error:
+            if isinstance(error, ApiStatusError):
+                await self._check_trainer(error)
+            logger.warning(
+                "%s: the place %d in the trainer's line can't be filled (%s); that is tried again "
+                "in %.0f s",
+                self._name,
+                seq_id,
+                type(error).__name__,
+                FILL_AGAIN_AFTER,
+            )
+        await asyncio.sleep(FILL_AGAIN_AFTER)
+        try:
+            await fill()
         except ApiError as error:
             raise self._lost(seq_id, refusal) from error
 
@@ -293,10 +339,22 @@ class RequestPipeline:
 
 def nothing_added(outcome: Answer | BaseException) -> bool:
     """Whether a request certainly left no gradients behind: it was not sent, or has failed."""
-    if isinstance(outcome, RequestFailed) and outcome.error_class == RESULT_GONE:
-        return False
+    if isinstance(outcome, RequestFailed) and outcome.category != "user":
+        return False  # a trainer that broke in the midst of it may have added a part
     failed = isinstance(outcome, (OperationError, UsageError))
     return failed and not isinstance(outcome, SessionEnded)
+
+
+def _unknown(error: ApiError, label: str) -> RequestFailed:
+    """Make the error of a request of which nobody can say what became of it."""
+    return RequestFailed(
+        f"{label}: what became of it is not known, since the trainer gives no answer: "
+        f"{error.message}",
+        category="server",
+        error_class=RESULT_GONE,
+        request_id=error.request_id,
+        cause=error,
+    )
 
 
 def _refusal(error: ApiStatusError, label: str) -> RequestFailed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,11 +25,20 @@ from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.training import bodies
 from fireworks_training.config import FiretitanProvisioningConfig, session_tags
-from fireworks_training.errors import FireworksTrainingError, OperationError, ProtocolError
+from fireworks_training.errors import (
+    ApiError,
+    ApiStatusError,
+    FireworksTrainingError,
+    OperationError,
+    ProtocolError,
+)
 from fireworks_training.futures import APIFuture
 
 HEARTBEAT_PERIOD = 10.0
 """Seconds between heartbeats."""
+
+LOOK_AGAIN_AFTER = 1.0
+"""Seconds between two looks at a session that may be gone."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -97,6 +106,7 @@ class TrainerSession:
         trainer_url: of the trainer, without `/api/v1`.
         tinker_only: whether it is a Tinker server, which refuses fields that only Fireworks'
             trainers have.
+        job_ended: asks the control plane whether the job has ended; why, or None.
     """
 
     def __init__(
@@ -106,6 +116,7 @@ class TrainerSession:
         trainer_url: str,
         *,
         tinker_only: bool = False,
+        job_ended: Callable[[], Awaitable[str | None]] | None = None,
     ) -> None:
         self.tinker_only = tinker_only
         # The control plane said that this trainer runs; a Tinker server is a stranger at first.
@@ -115,6 +126,7 @@ class TrainerSession:
         self._make_transport = make_transport
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
+        self._job_ended = job_ended
         self._models = 0
         self._unsettled: dict[bytes, int] = {}  # models that may be there: their numbers
 
@@ -165,7 +177,7 @@ class TrainerSession:
         wanted = bodies.create_model(
             self.session_id,
             config.base_model,
-            lora,
+            None if base_only else lora,
             base_only=base_only,
             user_metadata=user_metadata,
         )
@@ -186,6 +198,33 @@ class TrainerSession:
         if isinstance(answer, bytes):
             raise ProtocolError("the trainer answered protobuf where JSON is due")
         return Capabilities.read(answer)
+
+    async def gone(self) -> str | None:
+        """Look a second time, elsewhere, whether the trainer is gone.
+
+        Returns:
+            Why it is: by the state of its job, else by the session, asked twice; None where
+            neither says so.
+        """
+        reason: str | None = None
+        if self._job_ended is not None:
+            with contextlib.suppress(FireworksTrainingError):
+                reason = await self._job_ended()
+        if reason is not None:
+            return reason
+        for pause in (0.0, LOOK_AGAIN_AFTER):
+            await asyncio.sleep(pause)
+            try:
+                await self.plane.beat(self.session_id)
+            except ApiStatusError as error:
+                if error.status not in (404, 410):
+                    return None
+                reason = f"its session is gone, too: {error.message}"
+            except ApiError:
+                return None
+            else:
+                return None
+        return reason
 
     async def close(self) -> None:
         """Stop the heartbeat; idempotent. The session ends with its job."""

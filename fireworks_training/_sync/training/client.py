@@ -14,7 +14,14 @@ from fireworks_training._portal import Blocking
 from fireworks_training.errors import FireworksTrainingError
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SaveSamplerResult, WeightSyncResult
-from fireworks_training.options import CheckpointType, GradNorms, LossConfig, Normalization, OnDrift
+from fireworks_training.options import (
+    CheckpointType,
+    GradNorms,
+    LossConfig,
+    LossName,
+    Normalization,
+    OnDrift,
+)
 
 if TYPE_CHECKING:
     import tinker
@@ -38,7 +45,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
     """
 
     def forward(
-        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Compute the logprobs of the targets, without gradients.
 
@@ -54,7 +61,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.forward(data, loss_fn, loss_fn_config)
 
     def forward_backward(
-        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName, loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Add the gradients of a built-in loss to those held for the next `optim_step`.
 
@@ -162,6 +169,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         grad_accumulation_normalization: Normalization | None = None,
         emit_grad_norm_metrics: GradNorms | None = None,
         *,
+        passes: int | None = None,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
         """Apply the gradients held, by AdamW with decoupled weight decay, and drop them.
@@ -172,22 +180,41 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             grad_accumulation_normalization: divide the gradients by "num_loss_tokens" or
                 "num_sequences" held; None or "none" takes the plain sum.
             emit_grad_norm_metrics: "off", "basic" or "detailed"; None leaves it to the trainer.
+            passes: how many passes the step must hold; with another number it is dropped, and
+                nothing is applied. None takes any number.
             accept_partial: apply even where the server may hold part of a step that failed
                 (`GradientsInDoubt`).
 
         Returns:
-            Metrics of the step, such as `grad_norm`.
+            Metrics of the step, such as `grad_norm`; `given_up_passes` where passes that had
+            succeeded went with a failure before.
+
+        Raises:
+            InvalidArgument: a setting is not finite or out of range.
 
         Raises, through the future:
             PrecedingOperationFailed: an operation of this step failed; nothing was applied.
+            InvalidArgument: the step does not hold as many `passes`; it is dropped.
             GradientsInDoubt: the server does not enforce steps, and one has failed.
         """
         return self._async.optim_step(
             adam_params,
             grad_accumulation_normalization,
             emit_grad_norm_metrics,
+            passes=passes,
             accept_partial=accept_partial,
         )
+
+    def discard_step(self) -> APIFuture[int]:
+        """Drop the passes since the last `optim_step`: what comes after this opens a new step.
+
+        Returns:
+            How many passes had succeeded, and are dropped.
+
+        Raises, through the future:
+            GradientsInDoubt: the server offers no way to drop what it holds.
+        """
+        return self._async.discard_step()
 
     def save_state(
         self,
@@ -448,13 +475,13 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         return self._async.supports_rdma_weight_sync
 
     async def forward_async(
-        self, data: Datums, loss_fn: str = "cross_entropy", loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName = "cross_entropy", loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Call `forward` and return its future."""
         return await self._hop(self._async.forward_async, data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
-        self, data: Datums, loss_fn: str, loss_fn_config: LossConfig = None
+        self, data: Datums, loss_fn: LossName, loss_fn_config: LossConfig = None
     ) -> PassFuture:
         """Call `forward_backward` and return its future."""
         return await self._hop(self._async.forward_backward_async, data, loss_fn, loss_fn_config)
@@ -505,6 +532,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
         grad_accumulation_normalization: Normalization | None = None,
         emit_grad_norm_metrics: GradNorms | None = None,
         *,
+        passes: int | None = None,
         accept_partial: bool = False,
     ) -> APIFuture[OptimStepResponse]:
         """Call `optim_step` and return its future."""
@@ -512,6 +540,7 @@ class FiretitanTrainingClient(Blocking[AsyncFiretitanTrainingClient]):
             adam_params,
             grad_accumulation_normalization,
             emit_grad_norm_metrics,
+            passes=passes,
             accept_partial=accept_partial,
         )
 

@@ -57,7 +57,7 @@ def heartbeat(session_id: str) -> bytes:
 def create_model(
     session_id: str,
     base_model: str,
-    lora_config: Mapping[str, Any],
+    lora_config: Mapping[str, Any] | None,
     *,
     base_only: bool = False,
     user_metadata: Mapping[str, str] | None = None,
@@ -65,7 +65,7 @@ def create_model(
     """Make a model; its number is still missing, so that equal bytes ask for equal models.
 
     Args:
-        lora_config: of the adapter: its rank, which layers it has, its seed.
+        lora_config: of the adapter: its rank, which layers it has, its seed; None for `base_only`.
         base_only: the base model without an adapter.
         user_metadata: noted with the model.
     """
@@ -73,7 +73,7 @@ def create_model(
         {
             "session_id": session_id,
             "base_model": base_model,
-            "lora_config": lora_config,
+            **({"lora_config": lora_config} if lora_config is not None else {}),
             **({"base_only": True} if base_only else {}),
             **({"user_metadata": dict(user_metadata)} if user_metadata else {}),
             "type": "create_model",

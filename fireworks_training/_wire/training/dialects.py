@@ -156,12 +156,15 @@ def filler_pass(dialect: Dialect, model_id: str, seq_id: int) -> WireRequest:
     )
 
 
-def decode_result(payload: Mapping[str, Any] | bytes) -> PassResult:
+def decode_result(payload: Mapping[str, Any] | bytes, most: int | None = None) -> PassResult:
     """Read the answer of a pass: a JSON object, or the bytes of a protobuf message.
+
+    Args:
+        most: datums that were asked for; None: any number.
 
     Raises:
         ProtocolError: it is not such an answer.
     """
     if isinstance(payload, bytes):
-        return protobuf.decode_result(payload)
+        return protobuf.decode_result(payload, most)
     return json_passes.decode_result(payload)

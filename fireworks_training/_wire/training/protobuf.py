@@ -305,8 +305,11 @@ def _add_record(
         batched.trailing_shape.extend(arrays[0].shape[1:])
 
 
-def decode_result(body: bytes) -> PassResult:
+def decode_result(body: bytes, most: int | None = None) -> PassResult:
     """Read the answer of a pass; its arrays are views of one copy for each field and record.
+
+    Args:
+        most: datums that were asked for; an answer that claims more is none. None: any number.
 
     Raises:
         ProtocolError: the bytes are no `ForwardBackwardOutput`, or contradict themselves.
@@ -322,6 +325,9 @@ def decode_result(body: bytes) -> PassResult:
         count = record.num_datums or max((len(arrays) for arrays in fields.values()), default=0)
         if any(len(arrays) != count for arrays in fields.values()):
             raise ProtocolError(f"a field of the answer does not have {count} datums")
+        # A record without fields has nothing but its word for its count.
+        if most is not None and len(outputs) + count > most:
+            raise ProtocolError(f"the trainer answered more outputs than the {most} datums sent")
         outputs += [{name: arrays[i] for name, arrays in fields.items()} for i in range(count)]
     kind = message.loss_fn_output_type.rpartition(":")[2] or "ArrayRecord"
     return PassResult(kind, outputs, dict(message.metrics))

@@ -20,7 +20,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from fireworks_training.errors import LocalPlatformError
-from fireworks_training.local.gateway import faults, tinker
+from fireworks_training.local.gateway import cloud, faults, tinker
+from fireworks_training.local.gateway.cloud.habits import Habits
+from fireworks_training.local.gateway.cloud.middleware import cloud_middleware
 from fireworks_training.local.gateway.control_plane import catalog, trainer_proxy
 from fireworks_training.local.gateway.control_plane import routes as control_plane
 from fireworks_training.local.gateway.control_plane.conditions import Conditions
@@ -101,9 +103,13 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     state_dir, runtime_dir = Path(settings.state_dir), Path(settings.runtime_dir)
     database = Database(state_dir / FILE)
     registry = load_registry(settings)
-    conditions = Conditions(Limits().changed(settings.limits))
+    habits = Habits(settings.cloud_pace, settings.trouble) if settings.as_cloud else None
+    delays = {} if habits is None else habits.limits()
+    conditions = Conditions(Limits().changed({**delays, **settings.limits}))
     workers = Workers(database, parts.spawner, runtime_dir, conditions)
-    jobs = TrainerJobs(database, workers, registry, state_dir, conditions)
+    jobs = TrainerJobs(
+        database, workers, registry, state_dir, conditions, atomic_steps=not settings.as_cloud
+    )
     deployments = Deployments(database, workers, registry, state_dir, parts.connect_engine)
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
@@ -111,9 +117,12 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
             error_middleware,
             host_middleware(settings.host),
             key_middleware(settings.api_key),
+            cloud_middleware,
             fault_middleware,
         ],
     )
+    if habits is not None:
+        cloud.install(app, habits)
     app[REGISTRY] = registry
     app[CONDITIONS] = conditions
     promotions = Promotions(database, registry, state_dir, parts.make_model)

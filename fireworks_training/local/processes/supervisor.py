@@ -307,6 +307,9 @@ class Supervisor:
         """Make or take up the state folder, and lock it for this platform alone."""
         given = self._settings.state_dir
         folder = self.runtime_dir / "state" if given is None else Path(given).expanduser().resolve()
+        if folder.is_dir() and folder.stat().st_mode & 0o077:
+            # A folder of the user's own keeps the mode that they gave it.
+            log(f"others may look into {folder}, where the platform keeps its state")
         self._state_lock = open_state_folder(folder)
         return folder
 
@@ -330,6 +333,9 @@ class Supervisor:
                 default_model=self.default_model,
                 limits=self._settings.limits,
                 offers=self._settings.offers,
+                as_cloud=self._settings.as_cloud,
+                cloud_pace=self._settings.cloud_pace,
+                trouble=self._settings.trouble,
             )
         )
 

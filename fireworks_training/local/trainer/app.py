@@ -73,7 +73,12 @@ def create_app(
     async def running(app: web.Application) -> AsyncIterator[None]:
         app[STOP] = asyncio.Event()
         service = TrainerService(
-            JSON, encode_failure, time.monotonic, limits, settings.session_timeout_s
+            JSON,
+            encode_failure,
+            time.monotonic,
+            limits,
+            settings.session_timeout_s,
+            atomic_steps=settings.atomic_steps,
         )
         app[_SERVICE] = service
         app[_FACTORY] = await service.torch.run(lambda: ModelFactory(settings, free_bytes))

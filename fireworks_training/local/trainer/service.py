@@ -85,6 +85,7 @@ class TrainerService:
         clock: monotonic seconds.
         limits: bounds of each model's queue.
         session_timeout_s: a session without a request for so long is ended.
+        atomic_steps: whether a failure takes the rest of its step with it.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class TrainerService:
         clock: Callable[[], float],
         limits: QueueLimits | None = None,
         session_timeout_s: float = SESSION_TIMEOUT_S,
+        *,
+        atomic_steps: bool = True,
     ) -> None:
+        self._atomic_steps = atomic_steps
         self._session_timeout_s = session_timeout_s
         self._codec = codec
         self._encode_failure = encode_failure
@@ -197,7 +201,11 @@ class TrainerService:
             return model_id
         self._make_room()
         self._models[model_id] = HostedModel(
-            model_id, session_id, request, ModelLine(self._limits), Leases()
+            model_id,
+            session_id,
+            request,
+            ModelLine(self._limits, atomic_steps=self._atomic_steps),
+            Leases(),
         )
         self._work.set()
         return model_id

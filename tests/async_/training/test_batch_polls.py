@@ -12,8 +12,9 @@ import tinker
 from aiohttp import web
 
 from fireworks_training import RequestFailed, TrainerLost
-from fireworks_training._async.training import batch_polls, data_plane
+from fireworks_training._async.training import batch_polls
 from fireworks_training._async.training.client_config import ClientConfig
+from fireworks_training._core import patience
 from fireworks_training._wire.training.batch_polls import decode_poll
 from fireworks_training.errors import ProtocolError
 from fireworks_training.testing import TrainerServer
@@ -55,7 +56,7 @@ async def test_a_failure_comes_with_its_words(connect: Any) -> None:
 async def test_polls_that_fail_are_made_again(
     connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_plane, "RETRY_BASE", 0.002)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.002)
     answers = [
         lambda: web.Response(status=500),
         lambda: web.json_response({"error": "busy"}, status=429),
@@ -98,6 +99,17 @@ async def test_a_refusal_turns_batch_polls_off(connect: Any) -> None:
         await client.optim_step(ADAM)
     assert stub.counts["retrieve_futures"] == 1
     assert stub.counts["retrieve_future"] == 3
+
+
+async def test_a_refusal_is_no_mode_for_good(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_polls, "TRY_AGAIN_AFTER", 0.0)
+    stub = TrainerServer(batch_polls=True, inline_bytes=None)
+    async with connect(stub) as client:
+        await client.optim_step(ADAM)
+        stub.inline_bytes = 1 << 20
+        asked = stub.counts["retrieve_future"]
+        await client.optim_step(ADAM)
+    assert stub.counts["retrieve_future"] == asked
 
 
 async def test_a_request_that_no_poll_tells_of_is_asked_for(

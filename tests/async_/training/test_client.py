@@ -27,6 +27,7 @@ from fireworks_training import (
     TrainerLost,
     WrongLoop,
 )
+from fireworks_training._async.training import requests
 from fireworks_training._async.training.official_names import OfficialTrainingNames
 from fireworks_training.testing import TrainerServer
 from tests.async_.training.support import ADAM, datum, good_loss
@@ -162,7 +163,11 @@ async def test_a_refused_request_is_filled_and_fails_its_step(connect: Any) -> N
     assert stub.steps == [1]
 
 
-async def test_a_filler_that_is_refused_ends_the_session(connect: Any) -> None:
+async def test_a_filler_that_is_refused_twice_ends_the_session(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "FILL_AGAIN_AFTER", 0.0)
+
     async def refuse(path: str, body: dict[str, Any]) -> web.Response | None:
         return web.json_response({"error": "no"}, status=400) if body["seq_id"] == 2 else None
 
@@ -305,10 +310,9 @@ async def test_bad_content_fails_in_its_place(connect: Any) -> None:
             await broken
         with pytest.raises(InvalidDatum, match="datum 0: 'weights' is nan at position 0"):
             await client.forward([datum(weight=math.nan)])
-        with pytest.raises(InvalidDatum, match="at least one"):
-            await client.forward([])
-        with pytest.raises(PrecedingOperationFailed):
+        with pytest.raises(PrecedingOperationFailed) as emptied:
             await client.optim_step(ADAM)
+        assert isinstance(emptied.value.cause, InvalidDatum)
         await client.optim_step(ADAM)
     assert [path for path, _ in stub.applied] == ["discard_gradients", "optim_step"]
 
@@ -318,6 +322,16 @@ async def test_bad_calls_raise_at_the_call_and_take_no_place(connect: Any) -> No
     async with connect(stub) as client:
         with pytest.raises(InvalidArgument, match=r"data\[0\]"):
             client.forward(["not a datum"])
+        with pytest.raises(InvalidArgument, match="at least one"):
+            client.forward([])
+        with pytest.raises(InvalidArgument, match="did you mean 'cross_entropy'"):
+            client.forward_backward([datum()], "cross_entropyy")
+        for name in tinker.AdamParams.model_fields:
+            for value in (math.nan, math.inf, -1.0):
+                with pytest.raises(InvalidArgument, match=f"adam_params.{name} is"):
+                    client.optim_step(tinker.AdamParams(**{name: value}))
+        with pytest.raises(InvalidArgument, match="passes"):
+            client.optim_step(ADAM, passes=0)
         with pytest.raises(InvalidArgument, match="AdamParams"):
             client.optim_step({"learning_rate": 1})
         with pytest.raises(InvalidArgument, match="valid name"):

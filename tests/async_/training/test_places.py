@@ -25,12 +25,14 @@ from fireworks_training import (
     RequestFailed,
     TrainerLost,
 )
-from fireworks_training._async.training import queue
+from fireworks_training._async.runtime import failure_log
 from fireworks_training.errors import ProtocolError
 from fireworks_training.futures import was_retrieved
 from fireworks_training.testing import TrainerServer
 from tests.async_.conftest import connected
 from tests.async_.training.support import ADAM, DIALECTS, datum, good_loss
+
+UNWRITABLE = {"option": "\ud800"}  # no text that UTF-8 can hold
 
 
 @DIALECTS
@@ -41,7 +43,7 @@ async def test_a_request_that_can_not_be_written_leaves_no_gap(
     stub = TrainerServer(dialects=wire, step_protocol=enforced)
     async with connect(stub) as client:
         await client.forward_backward([datum()], "cross_entropy")
-        broken = client.forward_backward([datum()], "\ud800")  # no text that UTF-8 can hold
+        broken = client.forward_backward([datum()], "ppo", UNWRITABLE)
         step = client.optim_step(ADAM)
         with pytest.raises(InvalidArgument, match="can't be sent"):
             await broken
@@ -236,7 +238,7 @@ async def test_the_end_of_thousands_of_operations_takes_time_in_proportion(
         looks += 1
         return was_retrieved(error)
 
-    monkeypatch.setattr(queue, "was_retrieved", counted)
+    monkeypatch.setattr(failure_log, "was_retrieved", counted)
 
     async def hold(request_id: str) -> None:
         if request_id != "create":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fireworks_training import RequestFailed
-from fireworks_training._async.training.queue import UnseenFailures
+from fireworks_training._async.runtime.failure_log import FailureLog
 from fireworks_training._core.saved_states import SavedStates
-from fireworks_training.futures import mark_retrieved
+from fireworks_training._outcome import mark_retrieved
 
 
 def failure(text: str) -> RequestFailed:
@@ -13,10 +13,10 @@ def failure(text: str) -> RequestFailed:
 
 
 def test_the_first_failure_that_nobody_has_retrieved() -> None:
-    failures, first, second = UnseenFailures(), failure("first"), failure("second")
+    failures, first, second = FailureLog("model"), failure("first"), failure("second")
     assert failures.first is None
-    failures.note(first)
-    failures.note(second)
+    failures.note(first, "it", waited_for=True)
+    failures.note(second, "it", waited_for=True)
     assert failures.first is first
     mark_retrieved(first)
     assert failures.first is second
@@ -25,13 +25,13 @@ def test_the_first_failure_that_nobody_has_retrieved() -> None:
 
 
 def test_failures_that_were_retrieved_are_not_kept() -> None:
-    failures, seen, unseen = UnseenFailures(), failure("seen"), failure("unseen")
+    failures, seen, unseen = FailureLog("model"), failure("seen"), failure("unseen")
     mark_retrieved(seen)
-    failures.note(unseen)
+    failures.note(unseen, "it", waited_for=True)
     for _ in range(1000):
-        failures.note(failure("again"))
+        failures.note(failure("again"), "it", waited_for=True)
         mark_retrieved(failures._errors[-1])
-        failures.note(seen)
+        failures.note(seen, "it", waited_for=True)
     assert len(failures._errors) < 200
     assert failures.first is unseen
 

@@ -300,7 +300,13 @@ class PlatformFolders:
 
     @asynccontextmanager
     async def gateway(
-        self, host: str = "127.0.0.1", offers: tuple[str, ...] = ()
+        self,
+        host: str = "127.0.0.1",
+        offers: tuple[str, ...] = (),
+        *,
+        as_cloud: bool = False,
+        cloud_pace: float = 1.0,
+        trouble: int | None = None,
     ) -> AsyncIterator[Gateway]:
         """A gateway on these folders."""
         settings = GatewaySettings(
@@ -314,6 +320,9 @@ class PlatformFolders:
             models={"tiny": str(self.model_dir)},
             default_model="tiny",
             offers=offers,
+            as_cloud=as_cloud,
+            cloud_pace=cloud_pace,
+            trouble=trouble,
         )
         parts = Parts(self.spawner, self.connect, _no_routes, self.make_model)
         app = create_app(settings, parts)

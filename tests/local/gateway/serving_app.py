@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from fireworks_training.local.gateway.inference.registry import (
 )
 from fireworks_training.local.gateway.inference.routes import KEEPALIVE_AFTER
 from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.web.extensions import EXTENSIONS
 from fireworks_training.local.gateway.web.problems import HttpProblem, render
 from fireworks_training.local.store.snapshots import SnapshotStore
 from tests.local.engine.tiny_model import BASE_MODEL, engine_thread, make_engine, tiny_qwen3
@@ -148,9 +149,13 @@ async def render_problems(request: web.Request, handler: Handler) -> web.StreamR
 
 @asynccontextmanager
 async def gateway(
-    client: EngineClient, model_path: Path, store: SnapshotStore, keepalive: float = 15.0
+    client: EngineClient,
+    model_path: Path,
+    store: SnapshotStore,
+    keepalive: float = 15.0,
+    notice_after: Callable[[int], float] | None = None,
 ) -> AsyncIterator[Served]:
-    """The routes over a connected engine client."""
+    """The routes over a connected engine client; with `notice_after`, as a cloud has them."""
     model = ModelEntry(BASE_MODEL, model_path, 256)
     registry = ServingRegistry(models={BASE_MODEL: model})
     keeper = Keeper(registry.deployments)
@@ -161,6 +166,9 @@ async def gateway(
     inference.add_routes(app)
     hot_load.add_routes(app)
     app[KEEPALIVE_AFTER] = keepalive
+    if notice_after is not None:
+        app[EXTENSIONS] = False
+        app[hot_load.NOTICE_AFTER] = notice_after
     server = TestServer(app)
     await server.start_server()
     try:
@@ -171,7 +179,12 @@ async def gateway(
 
 
 @asynccontextmanager
-async def serving(model_path: Path, tmp_path: Path, **limits: int) -> AsyncIterator[Served]:
+async def serving(
+    model_path: Path,
+    tmp_path: Path,
+    notice_after: Callable[[int], float] | None = None,
+    **limits: int,
+) -> AsyncIterator[Served]:
     """The routes over a real engine."""
     store = SnapshotStore(tmp_path / "snapshots")
     socket = tmp_path / "e.sock"
@@ -179,7 +192,7 @@ async def serving(model_path: Path, tmp_path: Path, **limits: int) -> AsyncItera
         client = EngineClient(socket, f"{DEPLOYMENT}/replicas/0")
         await client.connect()
         try:
-            async with gateway(client, model_path, store) as served:
+            async with gateway(client, model_path, store, notice_after=notice_after) as served:
                 yield served
         finally:
             await client.close(stop=True)

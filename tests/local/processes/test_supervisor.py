@@ -210,6 +210,16 @@ def test_a_lasting_state_is_locked_kept_and_taken_up(tmp_path: Path) -> None:
         assert platform.state("j2") == "JOB_STATE_PAUSED"
 
 
+def test_a_folder_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o755)
+    with started(tmp_path, state_dir=str(state)) as platform:
+        assert _mode(state) == 0o755
+        platform.process.kill()
+        platform.ended_without_a_trace()
+
+
 def test_it_mends_itself_and_ends_with_its_client(tmp_path: Path) -> None:
     with started(tmp_path, embedded=True) as platform:
         platform.make_job()

@@ -10,6 +10,7 @@ from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
     Checkpoint,
     CheckpointNote,
+    SessionNote,
     TinkerStore,
     expiry,
     parse_path,
@@ -62,3 +63,38 @@ def test_named_snapshots_are_kept_until_their_time_is_over(tmp_path: Path) -> No
     store.forget_checkpoint(Checkpoint(RUN, "sampler_weights", "bb"))
     store.forget_checkpoint(Checkpoint(RUN, "sampler_weights", "bb"))
     assert store.named_snapshots() == {f"ts-{'0' * 32}.train.0.ccc"}
+
+
+@pytest.mark.parametrize(
+    "damage", ["", '{"run', "null", "[]", '{"of_a_later_version": 1}', "\x00\x00"]
+)
+def test_a_damaged_note_is_left_out_and_the_others_are_there(tmp_path: Path, damage: str) -> None:
+    store = TinkerStore(tmp_path)
+    session = f"ts-{'0' * 32}"
+    other = f"ts-{'1' * 32}"
+    kept: list[list[object]] = []
+    for damaged in (False, True):
+        if damaged:
+            for folder, name in (
+                ("runs", f"{other}.train.0"),
+                ("sessions", other),
+                ("samplers", f"{session}.sampler.7"),
+                ("checkpoints", f"weights.{other}.train.0.x"),
+            ):
+                (tmp_path / folder / f"{name}.json").write_text(damage)
+        else:
+            store.write_session(SessionNote(session))
+            store.write_checkpoint(note("sampler_weights", "a"))
+        kept.append(
+            [
+                store.runs(),
+                store.sessions(),
+                store.samplers_of(session),
+                store.checkpoints(),
+                store.named_snapshots(),
+            ]
+        )
+    assert kept[0] == kept[1]
+    assert store.session(other) is None
+    assert store.run(f"{other}:train:0") is None
+    assert [one.session for one in store.sessions()] == [session]

@@ -260,9 +260,6 @@ async def test_no_memory_in_a_step_says_what_is_left_of_it(
         failed = await trainer.run("optim_step", adam_params=ADAM)
     assert failed["error_class"] == "OutOfMemory"
     assert "gradients are dropped; load a saved state" in failed["error"]
-    # The step after it was made for other weights: it goes too.
-    assert "error" in await trainer.run("forward_backward", **good)
-    assert "error" in await trainer.run("optim_step", adam_params=ADAM)
     await trainer.ok("forward_backward", **good)
     await trainer.ok("optim_step", adam_params=ADAM)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,6 +38,12 @@ DEPLOYMENT_HEADER = "fireworks-deployment"
 
 LONGEST_WAIT_S = 25.0
 """Seconds that a GET of the status may wait."""
+
+NOTICE_AFTER: web.AppKey[Callable[[int], float]] = web.AppKey("notice_after")
+"""Seconds after which a replica, by its place, notices a hot load; at once where it isn't set."""
+
+ASKED: web.AppKey[dict[str, str]] = web.AppKey("asked", dict)
+"""The snapshot that each deployment was asked for last, where replicas notice late."""
 
 RECORDING: web.AppKey[RunningTasks[tuple[str, str]]] = web.AppKey("recording_loads", RunningTasks)
 """The loads under way, by deployment and identity."""
@@ -65,6 +72,7 @@ class HotLoadBody(BaseModel):
 def add_routes(app: web.Application) -> None:
     """Register the hot load routes; the app holds `REGISTRY`."""
     app[RECORDING] = RunningTasks()
+    app[ASKED] = {}
     app.on_cleanup.append(_stop_recording)
     add_waking(app)
     app.router.add_post(PATH, post_hot_load)
@@ -79,19 +87,21 @@ async def post_hot_load(request: web.Request) -> web.Response:
     if body.incremental_snapshot_metadata is not None:
         previous = body.incremental_snapshot_metadata.previous_snapshot_identity
         _check_predecessor(engines, body.identity, previous)
-    try:
-        loads = [
-            engine.request_load(
-                body.identity,
-                reset_prompt_cache=body.reset_prompt_cache,
-                transition=live.transition,
-            )
-            for engine in engines
-        ]
-    except EngineGone as error:
-        raise HttpProblem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
-    recording = _record(request.app[REGISTRY], live, engines, body.identity, loads)
-    request.app[RECORDING].start((live.resource, body.identity), recording)
+    registry, recordings = request.app[REGISTRY], request.app[RECORDING]
+    key = (live.resource, body.identity)
+    notice_after = request.app.get(NOTICE_AFTER)
+    if notice_after is not None:
+        asked = request.app[ASKED]
+        asked[live.resource] = body.identity
+        # Asked twice before it was noticed, it is still one load.
+        if recordings.get(key) is None:
+            recordings.start(key, _load_late(registry, live, body, asked, notice_after))
+    else:
+        try:
+            loads = [_ask(engine, live, body) for engine in engines]
+        except EngineGone as error:
+            raise HttpProblem(503, f"{live.resource}: {error}", headers=RETRY_SOON) from error
+        recordings.start(key, _record(registry, live, engines, body.identity, loads))
     return web.json_response(
         {"identity": body.identity, "replicas": len(engines), "long_poll": True}
     )
@@ -169,6 +179,38 @@ def _absent_row(live: LiveDeployment) -> dict[str, object]:
         "tensors_sha256": None,
         "loaded_adapters": [],
     }
+
+
+def _ask(
+    engine: EngineClient, live: LiveDeployment, body: HotLoadBody
+) -> asyncio.Future[LoadEnded]:
+    return engine.request_load(
+        body.identity, reset_prompt_cache=body.reset_prompt_cache, transition=live.transition
+    )
+
+
+async def _load_late(
+    registry: ServingRegistry,
+    live: LiveDeployment,
+    body: HotLoadBody,
+    asked: Mapping[str, str],
+    notice_after: Callable[[int], float],
+) -> None:
+    """Let one replica after the other notice a load; then record it as any other."""
+    engines = [engine for engine in live.engines if not engine.is_closed]
+    loads: list[asyncio.Future[LoadEnded]] = []
+    waited = 0.0
+    for place, engine in enumerate(engines):
+        await asyncio.sleep(max(0.0, notice_after(place) - waited))
+        waited = notice_after(place)
+        if asked[live.resource] != body.identity:
+            return  # another one was asked for meanwhile
+        try:
+            loads.append(_ask(engine, live, body))
+        except EngineGone as error:
+            log.warning("%s did not notice %s: %s", engine.name, body.identity, error)
+            return
+    await _record(registry, live, engines, body.identity, loads)
 
 
 async def _record(

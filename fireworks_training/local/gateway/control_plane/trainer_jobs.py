@@ -92,6 +92,7 @@ class TrainerJobs:
         registry: the models that a job may train.
         state_dir: folder of the platform's saved states and snapshots.
         conditions: the limits that a running job is held to.
+        atomic_steps: whether the trainers enforce whole steps.
     """
 
     def __init__(
@@ -101,8 +102,11 @@ class TrainerJobs:
         registry: ServingRegistry,
         state_dir: Path,
         conditions: Conditions,
+        *,
+        atomic_steps: bool = True,
     ) -> None:
         self.table = ResourceTable(database, "job", "trainer job")
+        self._atomic_steps = atomic_steps
         self._conditions = conditions
         self._workers = workers
         self._registry = registry
@@ -255,6 +259,7 @@ class TrainerJobs:
             "states_dir": str(states),
             "snapshots_dir": str(snapshots),
             "session_timeout_s": self._conditions.limits.session_timeout_s,
+            "atomic_steps": self._atomic_steps,
         }
         if row.body.get("tinker"):
             settings["tinker_dir"] = str(self._state_dir / "tinker")

@@ -28,6 +28,7 @@ from fireworks_training.local.gateway.control_plane.trainer_jobs import (
     Trainer,
 )
 from fireworks_training.local.gateway.web.auth import KEY_HEADER
+from fireworks_training.local.gateway.web.extensions import are_offered
 from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
     STARTED,
@@ -107,7 +108,7 @@ async def proxy(request: web.Request) -> web.StreamResponse:
         raise HttpProblem(429, text, headers={"Retry-After": "1"})
     in_flight[id_] = in_flight.get(id_, 0) + 1
     query = request.raw_path.partition("?")[2]
-    body = _Body(request) if request.can_read_body else None
+    body = await _body_of(request)
     try:
         return await exchange(request, trainer, id_, f"/{tail}{'?' if query else ''}{query}", body)
     finally:
@@ -150,6 +151,8 @@ async def exchange(
 
 async def _answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
     """Pass a worker's answer on."""
+    if not are_offered(request.app) and upstream.content_type == "application/json":
+        return await _whole_answer(upstream)
     response = web.StreamResponse(
         status=upstream.status,
         reason=upstream.reason,
@@ -161,6 +164,21 @@ async def _answer_of(request: web.Request, upstream: aiohttp.ClientResponse) -> 
         await response.write(chunk)
     await response.write_eof()
     return response
+
+
+async def _whole_answer(upstream: aiohttp.ClientResponse) -> web.Response:
+    """Return a worker's answer in one piece, for a middleware to change."""
+    headers = forwarded_headers(CIMultiDict(upstream.headers))
+    headers.popall(hdrs.CONTENT_LENGTH, None)
+    data = await upstream.read()
+    return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=data)
+
+
+async def _body_of(request: web.Request) -> _Body | bytes | None:
+    """Return the body to pass on: as it arrives, or whole where a middleware has read it."""
+    if are_offered(request.app):
+        return _Body(request) if request.can_read_body else None
+    return await request.read() or None
 
 
 class _Body:

@@ -55,6 +55,7 @@ from fireworks_training.local.gateway.inference.serving import (
     find_deployment,
     ready_engines,
 )
+from fireworks_training.local.gateway.web.extensions import are_offered
 from fireworks_training.local.gateway.web.problems import REQUEST_ID, HttpProblem
 
 KEEPALIVE_SECONDS = 15.0
@@ -273,6 +274,8 @@ class _CompletionAnswer:
             "backend-host": self._engine.name,
             "deployment": self._live.resource,
         }
+        if not are_offered(self._request.app):
+            return metrics
         if stream.identity_first is not None:
             metrics["snapshot-identity-first"] = stream.identity_first
         if stream.identity is not None:

@@ -9,14 +9,16 @@ Rules:
 1. Operations run strictly in the order of `seq_id`, from 1, one at a time; gaps are waited for.
 2. The same `seq_id` with the same digest is the same operation; with another digest it is refused.
 3. A refused submit (bad content) takes its place as an operation that has failed already.
-4. A step is the operations up to and including one of role OPTIM. Once a failure stands, those of
-   role GRADIENT, LOAD and OPTIM fail with it as their cause, without running; OPTIM then clears it.
+4. A step is the operations up to and including one of role OPTIM, or up to a LOAD or DISCARD. Once
+   a failure stands, those of role GRADIENT and OPTIM fail with it as their cause, without running;
+   OPTIM then clears it.
        role           fails by itself                     succeeds
        FORWARD, SAVE  nothing else happens                nothing else happens
        GRADIENT       the rest of the step fails          gradients were added
-       OPTIM          the *next* step fails               a new step begins
-       LOAD           all up to the next OPTIM fails      gradients were dropped
-       DISCARD        (runs even while a failure stands)  a new step begins
+       OPTIM          its gradients are dropped           a new step begins
+       LOAD           all up to the next OPTIM fails      a new step begins, without gradients
+       DISCARD        nothing else happens                a new step begins
+   LOAD and DISCARD run even while a failure stands.
 5. After a failure the gradients are dropped before anything else runs.
 6. One that stands alone (FORWARD, SAVE) may be detached once it has what it needs: the line moves
    on, and its result comes later.
@@ -125,10 +127,17 @@ class Advance(Generic[OperationT]):
 
 
 class ModelLine(Generic[OperationT, ResultT]):
-    """Keeps the module's rules for one model; every method returns at once, to one caller."""
+    """Keeps the module's rules for one model; every method returns at once, to one caller.
 
-    def __init__(self, limits: QueueLimits | None = None) -> None:
+    Args:
+        limits: bounds on what it keeps.
+        atomic_steps: whether a failure takes the rest of its step with it. False: only what failed
+            fails, and what was accumulated beside it stays, as on other servers.
+    """
+
+    def __init__(self, limits: QueueLimits | None = None, *, atomic_steps: bool = True) -> None:
         self._limits = limits or QueueLimits()
+        self._atomic_steps = atomic_steps
         self._next = 1
         self._running: tuple[int, Role] | None = None
         self._waiting: dict[int, _Waiting[OperationT]] = {}
@@ -224,11 +233,13 @@ class ModelLine(Generic[OperationT, ResultT]):
         while self._running is None and (entry := self._waiting.pop(self._next, None)) is not None:
             seq_id = self._next
             self._waiting_bytes -= entry.size
+            if not self._atomic_steps:
+                self._failed, self._drop_first = None, False
             operation = entry.operation
             if isinstance(operation, Failure):
                 self._settle(seq_id, entry.role, operation)
                 finished.append(seq_id)
-            elif self._failed is not None and entry.role.changes_model:
+            elif self._failed is not None and entry.role in (Role.GRADIENT, Role.OPTIM):
                 self._settle_preceded(seq_id, entry.role, self._failed)
                 finished.append(seq_id)
             else:
@@ -240,7 +251,7 @@ class ModelLine(Generic[OperationT, ResultT]):
     def succeed(self, result: ResultT, size: int = 0) -> int:
         """Note that the running operation is done. Returns its place."""
         seq_id, role = self._take_running()
-        if role is Role.DISCARD:
+        if role in (Role.DISCARD, Role.LOAD):
             self._failed = None
         self._finish(seq_id, result, size)
         return seq_id
@@ -300,8 +311,10 @@ class ModelLine(Generic[OperationT, ResultT]):
     def _settle(self, seq_id: int, role: Role, failure: Failure) -> None:
         """Settle an operation that failed by its own cause."""
         if role.changes_model:
-            # The first failure of a step is its cause; that of an OPTIM belongs to the next step.
-            if self._failed is None or role is Role.OPTIM:
+            # The first failure of a step is its cause; a load begins a step, and an OPTIM ends one.
+            if role is Role.OPTIM:
+                self._failed = None
+            elif self._failed is None or role is Role.LOAD:
                 self._failed = (seq_id, failure)
             self._drop_first = True
         self._finish(seq_id, failure, 0)

@@ -78,7 +78,7 @@ def expected(ops: list[Op]) -> tuple[list[str], list[tuple[int, ...]]]:
     accumulated: list[int] = []
     broken = False
     for place, op in enumerate(ops, start=1):
-        stopped = broken and op.role in (GRADIENT, LOAD, OPTIM) and op.fate != "refused"
+        stopped = broken and op.role in (GRADIENT, OPTIM) and op.fate != "refused"
         outcomes.append("preceded" if stopped else "done" if op.fate == "works" else "failed")
         if stopped:
             if op.role is OPTIM:
@@ -86,7 +86,7 @@ def expected(ops: list[Op]) -> tuple[list[str], list[tuple[int, ...]]]:
             continue
         if op.fate != "works":
             if op.role in (GRADIENT, LOAD, OPTIM):
-                broken, accumulated = True, []
+                broken, accumulated = op.role is not OPTIM, []
             continue
         if op.role is GRADIENT:
             accumulated.append(place)
@@ -171,15 +171,26 @@ def test_a_failed_pass_takes_its_step_and_no_more() -> None:
         Op(GRADIENT, "fails"),
         Op(SAVE, "works"),
         Op(GRADIENT, "works"),
-        Op(LOAD, "works"),
         Op(OPTIM, "works"),
         Op(GRADIENT, "works"),
         Op(OPTIM, "works"),
-    ) == ["done", "failed", "done", "preceded", "preceded", "preceded", "done", "done"]
+    ) == ["done", "failed", "done", "preceded", "preceded", "done", "done"]
+
+
+def test_a_load_begins_a_new_step() -> None:
+    assert outcomes_of(
+        Op(GRADIENT, "fails"),
+        Op(LOAD, "works"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
+        Op(LOAD, "fails"),
+        Op(GRADIENT, "works"),
+        Op(OPTIM, "works"),
+    ) == ["failed", "done", "done", "done", "failed", "preceded", "preceded"]
 
 
 @pytest.mark.parametrize("fate", ["fails", "refused"])
-def test_a_step_that_fails_by_itself_takes_the_next_one(fate: str) -> None:
+def test_an_optim_step_that_fails_drops_its_own_step_alone(fate: str) -> None:
     assert outcomes_of(
         Op(GRADIENT, "works"),
         Op(OPTIM, fate),
@@ -187,17 +198,17 @@ def test_a_step_that_fails_by_itself_takes_the_next_one(fate: str) -> None:
         Op(OPTIM, "works"),
         Op(GRADIENT, "works"),
         Op(OPTIM, "works"),
-    ) == ["done", "failed", "preceded", "preceded", "done", "done"]
+    ) == ["done", "failed", "done", "done", "done", "done"]
 
 
-def test_a_refused_end_of_a_failed_step_takes_the_next_one_too() -> None:
+def test_a_refused_end_of_a_failed_step_ends_it() -> None:
     assert outcomes_of(
         Op(GRADIENT, "fails"),
         Op(OPTIM, "refused"),
         Op(GRADIENT, "works"),
         Op(OPTIM, "works"),
         Op(GRADIENT, "works"),
-    ) == ["failed", "failed", "preceded", "preceded", "done"]
+    ) == ["failed", "failed", "done", "done", "done"]
 
 
 def test_discarding_begins_a_new_step() -> None:
@@ -330,3 +341,17 @@ def test_what_concerns_others_can_not_leave_the_line() -> None:
     assert line.advance().run is not None
     with pytest.raises(RuntimeError, match="adds gradients"):
         line.detach()
+
+
+@pytest.mark.parametrize("fate", ["fails", "refused"])
+@pytest.mark.parametrize(("atomic", "applied"), [(True, [(5,)]), (False, [(1,), (5,)])])
+def test_without_atomic_steps_only_what_failed_fails(
+    fate: str, atomic: bool, applied: list[tuple[int, ...]]
+) -> None:
+    line, weights = ModelLine[Op, str](atomic_steps=atomic), Weights()
+    works = "works"
+    ops = [Op(GRADIENT, works), Op(GRADIENT, fate), Op(SAVE, works), Op(OPTIM, works)]
+    for seq_id, op in enumerate([*ops, Op(GRADIENT, works), Op(OPTIM, works)], 1):
+        put(line, seq_id, op)
+    weights.drain(line)
+    assert weights.applied == applied
