@@ -383,3 +383,54 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     assert last_lines(log) == ""
     log.write_text("\n".join(f"line {n}" for n in range(100)))
     assert last_lines(log).splitlines() == [f"line {n}" for n in range(80, 100)]
+
+
+def test_a_damaged_database_is_named_by_the_failed_start(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "lock").touch()
+    (state / "state.db").write_bytes(b"no database" * 1000)
+    answer, code = _refusal(tmp_path, state)
+    assert code == 1
+    assert "state.db can't be used: file is not a database" in answer
+
+
+@pytest.mark.parametrize("name", ["other", "Makefile", ".bashrc", "state.txt"])
+def test_a_folder_of_somebody_else_is_refused_untouched(tmp_path: Path, name: str) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / name).write_text("mine")
+    state.chmod(0o1777)
+    before = state.stat()
+    answer, code = _refusal(tmp_path, state)
+    assert code == 1
+    assert "holds other things than a platform's state" in answer
+    assert [path.name for path in state.iterdir()] == [name]
+    assert (_mode(state), state.stat().st_mtime_ns) == (0o1777, before.st_mtime_ns)
+
+
+def _refusal(tmp_path: Path, state: Path) -> tuple[str, int]:
+    """The error of a start that fails, and its exit code."""
+    with _process(tmp_path, _settings(tmp_path, state_dir=str(state))) as process:
+        assert process.stdout is not None
+        answer = json.loads(process.stdout.readline())
+        return str(answer["error"]), process.wait(30)
+
+
+def test_a_platform_that_gives_up_starts_nothing_into_folders_that_go(tmp_path: Path) -> None:
+    with started(tmp_path) as platform:
+        last = 0
+        while platform.process.poll() is None:
+            try:
+                gateway = platform.child("fireworks_training.local.gateway")
+                template = platform.child("fireworks_training.local.processes.template")
+            except (LookupError, OSError):
+                continue
+            if gateway != last:
+                last = gateway
+                for pid in (gateway, template):
+                    os.kill(pid, signal.SIGKILL)
+        platform.ended_without_a_trace()
+    log = (tmp_path / "stderr").read_text()
+    assert "died again and again" in log
+    assert "Traceback" not in log
