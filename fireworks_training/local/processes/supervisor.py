@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.processes import lifetime
+from fireworks_training.local.processes.descriptors import raise_descriptor_limit
 from fireworks_training.local.processes.report import last_lines, ready_text
 from fireworks_training.local.processes.restarts import RestartPolicy
 from fireworks_training.local.processes.state_folder import open_state_folder
@@ -411,6 +412,7 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
     """
     # A state folder that others may enter stays so; what the platform puts there is this user's.
     os.umask(0o077)
+    raise_descriptor_limit()
     # Before the first folder is made, so that no signal leaves one behind.
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

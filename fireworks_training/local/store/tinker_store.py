@@ -314,13 +314,19 @@ def _note_of(cls: type[Note], raw: object) -> Note:
         note = cls(**values)
     except TypeError:
         raise ValueError("it lacks fields") from None
-    if isinstance(note, RunNote) and note.lora is not None and (missing := _LORA - set(note.lora)):
-        raise ValueError(f"its field 'lora' lacks {sorted(missing)}")
-    if isinstance(note, CheckpointNote):
+    _check_values(note)
+    return note
+
+
+def _check_values(note: object) -> None:
+    """Raise ValueError for values that a note of ours can't have."""
+    if isinstance(note, RunNote) and note.lora is not None:
+        if missing := _LORA - set(note.lora):
+            raise ValueError(f"its field 'lora' lacks {sorted(missing)}")
+    elif isinstance(note, CheckpointNote):
         parse_path(note.path)
         if note.expires_at is not None and datetime.fromisoformat(note.expires_at).tzinfo is None:
             raise ValueError("its field 'expires_at' has no time zone")
-    return note
 
 
 _LORA = frozenset({"rank", "train_unembed", "train_mlp", "train_attn"})

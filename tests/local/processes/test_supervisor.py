@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from resource import RLIMIT_NOFILE
 from typing import Any
 
 import pytest
@@ -118,7 +121,9 @@ def _settings(tmp_path: Path, **more: object) -> dict[str, object]:
 
 
 @contextmanager
-def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    tmp_path: Path, settings: dict[str, object], descriptors: tuple[int, int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with (tmp_path / "stderr").open("ab") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "fireworks_training.local"],
@@ -127,6 +132,7 @@ def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess
             stderr=errors,
             start_new_session=True,
             env={**os.environ, "TMPDIR": str(_temporary(tmp_path))},
+            preexec_fn=lambda: descriptors and resource.setrlimit(RLIMIT_NOFILE, descriptors),
         )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -142,8 +148,10 @@ def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess
 
 
 @contextmanager
-def started(tmp_path: Path, **more: object) -> Iterator[Started]:
-    with _process(tmp_path, _settings(tmp_path, **more)) as process:
+def started(
+    tmp_path: Path, descriptors: tuple[int, int] | None = None, **more: object
+) -> Iterator[Started]:
+    with _process(tmp_path, _settings(tmp_path, **more), descriptors) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
         assert "error" not in ready, ready
@@ -433,4 +441,26 @@ def test_a_platform_that_gives_up_starts_nothing_into_folders_that_go(tmp_path: 
         platform.ended_without_a_trace()
     log = (tmp_path / "stderr").read_text()
     assert "died again and again" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(("soft", "hard", "connections"), [(64, 256, 600), (256, 256, 600)])
+def test_idle_connections_lock_nobody_out(
+    tmp_path: Path, soft: int, hard: int, connections: int
+) -> None:
+    with started(tmp_path, descriptors=(soft, hard)) as platform:
+        gateway = platform.child("fireworks_training.local.gateway")
+        assert resource.prlimit(gateway, RLIMIT_NOFILE) == (hard, hard)
+        address = ("127.0.0.1", int(platform.ready["base_url"].rpartition(":")[2]))
+        idle = [socket.create_connection(address, 30) for _ in range(connections)]
+        try:
+            for _ in range(20):
+                assert platform.call("GET", "/healthz") == (200, {"status": "ok"})
+            open_files = len(list(Path(f"/proc/{gateway}/fd").iterdir()))
+            assert open_files < hard
+        finally:
+            for one in idle:
+                one.close()
+    log = (tmp_path / "stderr").read_text()
+    assert len(log) < 10_000
     assert "Traceback" not in log
