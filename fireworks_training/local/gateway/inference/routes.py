@@ -37,7 +37,7 @@ from fireworks_training.local.gateway.inference.completion_request import (
     CompletionBody,
     parse_body,
 )
-from fireworks_training.local.gateway.inference.detokenize import TextCodec
+from fireworks_training.local.gateway.inference.detokenize import NoTokenizer, TextCodec
 from fireworks_training.local.gateway.inference.engine_client import FLUSH_TOKENS, EngineClient
 from fireworks_training.local.gateway.inference.engine_stream import (
     EngineFull,
@@ -355,7 +355,7 @@ async def _codec(app: web.Application, model: ModelEntry) -> TextCodec:
         try:
             # Two requests may both read it; the later one just replaces an equal codec.
             codecs[model.path] = await asyncio.to_thread(TextCodec, model.path)
-        except FileNotFoundError as error:
+        except NoTokenizer as error:
             raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
     return codecs[model.path]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.local.engine_frames import Finish
-from fireworks_training.local.gateway.inference.detokenize import TextCodec
+from fireworks_training.local.gateway.inference.detokenize import NoTokenizer, TextCodec
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
 from fireworks_training.local.gateway.inference.engine_stream import (
     EngineFull,
@@ -88,7 +88,7 @@ class TinkerSampling:
         await self._engines.engine(
             self._training.model(note.base_model), base=note.identity is None
         )
-        self._training.store.write_sampler(note)
+        await asyncio.to_thread(self._training.store.write_sampler, note)
         return note.session
 
     def _note(self, id_: str, base_model: object, model_path: object) -> SamplerNote:
@@ -116,6 +116,13 @@ class TinkerSampling:
         if note is None:
             raise HttpProblem(404, f"no sampling session {id_[:100]!r}")
         return note
+
+    def folder(self, note: SamplerNote) -> str | None:
+        """Return the folder of what a sampling session samples; None if it is served no more."""
+        try:
+            return str(self._training.model(note.base_model).path)
+        except HttpProblem:
+            return None
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -173,7 +180,10 @@ class TinkerSampling:
 
     async def _codec(self, entry: ModelEntry) -> TextCodec:
         if entry.path not in self._codecs:
-            self._codecs[entry.path] = await asyncio.to_thread(TextCodec, entry.path)
+            try:
+                self._codecs[entry.path] = await asyncio.to_thread(TextCodec, entry.path)
+            except NoTokenizer as error:
+                raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
         return self._codecs[entry.path]
 
 
@@ -244,7 +254,9 @@ async def _create_sampling_session(request: web.Request) -> web.Response:
 
 async def _sampler(request: web.Request) -> web.Response:
     note = request.app[SAMPLING].session(request.match_info["sampler"])
-    answer = {"sampler_id": note.session, "base_model": note.base_model}
+    # Clients look for its tokenizer under this name: a folder has one, a resource's name has none.
+    folder = request.app[SAMPLING].folder(note)
+    answer = {"sampler_id": note.session, "base_model": folder or note.base_model}
     if note.model_path is not None:
         answer["model_path"] = note.model_path
     return web.json_response(answer)

@@ -31,7 +31,8 @@ class _Status(BaseModel):
     def fits(self, status: dict[str, Any] | None) -> bool:
         if status is None or status["type"] != self.type:
             return False
-        return self.reasons is None or status["reason"]["type"] in self.reasons
+        # One that is active has no reason yet.
+        return self.reasons is None or status.get("reason", {}).get("type") in self.reasons
 
 
 class _Cursor(BaseModel):

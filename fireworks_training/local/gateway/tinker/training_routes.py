@@ -83,7 +83,7 @@ async def _create_session(request: web.Request) -> web.Response:
     if len(orjson.dumps(metadata)) > MAX_TEXT:
         raise HttpProblem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
     shown = {key: str(value) for key, value in metadata.items()}
-    session_id = request.app[TRAINING].create_session(name, shown)
+    session_id = await request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
 
