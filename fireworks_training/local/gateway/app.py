@@ -52,6 +52,7 @@ from fireworks_training.local.limits import Limits
 from fireworks_training.local.model.memory import PageReturn, c_library_trim
 from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
 from fireworks_training.local.store.database import FILE, Database
+from fireworks_training.local.store.reserve import DiskFull, is_full
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +228,9 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return render(HttpProblem(error.status, text, headers=_kept_headers(error)))
     except (asyncio.CancelledError, ConnectionError):
         raise  # the client went away
-    except Exception:
+    except Exception as error:
+        if is_full(error) and not request.get(STARTED):
+            return render(HttpProblem(507, DiskFull().message))
         log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.path)
         if request.get(STARTED):
             raise
