@@ -55,6 +55,7 @@ from fireworks_training.local.gateway.inference.serving import (
     find_deployment,
     ready_engines,
 )
+from fireworks_training.local.gateway.web.bodies import SAMPLING_BYTES, parse_aside, read_bytes
 from fireworks_training.local.gateway.web.extensions import are_offered
 from fireworks_training.local.gateway.web.problems import REQUEST_ID, HttpProblem
 
@@ -101,7 +102,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """POST /inference/v1/completions: sample one completion."""
     received = time.monotonic()
     patience = _patience(request)
-    body = parse_body(await request.read())
+    body = await parse_aside(await read_bytes(request, SAMPLING_BYTES), parse_body)
     live = find_deployment(request.app[REGISTRY], body.model)
     engines = ready_engines(request.app, live)
     engine = choose_engine(engines, body.prompt_cache_key or body.user)

@@ -36,7 +36,14 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
-from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
+from fireworks_training.local.gateway.web.bodies import (
+    SAMPLING_BYTES,
+    int_field,
+    parse_aside,
+    read_bytes,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import (
     MAX_BODY_BYTES,
@@ -132,7 +139,7 @@ class TinkerSampling:
         Raises:
             HttpProblem: 400, 404, 409 for an id with another content, 429 when too much waits.
         """
-        body = parse_sample(raw)
+        body = await parse_aside(raw, parse_sample)
         if body.sampling_session_id is None or body.seq_id is None:
             raise HttpProblem(400, "sampling_session_id and seq_id must be given")
         note = self.session(body.sampling_session_id)
@@ -243,7 +250,7 @@ def add_routes(app: web.Application) -> None:
 
 
 async def _dynamic_config(request: web.Request) -> web.Response:
-    await request.read()
+    await read_bytes(request)
     return web.json_response({"sample_cancel_enabled": True})
 
 
@@ -263,7 +270,9 @@ async def _sampler(request: web.Request) -> web.Response:
 
 
 async def _asample(request: web.Request) -> web.Response:
-    request_id, samples = await request.app[SAMPLING].submit(await request.read())
+    request_id, samples = await request.app[SAMPLING].submit(
+        await read_bytes(request, SAMPLING_BYTES)
+    )
     ids = [f"{request_id}:{index}" for index in range(samples)]
     return web.json_response({"request_id": request_id, "sample_sequence_ids": ids})
 
@@ -274,7 +283,7 @@ async def _cancel_future(request: web.Request) -> web.Response:
 
 
 async def _retrieve_future(request: web.Request) -> web.StreamResponse:
-    raw = await request.read()
+    raw = await read_bytes(request)
     request_id = required_text(await read_object(request), "request_id")
     owner = request_id.rpartition(":")[0]
     if ":sampler:" not in owner:
@@ -289,9 +298,7 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
 
 async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
     """Answer a batch poll, as `local.results` describes."""
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
-    raw = await request.read()
+    raw = await read_bytes(request, MAX_BODY_BYTES)
     try:
         poll: Poll = parse_poll(raw)
     except BadPoll as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -111,3 +112,55 @@ async def test_active_sessions_are_searched_by_reasons(gateway: Gateway) -> None
         status, answer = await post(gateway, "sessions/search", json=body)
         assert status == 200
         assert bool(answer["sessions"]) is found
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 17])
+async def test_the_run_of_a_large_body_is_found_unparsed(gateway: Gateway, padding: int) -> None:
+    run = f"ts-{'0' * 32}:train:0"
+    pad = b'"pad":"' + b"x" * padding + b'",'
+    for body, status in (
+        (b'{%b"model_id": "%b"}' % (pad, run.encode()), 410),
+        (b'{"model_id" :\n"%b",%b"seq_id":1}' % (run.encode(), pad), 410),
+        (b'{%b"seq_id":1}' % pad, 400),
+        (b'{%b"model_id":5}' % pad, 400),
+        (b'{%b"model_id":""}' % pad, 400),
+    ):
+        assert (await post(gateway, "forward", data=body))[0] == status, body[-60:]
+    twice = b'{%b"model_id":"a","x":{"model_id":"b"}}' % pad
+    assert (await post(gateway, "forward", data=twice))[0] == (400 if padding else 410)
+
+
+_SMALL = (
+    "create_session",
+    "session_heartbeat",
+    "create_model",
+    "sessions/x/finish",
+    "cancel_future",
+)
+
+
+@pytest.mark.parametrize("path", [*_SMALL, "sessions/search", "client/config", "retrieve_future"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_small_routes_take_small_bodies(gateway: Gateway, path: str, chunked: bool) -> None:
+    body = b" " * ((1 << 20) + 1)
+    data = io.BytesIO(body) if not chunked else _pieces(body)
+    assert (await post(gateway, path, data=data))[0] == 413
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 1 << 16):
+        yield body[start : start + (1 << 16)]
+
+
+@pytest.mark.parametrize("path", ["api/v1/asample", "inference/v1/completions"])
+@pytest.mark.parametrize("part", [b"{},", b"[],", b"0,"])
+async def test_a_body_of_many_values_is_not_parsed(
+    gateway: Gateway, path: str, part: bytes
+) -> None:
+    body = b'{"x":[' + part * 1_500_000 + b"0]}"
+    url = f"{gateway.base_url}/{path}"
+    headers = {"X-API-Key": KEY}
+    async with gateway.session.post(url, headers=headers, data=io.BytesIO(body)) as response:
+        assert response.status in (404, 413)  # the stand-in gateway serves no completions
+        if response.status == 413:
+            assert "the body has over" in await response.text()
