@@ -52,8 +52,8 @@ from fireworks_training.local.gateway.inference.serving import (
     RETRY_SOON,
     add_waking,
     choose_engine,
+    engines_within,
     find_deployment,
-    ready_engines,
 )
 from fireworks_training.local.gateway.web.bodies import SAMPLING_BYTES, parse_aside, read_bytes
 from fireworks_training.local.gateway.web.extensions import are_offered
@@ -104,7 +104,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     patience = _patience(request)
     body = await parse_aside(await read_bytes(request, SAMPLING_BYTES), parse_body)
     live = find_deployment(request.app[REGISTRY], body.model)
-    engines = ready_engines(request.app, live)
+    engines = await engines_within(request.app, live, patience)
     engine = choose_engine(engines, body.prompt_cache_key or body.user)
     codec = await _codec(request.app, live.model)
     prompt = body.prompt if isinstance(body.prompt, list) else await _encode(codec, body.prompt)
