@@ -85,7 +85,7 @@ async def engines_within(
     """
     longest = app[REPLACED_WITHIN]
     end = time.monotonic() + (longest if patience is None else min(patience, longest))
-    while _is_replaced(live) and time.monotonic() < end:
+    while _is_replaced(live) and time.monotonic() < end:  # noqa: ASYNC110 - an engine is no event
         await asyncio.sleep(LOOK_S)
     return ready_engines(app, live)
 
