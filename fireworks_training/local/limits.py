@@ -68,12 +68,12 @@ class Limits:
 def _checked(name: str, value: object) -> int | float:
     if name.startswith("max"):
         least = 1 if name == "maxModels" else 0
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not least <= value <= MOST_PLACES:
+        number = value if isinstance(value, int) and not isinstance(value, bool) else -1
+        if not least <= number <= MOST_PLACES:
             raise LocalPlatformError(
                 f"{name} must be an integer from {least} to {MOST_PLACES}, or null"
             )
-        return value
+        return number
     return seconds(name, value)
 
 

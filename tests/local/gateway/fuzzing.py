@@ -25,7 +25,8 @@ _NAMES = [
     "lora_config", "rank", "ttl_seconds", "tinker_path", "model", "max_tokens", "top_k",
     "temperature", "stop", "logprobs", "n", "seed", "baseModel", "trainingConfig",
     "maxContextLength", "displayName", "minReplicaCount", "maxReplicaCount", "identity", "name",
-    "incremental_snapshot_metadata", "inline_bytes", "retrieved_request_ids", "forward_backward_input", "data", "top_p", "echo",
+    "incremental_snapshot_metadata", "inline_bytes", "retrieved_request_ids",
+    "forward_backward_input", "data", "top_p", "echo",
 ]  # fmt: skip
 _VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 0.5, -0.0, 1e308, "", "a", "tiny",
