@@ -28,7 +28,7 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
         InvalidArgument: it is another kind, or out of bounds.
     """
     try:
-        found = index(cast(SupportsIndex, None if _is_bool(value) else value))
+        found = index(cast(SupportsIndex, value if _is_scalar(value) else None))
     except (TypeError, ValueError, RuntimeError):
         raise InvalidArgument(f"{name} must be an integer, got {type(value).__name__}") from None
     if found < least or (most is not None and found > most):
@@ -47,7 +47,7 @@ def number(name: str, value: object, least: float, most: float = math.inf) -> fl
     detach: Callable[[], object] | None = getattr(value, "detach", None)
     given = value if detach is None else detach()
     try:
-        if _is_bool(given) or not hasattr(given, "__float__"):  # text has none
+        if not (_is_scalar(given) and hasattr(given, "__float__")):  # text has none
             raise TypeError
         found = float(cast(SupportsFloat, given))
     except OverflowError:
@@ -60,5 +60,8 @@ def number(name: str, value: object, least: float, most: float = math.inf) -> fl
     return found
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+def _is_scalar(value: object) -> bool:
+    """Whether a value is neither a bool nor an array, not even one of a single element."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    return getattr(value, "ndim", 0) == 0

@@ -50,6 +50,7 @@ request id where there is one, and never hold a prompt, a token or a key.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 Fault = Literal["caller", "server", "network", "environment"]
@@ -413,6 +414,8 @@ class SamplingRequestError(SamplingError, RuntimeError):
         final_error_kind: "http_status", "sse_truncation", "connection", "timeout" or
             "upstream_stream".
         retry_budget_exhausted: whether more attempts could have helped.
+        completions: those of the same call that came, `SampledCompletion` each; `prompt_index` and
+            `sample_index` number them.
     """
 
     def __init__(
@@ -425,6 +428,7 @@ class SamplingRequestError(SamplingError, RuntimeError):
         final_status: int | None = None,
         final_error_kind: str = "",
         retry_budget_exhausted: bool = False,
+        completions: Sequence[Any] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(message, **kwargs)
@@ -434,6 +438,7 @@ class SamplingRequestError(SamplingError, RuntimeError):
         self.final_status = final_status
         self.final_error_kind = final_error_kind
         self.retry_budget_exhausted = retry_budget_exhausted
+        self.completions = completions
 
     def as_error_record(self) -> dict[str, object]:
         """The facts as a flat dictionary, for a log or a metrics file."""

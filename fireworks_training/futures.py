@@ -23,6 +23,7 @@ from fireworks_training._outcome import Outcome, changing, done_here, hand_out
 from fireworks_training.errors import (
     ClientClosed,
     FireworksTrainingError,
+    NotSupported,
     OperationCancelled,
 )
 
@@ -296,6 +297,12 @@ class SampleCall(Coroutine[Any, Any, T]):
         if self._driver is not None:
             driver, self._driver = self._driver, None
             driver.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSupported(
+            f"{self._label}: a call is a request of this process and does not pickle: send its "
+            "result, or the sampler, which pickles"
+        )
 
     def __repr__(self) -> str:
         state = "not started" if self._outcome is None else "done" if self.done() else "pending"

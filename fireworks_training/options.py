@@ -43,7 +43,9 @@ class SamplingOptions(TypedDict, total=False):
         options: SamplingOptions = {"top_p": 0.9, "stop": ["\\n"], "logprobs": True}
         sampler.sample_with_tokens(messages, n=8, **options)
 
-    All are optional, and an option that is None counts as not given. Each is checked at the call:
+    All are optional, an option that is None counts as not given, and one at the value where it does
+    nothing (a penalty of 0) is not sent, since not every server knows each field. Numbers may be
+    those of numpy and torch. Each is checked at the call:
     an unknown name raises `UnknownOption` with the near ones, a value out of range
     `InvalidArgument`.
 
@@ -64,11 +66,16 @@ class SamplingOptions(TypedDict, total=False):
         echo_last: treat only this many tokens at the prompt's end so.
         frequency_penalty, presence_penalty: -2 to 2.
         repetition_penalty: over 0; 1 is off.
-        logit_bias: `{token id: bias}`.
+        logit_bias: `{token id: bias}`; an id may be text, as in JSON.
         response_format: as the server documents it.
         user: session affinity; give each trajectory its own.
         prompt_cache_key: cache affinity.
-        http_timeout: seconds without a byte after which an attempt counts as lost; default 600.
+        http_timeout: seconds without anything of an answer (keep-alives are nothing of it) after
+            which an attempt counts as lost; default 600.
+        return_partial: with True, completions that failed for good are left out of the result, and
+            logged; the call fails only if none came. Default False: the call fails with the first
+            failure, whose `completions` are those that came.
+        raw_output: True, for scripts of the official SDK: the token ids are always asked for.
         sampling_context: labels in error messages and logs, among session, run, checkpoint, step,
             group, item; never sent.
         timeout_diagnostic_context: the same as `sampling_context`, under the official SDK's name.
@@ -89,11 +96,13 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     presence_penalty: float
     repetition_penalty: float
-    logit_bias: Mapping[str, float]
+    logit_bias: Mapping[int, float] | Mapping[str, float]
     response_format: Mapping[str, Any]
     user: str
     prompt_cache_key: str
     http_timeout: float
+    return_partial: bool
+    raw_output: bool
     sampling_context: Mapping[str, object]
     timeout_diagnostic_context: Mapping[str, object]
     additional_headers_snapshot: Mapping[str, str]

@@ -29,11 +29,8 @@ from fireworks_training._async.sampling.retry_config import retries_of, window_o
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training._async.sampling.sampling_client import FiretitanSamplingClient
 from fireworks_training._async.training.client import AsyncFiretitanTrainingClient
-from fireworks_training._async.training.factory import (
-    ModelOptions,
-    ReferenceClients,
-    TrainingClients,
-)
+from fireworks_training._async.training.factory import ReferenceClients, TrainingClients
+from fireworks_training._async.training.model import ModelOptions
 from fireworks_training._async.training.official_service_names import OfficialServiceNames
 from fireworks_training._async.weights.deployment import ServedDeployment
 from fireworks_training._async.weights.publisher import WeightPublisher

@@ -3,13 +3,24 @@
 It takes the typed error of an attempt and a time, and answers with a delay or with None. What is
 retryable follows from the error's type and status, never from its text. It does not sleep, and
 knows no request.
+
+The policy of all routes stands here. What may go away is tried again by the clock, not by a count:
+
+    Fault                                        Tried again for
+    408, 429, 500, 502, 503, 504, the network    `OUTAGE_PATIENCE` from the first failure; an
+                                                 operation of a session for `OPERATION_PATIENCE`
+    402 (billing)                                `BILLING_PATIENCE`, and a log line says so
+    anything else                                not at all: the same request would fail again
+
+An attempt may itself take minutes (a server that accepts and says nothing): the clock alone would
+leave it one try. So a budget ends when its seconds *and* its attempts are used up.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
-from datetime import timedelta
 from email.utils import parsedate_to_datetime
 
 from fireworks_training.errors import ApiError, ApiStatusError, InvalidArgument
@@ -20,6 +31,27 @@ RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 RETRY_AFTER_CAP = 30.0
 """Seconds that a server's Retry-After can ask for at most."""
 
+OUTAGE_PATIENCE = 120.0
+"""Seconds from its first failure for which a request is tried again: it outlasts an outage of 90 s,
+whatever the delays, which are at most `OUTAGE_DELAY_CAP`."""
+
+OUTAGE_DELAY_CAP = 20.0
+"""Seconds between two attempts of an outage at most."""
+
+OPERATION_PATIENCE = 600.0
+"""Seconds for which an operation of a training session is tried again: others wait behind it."""
+
+BILLING_STATUS = 402
+"""Status of an account whose credit is used up; paid for, the same request succeeds."""
+
+BILLING_PATIENCE = 3600.0
+"""Seconds for which a request waits for an account that has to be paid for."""
+
+BILLING_DELAY_CAP = 30.0
+"""Seconds between two looks at an account that has to be paid for, at most."""
+
+_SECONDS = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
+
 
 def is_retryable(error: ApiError) -> bool:
     """Whether the same request may succeed later: by status if there is one, or by type."""
@@ -28,13 +60,22 @@ def is_retryable(error: ApiError) -> bool:
     return error.retryable
 
 
-def parse_retry_after(value: str | None, *, date: str | None = None) -> float | None:
+def is_billing(error: ApiError) -> bool:
+    """Whether the account has to be paid for before the same request can succeed."""
+    return isinstance(error, ApiStatusError) and error.status == BILLING_STATUS
+
+
+def parse_retry_after(
+    value: str | None, *, date: str | None = None, now: float | None = None
+) -> float | None:
     """Read the seconds that a Retry-After header asks to wait.
 
     Args:
-        value: the header: seconds, or an HTTP date.
+        value: the header: seconds, fractions of one too, or an HTTP date.
         date: the `Date` header of the same answer. A date is counted from it, so that a client's
-            wrong clock does no harm; without it a date is ignored.
+            wrong clock does no harm.
+        now: seconds since the epoch by the client's clock, from which a date is counted where the
+            answer has no `Date`; None ignores such a date.
 
     Returns:
         Seconds, at least 0; None if there is no header, or it can't be read.
@@ -42,15 +83,19 @@ def parse_retry_after(value: str | None, *, date: str | None = None) -> float | 
     if value is None:
         return None
     text = value.strip()
-    if text.isascii() and text.isdigit():
+    if _SECONDS.fullmatch(text):
         return float(text)
-    if date is None:
-        return None
     try:
-        wait = parsedate_to_datetime(text) - parsedate_to_datetime(date)
-    except (ValueError, TypeError):
+        until = parsedate_to_datetime(text)
+        if date is not None:
+            wait = (until - parsedate_to_datetime(date)).total_seconds()
+        elif now is not None:
+            wait = until.timestamp() - now
+        else:
+            return None
+    except (ValueError, TypeError, OverflowError):
         return None
-    return max(wait, timedelta(0)).total_seconds()
+    return max(wait, 0.0)
 
 
 def full_jitter(
@@ -67,14 +112,36 @@ def full_jitter(
     return ceiling * (1.0 - spread * uniform())
 
 
+def outage_budget() -> Backoff:
+    """Make the budget of a request outside a training session's line: it outlasts 90 s of outage.
+
+    Delays are half random, so that what failed together does not come back together, and reach
+    `OUTAGE_DELAY_CAP`; on average 12 attempts go to an outage of 90 s.
+    """
+    return Backoff(base=0.5, cap=OUTAGE_DELAY_CAP, spread=0.5, patience=OUTAGE_PATIENCE)
+
+
+def billing_budget() -> Backoff:
+    """Make the budget of a request whose account has to be paid for."""
+    return Backoff(
+        base=1.0,
+        cap=BILLING_DELAY_CAP,
+        spread=0.2,
+        patience=BILLING_PATIENCE,
+        retryable=is_billing,
+    )
+
+
 class Backoff:
     """Keeps the retry budget of one logical request.
 
     Args:
-        attempts: how many times it may be tried in all, the first included.
+        attempts: how many times it may be tried in all, the first included; more often within
+            `patience`.
         base: ceiling of the first delay, seconds; it doubles with each retry.
         cap: ceiling of any delay, seconds.
         spread: share of the delay that is random, 0 to 1.
+        patience: seconds from the first failure within which it may be tried however often.
         max_elapsed: seconds from the first failure within which a retry may start; None: no limit.
         retry_after_cap: seconds that a server's Retry-After counts for at most.
         retryable: returns whether an error may go away; `is_retryable` unless given.
@@ -88,6 +155,7 @@ class Backoff:
         base: float = 0.25,
         cap: float = 30.0,
         spread: float = 1.0,
+        patience: float = 0.0,
         max_elapsed: float | None = None,
         retry_after_cap: float = RETRY_AFTER_CAP,
         retryable: Callable[[ApiError], bool] = is_retryable,
@@ -102,6 +170,7 @@ class Backoff:
         self._base = base
         self._cap = cap
         self._spread = spread
+        self._patience = patience
         self._max_elapsed = max_elapsed
         self._retry_after_cap = retry_after_cap
         self._retryable = retryable
@@ -124,7 +193,10 @@ class Backoff:
         self._failures += 1
         if self._first_failure is None:
             self._first_failure = now
-        if self._failures >= self._attempts or not self._retryable(error):
+        if not self._retryable(error):
+            return None
+        patient = now - self._first_failure < self._patience
+        if self._failures >= self._attempts and not patient:
             return None
         delay = full_jitter(
             self._failures - 1,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fireworks_training.errors import ProtocolError
 
 MAX_EVENT_BYTES = 16 * 2**20
-"""Default limit of one event. The last chunk of a completion of 100,000 tokens is about 1 MB."""
+"""Default limit of one event; who knows what was asked for sets a limit that fits."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -57,6 +57,14 @@ class SseDecoder:
         self._size = 0  # of the unfinished event and line
         self._drop_newline = False  # the last byte was CR: an LF right after it belongs to it
         self._at_start = True
+
+    @property
+    def held(self) -> int:
+        """Bytes of an unfinished event's data; 0 while only comments or nothing came."""
+        lines = 0 if self._data is None else len(self._data)
+        if self._line and not self._line[0].startswith(b":"):
+            return lines + self._size
+        return lines
 
     def plain(self, data: bytes) -> list[bytes] | None:
         """Return the data of the events, if these bytes are whole one-line messages and no more.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fireworks_training._core.backoff import (
     Backoff,
+    billing_budget,
     full_jitter,
+    is_billing,
     is_retryable,
+    outage_budget,
     parse_retry_after,
 )
 from fireworks_training.errors import (
+    ApiError,
     ConnectionFailed,
     InvalidArgument,
     ProtocolError,
@@ -81,6 +87,60 @@ def test_progress_renews_the_budget() -> None:
     assert backoff.next_delay(BUSY, now=100.0) is None
 
 
+def lasts(backoff: Backoff, error: ApiError, *, attempt: float = 0.0) -> tuple[float, int]:
+    """Seconds from the first failure to the last attempt, and how many attempts there were."""
+    now, attempts = attempt, 1
+    while (delay := backoff.next_delay(error, now=now)) is not None:
+        now += delay + attempt
+        attempts += 1
+    return now - attempt, attempts
+
+
+def test_an_outage_of_90_seconds_is_outlasted_whatever_the_delays() -> None:
+    for _ in range(200):
+        seconds, attempts = lasts(outage_budget(), BUSY)
+        assert 100 <= seconds <= 140
+        assert attempts <= 24
+    # The control: a count of attempts alone does not.
+    assert min(lasts(Backoff(), BUSY)[0] for _ in range(200)) < 90
+
+
+def test_attempts_that_take_long_are_made_as_often_as_before() -> None:
+    seconds, attempts = lasts(outage_budget(), RequestTimedOut("x"), attempt=600.0)
+    assert attempts == 7
+    assert seconds > 6 * 600
+
+
+def test_a_permanent_fault_is_tried_once_however_patient_the_budget() -> None:
+    for status in (400, 401, 403, 404, 409, 410, 422):
+        assert outage_budget().next_delay(for_status(status, "no"), now=0.0) is None
+
+
+def test_an_account_is_waited_for_until_it_is_paid_for() -> None:
+    unpaid = for_status(402, "pay")
+    assert is_billing(unpaid)
+    seconds, attempts = lasts(billing_budget(), unpaid)
+    assert 3500 <= seconds <= 3700
+    assert attempts <= 200
+    assert billing_budget().next_delay(BUSY, now=0.0) is None
+
+
+def test_a_date_without_the_answer_s_own_date_counts_from_our_clock() -> None:
+    at = datetime(1994, 11, 15, 8, 12, 31, tzinfo=UTC).timestamp()
+    later = "Tue, 15 Nov 1994 08:12:41 GMT"
+    assert parse_retry_after(later, now=at) == 10.0
+    assert parse_retry_after(later, now=at + 60) == 0.0
+    assert parse_retry_after(later, date=DATE, now=at + 3600) == 10.0  # the server's own is better
+
+
+@given(st.text(max_size=40), st.none() | st.text(max_size=40), st.none() | st.floats(0, 4e9))
+def test_no_retry_after_header_breaks_anything(
+    value: str, date: str | None, now: float | None
+) -> None:
+    seconds = parse_retry_after(value, date=date, now=now)
+    assert seconds is None or seconds >= 0
+
+
 def test_a_senseless_budget_is_refused() -> None:
     with pytest.raises(InvalidArgument):
         Backoff(attempts=0)
@@ -111,11 +171,20 @@ DATE = "Tue, 15 Nov 1994 08:12:31 GMT"
         (" 0 ", None, 0.0),
         ("Tue, 15 Nov 1994 08:12:41 GMT", DATE, 10.0),
         ("Tue, 15 Nov 1994 08:12:01 GMT", DATE, 0.0),
-        ("Tue, 15 Nov 1994 08:12:41 GMT", None, None),
+        ("Tue, 15 Nov 1994 08:12:41 GMT", None, None),  # nothing to count from
         ("-3", DATE, None),
         ("soon", DATE, None),
         ("٣", None, None),
         ("Tue, 15 Nov 1994 08:12:41 GMT", "garbled", None),
+        ("1.5", None, 1.5),
+        ("1.", None, 1.0),
+        (".25", None, 0.25),
+        ("1_0", None, None),
+        ("1e3", None, None),
+        ("nan", None, None),
+        ("inf", None, None),
+        ("-1.5", None, None),
+        ("", DATE, None),
     ],
 )
 def test_retry_after_header(value: str | None, date: str | None, seconds: float | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 import numpy as np
 import pytest
 import tinker
@@ -22,7 +20,7 @@ async def test_a_stream_and_a_tinker_sample_are_of_one_model(platform: RunningPl
         assert sampler.concurrency_controller is (
             (await service.create_deployment_sampler()).concurrency_controller
         )
-        text, tokens, logprobs = "", list[int](), array("d")
+        text, tokens, logprobs = "", list[int](), list[float]()
         async with sampler.stream(QUESTION, 12, 0.0, logprobs=True, ignore_eos=True) as deltas:
             async for delta in deltas:
                 text += delta.text

@@ -120,7 +120,7 @@ class Response:
             f"{what}: the server answered {self.status}: {message}",
             error_class=error_class,
             retry_after=parse_retry_after(
-                self.headers.get("retry-after"), date=self.headers.get("date")
+                self.headers.get("retry-after"), date=self.headers.get("date"), now=time.time()
             ),
             request_id=self.request_id,
         )

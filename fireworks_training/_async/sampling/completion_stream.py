@@ -1,22 +1,25 @@
 """`CompletionStream`: makes one HTTP attempt at one completion, and reads deltas as bytes arrive.
 
-It runs on the owner loop, and knows nothing of slots and retries. Whatever ends it early, the
-connection is closed at once, which is how a server learns that it may stop. A stream that was read
-to its end leaves its connection in the pool.
+It runs on the owner loop, and knows nothing of slots and retries. What is read is bounded by what
+was asked for: in bytes, in silence (keep-alives are none of the answer), and in seconds once all
+has been given. Whatever ends it early, the connection is closed at once, which is how a server
+learns that it may stop. A stream that was read to its end leaves its connection in the pool.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import aiohttp
 
 from fireworks_training._async.http import open_files
 from fireworks_training._async.http.transport import Transport
+from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.backoff import parse_retry_after
 from fireworks_training._core.sse import SseDecoder
 from fireworks_training._perf_metrics import request_id_of
@@ -40,6 +43,9 @@ ErrorKind = Literal["http_status", "sse_truncation", "connection", "timeout", "u
 END_TIMEOUT = 1.0
 """Seconds that a server may take after `[DONE]` to end its answer, to keep the connection."""
 
+GIVEN_TIMEOUT = 1.5
+"""Seconds that a server may take after all that was asked for to say that this was all."""
+
 _EVENT_STREAM = "text/event-stream"
 _LARGE_BODY = 2**20  # over this, aiohttp wants a file, which it sends in pieces
 _ERROR_BODY = 64 * 2**10
@@ -52,10 +58,14 @@ class AttemptFailed(Exception):
         kind: where it failed.
         error: why it failed, as a typed error.
         metrics: those of the attempt.
+        flawed: whether the answer was whole, and lacks what another attempt may bring.
     """
 
-    def __init__(self, kind: ErrorKind, error: ApiError, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, kind: ErrorKind, error: ApiError, metrics: ServerMetrics, *, flawed: bool = False
+    ) -> None:
         super().__init__(kind)
+        self.flawed = flawed
         self.kind: ErrorKind = kind
         self.error = error
         self.metrics = metrics
@@ -83,7 +93,8 @@ class CompletionStream:
     Args:
         transport: the connection pool.
         attempt: holds the request to send.
-        without_echo: takes the text of echoed prompt tokens off a text.
+        without_echo: takes the text of echoed prompt tokens off a text; it is called in a thread.
+            None leaves the text as the server sent it.
         keep_tokens: whether the deltas hold token ids.
     """
 
@@ -92,12 +103,15 @@ class CompletionStream:
         "_attempt",
         "_decoder",
         "_first_token_at",
+        "_given_at",
+        "_limit",
         "_loop",
         "_opener",
         "_response",
         "_sent_at",
         "_silence",
         "_transport",
+        "_without_echo",
     )
 
     def __init__(
@@ -110,14 +124,17 @@ class CompletionStream:
     ) -> None:
         self._transport = transport
         self._attempt = attempt
-        self._decoder = SseDecoder()
+        self._limit = attempt.request.answer_limit(len(attempt.prompt_ids))
+        self._decoder = SseDecoder(self._limit)
         self._assembler = CompletionAssembler(
-            attempt.request, attempt.prompt_ids, without_echo, keep_tokens=keep_tokens
+            attempt.request, attempt.prompt_ids, keep_tokens=keep_tokens
         )
+        self._without_echo = without_echo
         self._response: aiohttp.ClientResponse | None = None
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self._first_token_at: float | None = None
+        self._given_at: float | None = None  # when all that was asked for had come
         self._opener: asyncio.Task[Any] | None = None  # waits for the headers
         self._silence: TimeoutError | None = None
 
@@ -127,14 +144,24 @@ class CompletionStream:
         return self._assembler.sampling_substituted
 
     @property
+    def logprobs_missing(self) -> bool:
+        """Whether logprobs were asked for, and the server sent none at all."""
+        return self._assembler.logprobs_missing
+
+    @property
     def response_id(self) -> str | None:
         """The id that the stream's chunks bear; None if there is none."""
         return self._assembler.response_id
 
     @property
     def received(self) -> int:
-        """Bytes received of the answer, and one for its headers."""
-        return 0 if self._response is None else 1 + self._response.content.total_bytes
+        """How much of the answer has come: grows with its headers, events and parts of events.
+
+        Keep-alives are none of it: a server that sends nothing else is silent.
+        """
+        if self._response is None:
+            return 0
+        return 1 + self._assembler.events + self._decoder.held
 
     def fail(self, error: TimeoutError) -> None:
         """End the wait for a server that has been silent for too long."""
@@ -157,7 +184,7 @@ class CompletionStream:
             AttemptFailed: the connection failed, or the answer is not a stream.
         """
         attempt = self._attempt
-        session = self._transport.session()
+        session = self._session()
         body = attempt.body if len(attempt.body) <= _LARGE_BODY else io.BytesIO(attempt.body)
         self._sent_at = self._loop.time()
         self._transport.read_timeouts.add(self, attempt.request.http_timeout)
@@ -176,6 +203,15 @@ class CompletionStream:
                 request_id=request_id_of(response.headers),
             )
             raise self._failed("upstream_stream", wrong)
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Return the pool's session; the first use of it may read certificates from a file."""
+        try:
+            return self._transport.session()
+        except OSError as error:
+            if not (open_files.exhausted(error) and open_files.raise_limit()):
+                raise self._broken(error) from error
+        return self._transport.session()
 
     async def _post(
         self, session: aiohttp.ClientSession, body: bytes | io.BytesIO
@@ -213,7 +249,9 @@ class CompletionStream:
         return status_error(
             response.status,
             body,
-            retry_after=parse_retry_after(headers.get("retry-after"), date=headers.get("date")),
+            retry_after=parse_retry_after(
+                headers.get("retry-after"), date=headers.get("date"), now=time.time()
+            ),
             request_id=request_id_of(headers),
         )
 
@@ -231,11 +269,20 @@ class CompletionStream:
         content = response.content
         while not assembler.done:
             try:
-                piece = await content.readany()
+                if assembler.given:
+                    piece = await asyncio.wait_for(content.readany(), self._time_to_end())
+                else:
+                    piece = await content.readany()
+            except TimeoutError as error:
+                if not assembler.given:
+                    raise self._broken(error) from error
+                piece = content.read_nowait()  # what came while something blocked the loop
             except (aiohttp.ClientError, OSError) as error:
                 raise self._broken(error) from error
             if not piece:
                 break
+            if content.total_bytes > self._limit:
+                raise self._failed("upstream_stream", self._too_long())
             if on_delta is None:
                 self._take(response, piece)
                 continue
@@ -244,9 +291,30 @@ class CompletionStream:
             if assembler.mark() != mark:
                 on_delta(assembler.since(mark))
         completion = self._finish()
-        if not content.at_eof():
+        if not assembler.done:
+            response.close()  # nobody knows what would follow
+        elif not content.at_eof():
             await self._reach_the_end(response)
-        return completion
+        echoed = self._attempt.request.echoed(completion.prompt_len)
+        if not (echoed and self._without_echo):
+            return completion
+        # The tokenizer may be busy with a template in another thread.
+        ids = completion.prompt_tokens[completion.prompt_len - echoed :]
+        text = await in_thread(self._without_echo, completion.text, ids)
+        return replace(completion, text=text)
+
+    def _time_to_end(self) -> float:
+        """Seconds left for the end of a stream that has given all; 0 if that was long ago."""
+        now = self._loop.time()
+        if self._given_at is None:
+            self._given_at = now
+        return max(0.0, self._given_at + GIVEN_TIMEOUT - now)
+
+    def _too_long(self) -> ProtocolError:
+        return ProtocolError(
+            f"the server sent more than {self._limit:,} bytes, which is more than an answer of "
+            "max_tokens tokens can have: it was cut off"
+        )
 
     def _take(self, response: aiohttp.ClientResponse, piece: bytes) -> None:
         """Take one piece of the stream, as it came from the network."""
@@ -274,7 +342,8 @@ class CompletionStream:
                 metrics=self._metrics(),
             )
         except ProtocolError as error:
-            raise self._failed("upstream_stream", error) from error
+            flawed = self._assembler.flawed
+            raise self._failed("upstream_stream", error, flawed=flawed) from error
 
     @staticmethod
     async def _reach_the_end(response: aiohttp.ClientResponse) -> None:
@@ -294,16 +363,18 @@ class CompletionStream:
         if isinstance(error, TimeoutError):
             timed_out = RequestTimedOut(f"no byte came in time ({what})", cause=error)
             return self._failed("timeout", timed_out)
-        if isinstance(error, aiohttp.ClientConnectorError) and open_files.exhausted(error.os_error):
+        system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        if isinstance(system, OSError) and open_files.exhausted(system):
             what = open_files.advice()
         return self._failed(
             "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)
         )
 
-    def _failed(self, kind: ErrorKind, error: ApiError) -> AttemptFailed:
+    def _failed(self, kind: ErrorKind, error: ApiError, *, flawed: bool = False) -> AttemptFailed:
         transport_error = type(error).__name__ if kind in ("connection", "timeout") else None
         status = error.status if isinstance(error, ApiStatusError) else None
-        return AttemptFailed(kind, error, self._metrics(transport_error, status))
+        metrics = self._metrics(transport_error, status)
+        return AttemptFailed(kind, error, metrics, flawed=flawed)
 
     def _metrics(
         self, transport_error: str | None = None, status: int | None = None

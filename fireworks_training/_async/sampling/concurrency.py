@@ -23,11 +23,15 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Protocol, Self, runtime_checkable
 
 from fireworks_training._core.window.aimd import AdaptiveWindow, FixedWindow
 from fireworks_training._core.window.settings import AimdSettings
+from fireworks_training._core.window.status_law import is_success
 from fireworks_training._inbox import call_on
+from fireworks_training.errors import NotSupported
 from fireworks_training.models import ServerMetrics
 
 logger = logging.getLogger("fireworks_training.sampling")
@@ -106,6 +110,12 @@ class SlotQueue:
         self._lock = threading.Lock()
         self._waiters: OrderedDict[_SlotWaiter, None] = OrderedDict()
         self._retries: OrderedDict[_SlotWaiter, None] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSupported(
+            f"a {type(self).__name__} counts the requests of this process and does not pickle: "
+            "make one in the other process"
+        )
 
     @property
     def window_size(self) -> int:
@@ -217,13 +227,18 @@ class FixedConcurrencyController(SlotQueue):
     def __init__(self, max_concurrency: int) -> None:
         super().__init__(FixedWindow(max_concurrency), time.monotonic)
 
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        """Pickle the bound; in another process it bounds the requests of that process."""
+        return type(self), (self.window_size,)
+
 
 class AdaptiveConcurrencyController(SlotQueue):
     """Follows what the server reports about its load, by a window that grows and shrinks (AIMD).
 
     With reported prefill queue times (dedicated deployments) it keeps all but one in twenty below
-    the target; without (serverless) it steers by 429, 503 and transport errors. The window triples
-    in a round trip until the server is found full. From then on, where queue times are reported, a
+    the target; by 429, 503 and transport errors it shrinks on every server, and steers where no
+    queue times are reported (serverless). The window triples in a round trip until the server is
+    found full. From then on, where queue times are reported, a
     request that takes a freed slot over may be held back, by `prefill_queue_target` at most: those
     that ended together don't begin together. The law stands in `_core/window`.
 
@@ -274,7 +289,12 @@ class AdaptiveConcurrencyController(SlotQueue):
             shrink_cooldown_s=shrink_cooldown_s,
         )
         super().__init__(AdaptiveWindow(settings), clock)
+        self._settings = settings
         self._warned_of_statuses = False
+
+    def __reduce__(self) -> tuple[partial[Self], tuple[()]]:
+        """Pickle the settings; another process learns its window by itself, on its own clock."""
+        return partial(type(self), **asdict(self._settings)), ()
 
     @property
     def ema_prefill_queue(self) -> float | None:
@@ -289,7 +309,8 @@ class AdaptiveConcurrencyController(SlotQueue):
         """
         before = self.window_size
         super().release(metrics)
-        if self._window.signal == "status" and not self._warned_of_statuses:
+        served = metrics is not None and is_success(metrics)
+        if served and self._window.signal == "status" and not self._warned_of_statuses:
             self._warned_of_statuses = True
             logger.warning(
                 "the server reports no prefill queue times: the concurrency window follows "

@@ -7,7 +7,9 @@ Neither knows prompts, attempts under way (`run.py`) or tasks (`tasks.py`).
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.prompts import LockedTokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._core.backoff import BILLING_PATIENCE, OUTAGE_PATIENCE
 from fireworks_training._wire.completions.request import (
     PATH,
     SamplingRequest,
@@ -35,6 +38,9 @@ from fireworks_training.options import SamplingOptions, Tokenizer
 
 METRICS_KEPT = 65_536
 """Attempts whose metrics are kept until `drain_metrics()`; the oldest go first."""
+
+BILLING_REPORT = 60.0
+"""Seconds between two log lines about an account that has to be paid for."""
 
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
 
@@ -104,6 +110,10 @@ class SamplerContext:
         self.progress = Progress(lambda: self._controller.window_size)
         self._labels = dict(labels or {})
         self._warned_substituted = False
+        self._warned_no_logprobs = False
+        self._warned_unreachable = False
+        self._answered = False
+        self._next_billing_warning = -math.inf
         # A rollout loop makes the same call again and again: it is checked once.
         self._last_request: tuple[dict[str, object], list[type], SamplingRequest] | None = None
 
@@ -169,6 +179,42 @@ class SamplerContext:
                 "sampler, or token ids to sample_with_prompt_tokens"
             )
         return self.tokenizer
+
+    def warn_billing(self) -> None:
+        """Log, once a minute at most, that requests wait until the account is paid for."""
+        now = time.monotonic()
+        if now >= self._next_billing_warning:
+            self._next_billing_warning = now + BILLING_REPORT
+            logger.warning(
+                "%s answers 402 (payment required): its requests wait until the account is paid "
+                "for, for up to %g minutes",
+                self.model,
+                BILLING_PATIENCE / 60,
+            )
+
+    def note_answer(self, failure: AttemptFailed | None) -> None:
+        """Note an attempt that ended: whether this server has ever answered is in its warnings."""
+        if failure is None or failure.kind not in ("connection", "timeout"):
+            self._answered = True
+        elif not self._answered and not self._warned_unreachable:
+            self._warned_unreachable = True
+            logger.warning(
+                "%s has not answered yet (%s): is the inference URL right, and the server up? "
+                "Its requests are tried again for at least %g s",
+                self.inference_url,
+                failure.error.message,
+                OUTAGE_PATIENCE,
+            )
+
+    def warn_no_logprobs(self) -> None:
+        """Log once that the server sends no logprobs though they are asked for."""
+        if not self._warned_no_logprobs:
+            self._warned_no_logprobs = True
+            logger.warning(
+                "%s was asked for logprobs and sends none: inference_logprobs, sampling_logprobs "
+                "and top_logprobs of its completions are None",
+                self.model,
+            )
 
     def warn_substituted(self) -> None:
         """Log once that raw logprobs stand in for the sampling logprobs that no answer reports."""

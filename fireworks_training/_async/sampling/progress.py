@@ -49,6 +49,7 @@ class Progress:
         self._calls: dict[CallInProgress, None] = {}  # oldest first
         self._attempts: dict[object, float] = {}  # when each began, oldest first
         self._backing_off = 0
+        self._why = ""  # the failure that was noted last
         self._timer: asyncio.TimerHandle | None = None
         self._schedule = ReportSchedule(0.0)  # that of the call that was the oldest last
         self._scheduled: CallInProgress | None = None
@@ -79,6 +80,10 @@ class Progress:
         """Count a request that starts (1) or ends (-1) a wait before its next attempt."""
         self._backing_off += change
 
+    def failed(self, why: str) -> None:
+        """Note why an attempt failed that will be made again."""
+        self._why = why
+
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         """Log the state if the oldest call is due for it; look again when the next may be."""
         self._timer = None
@@ -102,6 +107,8 @@ class Progress:
             f"sampling: {done} of {total} done, window {self._window()}, {in_flight} in flight, "
             f"{waiting} waiting for a slot, {self._backing_off} waiting to retry"
         )
+        if self._backing_off and self._why:
+            text += f" (last failure: {self._why})"
         if self._attempts:
             text += f", oldest {now - next(iter(self._attempts.values())):.0f} s"
         return text + oldest.labels

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
 from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
-from fireworks_training._core.backoff import Backoff, is_retryable
+from fireworks_training._core.backoff import (
+    BILLING_PATIENCE,
+    Backoff,
+    billing_budget,
+    is_billing,
+    is_retryable,
+    outage_budget,
+)
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -26,6 +33,10 @@ HOT_LOAD_STATUS = frozenset({404, 425})
 HOT_LOAD_POLL = 8.0
 """Seconds between two attempts at a deployment of which a load is known to be under way."""
 
+FLAWED_ATTEMPTS = 3
+"""Attempts of a completion that ends by an abort, or has a token without a logprob."""
+
+_FAILS_ALL_STATUS = frozenset({401, 402, 403, 404, 429, 502, 503})
 _TIMEOUT_STATUS = frozenset({408, 504})
 
 
@@ -45,16 +56,26 @@ def _hot_load_budget() -> Backoff:
     return Backoff(attempts=11, base=0.5, cap=HOT_LOAD_POLL, spread=0.2, retryable=is_hot_load)
 
 
+def _flawed_budget() -> Backoff:
+    # The server is well, and has answered: a few more tries, and soon.
+    return Backoff(attempts=FLAWED_ATTEMPTS, cap=1.0, retryable=lambda _: True)
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Makes the retry budgets of a completion; tests make quicker ones.
 
-    `transient` counts attempts, not seconds: a budget in seconds would have to be larger than the
-    time-out of one attempt, which the caller chooses.
+    Attributes:
+        transient: for outages and crowded servers; the usual one outlasts 90 s.
+        hot_load: for a deployment that loads a snapshot.
+        billing: for an account that has to be paid for.
+        flawed: for whole answers that lack what another attempt may bring, by how they ended.
     """
 
-    transient: Callable[[], Backoff] = Backoff
+    transient: Callable[[], Backoff] = outage_budget
     hot_load: Callable[[], Backoff] = _hot_load_budget
+    billing: Callable[[], Backoff] = billing_budget
+    flawed: Callable[[], Backoff] = _flawed_budget
 
 
 class Budgets:
@@ -68,18 +89,36 @@ class Budgets:
         loading: whether the last failure was that of a deployment that loads a snapshot.
     """
 
-    __slots__ = ("_hot_load", "_hot_loads", "_policy", "_transient", "loading")
+    __slots__ = (
+        "_billing",
+        "_flawed",
+        "_hot_load",
+        "_hot_loads",
+        "_policy",
+        "_transient",
+        "loading",
+    )
 
     def __init__(self, policy: RetryPolicy, hot_loads: HotLoadSignal) -> None:
         self._policy = policy
         self._hot_loads = hot_loads
         self._transient: Backoff | None = None
         self._hot_load: Backoff | None = None
+        self._billing: Backoff | None = None
+        self._flawed: Backoff | None = None
         self.loading = False
 
-    def next_delay(self, error: ApiError, *, now: float) -> float | None:
+    def next_delay(self, failure: AttemptFailed, *, now: float) -> float | None:
         """Note a failed attempt; seconds to wait before the next one, or None to give up."""
+        error = failure.error
+        if failure.flawed:
+            self.loading = False
+            self._flawed = self._flawed or self._policy.flawed()
+            return self._flawed.next_delay(error, now=now)
         self.loading = is_hot_load(error)
+        if is_billing(error):
+            self._billing = self._billing or self._policy.billing()
+            return self._billing.next_delay(error, now=now)
         if not self.loading:
             self._transient = self._transient or self._policy.transient()
             return self._transient.next_delay(error, now=now)
@@ -92,6 +131,17 @@ class Budgets:
         """Note that the load is over: another one has a budget of its own."""
         if self._hot_load is not None:
             self._hot_load.reset()
+
+
+def fails_all(failure: AttemptFailed) -> bool:
+    """Whether what failed one completion for good fails all of its call: no other need be sent.
+
+    A refused prompt, an answer of no use or a slow one are no such thing.
+    """
+    if failure.kind == "connection" or is_hot_load(failure.error):
+        return True
+    error = failure.error
+    return isinstance(error, ApiStatusError) and error.status in _FAILS_ALL_STATUS
 
 
 def final_error(
@@ -117,7 +167,7 @@ def final_error(
         attempts=attempts,
         final_status=status,
         final_error_kind=failure.kind,
-        retry_budget_exhausted=hot_loading or is_retryable(error),
+        retry_budget_exhausted=hot_loading or is_retryable(error) or is_billing(error),
         request_id=error.request_id or failure.metrics.request_id or request_id,
         cause=error,
     )
@@ -126,6 +176,11 @@ def final_error(
 def _advice(failure: AttemptFailed, hot_loading: bool) -> str:
     if isinstance(failure.error, AuthenticationFailed):
         return " Check the API key, and that it may use this deployment."
+    if is_billing(failure.error):
+        return (
+            f" The account has to be paid for; after {BILLING_PATIENCE / 60:g} minutes the request "
+            "was given up."
+        )
     if hot_loading:
         return " The deployment did not become ready; check its state and the model name."
     if isinstance(failure.error, NotFound):

@@ -133,8 +133,11 @@ def retries_of(config: RetryConfig | None) -> Retries | None:
             f"retry_config.progress_timeout must be over 0 seconds, got {config.progress_timeout}"
         )
     most = config.max_connections
+    policy = replace(RetryPolicy(), transient=_budgets(config))
+    if not config.enable_retry_logic:
+        policy = replace(policy, billing=policy.transient)
     return Retries(
-        policy=replace(RetryPolicy(), transient=_budgets(config)),
+        policy=policy,
         most=None if most == usual.max_connections else most,
         progress_timeout=config.progress_timeout,
     )

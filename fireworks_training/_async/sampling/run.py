@@ -1,9 +1,10 @@
 """Runs the completions of one call: slots, attempts, retries.
 
 Each completion takes a slot for each HTTP attempt, gives it back during back-off, and goes on until
-it is there or its retry budget is used up. If one completion fails, the others of the call are
-cancelled. Tokens are never spliced: an attempt that broke mid-stream starts again from the prompt,
-and a stream whose deltas were handed out already fails.
+it is there or its retry budget is used up. If one completion fails, the others of the call go on,
+and are handed out with the error or without it; unless what failed it (a wrong key, a dead server)
+fails them too: then they are cancelled. Tokens are never spliced: an attempt that broke mid-stream
+starts again from the prompt, and a stream whose deltas were handed out already fails.
 
 It knows what the sampler's calls share (`context.py`) and how one HTTP attempt is made
 (`completion_stream.py`); it does not know prompts as text, nor who waits for the result.
@@ -26,9 +27,9 @@ from fireworks_training._async.sampling.completion_stream import (
 )
 from fireworks_training._async.sampling.concurrency import SlotQueue
 from fireworks_training._async.sampling.context import RequestLog, SamplerContext
-from fireworks_training._async.sampling.retries import Budgets, final_error, is_hot_load
+from fireworks_training._async.sampling.retries import Budgets, fails_all, final_error, is_hot_load
 from fireworks_training._async.sampling.token_stream import DeltaBuffer
-from fireworks_training._core.backoff import is_retryable
+from fireworks_training._core.backoff import is_billing, is_retryable
 from fireworks_training._core.window.status_law import is_congestion
 from fireworks_training._wire.completions.request import EncodedRequest, SamplingRequest
 from fireworks_training.errors import SamplingRequestError
@@ -85,20 +86,60 @@ class SamplingRun:
         """Sample `n` completions of each prompt; those of the first prompt come first.
 
         Raises:
-            SamplingRequestError: one completion failed for good; the others were cancelled.
+            SamplingRequestError: one completion failed for good; its `completions` are those that
+                came. With `return_partial` only if none came.
         """
+        failures: list[SamplingRequestError] = []
+        tasks: list[asyncio.Task[SampledCompletion | None]] = []
+        unforeseen: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self.one(prompt, sample))
+                    group.create_task(self._one_of(prompt, sample, failures))
                     for prompt in prompts
                     for sample in range(n)
                 ]
         except BaseExceptionGroup as errors:
-            failed = errors.exceptions[0]
-        else:
-            return [task.result() for task in tasks]
-        raise failed
+            unforeseen = next((e for e in errors.exceptions if e not in failures), None)
+        if unforeseen is not None:
+            raise unforeseen
+        came = [one for task in tasks if (one := _result_of(task)) is not None]
+        return self._partial(came, failures) if failures else came
+
+    async def _one_of(
+        self, prompt: EncodedRequest, sample: int, failures: list[SamplingRequestError]
+    ) -> SampledCompletion | None:
+        """Sample one of several completions; None if it failed, and its siblings may go on."""
+        try:
+            return await self.one(prompt, sample)
+        except SamplingRequestError as failure:
+            failures.append(failure)
+            if self._given_up:
+                raise  # cancels the siblings
+            return None
+
+    def _partial(
+        self, came: list[SampledCompletion], failures: list[SamplingRequestError]
+    ) -> list[SampledCompletion]:
+        """Return what came in spite of failures, if that was asked for; else raise the first."""
+        first = failures[0]
+        if not (came and self._request.return_partial):
+            first.completions = tuple(came)
+            if came:
+                first.message += (
+                    f" {len(came)} of the call's {self.total} completions came: they are in this "
+                    "error's `completions`, and return_partial=True returns them."
+                )
+            raise first
+        logger.warning(
+            "sampling from %s%s: %d of %d completions failed and are left out; the first one: %s",
+            self._context.model,
+            self.labels,
+            self.total - len(came),
+            self.total,
+            first,
+        )
+        return came
 
     async def one(
         self,
@@ -138,7 +179,7 @@ class SamplingRun:
                 return completion
             except AttemptFailed as failure:
                 budgets = budgets or Budgets(context.retries, context.hot_loads)
-                delay = budgets.next_delay(failure.error, now=self._loop.time())
+                delay = budgets.next_delay(failure, now=self._loop.time())
                 if deltas is not None and not deltas.restart():
                     delay = None
                 if log is not None:
@@ -193,11 +234,14 @@ class SamplingRun:
             completion = self._with_distance(completion)
             reported = completion.metrics
             context.metrics.append(reported)
+            context.note_answer(None)
             context.transport.usage.sampled(
                 reported.prompt_tokens, reported.cached_prompt_tokens, reported.completion_tokens
             )
-            if stream.sampling_substituted:
+            if stream.sampling_substituted and completion.completion_len:
                 context.warn_substituted()
+            if stream.logprobs_missing:
+                context.warn_no_logprobs()
             if log is not None:
                 log.succeeded(reported, stream.response_id)
             if hook is not None:
@@ -205,6 +249,7 @@ class SamplingRun:
             return completion
         except AttemptFailed as failure:
             context.metrics.append(failure.metrics)
+            context.note_answer(failure)
             # Other failures are no evidence of how crowded the server is.
             reported = failure.metrics if is_congestion(failure.metrics) else None
             raise
@@ -241,6 +286,9 @@ class SamplingRun:
     ) -> None:
         hook = self._context.transport.events
         events.retried(hook, attempt.headers, attempt.number, delay, failure.error)
+        self._context.progress.failed(failure.error.message)
+        if is_billing(failure.error):
+            self._context.warn_billing()
         logger.info(
             "sampling from %s%s: attempt %d failed (%s), next in %.2f s, request %s",
             self._context.model,
@@ -254,11 +302,16 @@ class SamplingRun:
     def _give_up(
         self, failure: AttemptFailed, attempt: Attempt, request_id: str
     ) -> SamplingRequestError:
-        """End the call because a completion failed for good; returns the error to raise."""
-        self._given_up = True
+        """End a completion that failed for good, and the call if all fail so; returns the error."""
+        self._given_up = self._given_up or fails_all(failure)
         note = getattr(self._controller, "note_retry_exhausted", None)
         if note is not None and is_retryable(failure.error) and not is_hot_load(failure.error):
             note(failure.metrics)
         error = final_error(failure, attempt.number, request_id, self._context.model, self.labels)
         events.failed(self._context.transport.events, attempt.headers, error)
         return error
+
+
+def _result_of(task: asyncio.Task[SampledCompletion | None]) -> SampledCompletion | None:
+    """Return the completion that a finished task made; None if it made none."""
+    return None if task.cancelled() or task.exception() is not None else task.result()

@@ -19,6 +19,7 @@ from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.event_hook import EventHook
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.runtime.threads import in_thread
+from fireworks_training._async.sampling import handles
 from fireworks_training._async.sampling.concurrency import (
     FixedConcurrencyController,
     SamplingConcurrencyController,
@@ -33,6 +34,7 @@ from fireworks_training._async.sampling.prompts import (
 )
 from fireworks_training._async.sampling.retries import RetryPolicy
 from fireworks_training._async.sampling.run import SamplingRun
+from fireworks_training._async.sampling.signatures import show_options
 from fireworks_training._async.sampling.tasks import SamplerTasks
 from fireworks_training._async.sampling.token_stream import DeltaBuffer, TokenStream
 from fireworks_training._checks import integer
@@ -79,6 +81,10 @@ class DeploymentSampler:
             call adds to them. Never sent.
         on_event: is called with requests, retries, windows and failures, as the `on_event` of
             `from_firetitan_config` is.
+
+    A pickled sampler keeps where it samples, its headers and its tokenizer, but no credentials, and
+    no other concurrency controller than a fixed one: the process that unpickles it uses its own
+    `FIREWORKS_API_KEY`, connections and window.
 
     Raises:
         InvalidArgument: an argument is missing or contradicts another.
@@ -224,7 +230,8 @@ class DeploymentSampler:
 
         Raises:
             InvalidArgument, UnknownOption, NotSupported: at the call, if it is wrong.
-            SamplingRequestError: from the result: one completion failed for good.
+            SamplingRequestError: from the result: one completion failed for good. Its
+                `completions` are those that came; `return_partial=True` returns them instead.
             SamplingClientClosedError: from the result: the sampler was closed under it.
         """
         request = self._request(max_tokens, temperature, options)
@@ -277,7 +284,7 @@ class DeploymentSampler:
 
         The other arguments and the errors are those of `sample_with_prompt_tokens`.
         """
-        request = self._request(max_tokens, temperature, options)
+        request = self._request_of_one(max_tokens, temperature, options)
         (ids,) = one_prompt(prompt_token_ids)
         if max_seq_len is not None and len(ids) >= integer("max_seq_len", max_seq_len, 1):
             raise InvalidArgument(
@@ -389,7 +396,7 @@ class DeploymentSampler:
             SamplingRequestError: from the iteration: the completion failed for good, or the stream
                 broke after a delta had been handed over.
         """
-        request = self._request(max_tokens, temperature, options)
+        request = self._request_of_one(max_tokens, temperature, options)
         find = self._finder(prompt)
         label = "streaming a completion"
         return TokenStream(
@@ -409,6 +416,16 @@ class DeploymentSampler:
     ) -> SamplingRequest:
         self._tasks.check_open()
         return self._context.request(max_tokens, temperature, options)
+
+    def _request_of_one(
+        self, max_tokens: int, temperature: float, options: SamplingOptions
+    ) -> SamplingRequest:
+        request = self._request(max_tokens, temperature, options)
+        if request.return_partial:
+            raise InvalidArgument(
+                "return_partial has no effect on a call of one completion: leave it out"
+            )
+        return request
 
     def _finder(self, prompt: Sequence[int] | Conversation) -> Prompts:
         """Check one prompt as far as it can be at once; returns its ids, or what finds them."""
@@ -436,9 +453,9 @@ class DeploymentSampler:
         request: SamplingRequest,
         max_seq_len: int | None,
     ) -> SampleCall[list[SampledCompletion]]:
-        integer("n", n, 1)
+        n = integer("n", n, 1)
         if max_seq_len is not None:
-            integer("max_seq_len", max_seq_len, 1)
+            max_seq_len = integer("max_seq_len", max_seq_len, 1)
         total = prompts * n
         label = "sampling a completion" if total == 1 else f"sampling {total} completions"
         args = (find, n, request, max_seq_len)
@@ -513,6 +530,13 @@ class DeploymentSampler:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the sampler samples, and its tokenizer, without credentials.
+
+        The process that unpickles it uses its own `FIREWORKS_API_KEY`, connections and window.
+        """
+        return _unpickled, (handles.encode(self), self.tokenizer)
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.model}: {self.concurrency_controller!r}>"
 
@@ -536,9 +560,31 @@ class SamplerInternals(DeploymentSampler):
         return sampler._context
 
     @staticmethod
+    def sampling(
+        sampler: DeploymentSampler,
+        prompt: Sequence[int],
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        options: SamplingOptions,
+    ) -> Callable[[], Coroutine[Any, Any, list[SampledCompletion]]]:
+        """Check a call of one prompt; returns the coroutine function that does its work.
+
+        For a caller whose own task of the sampler awaits it: that task was accepted, and its
+        work is not asked for admission a second time.
+        """
+        request = sampler._request(max_tokens, temperature, options)
+        prompts, samples = one_prompt(prompt), integer("n", n, 1)
+        return lambda: sampler._sample(prompts, samples, request, None)
+
+    @staticmethod
     def tasks_of(sampler: DeploymentSampler) -> SamplerTasks:
         """Return the running calls of a sampler."""
         return sampler._tasks
+
+
+def _unpickled(handle: str, tokenizer: Tokenizer | None) -> DeploymentSampler:
+    return DeploymentSampler(tokenizer=tokenizer, **handles.arguments(handle))
 
 
 def _fitting(
@@ -558,3 +604,12 @@ def _fitting(
             max_seq_len,
         )
     return fitting
+
+
+for _method in (
+    DeploymentSampler.sample_with_tokens,
+    DeploymentSampler.sample_with_prompt_tokens,
+    DeploymentSampler.sample_with_prompt_tokens_result,
+    DeploymentSampler.stream,
+):
+    show_options(_method, SamplingOptions)

@@ -6,18 +6,12 @@ sampler's. Importing this loads no tinker: whoever passes its types has loaded i
 
 from __future__ import annotations
 
-import base64
-import json
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-import orjson
-
-from fireworks_training._async.sampling.concurrency import (
-    FixedConcurrencyController,
-    SamplingConcurrencyController,
-)
+from fireworks_training._async.sampling import handles
+from fireworks_training._async.sampling.concurrency import SamplingConcurrencyController
 from fireworks_training._async.sampling.retry_config import (
     ProgressTimeout,
     Retries,
@@ -25,8 +19,12 @@ from fireworks_training._async.sampling.retry_config import (
     window_of,
 )
 from fireworks_training._async.sampling.sampler import DeploymentSampler, SamplerInternals
-from fireworks_training.config import environment_api_key
-from fireworks_training.errors import InvalidArgument, NotSupported, SamplingError
+from fireworks_training.errors import (
+    InvalidArgument,
+    NotSupported,
+    SamplingError,
+    SamplingRequestError,
+)
 from fireworks_training.events import OnEvent
 from fireworks_training.futures import APIFuture
 from fireworks_training.models import SampledCompletion
@@ -41,8 +39,6 @@ DRAIN_TIMEOUT = 3600.0
 """Seconds that requests under way may still take after `close()`."""
 
 DEFAULT_MAX_TOKENS = 1024
-
-_CREDENTIALS = ("authorization", "key", "token", "secret", "cookie")
 
 
 class FiretitanSamplingClient:
@@ -153,16 +149,17 @@ class FiretitanSamplingClient:
         if include_prompt_logprobs:
             options["echo"] = True
         limit = sampling_params.max_tokens
-        call = self.deployment_sampler.sample_with_prompt_tokens(
+        sampling = SamplerInternals.sampling(
+            self.deployment_sampler,
             _text_tokens(prompt),
             num_samples,
             DEFAULT_MAX_TOKENS if limit is None else limit,
             float(sampling_params.temperature),
-            **options,
+            options,
         )
 
         async def work() -> SampleResponse:
-            return _response(await call, with_prompt=include_prompt_logprobs)
+            return _response(await sampling(), with_prompt=include_prompt_logprobs)
 
         return self._start(work, "sampling")
 
@@ -190,15 +187,27 @@ class FiretitanSamplingClient:
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """Compute the natural logprobs of a prompt under the raw model; None for the first token.
 
-        It samples one token with an echo. For training, `forward` of the training client gives the
-        trainer's own.
+        It samples one token with an echo; and none, where the server refuses that one: a prompt may
+        fill the context. For training, `forward` of the training client gives the trainer's own.
         """
-        call = self.deployment_sampler.sample_with_prompt_tokens(
-            _text_tokens(prompt), 1, 1, 1.0, logprobs=True, echo=True
+        tokens = _text_tokens(prompt)
+        one_token, no_token = (
+            SamplerInternals.sampling(
+                self.deployment_sampler, tokens, 1, limit, 1.0, {"logprobs": True, "echo": True}
+            )
+            for limit in (1, 0)
         )
 
         async def work() -> list[float | None]:
-            (one,) = await call
+            try:
+                (one,) = await one_token()
+            except SamplingRequestError as refused:
+                if refused.final_status != 400:
+                    raise
+                try:
+                    (one,) = await no_token()
+                except SamplingRequestError:
+                    raise refused from None
             return _prompt_logprobs(one)
 
         return self._start(work, "computing logprobs")
@@ -239,23 +248,7 @@ class FiretitanSamplingClient:
 
     def get_sampler_handle(self) -> str:
         """Encode where this client samples in a string without credentials and tokenizer."""
-        sampler = self.deployment_sampler
-        controller = sampler.concurrency_controller
-        fixed = isinstance(controller, FixedConcurrencyController)
-        handle = {
-            "inference_url": sampler.inference_url,
-            "model": sampler.model,
-            "headers": {
-                name: value
-                for name, value in sampler.additional_headers.items()
-                if not any(word in name.lower() for word in _CREDENTIALS)
-            },
-            # A fixed window is the caller's choice; another one is what this process has learned.
-            "window": controller.window_size if fixed else None,
-            "integer_stops": sampler.integer_stops,
-            "verify_ssl": sampler.verify_ssl,
-        }
-        return base64.urlsafe_b64encode(orjson.dumps(handle)).decode()
+        return handles.encode(self.deployment_sampler)
 
     @classmethod
     def from_sampler_handle(
@@ -270,34 +263,8 @@ class FiretitanSamplingClient:
         Raises:
             InvalidArgument: this is not a handle, or there is no key.
         """
-        try:
-            fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(handle))
-            window: int | None = fields["window"]
-            place: tuple[str, str] = fields["inference_url"], fields["model"]
-            headers: dict[str, str] = fields["headers"]
-            integer_stops, verify_ssl = bool(fields["integer_stops"]), bool(fields["verify_ssl"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(
-                "this is no sampler handle: pass what get_sampler_handle() returned"
-            ) from error
-        key = api_key or environment_api_key()
-        if not key:
-            raise InvalidArgument(
-                "a sampler handle holds no credentials: pass api_key=, or set FIREWORKS_API_KEY "
-                "in this process"
-            )
-        controller = None if window is None else FixedConcurrencyController(window)
-        return cls(
-            DeploymentSampler(
-                *place,
-                key,
-                tokenizer,
-                controller,
-                additional_headers=headers,
-                integer_stops=integer_stops,
-                verify_ssl=verify_ssl,
-            )
-        )
+        found = handles.arguments(handle, api_key=api_key)
+        return cls(DeploymentSampler(tokenizer=tokenizer, **found))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -35,6 +36,7 @@ class SamplerTasks:
 
     def __init__(self, transport: Transport, *, owns_transport: bool, label: str) -> None:
         self.closed = False
+        self._lock = threading.Lock()
         self._transport = transport
         self._owns_transport = owns_transport
         self._label = label
@@ -54,11 +56,19 @@ class SamplerTasks:
     def spawn(
         self, work: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args, label: str
     ) -> Outcome[T]:
-        """Run work on the owner loop, from any thread."""
-        self.check_open()
-        if self._owns_transport and self._forget_exit is None:
-            self._forget_exit = at_exit(self._label, self._transport.close)
-        return self._transport.owner.spawn(self._until_closed, work, *args, label=label)
+        """Run work on the owner loop, from any thread.
+
+        What this accepts, `close()` waits for or cancels: both take the lock, so that an accepted
+        call is on its way to the loop before the end begins there.
+
+        Raises:
+            ClientClosed: the sampler was closed.
+        """
+        with self._lock:
+            self.check_open()
+            if self._owns_transport and self._forget_exit is None:
+                self._forget_exit = at_exit(self._label, self._transport.close)
+            return self._transport.owner.spawn(self._until_closed, work, *args, label=label)
 
     async def _until_closed(
         self, work: Callable[[*Args], Coroutine[Any, Any, T]], *args: *Args
@@ -105,9 +115,10 @@ class SamplerTasks:
 
     def _start_closing(self) -> bool:
         """Refuse further calls; returns whether there is anything to end."""
-        if self.closed:
-            return False
-        self.closed = True
+        with self._lock:
+            if self.closed:
+                return False
+            self.closed = True
         return self._transport.owner.bound is not None
 
     async def _end(self, drain: float) -> None:
@@ -116,6 +127,8 @@ class SamplerTasks:
         def running() -> list[asyncio.Task[Any]]:
             return [task for task in self._running if task is not mine]
 
+        # Calls that were accepted before the close may have their first step behind this one.
+        await asyncio.sleep(0)
         try:
             if drain > 0 and (left := running()):
                 logger.info(

@@ -11,10 +11,10 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from fireworks_training._outcome import Outcome, done_here, mark_retrieved
-from fireworks_training.errors import ClientClosed, InvalidArgument
+from fireworks_training.errors import ClientClosed, InvalidArgument, NotSupported
 from fireworks_training.models import SampledCompletion, TokenDelta
 
 
@@ -66,7 +66,10 @@ class DeltaBuffer:
             if self._text:
                 self._taken = True
                 delta = TokenDelta(
-                    "".join(self._text), self._tokens, self._logprobs, self._sampling
+                    "".join(self._text),
+                    self._tokens,
+                    self._logprobs.tolist(),
+                    self._sampling.tolist(),
                 )
                 self._text, self._tokens = [], []
                 self._logprobs, self._sampling = array("d"), array("d")
@@ -197,6 +200,12 @@ class TokenStream:
         outcome = getattr(self, "_outcome", None)
         if outcome is not None and not outcome.done():
             outcome.request_cancel()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotSupported(
+            f"{self._label}: a stream is a connection of this process and does not pickle: send "
+            "its `completion`, or the sampler"
+        )
 
     def __repr__(self) -> str:
         state = "not started" if self._outcome is None else "open"

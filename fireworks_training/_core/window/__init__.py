@@ -28,10 +28,14 @@ verdict is clear. Where the server reports q, its end sets
     w  =  2 w, slow start again                                   the same, and q was seen at this w
     w  =  w                                                       else
 
-with allowance = 1 + 0.2 T / mean(s): a fifth of the target may queue. Where it does not report q,
+with allowance = 1 + 0.2 T / mean(s): a fifth of the target may queue. On every server
 
     w  =  b w        at a 429, a 503 or a transport error, once a cooldown; b b w from try 3 on
+
+and where it does not report q, or has refused a request since the window was larger than now,
+
     w  =  max(w + a, min(1.25 w, 0.75 w of the last refusal))     a round without any of these
+    w  =  max(w + a, 1.25 w)                                      the same, beyond what was refused
 
 In slow start each answer adds two slots, so that w triples in a round trip, until the server is
 found full; from then on, where q is reported, bursts are spread. A window that was never full in

@@ -1,9 +1,10 @@
 """`FixedWindow` and `AdaptiveWindow`: count the requests in flight against a window.
 
 They know the count, the debt after a decrease, slow start and the age of evidence; the laws that
-set the window at the end of a round stand in `queue_law.py` (where the server reports how long
-prompts queued: once it did, statuses count for nothing) and `status_law.py`. The package's text has
-the symbols and the formulas.
+set the window at the end of a round stand in `queue_law.py` (answers that report how long their
+prompt queued) and `status_law.py` (all others). Each answer goes to the law that fits it: a refusal
+shrinks the window also where other answers report queue times. The package's text has the symbols
+and the formulas.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 from fireworks_training._core.window.pacing import Pacer
 from fireworks_training._core.window.queue_law import QUEUE_ALLOWANCE, QueueLaw
 from fireworks_training._core.window.settings import AimdSettings
-from fireworks_training._core.window.status_law import StatusLaw, is_congestion
+from fireworks_training._core.window.status_law import StatusLaw, is_congestion, is_success
 from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 
@@ -92,7 +93,8 @@ class AdaptiveWindow(FixedWindow):
     """Keeps a window that follows the server's congestion.
 
     Attributes:
-        signal: the evidence that it follows, "prefill_queue" or "status"; None before any.
+        signal: what the newest success has told, "prefill_queue" or "status"; before any success
+            "status" if there was a refusal, else None.
     """
 
     def __init__(self, settings: AimdSettings) -> None:
@@ -156,7 +158,7 @@ class AdaptiveWindow(FixedWindow):
         if metrics is not None:
             self._observe(metrics, now)
         interval = self._settings.adjustment_interval
-        if interval > 0 and self._law.over(min(interval, self.size)):
+        if interval > 0 and self._round_is_over(min(interval, self.size)):
             self._end_round()
         if self._fresh_from == math.inf and self.has_room:
             # Here the first one since the decrease is admitted: until now there was a debt. One
@@ -170,9 +172,11 @@ class AdaptiveWindow(FixedWindow):
         if is_congestion(metrics):
             self._statuses.exhaustions += 1
 
-    @property
-    def _law(self) -> QueueLaw | StatusLaw:
-        return self._queue if self.signal == "prefill_queue" else self._statuses
+    def _round_is_over(self, size: int) -> bool:
+        """Whether enough answers came; those without a queue time count beside those with one."""
+        if self._queue.observed:
+            return self._queue.over(max(1, size - self._statuses.successes))
+        return self._statuses.over(size)
 
     def _observe(self, metrics: ServerMetrics, now: float) -> None:
         self._step.metrics += 1
@@ -180,10 +184,11 @@ class AdaptiveWindow(FixedWindow):
         self._step.prompt_tokens += metrics.prompt_tokens or 0
         latency = metrics.client_latency
         sent = now - (latency or 0.0)
+        if is_congestion(metrics):
+            self._take_refusal(metrics, sent, now)
+            return
         queued = metrics.prefill_queue_duration
-        if queued is not None and not 0.0 <= queued < math.inf:
-            queued = None  # not a time: a NaN would stay in every average
-        if queued is not None:
+        if queued is not None and 0.0 <= queued < math.inf:
             self.signal = "prefill_queue"
             self._queue.note(queued)
             if latency is not None:  # less the queue that the aimed-at window would not have
@@ -192,23 +197,38 @@ class AdaptiveWindow(FixedWindow):
                 self._pacer.note(max(0.0, latency - max(0.0, queued - spare)))
             if sent > self._fresh_from:
                 self._queue.observe(queued, latency, window=self._window, now=now)
-        elif self.signal != "prefill_queue":
+        elif is_success(metrics):
             self.signal = "status"
-            factor = self._statuses.observe(metrics, window=self._window, sent=sent, now=now)
-            if factor is not None:
-                self._window = self._bounded(self._window * factor)
+            self._statuses.observe(metrics, window=self._window, sent=sent, now=now)
+            if not self._statuses.slow_start:
                 return
-        starting = self._law.slow_start and self._full and self._settings.adjustment_interval > 0
-        if starting and not is_congestion(metrics):
+        else:
+            return  # neither that it is crowded, nor that there is room
+        if self._queue.slow_start and self._full and self._settings.adjustment_interval > 0:
             self._window = self._bounded(self._window + SLOW_START_GROWTH)
+
+    def _take_refusal(self, metrics: ServerMetrics, sent: float, now: float) -> None:
+        """Shrink the window, unless the refusal is of a congestion that has shrunk it already."""
+        self.signal = self.signal or "status"
+        factor = self._statuses.observe(metrics, window=self._window, sent=sent, now=now)
+        if factor is None:
+            return
+        self._queue.refused(self._window)
+        self._window = self._bounded(self._window * factor)
+        self._fresh_from = math.inf
 
     def _end_round(self) -> bool:
         """End the round; returns whether there was any evidence."""
-        law = self._law
-        if not law.observed:
-            return False
         before = self._window
-        self._window = self._bounded(law.end_round(before, bound=self._full))
+        if self._queue.observed:
+            # Where some were refused there is no room, however short the queue of the others.
+            bound = self._full and not self._statuses.refusals
+            self._window = self._bounded(self._queue.end_round(before, bound=bound))
+            self._statuses.start_round()
+        elif self._statuses.observed:
+            self._window = self._bounded(self._statuses.end_round(before, bound=self._full))
+        else:
+            return False
         if self._window < before:
             self._fresh_from = math.inf
         self._full = self._in_flight >= self.size
@@ -218,8 +238,9 @@ class AdaptiveWindow(FixedWindow):
         """End the round with the evidence so far, and summarise the step.
 
         Returns:
-            `window` (before), `requests`; `avg_pq`, `ema_pq` or `status_responses`,
-            `congestion_responses`, `congestion_rate`, `congestion_events`, `retry_exhaustions`;
+            `window` (before), `requests`; `avg_pq`, `ema_pq` where the server reports queue times;
+            where it does not, or has refused some, `status_responses`, `congestion_responses`,
+            `congestion_rate`, `congestion_events`, `retry_exhaustions`;
             `pending_decrease`, `avg_window`, `max_in_flight`; `window_after` if there was anything
             to adjust by; `cache_hit_rate` if the server reports prompt tokens.
         """
@@ -233,7 +254,10 @@ class AdaptiveWindow(FixedWindow):
         summary["max_in_flight"] = float(step.max_in_flight)
         if self._end_round():
             summary["window_after"] = float(self.size)
-        summary |= self._queue.summary() if by_queue else self._statuses.summary()
+        if by_queue:
+            summary |= self._queue.summary()
+        if not by_queue or self._statuses.refused_in_step:
+            summary |= self._statuses.summary()
         if step.prompt_tokens:
             summary["cache_hit_rate"] = step.cached_tokens / step.prompt_tokens
         self._queue.start_step()

@@ -14,6 +14,9 @@ counts nor admits requests; `aimd.py` does.
   queued for too long: the requests that were in service then have then been counted.
 - Increase: if nineteen of twenty, and the moving average of the means, queued for at most half the
   target, the set-point, the window grows. Between the two it stays.
+- Refusal: a request that the server refused (`status_law.py`) has shrunk the window. Slow start is
+  over; the window grows as after a refusal where no queue times are reported, until a whole round
+  was served in a window that is larger than the refused one.
 - Restart: if there was a queue at this window and none for a whole round now, the server can take
   more than it could. The window doubles, and slow start begins again.
 """
@@ -24,6 +27,7 @@ import math
 
 from fireworks_training._core.window.occupancy import Occupancy
 from fireworks_training._core.window.settings import AimdSettings
+from fireworks_training._core.window.status_law import growth_after_refusal
 
 TAIL_SHARE = 0.05
 """Share of a round's requests that may queue for longer than the target."""
@@ -71,6 +75,7 @@ class QueueLaw:
         self._queued_at = math.inf  # the least window that showed a queue
         self._empty = 0  # answers with an empty queue, one after another
         self._blind = True  # no decrease since slow start began
+        self._refused_at = 0.0  # the window that was refused last; 0 if the limit has moved since
         self._occupancy = Occupancy()
         self._step_sum = 0.0
         self._step_count = 0
@@ -120,6 +125,14 @@ class QueueLaw:
         else:
             self._empty += 1
 
+    def refused(self, window: float) -> None:
+        """Note that the server refused a request in this window, which was shrunk for it."""
+        self._refused_at = window
+        self.slow_start = self._blind = False
+        self._empty = 0
+        self.ema = None  # it was the old window's
+        self._start_round()
+
     def over(self, round_size: int) -> bool:
         """Whether the round is over: complete, or clear in its verdict before."""
         answers = len(self._queues)
@@ -157,6 +170,12 @@ class QueueLaw:
         settings = self._settings
         if self.slow_start:  # each answer opened it, unless steps alone adjust
             return window if settings.adjustment_interval == 0 else 0.0
+        if self._refused_at:
+            growth = growth_after_refusal(window, self._refused_at, settings.additive_increase)
+            if window > self._refused_at:
+                self._refused_at = 0.0
+                self._empty = 0
+            return growth
         rounds = self._empty / max(window, MIN_ANSWERS_PER_ROUND)
         if rounds >= (1 if window >= self._queued_at else ROUNDS_BEFORE_SLOW_START):
             self.slow_start = self._blind = True

@@ -1,11 +1,11 @@
-"""The window's law where the server reports no queue times (serverless): by statuses.
+"""The window's law by statuses: for refusals on every server, and for answers without queue times.
 
 - A 429, a 503 or a transport error is congestion. It shrinks the window at once by
   `multiplicative_decrease`, but only once a cooldown and only if the request was sent after the
   last decrease; from the third attempt of a request on, twice as hard.
 - A round of answers without congestion, in a window that was full, grows it by
   `additive_increase`; up to three quarters of the window that was refused last it grows by a
-  quarter.
+  quarter, and beyond that window too: the server takes more now than it did.
 
 It neither counts nor admits requests; `aimd.py` does.
 """
@@ -26,10 +26,32 @@ DEEP_RETRY = 3
 RECOVERY_SHARE = 0.75
 """Share of the window that was refused last, up to which the window grows by a quarter a round."""
 
+RECOVERY_GROWTH = 0.25
+"""Share of the window that a clean round adds where the limit can't be near."""
+
 
 def is_congestion(metrics: ServerMetrics) -> bool:
     """Whether an attempt failed as attempts fail on a crowded server."""
     return metrics.transport_error is not None or metrics.http_status_code in CONGESTION_STATUS
+
+
+def is_success(metrics: ServerMetrics) -> bool:
+    """Whether an attempt was answered with a success."""
+    return metrics.http_status_code is not None and 200 <= metrics.http_status_code < 300
+
+
+def growth_after_refusal(window: float, refused_at: float, least: float) -> float:
+    """Return what a clean round adds to a window, by the window that was refused last.
+
+    Args:
+        window: at present.
+        refused_at: the window that was refused last; 0 if none was.
+        least: the growth between the two bounds within which the limit is looked for.
+    """
+    if window > refused_at > 0:
+        return max(least, RECOVERY_GROWTH * window)
+    near = RECOVERY_SHARE * refused_at
+    return max(least, min(near - window, RECOVERY_GROWTH * window))
 
 
 class StatusLaw:
@@ -60,6 +82,25 @@ class StatusLaw:
         """Whether the round has evidence."""
         return self._answers > 0
 
+    @property
+    def successes(self) -> int:
+        """Answers of the round that were not refused."""
+        return self._answers - self._congested
+
+    @property
+    def refusals(self) -> int:
+        """Requests of the round that were refused."""
+        return self._congested
+
+    @property
+    def refused_in_step(self) -> int:
+        """Requests of the step that were refused."""
+        return self._step_congested
+
+    def start_round(self) -> None:
+        """Begin another round."""
+        self._answers = self._congested = 0
+
     def observe(
         self, metrics: ServerMetrics, *, window: float, sent: float, now: float
     ) -> float | None:
@@ -67,7 +108,7 @@ class StatusLaw:
         settings = self._settings
         if not is_congestion(metrics):
             # Other errors are no evidence: neither that it is crowded, nor that there is room.
-            if metrics.http_status_code is not None and 200 <= metrics.http_status_code < 300:
+            if is_success(metrics):
                 self._answers += 1
                 self._step_answers += 1
             return None
@@ -96,11 +137,12 @@ class StatusLaw:
             bound: whether the window was full at some time of the round.
         """
         clean = self._answers > 0 and self._congested == 0
-        self._answers = self._congested = 0
+        self.start_round()
         if not (clean and bound):
             return window
-        near = RECOVERY_SHARE * self._refused_at
-        return max(window + self._settings.additive_increase, min(near, 1.25 * window))
+        return window + growth_after_refusal(
+            window, self._refused_at, self._settings.additive_increase
+        )
 
     def summary(self) -> dict[str, float]:
         """Summarise the step."""

@@ -5,6 +5,7 @@ It knows how servers spell them, and repeats nothing of a payload that may hold 
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import orjson
@@ -18,17 +19,27 @@ def object_in(value: object) -> dict[str, Any]:
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
+_NAME = re.compile(r"[A-Za-z][\w.:/-]{0,59}", re.ASCII)
+
+
+def named(value: object) -> str | None:
+    """Return a server's name for something if it is a name; text may be of the prompt."""
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else None
+
+
 def stream_error(error: object) -> ApiError:
     """Make the typed error of one that a stream reports; its text is not repeated."""
     fields = object_in(error)
     status = fields.get("status_code", fields.get("status"))
     code = fields.get("code", fields.get("type"))
-    label = f" ({str(code)[:60]})" if isinstance(code, (str, int)) else ""
+    # A number of more digits is none of an error's codes.
+    code = str(code) if isinstance(code, int) and abs(code) < 10_000 else named(code)
+    label = f" ({code})" if code else ""
     if isinstance(status, int) and 400 <= status <= 599:
         return for_status(
             status,
             f"the server reported error {status}{label} mid-stream",
-            error_class=str(code) if label else None,
+            error_class=code,
         )
     return ProtocolError(f"the server reported an error{label} mid-stream")
 

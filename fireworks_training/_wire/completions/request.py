@@ -8,7 +8,9 @@ reads the answers.
 from __future__ import annotations
 
 import difflib
+import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
@@ -19,14 +21,29 @@ from fireworks_training._checks import integer, number
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 from fireworks_training.options import SamplingOptions
 
+MAX_TOKEN_ID: Final = 2**31 - 1
+"""Largest token id: vocabularies are far smaller, and trainers hold ids in 32 bits at times."""
+
 PATH: Final = "/inference/v1/completions"
 DEFAULT_HTTP_TIMEOUT: Final = 600.0
+ANSWER_BYTES: Final = 2**20
+"""Bytes of an answer beside those of its tokens: figures, names, keep-alives."""
+
+TOKEN_BYTES: Final = 4096
+"""Bytes that a token may take: a chunk of its own, with names, figures and logprobs."""
+
+ALTERNATIVE_BYTES: Final = 512
+"""Bytes that each of a token's likeliest alternatives may take."""
+
+ID_BYTES: Final = 16
+"""Bytes that the id of a prompt's token may take."""
+
 LABELS: Final = ("session", "run", "checkpoint", "step", "group", "item")
 
 
 _OPTIONS: Final = tuple(SamplingOptions.__annotations__)
 _NAMED: Final = ("messages", "prompt_token_ids", "n", "max_tokens", "temperature", "max_seq_len")
-_SDK_OWNED: Final = ("model", "prompt", "stream", "raw_output", "perf_metrics_in_response")
+_SDK_OWNED: Final = ("model", "prompt", "stream", "perf_metrics_in_response")
 _REFUSED: Final = {
     "images": "vision inputs are not supported",
     "return_token_ids": "vision inputs are not supported; token ids are always returned",
@@ -66,6 +83,53 @@ def _instance(kind: type[Any], what: str) -> Callable[[str, object], Any]:
     return check
 
 
+def _logit_bias(value: object) -> dict[str, float]:
+    """Return a bias for each token id, the ids as the text that JSON has for keys."""
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(
+            f"logit_bias must be a mapping of token ids to numbers, got {type(value).__name__}"
+        )
+    biases: dict[str, float] = {}
+    for key, bias in cast(Mapping[object, object], value).items():
+        token = int(key) if isinstance(key, str) and _DIGITS.fullmatch(key) else key
+        number_of = str(integer("a token id of logit_bias", token, 0, MAX_TOKEN_ID))
+        biases[number_of] = number(f"logit_bias[{number_of}]", bias, -math.inf)
+    return biases
+
+
+def _true(name: str, value: object) -> None:
+    if value is not True:
+        raise InvalidArgument(
+            f"{name}={value!r}: completions without their token ids can't be trained on, and so "
+            "raw_output is always asked for; leave it out, or pass True"
+        )
+
+
+def _without_neutral(passed: dict[str, Any]) -> dict[str, Any]:
+    """Leave out options at the value where they do nothing: not every server knows each field."""
+    kept = {
+        name: value
+        for name, value in passed.items()
+        if value is not False and not (name in _NEUTRAL and value == _NEUTRAL[name])
+    }
+    if kept.get("echo_last") == 0 and "echo" not in kept:
+        del kept["echo_last"]  # beside an echo it turns that off
+    return kept
+
+
+_NEUTRAL: Final[Mapping[str, object]] = {
+    "min_p": 0.0,
+    "min_tokens": 0,
+    "top_logprobs": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+}
+"""Values of options at which they do nothing."""
+
+_DIGITS: Final = re.compile(r"\d{1,10}", re.ASCII)
 _TINY = 1e-9
 _PASSED: Final[dict[str, Callable[[str, object], Any]]] = {
     "top_p": lambda name, value: number(name, value, _TINY, 1.0),
@@ -81,7 +145,7 @@ _PASSED: Final[dict[str, Callable[[str, object], Any]]] = {
     "frequency_penalty": lambda name, value: number(name, value, -2.0, 2.0),
     "presence_penalty": lambda name, value: number(name, value, -2.0, 2.0),
     "repetition_penalty": lambda name, value: number(name, value, _TINY),
-    "logit_bias": _instance(Mapping, "a mapping of token ids to numbers"),
+    "logit_bias": lambda _, value: _logit_bias(value),
     "response_format": _instance(Mapping, "a mapping"),
     "user": _instance(str, "a string"),
     "prompt_cache_key": _instance(str, "a string"),
@@ -110,12 +174,9 @@ def normalise_stop(stop: object) -> list[str] | list[int] | None:
         if "" in items:
             raise InvalidArgument("stop contains an empty string, which would stop everywhere")
         return cast(list[str], items)
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        ids = cast(list[int], items)
-        if min(ids) < 0:
-            raise InvalidArgument(f"stop contains the negative token id {min(ids)}")
-        return ids
-    raise InvalidArgument("stop must hold strings or token ids, not a mixture")
+    if any(isinstance(item, str) for item in items):
+        raise InvalidArgument("stop must hold strings or token ids, not a mixture")
+    return [integer("a token id of stop", item, 0, MAX_TOKEN_ID) for item in items]
 
 
 def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -124,6 +185,11 @@ def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
     Raises:
         InvalidArgument: it is empty, or holds something other than integers from 0 on.
     """
+    if isinstance(prompt, Mapping):
+        raise InvalidArgument(
+            f"{what} is a {type(prompt).__name__}, a mapping: pass its token ids, "
+            'such as encoding["input_ids"]'
+        )
     try:
         ids = tuple(map(operator.index, prompt))
     except TypeError as error:
@@ -132,6 +198,10 @@ def token_ids(what: str, prompt: Sequence[int]) -> tuple[int, ...]:
         raise InvalidArgument(f"{what} is empty: a prompt has at least one token")
     if min(ids) < 0:
         raise InvalidArgument(f"{what} holds a negative token id")
+    if max(ids) > MAX_TOKEN_ID:
+        raise InvalidArgument(
+            f"{what} holds a token id over {MAX_TOKEN_ID:,}: no vocabulary has it"
+        )
     return ids
 
 
@@ -141,6 +211,7 @@ class SamplingRequest:
 
     Attributes:
         fields: those of the body, but prompt and seed.
+        max_tokens: tokens of the completion at most.
         seed: seed of sample 0; None lets the server choose.
         logprobs, top_logprobs, echo, echo_last: the options of these names.
         full_distribution: whether the model's own distribution is sampled (temperature 1, top_p 1,
@@ -148,9 +219,11 @@ class SamplingRequest:
         http_timeout: seconds without a byte after which an attempt counts as lost.
         labels: those of the call, as messages show them.
         headers: HTTP headers of this call.
+        return_partial: whether completions that failed are left out of the result.
     """
 
     fields: Mapping[str, Any]
+    max_tokens: int
     seed: int | None
     logprobs: bool
     top_logprobs: int
@@ -160,6 +233,7 @@ class SamplingRequest:
     http_timeout: float
     labels: str
     headers: Mapping[str, str]
+    return_partial: bool = False
     _head: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -184,6 +258,12 @@ class SamplingRequest:
         if self.echo_last is not None:
             return min(self.echo_last, prompt_len)
         return prompt_len if self.echo else 0
+
+    def answer_limit(self, prompt_len: int) -> int:
+        """Return how many bytes an honest answer has at most, generously."""
+        tokens = self.max_tokens + self.echoed(prompt_len)
+        per_token = TOKEN_BYTES + ALTERNATIVE_BYTES * self.top_logprobs
+        return ANSWER_BYTES + tokens * per_token + ID_BYTES * prompt_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +305,8 @@ def sampling_request(
     """
     check_names(options)
     given = {name: value for name, value in options.items() if value is not None}
+    if "raw_output" in given:
+        _true("raw_output", given["raw_output"])
     passed = {name: check(name, given[name]) for name, check in _PASSED.items() if name in given}
     seed: int | None = passed.pop("seed", None)
     echo_last: int | None = passed.get("echo_last")
@@ -244,11 +326,12 @@ def sampling_request(
         "stream": True,
         "raw_output": True,
         "perf_metrics_in_response": True,
-        **{name: value for name, value in passed.items() if value is not False},
+        **_without_neutral(passed),
     }
     fields |= _stop_fields(normalise_stop(given.get("stop")), decode_stop)
     return SamplingRequest(
         fields=fields,
+        max_tokens=fields["max_tokens"],
         seed=seed,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
@@ -260,6 +343,9 @@ def sampling_request(
         http_timeout=number("http_timeout", given.get("http_timeout", DEFAULT_HTTP_TIMEOUT), 1e-3),
         labels=_labels_text(given),
         headers=_headers(given.get("additional_headers_snapshot")),
+        return_partial=bool(
+            _instance(bool, "True or False")("return_partial", given.get("return_partial", False))
+        ),
     )
 
 
@@ -305,4 +391,12 @@ def _headers(value: object) -> Mapping[str, str]:
         raise InvalidArgument(
             f"additional_headers_snapshot must be a mapping, got {type(value).__name__}"
         )
-    return dict(cast(Mapping[str, str], value))
+    headers = dict(cast(Mapping[str, str], value))
+    for name, text in cast(Mapping[object, object], headers).items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise InvalidArgument("additional_headers_snapshot maps names to values, both strings")
+        if not name or any(mark in name + text for mark in "\r\n\0"):
+            raise InvalidArgument(
+                "additional_headers_snapshot holds an empty name, or a line break in a header"
+            )
+    return headers

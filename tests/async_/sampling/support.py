@@ -14,7 +14,7 @@ from fireworks_training._async.sampling import retries
 from fireworks_training._async.sampling.concurrency import FixedConcurrencyController
 from fireworks_training._async.sampling.retries import RetryPolicy
 from fireworks_training._async.sampling.sampler import DeploymentSampler
-from fireworks_training._core.backoff import Backoff
+from fireworks_training._core.backoff import Backoff, is_billing
 from fireworks_training.errors import (
     ApiError,
 )
@@ -49,6 +49,8 @@ def quick(delays: list[float] | None = None, *, attempts: int = 7) -> RetryPolic
         hot_load=lambda: RecordedBackoff(
             seen, attempts=11, base=0.5, cap=8.0, retryable=retries.is_hot_load
         ),
+        flawed=lambda: RecordedBackoff(seen, attempts=3, retryable=lambda _: True),
+        billing=lambda: RecordedBackoff(seen, attempts=attempts, retryable=is_billing),
     )
 
 

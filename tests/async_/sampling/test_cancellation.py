@@ -160,7 +160,7 @@ def test_the_portal_s_thread_goes_with_the_last_sampler() -> None:
         before = set(threading.enumerate())
         with DeploymentSampler(server.url, MODEL, KEY) as sampler:
             sampler.sample_with_prompt_tokens([1], max_tokens=1).result()
-        assert set(threading.enumerate()) == before
+        assert set(threading.enumerate()) <= before  # one of another test may end meanwhile
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")

@@ -12,10 +12,13 @@ from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
 )
+from fireworks_training._async.sampling.retries import RetryPolicy
+from fireworks_training._core.backoff import BILLING_PATIENCE, OUTAGE_PATIENCE
 from fireworks_training.errors import (
     AuthenticationFailed,
     ConnectionFailed,
     DeploymentSamplerTimeoutError,
+    InvalidArgument,
     NotFound,
     SamplingRequestError,
 )
@@ -64,6 +67,26 @@ async def test_a_passing_fault_costs_one_attempt(
         await make(retries=quick(attempts=2)).sample_with_prompt_tokens([1], max_tokens=2)
     assert (caught.value.final_error_kind, caught.value.attempts) == (kind, 2)
     assert caught.value.retry_budget_exhausted
+
+
+async def test_an_unpaid_account_is_waited_for_and_said(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script = [stub.status(402)] * 3
+    (one,) = await make().sample_with_prompt_tokens([1], max_tokens=2)
+    assert one.text == "<2><3>"
+    said = [record for record in caplog.records if "payment required" in record.getMessage()]
+    assert len(said) == 1
+    server.otherwise = stub.status(402)
+    with pytest.raises(SamplingRequestError, match="paid for") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=2)
+    assert caught.value.final_status == 402
+
+
+def test_the_usual_budgets_are_those_of_the_policy() -> None:
+    usual = RetryPolicy()
+    assert usual.transient()._patience == OUTAGE_PATIENCE >= 100
+    assert usual.billing()._patience == BILLING_PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -226,19 +249,101 @@ async def test_an_unknown_model_is_not_waited_for(server: CompletionsServer, mak
     assert len(server.bodies) == 1
 
 
-async def test_the_first_failure_takes_its_siblings_with_it(
+async def test_one_failed_sample_does_not_lose_the_others(
+    server: CompletionsServer, either: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = stub.status(400, {"error": {"message": "content filter"}})
+    server.script = [refused]
+    sampler = either(concurrency_controller=FixedConcurrencyController(1))
+    with pytest.raises(SamplingRequestError, match=r"content filter.* 7 of the call's 8") as caught:
+        await sampler.sample_with_prompt_tokens([1], n=8, max_tokens=2)
+    came = caught.value.completions
+    assert [one.sample_index for one in came] == [1, 2, 3, 4, 5, 6, 7]
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.completions == came
+    assert str(again) == str(caught.value)
+
+    server.script = [refused]
+    found = await sampler.sample_with_prompt_tokens(
+        [[1], [2]], n=4, max_tokens=2, return_partial=True
+    )
+    assert [(one.prompt_index, one.sample_index) for one in found] == [
+        (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)
+    ]  # fmt: skip
+    assert "1 of 8 completions failed and are left out" in caplog.text
+    assert all("return_partial" not in body for body in server.bodies)
+
+    server.otherwise = refused
+    with pytest.raises(SamplingRequestError) as caught:
+        await sampler.sample_with_prompt_tokens([1], n=2, return_partial=True)
+    assert caught.value.completions == ()
+
+
+async def test_return_partial_has_no_effect_on_one_completion_and_is_refused(make: Make) -> None:
+    with pytest.raises(InvalidArgument, match="return_partial"):
+        make().sample_with_prompt_tokens_result([1], return_partial=True)
+    with pytest.raises(InvalidArgument, match="return_partial"):
+        make().stream([1], return_partial=True)
+
+
+async def test_what_fails_one_completion_and_all_takes_its_siblings_with_it(
     server: CompletionsServer, make: Make
 ) -> None:
     async def fail_once_the_others_are_there(*args: Any) -> Any:
         await until(lambda: server.generating == 4)
-        return await stub.status(400)(*args)
+        return await stub.status(401)(*args)
 
     server.script = [stub.hang_mid_stream, stub.hang_before_headers, fail_once_the_others_are_there]
     server.otherwise = stub.hang_headers_only
     controller = FixedConcurrencyController(4)
-    with pytest.raises(SamplingRequestError, match="400"):
+    with pytest.raises(SamplingRequestError, match="401"):
         await make(concurrency_controller=controller).sample_with_prompt_tokens([1], n=6)
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 3
     assert len(server.bodies) == 4  # those that waited for a slot were never sent
     assert (controller.in_flight, controller.waiting) == (0, 0)
+
+
+async def test_an_aborted_completion_and_a_missing_logprob_are_tried_again(
+    server: CompletionsServer, make: Make
+) -> None:
+    aborted = stub.completes([7], "x", finish_reason="abort")
+    chunk = stub.token_chunk(2, logprobs=True, logprob=None)
+    holed = stub.stream(chunk, stub.last_chunk({"prompt": [1]}, [2]))
+    server.script = [aborted, holed]
+    found = await make(
+        concurrency_controller=FixedConcurrencyController(1)
+    ).sample_with_prompt_tokens([1], n=3, max_tokens=1, logprobs=True)
+    assert [one.completion_tokens for one in found] == [[2], [2], [2]]
+    assert len(server.bodies) == 5
+    server.otherwise = aborted
+    with pytest.raises(SamplingRequestError, match="abort") as caught:
+        await make().sample_with_prompt_tokens([1], max_tokens=1)
+    assert caught.value.attempts == 3
+
+
+async def test_a_server_without_logprobs_is_told_once(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.otherwise = stub.stream(TOKEN, stub.last_chunk({"prompt": [1]}, [2]))
+    sampler = make()
+    for _ in range(2):
+        (one,) = await sampler.sample_with_prompt_tokens([1], max_tokens=1, logprobs=True)
+        assert one.inference_logprobs is None
+    assert caplog.text.count("sends none") == 1
+
+
+async def test_a_server_that_never_answered_is_named_at_once(
+    server: CompletionsServer, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first failed connection is told; an outage after an answer is told by the waits."""
+    sampler = make(url="http://127.0.0.1:9", retries=quick(attempts=2))
+    with pytest.raises(SamplingRequestError):
+        await sampler.sample_with_prompt_tokens([1], n=2, max_tokens=1)
+    assert caplog.text.count("http://127.0.0.1:9 has not answered yet") == 1
+    caplog.clear()
+    sampler = make()
+    await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+    server.script = [stub.stream(PARTLY, end=False)]
+    await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+    assert "has not answered yet" not in caplog.text

@@ -37,3 +37,17 @@ async def test_the_oldest_call_is_logged_at_doubling_intervals(
     progress.end(second)
     assert times[1] - times[0] > 0.03
     assert times[2] - times[1] > 0.06
+
+
+async def test_what_waits_to_retry_is_logged_with_the_reason() -> None:
+    progress = Progress(lambda: 1)
+    call = Call("", 0.0)
+    progress.begin(call)
+    progress.failed("the server answered 503")
+    assert "503" not in progress.describe(call, 1.0)
+    progress.backing_off(1)
+    assert "1 waiting to retry (last failure: the server answered 503)" in progress.describe(
+        call, 1.0
+    )
+    progress.backing_off(-1)
+    progress.end(call)

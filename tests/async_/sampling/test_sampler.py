@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 import threading
-from array import array
+import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fireworks_training._async.sampling import tasks as tasks_module
 from fireworks_training._async.sampling.completion_stream import AttemptFailed
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
     FixedConcurrencyController,
 )
 from fireworks_training._async.sampling.progress import Progress
+from fireworks_training._async.sampling.prompts import LockedTokenizer, lock_of
 from fireworks_training._async.sampling.sampler import DeploymentSampler
 from fireworks_training.errors import (
     ApiError,
@@ -36,8 +41,8 @@ async def test_n_completions_of_one_prompt(server: CompletionsServer, make: Make
         assert one.text == "<3><4><5><6>"
         assert one.full_tokens == [1, 2, 3, 4, 5, 6]
         assert (one.prompt_len, one.completion_len, one.finish_reason) == (2, 4, "length")
-        assert one.inference_logprobs == array("d", [-3 / 8, -4 / 8, -5 / 8, -6 / 8])
-        assert one.sampling_logprobs == array("d", [-3 / 16, -4 / 16, -5 / 16, -6 / 16])
+        assert one.inference_logprobs == [-3 / 8, -4 / 8, -5 / 8, -6 / 8]
+        assert one.sampling_logprobs == [-3 / 16, -4 / 16, -5 / 16, -6 / 16]
         assert one.metrics.http_status_code == 200
         assert one.metrics.prefill_queue_duration == 0.0
         assert one.metrics.client_ttft is not None
@@ -327,3 +332,120 @@ async def test_a_long_wait_says_what_it_waits_for(
 
 def test_an_attempt_s_failure_stays_inside() -> None:
     assert not issubclass(AttemptFailed, ApiError)
+
+
+async def test_a_hundred_blocking_callers_on_the_owner_loop_all_return(
+    server: CompletionsServer,
+) -> None:
+    """Blocking callers fill the loop's default executor; no work of the sampler is behind them."""
+    sampler = DeploymentSampler(server.url, MODEL, KEY, CharacterTokenizer())
+    async with sampler:
+
+        def ask(number: int) -> int:
+            messages = [{"role": "user", "content": str(number)}]
+            (one,) = sampler.sample_with_tokens(messages, max_tokens=1).result()
+            return one.completion_len
+
+        async with asyncio.timeout(30):
+            lengths = await asyncio.gather(*(asyncio.to_thread(ask, i) for i in range(100)))
+    assert len(lengths) == 100
+
+
+def test_one_tokenizer_has_one_lock_however_many_samplers_use_it() -> None:
+    class Unhashable(CharacterTokenizer):
+        __hash__ = None  # type: ignore[assignment]
+
+    one, other = CharacterTokenizer(), CharacterTokenizer()
+    assert lock_of(one) is lock_of(one)
+    assert lock_of(one) is not lock_of(other)
+    assert lock_of(Unhashable()) is lock_of(Unhashable())
+
+
+def test_samplers_of_one_tokenizer_never_use_it_at_once() -> None:
+    inside, most = 0, 0
+
+    class Watched(CharacterTokenizer):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> list[int]:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.002)
+            inside -= 1
+            return [1, 2]
+
+    tokenizer = Watched()
+    samplers = [LockedTokenizer(tokenizer) for _ in range(4)]
+    threads = [
+        threading.Thread(target=one.apply_template, args=([[{"role": "user"}]],))
+        for one in samplers
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_two_first_calls_from_two_threads_register_one_exit_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hooks: list[str] = []
+
+    def at_exit(what: str, clean_up: object) -> Callable[[], None]:
+        time.sleep(0.02)  # as long as another thread needs to come here too
+        hooks.append(what)
+        return lambda: hooks.remove(what)
+
+    monkeypatch.setattr(tasks_module, "at_exit", at_exit)
+    with stub.CompletionsServer() as server:
+        sampler = DeploymentSampler(server.url, MODEL, KEY)
+        threads = [
+            threading.Thread(target=lambda: sampler.sample_with_prompt_tokens([1]).result(10))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(hooks) == 1
+        sampler.close()
+        assert hooks == []
+
+
+class Encoding(collections.UserDict[str, Any]):
+    """A mapping of the parts of an encoding, as `transformers` returns one."""
+
+
+async def test_an_encoding_is_taken_by_the_name_of_its_ids(
+    server: CompletionsServer, make: Make
+) -> None:
+    sampler = make()
+    encoding = Encoding(input_ids=[1, 2], attention_mask=[1, 1])
+    for given in (encoding, Encoding(input_ids=np.array([[1, 2]])), [encoding]):
+        (one,) = await sampler.sample_with_prompt_tokens(given, max_tokens=1)  # type: ignore[arg-type]
+        assert one.prompt_tokens == [1, 2]
+    (one,) = (await sampler.sample_with_prompt_tokens_result(encoding)).completions  # type: ignore[arg-type]
+    assert one.prompt_tokens == [1, 2]
+    async with sampler.stream(encoding) as deltas:  # type: ignore[arg-type]
+        assert [delta async for delta in deltas]
+    rows = await sampler.sample_with_prompt_tokens(np.array([[5], [6]]), max_tokens=1)  # type: ignore[arg-type]
+    assert [one.prompt_tokens for one in rows] == [[5], [6]]
+    with pytest.raises(InvalidArgument, match="input_ids"):
+        sampler.sample_with_prompt_tokens(Encoding(ids=[1]))  # type: ignore[arg-type]
+
+
+async def test_a_template_that_fails_says_on_which_conversation(
+    server: CompletionsServer, make: Make
+) -> None:
+    class Picky(CharacterTokenizer):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
+            return Encoding(input_ids=[1, 2]) if messages[0]["content"] else messages[0]["text"]
+
+    sampler = make(tokenizer=Picky())
+    good, bad = [{"role": "user", "content": "hi"}], [{"role": "user", "content": ""}]
+    with pytest.raises(InvalidArgument, match=r"conversation 1 of 2 .*KeyError") as caught:
+        await sampler.sample_with_tokens([good, bad], max_tokens=1)
+    assert isinstance(caught.value.cause, KeyError)
+    (one,) = await sampler.sample_with_tokens(good, max_tokens=1)
+    assert one.prompt_tokens == [1, 2]

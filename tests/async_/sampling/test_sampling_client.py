@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import pickle
+import threading
+import time
 
 import pytest
 from tinker import ModelInput, SamplingParams
 from tinker.lib.retry_handler import RetryConfig
 
 from fireworks_training import (
+    AdaptiveConcurrencyController,
     ClientClosed,
+    DeploymentSampler,
     DeploymentSamplerTimeoutError,
     FiretitanSamplingClient,
     InvalidArgument,
@@ -59,6 +64,75 @@ async def test_prompt_logprobs_begin_with_none(server: CompletionsServer, make: 
     assert await client.compute_logprobs(PROMPT) == [None, -2 / 8]
     assert await client.compute_logprobs_async(PROMPT) == [None, -2 / 8]
     assert server.bodies[-1]["max_tokens"] == 1
+
+
+async def test_a_prompt_that_fills_the_context_is_scored_without_a_token(
+    server: CompletionsServer, make: Make
+) -> None:
+    full = {"error": {"message": "prompt and max_tokens are over the context length"}}
+    chunks = [stub.token_chunk(token, logprobs=True) for token in (1, 2)]
+    whole = stub.stream(*chunks, stub.last_chunk({"prompt": [1, 2]}, [1, 2]))
+    server.script = [stub.status(400, full), whole]
+    client = FiretitanSamplingClient(make())
+    assert await client.compute_logprobs(PROMPT) == [None, -2 / 8]
+    assert [body["max_tokens"] for body in server.bodies] == [1, 0]
+    server.script = [stub.status(400, full), stub.status(400, {"error": {"message": "no zero"}})]
+    with pytest.raises(SamplingRequestError, match="context length"):
+        await client.compute_logprobs(PROMPT)
+    server.script = [stub.status(401)]
+    with pytest.raises(SamplingRequestError, match="API key"):
+        await client.compute_logprobs(PROMPT)
+
+
+def test_what_was_accepted_before_the_close_finishes() -> None:
+    with stub.CompletionsServer() as server:
+        for _ in range(30):
+            client = FiretitanSamplingClient.create(
+                inference_url=server.url, model=MODEL, api_key=KEY
+            )
+            with client:
+                future = client.sample(PROMPT, 2, PARAMS)
+                scored = client.sample(PROMPT, 1, PARAMS)
+            with pytest.raises(ClientClosed):
+                client.sample(PROMPT, 1, PARAMS)
+            assert len(future.result(10).sequences) == 2
+            assert len(scored.result(10).sequences) == 1
+
+
+async def test_the_same_on_the_owner_s_own_loop(server: CompletionsServer, shared: Make) -> None:
+    for _ in range(30):
+        client = FiretitanSamplingClient(shared())
+        with client:
+            future = client.sample(PROMPT, 2, PARAMS)
+        assert len((await future).sequences) == 2
+
+
+def test_threads_that_race_with_the_close_are_refused_or_served() -> None:
+    """Each call is told one of two things: refused at the call, or a result."""
+    with stub.CompletionsServer() as server:
+        client = FiretitanSamplingClient.create(inference_url=server.url, model=MODEL, api_key=KEY)
+        client.sample(PROMPT, 1, PARAMS).result(10)
+        told: list[str] = []
+
+        def work() -> None:
+            for _ in range(200):
+                try:
+                    future = client.sample(PROMPT, 1, PARAMS)
+                except ClientClosed:
+                    told.append("refused")
+                    return
+                told.append("ok" if len(future.result(10).sequences) == 1 else "?")
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while len(told) < 8:
+            time.sleep(0.001)
+        client.close()
+        for thread in threads:
+            thread.join()
+        assert set(told) <= {"ok", "refused"}
+        assert told.count("refused") == 8
 
 
 def test_a_plain_function_asks_for_results() -> None:
@@ -109,7 +183,7 @@ async def test_a_handle_holds_no_credentials(
         assert KEY.encode() not in text
         assert b"s3cret" not in text
     monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
-    with pytest.raises(InvalidArgument, match="holds no credentials"):
+    with pytest.raises(InvalidArgument, match="brings no credentials"):
         pickle.loads(pickle.dumps(client))
     monkeypatch.setenv("FIREWORKS_API_KEY", "another")
     copy: FiretitanSamplingClient = pickle.loads(pickle.dumps(client))
@@ -247,3 +321,77 @@ def test_what_a_retry_config_can_t_have_is_refused(
 ) -> None:
     with pytest.raises(error, match=names):
         retries_of(config)
+
+
+HEADERS = {
+    "X-Team": "blue",
+    "X-Auth": "s3cret-1",
+    "X-Password": "s3cret-2",
+    "X-Goog-IAP-JWT-Assertion": "s3cret-3",
+    "CF-Access-Client-Id": "s3cret-4",
+    "CF-Access-Client-Secret": "s3cret-5",
+    "Proxy-Authorization": "s3cret-6",
+    "X-Api-Key": "s3cret-7",
+    "Cookie": "s3cret-8",
+    "X-Odd": "Bearer s3cret-9",
+    "X-Odder": "eyJhbGciOiJI.s3cret",
+    "X-Amz-Signature": "s3cret-10",
+}
+
+
+def test_no_header_that_proves_who_asks_is_in_a_handle() -> None:
+    client = FiretitanSamplingClient.create(
+        inference_url="http://host/base", model=MODEL, api_key=KEY,
+        additional_headers=HEADERS,
+    )  # fmt: skip
+    handle = base64.urlsafe_b64decode(client.get_sampler_handle())
+    assert b"s3cret" not in handle
+    assert b"blue" in handle  # the control: what is no credential travels
+    with pytest.raises(InvalidArgument, match="password"):
+        FiretitanSamplingClient.create(
+            inference_url="http://me:s3cret@host", model=MODEL, api_key=KEY
+        )
+
+
+def test_a_sampler_travels_without_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stub.CompletionsServer() as server:
+        with DeploymentSampler(
+            server.url, MODEL, KEY, CharacterTokenizer(), FixedConcurrencyController(3),
+            additional_headers=HEADERS,
+        ) as sampler:  # fmt: skip
+            text = pickle.dumps(sampler)
+        assert KEY.encode() not in text
+        assert b"s3cret" not in text
+        monkeypatch.delenv("FIREWORKS_API_KEY", raising=False)
+        with pytest.raises(InvalidArgument, match="FIREWORKS_API_KEY"):
+            pickle.loads(text)
+        monkeypatch.setenv("FIREWORKS_API_KEY", "fw_of_this_process")
+        with pickle.loads(text) as again:
+            messages = [{"role": "user", "content": "hi"}]
+            (one,) = again.sample_with_tokens(messages, max_tokens=2).result(10)
+            assert one.completion_len == 2
+            assert again.concurrency_controller.window_size == 3
+        assert server.headers[-1]["Authorization"].endswith("fw_of_this_process")
+
+
+def test_controllers_travel_by_their_settings_and_what_runs_says_that_it_does_not() -> None:
+    fixed = pickle.loads(pickle.dumps(FixedConcurrencyController(3)))
+    assert fixed.window_size == 3
+    adaptive = AdaptiveConcurrencyController(initial_window=5, max_window=7)
+    again = pickle.loads(pickle.dumps(adaptive))
+    assert (again.window_size, again._settings) == (5, adaptive._settings)
+    sampler = DeploymentSampler("http://localhost:1", MODEL, KEY)
+    call = sampler.sample_with_prompt_tokens([1])
+    stream = sampler.stream([1])
+    for running, says in ((call, "send its result"), (stream, "completion")):
+        with pytest.raises(NotSupported, match=says):
+            pickle.dumps(running)
+    call.close()
+
+
+def test_the_signature_lists_the_options() -> None:
+    for method in (DeploymentSampler.sample_with_tokens, DeploymentSampler.stream):
+        shown = inspect.signature(method).parameters
+        assert {"top_p", "stop", "return_partial", "sampling_context"} <= shown.keys()
+        assert shown["top_p"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert "options" not in shown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from typing import Any
 
 import pytest
@@ -13,13 +12,13 @@ from fireworks_training._async.sampling.completion_stream import (
     AttemptFailed,
     CompletionStream,
 )
-from fireworks_training._core.sse import MAX_EVENT_BYTES, ServerSentEvent, SseDecoder
+from fireworks_training._core.sse import ServerSentEvent, SseDecoder
 from fireworks_training._wire.completions.request import sampling_request
-from fireworks_training.errors import SamplingRequestError
+from fireworks_training.errors import DeploymentSamplerTimeoutError, SamplingRequestError
 from fireworks_training.models import TokenDelta
 from fireworks_training.testing import CompletionsServer
 from fireworks_training.testing import completions_server as stub
-from tests.async_.sampling.support import MODEL, Make
+from tests.async_.sampling.support import MODEL, Make, quick
 
 
 def attempt_at(server: CompletionsServer, max_tokens: int = 3, **options: Any) -> Attempt:
@@ -43,7 +42,7 @@ async def test_deltas_arrive_while_the_server_generates(
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     sampler = shared()
-    text, logprobs = "", array("d")
+    text, logprobs = "", list[float]()
 
     def tell(delta: TokenDelta) -> None:
         nonlocal text
@@ -126,12 +125,12 @@ async def test_a_frame_of_100_mb_is_refused_with_bounded_memory(
 
     monkeypatch.setattr("fireworks_training._async.sampling.completion_stream.SseDecoder", Counting)
     server.otherwise = floods
-    with pytest.raises(SamplingRequestError, match="16,777,216 bytes") as caught:
+    with pytest.raises(SamplingRequestError, match="max_tokens tokens can have") as caught:
         await make().sample_with_prompt_tokens([1], max_tokens=2)
     assert caught.value.attempts == 1
     await asyncio.wait_for(server.idle.wait(), 5)
     assert server.left == 1  # the client closed the connection under it
-    assert MAX_EVENT_BYTES <= held < MAX_EVENT_BYTES + 2**20
+    assert held < 2 * 2**20  # a megabyte, and what one read may bring
     assert sent < size / 3
 
 
@@ -152,3 +151,74 @@ async def test_a_server_that_does_not_end_its_answer_costs_a_connection_only(
     assert len(await sampler.sample_with_prompt_tokens([1], max_tokens=2)) == 1
     assert len(await sampler.sample_with_prompt_tokens([1], max_tokens=2)) == 1
     assert len(server.peers) == 2
+
+
+async def test_a_stream_that_gave_all_and_goes_on_is_ended(
+    server: CompletionsServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the bytes that were asked for, and soon after the last token that was asked for."""
+    monkeypatch.setattr("fireworks_training._async.sampling.completion_stream.GIVEN_TIMEOUT", 0.01)
+
+    async def never_stops(*args: Any) -> Any:
+        response = await stub.open_stream(args[1])
+        while True:
+            await response.write(stub.event({"choices": [{"text": "more" * 1000}]}))
+
+    async def gives_all_and_hangs(*args: Any) -> Any:
+        _, request, body = args
+        response = await stub.open_stream(request)
+        await response.write(stub.event(stub.last_chunk(body, stub.tokens_of(body))))
+        return await server.hang()
+
+    async def gives_the_tokens_and_hangs(*args: Any) -> Any:
+        _, request, body = args
+        response = await stub.open_stream(request)
+        for token in stub.tokens_of(body):
+            await response.write(stub.event(stub.token_chunk(token, logprobs=True)))
+        return await server.hang()
+
+    sampler = make(retries=quick(attempts=1))
+    server.otherwise = never_stops
+    with pytest.raises(SamplingRequestError, match="cut off"):
+        await sampler.sample_with_prompt_tokens([1], max_tokens=2)
+    server.otherwise = gives_all_and_hangs
+    (one,) = await sampler.sample_with_prompt_tokens([1], max_tokens=2)
+    assert one.completion_len == 2
+    server.otherwise = gives_the_tokens_and_hangs
+    with pytest.raises(SamplingRequestError, match="ended before the completion"):
+        await sampler.sample_with_prompt_tokens([1], max_tokens=2, logprobs=True)
+    await asyncio.wait_for(server.idle.wait(), 5)
+    assert server.left == 3
+
+
+@pytest.mark.parametrize("alive", [b": still here\n\n", b"\n", b"data:\n\n", b": no end"])
+async def test_keep_alives_alone_are_silence(
+    server: CompletionsServer, make: Make, alive: bytes
+) -> None:
+    async def only_keeps_alive(*args: Any) -> Any:
+        response = await stub.open_stream(args[1])
+        while True:
+            await response.write(alive)
+            await asyncio.sleep(0.005)
+
+    server.otherwise = only_keeps_alive
+    with pytest.raises(DeploymentSamplerTimeoutError, match="no byte"):
+        await make(retries=quick(attempts=1)).sample_with_prompt_tokens([1], http_timeout=0.05)
+
+
+async def test_keep_alives_between_tokens_harm_nobody(
+    server: CompletionsServer, make: Make
+) -> None:
+    async def keeps_alive(*args: Any) -> Any:
+        _, request, body = args
+        response = await stub.open_stream(request)
+        for token in stub.tokens_of(body):
+            await response.write(b": still here\n\ndata:\n\n")
+            await response.write(stub.event(stub.token_chunk(token, logprobs=False)))
+        last = stub.last_chunk(body, stub.tokens_of(body))
+        await response.write(stub.event(last) + b"data: [DONE] \n\n")
+        return response
+
+    server.otherwise = keeps_alive
+    (one,) = await make().sample_with_prompt_tokens([1], max_tokens=3)
+    assert one.text == "<2><3><4>"

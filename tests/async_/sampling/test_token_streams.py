@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from array import array
 
 import pytest
 
@@ -36,7 +35,7 @@ async def test_deltas_come_while_the_server_generates(
 ) -> None:
     server.otherwise = stub.pause_mid_stream
     deltas = either().stream([1], max_tokens=3, logprobs=True)
-    text, tokens, logprobs, sampling = "", list[int](), array("d"), array("d")
+    text, tokens, logprobs, sampling = "", list[int](), list[float](), list[float]()
     async for delta in deltas:
         if not text:
             assert (delta.text, list(delta.tokens)) == ("<2>", [2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -245,12 +246,77 @@ def test_the_moving_average_is_of_the_window_that_holds() -> None:
     assert adaptive.ema_prefill_queue == pytest.approx(0.3 * 0.1 + 0.7 * 0.3)
 
 
-def test_statuses_say_nothing_where_a_queue_is_reported() -> None:
+def test_a_refusal_shrinks_the_window_also_where_a_queue_is_reported() -> None:
     adaptive = window()
-    run(adaptive, queued(0.0))
-    for _ in range(10):
-        run(adaptive, BUSY)
+    turn(adaptive, queued(0.0))
+    assert adaptive.size == 24
+    run_down = adaptive.in_flight
+    for _ in range(run_down):
+        adaptive.release(BUSY, 0.0)
+    assert (adaptive.size, adaptive.signal) == (12, "prefill_queue")  # once a cooldown
+    summary = adaptive.step_completed()
+    assert summary["congestion_events"] == 1.0
+    assert summary["congestion_responses"] == float(run_down)
+
+
+def test_a_queue_time_on_a_refusal_is_no_evidence_of_room() -> None:
+    adaptive = window()
+    fill(adaptive)
+    refused = ServerMetrics(http_status_code=429, prefill_queue_duration=0.0)
+    adaptive.release(refused, 0.0)
+    assert adaptive.size == 4
+
+
+def test_after_a_refusal_slow_start_does_not_begin_again_below_what_was_refused() -> None:
+    adaptive = window(initial_window=32)
+    fill(adaptive)
+    adaptive.release(BUSY, 0.0)
+    assert adaptive.size == 16
+    sizes: list[int] = []
+    for number in range(12):
+        turn(adaptive, queued(0.0, latency=0.5), now=10.0 + number)
+        sizes.append(adaptive.size)
+    assert max(b - a for a, b in itertools.pairwise(sizes[: sizes.index(24) + 1])) <= 4
+    steps = sizes[sizes.index(24) :]
+    assert steps == [*range(24, 24 + len(steps))]  # then by one, up to what was refused
+
+
+def test_a_limit_that_has_moved_is_found_again_fast() -> None:
+    """A server that refused everything for a while: the window fell to 1, and must not stay low."""
+    adaptive = window(initial_window=64)
+    for second in range(0, 40, 2):
+        run(adaptive, BUSY, now=float(second))
+    assert adaptive.size == 1
+    rounds = 0
+    while adaptive.size < 64:
+        turn(adaptive, queued(0.0, latency=0.5), now=100.0 + rounds)
+        rounds += 1
+    assert rounds < 50  # by one a round it would take 63 of them, each one slower than the last
+    answers = window(initial_window=64)
+    for second in range(0, 40, 2):
+        run(answers, BUSY, now=float(second))
+    rounds = 0
+    while answers.size < 64:
+        turn(answers, OK, now=100.0 + rounds)
+        rounds += 1
+    assert rounds < 30
+
+
+def test_what_the_newest_success_tells_decides_which_law_ends_the_round() -> None:
+    """Neither law is entered for good: a server may begin to report, and may end to."""
+    adaptive = window(initial_window=16)
+    run(adaptive, queued(0.1))
+    assert adaptive.signal == "prefill_queue"
+    adaptive.step_completed()
+    run(adaptive, OK)
+    assert adaptive.signal == "status"
+    run(adaptive, BUSY)
     assert adaptive.size == 8
+    turn(adaptive, OK, now=5.0)
+    turn(adaptive, OK, now=6.0)
+    assert adaptive.size == 10
+    adaptive.release(queued(0.1), 7.0)
+    assert adaptive.signal == "prefill_queue"
 
 
 def test_congestion_shrinks_at_once_but_once_a_cooldown() -> None:
@@ -355,11 +421,14 @@ def test_growth_cancels_debt() -> None:
         adaptive.admit()
     adaptive.release(BUSY, 0.0)
     assert adaptive.debt == 3
-    adaptive.release(queued(0.0), 5.0)
+    adaptive.step_completed()
+    adaptive.release(OK, 5.0)
     assert adaptive.debt == 2
     summary = adaptive.step_completed()
-    assert (summary["pending_decrease"], summary["window_after"]) == (2.0, 8.0)
-    assert adaptive.debt == 0
+    assert (summary["pending_decrease"], summary["window_after"]) == (2.0, 5.0)
+    assert adaptive.debt == 1
+    adaptive.release(None, 5.0)
+    adaptive.release(None, 5.0)
     assert adaptive.has_room
 
 
@@ -597,6 +666,22 @@ def test_without_queue_times_it_lives_with_an_engine_that_refuses(jitter: float)
         reports_queue=False,
     )
     assert run.busy >= 0.95
+    assert run.refused <= 100
+
+
+@pytest.mark.parametrize("jitter", JITTERS)
+def test_refusals_beside_queue_times_are_obeyed(jitter: float) -> None:
+    """An engine that reports the (short) queue of what it takes, and refuses the rest."""
+    run = simulate_engine(
+        window(),
+        slots=32,
+        service=0.64,
+        requests=2000,
+        jitter=jitter,
+        queue_limit=4,
+        reports_queue=True,
+    )
+    assert run.busy >= 0.8
     assert run.refused <= 100
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,8 +67,8 @@ def last(ids: object, reason: str | None = "stop", **choice: Any) -> dict[str, A
     return {"choices": [{"finish_reason": reason, "raw_output": raw_output, "text": ""} | choice]}
 
 
-def assembled(asked: SamplingRequest, *chunks: dict[str, Any], without_echo: Any = None) -> Any:
-    assembler = CompletionAssembler(asked, PROMPT, without_echo)
+def assembled(asked: SamplingRequest, *chunks: dict[str, Any]) -> Any:
+    assembler = CompletionAssembler(asked, PROMPT)
     for chunk in chunks:
         assembler.feed(orjson.dumps(chunk))
     return assembler.completion(prompt_index=4, sample_index=5, metrics=ServerMetrics())
@@ -86,8 +85,8 @@ def test_a_completion_from_its_chunks() -> None:
     assert completion.full_tokens == [1, 2, 3, 10, 11, 12]
     assert (completion.prompt_len, completion.completion_len) == (3, 3)
     assert (completion.prompt_tokens, completion.completion_tokens) == ([1, 2, 3], [10, 11, 12])
-    assert completion.inference_logprobs == array("d", [-0.5, -0.25, -1.0])
-    assert completion.sampling_logprobs == array("d", [-0.5, -0.2, -0.9])
+    assert completion.inference_logprobs == [-0.5, -0.25, -1.0]
+    assert completion.sampling_logprobs == [-0.5, -0.2, -0.9]
     assert (completion.prompt_index, completion.sample_index) == (4, 5)
     assert not completion.logprobs_echoed
     assert pickle.loads(pickle.dumps(completion)) == completion
@@ -99,11 +98,136 @@ def test_logprobs_are_left_out_unless_asked_for() -> None:
     assert completion.sampling_logprobs is None
 
 
-def test_the_prompt_that_the_server_used_counts() -> None:
-    assert assembled(request(), last([10], prompt_token_ids=[7, 8])).full_tokens == [7, 8, 10]
-    inside = last([10])
-    inside["choices"][0]["raw_output"]["prompt_token_ids"] = [7]
-    assert assembled(request(), inside).full_tokens == [7, 10]
+def test_a_completion_of_another_prompt_is_refused() -> None:
+    assert assembled(request(), last([10], prompt_token_ids=[*PROMPT])).full_tokens[:3] == PROMPT
+    for other in ([9, 9, 9], [1, 2], [-9], "x", {}):
+        with pytest.raises(ProtocolError, match="another prompt"):
+            assembled(request(), last([10], prompt_token_ids=other))
+        inside = last([10])
+        inside["choices"][0]["raw_output"]["prompt_token_ids"] = other
+        with pytest.raises(ProtocolError, match="another prompt"):
+            assembled(request(), inside)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 2**63, 2**64 - 1, True, 1.0, "1", None])
+def test_token_ids_are_such(wrong: object) -> None:
+    with pytest.raises(ProtocolError, match="not token ids"):
+        assembled(request(), last([7, wrong]))
+    entry = {"token_id": wrong, "logprob": -1.0, "sampling_logprob": -1.0}
+    top = {**rows(-1.0)["content"][0], "top_logprobs": [{"token_id": wrong, "logprob": -1.0}]}
+    asked = request(logprobs=True, top_logprobs=1)
+    with pytest.raises(ProtocolError):
+        assembled(asked, {"choices": [{"logprobs": {"content": [top]}}]}, last([7]))
+    if wrong is not None:  # that a stream lacks ids is allowed
+        streamed = CompletionAssembler(request(logprobs=True), PROMPT, keep_tokens=True)
+        with pytest.raises(ProtocolError):
+            streamed.feed(orjson.dumps({"choices": [{"logprobs": {"content": [entry]}}]}))
+
+
+@pytest.mark.parametrize("wrong", [5.0, 0.01, 1e308, "-1", [1]])
+def test_logprobs_are_such(wrong: Any) -> None:
+    asked = request(logprobs=True, top_logprobs=1)
+    good = {"token_id": 7, "logprob": -1.0, "sampling_logprob": -1.0}
+    good["top_logprobs"] = [{"token_id": 7, "logprob": -1.0}]  # type: ignore[assignment]
+    bad_top = {**good, "top_logprobs": [{"token_id": 7, "logprob": wrong}]}
+    for bad in ({**good, "logprob": wrong}, {**good, "sampling_logprob": wrong}, bad_top):
+        with pytest.raises(ProtocolError):
+            assembled(asked, {"choices": [{"logprobs": {"content": [bad]}}]}, last([7]))
+    streamed = CompletionAssembler(request(logprobs=True), PROMPT, keep_tokens=True)
+    bad = {**good, "logprob": wrong}
+    with pytest.raises(ProtocolError):
+        streamed.feed(orjson.dumps({"choices": [{"logprobs": {"content": [bad]}}]}))
+    rounded = assembled(
+        asked, {"choices": [{"logprobs": {"content": [{**good, "logprob": 1e-6}]}}]}, last([7])
+    )
+    assert rounded.inference_logprobs == [1e-6]
+
+
+def test_a_logprob_beyond_every_double_is_refused() -> None:
+    asked = CompletionAssembler(request(logprobs=True), PROMPT)
+    chunk = b'{"choices": [{"logprobs": {"content": [{"logprob": -1e999}]}}]}'
+    with pytest.raises(ProtocolError):
+        asked.feed(chunk)
+        asked.feed(orjson.dumps(last([7])))
+        asked.completion(prompt_index=0, sample_index=0, metrics=ServerMetrics())
+
+
+def test_max_tokens_bounds_what_is_taken() -> None:
+    assert assembled(request(2), last([7, 8])).completion_len == 2
+    with pytest.raises(ProtocolError, match="max_tokens"):
+        assembled(request(2), last(list(range(1000))))
+    asked = CompletionAssembler(request(2, logprobs=True), PROMPT)
+    with pytest.raises(ProtocolError, match="max_tokens"):  # at once, not at the end
+        asked.feed(orjson.dumps({"choices": [{"logprobs": rows(-1.0, -1.0, -1.0)}]}))
+    echoes = request(2, logprobs=True, echo=True)
+    chunk = {"choices": [{"logprobs": rows(-1.0, -1.0, -1.0, -1.0, -1.0)}]}
+    assert assembled(echoes, chunk, last([1, 2, 3, 7, 8])).completion_len == 2
+
+
+def test_the_bytes_of_an_answer_follow_from_what_was_asked() -> None:
+    small, large = request(2), request(2, logprobs=True, echo=True, top_logprobs=5)
+    assert small.answer_limit(10) < 2 * 2**20
+    assert large.answer_limit(100_000) > 100_000 * (200 + 5 * 200)  # an honest echo in one event
+    assert small.answer_limit(100_000) < 4 * 2**20
+
+
+def test_a_second_choice_is_not_spliced_into_the_first() -> None:
+    asked = CompletionAssembler(request(), PROMPT)
+    two = [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]
+    with pytest.raises(ProtocolError):
+        asked.feed(orjson.dumps({"choices": two}))
+
+
+def test_what_proxies_do_to_a_stream_is_taken() -> None:
+    asked = CompletionAssembler(request(), PROMPT)
+    asked.feed_messages([b"", b"  ", orjson.dumps(last([7])), b" [DONE] "])
+    assert asked.done
+    assert asked.completion(prompt_index=0, sample_index=0, metrics=ServerMetrics()).text == ""
+    assert asked.events == 2  # the answer and its end
+    after = CompletionAssembler(request(), PROMPT)
+    after.feed_messages([orjson.dumps(last([7])), b"[DONE]", b"junk"])
+    assert after.done
+
+
+def test_logprobs_that_the_server_does_not_send_are_none() -> None:
+    asked = request(logprobs=True, top_logprobs=2)
+    none = assembled(asked, {"choices": [{"text": "hi", "logprobs": None}]}, last([7]))
+    assert (none.inference_logprobs, none.sampling_logprobs, none.top_logprobs) == (None,) * 3
+    without_top = assembled(asked, {"choices": [{"logprobs": rows(-1.0)}]}, last([7]))
+    assert (without_top.inference_logprobs, without_top.top_logprobs) == ([-1.0], None)
+
+
+def test_a_stream_without_token_ids_has_none_in_its_deltas() -> None:
+    asked = CompletionAssembler(request(logprobs=True), PROMPT, keep_tokens=True)
+    mark = asked.mark()
+    entry = {"logprob": -1.0, "sampling_logprob": -1.0}
+    asked.feed(orjson.dumps({"choices": [{"text": "hi", "logprobs": {"content": [entry]}}]}))
+    delta = asked.since(mark)
+    assert (delta.text, delta.tokens, delta.logprobs) == ("hi", (), [-1.0])
+
+
+def test_what_is_returned_is_lists() -> None:
+    one = assembled(
+        request(logprobs=True), {"choices": [{"text": "a", "logprobs": rows(-0.5)}]}, last([7])
+    )
+    for value in (one.full_tokens, one.inference_logprobs, one.sampling_logprobs):
+        assert type(value) is list
+    assert orjson.dumps(one.inference_logprobs or [], default=list) == b"[-0.5]"
+
+
+def test_flawed_is_what_another_attempt_may_mend() -> None:
+    for chunks in ([last([7], "abort")], [{"choices": [{"logprobs": rows(None)}]}, last([7])]):
+        asked = CompletionAssembler(request(logprobs=True), PROMPT)
+        for chunk in chunks:
+            asked.feed(orjson.dumps(chunk))
+        with pytest.raises(ProtocolError):
+            asked.completion(prompt_index=0, sample_index=0, metrics=ServerMetrics())
+        assert asked.flawed
+    sound = CompletionAssembler(request(), PROMPT)
+    sound.feed(orjson.dumps(last([-1])))
+    with pytest.raises(ProtocolError):
+        sound.completion(prompt_index=0, sample_index=0, metrics=ServerMetrics())
+    assert not sound.flawed
 
 
 def test_top_logprobs() -> None:
@@ -163,9 +287,9 @@ def test_an_echo_gives_training_aligned_logprobs() -> None:
     completion = assembled(request(logprobs=True, echo=True), chunk, last([1, 2, 3, 10, 11]))
     assert completion.full_tokens == [1, 2, 3, 10, 11]
     assert (completion.prompt_len, completion.completion_len) == (3, 2)
-    assert completion.inference_logprobs == array("d", [-0.2, -0.3, -0.4, -0.5])
+    assert completion.inference_logprobs == [-0.2, -0.3, -0.4, -0.5]
     # Prompt tokens were not sampled: there the raw value stands.
-    assert completion.sampling_logprobs == array("d", [-0.2, -0.3, -4.0, -5.0])
+    assert completion.sampling_logprobs == [-0.2, -0.3, -4.0, -5.0]
     assert completion.logprobs_echoed
     assert completion.echoed_prompt_logprob_count == 2
 
@@ -185,17 +309,6 @@ def test_an_echo_of_the_last_prompt_tokens_has_no_first_row_to_drop() -> None:
 def test_an_echo_that_differs_from_the_prompt_is_refused() -> None:
     with pytest.raises(ProtocolError, match="echoed"):
         assembled(request(echo=True), last([1, 2, 4, 10]))
-
-
-def test_the_echoed_prompt_is_taken_off_the_text() -> None:
-    chunk = {"choices": [{"text": "<1><2><3>new"}]}
-
-    def without_echo(text: str, ids: list[int]) -> str:
-        return text.removeprefix("".join(f"<{token}>" for token in ids))
-
-    ids = last([1, 2, 3, 10])
-    assert assembled(request(echo=True), chunk, ids, without_echo=without_echo).text == "new"
-    assert assembled(request(echo=True), chunk, ids).text == "<1><2><3>new"
 
 
 def test_the_snapshot_it_came_from() -> None:
@@ -323,7 +436,7 @@ def test_errors_in_the_stream() -> None:
 def test_deltas_add_up_to_the_completion(tokens: list[int], cuts: list[int]) -> None:
     assembler = CompletionAssembler(request(logprobs=True), PROMPT)
     borders = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
-    text, logprobs = "", array("d")
+    text, logprobs = "", list[float]()
     for start, end in itertools.pairwise(borders):
         mark = assembler.mark()
         for token in tokens[start:end]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import torch
 
 from fireworks_training._wire.completions.request import (
     SamplingRequest,
@@ -200,3 +201,84 @@ def test_prompts_of_one_call_do_not_share_a_seed() -> None:
     first, second = (request(seed=7).encode([1], earlier=earlier) for earlier in (0, 2))
     seeds = [orjson.loads(e.body(sample))["seed"] for e in (first, second) for sample in (0, 1)]
     assert seeds == [7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(kind: Any) -> None:
+    asked = sampling_request(
+        MODEL,
+        max_tokens=np.int64(4),  # type: ignore[arg-type]
+        temperature=kind(0.5),
+        options={
+            "top_p": kind(0.5),
+            "min_p": kind(0.25),
+            "frequency_penalty": kind(1.0),
+            "top_k": np.int32(5),
+            "seed": torch.tensor(3),
+            "http_timeout": kind(2.0),
+            "logit_bias": {np.int64(42): kind(5.0)},
+            "stop": [np.int64(7)],
+        },  # type: ignore[typeddict-item]
+        decode_stop=None,
+    )
+    body = orjson.loads(asked.encode([1]).body(0))
+    assert (body["temperature"], body["top_p"], body["min_p"]) == (0.5, 0.5, 0.25)
+    assert (body["top_k"], body["seed"], body["max_tokens"]) == (5, 3, 4)
+    assert (body["logit_bias"], body["stop"]) == ({"42": 5.0}, [7])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        (option, value)
+        for option in ("top_p", "min_p", "frequency_penalty", "presence_penalty")
+        for value in (math.nan, math.inf, np.float32("nan"), "0.5", True, [0.5], np.array([0.5]))
+    ]
+    + [
+        ("temperature", math.nan),
+        ("repetition_penalty", math.inf),
+        ("http_timeout", math.inf),
+        ("seed", 1.0),
+        ("top_k", np.float64(1.0)),
+        ("logit_bias", {"42": math.nan}),
+        ("logit_bias", {42: math.inf}),
+        ("logit_bias", {"x": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {2**31: 1.0}),
+        ("logit_bias", {True: 1.0}),
+        ("logit_bias", [1.0]),
+        ("stop", [1.5]),
+        ("stop", [2**40]),
+        ("raw_output", False),
+        ("raw_output", 1),
+        ("return_partial", 1),
+        ("additional_headers_snapshot", {"X": 1}),
+        ("additional_headers_snapshot", {"X": "a\r\nY: b"}),
+    ],
+)
+def test_what_is_no_sound_value_is_refused_at_the_call(option: str, value: object) -> None:
+    temperature: Any = value if option == "temperature" else 1.0
+    options: Any = {} if option == "temperature" else {option: value}
+    with pytest.raises(InvalidArgument, match=option):
+        sampling_request(
+            MODEL, max_tokens=1, temperature=temperature, options=options, decode_stop=None
+        )
+
+
+def test_options_where_they_do_nothing_are_not_sent() -> None:
+    plain = request().encode([1]).body(0)
+    neutral = request(
+        min_p=0, min_tokens=0, frequency_penalty=0, presence_penalty=0.0, repetition_penalty=1,
+        logit_bias={}, response_format={"type": "text"}, top_logprobs=0, echo=False, echo_last=0,
+        raw_output=True,
+    )  # fmt: skip
+    assert neutral.encode([1]).body(0) == plain
+    assert b'"frequency_penalty":0.5' in request(frequency_penalty=0.5).encode([1]).body(0)
+    assert b'"echo_last":0' in request(echo=True, echo_last=0).encode([1]).body(0)
+
+
+def test_ids_that_no_vocabulary_has_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="no vocabulary"):
+        token_ids("p", [2**31])
+    with pytest.raises(InvalidArgument, match="input_ids"):
+        token_ids("p", {"input_ids": [1]})  # type: ignore[arg-type]
