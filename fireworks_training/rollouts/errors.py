@@ -40,3 +40,9 @@ class RolloutsFailed(FireworksTrainingError, RuntimeError):
     ) -> None:
         super().__init__(message, cause=cause)
         self.failed, self.ended = failed, ended
+
+
+class SnapshotMoved(FireworksTrainingError, RuntimeError):
+    """An evaluation could not be finished at one snapshot; the same call may succeed later."""
+
+    retryable: ClassVar[bool] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fireworks_training import InvalidArgument, RateLimited, SamplingRequestError
@@ -52,6 +54,6 @@ def test_which_errors_may_pass() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"lost_member": "no"}, {"retries": -1}, {"breaker_share": 0}])
-def test_a_policy_refuses_values_that_mean_nothing(wrong: dict) -> None:
+def test_a_policy_refuses_values_that_mean_nothing(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         FailurePolicy(**wrong)

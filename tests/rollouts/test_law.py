@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -110,7 +111,7 @@ def test_completion_order_breaks_the_bound_so_the_judge_sees_lag() -> None:
 
 
 def batches_of(plan: Plan, outcomes: list[Outcome]) -> list[tuple[int, ...]]:
-    law, batches = Admission(plan), []
+    law, batches = Admission(plan), list[tuple[int, ...]]()
     left = list(enumerate(outcomes))
     while True:
         while left and law.may_start():
@@ -157,7 +158,7 @@ def test_a_batch_that_can_never_come_raises_with_the_numbers() -> None:
         ({"groups_per_batch": 1, "order": "random"}, "submitted, completed"),
     ],
 )
-def test_a_plan_refuses_values_that_mean_nothing(arguments: dict, words: str) -> None:
+def test_a_plan_refuses_values_that_mean_nothing(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         Plan(**arguments)
 
