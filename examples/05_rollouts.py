@@ -2,8 +2,8 @@
 
     python examples/05_rollouts.py
 
-The pool starts a group only when the bound allows it, and hands out groups in the order in which they
-started: no finished rollout is thrown away, and long ones are trained like short ones.
+The pool starts a group only when the bound allows it, and hands out groups in the order in which
+they started: no finished rollout is thrown away, and long ones are trained like short ones.
 """
 
 from __future__ import annotations

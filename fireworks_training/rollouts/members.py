@@ -64,7 +64,8 @@ class GroupLost(Exception):
 
     def __init__(self, outcome: Outcome, error: BaseException) -> None:
         super().__init__(str(error))
-        self.outcome, self.error = outcome, error
+        self.outcome: Outcome = outcome
+        self.error = error
 
 
 class GroupRun:
@@ -91,10 +92,12 @@ class GroupRun:
             if reason:
                 outcome = "filtered"
         except GroupLost as lost:
-            outcome, error = lost.outcome, lost.error
+            outcome = lost.outcome
+            error = lost.error
             reason = f"{type(error).__name__}: {error}"
         except Exception as failure:  # of a reward function or a filter
-            outcome, error = "failed", failure
+            outcome = "failed"
+            error = failure
             reason = f"{type(error).__name__}: {error}"
         if outcome == "done":
             self._ledger.done(self._number, sum(episode.sampled for episode in episodes))
