@@ -24,7 +24,7 @@ VALUES = {"config", "data", "errors", "evaluation", "events", "futures", "models
 VALUES |= {"options", "usage"}
 """What is public and needs no loop."""
 
-UNITS = VALUES | {"compat", "rollouts", "losses", "tito", "root"}
+UNITS = VALUES | {"compat", "rollouts", "losses", "schedules", "tito", "root"}
 UNITS |= {
     "_checks",
     "_core",
@@ -95,6 +95,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     ),
     "_sync": VALUES - {"data", "evaluation"} | {"_async", "_portal"},
     "testing": {"_core.window", "_wire.completions", "_wire.training", "models", "errors"},
+    "schedules": {"errors"},
     "compat": UNITS - PEERS,
     "rollouts": UNITS - PEERS,
     "losses": UNITS - PEERS,
@@ -158,6 +159,7 @@ MAY_IMPORT["local.trainer"] |= MAY_IMPORT["local.trainer.run"]
 
 TENSOR_ROOMS = {"local.model", "local.trainer", "local.engine", "local.store.deltas"}
 TENSOR_ROOMS |= {"local.pretrain", "local.pretraining"}
+TENSOR_ROOMS |= (TENSOR_LOSSES := {"losses.tensors", "losses.library"})
 DEMO = {"cli.demo", "cli.demo_loop"}
 LIBRARIES: dict[str, tuple[set[str], set[str]]] = {
     "torch": (
@@ -338,7 +340,7 @@ def _libraries(tree: Tree) -> Iterator[str]:
 def _closures(tree: Tree) -> Iterator[str]:
     for module in tree.modules.values():
         for part, forbidden in LIGHT.items():
-            if _within(module.name, {part}):
+            if _within(module.name, {part}) and not _within(module.name, TENSOR_LOSSES):
                 heavy = tree.loads(module.name, set()) & forbidden
                 yield from (f"{module.path}:1: importing it loads {name}" for name in sorted(heavy))
 

@@ -37,7 +37,7 @@ def test_a_whole_program_runs(
 
 
 def test_the_custom_loss_runs(platform: RunningPlatform) -> None:
-    assert len(SNIPPETS) == 7  # that of the endpoint for agents runs in tests/tito
+    assert len(SNIPPETS) == 9  # those of the endpoint and of losses run in tests/tito, tests/losses
     with FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,
         api_key=platform.api_key,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Array = npt.NDArray[np.float32]
+logger = logging.getLogger("fireworks_training.trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,33 @@ class LossResult:
     loss: float
     metrics: dict[str, float]
     gradients: list[Array]
+
+
+class SpreadMeans:
+    """Notices a loss that takes the mean of its own call, twice in one step.
+
+    Such a loss (its `needs_totals` is true) is right where a call is the whole optimizer batch.
+    The sum of two calls' means is not the mean of both. Says so once.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str] | None = None
+        self._told = False
+
+    def note(self, step: int, loss: object) -> None:
+        """Note a pass of a step, in the order of the line."""
+        if not getattr(loss, "needs_totals", False):
+            return
+        this = (step, str(getattr(loss, "name", type(loss).__name__)))
+        if this == self._last and not self._told:
+            self._told = True
+            logger.warning(
+                "the loss %r takes the mean of each call, and this step has it in several: their "
+                "sum is not the mean of the whole batch. Hand in the totals of all its rows: "
+                "loss.over(losses.totals(all_rows))",
+                this[1],
+            )
+        self._last = this
 
 
 def require_torch() -> None:

@@ -25,7 +25,12 @@ from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.runtime.worker import off_loop
 from fireworks_training._async.training.client_config import ClientConfig
 from fireworks_training._async.training.context import OperationContext
-from fireworks_training._async.training.custom_loss import LossResult, in_daemon_thread, run_loss
+from fireworks_training._async.training.custom_loss import (
+    LossResult,
+    SpreadMeans,
+    in_daemon_thread,
+    run_loss,
+)
 from fireworks_training._async.training.data_plane import Answer
 from fireworks_training._async.training.encoding import EncodingJob
 from fireworks_training._async.training.requests import Request
@@ -146,6 +151,7 @@ class Passes:
         backward: whether the trainer takes a backward by an earlier forward.
         usage: counts the tokens of finished passes.
         limits: what one request may hold.
+        means: notices losses whose mean is that of a call and not of the step.
         masks: whether the trainer's losses with advantages take weights whatever they are.
     """
 
@@ -155,6 +161,7 @@ class Passes:
     masks: bool = True
     usage: UsageMeter = field(default_factory=lambda: UsageMeter(time.monotonic))
     limits: ClientConfig = field(default_factory=ClientConfig)
+    means: SpreadMeans = field(default_factory=SpreadMeans)
 
     def encoding(
         self,
@@ -249,6 +256,7 @@ class Passes:
             logprobs = _checked(precomputed, encoded.inputs)
         forward_ids = context.sent
         loss = await custom.run(logprobs, context)
+        self.means.note(context.step, custom.function)
         linear = partial(self._linearised, custom.captured, encoded.inputs, loss.gradients)
         if self.backward and forward_ids:
             bodies = await off_loop(

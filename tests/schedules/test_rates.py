@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fireworks_training.compat import (
+from fireworks_training.schedules import (
     ConstantSchedule,
     CosineSchedule,
     LinearSchedule,
@@ -97,3 +97,36 @@ def test_flat_options_count_only_beside_nothing() -> None:
     assert normalize_lr_scheduler_spec(spec, legacy_warmup_steps=3) is spec
     assert has_v1_scheduler_fields(["lr_warmup_steps"])
     assert not has_v1_scheduler_fields(["learning_rate"])
+
+
+SPECS = [
+    ConstantSchedule(),
+    ConstantSchedule(warmup_steps=3),
+    *(
+        kind(**settings)
+        for kind in (LinearSchedule, CosineSchedule)
+        for settings in ({}, {"warmup_steps": 3}, {"warmup_ratio": 0.2, "decay_ratio": 0.5})
+    ),
+    *(WSDSchedule(warmup_steps=w, decay_type=d) for w in (0, 4) for d in ("linear", "sqrt")),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_schedule_has_a_rate_from_step_0_on(spec: LRSchedulerSpec) -> None:
+    warmed = spec.warmup_steps or spec.warmup_ratio
+    assert compute_lr(spec, 0, BASE, total_steps=10) == (0.0 if warmed else BASE)
+    rates_of_all = [compute_lr(spec, step, BASE, total_steps=10) for step in range(12)]
+    assert all(0.0 <= rate <= BASE for rate in rates_of_all)
+
+
+def test_a_run_of_one_step_has_rates() -> None:
+    for spec in SPECS:
+        assert math.isfinite(compute_lr(spec, 0, BASE, total_steps=1))
+        assert math.isfinite(compute_lr(spec, 1, BASE, total_steps=1))
+
+
+def test_the_official_names_are_these() -> None:
+    from fireworks_training import compat, schedules
+
+    for name in schedules.__all__:
+        assert getattr(compat, name) is getattr(schedules, name)
