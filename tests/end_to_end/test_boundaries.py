@@ -38,7 +38,7 @@ from fireworks_training import (
 )
 from fireworks_training._core.backoff import Backoff
 from tests.conftest import RunningPlatform
-from tests.end_to_end.support import ADAM, datums, saved_state, service_on
+from tests.end_to_end.support import ADAM, datums, saved_state, service_on, told
 
 Loss = Callable[[Any, list[torch.Tensor]], Any]
 
@@ -232,6 +232,7 @@ async def after_close(
 HELLO = [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.extension("perf_metrics")
 async def test_sampling_calls(platform: RunningPlatform) -> None:
     async with service_on(platform, create_deployment=True) as service:
         client = await service.create_training_client()
@@ -272,7 +273,7 @@ async def test_sampling_calls(platform: RunningPlatform) -> None:
         for call, kind, says in cases:
             await refused(call, kind, says)
         (completion,) = await sample(HELLO, max_tokens=2)
-        assert completion.snapshot_identity == saved.path
+        assert completion.snapshot_identity == told(platform, saved.path)
     await refused(lambda: sample(HELLO), ClientClosed, "closed; make a new one")
 
 

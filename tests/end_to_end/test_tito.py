@@ -119,7 +119,7 @@ async def test_an_agent_that_leaves_gives_its_slot_of_the_engine_back(
             renderer=ChatTemplateRenderer(tokenizer),
             max_context_tokens=2048,
             max_output_tokens=2000,
-            sampling_defaults={"min_tokens": 2000},
+            sampling_defaults={"ignore_eos": True},
         )
         async with sidecar:
             endpoint = await sidecar.create_trajectory_async()
