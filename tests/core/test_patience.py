@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -109,7 +110,7 @@ def test_failures_that_go_on_are_a_reason_to_look_ever_more_rarely(error: ApiErr
     at = looks(Patience(judge_poll), error, 540.0)
     assert LOOK_AFTER <= at[0] < LOOK_AFTER + 10
     assert 4 <= len(at) <= 8
-    gaps = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
     assert gaps[-1] > 4 * gaps[0]
 
 

@@ -232,7 +232,7 @@ async def after_close(
 HELLO = [{"role": "user", "content": "hi"}]
 
 
-@pytest.mark.extension("perf_metrics")
+@pytest.mark.extension("perf_metrics", "error")
 async def test_sampling_calls(platform: RunningPlatform) -> None:
     async with service_on(platform, create_deployment=True) as service:
         client = await service.create_training_client()
@@ -240,6 +240,8 @@ async def test_sampling_calls(platform: RunningPlatform) -> None:
         sampler = await service.create_deployment_sampler(saved.path)
         sample = sampler.sample_with_tokens
         ids = sampler.sample_with_prompt_tokens
+        # A cloud's replica says that a load failed, and not why.
+        why = "nope was not loaded: no reason" if platform.as_cloud else "no snapshot 'nope'"
         cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
             (lambda: sample(HELLO, n=0), InvalidArgument, "n must be at least 1, got 0"),
             (lambda: sample(HELLO, max_tokens=0), InvalidArgument, "max_tokens must be at least 1"),
@@ -267,7 +269,7 @@ async def test_sampling_calls(platform: RunningPlatform) -> None:
             (
                 lambda: service.create_deployment_sampler("nope"),
                 FireworksTrainingError,
-                "no snapshot 'nope'.*What was served before keeps serving",
+                f"{why}.*What was served before keeps serving",
             ),
         ]
         for call, kind, says in cases:
