@@ -31,8 +31,17 @@ def on(platform: RunningPlatform, snippet: str) -> str:
     return snippet.replace('base_url="local"', place)
 
 
-@pytest.mark.parametrize("platform", ["local", "as-cloud"], indirect=True, scope="session")
-@pytest.mark.parametrize("snippet", SNIPPETS[:2], ids=["script", "coroutine"])
+@pytest.mark.parametrize(
+    ("platform", "snippet"),
+    [
+        pytest.param("local", SNIPPETS[0], id="script"),
+        pytest.param("local", SNIPPETS[1], id="coroutine"),
+        pytest.param("as-cloud", SNIPPETS[0], id="script-as-cloud"),
+        pytest.param("as-cloud", SNIPPETS[1], id="coroutine-as-cloud", marks=pytest.mark.slow),
+    ],
+    indirect=["platform"],
+    scope="session",
+)
 def test_a_whole_program_runs(
     platform: RunningPlatform, snippet: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

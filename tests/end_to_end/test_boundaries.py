@@ -160,6 +160,7 @@ BAD_PASSES: dict[str, tuple[Any, type[FireworksTrainingError], str]] = {
 }
 
 
+@pytest.mark.as_cloud
 async def test_a_pass_that_is_wrong_fails_its_step_and_leaves_no_trace(
     platform: RunningPlatform,
 ) -> None:
@@ -195,6 +196,7 @@ async def refused(call: Callable[[], Any], kind: type[Exception], says: str) -> 
         await call()
 
 
+@pytest.mark.as_cloud
 async def test_a_call_that_is_wrong_takes_no_place_in_the_line(platform: RunningPlatform) -> None:
     async with service_on(platform) as service:
         client = await service.create_training_client()

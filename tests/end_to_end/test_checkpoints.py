@@ -44,6 +44,7 @@ def states_of(platform: RunningPlatform, service: AsyncFiretitanServiceClient) -
     return platform.state_dir / "jobs" / (service.trainer_job_id or "-") / "states"
 
 
+@pytest.mark.as_cloud
 async def test_states_are_deleted_and_thinned_out_and_their_disk_is_freed(
     platform: RunningPlatform,
 ) -> None:
@@ -91,6 +92,7 @@ async def test_what_is_served_or_built_upon_stays(platform: RunningPlatform) -> 
         assert live in await ids(service)  # it is served
 
 
+@pytest.mark.as_cloud
 async def test_a_time_to_live_is_kept(platform: RunningPlatform) -> None:
     async with service_on(platform) as service:
         client = await service.create_training_client()
@@ -147,6 +149,7 @@ async def test_a_reference_begins_at_a_saved_state(
         assert np.abs(await logprobs(again) - tuned).max() < 1e-5
 
 
+@pytest.mark.as_cloud
 async def test_the_commands_delete_and_keep(platform: RunningPlatform) -> None:
     environment = {
         "FIREWORKS_BASE_URL": platform.base_url,

@@ -80,6 +80,7 @@ async def test_a_step_a_sync_and_a_completion_are_told_in_order(platform: Runnin
     assert [event.at for event in heard] == sorted(event.at for event in heard)
 
 
+@pytest.mark.as_cloud
 async def test_faults_on_the_way_are_told_as_retries(
     platform: RunningPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ async def test_faults_on_the_way_are_told_as_retries(
     assert heard.index(submit) < heard.index(server) < heard.index(network) < heard.index(ack)
 
 
+@pytest.mark.as_cloud
 async def test_failures_are_told_with_what_the_caller_gets(platform: RunningPlatform) -> None:
     heard = list[Event]()
     async with service_on(platform, create_deployment=True, on_event=heard.append) as service:
@@ -123,6 +125,7 @@ async def test_failures_are_told_with_what_the_caller_gets(platform: RunningPlat
         assert told == [("training", own.value), ("training", follows.value), ("sync", sync.value)]
 
 
+@pytest.mark.as_cloud
 def test_a_blocking_service_takes_the_hook_too(platform: RunningPlatform) -> None:
     heard = list[Event]()
     with FiretitanServiceClient.from_firetitan_config(

@@ -172,6 +172,7 @@ async def test_the_check_sees_a_step_that_was_applied(
         assert relative(part(saved_state(platform, job, "after"), "master"), alone) > 1e-6
 
 
+@pytest.mark.as_cloud
 async def test_close_raises_the_failure_that_nobody_asked_about_and_cleans_up_all_the_same(
     platform: RunningPlatform,
 ) -> None:

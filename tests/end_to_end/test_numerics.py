@@ -139,7 +139,6 @@ async def _train(client: Any, steps: range) -> list[float]:
     return losses
 
 
-@pytest.mark.as_cloud
 @pytest.mark.parametrize("rank", [0, 4])
 async def test_two_runs_with_one_seed_are_equal_bit_for_bit(
     platform: RunningPlatform, rank: int
