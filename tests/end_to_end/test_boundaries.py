@@ -160,7 +160,6 @@ BAD_PASSES: dict[str, tuple[Any, type[FireworksTrainingError], str]] = {
 }
 
 
-@pytest.mark.as_cloud
 async def test_a_pass_that_is_wrong_fails_its_step_and_leaves_no_trace(
     platform: RunningPlatform,
 ) -> None:

@@ -44,7 +44,6 @@ def states_of(platform: RunningPlatform, service: AsyncFiretitanServiceClient) -
     return platform.state_dir / "jobs" / (service.trainer_job_id or "-") / "states"
 
 
-@pytest.mark.as_cloud
 async def test_states_are_deleted_and_thinned_out_and_their_disk_is_freed(
     platform: RunningPlatform,
 ) -> None:

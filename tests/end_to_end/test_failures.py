@@ -157,7 +157,6 @@ async def test_a_failed_step_leaves_no_trace(
             assert relative(after, alone) < 1e-6
 
 
-@pytest.mark.as_cloud
 async def test_the_check_sees_a_step_that_was_applied(
     platform: RunningPlatform, alone: dict[str, torch.Tensor]
 ) -> None:

@@ -91,7 +91,6 @@ async def test_the_reference_of_full_parameters_is_a_trainer_that_the_service_ow
         assert service.reference_job_id is None
 
 
-@pytest.mark.as_cloud
 async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> None:
     async with service_on(platform, max_lora_rank=8) as service:
         with pytest.raises(InvalidArgument, match="rank from 1 to 8"):
