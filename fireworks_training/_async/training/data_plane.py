@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -48,6 +48,9 @@ logger = logging.getLogger("fireworks_training.trainer")
 
 Answer = Mapping[str, Any] | bytes
 """The payload of a result: a JSON object, or the bytes of a protobuf message."""
+
+Look = Callable[[ApiError], Awaitable[None]]
+"""Looks at the state of the job after a failure; raises `TrainerLost` if that has ended."""
 
 PROTOBUF_TYPE = "application/x-protobuf"
 
@@ -170,6 +173,7 @@ class DataPlane:
         what: str,
         headers: Mapping[str, str] | None = None,
         final: frozenset[int] = frozenset(),
+        look: Look | None = None,
     ) -> str:
         """Send a request until the trainer accepts it; return its request id.
 
@@ -177,6 +181,7 @@ class DataPlane:
 
         Args:
             final: statuses that are an answer, though they are asked again elsewhere.
+            look: looks whether the job has ended, when failures make that likely.
 
         Raises:
             TrainerLost: the trainer's process is gone.
@@ -190,11 +195,14 @@ class DataPlane:
             try:
                 return await self._submit_once(path, body, sent, what)
             except ApiError as error:
-                delay = patience.next_delay(error, now=loop.time())
+                now = loop.time()
+                delay = patience.next_delay(error, now=now)
                 if delay is None:
                     raise
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 _say_again(what, error, delay, billing=judge_submit(error) is Verdict.BILLING)
+                if look is not None and patience.look_due(error, now=now):
+                    await look(error)
             await asyncio.sleep(delay)
 
     async def _submit_once(
@@ -218,18 +226,22 @@ class DataPlane:
         headers: Mapping[str, str] | None = None,
         *,
         fails: bool = False,
+        look: Look | None = None,
     ) -> None:
         """Send a filler request; a 409 (the id is in use) counts as success.
 
         Args:
             fails: the trainer takes this one as failed, and answers with 400.
+            look: as for `submit`.
 
         Raises:
             TrainerLost: the trainer's process is gone.
             ApiError: refused too, or no answer.
         """
         try:
-            await self.submit(path, body, what="filler", headers=headers, final=frozenset({409}))
+            await self.submit(
+                path, body, what="filler", headers=headers, final=frozenset({409}), look=look
+            )
         except ApiStatusError as error:
             if error.status != 409 and not (fails and error.status == 400):
                 raise
@@ -241,12 +253,14 @@ class DataPlane:
         what: str,
         headers: Mapping[str, str] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        look: Look | None = None,
     ) -> Answer:
         """Poll until the request is done; return its payload.
 
         Args:
             headers: of each poll, such as what content types are understood.
             note: called with what is waited for, whenever that changes.
+            look: as for `submit`.
 
         Raises:
             RequestFailed: the trainer failed it.
@@ -266,13 +280,16 @@ class DataPlane:
                 )
                 outcome = await read_outcome(response, request_id, what)
             except ApiError as error:
-                delay = patience.next_delay(error, now=loop.time())
+                now = loop.time()
+                delay = patience.next_delay(error, now=now)
                 if delay is None:
                     raise
                 note(f"polls fail: {type(error).__name__}: {error}")
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 if judge_poll(error) is Verdict.BILLING:
                     _say_again(what, error, delay, billing=True)
+                if look is not None and patience.look_due(error, now=now):
+                    await look(error)
             else:
                 if not isinstance(outcome, NotReady):
                     return outcome
