@@ -31,6 +31,7 @@ from fireworks_training._async.runtime.usage_meter import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training._wire.server_words import scrubbed, words_of
 from fireworks_training.config import (
+    attribution_headers,
     certificate_file,
     checked_key,
     checked_url,
@@ -122,6 +123,7 @@ class Response:
             retry_after=parse_retry_after(
                 self.headers.get("retry-after"), date=self.headers.get("date"), now=time.time()
             ),
+            should_retry={"true": True, "false": False}.get(self.headers.get("x-should-retry", "")),
             request_id=self.request_id,
         )
 
@@ -160,6 +162,7 @@ class Transport:
         self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._attribution = attribution_headers()
         self._signed = {**cloudflare_headers(), **self._additional_headers}
         self._proxies: dict[str, str | None] = {}
         self.hosts = Hosts()
@@ -182,6 +185,7 @@ class Transport:
             "X-API-Key": self._api_key,
             "Authorization": f"Bearer {self._api_key}",
             "User-Agent": USER_AGENT,
+            **self._attribution,
             **(extra or {}),
             **self._signed,
         }
@@ -283,7 +287,8 @@ class Transport:
             )
         if after == before:
             return there, dict(sent)
-        private = {name.lower() for name in ("X-API-Key", "Authorization", *self._signed)}
+        own = ("X-API-Key", "Authorization", *self._attribution, *self._signed)
+        private = {name.lower() for name in own}
         return there, {name: text for name, text in sent.items() if name.lower() not in private}
 
     async def _once(
