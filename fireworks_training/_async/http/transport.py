@@ -244,8 +244,9 @@ class Transport:
 
         Args:
             url: absolute, or a path below `base_url`.
-            timeout: seconds for the whole exchange; for a large body, since its last piece was
-                taken, so that a slow upload is not cut while it goes on.
+            timeout: seconds until the answer begins, and again until it is whole; for a large
+                body, since its last piece was taken, so that a slow upload is not cut while it
+                goes on.
             limit: bytes that the answer's body may have, decompressed.
 
         Raises:
@@ -319,6 +320,8 @@ class Transport:
                     allow_redirects=False,
                     proxy=self.proxy_for(target),
                 ) as response:
+                    # A poll's head may come late in its time, and a large result behind it.
+                    clock.reschedule(asyncio.get_running_loop().time() + timeout)
                     answer = await read_bounded(response, limit, f"{method} {_path(target)}")
         except TimeoutError as error:
             raise RequestTimedOut(
