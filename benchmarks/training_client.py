@@ -170,6 +170,20 @@ def hang(client: Any, adam: Any, work: str, url: str) -> dict[str, float]:
     }
 
 
+class NoDeployment:
+    """Counts what is saved, and serves nothing."""
+
+    def __init__(self) -> None:
+        from fireworks_training._core.snapshots import Chain
+
+        self.chain = Chain()
+
+    async def weights(self) -> Any:
+        raise AssertionError("this benchmark has no deployment")
+
+    of_probe = weights
+
+
 @contextmanager
 def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEventLoop]]:
     """Our client on a loop in a thread, as the blocking classes have it."""
@@ -181,7 +195,6 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     from fireworks_training._async.training.model import RemoteModel
     from fireworks_training._async.training.session import TrainerSession
     from fireworks_training._async.weights.publisher import WeightPublisher
-    from fireworks_training._core.snapshots import Chain
 
     owner = OwnerLoop(portal=True)
 
@@ -191,16 +204,6 @@ def ours(url: str, dialect: str) -> Iterator[tuple[Any, Any, asyncio.AbstractEve
     transport = make(owner)
     session = TrainerSession(transport, make, url)
     model: RemoteModel | None = None
-
-    class NoDeployment:
-        """Counts what is saved, and serves nothing."""
-
-        chain = Chain()
-
-        async def weights(self) -> Any:
-            raise AssertionError("this benchmark has no deployment")
-
-        of_probe = weights
 
     async def begin() -> AsyncFiretitanTrainingClient:
         await session.open(None)

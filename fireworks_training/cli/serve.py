@@ -25,6 +25,7 @@ OFFERS = ("batch-polling", "zstd")
 LIMITS = {
     "max_trainers": "maxTrainers",
     "max_replicas": "maxReplicas",
+    "max_models": "maxModels",
     "trainer_delay": "trainerDelayS",
     "deployment_delay": "deploymentDelayS",
     "inactivity_timeout": "inactivityTimeoutS",
@@ -107,6 +108,12 @@ def become_platform(settings: Mapping[str, object]) -> NoReturn:
     "--max-replicas",
     type=click.IntRange(0, 64),
     help="Serving replicas at a time, of all deployments.  [default: no limit]",
+)
+@click.option(
+    "--max-models",
+    type=click.IntRange(1, 64),
+    help="Models that a trainer holds at a time; a further one takes the place of the one whose"
+    " client has been silent longest, for 30 s at least.  [default: what memory holds]",
 )
 @click.option(
     "--trainer-delay",

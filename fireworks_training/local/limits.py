@@ -31,11 +31,15 @@ class Limits:
         deployment_delay_s: seconds that pass before an engine starts.
         inactivity_timeout_s: a trainer that was sent nothing for so long is stopped, unless its job
             asked for another time; None = never. Operations and heartbeats count as activity.
+        max_models: models that a trainer holds at a time; None = as many as memory holds, up to 64.
+            Counts for trainers that start later. At the limit the model whose session has been
+            silent longest, for 30 s at least, makes room.
         session_timeout_s: a session without a heartbeat for so long is ended, with its models.
     """
 
     max_trainers: int | None = None
     max_replicas: int | None = None
+    max_models: int | None = None
     trainer_delay_s: float = 0.0
     deployment_delay_s: float = 0.0
     inactivity_timeout_s: float | None = None
@@ -63,9 +67,13 @@ class Limits:
 
 def _checked(name: str, value: object) -> int | float:
     if name.startswith("max"):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_PLACES:
-            raise LocalPlatformError(f"{name} must be an integer from 0 to {MOST_PLACES}, or null")
-        return value
+        least = 1 if name == "maxModels" else 0
+        number = value if isinstance(value, int) and not isinstance(value, bool) else -1
+        if not least <= number <= MOST_PLACES:
+            raise LocalPlatformError(
+                f"{name} must be an integer from {least} to {MOST_PLACES}, or null"
+            )
+        return number
     return seconds(name, value)
 
 

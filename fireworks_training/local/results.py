@@ -58,6 +58,10 @@ class BadPoll(ValueError):
     """Raised for a body that is no request for batch polling; names the field."""
 
 
+LONGEST_POLL_S = 86_400
+"""The longest time that a poll may ask to be held for; it is held for less."""
+
+
 class SamplingTarget(BaseModel):
     """Names the requests of one sampling session whose `seq_id` is in the block of one clone."""
 
@@ -84,7 +88,7 @@ class Poll(BaseModel):
 
     target: SamplingTarget | ModelTarget = Field(discriminator="type")
     prev_cursor: StrictInt = Field(default=0, ge=0)
-    timeout: StrictFloat | StrictInt | None = Field(default=None, ge=0, allow_inf_nan=False)
+    timeout: StrictFloat | StrictInt | None = Field(default=None, ge=0, le=LONGEST_POLL_S)
     retrieved_request_ids: list[StrictStr] = Field(default_factory=list, max_length=MAX_IDS)
     inline_bytes: StrictInt = Field(default=0, ge=0, le=MAX_INLINE_BYTES)
 

@@ -319,7 +319,8 @@ def _pass_result(outputs: list[dict[str, Any]], loss: float) -> dict[str, Any]:
 
 def _logprobs(datum: Mapping[str, Any]) -> dict[str, Any]:
     """A logprob of -1.0 for each target of a datum."""
-    count = len(datum["loss_fn_inputs"]["target_tokens"]["data"])
+    # Datums for an embedding have no targets.
+    count = len(datum["loss_fn_inputs"].get("target_tokens", {"data": ()})["data"])
     return {"data": [-1.0] * count, "dtype": "float32", "shape": [count]}
 
 

@@ -48,6 +48,7 @@ from fireworks_training._wire.training.datums import (
     Captured,
     PassResult,
     capture,
+    capture_all,
     count_tokens,
 )
 from fireworks_training.errors import InvalidArgument, ProtocolError
@@ -110,7 +111,7 @@ class PassOperations:
     ) -> EncodingJob[EncodedData]:
         """Capture datums that are needed for nothing but their encoding; a few are encoded now."""
         at_once = count_tokens(data) <= INLINE_TOKENS
-        captured = [capture(datum, copy=not at_once) for datum in data]
+        captured = [capture(d, copy=False) for d in data] if at_once else capture_all(data)
         return self._passes.encoding(
             captured, inputs, single_request=single_request, at_once=at_once
         )
@@ -184,7 +185,7 @@ class PassOperations:
                 f"precomputed_forward holds logprobs, which {output=} has no use for"
             )
         datums = list(data)
-        captured = [capture(datum) for datum in datums]
+        captured = capture_all(datums)
         loss = CustomLoss(loss_fn, datums, captured, contextvars.copy_context())
         run: Callable[..., Awaitable[tinker.ForwardBackwardOutput]]
         args: tuple[Any, ...]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from fireworks_training._async.runtime.usage_meter import UsageMeter
 from fireworks_training._async.runtime.waits import log_if_slow
-from fireworks_training._async.runtime.worker import off_loop
+from fireworks_training._async.runtime.worker import off_loop, with_pauses
 from fireworks_training._async.training.client_config import ClientConfig
 from fireworks_training._async.training.context import OperationContext
 from fireworks_training._async.training.custom_loss import (
@@ -196,7 +196,8 @@ class Passes:
             "advantages" in datum.tensors and ALL_MASKS.isdisjoint(datum.tensors) for datum in data
         ):
             _note_rows_without_mask(self.model_id)
-        datums = [self._datum(d, a, i) for i, (d, a) in enumerate(zip(data, arrays, strict=True))]
+        pairs = with_pauses(zip(data, arrays, strict=True))
+        datums = [self._datum(d, a, i) for i, (d, a) in enumerate(pairs)]
         sizes = [datum.size for datum in datums]
         limits = self.limits
         chunks = split(sizes, max_datums=limits.max_datums, max_bytes=limits.max_bytes)

@@ -178,6 +178,29 @@ def capture(datum: DatumLike, *, copy: bool = True) -> Captured:
     return Captured(tuple(datum.model_input.chunks), tensors)
 
 
+def capture_all(data: Sequence[DatumLike]) -> list[Captured]:
+    """Capture the datums of a pass, as `capture` does, with one copy for the arrays of all.
+
+    numpy lets go of the interpreter in each copy of 500 elements or more, and a thread that encodes
+    the pass before takes it every time: with a copy for each array the caller's loop would stand
+    still for a multiple of the time that the copies take.
+    """
+    captured = [capture(datum, copy=False) for datum in data]
+    found = [
+        (each.tensors, name, array)
+        for each in captured
+        for name, array in each.tensors.items()
+        if isinstance(array, np.ndarray)
+    ]
+    found.sort(key=lambda place: -place[2].itemsize)  # so that each is aligned
+    block = bytearray().join([np.ascontiguousarray(array) for _, _, array in found])
+    offset = 0
+    for tensors, name, array in found:
+        tensors[name] = np.ndarray(array.shape, array.dtype, block, offset)
+        offset += array.nbytes
+    return captured
+
+
 def count_tokens(data: Sequence[DatumLike]) -> int:
     """Count the tokens of the model inputs; chunks that are not text have none."""
     return sum(

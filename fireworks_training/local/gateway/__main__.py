@@ -17,12 +17,20 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.errors import LocalPlatformError
-from fireworks_training.local.gateway.app import Parts, create_app, make_runner
+from fireworks_training.local.gateway.app import (
+    CONNECTION_OPTIONS,
+    Parts,
+    create_app,
+    make_runner,
+)
 from fireworks_training.local.gateway.control_plane import hot_load
 from fireworks_training.local.gateway.control_plane.workers import TemplateSpawner
 from fireworks_training.local.gateway.inference import routes as inference
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
+from fireworks_training.local.gateway.web.connections import Connections, most_connections
 from fireworks_training.local.processes import lifetime
+from fireworks_training.local.processes.descriptors import descriptor_limit
+from fireworks_training.local.processes.worker_entry import leave_reason
 from fireworks_training.local.settings import GatewaySettings, parse, read_line
 
 
@@ -63,9 +71,15 @@ async def serve(settings: GatewaySettings) -> bool:
     runner = make_runner(create_app(settings, real_parts(settings)))
     await runner.setup()
     listener = socket.socket(fileno=settings.socket_fd)
-    await web.SockSite(runner, listener, backlog=1024).start()
+    assert runner.server is not None, "it was set up"
+    connections = Connections(
+        runner.server, most_connections(descriptor_limit()), **CONNECTION_OPTIONS
+    )
+    accepting = await connections.listen(listener)
     await ending.wait()
+    accepting.close()
     await runner.cleanup()
+    connections.close()
     return orphaned
 
 
@@ -81,8 +95,11 @@ def main() -> int:
     alive_fd = lifetime.hold_alive(runtime_dir)
     try:
         orphaned = asyncio.run(serve(settings))
-    except LocalPlatformError as error:
-        print(f"gateway: {error.message}", file=sys.stderr, flush=True)
+    except (LocalPlatformError, OSError) as error:
+        reason = error.message if isinstance(error, LocalPlatformError) else str(error)
+        print(f"gateway: {reason}", file=sys.stderr, flush=True)
+        # For the supervisor, whose own error is what a user sees.
+        leave_reason(str(runtime_dir / "gateway"), reason)
         return 1
     if orphaned:
         # The supervisor removes the folder itself, unless it was killed.

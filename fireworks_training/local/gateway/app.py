@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -40,6 +40,7 @@ from fireworks_training.local.gateway.inference import tokenizer_route
 from fireworks_training.local.gateway.inference.registry import ModelEntry, ServingRegistry
 from fireworks_training.local.gateway.inference.serving import REGISTRY
 from fireworks_training.local.gateway.web.auth import host_middleware, key_middleware
+from fireworks_training.local.gateway.web.connections import watch_middleware
 from fireworks_training.local.gateway.web.problems import (
     REQUEST_ID,
     STARTED,
@@ -51,6 +52,7 @@ from fireworks_training.local.limits import Limits
 from fireworks_training.local.model.memory import PageReturn, c_library_trim
 from fireworks_training.local.settings import MODEL_PREFIX, GatewaySettings
 from fireworks_training.local.store.database import FILE, Database
+from fireworks_training.local.store.reserve import DiskFull, is_full
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ MAX_BODY_BYTES = 64 << 20
 SHUTDOWN_S = 0.5
 PAGES_EVERY = 10.0  # seconds
 DEFAULT_CONTEXT_LENGTH = 2048
+CONNECTION_OPTIONS: dict[str, Any] = {
+    "access_log": None,
+    # Bodies for a trainer pass through as they are, encoded or not.
+    "auto_decompress": False,
+}
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -114,6 +121,7 @@ def create_app(settings: GatewaySettings, parts: Parts) -> web.Application:
     app = web.Application(
         client_max_size=MAX_BODY_BYTES,
         middlewares=[
+            watch_middleware,
             error_middleware,
             host_middleware(settings.host),
             key_middleware(settings.api_key),
@@ -162,11 +170,9 @@ def make_runner(app: web.Application) -> web.AppRunner:
     """Return the runner with the server options that the routes rely on."""
     return web.AppRunner(
         app,
-        access_log=None,
+        **CONNECTION_OPTIONS,
         # A completion or a long poll whose client went away is given up at once.
         handler_cancellation=True,
-        # Bodies for a trainer pass through as they are, encoded or not.
-        auto_decompress=False,
         shutdown_timeout=SHUTDOWN_S,
     )
 
@@ -222,7 +228,9 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return render(HttpProblem(error.status, text, headers=_kept_headers(error)))
     except (asyncio.CancelledError, ConnectionError):
         raise  # the client went away
-    except Exception:
+    except Exception as error:
+        if is_full(error) and not request.get(STARTED):
+            return render(HttpProblem(507, DiskFull().message))
         log.exception("request %s: %s %s", request[REQUEST_ID], request.method, request.path)
         if request.get(STARTED):
             raise

@@ -82,6 +82,11 @@ def _machine_bytes() -> int | None:
         return None
 
 
+def fits(needed: int, free: int | None) -> bool:
+    """Return whether so many bytes may be taken of those that are free; None checks nothing."""
+    return free is None or needed <= free * _SPARE
+
+
 def check_memory(
     model_path: Path,
     bytes_per_parameter: float,
@@ -108,7 +113,7 @@ def check_memory(
         return
     count = parameter_count(model_path) if parameters is None else parameters
     needed = int(count * bytes_per_parameter) + extra
-    if needed > free * _SPARE:
+    if not fits(needed, free):
         raise NotEnoughMemory(
             f"{model_path.name} has {count / 1e6:,.0f} M parameters; {what} would take "
             f"{needed / 2**30:.1f} GiB ({bytes_per_parameter:g} bytes a parameter and "

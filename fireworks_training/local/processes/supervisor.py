@@ -21,8 +21,11 @@ from pathlib import Path
 
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.processes import lifetime
+from fireworks_training.local.processes.descriptors import raise_descriptor_limit
 from fireworks_training.local.processes.report import last_lines, ready_text
 from fireworks_training.local.processes.restarts import RestartPolicy
+from fireworks_training.local.processes.state_folder import open_state_folder
+from fireworks_training.local.processes.worker_entry import failure_reason
 from fireworks_training.local.settings import (
     ACCOUNT,
     MODEL_PREFIX,
@@ -36,7 +39,6 @@ from fireworks_training.local.settings import (
     dump,
 )
 
-STATE_LOCK = "lock"
 LOG_FILE = "platform.log"
 STOP_GRACE_S = 4.0
 START_BUDGET_S = 180.0
@@ -192,7 +194,17 @@ class Supervisor:
                 f"the platform was not ready within {START_BUDGET_S:.0f} s"
             ) from None
         on_ready()
-        await asyncio.gather(self._keep(self._gateway), self._keep(self._template))
+        keeping = [asyncio.create_task(self._keep(c)) for c in (self._gateway, self._template)]
+        try:
+            await asyncio.wait(keeping, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            # The platform ends: the other process must not be started into folders that go.
+            for task in keeping:
+                task.cancel()
+            ends = await asyncio.gather(*keeping, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
 
     async def _start(self) -> None:
         """Start gateway and template, and return when both answer."""
@@ -204,9 +216,10 @@ class Supervisor:
             await asyncio.wait({ready, *deaths}, return_when=asyncio.FIRST_COMPLETED)
             for child, death in zip(children, deaths, strict=True):
                 if death.done():
+                    reason = failure_reason(self.runtime_dir / child.name)
                     raise LocalPlatformError(
                         f"the platform's {child.name} process ended with code"
-                        f" {death.result()} before it was ready"
+                        f" {death.result()} before it was ready{f': {reason}' if reason else ''}"
                     )
             ready.result()
         finally:
@@ -220,8 +233,10 @@ class Supervisor:
             lived = time.monotonic() - child.started
             delay = child.policy.died(lived)
             if delay is None:
+                reason = failure_reason(self.runtime_dir / child.name)
                 raise LocalPlatformError(
                     f"the platform's {child.name} process died again and again; last code {code}"
+                    f"{f': {reason}' if reason else ''}"
                 )
             log(f"the {child.name} ended with code {code} after {lived:.1f} s; starting it again")
             await asyncio.sleep(delay)
@@ -290,22 +305,13 @@ class Supervisor:
     # -- parts -----------------------------------------------------------------------------------
 
     def _open_state_dir(self) -> Path:
-        """Make and lock the state folder, for this user only and for one platform at a time."""
+        """Make or take up the state folder, and lock it for this platform alone."""
         given = self._settings.state_dir
         folder = self.runtime_dir / "state" if given is None else Path(given).expanduser().resolve()
-        try:
-            if folder.is_dir() and folder.stat().st_mode & 0o077:
-                # A folder of the user's own keeps the mode that they gave it.
-                log(f"others may look into {folder}, where the platform keeps its state")
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._state_lock = lifetime.lock_exclusively(folder / STATE_LOCK)
-        except OSError as error:
-            raise LocalPlatformError(f"the state folder {folder} can't be used: {error}") from error
-        if self._state_lock is None:
-            raise LocalPlatformError(
-                f"the state folder {folder} is in use by another platform; stop that one,"
-                " or choose another folder"
-            )
+        if folder.is_dir() and folder.stat().st_mode & 0o077:
+            # A folder of the user's own keeps the mode that they gave it.
+            log(f"others may look into {folder}, where the platform keeps its state")
+        self._state_lock = open_state_folder(folder)
         return folder
 
     def _end_of_log(self) -> str:
@@ -404,6 +410,9 @@ async def supervise(settings: PlatformSettings, settings_fd: int) -> None:
         LocalPlatformError: it did not start or could not be kept running; the message of an
             embedded one ends with the last lines of its log.
     """
+    # A state folder that others may enter stays so; what the platform puts there is this user's.
+    os.umask(0o077)
+    raise_descriptor_limit()
     # Before the first folder is made, so that no signal leaves one behind.
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

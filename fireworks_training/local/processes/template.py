@@ -31,7 +31,12 @@ from typing import NoReturn, cast
 
 from fireworks_training.errors import LocalPlatformError
 from fireworks_training.local.processes import lifetime
-from fireworks_training.local.processes.worker_entry import FAILED_SUFFIX, WorkerOrder, run
+from fireworks_training.local.processes.worker_entry import (
+    FAILED_SUFFIX,
+    WorkerOrder,
+    leave_reason,
+    run,
+)
 from fireworks_training.local.settings import TemplateSettings, parse, read_line
 
 MAX_REQUEST_BYTES = 1 << 20
@@ -281,10 +286,12 @@ def main() -> NoReturn:
     try:
         preload(settings)
     except ImportError as error:
-        _log(
+        reason = (
             f"{error}; the embedded platform needs the 'local' extra:"
             " pip install 'fireworks-training[local]'"
         )
+        _log(reason)
+        leave_reason(str(runtime_dir / "template"), reason)
         os._exit(3)
     template = Template(settings, socket.socket(fileno=settings.socket_fd), alive_fd)
     serve(template)

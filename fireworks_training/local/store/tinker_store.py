@@ -13,8 +13,8 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -31,6 +31,8 @@ _RUN = re.compile(r"(ts-[0-9a-f]{32}):train:([0-9]{1,9})")
 _SESSION = re.compile(r"ts-[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SAMPLER = re.compile(r"(ts-[0-9a-f]{32}):sampler:([0-9]{1,9})")
+MAX_SAID = 1000
+"""Notes that can't be read and are named in the log, each once."""
 NAME_RULE = "1 to 128 letters, digits, '.', '_' and '-', starting with a letter or a digit"
 
 
@@ -192,6 +194,7 @@ class TinkerStore:
         self._sessions = folder / "sessions"
         for part in (self._runs, self._checkpoints, self._samplers, self._sessions):
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._unreadable: set[Path] = set()
 
     def write_run(self, note: RunNote) -> None:
         """Write the note of a run."""
@@ -201,12 +204,11 @@ class TinkerStore:
         """Return a run by its id."""
         if _RUN.fullmatch(run) is None:
             return None
-        raw = _read(self._runs / f"{run.replace(':', '.')}.json")
-        return _note_of(RunNote, raw)
+        return self._read(RunNote, self._runs / f"{run.replace(':', '.')}.json")
 
     def runs(self) -> list[RunNote]:
         """Return all runs, oldest first."""
-        return sorted(_all_of(RunNote, self._runs), key=lambda note: note.created)
+        return sorted(self._read_all(RunNote, self._runs), key=lambda note: note.created)
 
     def write_session(self, note: SessionNote) -> None:
         """Write the note of a session, in the place of an older one."""
@@ -216,12 +218,11 @@ class TinkerStore:
         """Return a session by its id."""
         if _SESSION.fullmatch(session) is None:
             return None
-        raw = _read(self._sessions / f"{session}.json")
-        return _note_of(SessionNote, raw)
+        return self._read(SessionNote, self._sessions / f"{session}.json")
 
     def sessions(self) -> list[SessionNote]:
         """Return all sessions, oldest first."""
-        made = _all_of(SessionNote, self._sessions)
+        made = self._read_all(SessionNote, self._sessions)
         return sorted(made, key=lambda note: (note.created, note.session))
 
     def write_sampler(self, note: SamplerNote) -> None:
@@ -232,14 +233,13 @@ class TinkerStore:
         """Return a sampling session by its id."""
         if _SAMPLER.fullmatch(session) is None:
             return None
-        raw = _read(self._samplers / f"{session.replace(':', '.')}.json")
-        return _note_of(SamplerNote, raw)
+        return self._read(SamplerNote, self._samplers / f"{session.replace(':', '.')}.json")
 
     def samplers_of(self, session: str) -> list[str]:
         """Return the ids of the sampling sessions of a client's session."""
         if _SAMPLER.fullmatch(f"{session}:sampler:0") is None:
             return []
-        notes = _all_of(SamplerNote, self._samplers, f"{session}.sampler.*.json")
+        notes = self._read_all(SamplerNote, self._samplers, f"{session}.sampler.*.json")
         return sorted(note.session for note in notes)
 
     def write_checkpoint(self, note: CheckpointNote) -> None:
@@ -248,13 +248,12 @@ class TinkerStore:
 
     def checkpoint(self, checkpoint: Checkpoint) -> CheckpointNote | None:
         """Return a checkpoint's note; None when there is none, or its time is over."""
-        raw = _read(self._note(checkpoint))
-        note = _note_of(CheckpointNote, raw)
+        note = self._read(CheckpointNote, self._note(checkpoint))
         return None if note is None or note.expired else note
 
     def checkpoints(self, run: str | None = None) -> list[CheckpointNote]:
         """Return the checkpoints of a run, or all, oldest first; also those whose time is over."""
-        notes = _all_of(CheckpointNote, self._checkpoints)
+        notes = self._read_all(CheckpointNote, self._checkpoints)
         chosen = [note for note in notes if run is None or note.checkpoint.run == run]
         return sorted(chosen, key=lambda note: note.time)
 
@@ -272,47 +271,76 @@ class TinkerStore:
     def _note(self, checkpoint: Checkpoint) -> Path:
         return self._checkpoints / f"{checkpoint.kind}.{checkpoint.identity}.json"
 
+    def _read_all(self, cls: type[Note], folder: Path, pattern: str = "*.json") -> Iterable[Note]:
+        for path in folder.glob(pattern):
+            note = None if path.name.startswith(".") else self._read(cls, path)
+            if note is not None:
+                yield note
 
-def _write(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a note so that a cut of power leaves the older one or this one, whole."""
+    def _read(self, cls: type[Note], path: Path) -> Note | None:
+        """Return a note; None when there is none, or none that this version can read.
+
+        The latter is said once, and its file is left for whoever can read it.
+        """
+        try:
+            return _note_of(cls, json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            if path not in self._unreadable and len(self._unreadable) < MAX_SAID:
+                self._unreadable.add(path)
+                log.warning("the note %s is skipped: %s", path, error)
+            return None
+
+
+def _note_of(cls: type[Note], raw: object) -> Note:
+    """Return the note in a JSON value.
+
+    Raises:
+        ValueError: it has other fields than this version writes, or values of other types.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError("it is no JSON object")
+    values = cast("dict[str, Any]", raw)
+    kinds = {one.name: str(one.type) for one in fields(cls)}
+    if unknown := sorted(set(values) - set(kinds)):
+        raise ValueError(f"it has fields that this version does not know: {unknown[:5]}")
+    for name, value in values.items():
+        if not isinstance(value, _TYPES[kinds[name].partition("[")[0].partition(" ")[0]]) and not (
+            value is None and "None" in kinds[name]
+        ):
+            raise ValueError(f"its field {name!r} is not of type {kinds[name]}")
+    try:
+        note = cls(**values)
+    except TypeError:
+        raise ValueError("it lacks fields") from None
+    _check_values(note)
+    return note
+
+
+def _check_values(note: object) -> None:
+    """Raise ValueError for values that a note of ours can't have."""
+    if isinstance(note, RunNote) and note.lora is not None:
+        if missing := _LORA - set(note.lora):
+            raise ValueError(f"its field 'lora' lacks {sorted(missing)}")
+    elif isinstance(note, CheckpointNote):
+        parse_path(note.path)
+        if note.expires_at is not None and datetime.fromisoformat(note.expires_at).tzinfo is None:
+            raise ValueError("its field 'expires_at' has no time zone")
+
+
+_LORA = frozenset({"rank", "train_unembed", "train_mlp", "train_attn"})
+_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "Mapping": dict}
+
+
+def _write(path: Path, note: Mapping[str, Any]) -> None:
+    """Write a note whole: flushed before it takes its name, so that no power cut leaves half."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        draft.write_text(json.dumps(fields))
+        draft.write_text(json.dumps(note))
         sync_file(draft)
         draft.replace(path)
+        sync_file(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-
-
-def _all_of(cls: type[Note], folder: Path, pattern: str = "*.json") -> list[Note]:
-    """Return the notes of a folder; those that can't be read are left out, with a warning."""
-    notes = (_note_of(cls, _read(path)) for path in folder.glob(pattern))
-    return [note for note in notes if note is not None]
-
-
-def _note_of(cls: type[Note], raw: Mapping[str, Any] | None) -> Note | None:
-    """Return a note by its fields; None where they are not those of this version."""
-    if raw is None:
-        return None
-    try:
-        return cls(**raw)
-    except TypeError as error:
-        log.warning("a note is left out that this version does not know: %s", error)
-        return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the fields in a file; None where there is none, or it is damaged."""
-    if path.name.startswith("."):
-        return None
-    try:
-        found: object = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        log.warning("%s is damaged and left out; remove it, or put a copy in its place", path)
-        return None
-    return cast("dict[str, Any]", found)

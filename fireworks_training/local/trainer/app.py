@@ -26,7 +26,7 @@ from fireworks_training.local.trainer.queue.line import Closed, QueueLimits, Tak
 from fireworks_training.local.trainer.queue.operations import OperationFailed, Submission
 from fireworks_training.local.trainer.run.hosted import CreateModel, Gone, UnknownRequest
 from fireworks_training.local.trainer.run.models import ModelFactory
-from fireworks_training.local.trainer.service import LimitReached, TrainerService
+from fireworks_training.local.trainer.service import MAX_MODELS, LimitReached, TrainerService
 from fireworks_training.local.trainer.settings import TrainerSettings
 from fireworks_training.local.trainer.wire import json_codec, proto_codec
 from fireworks_training.local.trainer.wire.datums import ModelLimits
@@ -79,6 +79,8 @@ def create_app(
             limits,
             settings.session_timeout_s,
             atomic_steps=settings.atomic_steps,
+            max_models=settings.max_models or MAX_MODELS,
+            fits=lambda more: app[_FACTORY].fits(more),
         )
         app[_SERVICE] = service
         app[_FACTORY] = await service.torch.run(lambda: ModelFactory(settings, free_bytes))

@@ -50,10 +50,13 @@ from fireworks_training.local.trainer.wire.datums import make_backward
 
 _log = logging.getLogger("fireworks_training.local.trainer")
 
-MAX_MODELS = 8
+MAX_MODELS = 64
+"""Models of a trainer that was given no number of its own; memory allows fewer of large ones."""
 MAX_ENDED_MODELS = 16
 MAX_SESSIONS = 1024
 SESSION_TIMEOUT_S = 300.0
+ABANDONED_S = 30.0
+"""Silence after which a session's models make room for others; clients are heard of every 10 s."""
 FEWEST_LOOKS_S = 0.02
 MAX_EXPORTS = 2
 """Snapshots captured and not yet written, at most; each is a copy of the model in memory."""
@@ -86,6 +89,8 @@ class TrainerService:
         limits: bounds of each model's queue.
         session_timeout_s: a session without a request for so long is ended.
         atomic_steps: whether a failure takes the rest of its step with it.
+        max_models: models that are loaded at a time, at most.
+        fits: whether memory holds so many models more.
     """
 
     def __init__(
@@ -97,7 +102,11 @@ class TrainerService:
         session_timeout_s: float = SESSION_TIMEOUT_S,
         *,
         atomic_steps: bool = True,
+        max_models: int = MAX_MODELS,
+        fits: Callable[[int], bool] = lambda _more: True,
     ) -> None:
+        self._max_models = max_models
+        self._fits = fits
         self._atomic_steps = atomic_steps
         self._session_timeout_s = session_timeout_s
         self._codec = codec
@@ -211,19 +220,43 @@ class TrainerService:
         return model_id
 
     def _make_room(self) -> None:
-        loaded = [hosted for hosted in self._models.values() if not hosted.unloading]
-        for hosted in loaded:
-            if len(loaded) >= MAX_MODELS and self._abandoned(self._sessions.get(hosted.session_id)):
-                _log.warning("unloading %s: its session has been silent", hosted.model_id)
-                self._begin_unload(hosted)
-        if sum(not hosted.unloading for hosted in self._models.values()) >= MAX_MODELS:
-            raise LimitReached(
-                f"this trainer holds {MAX_MODELS} models already: unload one, or close the client"
-                " that made it"
-            )
+        while not (room := self._room())[0]:
+            oldest = self._longest_silent()
+            if oldest is None:
+                raise LimitReached(room[1])
+            _log.warning("unloading %s for a new model: its session is silent", oldest.model_id)
+            self._begin_unload(oldest)
         ended = [key for key, hosted in self._models.items() if hosted.unloaded is not None]
         for key in ended[: max(len(ended) - MAX_ENDED_MODELS, 0)]:
             del self._models[key]
+
+    def _room(self) -> tuple[bool, str]:
+        """Return whether there is room for one model more, and what to say if there is none."""
+        loaded = [hosted for hosted in self._models.values() if not hosted.unloading]
+        if len(loaded) >= self._max_models:
+            return False, (
+                f"this trainer holds {len(loaded)} models already, the most that it may: unload"
+                " one, close the client that made it, or serve with"
+                " a larger --max-models"
+            )
+        # Memory does not show yet what is to be made, and what is to be given back.
+        coming = sum(hosted.created is None for hosted in loaded)
+        going = sum(h.unloading and h.unloaded is None for h in self._models.values())
+        return self._fits(1 + coming - going), (
+            f"this trainer holds {len(loaded)} models, and memory has no room for another: unload"
+            " one, close the client that made it, or serve a smaller model"
+        )
+
+    def _longest_silent(self) -> HostedModel | None:
+        """Return the model whose session has been silent longest, for `ABANDONED_S` at least."""
+        silent = [
+            (session.last_seen, hosted)
+            for hosted in self._models.values()
+            if not hosted.unloading
+            and (session := self._sessions.get(hosted.session_id)) is not None
+            and self._clock() - session.last_seen >= ABANDONED_S
+        ]
+        return min(silent, key=lambda pair: pair[0])[1] if silent else None
 
     def model(self, model_id: str) -> HostedModel:
         """Finds a model; raises Gone for one that this process never made."""

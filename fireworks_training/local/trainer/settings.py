@@ -28,6 +28,7 @@ class TrainerSettings(BaseModel):
         delta_compression: "fast", or "small" for fewer bytes at many times the time.
         seed: seed of adapters whose request has none.
         session_timeout_s: a session without a request for so long is ended, with its models.
+        max_models: models that are loaded at a time; None = as many as memory holds, up to 64.
         atomic_steps: whether a failed operation takes the rest of its step with it; a trainer that
             stands in for a cloud's does without.
     """
@@ -48,4 +49,5 @@ class TrainerSettings(BaseModel):
     max_context_length: int = Field(ge=1)
     seed: int = 0
     session_timeout_s: float = Field(default=300.0, gt=0)
+    max_models: int | None = Field(default=None, ge=1)
     atomic_steps: bool = True

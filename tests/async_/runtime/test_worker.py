@@ -7,7 +7,12 @@ import threading
 
 import pytest
 
-from fireworks_training._async.runtime.worker import INLINE_TOKENS, in_worker, off_loop
+from fireworks_training._async.runtime.worker import (
+    INLINE_TOKENS,
+    in_worker,
+    off_loop,
+    with_pauses,
+)
 
 
 async def test_work_runs_one_piece_at_a_time_and_in_order() -> None:
@@ -71,3 +76,36 @@ def test_each_loop_has_a_worker_of_its_own() -> None:
         return asyncio.run(in_worker(lambda: "inner"))
 
     assert asyncio.run(in_worker(on_a_loop)) == "inner"
+
+
+class Ticking:
+    """A clock on which every item of work takes 0.4 ms, and what was paused when."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def work(self, count: int) -> list[int]:
+        found = []
+        for item in with_pauses(range(count), clock=lambda: self.now, pause=self.pause):
+            self.now += 0.0004
+            found.append(item)
+        return found
+
+    def pause(self, seconds: float) -> None:
+        assert seconds > 0  # a sleep of 0 gives nobody the interpreter
+        self.pauses.append(round(self.now, 6))
+
+
+def test_work_in_a_thread_pauses_each_millisecond() -> None:
+    ticking = Ticking()
+    assert ticking.work(10) == [*range(10)]
+    assert ticking.pauses == [0.0012, 0.0024, 0.0036]
+
+
+async def test_work_on_a_loop_does_not_pause_it_and_in_its_worker_does() -> None:
+    ticking = Ticking()
+    assert ticking.work(10) == [*range(10)]
+    assert ticking.pauses == []
+    assert await in_worker(lambda: ticking.work(10)) == [*range(10)]
+    assert len(ticking.pauses) == 3

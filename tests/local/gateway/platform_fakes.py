@@ -194,6 +194,10 @@ class FakeEngine:
     async def close(self) -> None:
         self._closed.set()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
     def die(self) -> None:
         self.process.die()
         self._closed.set()

@@ -26,7 +26,7 @@ from fireworks_training.local.gateway.inference.registry import (
     ServingRegistry,
 )
 from fireworks_training.local.gateway.inference.routes import KEEPALIVE_AFTER
-from fireworks_training.local.gateway.inference.serving import REGISTRY
+from fireworks_training.local.gateway.inference.serving import REGISTRY, REPLACED_WITHIN
 from fireworks_training.local.gateway.web.extensions import EXTENSIONS
 from fireworks_training.local.gateway.web.problems import HttpProblem, render
 from fireworks_training.local.store.snapshots import SnapshotStore
@@ -154,6 +154,7 @@ async def gateway(
     store: SnapshotStore,
     keepalive: float = 15.0,
     notice_after: Callable[[int], float] | None = None,
+    replaced_within: float = 0.0,
 ) -> AsyncIterator[Served]:
     """The routes over a connected engine client; with `notice_after`, as a cloud has them."""
     model = ModelEntry(BASE_MODEL, model_path, 256)
@@ -166,6 +167,7 @@ async def gateway(
     inference.add_routes(app)
     hot_load.add_routes(app)
     app[KEEPALIVE_AFTER] = keepalive
+    app[REPLACED_WITHIN] = replaced_within
     if notice_after is not None:
         app[EXTENSIONS] = False
         app[hot_load.NOTICE_AFTER] = notice_after
@@ -251,7 +253,7 @@ class ScriptedEngine:
 
 @asynccontextmanager
 async def scripted(
-    model_path: Path, tmp_path: Path, keepalive: float = 15.0
+    model_path: Path, tmp_path: Path, keepalive: float = 15.0, replaced_within: float = 0.0
 ) -> AsyncIterator[tuple[Served, ScriptedEngine]]:
     """The routes over an engine that the test plays."""
     engine = ScriptedEngine()
@@ -260,7 +262,9 @@ async def scripted(
     await client.connect()
     store = SnapshotStore(tmp_path / "snapshots")
     try:
-        async with gateway(client, model_path, store, keepalive) as served:
+        async with gateway(
+            client, model_path, store, keepalive, replaced_within=replaced_within
+        ) as served:
             yield served, engine
     finally:
         await client.close()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from resource import RLIMIT_NOFILE
 from typing import Any
 
 import pytest
@@ -118,7 +121,9 @@ def _settings(tmp_path: Path, **more: object) -> dict[str, object]:
 
 
 @contextmanager
-def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    tmp_path: Path, settings: dict[str, object], descriptors: tuple[int, int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     with (tmp_path / "stderr").open("ab") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "fireworks_training.local"],
@@ -127,6 +132,7 @@ def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess
             stderr=errors,
             start_new_session=True,
             env={**os.environ, "TMPDIR": str(_temporary(tmp_path))},
+            preexec_fn=lambda: descriptors and resource.setrlimit(RLIMIT_NOFILE, descriptors),
         )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -142,8 +148,10 @@ def _process(tmp_path: Path, settings: dict[str, object]) -> Iterator[subprocess
 
 
 @contextmanager
-def started(tmp_path: Path, **more: object) -> Iterator[Started]:
-    with _process(tmp_path, _settings(tmp_path, **more)) as process:
+def started(
+    tmp_path: Path, descriptors: tuple[int, int] | None = None, **more: object
+) -> Iterator[Started]:
+    with _process(tmp_path, _settings(tmp_path, **more), descriptors) as process:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
         assert "error" not in ready, ready
@@ -383,3 +391,76 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     assert last_lines(log) == ""
     log.write_text("\n".join(f"line {n}" for n in range(100)))
     assert last_lines(log).splitlines() == [f"line {n}" for n in range(80, 100)]
+
+
+def test_a_damaged_database_is_named_by_the_failed_start(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "lock").touch()
+    (state / "state.db").write_bytes(b"no database" * 1000)
+    answer, code = _refusal(tmp_path, state)
+    assert code == 1
+    assert "state.db can't be used: file is not a database" in answer
+
+
+@pytest.mark.parametrize("name", ["other", "Makefile", ".bashrc", "state.txt"])
+def test_a_folder_of_somebody_else_is_refused_untouched(tmp_path: Path, name: str) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / name).write_text("mine")
+    state.chmod(0o1777)
+    before = state.stat()
+    answer, code = _refusal(tmp_path, state)
+    assert code == 1
+    assert "holds other things than a platform's state" in answer
+    assert [path.name for path in state.iterdir()] == [name]
+    assert (_mode(state), state.stat().st_mtime_ns) == (0o1777, before.st_mtime_ns)
+
+
+def _refusal(tmp_path: Path, state: Path) -> tuple[str, int]:
+    """The error of a start that fails, and its exit code."""
+    with _process(tmp_path, _settings(tmp_path, state_dir=str(state))) as process:
+        assert process.stdout is not None
+        answer = json.loads(process.stdout.readline())
+        return str(answer["error"]), process.wait(30)
+
+
+def test_a_platform_that_gives_up_starts_nothing_into_folders_that_go(tmp_path: Path) -> None:
+    with started(tmp_path) as platform:
+        last = 0
+        while platform.process.poll() is None:
+            try:
+                gateway = platform.child("fireworks_training.local.gateway")
+                template = platform.child("fireworks_training.local.processes.template")
+            except (LookupError, OSError):
+                continue
+            if gateway != last:
+                last = gateway
+                for pid in (gateway, template):
+                    os.kill(pid, signal.SIGKILL)
+        platform.ended_without_a_trace()
+    log = (tmp_path / "stderr").read_text()
+    assert "died again and again" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(("soft", "hard", "connections"), [(64, 256, 600), (256, 256, 600)])
+def test_idle_connections_lock_nobody_out(
+    tmp_path: Path, soft: int, hard: int, connections: int
+) -> None:
+    with started(tmp_path, descriptors=(soft, hard)) as platform:
+        gateway = platform.child("fireworks_training.local.gateway")
+        assert resource.prlimit(gateway, RLIMIT_NOFILE) == (hard, hard)
+        address = ("127.0.0.1", int(platform.ready["base_url"].rpartition(":")[2]))
+        idle = [socket.create_connection(address, 30) for _ in range(connections)]
+        try:
+            for _ in range(20):
+                assert platform.call("GET", "/healthz") == (200, {"status": "ok"})
+            open_files = len(list(Path(f"/proc/{gateway}/fd").iterdir()))
+            assert open_files < hard
+        finally:
+            for one in idle:
+                one.close()
+    log = (tmp_path / "stderr").read_text()
+    assert len(log) < 10_000
+    assert "Traceback" not in log

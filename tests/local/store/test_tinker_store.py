@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,30 @@ def test_a_damaged_note_is_left_out_and_the_others_are_there(tmp_path: Path, dam
     assert store.session(other) is None
     assert store.run(f"{other}:train:0") is None
     assert [one.session for one in store.sessions()] == [session]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size_bytes": "many"},
+        {"time": 5},
+        {"path": "tinker://elsewhere"},
+        {"expires_at": "soon"},
+        {"expires_at": "2030-01-01T00:00:00"},
+        {"of_another_version": 1},
+    ],
+)
+def test_a_note_with_other_values_is_skipped_and_said_once(
+    tmp_path: Path, change: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = TinkerStore(tmp_path)
+    good = note("weights", "a")
+    store.write_checkpoint(good)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert store.checkpoints() == [good]
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    for _ in range(3):
+        assert store.checkpoints() == []
+    assert len(caplog.messages) == 1
+    assert str(path) in caplog.messages[0]
+    assert path.exists()

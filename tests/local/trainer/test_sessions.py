@@ -76,3 +76,51 @@ async def test_an_operation_is_a_sign_of_life(start: Starter) -> None:
     assert service.model(model_id).unloading
     with pytest.raises(Gone):
         service.create_model(session_id, 1, request)
+
+
+def _request() -> CreateModel:
+    limits = ModelLimits(vocab_size=8, context_length=8, lora=False)
+    return CreateModel(b"", {}, lambda: pytest.fail("nothing runs here"), limits, None)
+
+
+def test_the_model_that_was_silent_longest_makes_room() -> None:
+    clock = ManualClock()
+    service = TrainerService(JSON, encode_failure, clock, max_models=3)
+    models: list[str] = []
+    for _ in range(3):
+        models.append(service.create_model(service.create_session(), 0, _request()))
+        clock.advance(10.0)
+    sessions = [model.partition(":")[0] for model in models]
+    service.heartbeat(sessions[0])
+    late = service.create_session()
+    with pytest.raises(LimitReached, match=r"holds 3 models already.*--max-models"):
+        service.create_model(late, 0, _request())  # the oldest of them is silent for 20 s
+    clock.advance(10.0)
+    service.create_model(late, 0, _request())
+    assert [service.model(model).unloading for model in models] == [False, True, False]
+    # A session that was finished has given its model back at once.
+    service.finish_session(sessions[0])
+    service.create_model(late, 1, _request())
+    assert [service.model(model).unloading for model in models] == [True, True, False]
+    with pytest.raises(LimitReached):
+        service.create_model(late, 2, _request())
+
+
+def test_memory_limits_the_models_too() -> None:
+    clock = ManualClock()
+    asked: list[int] = []
+
+    def fits(more: int) -> bool:
+        asked.append(more)
+        return more <= 2
+
+    service = TrainerService(JSON, encode_failure, clock, fits=fits)
+    first = service.create_model(service.create_session(), 0, _request())
+    second = service.create_model(service.create_session(), 0, _request())
+    with pytest.raises(LimitReached, match="memory has no room"):
+        service.create_model(service.create_session(), 0, _request())
+    assert asked == [1, 2, 3]
+    clock.advance(30.0)
+    service.heartbeat(second.partition(":")[0])
+    service.create_model(service.create_session(), 0, _request())
+    assert [service.model(model).unloading for model in (first, second)] == [True, False]

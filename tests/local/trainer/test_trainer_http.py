@@ -333,7 +333,7 @@ async def test_finishing_a_session_unloads_its_models(start: Starter) -> None:
 
 
 async def test_the_number_of_models_is_bounded(start: Starter) -> None:
-    trainer = await start()
+    trainer = await start(max_models=8)
     made = [await new_model(trainer.http) for _ in range(7)]
     _, session = await trainer.post("create_session", {})
     body = {

@@ -26,7 +26,7 @@ from fireworks_training.local.gateway.inference.serving import (
     find_deployment,
     ready_engines,
 )
-from fireworks_training.local.gateway.web.bodies import invalid_body, parse_object
+from fireworks_training.local.gateway.web.bodies import invalid_body, parse_object, read_bytes
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.gateway.web.tasks import RunningTasks
 from fireworks_training.local.store.snapshots import InvalidName, check_name
@@ -82,7 +82,7 @@ def add_routes(app: web.Application) -> None:
 async def post_hot_load(request: web.Request) -> web.Response:
     """POST: ask every replica to load; the answer comes before they have."""
     live = _deployment(request)
-    body = _parse(await request.read())
+    body = _parse(await read_bytes(request))
     engines = ready_engines(request.app, live)
     if body.incremental_snapshot_metadata is not None:
         previous = body.incremental_snapshot_metadata.previous_snapshot_identity

@@ -260,6 +260,7 @@ class TrainerJobs:
             "snapshots_dir": str(snapshots),
             "session_timeout_s": self._conditions.limits.session_timeout_s,
             "atomic_steps": self._atomic_steps,
+            "max_models": self._conditions.limits.max_models,
         }
         if row.body.get("tinker"):
             settings["tinker_dir"] = str(self._state_dir / "tinker")

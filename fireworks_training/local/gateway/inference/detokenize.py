@@ -29,6 +29,10 @@ class TextStream(Protocol):
         ...
 
 
+class NoTokenizer(Exception):
+    """Raised for a model whose tokenizer is missing or can't be read; says which and why."""
+
+
 class TextCodec:
     """Encodes prompts and opens text streams with the tokenizer of one model. Special tokens are no
     text.
@@ -37,14 +41,17 @@ class TextCodec:
         path: a `tokenizer.json`, or the folder that holds one.
 
     Raises:
-        FileNotFoundError: there is none.
+        NoTokenizer: there is none that can be read.
     """
 
     def __init__(self, path: Path) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: the model has no tokenizer")
-        self._tokenizer = Tokenizer.from_file(str(file))
+            raise NoTokenizer(f"{file} is missing: the model has no tokenizer")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other type
+            raise NoTokenizer(f"{file} is no tokenizer that can be read: {error}") from error
         self._special = frozenset(
             token_id
             for token_id, token in self._tokenizer.get_added_tokens_decoder().items()

@@ -37,7 +37,7 @@ from fireworks_training.local.gateway.inference.completion_request import (
     CompletionBody,
     parse_body,
 )
-from fireworks_training.local.gateway.inference.detokenize import TextCodec
+from fireworks_training.local.gateway.inference.detokenize import NoTokenizer, TextCodec
 from fireworks_training.local.gateway.inference.engine_client import FLUSH_TOKENS, EngineClient
 from fireworks_training.local.gateway.inference.engine_stream import (
     EngineFull,
@@ -52,9 +52,10 @@ from fireworks_training.local.gateway.inference.serving import (
     RETRY_SOON,
     add_waking,
     choose_engine,
+    engines_within,
     find_deployment,
-    ready_engines,
 )
+from fireworks_training.local.gateway.web.bodies import SAMPLING_BYTES, parse_aside, read_bytes
 from fireworks_training.local.gateway.web.extensions import are_offered
 from fireworks_training.local.gateway.web.problems import REQUEST_ID, HttpProblem
 
@@ -101,9 +102,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """POST /inference/v1/completions: sample one completion."""
     received = time.monotonic()
     patience = _patience(request)
-    body = parse_body(await request.read())
+    body = await parse_aside(await read_bytes(request, SAMPLING_BYTES), parse_body)
     live = find_deployment(request.app[REGISTRY], body.model)
-    engines = ready_engines(request.app, live)
+    engines = await engines_within(request.app, live, patience)
     engine = choose_engine(engines, body.prompt_cache_key or body.user)
     codec = await _codec(request.app, live.model)
     prompt = body.prompt if isinstance(body.prompt, list) else await _encode(codec, body.prompt)
@@ -355,7 +356,7 @@ async def _codec(app: web.Application, model: ModelEntry) -> TextCodec:
         try:
             # Two requests may both read it; the later one just replaces an equal codec.
             codecs[model.path] = await asyncio.to_thread(TextCodec, model.path)
-        except FileNotFoundError as error:
+        except NoTokenizer as error:
             raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
     return codecs[model.path]
 

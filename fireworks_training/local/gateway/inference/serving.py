@@ -6,8 +6,10 @@ streams.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+import time
 
 from aiohttp import web
 
@@ -33,9 +35,15 @@ REGISTRY: web.AppKey[ServingRegistry] = web.AppKey("registry", ServingRegistry)
 WAKING: web.AppKey[RunningTasks[str]] = web.AppKey("waking", RunningTasks)
 """The deployments that are being woken, by resource name."""
 
+REPLACED_WITHIN: web.AppKey[float] = web.AppKey("replaced_within", float)
+"""Seconds for which a request waits for an engine in the place of one that died."""
+REPLACED_WITHIN_S = 60.0
+LOOK_S = 0.02
+
 
 def add_waking(app: web.Application) -> None:
     """Give an app its memory of the deployments that are being woken, once."""
+    app.setdefault(REPLACED_WITHIN, REPLACED_WITHIN_S)
     if WAKING not in app:
         app[WAKING] = RunningTasks()
         app.on_cleanup.append(_stop_waking)
@@ -59,6 +67,33 @@ def find_deployment(registry: ServingRegistry, name: str) -> LiveDeployment:
         known = ", ".join(sorted(registry.deployments)) or "none; create one first"
         raise HttpProblem(404, f"no deployment {name[:200]!r}; deployments here: {known}")
     return live
+
+
+async def engines_within(
+    app: web.Application, live: LiveDeployment, patience: float | None
+) -> list[EngineClient]:
+    """Return the engines that can take work, as `ready_engines` does; wait while one is replaced.
+
+    An engine that died is there again in seconds, or in a minute where its model is large: a client
+    that is sent away meanwhile gives up before that.
+
+    Args:
+        patience: seconds that the client waits; None for as long as it takes.
+
+    Raises:
+        HttpProblem: as `ready_engines`, at the end of the wait.
+    """
+    longest = app[REPLACED_WITHIN]
+    end = time.monotonic() + (longest if patience is None else min(patience, longest))
+    while _is_replaced(live) and time.monotonic() < end:  # noqa: ASYNC110 - an engine is no event
+        await asyncio.sleep(LOOK_S)
+    return ready_engines(app, live)
+
+
+def _is_replaced(live: LiveDeployment) -> bool:
+    """Return whether a deployment that served has no engine now, and is getting one."""
+    gone = all(engine.is_closed for engine in live.engines)
+    return gone and live.desired_replicas > 0 and live.state in ("READY", "UPDATING")
 
 
 def ready_engines(app: web.Application, live: LiveDeployment) -> list[EngineClient]:

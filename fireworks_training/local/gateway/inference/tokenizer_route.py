@@ -64,7 +64,7 @@ def read_files(folder: Path) -> TokenizerFiles:
     total = hashlib.sha256()
     for name in FILES:
         path = folder / name
-        if not path.is_file():
+        if not path.is_file() or not _is_of(folder, path):
             continue
         if path.stat().st_size > MAX_FILE_BYTES:
             raise HttpProblem(413, f"{name} of the tokenizer is over {MAX_FILE_BYTES} bytes")
@@ -74,6 +74,17 @@ def read_files(folder: Path) -> TokenizerFiles:
     if "tokenizer.json" not in files:
         raise HttpProblem(404, "the model's directory holds no tokenizer.json")
     return TokenizerFiles(files, total.hexdigest())
+
+
+def _is_of(folder: Path, path: Path) -> bool:
+    """Return whether a file belongs to a model's folder: a link that leads out of it does not.
+
+    In the Hugging Face cache a folder `snapshots/<revision>` links to `blobs` beside `snapshots`.
+    """
+    real, home = path.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return True
+    return home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
 
 
 async def get_tokenizer(request: web.Request) -> web.Response:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from aiohttp import web
 
@@ -34,6 +34,7 @@ from fireworks_training.local.store.tinker_store import (
     BadTinkerPath,
     Checkpoint,
     CheckpointNote,
+    Kind,
     RunNote,
     TinkerStore,
     expiry,
@@ -58,6 +59,7 @@ def add_routes(app: web.Application) -> None:
             web.delete(checkpoint, _delete),
             web.put(f"{checkpoint}/ttl", _set_ttl),
             web.get(f"{checkpoint}/archive", _archive),
+            web.get("/api/v1/training_runs/{run}/checkpoints/{name}/archive", _archive_of_name),
             web.get(f"{checkpoint}/download", _download),
             web.post("/api/v1/weights_info", _weights_info),
         ]
@@ -108,7 +110,8 @@ def _shown_run(note: RunNote, checkpoints: Sequence[CheckpointNote]) -> dict[str
 async def _capabilities(request: web.Request) -> web.Response:
     models = [
         {
-            "model_name": entry.name,
+            # The name that works for training, sampling, and for the tokenizer: its folder.
+            "model_name": str(entry.path),
             "max_context_length": entry.max_context_length,
             "trainable": True,
             "sampleable": True,
@@ -232,7 +235,8 @@ async def _set_ttl(request: web.Request) -> web.Response:
     note = _note(request)
     body = await read_object(request)
     seconds = int_field(body, "ttl_seconds", 1, MAX_TTL_S, default=0) or None
-    _store(request).write_checkpoint(replace(note, expires_at=expiry(seconds)))
+    changed = replace(note, expires_at=expiry(seconds))
+    await asyncio.to_thread(_store(request).write_checkpoint, changed)
     return web.json_response({})
 
 
@@ -240,6 +244,20 @@ async def _archive(request: web.Request) -> web.Response:
     _note(request)
     location = request.path.removesuffix("/archive") + "/download"
     raise web.HTTPFound(location)
+
+
+async def _archive_of_name(request: web.Request) -> web.Response:
+    """Answer for a checkpoint that is named without its kind: a training state goes first."""
+    run, name = request.match_info["run"], request.match_info["name"]
+    for kind in get_args(Kind):
+        try:
+            found = _store(request).checkpoint(Checkpoint(run, kind, name))
+        except BadTinkerPath as error:
+            raise HttpProblem(404, str(error)) from None
+        if found is not None:
+            base = request.path.removesuffix(f"/{name}/archive")
+            raise web.HTTPFound(f"{base}/{kind}/{name}/download")
+    raise HttpProblem(404, f"no checkpoint {name[:128]!r} of run {run[:100]!r}")
 
 
 async def _download(request: web.Request) -> web.StreamResponse:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from fireworks_training.local.gateway.web.bodies import SAMPLING_BYTES, read_bytes
 from fireworks_training.local.gateway.web.problems import HttpProblem
 
 _ONE_PROJECT = "this platform has one project and one user"
@@ -45,7 +46,7 @@ def add_routes(app: web.Application) -> None:
 
 def _refuser(name: str, reason: str) -> Handler:
     async def refuse(request: web.Request) -> web.Response:
-        await request.read()
+        await read_bytes(request, SAMPLING_BYTES)
         raise HttpProblem(400, f"{name} is not supported here: {reason}", code="UNIMPLEMENTED")
 
     return refuse

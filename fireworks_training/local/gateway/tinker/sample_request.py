@@ -35,6 +35,7 @@ from fireworks_training.local.gateway.web.problems import HttpProblem
 
 MAX_SAMPLES = 1024
 MAX_TOP = 20
+MAX_TEMPERATURE = 1e6
 _EMPTY = -99999.0
 """Logprob of an empty cell of a top-k table; its id is 0."""
 
@@ -55,11 +56,11 @@ class _Prompt(BaseModel):
 class _Params(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    max_tokens: StrictInt | None = Field(default=None, ge=1)
+    max_tokens: StrictInt | None = Field(default=None, ge=1, lt=1 << 31)
     seed: StrictInt | None = Field(default=None, ge=0, lt=1 << 63)
     stop: StrictStr | list[StrictStr] | list[StrictInt] | None = None
-    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    top_k: StrictInt = Field(default=-1, ge=-1)
+    temperature: float = Field(default=1.0, ge=0.0, le=MAX_TEMPERATURE, allow_inf_nan=False)
+    top_k: StrictInt = Field(default=-1, ge=-1, lt=1 << 31)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 
 from fireworks_training.local.engine_frames import Finish
-from fireworks_training.local.gateway.inference.detokenize import TextCodec
+from fireworks_training.local.gateway.inference.detokenize import NoTokenizer, TextCodec
 from fireworks_training.local.gateway.inference.engine_client import EngineClient
 from fireworks_training.local.gateway.inference.engine_stream import (
     EngineFull,
@@ -36,7 +36,14 @@ from fireworks_training.local.gateway.tinker.sample_request import (
 )
 from fireworks_training.local.gateway.tinker.training import TinkerTraining
 from fireworks_training.local.gateway.tinker.training_routes import pass_to_trainer
-from fireworks_training.local.gateway.web.bodies import int_field, read_object, required_text
+from fireworks_training.local.gateway.web.bodies import (
+    SAMPLING_BYTES,
+    int_field,
+    parse_aside,
+    read_bytes,
+    read_object,
+    required_text,
+)
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.results import (
     MAX_BODY_BYTES,
@@ -88,7 +95,7 @@ class TinkerSampling:
         await self._engines.engine(
             self._training.model(note.base_model), base=note.identity is None
         )
-        self._training.store.write_sampler(note)
+        await asyncio.to_thread(self._training.store.write_sampler, note)
         return note.session
 
     def _note(self, id_: str, base_model: object, model_path: object) -> SamplerNote:
@@ -117,6 +124,13 @@ class TinkerSampling:
             raise HttpProblem(404, f"no sampling session {id_[:100]!r}")
         return note
 
+    def folder(self, note: SamplerNote) -> str | None:
+        """Return the folder of what a sampling session samples; None if it is served no more."""
+        try:
+            return str(self._training.model(note.base_model).path)
+        except HttpProblem:
+            return None
+
     # -- requests --------------------------------------------------------------------------------
 
     async def submit(self, raw: bytes) -> tuple[str, int]:
@@ -125,7 +139,7 @@ class TinkerSampling:
         Raises:
             HttpProblem: 400, 404, 409 for an id with another content, 429 when too much waits.
         """
-        body = parse_sample(raw)
+        body = await parse_aside(raw, parse_sample)
         if body.sampling_session_id is None or body.seq_id is None:
             raise HttpProblem(400, "sampling_session_id and seq_id must be given")
         note = self.session(body.sampling_session_id)
@@ -173,7 +187,10 @@ class TinkerSampling:
 
     async def _codec(self, entry: ModelEntry) -> TextCodec:
         if entry.path not in self._codecs:
-            self._codecs[entry.path] = await asyncio.to_thread(TextCodec, entry.path)
+            try:
+                self._codecs[entry.path] = await asyncio.to_thread(TextCodec, entry.path)
+            except NoTokenizer as error:
+                raise HttpProblem(400, str(error), code="FAILED_PRECONDITION") from None
         return self._codecs[entry.path]
 
 
@@ -233,7 +250,7 @@ def add_routes(app: web.Application) -> None:
 
 
 async def _dynamic_config(request: web.Request) -> web.Response:
-    await request.read()
+    await read_bytes(request)
     return web.json_response({"sample_cancel_enabled": True})
 
 
@@ -244,14 +261,18 @@ async def _create_sampling_session(request: web.Request) -> web.Response:
 
 async def _sampler(request: web.Request) -> web.Response:
     note = request.app[SAMPLING].session(request.match_info["sampler"])
-    answer = {"sampler_id": note.session, "base_model": note.base_model}
+    # Clients look for its tokenizer under this name: a folder has one, a resource's name has none.
+    folder = request.app[SAMPLING].folder(note)
+    answer = {"sampler_id": note.session, "base_model": folder or note.base_model}
     if note.model_path is not None:
         answer["model_path"] = note.model_path
     return web.json_response(answer)
 
 
 async def _asample(request: web.Request) -> web.Response:
-    request_id, samples = await request.app[SAMPLING].submit(await request.read())
+    request_id, samples = await request.app[SAMPLING].submit(
+        await read_bytes(request, SAMPLING_BYTES)
+    )
     ids = [f"{request_id}:{index}" for index in range(samples)]
     return web.json_response({"request_id": request_id, "sample_sequence_ids": ids})
 
@@ -262,7 +283,7 @@ async def _cancel_future(request: web.Request) -> web.Response:
 
 
 async def _retrieve_future(request: web.Request) -> web.StreamResponse:
-    raw = await request.read()
+    raw = await read_bytes(request)
     request_id = required_text(await read_object(request), "request_id")
     owner = request_id.rpartition(":")[0]
     if ":sampler:" not in owner:
@@ -277,9 +298,7 @@ async def _retrieve_future(request: web.Request) -> web.StreamResponse:
 
 async def _retrieve_futures(request: web.Request) -> web.StreamResponse:
     """Answer a batch poll, as `local.results` describes."""
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
-    raw = await request.read()
+    raw = await read_bytes(request, MAX_BODY_BYTES)
     try:
         poll: Poll = parse_poll(raw)
     except BadPoll as error:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from fireworks_training.local.gateway.tinker.records import kept, page
 from fireworks_training.local.gateway.tinker.training import TRAINING
-from fireworks_training.local.gateway.web.bodies import invalid_body
+from fireworks_training.local.gateway.web.bodies import invalid_body, parse_aside, read_bytes
 from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.tinker_store import SessionNote, session_of
 
@@ -31,7 +31,8 @@ class _Status(BaseModel):
     def fits(self, status: dict[str, Any] | None) -> bool:
         if status is None or status["type"] != self.type:
             return False
-        return self.reasons is None or status["reason"]["type"] in self.reasons
+        # One that is active has no reason yet.
+        return self.reasons is None or status.get("reason", {}).get("type") in self.reasons
 
 
 class _Cursor(BaseModel):
@@ -101,8 +102,9 @@ async def _get(request: web.Request) -> web.Response:
 
 
 async def _search(request: web.Request) -> web.Response:
+    raw = await read_bytes(request)
     try:
-        wanted = _Search.model_validate_json(await request.read())
+        wanted = await parse_aside(raw, _Search.model_validate_json)
     except ValidationError as error:
         raise invalid_body(error) from None
     training = request.app[TRAINING]

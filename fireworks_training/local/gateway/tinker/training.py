@@ -39,13 +39,13 @@ from fireworks_training.local.store.tinker_store import (
     SessionNote,
     TinkerStore,
     parse_path,
-    session_of,
 )
 
 ID_PREFIX = "tinker-"
 START_WITHIN_S = 120.0
 LOOK_S = 0.02
 MAX_SESSIONS = 4096
+MAX_RUNS = 16_384
 SILENT_S = 300.0
 """Seconds after which a session without a heartbeat is not known to be running."""
 
@@ -139,14 +139,21 @@ class TinkerTraining:
 
     # -- sessions --------------------------------------------------------------------------------
 
-    def create_session(self, display_name: str | None, metadata: Mapping[str, str]) -> str:
+    async def create_session(self, display_name: str | None, metadata: Mapping[str, str]) -> str:
         """Make a new session, and return its id."""
+        session_id = f"ts-{uuid.uuid4().hex}"
+        # In a thread: a note is flushed to the disk.
+        note = SessionNote(session_id, display_name, metadata)
+        await asyncio.to_thread(self.store.write_session, note)
+        self._keep(session_id, Session())
+        return session_id
+
+    def _keep(self, session_id: str, session: Session) -> Session:
+        """Remember a session, in the place of the oldest where there are many."""
         while len(self._sessions) >= MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
-        session_id = f"ts-{uuid.uuid4().hex}"
-        self._sessions[session_id] = Session()
-        self.store.write_session(SessionNote(session_id, display_name, metadata))
-        return session_id
+        self._sessions[session_id] = session
+        return session
 
     def active(self, session_id: str) -> bool:
         """Return whether a session is known to be running."""
@@ -154,16 +161,18 @@ class TinkerTraining:
         return known is not None and not known.finished and time.monotonic() - known.seen < SILENT_S
 
     def session(self, session_id: str) -> Session:
-        """Return a session; one that an earlier gateway made is found again by its form.
+        """Return a session; one that an earlier gateway made is found again by its note.
 
         Raises:
-            HttpProblem: 410 when it was finished, 404 when it can't have been ours.
+            HttpProblem: 410 when it was finished, 404 when there is none.
         """
         known = self._sessions.get(session_id)
         if known is None:
-            if session_of(f"{session_id}:") is None or not session_id.startswith("ts-"):
+            note = self.store.session(session_id)
+            if note is None:
                 raise HttpProblem(404, f"no session {session_id[:80]!r}")
-            known = self._sessions[session_id] = Session({id_ for id_, _ in self._trainers()})
+            jobs = {id_ for id_, _ in self._trainers()}
+            known = self._keep(session_id, Session(jobs, note.finished is not None))
         if known.finished:
             raise HttpProblem(410, "the session was finished; create another")
         return known
@@ -178,11 +187,20 @@ class TinkerTraining:
                 await _post(trainer, "api/v1/session_heartbeat", {"session_id": session_id})
 
     async def finish(self, session_id: str, reason: str, detail: str | None) -> None:
-        """End a session and its models. Idempotent; the first reason stands."""
+        """End a session and its models. Idempotent; the first reason stands.
+
+        Raises:
+            HttpProblem: 404 when there is no such session.
+        """
         note = self.store.session(session_id)
-        if note is not None and note.finished is None:
-            self.store.write_session(replace(note, finished=reason, detail=detail))
-        session = self._sessions.setdefault(session_id, Session())
+        if note is None:
+            raise HttpProblem(404, f"no session {session_id[:80]!r}")
+        if note.finished is None:
+            ended = replace(note, finished=reason, detail=detail)
+            await asyncio.to_thread(self.store.write_session, ended)
+        session = self._sessions.get(session_id)
+        if session is None:
+            session = self._keep(session_id, Session({id_ for id_, _ in self._trainers()}))
         session.finished = True
         for id_ in session.jobs:
             trainer = self._plane.jobs.trainer(id_)
@@ -212,7 +230,9 @@ class TinkerTraining:
         return checkpoint
 
     def note_run(self, run: str, id_: str) -> None:
-        """Remember which job a run went to."""
+        """Remember which job a run went to. One that is forgotten is looked for in all jobs."""
+        while len(self._runs) >= MAX_RUNS:
+            del self._runs[next(iter(self._runs))]
         self._runs[run] = id_
 
     async def trainer_of_run(self, run: str) -> tuple[str, Trainer] | None:
@@ -223,7 +243,7 @@ class TinkerTraining:
             return id_, trainer
         for other, candidate in self._trainers():
             if await _post(candidate, "api/v1/get_info", {"model_id": run}) == 200:
-                self._runs[run] = other
+                self.note_run(run, other)
                 return other, candidate
         return None
 

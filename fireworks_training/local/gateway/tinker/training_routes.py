@@ -6,6 +6,7 @@ to a run's trainer (`training`), nor the bodies that it passes on.
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
 import orjson
@@ -16,9 +17,13 @@ from fireworks_training.local.gateway.control_plane.trainer_proxy import exchang
 from fireworks_training.local.gateway.inference.registry import ModelEntry
 from fireworks_training.local.gateway.tinker.training import TRAINING
 from fireworks_training.local.gateway.web.bodies import (
+    INLINE_BYTES,
+    RAW,
+    SAMPLING_BYTES,
     object_field,
     optional_text,
     parse_object,
+    read_bytes,
     read_object,
     required_text,
 )
@@ -66,13 +71,13 @@ async def _ok(_: web.Request) -> web.Response:
 
 async def _client_config(request: web.Request) -> web.Response:
     """Show what differs from the clients' defaults."""
-    await request.read()
+    await read_bytes(request)
     return web.json_response(request.app[TRAINING].offered)
 
 
 async def _telemetry(request: web.Request) -> web.Response:
     """Accept telemetry, so that official clients work, and drop it."""
-    await request.read()
+    await read_bytes(request, SAMPLING_BYTES)
     return web.json_response({"status": "accepted"})
 
 
@@ -83,7 +88,7 @@ async def _create_session(request: web.Request) -> web.Response:
     if len(orjson.dumps(metadata)) > MAX_TEXT:
         raise HttpProblem(400, f"user_metadata must be an object of at most {MAX_TEXT} bytes")
     shown = {key: str(value) for key, value in metadata.items()}
-    session_id = request.app[TRAINING].create_session(name, shown)
+    session_id = await request.app[TRAINING].create_session(name, shown)
     return web.json_response({"session_id": session_id, "type": "create_session"})
 
 
@@ -105,14 +110,14 @@ async def _finish(request: web.Request) -> web.Response:
 
 
 async def _create_model(request: web.Request) -> web.StreamResponse:
-    raw, body = await request.read(), await read_object(request)
+    raw, body = await read_bytes(request), await read_object(request)
     training = request.app[TRAINING]
     return await _begin_run(request, raw, body, training.model(required_text(body, "base_model")))
 
 
 async def _load_weights(request: web.Request) -> web.StreamResponse:
     """Load weights into a run that is there, or as the beginning of a new one."""
-    raw, body = await request.read(), await read_object(request)
+    raw, body = await read_bytes(request), await read_object(request)
     if body.get("session_id") is None:
         return await _pass_to_run(request)
     training = request.app[TRAINING]
@@ -142,7 +147,7 @@ async def _begin_run(
 
 
 async def _pass_to_run(request: web.Request) -> web.StreamResponse:
-    raw = await request.read()
+    raw = request[RAW] if RAW in request else await request.read()
     return await pass_to_trainer(request, raw, _run_of(request, raw))
 
 
@@ -162,7 +167,7 @@ def _run_of(request: web.Request, raw: bytes) -> str:
     """Return the run that a body is about: `model_id` in JSON, the first field of a protobuf
     message."""
     if request.content_type != "application/x-protobuf":
-        return required_text(parse_object(raw), "model_id")
+        return _model_id_of(raw)
     head = raw[:512]
     if request.headers.get(hdrs.CONTENT_ENCODING) == _ZSTD:
         try:
@@ -174,3 +179,30 @@ def _run_of(request: web.Request, raw: bytes) -> str:
     if len(head) < 2 or head[0] != 0x0A or head[1] > 0x7F:
         raise HttpProblem(400, "the message does not begin with the model_id")
     return head[2 : 2 + head[1]].decode("ascii", "replace")
+
+
+def _model_id_of(raw: bytes) -> str:
+    """Return the `model_id` of a body in JSON; a large one is searched for it, and not parsed.
+
+    What is found only chooses the trainer: that one parses the body, and goes by what it reads.
+    """
+    if len(raw) <= INLINE_BYTES:
+        return required_text(parse_object(raw), "model_id")
+    found: set[bytes] = set()
+    at = raw.find(_MODEL_ID)
+    for _ in range(_MOST_NAMES):
+        if at < 0:
+            break
+        value = _NAMED.match(raw, at)
+        if value is not None:
+            found.add(value[1])
+        at = raw.find(_MODEL_ID, at + len(_MODEL_ID))
+    if len(found) != 1 or at >= 0:
+        raise HttpProblem(400, "model_id must be a non-empty string, given once")
+    return found.pop().decode()
+
+
+_MODEL_ID = b'"model_id"'
+_NAMED = re.compile(rb'"model_id"[ \t\r\n]*:[ \t\r\n]*"([!#-\[\]-~]{1,200})"')
+_MOST_NAMES = 16
+"""Places of a body that are looked at: a run's name stands in one."""

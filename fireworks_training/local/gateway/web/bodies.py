@@ -6,8 +6,9 @@ names the field, never its value: that may be a prompt or a key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import orjson
 from aiohttp import web
@@ -17,7 +18,17 @@ from fireworks_training.local.gateway.web.problems import HttpProblem
 from fireworks_training.local.store.database import Body
 
 MAX_BODY_BYTES = 1 << 20
+SAMPLING_BYTES = 8 << 20
+"""Bytes of a body that brings a prompt."""
+MAX_VALUES = 400_000
+MAX_OBJECTS = 50_000
+INLINE_BYTES = 64 << 10
 MAX_PAGE = 200
+
+RAW = web.RequestKey("raw_body", bytes)
+"""A body that was read."""
+
+Parsed = TypeVar("Parsed")
 
 
 # -- whole bodies --------------------------------------------------------------------------------
@@ -44,11 +55,63 @@ async def read_object(request: web.Request) -> dict[str, object]:
     Raises:
         HttpProblem: 400; 413 over `MAX_BODY_BYTES`.
     """
-    length = request.content_length or 0
-    raw = b"" if length > MAX_BODY_BYTES else await request.read()
-    if max(length, len(raw)) > MAX_BODY_BYTES:
-        raise HttpProblem(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    raw = await read_bytes(request)
+    check_shape(raw)
     return parse_object(raw) if raw.strip() else {}
+
+
+async def read_bytes(request: web.Request, most: int = MAX_BODY_BYTES) -> bytes:
+    """Read a body of at most so many bytes; it may be read again.
+
+    Raises:
+        HttpProblem: 413, with no more than `most` bytes in memory.
+    """
+    if RAW in request:
+        return request[RAW]
+    if (request.content_length or 0) > most:
+        raise _too_long(most)
+    if request.content_length is not None or request.content.is_eof():
+        raw = await request.read()
+    else:
+        # Its length is told by nobody: it is counted on its way.
+        parts = bytearray()
+        async for chunk in request.content.iter_any():
+            parts += chunk
+            if len(parts) > most:
+                raise _too_long(most)
+        raw = bytes(parts)
+    if len(raw) > most:
+        raise _too_long(most)
+    request[RAW] = raw
+    return raw
+
+
+def _too_long(most: int) -> HttpProblem:
+    return HttpProblem(413, f"the body is over {most} bytes")
+
+
+def check_shape(raw: bytes) -> None:
+    """Refuse a JSON body that would take long to parse, before anything of it is parsed.
+
+    A parser holds the interpreter until it has ended, in whatever thread; a comma or a bracket is
+    looked for a hundred times faster than a value is made of it.
+
+    Raises:
+        HttpProblem: 413 for one with more values than any request has.
+    """
+    if len(raw) <= MAX_VALUES // 8:
+        return
+    for brackets in (b"{", b"["):
+        if raw.count(brackets) > MAX_OBJECTS:
+            raise HttpProblem(413, f"the body has over {MAX_OBJECTS} objects or lists")
+    if raw.count(b",") > MAX_VALUES:
+        raise HttpProblem(413, f"the body has over {MAX_VALUES} values")
+
+
+async def parse_aside(raw: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
+    """Parse a body that passed `check_shape`: a large one in a thread, off the event loop."""
+    check_shape(raw)
+    return parse(raw) if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse, raw)
 
 
 def invalid_body(error: ValidationError) -> HttpProblem:

@@ -238,6 +238,15 @@ class ModelFactory:
             parameters=self._parameters,
         )
 
+    def fits(self, more: int) -> bool:
+        """Return whether memory holds so many models more, of the kind that this job trains."""
+        kind = "adapter" if self.settings.lora_rank else "full"
+        kind = "reference" if self.settings.forward_only else kind
+        return more <= 0 or memory.fits(
+            self._parameters * MODEL_BYTES[kind] * more + activation_bytes(self._parameters),
+            memory.free_bytes(),
+        )
+
     def _make(self, blueprint: Blueprint) -> TrainedModel:
         kind = "reference" if blueprint.reference or self.settings.forward_only else "full"
         try:

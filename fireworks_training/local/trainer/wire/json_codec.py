@@ -35,6 +35,7 @@ from fireworks_training.local.trainer.queue.operations import (
     Submission,
 )
 from fireworks_training.local.trainer.wire import json_states
+from fireworks_training.local.trainer.wire.counts import check_json
 from fireworks_training.local.trainer.wire.datums import ModelLimits, RawPass, make_pass
 from fireworks_training.local.trainer.wire.json_datums import decode_datum, decode_tensor
 from fireworks_training.local.trainer.wire.json_fields import (
@@ -152,6 +153,7 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
     Raises:
         Malformed: it names no model or no place.
     """
+    check_json(raw)
     body = parse(raw)
     model_id = identifier(body, "model_id")
     seq_id = whole(body, "seq_id", least=1, refusal=Malformed)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fireworks_training._core.operations import Role
-from fireworks_training._wire.training import protobuf
+from fireworks_training._wire.training import protobuf, schema
 from fireworks_training._wire.training.datums import PassResult as WireResult
 from fireworks_training.errors import InvalidArgument, NotSupported, ProtocolError
 from fireworks_training.local.trainer.queue.operations import (
@@ -27,6 +27,7 @@ from fireworks_training.local.trainer.queue.operations import (
     PassOutputs,
     Submission,
 )
+from fireworks_training.local.trainer.wire.counts import check_message
 from fireworks_training.local.trainer.wire.datums import (
     ModelLimits,
     RawDatum,
@@ -51,6 +52,7 @@ def submission(kind: str, raw: bytes, limits_of: Callable[[str], ModelLimits]) -
     Raises:
         Malformed: the bytes are no such message, or it names no place.
     """
+    check_message(raw, schema.ForwardBackwardRequest.DESCRIPTOR)
     try:
         request = protobuf.decode_request(raw)
     except (ProtocolError, NotSupported, InvalidArgument) as error:

@@ -97,6 +97,7 @@ async def test_a_job_from_creation_to_tombstone(gateway: Gateway, folders: Platf
         "snapshots_dir": str(folders.state_dir / "snapshots"),
         "session_timeout_s": 300.0,
         "atomic_steps": True,
+        "max_models": None,
         "lora_rank": 0,
         "forward_only": False,
         "snapshot_dtype": "bfloat16",

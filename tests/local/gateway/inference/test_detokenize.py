@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fireworks_training.local.gateway.inference.detokenize import StopMatcher, TextCodec
+from fireworks_training.local.gateway.inference.detokenize import (
+    NoTokenizer,
+    StopMatcher,
+    TextCodec,
+)
 
 
 def byte_level() -> Tokenizer:
@@ -119,7 +123,7 @@ def test_special_tokens_are_no_text_and_added_ones_are(
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    with pytest.raises(NoTokenizer, match="no tokenizer"):
         TextCodec(tmp_path)
 
 
@@ -156,3 +160,10 @@ def test_nothing_is_held_that_can_not_become_a_stop() -> None:
     assert matcher.push("two") == ("\ntwo", False)
     assert matcher.push("\n") == ("", False)
     assert matcher.push("\nthree") == ("", True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\x00\xff", b'{"model": 5}'])
+def test_a_broken_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(NoTokenizer, match="no tokenizer that can be read"):
+        TextCodec(tmp_path)

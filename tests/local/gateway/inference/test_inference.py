@@ -630,3 +630,31 @@ async def test_connecting_waits_for_the_socket_and_for_hello(tmp_path: Path) -> 
     await server.wait_closed()
     with pytest.raises(TimeoutError):
         await EngineClient(tmp_path / "never.sock", "never").connect(timeout_s=0.05)
+
+
+async def test_a_request_waits_while_its_engine_is_replaced(
+    model_path: Path, tmp_path: Path
+) -> None:
+    async with scripted(model_path, tmp_path, replaced_within=60.0) as (served, engine):
+        engines = list(served.live.engines)
+        for state in ("UPDATING", "READY"):
+            served.live.engines.clear()
+            served.live.state = state
+            waiting = asyncio.create_task(served.post(prompt=PROMPT, max_tokens=1))
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert not waiting.done()
+            served.live.engines[:] = engines
+            stream = (await engine.control("add"))["stream"]
+            engine.send(step(stream, [1], Finish.LENGTH))
+            assert (await waiting).status == 200
+        # Who waits for less is answered then; and one that never served is not waited for.
+        served.live.engines.clear()
+        response = await served.session.post(
+            "/inference/v1/completions",
+            json={"model": DEPLOYMENT, "prompt": PROMPT},
+            headers={"x-request-timeout": "0.001"},
+        )
+        assert response.status == 503
+        served.live.state = "CREATING"
+        assert (await served.post(prompt=PROMPT)).status == 503

@@ -107,3 +107,24 @@ async def test_what_is_not_there_is_refused_in_words(
     status, _, answer = await call(gateway, method, filled, {"any": "thing"})
     assert (status, answer["error"]["code"]) == (400, "UNIMPLEMENTED")
     assert REFUSED[method, path] in answer["error"]["message"]
+
+
+async def test_an_archive_is_found_by_its_name_alone(
+    folders: PlatformFolders, store: TinkerStore, gateway: Gateway
+) -> None:
+    save(folders, store, "step-1", None)
+    status, raw, _ = await call(gateway, "GET", f"{BASE}/step-1/archive")
+    assert status == 200
+    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+        assert "step-1/manifest.json" in archive.getnames()
+    for name in ("step-2", "..", "%00"):
+        assert (await call(gateway, "GET", f"{BASE}/{name}/archive"))[0] == 404
+
+
+async def test_models_are_listed_under_names_that_have_a_tokenizer(
+    folders: PlatformFolders, gateway: Gateway
+) -> None:
+    _, _, shown = await call(gateway, "GET", "get_server_capabilities")
+    names = [model["model_name"] for model in shown["supported_models"]]
+    assert str(folders.model_dir) in names
+    assert all((Path(name) / "tokenizer.json").is_file() for name in names)

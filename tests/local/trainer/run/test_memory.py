@@ -72,9 +72,8 @@ async def test_another_model_is_refused_when_it_would_not_fit(
         "base_model": "accounts/local/models/tiny-qwen3",
         "lora_config": {"rank": 2},
     }
-    _, answer = await trainer.post("create_model", body)
-    failure = await trainer.result(answer["request_id"])
-    assert "an adapter would take" in failure["error"]
-    assert "GiB are free" in failure["error"]
+    status, answer = await trainer.post("create_model", body)
+    assert (status, answer["error_class"]) == (400, "TooMany")
+    assert "memory has no room for another" in answer["error"]
     machine.free = 1 << 40
     await new_model(trainer.http, 3, lora_config={"rank": 2})  # and the trainer goes on
