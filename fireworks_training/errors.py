@@ -249,6 +249,7 @@ class ApiStatusError(ApiError):
         status: the HTTP status.
         error_class: the server's own name for the error, or None.
         retry_after: seconds that the server asks to wait, or None.
+        should_retry: what the server says of a repetition (`x-should-retry`), or None.
     """
 
     def __init__(
@@ -258,12 +259,14 @@ class ApiStatusError(ApiError):
         status: int,
         error_class: str | None = None,
         retry_after: float | None = None,
+        should_retry: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(message, **kwargs)
         self.status = status
         self.error_class = error_class
         self.retry_after = retry_after
+        self.should_retry = should_retry
 
     @property
     def status_code(self) -> int:
@@ -485,6 +488,7 @@ def for_status(
     *,
     error_class: str | None = None,
     retry_after: float | None = None,
+    should_retry: bool | None = None,
     request_id: str | None = None,
 ) -> ApiStatusError:
     """The typed error of an HTTP status (400 to 599)."""
@@ -501,5 +505,6 @@ def for_status(
         status=status,
         error_class=error_class,
         retry_after=retry_after,
+        should_retry=should_retry,
         request_id=request_id,
     )

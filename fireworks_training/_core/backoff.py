@@ -56,7 +56,7 @@ _SECONDS = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 def is_retryable(error: ApiError) -> bool:
     """Whether the same request may succeed later: by status if there is one, or by type."""
     if isinstance(error, ApiStatusError):
-        return error.status in RETRYABLE_STATUS
+        return error.status in RETRYABLE_STATUS or bool(error.should_retry)
     return error.retryable
 
 

@@ -18,7 +18,8 @@ BILLING = 3600.0
 
 LONGEST_PAUSE = 10.0
 BILLING_PAUSE = 15.0
-"""Seconds between two attempts, at most; and while billing is paused."""
+"""Seconds between two attempts, at most; and while billing is paused. Both are reached by doubling:
+a 402 may be one of a moment."""
 
 STRANGER_ATTEMPTS = 7
 """Attempts at a host that has never answered."""
@@ -38,6 +39,7 @@ class ControlPatience(Backoff):
         self.known = known
         self.billing_paused = False
         self._paused_since: float | None = None
+        self._pause = 0.0
 
     def next_delay(self, error: ApiError, *, now: float) -> float | None:
         """Note a failed attempt; seconds to wait before the next one, or None to give up."""
@@ -48,8 +50,9 @@ class ControlPatience(Backoff):
         self.reset()  # an outage after it has its own time
         self.known = True
         if self._paused_since is None:
-            self._paused_since = now
-        return BILLING_PAUSE if now + BILLING_PAUSE <= self._paused_since + BILLING else None
+            self._paused_since, self._pause = now, 0.5
+        self._pause = min(2.0 * self._pause, BILLING_PAUSE)
+        return self._pause if now + self._pause <= self._paused_since + BILLING else None
 
     def _may_help(self, error: ApiError) -> bool:
         if isinstance(error, ApiStatusError):

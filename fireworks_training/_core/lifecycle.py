@@ -6,10 +6,12 @@ clock and no requests. Its rules:
 
 1. Time in the queue and time from placement to ready have budgets of their own.
 2. A state that is left from before a resume (stopped, right after it) is tolerated for a while.
-3. The pause between polls is a small share of the time for which nothing has changed: a change is
-   seen late by that share at most, and a wait of hours polls rarely.
+3. The pause between polls is a share of the time for which nothing has changed: a change is seen
+   late by that share at most, and a wait of hours polls rarely.
 4. Where the platform holds an answer back until something changes, it is polled again at once, and
    asked to hold no longer than the budget lasts; never more often than the quickest pace.
+5. A resource that was there and is not found is looked for again for a while: another server behind
+   the control plane may not know of it yet.
 """
 
 from __future__ import annotations
@@ -22,11 +24,18 @@ from types import MappingProxyType
 from fireworks_training._core.waits.reports import FIRST_NOTICE, ReportSchedule
 from fireworks_training.errors import ProvisioningError, ProvisioningTimeout
 
-QUICKEST, SLOWEST = 0.04, 5.0
+QUICKEST_HELD = 0.04
+"""Seconds between two polls at least, where the platform holds its answers back."""
+
+QUICKEST, SLOWEST = 0.1, 5.0
 """Seconds between two polls, at least and at most."""
 
-SHARE = 0.01
-"""Seconds between two polls for each second without a change."""
+SHARE = 0.25
+"""Seconds between two polls for each second without a change. Over waits of 3 to 10 s these are no
+more polls than twice those of the official client."""
+
+MISSING = 15.0
+"""Seconds for which a resource that was there may not be found."""
 
 LONGEST_HOLD = 10
 """Seconds for which the platform is asked to hold an answer back: short enough to report a long
@@ -169,6 +178,7 @@ class ReadinessWait:
         self._advice = advice
         self._placed_at: float | None = None
         self._stopping_since: float | None = None
+        self._missing_since: float | None = None
         self._last: Seen | None = None
         self._since = started
         self._reports = ReportSchedule(started, first=FIRST_NOTICE)
@@ -187,6 +197,8 @@ class ReadinessWait:
                 is ready.
             held: seconds for which the platform held the answer back; None if it can't do that.
         """
+        if self._may_come_back(row, now):
+            return self._within_budget(now)
         self._note(row, now)
         readiness = Readiness.GONE if row is None else self._read(row.state)
         if self._still_old(readiness, now):
@@ -237,7 +249,7 @@ class ReadinessWait:
             return self._give_up(ProvisioningTimeout, reason, self._read(state))
         longest = min(LONGEST_HOLD, int(limit - (now - since))) if hold else 0
         if held is not None and longest > 0:
-            return Again(max(QUICKEST - held, 0.0), longest)
+            return Again(max(QUICKEST_HELD - held, 0.0), longest)
         return Again(pause(now - self._since, self._slowest), longest)
 
     def is_ready(self, state: str) -> bool:
@@ -249,6 +261,15 @@ class ReadinessWait:
         if self.changed:
             self._since = now
         self._last = row
+
+    def _may_come_back(self, row: Seen | None, now: float) -> bool:
+        if row is not None or self._last is None:
+            self._missing_since = None
+            return False
+        if self._missing_since is None:
+            self._missing_since = now
+        gone = self._read(self._last.state) is Readiness.GONE
+        return not gone and now - self._missing_since < MISSING
 
     def _still_old(self, readiness: Readiness, now: float) -> bool:
         stands = readiness in (Readiness.RESUMABLE, Readiness.STOPPING)

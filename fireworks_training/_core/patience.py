@@ -2,11 +2,13 @@
 
 What a failure says about a request decides, not where it came from:
 
-- *Undecided* (408, 409, 425, 429, 5xx, a broken connection, a 2xx that can't be read): asked again
-  for `UNDECIDED_SECONDS` from the first such failure in a row.
+- *Undecided* (408, 409, 425, 429, 5xx, a broken connection, a 2xx that can't be read, and what the
+  server says is to be repeated, `x-should-retry: true`): asked again for `UNDECIDED_SECONDS` from
+  the first such failure in a row. `x-should-retry: false` changes nothing: a trainer knows a
+  repeated request by its number.
 - *Billing* (402): asked again for `BILLING_SECONDS`, at a slow pace.
-- *Odd* (a 400 without a body on a submit, which proxies send; a 400, 401, 403 or 404 on a poll,
-  whose request was accepted): asked again `ODD_TIMES`, quickly.
+- *Odd* (a 400 without a body on a submit, which proxies send; a 400, 401, 403, 404, 410 or
+  422 on a poll, whose request was accepted): asked again `ODD_TIMES`, quickly.
 - Anything else is the server's decision.
 
 A trainer that is gone for good may show as any of these: it is not found (404, 410), or a proxy in
@@ -85,6 +87,8 @@ def judge_submit(error: ApiError) -> Verdict:
         return _judge_transport(error)
     if error.status == 402:
         return Verdict.BILLING
+    if error.should_retry:
+        return Verdict.UNDECIDED
     if error.status == 400 and error.message.endswith(NO_BODY):
         return Verdict.ODD
     return _judge_status(error)
@@ -96,7 +100,7 @@ def judge_poll(error: ApiError) -> Verdict:
         return _judge_transport(error)
     if error.status == 402:
         return Verdict.BILLING
-    if error.status in (400, 401, 403, 404):
+    if error.status in (400, 401, 403, 404, 410, 422):
         return Verdict.ODD
     return _judge_status(error)
 
@@ -110,7 +114,7 @@ def _judge_status(error: ApiStatusError) -> Verdict:
     if is_conflict(error):
         return Verdict.DECIDED
     passing = error.status >= 500 or error.status in UNDECIDED or error.status < 300
-    return Verdict.UNDECIDED if passing else Verdict.DECIDED
+    return Verdict.UNDECIDED if passing or error.should_retry else Verdict.DECIDED
 
 
 class Patience:

@@ -66,7 +66,7 @@ class FiretitanServiceClient(Blocking[AsyncFiretitanServiceClient]):
             inference_url, hotload_api_url: where to sample, and to hot load; default `base_url`.
             additional_headers: sent with every request; they win over the SDK's own.
             verify_ssl: False accepts any TLS certificate.
-            user_metadata: noted with the trainer session.
+            user_metadata: noted with the trainer session and with each model.
             project_id: not supported.
             pipeline_steps: send an `optim_step` before the results of its step are in, also to a
                 server that does not enforce atomic steps: such a server may then apply a part of a

@@ -17,6 +17,8 @@ from fireworks_training.errors import InvalidArgument
 
 _FOLDER = "fireworks-training"
 DEFAULT_BASE_URL = "https://api.fireworks.ai"
+_CLIENT_SOURCE = re.compile(r"fireworks-training-skill(/[0-9A-Za-z][0-9A-Za-z._+-]{0,63})?")
+_SESSION_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _URL = re.compile(r"https?://[^/]")
 
 EXAMPLE_URL = "https://api.fireworks.ai"
@@ -157,6 +159,20 @@ def cloudflare_headers() -> dict[str, str]:
     if not all(values.values()):
         return {}
     return {header: checked_key(values[header], name) for header, name in names.items()}
+
+
+def attribution_headers() -> dict[str, str]:
+    """Make the headers that say on whose behalf a program runs, from the variables of the official
+    client, FIREWORKS_CLIENT_SOURCE and FIREWORKS_SESSION_ID; a value of another form is left out.
+    """
+    source = os.environ.get("FIREWORKS_CLIENT_SOURCE", "")
+    session = os.environ.get("FIREWORKS_SESSION_ID", "")
+    headers: dict[str, str] = {}
+    if _CLIENT_SOURCE.fullmatch(source):
+        headers["X-Fireworks-Client-Source"] = source
+    if _SESSION_ID.fullmatch(session):
+        headers["X-Fireworks-Session-Id"] = session
+    return headers
 
 
 def environment_api_key() -> str | None:

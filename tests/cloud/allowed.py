@@ -51,10 +51,6 @@ ALLOWED: tuple[Allowed, ...] = (
         "the same tag, in the field that deployments have for such",
     ),
     Allowed(
-        *("save_weights", "body.overwrite", "missing"),
-        "false is the field's default; a caller's true is sent",
-    ),
-    Allowed(
         *("save_weights_for_sampler", "body.checkpoint_type", "differs"),
         "a delta only follows a snapshot that was loaded: after a save that was not, the official "
         "client sends a delta to one that no replica holds, ours a base",
@@ -67,5 +63,40 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed(
         *("create_model", "body.lora_config.seed", "extra"),
         "the configuration's seed, likewise",
+    ),
+    Allowed(
+        *("*", "headers.x-idempotency-key", "differs"),
+        "each client draws its own; both are the same each time a request is sent again",
+    ),
+    Allowed(
+        *("create_session", "body.user_metadata*", "any"),
+        "noted with the session as well, as Tinker's client does",
+    ),
+    Allowed(
+        *("client_config", "count", "extra"),
+        "asked of every trainer, and done without where there is no answer: what it says of sizes "
+        "and encodings spares refusals",
+    ),
+    Allowed(
+        *("get_job", "count", "missing"),
+        "a job that the answer to its POST shows running is not looked at again",
+    ),
+    Allowed(
+        *("get_model", "count", "extra"),
+        "the model that a promotion made is looked up, so that its row does not depend on what "
+        "the operation's answer holds",
+    ),
+    Allowed(
+        *("retrieve_future", "headers.x-tinker-request-*", "missing"),
+        "figures for the server's statistics, not part of the protocol",
+    ),
+    Allowed(
+        *("*", "headers.x-fireworks-*", "extra"),
+        "on whose behalf the program runs is said on all routes, the trainer's too",
+    ),
+    Allowed(
+        *("*", "headers.cf-access-client-*", "extra"),
+        "a gateway that asks for them stands before all routes of a host, not before the "
+        "trainer's alone",
     ),
 )

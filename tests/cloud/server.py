@@ -281,7 +281,7 @@ class Cloud:
             assert request.transport is not None
             request.transport.abort()
         headers = {
-            key: value.replace("{path}", request.path) for key, value in fault.headers.items()
+            key: value.replace("{path}", request.path_qs) for key, value in fault.headers.items()
         }
         kind = "application/json" if fault.body.startswith("{") else "text/html"
         answer = web.Response(status=fault.status or 500, headers=headers)

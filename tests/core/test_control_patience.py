@@ -61,3 +61,16 @@ def test_a_paused_account_is_waited_for_longer_and_an_outage_after_it_has_its_ow
 
 def test_what_will_not_pass_is_not_repeated() -> None:
     assert ControlPatience(known=True).next_delay(NotFound("no", status=404), now=0.0) is None
+
+
+def test_a_402_of_a_moment_costs_seconds() -> None:
+    patience = ControlPatience(known=True)
+    pauses = [patience.next_delay(ApiStatusError("pay", status=402), now=0.0) for _ in range(6)]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+
+
+def test_what_the_server_says_is_to_be_repeated_is_repeated() -> None:
+    for said, again in ((True, True), (False, False), (None, False)):
+        refused = ApiStatusError("no", status=400, should_retry=said)
+        delay = ControlPatience(known=True).next_delay(refused, now=0.0)
+        assert (delay is not None) is again

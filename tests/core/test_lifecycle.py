@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from fireworks_training import ProvisioningTimeout
 from fireworks_training._core.lifecycle import (
     LONGEST_HOLD,
+    MISSING,
     QUICKEST,
+    QUICKEST_HELD,
     SETTLE,
     SLOWEST,
     STOPPING_BUDGET,
@@ -101,8 +103,8 @@ def test_looks_that_are_not_possible_count_against_the_budget() -> None:
 
 def test_the_pace_is_a_share_of_the_time_without_a_change() -> None:
     waiting = watch(queue_budget=1e9)
-    delays = [delay_at(waiting, "PENDING", at) for at in (0.0, 1.0, 20.0, 60.0, 1e5)]
-    assert delays == [QUICKEST, QUICKEST, pytest.approx(0.2), pytest.approx(0.6), SLOWEST]
+    delays = [delay_at(waiting, "PENDING", at) for at in (0.0, 0.4, 2.0, 8.0, 1e5)]
+    assert delays == [QUICKEST, QUICKEST, pytest.approx(0.5), pytest.approx(2.0), SLOWEST]
     assert delay_at(waiting, "CREATING", 1e5 + 1) == QUICKEST
     assert waiting.changed
 
@@ -136,9 +138,37 @@ def test_a_platform_that_holds_answers_back_is_asked_again_at_once() -> None:
     assert again(waiting, job("CREATING"), 0.0) == Again(QUICKEST, LONGEST_HOLD)
     assert again(waiting, job("CREATING"), 20.0, held=9.9) == Again(0.0, LONGEST_HOLD)
     # One that can't wait is polled at the pace of the age.
-    assert again(waiting, job("CREATING"), 20.0) == Again(pytest.approx(0.2), LONGEST_HOLD)
+    assert again(waiting, job("CREATING"), 20.0) == Again(SLOWEST, LONGEST_HOLD)
     # One that says that it waits, and does not, is not asked in a busy loop.
-    assert again(waiting, job("CREATING"), 20.0, held=0.0) == Again(QUICKEST, LONGEST_HOLD)
+    assert again(waiting, job("CREATING"), 20.0, held=0.0) == Again(QUICKEST_HELD, LONGEST_HOLD)
+
+
+@pytest.mark.parametrize("seconds", [3.0, 10.0, 60.0])
+def test_a_wait_takes_few_polls(seconds: float) -> None:
+    waiting, now, polls = watch(queue_budget=1e9), 0.0, 0
+    while now < seconds:
+        now += delay_at(waiting, "PENDING", now)
+        polls += 1
+    assert polls <= 20 + seconds / SLOWEST
+
+
+def test_a_resource_that_was_there_may_be_missing_for_a_while() -> None:
+    waiting = watch()
+    waiting.see(job("CREATING"), 0.0)
+    assert isinstance(waiting.see(None, 1.0), Again)
+    assert isinstance(waiting.see(job("CREATING"), 2.0), Again)
+    assert isinstance(waiting.see(None, 3.0), Again)  # another gap, with its own time
+    assert isinstance(waiting.see(None, 3.0 + MISSING - 0.1), Again)
+    assert isinstance(waiting.see(None, 3.0 + MISSING), GiveUp)
+
+
+def test_what_was_never_there_or_was_going_is_missing_at_once() -> None:
+    assert isinstance(watch().see(None, 0.0), GiveUp)
+    going = ReadinessWait(
+        "trainer j", job_readiness, started=0.0, budget=9.0, queue_budget=9.0, resumed=True
+    )
+    going.see(job("DELETING"), 0.0)
+    assert isinstance(going.see(None, 1.0), GiveUp)
 
 
 def test_an_answer_is_not_held_back_beyond_the_budget() -> None:

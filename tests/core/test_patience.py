@@ -67,12 +67,21 @@ def test_a_billing_pause_is_waited_for_an_hour(judge: Judge) -> None:
     assert seconds == BILLING_SECONDS
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404])
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 410, 422])
 def test_an_odd_answer_to_a_poll_is_looked_at_again_and_decides_a_submit(code: int) -> None:
     times, seconds = outlasts(Patience(judge_poll), status(code))
     assert times == ODD_TIMES
     assert seconds < 10
     assert outlasts(Patience(judge_submit), status(code)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("judge", [judge_submit, judge_poll])
+def test_the_server_may_say_that_a_refusal_is_to_be_repeated(judge: Judge) -> None:
+    def refused(should_retry: bool | None) -> Verdict:
+        return judge(for_status(405, "no", should_retry=should_retry))
+
+    assert refused(True) is Verdict.UNDECIDED
+    assert refused(False) is refused(None) is Verdict.DECIDED
 
 
 def test_a_400_without_a_body_decides_nothing_at_once() -> None:

@@ -261,7 +261,7 @@ class AsyncControlPlane:
             return None if gone else row
 
         await self._account.call(
-            "POST", f"{job}:resume", what=f"resume {job_id}", json={}, after_retry=there
+            "POST", f"{job}:resume", what=f"resume {job_id}", after_retry=there
         )
 
     async def delete_job(self, job_id: str) -> None:
@@ -471,7 +471,7 @@ class AsyncControlPlane:
             await self.account(),
             output_model_id,
             base_model,
-            trainer_job_id=trainer_job_id or id_after(name, "rlorTrainerJobs"),
+            trainer_job_id=await self._job_name(trainer_job_id, name),
             hot_load_deployment_id=hot_load_deployment_id,
         )
         operation, row = await start_promotion(self._account, name, body)
@@ -483,6 +483,14 @@ class AsyncControlPlane:
         if model is None:
             raise ProtocolError(f"{name} was promoted, but {body['output_model']} is not there")
         return model
+
+    async def _job_name(self, job: str | None, checkpoint: str) -> str | None:
+        """Build the full name of a trainer job, which may be told by that, by its id, or by the
+        name of its checkpoint; None if it is told by none of them."""
+        if job is None:
+            owner, _, _ = checkpoint.partition("/checkpoints/")
+            return owner if id_after(owner, "rlorTrainerJobs") else None
+        return job if "/" in job else await self.resource_name("rlorTrainerJobs", job)
 
     async def _made(self, model: ModelInfo, timeout_s: float) -> ModelInfo:
         """Wait until a model that is being made, by an operation of no known name, is there."""

@@ -6,6 +6,7 @@ wait for the operation: `AsyncControlPlane.wait_for_operation` does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import cast
@@ -14,8 +15,20 @@ from fireworks_training._async.control_plane.account import Account
 from fireworks_training._async.control_plane.rows import Row, read_operation
 from fireworks_training.errors import ApiStatusError, ProtocolError
 
+_OF_A_JOB = re.compile(r"(accounts/[^/?#]+)/rlorTrainerJobs/[^/?#]+(/checkpoints/[^/?#]+)")
+
 PROMOTE_TIMEOUT = 300.0
 """Seconds for the answer: an older platform gives it when the model is there."""
+
+
+def promotion_path(name: str) -> str:
+    """Build the path that promotes a checkpoint.
+
+    Checkpoints of trainer jobs are promoted in the account's own collection, and the body names the
+    job; those of other kinds of jobs where they are listed.
+    """
+    found = _OF_A_JOB.fullmatch(name)
+    return f"/v1/{name if found is None else ''.join(found.groups())}:promote"
 
 
 async def start_promotion(account: Account, name: str, body: Row) -> tuple[str | None, Row]:
@@ -38,7 +51,7 @@ async def start_promotion(account: Account, name: str, body: Row) -> tuple[str |
     ask = partial(
         account.call,
         "POST",
-        f"/v1/{name}:promote",
+        promotion_path(name),
         what=f"promote {name}",
         timeout=PROMOTE_TIMEOUT,
         after_retry=model_there,

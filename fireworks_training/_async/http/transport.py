@@ -31,6 +31,7 @@ from fireworks_training._async.runtime.usage_meter import UsageMeter
 from fireworks_training._core.backoff import Backoff, parse_retry_after
 from fireworks_training._wire.server_words import scrubbed, words_of
 from fireworks_training.config import (
+    attribution_headers,
     certificate_file,
     checked_key,
     checked_url,
@@ -122,6 +123,7 @@ class Response:
             retry_after=parse_retry_after(
                 self.headers.get("retry-after"), date=self.headers.get("date"), now=time.time()
             ),
+            should_retry={"true": True, "false": False}.get(self.headers.get("x-should-retry", "")),
             request_id=self.request_id,
         )
 
@@ -166,6 +168,7 @@ class Transport:
         self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._attribution = attribution_headers()
         self._signed = {**cloudflare_headers(), **self._additional_headers}
         self._proxies: dict[str, str | None] = {}
         self.hosts = Hosts()
@@ -188,6 +191,7 @@ class Transport:
             "X-API-Key": self._api_key,
             "Authorization": f"Bearer {self._api_key}",
             "User-Agent": USER_AGENT,
+            **self._attribution,
             **(extra or {}),
             **self._signed,
         }
@@ -246,8 +250,9 @@ class Transport:
 
         Args:
             url: absolute, or a path below `base_url`.
-            timeout: seconds for the whole exchange; for a large body, since its last piece was
-                taken, so that a slow upload is not cut while it goes on.
+            timeout: seconds until the answer begins, and again until it is whole; for a large
+                body, since its last piece was taken, so that a slow upload is not cut while it
+                goes on.
             limit: bytes that the answer's body may have, decompressed.
 
         Raises:
@@ -289,7 +294,8 @@ class Transport:
             )
         if after == before:
             return there, dict(sent)
-        private = {name.lower() for name in ("X-API-Key", "Authorization", *self._signed)}
+        own = ("X-API-Key", "Authorization", *self._attribution, *self._signed)
+        private = {name.lower() for name in own}
         return there, {name: text for name, text in sent.items() if name.lower() not in private}
 
     async def _once(
@@ -320,6 +326,8 @@ class Transport:
                     allow_redirects=False,
                     proxy=self.proxy_for(target),
                 ) as response:
+                    # A poll's head may come late in its time, and a large result behind it.
+                    clock.reschedule(asyncio.get_running_loop().time() + timeout)
                     answer = await read_bounded(response, limit, f"{method} {_path(target)}")
         except TimeoutError as error:
             raise RequestTimedOut(

@@ -67,12 +67,14 @@ class Claim:
         resource_id: its id.
         clean_up: what is done with it at the end, if this run made it; None keeps it.
         standing: how the run came to hold it.
+        own_id: whether this run drew the id at random, so that nobody else's resource has it.
     """
 
     role: Role
     resource_id: str
     clean_up: CleanUp | None = None
     standing: Standing = "new"
+    own_id: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -155,10 +157,10 @@ class RunResources:
                 await asyncio.wait([request])
             elif request.exception() is None:
                 row, answered = request.result()
-                await self._made(plane, claim, made=answered or self.carries(row))
+                await self._made(plane, claim, made=answered or claim.own_id or self.carries(row))
             raise
         # "It exists" may answer a repeated request of ours whose first answer was lost.
-        await self._made(plane, claim, made=answered or self.carries(row))
+        await self._made(plane, claim, made=answered or claim.own_id or self.carries(row))
         return row
 
     async def _made(self, plane: AsyncControlPlane, claim: Claim, *, made: bool) -> None:

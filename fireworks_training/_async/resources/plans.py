@@ -157,7 +157,12 @@ async def _trainer(
     """Make or find the trainer job; gives the wait until it runs."""
     job_id = resources.job_id
     assert job_id is not None
-    claim = Claim(role, job_id, "delete" if config.cleanup_trainer_on_close else None)
+    claim = Claim(
+        role,
+        job_id,
+        "delete" if config.cleanup_trainer_on_close else None,
+        own_id=config.trainer_job_id is None,
+    )
     job = await plane.get_job(job_id) if config.trainer_job_id else None
     if job is not None and job_readiness(job.state) is Readiness.GONE:
         raise ProvisioningError(
@@ -219,7 +224,12 @@ async def _deployment(
     deployment_id = resources.deployment_id
     if deployment_id is None:
         return
-    claim = Claim("deployment", deployment_id, config.cleanup_deployment_on_close)
+    claim = Claim(
+        "deployment",
+        deployment_id,
+        config.cleanup_deployment_on_close,
+        own_id=config.deployment_id is None,
+    )
     job = await plane.resource_name("rlorTrainerJobs", resources.job_id or "")
     found = await plane.get_deployment(deployment_id) if config.deployment_id else None
     if found is None or deployment_readiness(found.state) is Readiness.GONE:

@@ -58,7 +58,8 @@ class AttemptFailed(Exception):
         kind: where it failed.
         error: why it failed, as a typed error.
         metrics: those of the attempt.
-        flawed: whether the answer was whole, and lacks what another attempt may bring.
+        flawed: whether the answer was whole, and lacks what another attempt may bring, or was no
+            completion at all.
     """
 
     def __init__(
@@ -202,7 +203,9 @@ class CompletionStream:
                 "the inference URL right?",
                 request_id=request_id_of(response.headers),
             )
-            raise self._failed("upstream_stream", wrong)
+            # A page is a proxy's, perhaps for a moment, or a wrong URL: a few tries tell.
+            page = response.content_type.startswith("text/")
+            raise self._failed("upstream_stream", wrong, flawed=page)
 
     def _session(self) -> aiohttp.ClientSession:
         """Return the pool's session; the first use of it may read certificates from a file."""

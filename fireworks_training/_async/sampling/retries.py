@@ -34,7 +34,7 @@ HOT_LOAD_POLL = 8.0
 """Seconds between two attempts at a deployment of which a load is known to be under way."""
 
 FLAWED_ATTEMPTS = 3
-"""Attempts of a completion that ends by an abort, or has a token without a logprob."""
+"""Attempts of a completion that ends by an abort, has a token without a logprob, or is a page."""
 
 _FAILS_ALL_STATUS = frozenset({401, 402, 403, 404, 429, 502, 503})
 _TIMEOUT_STATUS = frozenset({408, 504})

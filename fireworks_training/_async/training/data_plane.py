@@ -283,7 +283,7 @@ class DataPlane:
                 now = loop.time()
                 delay = patience.next_delay(error, now=now)
                 if delay is None:
-                    raise
+                    raise _final(error, request_id, what) from error
                 note(f"polls fail: {type(error).__name__}: {error}")
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 if judge_poll(error) is Verdict.BILLING:
@@ -360,12 +360,11 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
         return _not_ready(_tolerant(response))
     if response.status == 410:
         error = response.error(what)
-        raise _lost(error) or RequestFailed(
-            f"{what}: the trainer no longer has the result: {error.message}",
-            category="server",
-            error_class=RESULT_GONE,
-            request_id=request_id,
-        )
+        # A trainer names its error; what comes without one may be another server's, for a moment.
+        lost = _lost(error)
+        if lost is None and error.error_class is not None:
+            raise _gone(error, request_id, what)
+        raise lost or error
     if not response.ok:
         raise response.error(what)
     if PROTOBUF_TYPE in response.headers.get("Content-Type", ""):
@@ -376,6 +375,21 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
     if "error" in payload:
         raise _failure(payload, request_id, what)
     return payload
+
+
+def _gone(error: ApiStatusError, request_id: str, what: str) -> RequestFailed:
+    return RequestFailed(
+        f"{what}: the trainer no longer has the result: {error.message}",
+        category="server",
+        error_class=RESULT_GONE,
+        request_id=request_id,
+    )
+
+
+def _final(error: ApiError, request_id: str, what: str) -> ApiError | RequestFailed:
+    """Make the error of a poll that is given up."""
+    gone = isinstance(error, ApiStatusError) and error.status == 410
+    return _gone(error, request_id, what) if gone else error
 
 
 def _not_ready(payload: Mapping[str, Any]) -> NotReady:

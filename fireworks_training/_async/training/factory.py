@@ -57,7 +57,7 @@ class TrainingClients:
         revive: starts the job again after its process was lost.
         owner: the service's loop.
         publisher: brings the snapshots that they save into the deployment.
-        user_metadata: noted with the session.
+        user_metadata: noted with the session and with each model.
         pipeline_steps, accept_partial: as for `from_firetitan_config`.
     """
 
@@ -367,10 +367,9 @@ class TrainingClients:
         *,
         base_only: bool = False,
     ) -> RemoteModel:
-        session = await self._open_session(user_metadata)
-        capabilities = await session.create_model(
-            config, base_only=base_only, user_metadata=user_metadata
-        )
+        noted = {**self._user_metadata, **(user_metadata or {})}
+        session = await self._open_session(noted)
+        capabilities = await session.create_model(config, base_only=base_only, user_metadata=noted)
         return RemoteModel(
             session,
             capabilities,
@@ -382,7 +381,7 @@ class TrainingClients:
             forward_only=base_only,
         )
 
-    async def _open_session(self, user_metadata: Mapping[str, str] | None) -> TrainerSession:
+    async def _open_session(self, user_metadata: Mapping[str, str]) -> TrainerSession:
         if self._session is None:
             url = await self._trainer_url()
             session = TrainerSession(
@@ -393,7 +392,7 @@ class TrainingClients:
                 job_ended=None if self._platform.tinker_only else self._job_ended,
             )
             try:
-                await session.open({**self._user_metadata, **(user_metadata or {})})
+                await session.open(user_metadata)
             except BaseException:
                 await finish_in_spite_of_cancellation(session.close())
                 raise

@@ -51,6 +51,10 @@ MAX_UPLOADS = 16
 FILL_AGAIN_AFTER = 60.0
 """Seconds after which a filler that was refused is sent again, before the session is given up."""
 
+FILL_WHERE_NOTHING_IS = 1.5
+"""Seconds instead, where the request and its filler were answered by 404 or 410: no trainer is
+there that keeps a line, and whoever waits should hear of it soon."""
+
 MAX_POLLS = 16
 """Polls in flight at a time, for one client; the oldest operations come first."""
 
@@ -304,15 +308,16 @@ class RequestPipeline:
         except ApiError as error:
             if isinstance(error, ApiStatusError) and error.status in NOT_FOUND:
                 await self._check_trainer(error)
+            pause = FILL_WHERE_NOTHING_IS if _nothing_there(refusal, error) else FILL_AGAIN_AFTER
             logger.warning(
                 "%s: the place %d in the trainer's line can't be filled (%s); that is tried again "
-                "in %.0f s",
+                "in %.1f s",
                 self._name,
                 seq_id,
                 type(error).__name__,
-                FILL_AGAIN_AFTER,
+                pause,
             )
-        await asyncio.sleep(FILL_AGAIN_AFTER)
+        await asyncio.sleep(pause)
         try:
             await fill()
         except ApiError as error:
@@ -354,6 +359,14 @@ class RequestPipeline:
         tasks = [task for task in self.tasks if task is not asyncio.current_task()]
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _nothing_there(refusal: Exception, filler: ApiError) -> bool:
+    """Whether a request and its filler met no trainer."""
+    return all(
+        isinstance(error, ApiStatusError) and error.status in (404, 410)
+        for error in (refusal, filler)
+    )
 
 
 def nothing_added(outcome: Answer | BaseException) -> bool:

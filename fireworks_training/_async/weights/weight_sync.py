@@ -367,7 +367,7 @@ class WeightSync:
 
 def _within(left: float) -> Backoff:
     """Retry for as long as the load has left."""
-    return Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=2.0)
+    return Backoff(max_elapsed=max(left, 0.0), attempts=1000, cap=8.0, spread=0.5)
 
 
 def _fail(wanted: _Wanted, error: Exception) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import orjson
 
 from fireworks_training.errors import ProtocolError
-from fireworks_training.models import Snapshot, SnapshotKind, __version__
+from fireworks_training.models import Snapshot, SnapshotKind
 
 PassKind = Literal["forward", "forward_backward"]
 
@@ -31,12 +31,17 @@ class WireRequest:
     headers: Mapping[str, str] | None = None
 
 
+PROTOCOL_VERSION = "0.23.0"
+"""Version of the trainer's protocol that is spoken, which servers compare with the oldest one they
+take. The SDK's own version is in the User-Agent."""
+
+
 # -- sessions and models ---------------------------------------------------------------------------
 
 
 def client_config() -> dict[str, Any]:
     """Ask how a trainer wants its requests."""
-    return {"sdk_version": __version__}
+    return {"sdk_version": PROTOCOL_VERSION}
 
 
 def create_session(tags: Sequence[str], user_metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def create_session(tags: Sequence[str], user_metadata: Mapping[str, str]) -> dic
     return {
         "tags": tags,
         "user_metadata": dict(user_metadata),
-        "sdk_version": __version__,
+        "sdk_version": PROTOCOL_VERSION,
         "type": "create_session",
     }
 
@@ -140,7 +145,7 @@ def load_weights(model_id: str, path: str, *, optimizer: bool, access_token: str
 
 def load_adapter(model_id: str, adapter_path: str) -> bytes:
     """Load the weights of an adapter."""
-    return _operation("load_adapter", model_id, adapter_path=adapter_path)
+    return orjson.dumps({"adapter_path": adapter_path, "model_id": model_id})
 
 
 def save_weights_for_sampler(

@@ -22,11 +22,13 @@ from fireworks_training import (
     ProvisioningError,
     ProvisioningTimeout,
 )
+from fireworks_training._async.control_plane.promotions import promotion_path
 from fireworks_training._core import control_patience
 from tests.async_.control_plane.support import StubPlane
 from tests.conftest import RunningPlatform
 
 CHECKPOINT = "accounts/me/rlorTrainerJobs/j1/checkpoints/step-5"
+PROMOTE = "POST /v1/accounts/me/checkpoints/step-5:promote"
 
 
 @asynccontextmanager
@@ -79,9 +81,7 @@ async def test_an_unknown_job_is_no_empty_list_of_checkpoints() -> None:
 
 async def test_a_promotion_is_waited_for() -> None:
     stub = StubPlane()
-    stub.answer(
-        f"POST /v1/{CHECKPOINT}:promote", {"operation": {"name": "accounts/me/operations/o"}}
-    )
+    stub.answer(PROMOTE, {"operation": {"name": "accounts/me/operations/o"}})
     running = {"name": "accounts/me/operations/o", "metadata": {"statusMessage": "copying"}}
     stub.answer("GET /v1/accounts/me/operations/o", running, {**running, "done": True})
     model = {"name": "accounts/me/models/mine", "state": "READY", "baseModelDetails": {"moe": True}}
@@ -94,7 +94,7 @@ async def test_a_promotion_is_waited_for() -> None:
             "output_model": "accounts/me/models/mine",
             "base_model": "accounts/x/models/base",
             "async_promotion": True,
-            "trainer_job_id": "j1",
+            "trainer_job_id": "accounts/me/rlorTrainerJobs/j1",
         }
     ]
 
@@ -106,7 +106,7 @@ async def test_a_promotion_is_waited_for() -> None:
 async def test_a_server_that_does_not_know_async_promotion_is_asked_without(refusal: str) -> None:
     stub = StubPlane()
     stub.answer(
-        f"POST /v1/{CHECKPOINT}:promote",
+        PROMOTE,
         (400, {"error": {"message": refusal}}),
         {"model": {"name": "accounts/me/models/mine", "state": "READY"}},
     )
@@ -119,7 +119,7 @@ async def test_a_server_that_does_not_know_async_promotion_is_asked_without(refu
 async def test_a_promotion_that_is_refused_for_another_reason_is_not_asked_for_again() -> None:
     stub = StubPlane()
     stub.answer(
-        f"POST /v1/{CHECKPOINT}:promote",
+        PROMOTE,
         (400, {"error": {"message": "base_model: not the model of the checkpoint"}}),
     )
     async with serving(stub) as plane:
@@ -131,7 +131,7 @@ async def test_a_promotion_that_is_refused_for_another_reason_is_not_asked_for_a
 async def test_a_failed_promotion_says_why_and_a_slow_one_names_its_operation() -> None:
     stub = StubPlane()
     name = "accounts/me/operations/o"
-    stub.answer(f"POST /v1/{CHECKPOINT}:promote", {"operation": {"name": name}})
+    stub.answer(PROMOTE, {"operation": {"name": name}})
     stub.answer(f"GET /v1/{name}", {"name": name, "done": True, "error": {"message": "no space"}})
     async with serving(stub) as plane:
         with pytest.raises(ProvisioningError, match="no space"):
@@ -150,6 +150,23 @@ async def test_a_model_id_that_is_not_allowed_is_refused_before_anything_is_sent
         with pytest.raises(InvalidArgument, match="output_model_id"):
             await plane.promote_checkpoint(CHECKPOINT, wrong, "accounts/x/models/base")
     assert stub.seen == []
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        (CHECKPOINT, "/v1/accounts/me/checkpoints/step-5:promote"),
+        *(
+            (name, f"/v1/{name}:promote")
+            for name in (
+                "accounts/me/trainingSessions/s/checkpoints/c",
+                "accounts/me/dpoJobs/j/checkpoints/c",
+            )
+        ),
+    ],
+)
+def test_a_checkpoint_is_promoted_where_its_kind_of_job_has_them(name: str, path: str) -> None:
+    assert promotion_path(name) == path
 
 
 async def test_a_short_shape_name_is_refused() -> None:
@@ -244,7 +261,7 @@ async def test_a_resume_that_is_refused_at_once_is_refused() -> None:
 async def test_a_promotion_whose_answer_was_lost_is_judged_by_the_model() -> None:
     stub = StubPlane()
     taken = (409, {"error": {"message": "there is such a model"}})
-    stub.answer(f"POST /v1/{CHECKPOINT}:promote", LOST, taken)
+    stub.answer(PROMOTE, LOST, taken)
     model = {"name": "accounts/me/models/mine"}
     stub.answer(
         "GET /v1/accounts/me/models/mine",
@@ -256,7 +273,7 @@ async def test_a_promotion_whose_answer_was_lost_is_judged_by_the_model() -> Non
         made = await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
         assert made.state == "READY"
         # The control: a name that was taken before is refused, and not taken for our own.
-        stub.answer(f"POST /v1/{CHECKPOINT}:promote", taken)
+        stub.answer(PROMOTE, taken)
         with pytest.raises(Conflict):
             await plane.promote_checkpoint(CHECKPOINT, "mine", "accounts/x/models/base")
 

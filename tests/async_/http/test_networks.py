@@ -143,6 +143,32 @@ async def test_a_redirect_to_another_host_takes_no_key_along(
     assert not private & seen[1].keys()
 
 
+SESSION = "01234567-89ab-4def-8123-456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("source", "session", "sent"),
+    [
+        ("fireworks-training-skill/1.2", SESSION, {"fireworks-training-skill/1.2", SESSION}),
+        ("fireworks-training-skill", "", {"fireworks-training-skill"}),
+        ("another-program", SESSION.upper(), set()),
+        ("fireworks-training-skill/1\r\nX: y", SESSION + "\n", set()),
+    ],
+)
+async def test_on_whose_behalf_a_program_runs_is_said(
+    monkeypatch: pytest.MonkeyPatch, source: str, session: str, sent: set[str]
+) -> None:
+    monkeypatch.setenv("FIREWORKS_CLIENT_SOURCE", source)
+    monkeypatch.setenv("FIREWORKS_SESSION_ID", session)
+    async with transport_to("http://127.0.0.1:9") as transport:
+        found = {
+            value
+            for name, value in transport.headers().items()
+            if name in ("X-Fireworks-Client-Source", "X-Fireworks-Session-Id")
+        }
+    assert found == sent
+
+
 @pytest.mark.parametrize("place", ["/x", "ftp://127.0.0.1/x", "http://127.0.0.1:port/"])
 async def test_redirects_end(place: str) -> None:
     asked = 0

@@ -126,6 +126,20 @@ async def test_a_fault_that_no_retry_mends_is_raised_at_once(
     assert len(server.bodies) == 1
 
 
+async def test_a_page_instead_of_a_stream_is_asked_again_a_few_times(
+    server: CompletionsServer, make: Make
+) -> None:
+    page = stub.status(200, b"<html>a proxy</html>", Content_Type="text/html")
+    server.script = [page, page]
+    (made,) = await make().sample_with_prompt_tokens(PROMPT, max_tokens=2)
+    assert made.full_tokens
+    assert len(server.bodies) == 3
+    server.otherwise = page
+    with pytest.raises(SamplingRequestError, match="inference URL") as caught:
+        await make().sample_with_prompt_tokens(PROMPT, max_tokens=2)
+    assert caught.value.attempts == 3
+
+
 async def test_errors_hold_neither_prompt_nor_key_and_pickle(
     server: CompletionsServer, make: Make
 ) -> None:

@@ -250,6 +250,20 @@ async def test_a_result_that_is_lost_leaves_the_step_in_doubt(connect: Any) -> N
     assert stub.steps == []
 
 
+async def test_a_410_of_another_server_is_asked_again(connect: Any) -> None:
+    left = [1]
+
+    async def elsewhere(request_id: str) -> web.Response | None:
+        return web.Response(text="gone", status=410) if left and left.pop() else None
+
+    stub = TrainerServer(step_protocol=False, before_poll=elsewhere)
+    async with connect(stub) as client:
+        await client.forward_backward([datum()], "cross_entropy")
+        await client.optim_step(ADAM)
+    assert not left
+    assert stub.steps == [1]
+
+
 async def test_the_death_of_the_trainer_fails_everything_open(connect: Any) -> None:
     async def hold(request_id: str) -> None:
         if request_id == "r2":

@@ -8,7 +8,6 @@ import orjson
 import pytest
 
 from fireworks_training._wire.training import bodies
-from fireworks_training.models import __version__
 
 OPERATIONS: dict[str, tuple[bytes, dict[str, Any]]] = {
     "optim_step": (bodies.optim_step("m", {"beta1": 0.9}, None), {"adam_params": {"beta1": 0.9}}),
@@ -48,7 +47,8 @@ def test_an_operation_names_its_kind_its_model_and_its_place(name: str) -> None:
     request = bodies.with_seq_id(kind, body, 7)
     assert request.path == kind
     assert isinstance(request.body, bytes)
-    assert orjson.loads(request.body) == {**fields, "type": kind, "model_id": "m", "seq_id": 7}
+    typed = {} if kind == "load_adapter" else {"type": kind}
+    assert orjson.loads(request.body) == {**fields, **typed, "model_id": "m", "seq_id": 7}
 
 
 def test_what_fills_the_place_of_an_operation() -> None:
@@ -66,7 +66,7 @@ def test_sessions_and_models() -> None:
     assert bodies.create_session(["a"], {"b": "c"}) == {
         "tags": ["a"],
         "user_metadata": {"b": "c"},
-        "sdk_version": __version__,
+        "sdk_version": bodies.PROTOCOL_VERSION,
         "type": "create_session",
     }
     plain = bodies.create_model("s", "b", {"rank": 8})
