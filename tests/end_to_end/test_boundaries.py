@@ -72,7 +72,7 @@ async def resources(platform: RunningPlatform) -> set[str]:
             "no shape '.*/nope'; this platform has accounts/local/trainingShapes/cpu",
         ),
         ({"lora_rnk": 4}, UnknownOption, "'lora_rnk': did you mean 'lora_rank'"),
-        ({"lora_rank": -1}, InvalidArgument, "lora_rank=-1: an integer of at least 0"),
+        ({"lora_rank": -1}, InvalidArgument, "lora_rank must be at least 0, got -1"),
         ({"base_url": "locl"}, InvalidArgument, "neither an http.s. URL nor 'local'"),
     ],
 )

@@ -93,7 +93,7 @@ class DataPlane:
         self._transport = transport
         self.usage = transport.usage
         self.events = transport.events
-        self._reached = known  # whether the server has answered anything yet
+        self._known = known
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:
@@ -132,7 +132,6 @@ class DataPlane:
                 response = await self._transport.exchange(
                     method, self.url(path), body=body, headers=sent, timeout=ANSWER_TIMEOUT
                 )
-                self._reached = True
                 if not response.ok:
                     raise response.error(what)
                 return response.object()
@@ -142,13 +141,20 @@ class DataPlane:
                 failure: ApiError = error
             except ApiError as error:
                 failure = error
-            budget = patience if self._reached else first
+            budget = patience if self._has_answered() else first
             delay = budget.next_delay(failure, now=loop.time())
-            if delay is None:
+            if delay is None or self._hopeless(failure, loop.time()):
                 raise failure
             report_retry(self.events, "training", what, budget.failures, delay, failure)
             _say_again(what, failure, delay, billing=judge_submit(failure) is Verdict.BILLING)
             await asyncio.sleep(delay)
+
+    def _has_answered(self) -> bool:
+        return self._known or self._transport.hosts.known(self._base)
+
+    def _hopeless(self, error: ApiError, now: float) -> bool:
+        """Whether a failed exchange need not be made again: nothing ever answered there."""
+        return not self._known and self._transport.hosts.hopeless(self._base, error, now)
 
     async def beat(self, session_id: str) -> None:
         """Send one heartbeat, without a retry.
@@ -197,7 +203,7 @@ class DataPlane:
             except ApiError as error:
                 now = loop.time()
                 delay = patience.next_delay(error, now=now)
-                if delay is None:
+                if delay is None or self._hopeless(error, now):
                     raise
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 _say_again(what, error, delay, billing=judge_submit(error) is Verdict.BILLING)
