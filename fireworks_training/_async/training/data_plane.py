@@ -383,7 +383,7 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
     return payload
 
 
-def _gone(error: ApiStatusError, request_id: str, what: str) -> RequestFailed:
+def _gone(error: ApiError, request_id: str, what: str) -> RequestFailed:
     return RequestFailed(
         f"{what}: the trainer no longer has the result: {error.message}",
         category="server",
