@@ -94,7 +94,8 @@ async def test_an_unreachable_host(unused_tcp_port: int, monkeypatch: pytest.Mon
     once = functools.partial(Backoff, attempts=1)
     monkeypatch.setattr("fireworks_training._async.http.transport.Backoff", once)
     with pytest.raises(
-        ConnectionFailed, match=rf"127.0.0.1:{unused_tcp_port}.*Check base_url.*training serve"
+        ConnectionFailed,
+        match=rf"127.0.0.1, port {unused_tcp_port}: check base_url.*training serve",
     ):
         async with AsyncFiretitanServiceClient.from_firetitan_config(
             base_url=f"http://127.0.0.1:{unused_tcp_port}", api_key="key", base_model="m"

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from fireworks_training import (
-    ApiError,
     AsyncFiretitanServiceClient,
     AsyncResourceLedger,
+    LedgerUnavailable,
     ResourceLedger,
 )
 from fireworks_training._async.resources.ledger_file import LedgerFile
@@ -236,5 +236,5 @@ async def test_a_ledger_that_cannot_be_read_is_a_typed_error(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     (tmp_path / "fireworks-training" / "ledger.jsonl").mkdir(parents=True)
     async with AsyncResourceLedger.connect(base_url="http://127.0.0.1:9", api_key="key") as ledger:
-        with pytest.raises(ApiError, match="can't be read"):
+        with pytest.raises(LedgerUnavailable, match="can't be read"):
             await ledger.ps()
