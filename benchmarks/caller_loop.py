@@ -4,7 +4,7 @@
 
 The caller runs asyncio. It makes ten calls of 256 x 512 tokens (with tinker, it awaits the async
 method that hands out the future), and lets the loop run once after each. *In ten calls*: the time
-spent in them. *The loop late*: by how much a task that sleeps for 1 ms is woken late, from the first
+spent in them. *The loop late*: by how much a task that sleeps for 1 ms is woken late, from first
 call to the last result, added up where it is more than 1 ms. The clients are fireworks_training in
 protobuf and in JSON, and tinker, in processes of their own, against the stub of `training.py`; a
 round each in turns; medians.

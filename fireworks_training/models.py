@@ -194,6 +194,9 @@ class SampledCompletion:
         snapshot_identity_first: the snapshot that sampled the first token.
         snapshot_switch_index: completion token where it changed; None if it did not.
         metrics: cost of the successful attempt.
+        full_distribution: whether the model's own distribution was sampled (temperature 1, top-p 1,
+            no top-k), so that both kinds of logprobs are the same; None where that is not known,
+            in completions that a sampler did not make.
     """
 
     text: str
@@ -212,6 +215,7 @@ class SampledCompletion:
     snapshot_identity_first: str | None = None
     snapshot_switch_index: int | None = None
     metrics: ServerMetrics = field(default_factory=ServerMetrics, repr=False)
+    full_distribution: bool | None = field(default=None, repr=False)
 
     @property
     def prompt_tokens(self) -> Sequence[int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, TypedDict
 
+from fireworks_training._checks import integer
 from fireworks_training.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class DeploymentConfig:
         preemptible: lets the platform take its accelerators away.
 
     Raises:
-        InvalidArgument: the transition type is unknown.
+        InvalidArgument: the transition type is unknown, or a count of replicas is none.
     """
 
     deployment_id: str
@@ -276,6 +277,8 @@ class DeploymentConfig:
 
     def __post_init__(self) -> None:
         self.hot_load_transition_type = transition(self.hot_load_transition_type)
+        self.min_replica_count = integer("min_replica_count", self.min_replica_count, 0)
+        self.max_replica_count = integer("max_replica_count", self.max_replica_count, 0)
 
     @classmethod
     def from_training_profile(

@@ -168,6 +168,17 @@ def test_a_completion_brings_the_logprobs_that_it_was_sampled_by() -> None:
         completion_datum(holes, 1.0)
 
 
+def test_a_completion_of_an_unknown_distribution_is_refused() -> None:
+    """A server without sampling logprobs, at a temperature: the raw ones are another's."""
+    completion, _ = sampled_at(0.5)
+    raw_only = dataclasses.replace(completion, sampling_logprobs=None, full_distribution=False)
+    with pytest.raises(InvalidDatum, match="temperature=1, top_p=1"):
+        completion_datum(raw_only, 1.0)
+    plain = dataclasses.replace(raw_only, full_distribution=True)
+    datum = completion_datum(plain, 1.0)
+    assert datum.loss_fn_inputs["logprobs"].tolist() == pytest.approx([0, -0.7, -1.5])
+
+
 SCALARS = {
     "int": 2,
     "float": 2.0,

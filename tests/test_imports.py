@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "models", "_checks"},
     "_perf_metrics": set(),
     "models": {"errors", "_perf_metrics"},
-    "options": {"errors"},
+    "options": {"errors", "_checks"},
     "events": {"errors", "models"},
     "usage": {"errors", "models"},
     "_inbox": set(),

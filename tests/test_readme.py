@@ -22,13 +22,26 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def on(platform: RunningPlatform, snippet: str) -> str:
-    """The snippet, with the session's platform in the place of an embedded one."""
+    """The snippet, with the session's platform in the place of an embedded one; URL, key and, on
+    a cloud, which serves none, the name of the tokenizer are all that changes."""
     place = f"base_url={platform.base_url!r}, api_key={platform.api_key!r}"
+    if platform.as_cloud:
+        place += f", tokenizer_model={platform.tokenizer!r}"
     assert 'base_url="local"' in snippet
     return snippet.replace('base_url="local"', place)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS[:2], ids=["script", "coroutine"])
+@pytest.mark.parametrize(
+    ("platform", "snippet"),
+    [
+        pytest.param("local", SNIPPETS[0], id="script"),
+        pytest.param("local", SNIPPETS[1], id="coroutine"),
+        pytest.param("as-cloud", SNIPPETS[0], id="script-as-cloud"),
+        pytest.param("as-cloud", SNIPPETS[1], id="coroutine-as-cloud", marks=pytest.mark.slow),
+    ],
+    indirect=["platform"],
+    scope="session",
+)
 def test_a_whole_program_runs(
     platform: RunningPlatform, snippet: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,10 @@ What a failure says about a request decides, not where it came from:
   422 on a poll, whose request was accepted): asked again `ODD_TIMES`, quickly.
 - Anything else is the server's decision.
 
+A trainer that is gone for good may show as any of these: it is not found (404, 410), or a proxy in
+front of it answers 5xx for ever. So a failure also says when to look elsewhere, at the state of its
+job: at once where the trainer is not found, else after `LOOK_AFTER` and then ever more rarely.
+
 Takes errors and times and gives pauses; it sends nothing, and reads no clock.
 """
 
@@ -43,8 +47,15 @@ LONGEST_PAUSE = 10.0
 RETRY_AFTER_CAP = 60.0
 """Seconds that a server's Retry-After counts for at most."""
 
+NOT_FOUND = frozenset({404, 410})
+"""Statuses by which a trainer, or a model in it, is not there."""
+
 UNDECIDED = frozenset({408, 409, 425, 429})
 """Client-error statuses that do not say that the request was refused."""
+
+LOOK_AFTER = 5.0
+"""Seconds in which every exchange fails, before the state of the job is looked at; twice as long
+until each further look."""
 
 NO_BODY = "(no body)"
 
@@ -127,6 +138,7 @@ class Patience:
         self._uniform = uniform
         self._since: dict[Verdict, float] = {}
         self._odd = 0
+        self._next_look = LOOK_AFTER
         self.failures = 0
 
     def next_delay(self, error: ApiError, *, now: float) -> float | None:
@@ -153,6 +165,20 @@ class Patience:
         asked = error.retry_after if isinstance(error, ApiStatusError) else None
         return max(self._pause(self.failures), min(asked or 0.0, RETRY_AFTER_CAP))
 
+    def look_due(self, error: ApiError, *, now: float) -> bool:
+        """Whether to look elsewhere if the trainer is gone; after `next_delay` noted the failure.
+
+        Args:
+            now: the time that `next_delay` was given.
+        """
+        if isinstance(error, ApiStatusError) and error.status in NOT_FOUND:
+            return True
+        began = self._since.get(Verdict.UNDECIDED)
+        if began is None or now < began + self._next_look:
+            return False
+        self._next_look *= 2.0
+        return True
+
     def _pause(self, failures: int) -> float:
         ceiling = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 60))
         return float(ceiling * (1.0 - 0.5 * self._uniform()))
@@ -160,4 +186,5 @@ class Patience:
     def reset(self) -> None:
         """Forget the failures: the server has answered."""
         self.failures = self._odd = 0
+        self._next_look = LOOK_AFTER
         self._since.clear()

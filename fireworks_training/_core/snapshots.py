@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from fireworks_training.errors import ProtocolError
-from fireworks_training.models import ReplicaStatus, Snapshot
+from fireworks_training.models import ReplicaStatus, Snapshot, SnapshotKind
 
 PROMPT_LOST_AFTER = 1.0
 """Seconds after a request in which a replica may still report what it did before, where the server
@@ -253,9 +253,10 @@ class Chain:
         self._last_was_named = snapshot.kind is not None
         if snapshot.kind is None:
             follows = asked == "delta" and not self._whole_only
+            whole: SnapshotKind = "lora" if self._whole_only else "base"
             snapshot = replace(
                 snapshot,
-                kind="delta" if follows else "base",
+                kind="delta" if follows else whole,
                 predecessor=self.last_saved if follows else None,
             )
         self.learn(snapshot)

@@ -13,10 +13,9 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from math import isfinite
 from typing import Any, ForwardRef, Literal, TypedDict, cast
 
-from fireworks_training._checks import one_of
+from fireworks_training._checks import integer, number, one_of
 from fireworks_training.errors import InvalidArgument, NotSupported, UnknownOption
 
 logger = logging.getLogger("fireworks_training.config")
@@ -109,6 +108,27 @@ _REFUSED: dict[str, str] = {
     "reservation_target": "reservations are not supported",
     "weight_sync_transport": "RDMA publication is not supported; leave it out for hot load",
 }
+
+
+_INTEGERS = {
+    "lora_rank": 0,
+    "lora_alpha": 1,
+    "max_lora_rank": 1,
+    "max_context_length": 1,
+    "seed": -(1 << 63),
+    "trainer_replica_count": 1,
+    "replica_count": 1,
+}
+"""Integers of a configuration, and the least that each may be."""
+
+_SECONDS = (
+    "trainer_timeout_s",
+    "trainer_pending_timeout_s",
+    "deployment_timeout_s",
+    "hotload_timeout_s",
+    "reattach_settle_timeout_s",
+    "reattach_poll_interval_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,33 +239,16 @@ class FiretitanProvisioningConfig:
     def __post_init__(self) -> None:
         if not self.base_model:
             raise InvalidArgument("base_model is required: the resource name of the model to train")
-        _at_least("lora_rank", self.lora_rank, 0)
-        _at_least("replica_count", self.replica_count, 1)
-        if self.max_lora_rank is not None:
-            _at_least("max_lora_rank", self.max_lora_rank, 1)
-            if self.lora_rank or self.lora_alpha is not None:
-                raise InvalidArgument(
-                    "max_lora_rank excludes lora_rank and lora_alpha: each model gets its own from "
-                    "create_training_client"
-                )
+        self._check_numbers()
+        if self.max_lora_rank is not None and (self.lora_rank or self.lora_alpha is not None):
+            raise InvalidArgument(
+                "max_lora_rank excludes lora_rank and lora_alpha: each model gets its own from "
+                "create_training_client"
+            )
         if self.lora_alpha is not None and self.lora_rank == 0:
             raise InvalidArgument(
                 "lora_alpha is given but lora_rank is 0 (full-parameter): give lora_rank, or leave "
                 "lora_alpha out"
-            )
-        for name in (
-            "trainer_timeout_s",
-            "trainer_pending_timeout_s",
-            "deployment_timeout_s",
-            "hotload_timeout_s",
-            "reattach_settle_timeout_s",
-            "reattach_poll_interval_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise InvalidArgument(f"{name} must be more than 0 seconds")
-        if not (isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise InvalidArgument(
-                f"learning_rate={self.learning_rate!r}: a finite number of at least 0 is needed"
             )
         for name in ("trainer_job_id", "deployment_id", "reference_trainer_job_id"):
             value = getattr(self, name)
@@ -266,6 +269,20 @@ class FiretitanProvisioningConfig:
             raise InvalidArgument(
                 f"display_name has {len(self.display_name)} characters; at most 63 are allowed"
             )
+
+    def _check_numbers(self) -> None:
+        """Check each number, and keep it as Python's own where numpy or torch brought it."""
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name in ("lora_rank", "replica_count"):
+                object.__setattr__(self, name, integer(name, value, least))
+        for name in _SECONDS:
+            seconds = number(name, getattr(self, name), 0)
+            if seconds == 0:
+                raise InvalidArgument(f"{name} must be more than 0 seconds")
+            object.__setattr__(self, name, seconds)
+        rate = number("learning_rate", self.learning_rate, 0)
+        object.__setattr__(self, "learning_rate", rate)
 
     @property
     def alpha(self) -> int:
@@ -344,11 +361,6 @@ class FiretitanProvisioningConfig:
             dialect=dialect,
             **options,
         )
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidArgument(f"{name}={value!r}: an integer of at least {least} is needed")
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -154,16 +154,17 @@ def completion_datum(
 
     The datum's logprobs are those of the distribution that sampled the tokens, after temperature,
     top-p and top-k: the completion's `sampling_logprobs`. A server that does not report them gives
-    `inference_logprobs` only, those of the raw model, which are used then: sample there at
-    temperature 1 and without top-p and top-k, where both are the same.
+    `inference_logprobs` only, those of the raw model. At temperature 1 and without top-p and top-k
+    both are the same, and these are used; a completion that was sampled otherwise is refused.
 
     Args:
         completion: sampled with `logprobs=True`.
         advantages, mask: as for `rl_datum`.
 
     Raises:
-        InvalidDatum: as `rl_datum`; or the completion has no logprobs, or lacks the sampling
-            logprob of some of its tokens.
+        InvalidDatum: as `rl_datum`; or the completion has no logprobs, lacks the sampling logprob
+            of some of its tokens, or was sampled at another temperature than 1, or with top-p or
+            top-k, at a server that reports none.
     """
     import numpy as np
 
@@ -172,6 +173,13 @@ def completion_datum(
         logprobs = completion.inference_logprobs
     if logprobs is None:
         raise InvalidDatum("the completion has no logprobs: sample with logprobs=True")
+    if completion.sampling_logprobs is None and completion.full_distribution is False:
+        raise InvalidDatum(
+            "the completion was sampled with a temperature other than 1, top_p or top_k, and the "
+            "server reports no 'sampling_logprobs': the distribution that sampled it is unknown. "
+            "Sample at temperature=1, top_p=1 and without top_k; rl_datum takes logprobs of your "
+            "own"
+        )
     if completion.logprobs_echoed:
         logprobs = logprobs[completion.echoed_prompt_logprob_count :]
     if completion.sampling_logprobs is not None and np.isnan(logprobs).any():

@@ -318,9 +318,10 @@ def _pass_result(outputs: list[dict[str, Any]], loss: float) -> dict[str, Any]:
 
 
 def _logprobs(datum: Mapping[str, Any]) -> dict[str, Any]:
-    """A logprob of -1.0 for each target of a datum."""
-    # Datums for an embedding have no targets.
-    count = len(datum["loss_fn_inputs"].get("target_tokens", {"data": ()})["data"])
+    """A logprob of -1.0 for each target of a datum; for each token where it has no targets."""
+    targets = datum["loss_fn_inputs"].get("target_tokens")
+    chunks = datum["model_input"]["chunks"]
+    count = sum(len(c["tokens"]) for c in chunks) if targets is None else len(targets["data"])
     return {"data": [-1.0] * count, "dtype": "float32", "shape": [count]}
 
 

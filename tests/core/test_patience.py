@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from fireworks_training._core.patience import (
     BILLING_PAUSE,
     BILLING_SECONDS,
+    LOOK_AFTER,
     ODD_TIMES,
     UNDECIDED_SECONDS,
     Patience,
@@ -99,6 +101,39 @@ def test_an_answer_ends_the_row() -> None:
         outlasts(patience, status(404))
         patience.reset()
     assert outlasts(patience, status(404))[0] == ODD_TIMES
+
+
+def looks(patience: Patience, error: ApiError, until: float) -> list[float]:
+    """Seconds after the first failure at which the state of the job is looked at."""
+    at, now = list[float](), 0.0
+    while now < until and (delay := patience.next_delay(error, now=now)) is not None:
+        if patience.look_due(error, now=now):
+            at.append(now)
+        now += delay
+    return at
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_failures_that_go_on_are_a_reason_to_look_ever_more_rarely(error: ApiError) -> None:
+    """Nine minutes of them take few looks, and the first one comes soon."""
+    at = looks(Patience(judge_poll), error, 540.0)
+    assert LOOK_AFTER <= at[0] < LOOK_AFTER + 10
+    assert 4 <= len(at) <= 8
+    gaps = [later - earlier for earlier, later in itertools.pairwise(at)]
+    assert gaps[-1] > 4 * gaps[0]
+
+
+def test_what_is_not_found_is_looked_at_at_once_and_a_refusal_never() -> None:
+    assert looks(Patience(judge_poll), status(404), 10.0)[0] == 0.0
+    assert looks(Patience(judge_poll), status(403), 10.0) == []
+    assert looks(Patience(judge_poll), status(402), 60.0) == []
+
+
+def test_an_answer_ends_the_reason_to_look() -> None:
+    patience = Patience(judge_poll)
+    for _ in range(100):  # a poll in four fails, as at a busy gateway
+        assert looks(patience, status(503), 0.1) == []
+        patience.reset()
 
 
 def test_what_the_server_asks_to_wait_is_a_floor() -> None:

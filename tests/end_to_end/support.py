@@ -34,6 +34,11 @@ def service_on(platform: RunningPlatform, **options: Any) -> AsyncFiretitanServi
     )
 
 
+def told(platform: RunningPlatform, identity: str) -> str | None:
+    """What a completion says of the snapshot that sampled it: an extension, and None without."""
+    return None if platform.as_cloud else identity
+
+
 def datums(count: int, *, seed: int = 0, length: int = 12, spread: int = 5) -> list[tinker.Datum]:
     """Random datums, of `spread` different lengths."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from fireworks_training import (
     rl_datum,
 )
 from tests.conftest import RunningPlatform
-from tests.end_to_end.support import ADAM, curved_loss, datums, service_on
+from tests.end_to_end.support import ADAM, curved_loss, datums, service_on, told
 
 QUESTION = [{"role": "user", "content": "Ann has 3 pens and buys 4. How many pens has she?"}]
 
@@ -52,6 +52,7 @@ async def train(client: Any, seed: int) -> None:
     await client.optim_step(ADAM)
 
 
+@pytest.mark.extension("perf_metrics")
 @pytest.mark.parametrize("rank", [0, 4])
 async def test_engine_and_trainer_agree_after_each_sync(
     platform: RunningPlatform, rank: int
@@ -73,9 +74,10 @@ async def test_engine_and_trainer_agree_after_each_sync(
         mean, largest = await drift(client, sampler)
         assert mean > 1e-4
         completion = (await sampler.sample_with_tokens(QUESTION, max_tokens=1))[0]
-        assert completion.snapshot_identity == saved.path
+        assert completion.snapshot_identity == told(platform, saved.path)
 
 
+@pytest.mark.extension("perf_metrics")
 async def test_a_snapshot_that_does_not_exist_is_refused_and_the_old_one_serves(
     platform: RunningPlatform,
 ) -> None:
@@ -86,7 +88,7 @@ async def test_a_snapshot_that_does_not_exist_is_refused_and_the_old_one_serves(
         with pytest.raises(HotLoadFailed, match="keeps serving"):
             await service.create_deployment_sampler("never-saved")
         completion = (await sampler.sample_with_tokens(QUESTION, max_tokens=1))[0]
-        assert completion.snapshot_identity == saved.path
+        assert completion.snapshot_identity == told(platform, saved.path)
 
 
 def test_the_blocking_names_and_twenty_loops_on_one_sampler(
@@ -142,6 +144,7 @@ async def test_the_blocking_names_work_where_a_loop_runs_already(
         base_url=platform.base_url,
         api_key=platform.api_key,
         base_model=platform.model,
+        tokenizer_model=platform.tokenizer if platform.as_cloud else None,
         cleanup_trainer_on_close=True,
         cleanup_deployment_on_close="delete",
     )

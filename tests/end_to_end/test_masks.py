@@ -29,6 +29,7 @@ def test_on_policy_rows_train_alike_with_a_mask_and_without(
         base_url=platform.base_url,
         api_key=platform.api_key,
         base_model=platform.model,
+        tokenizer_model=platform.tokenizer if platform.as_cloud else None,
         snapshot_dtype="float32",
     ) as service:
         client = service.create_training_client()

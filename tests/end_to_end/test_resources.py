@@ -41,6 +41,7 @@ async def jobs_there(platform: RunningPlatform) -> set[str]:
         return {job.job_id for job in await plane.list_jobs()}
 
 
+@pytest.mark.as_cloud
 async def test_the_reference_of_an_adapter_is_its_trainer_with_the_adapter_off(
     platform: RunningPlatform,
 ) -> None:
@@ -90,7 +91,6 @@ async def test_the_reference_of_full_parameters_is_a_trainer_that_the_service_ow
         assert service.reference_job_id is None
 
 
-@pytest.mark.as_cloud
 async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> None:
     async with service_on(platform, max_lora_rank=8) as service:
         with pytest.raises(InvalidArgument, match="rank from 1 to 8"):
@@ -114,6 +114,7 @@ async def test_several_adapters_on_one_trainer(platform: RunningPlatform) -> Non
         assert np.abs(await logprobs(reference) - before).max() < 1e-5
 
 
+@pytest.mark.as_cloud
 async def test_a_lost_trainer_is_recovered_under_the_same_service(
     platform: RunningPlatform,
 ) -> None:
@@ -166,6 +167,7 @@ async def test_several_lost_models_are_recovered_one_by_one(platform: RunningPla
         await train(again[0], steps=1)
 
 
+@pytest.mark.as_cloud
 async def test_without_a_saved_state_there_is_nothing_to_go_on_from(
     platform: RunningPlatform,
 ) -> None:
@@ -178,6 +180,7 @@ async def test_without_a_saved_state_there_is_nothing_to_go_on_from(
             await service.recover_training_client()
 
 
+@pytest.mark.as_cloud
 async def test_the_names_of_the_official_sdk(platform: RunningPlatform) -> None:
     service = FiretitanServiceClient.from_firetitan_config(
         base_url=platform.base_url,

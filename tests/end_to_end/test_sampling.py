@@ -13,6 +13,7 @@ from tests.end_to_end.support import service_on
 QUESTION = [{"role": "user", "content": "Ann has 3 pens and buys 4. How many pens has she?"}]
 
 
+@pytest.mark.as_cloud
 async def test_a_stream_and_a_tinker_sample_are_of_one_model(platform: RunningPlatform) -> None:
     async with service_on(platform, create_deployment=True) as service:
         client = await service.create_sampling_client()

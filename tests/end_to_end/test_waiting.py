@@ -58,6 +58,7 @@ async def until_pending(plane: AsyncControlPlane, job_id: str) -> None:
                 return
 
 
+@pytest.mark.as_cloud
 async def test_the_trainer_fails_while_the_deployment_would_take_an_hour(
     platform: RunningPlatform,
 ) -> None:
@@ -91,6 +92,7 @@ class Heard(logging.Handler):
             self.event.set()
 
 
+@pytest.mark.as_cloud
 async def test_a_wait_for_capacity_says_why_and_ends_when_there_is_some(
     platform: RunningPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:

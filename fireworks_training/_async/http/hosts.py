@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from fireworks_training._async.http import open_files
 from fireworks_training.errors import ApiError, ConnectionFailed
 
 STRANGER_SECONDS = 1.0
@@ -53,10 +54,17 @@ class Hosts:
         Args:
             now: seconds of a steady clock, the same at each call.
         """
-        if not isinstance(error, ConnectionFailed) or self.known(url):
+        if not isinstance(error, ConnectionFailed) or _ours(error) or self.known(url):
             return False
         since = self._silent_since.setdefault(origin_of(url), now)
         return now - since >= STRANGER_SECONDS
+
+
+def _ours(error: ConnectionFailed) -> bool:
+    """Whether this process had no file left for a connection, which says nothing of the host."""
+    cause = error.cause
+    system = cause.os_error if isinstance(cause, aiohttp.ClientConnectorError) else cause
+    return open_files.exhausted(system)
 
 
 def advice(url: str, error: BaseException) -> str:

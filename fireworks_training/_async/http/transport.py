@@ -145,6 +145,7 @@ class Transport:
         verify_ssl: False accepts any certificate; only on the caller's request. Otherwise
             `SSL_CERT_FILE` names certificates to trust, if set.
         events: gets the events of retries; None where nobody listens.
+        hosts: the record of hosts that have answered; None begins one.
 
     Raises:
         InvalidArgument: `api_key` can't be sent, or `base_url` is not the URL of a host.
@@ -159,6 +160,7 @@ class Transport:
         additional_headers: Mapping[str, str] | None = None,
         verify_ssl: bool = True,
         events: EventHook | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.owner = owner
         self.events = events
@@ -171,7 +173,7 @@ class Transport:
         self._attribution = attribution_headers()
         self._signed = {**cloudflare_headers(), **self._additional_headers}
         self._proxies: dict[str, str | None] = {}
-        self.hosts = Hosts()
+        self.hosts = Hosts() if hosts is None else hosts
         self.usage = UsageMeter(time.monotonic)
         self.read_timeouts = ReadTimeouts()
 

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Mapping
 
 from fireworks_training._async.control_plane.client import AsyncControlPlane
+from fireworks_training._async.http.hosts import Hosts
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.platform import local_platform
 from fireworks_training._async.runtime.event_hook import EventHook
@@ -43,6 +44,7 @@ class Platform:
         self._verify_ssl = verify_ssl
         self._events = events
         self._lock = asyncio.Lock()
+        self._hosts = Hosts()  # of all pools: a host that answered one is no stranger
         self._embedded = False
         self._base_url = endpoint.base_url
         self._api_key = endpoint.api_key or ""
@@ -114,6 +116,7 @@ class Platform:
             additional_headers=self._additional_headers,
             verify_ssl=self._verify_ssl,
             events=events,
+            hosts=self._hosts,
         )
 
     async def close(self) -> None:

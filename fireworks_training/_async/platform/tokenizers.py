@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fireworks_training._async.control_plane.client import AsyncControlPlane
 from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training.config import FiretitanProvisioningConfig, cache_dir
-from fireworks_training.errors import InvalidArgument, ProtocolError
+from fireworks_training.errors import NotFound, ProtocolError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 LOCAL_ACCOUNT = "local"
-"""The account of the local platform, which serves the tokenizers of its models."""
+"""The account of the local platform, which may serve the tokenizers of its models."""
 
 
 async def load(source: str | Path) -> PreTrainedTokenizerBase:
@@ -44,29 +44,39 @@ async def load(source: str | Path) -> PreTrainedTokenizerBase:
 
 async def find_tokenizer(
     plane: AsyncControlPlane, config: FiretitanProvisioningConfig
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a service's model.
+) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a service's model: what the platform serves, else `tokenizer_model`.
+
+    Returns:
+        The tokenizer; None where the platform serves none and no `tokenizer_model` was given.
 
     Raises:
-        InvalidArgument: the platform serves none, and no `tokenizer_model` was given.
+        ProtocolError: what the platform serves is no tokenizer.
     """
-    if await plane.account() == LOCAL_ACCOUNT:
+    served = await _served(plane, config.base_model)
+    if served is not None:
         # The name that a script gives is ignored: only the served model's own tokenizer fits.
-        files = store(await plane.tokenizer_files(config.base_model))
         try:
-            return await load(files)
+            return await load(store(served))
+        except ProtocolError:
+            raise
         except Exception as error:  # transformers raises anything
             raise ProtocolError(
                 f"the tokenizer that the platform serves for {config.base_model} can't be loaded "
                 f"({type(error).__name__}); pass tokenizer= to the sampler",
                 cause=error,
             ) from error
-    if config.tokenizer_model is None:
-        raise InvalidArgument(
-            "no tokenizer: pass tokenizer_model= to from_firetitan_config, or tokenizer= to the "
-            "sampler"
-        )
-    return await load(config.tokenizer_model)
+    return None if config.tokenizer_model is None else await load(config.tokenizer_model)
+
+
+async def _served(plane: AsyncControlPlane, model: str) -> Mapping[str, Any] | None:
+    """Fetch the tokenizer's files; None where the platform serves none, as no cloud does."""
+    if await plane.account() != LOCAL_ACCOUNT:
+        return None
+    try:
+        return await plane.tokenizer_files(model)
+    except NotFound:
+        return None
 
 
 def _served_files(answer: Mapping[str, Any]) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import aiohttp
 
 from fireworks_training._async.http import open_files
+from fireworks_training._async.http.hosts import advice
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._core.backoff import parse_retry_after
@@ -194,6 +195,7 @@ class CompletionStream:
         except (aiohttp.ClientError, OSError) as error:
             raise self._broken(error) from error
         self._response = response
+        self._transport.hosts.answered(attempt.url)
         if response.status != 200:
             raise self._failed("http_status", await self._status_error(response))
         exact = response.headers.get("Content-Type") == _EVENT_STREAM
@@ -369,9 +371,10 @@ class CompletionStream:
         system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
         if isinstance(system, OSError) and open_files.exhausted(system):
             what = open_files.advice()
-        return self._failed(
-            "connection", ConnectionFailed(f"the connection failed ({what})", cause=error)
-        )
+        told = f"the connection failed ({what})"
+        if not self._transport.hosts.known(self._attempt.url):
+            told += f". {advice(self._attempt.url, error)}"
+        return self._failed("connection", ConnectionFailed(told, cause=error))
 
     def _failed(self, kind: ErrorKind, error: ApiError, *, flawed: bool = False) -> AttemptFailed:
         transport_error = type(error).__name__ if kind in ("connection", "timeout") else None

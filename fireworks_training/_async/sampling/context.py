@@ -25,7 +25,7 @@ from fireworks_training._async.sampling.hot_load_signal import HotLoadSignal
 from fireworks_training._async.sampling.progress import Progress
 from fireworks_training._async.sampling.prompts import LockedTokenizer
 from fireworks_training._async.sampling.retries import RetryPolicy
-from fireworks_training._core.backoff import BILLING_PATIENCE, OUTAGE_PATIENCE
+from fireworks_training._core.backoff import BILLING_PATIENCE
 from fireworks_training._wire.completions.request import (
     PATH,
     SamplingRequest,
@@ -199,11 +199,9 @@ class SamplerContext:
         elif not self._answered and not self._warned_unreachable:
             self._warned_unreachable = True
             logger.warning(
-                "%s has not answered yet (%s): is the inference URL right, and the server up? "
-                "Its requests are tried again for at least %g s",
+                "%s has not answered yet (%s): is the inference URL right, and the server up?",
                 self.inference_url,
                 failure.error.message,
-                OUTAGE_PATIENCE,
             )
 
     def warn_no_logprobs(self) -> None:

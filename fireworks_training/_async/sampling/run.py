@@ -179,7 +179,10 @@ class SamplingRun:
                 return completion
             except AttemptFailed as failure:
                 budgets = budgets or Budgets(context.retries, context.hot_loads)
-                delay = budgets.next_delay(failure, now=self._loop.time())
+                now = self._loop.time()
+                delay = budgets.next_delay(failure, now=now)
+                if context.transport.hosts.hopeless(context.url, failure.error, now):
+                    delay = None
                 if deltas is not None and not deltas.restart():
                     delay = None
                 if log is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -48,6 +48,9 @@ logger = logging.getLogger("fireworks_training.trainer")
 
 Answer = Mapping[str, Any] | bytes
 """The payload of a result: a JSON object, or the bytes of a protobuf message."""
+
+Look = Callable[[ApiError], Awaitable[None]]
+"""Looks at the state of the job after a failure; raises `TrainerLost` if that has ended."""
 
 PROTOBUF_TYPE = "application/x-protobuf"
 
@@ -90,7 +93,7 @@ class DataPlane:
         self._transport = transport
         self.usage = transport.usage
         self.events = transport.events
-        self._reached = known  # whether the server has answered anything yet
+        self._known = known
         self._base = f"{base_url.rstrip('/')}/api/v1"
 
     def url(self, path: str) -> str:
@@ -129,7 +132,6 @@ class DataPlane:
                 response = await self._transport.exchange(
                     method, self.url(path), body=body, headers=sent, timeout=ANSWER_TIMEOUT
                 )
-                self._reached = True
                 if not response.ok:
                     raise response.error(what)
                 return response.object()
@@ -139,13 +141,20 @@ class DataPlane:
                 failure: ApiError = error
             except ApiError as error:
                 failure = error
-            budget = patience if self._reached else first
+            budget = patience if self._has_answered() else first
             delay = budget.next_delay(failure, now=loop.time())
-            if delay is None:
+            if delay is None or self._hopeless(failure, loop.time()):
                 raise failure
             report_retry(self.events, "training", what, budget.failures, delay, failure)
             _say_again(what, failure, delay, billing=judge_submit(failure) is Verdict.BILLING)
             await asyncio.sleep(delay)
+
+    def _has_answered(self) -> bool:
+        return self._known or self._transport.hosts.known(self._base)
+
+    def _hopeless(self, error: ApiError, now: float) -> bool:
+        """Whether a failed exchange need not be made again: nothing ever answered there."""
+        return not self._known and self._transport.hosts.hopeless(self._base, error, now)
 
     async def beat(self, session_id: str) -> None:
         """Send one heartbeat, without a retry.
@@ -170,6 +179,7 @@ class DataPlane:
         what: str,
         headers: Mapping[str, str] | None = None,
         final: frozenset[int] = frozenset(),
+        look: Look | None = None,
     ) -> str:
         """Send a request until the trainer accepts it; return its request id.
 
@@ -177,6 +187,7 @@ class DataPlane:
 
         Args:
             final: statuses that are an answer, though they are asked again elsewhere.
+            look: looks whether the job has ended, when failures make that likely.
 
         Raises:
             TrainerLost: the trainer's process is gone.
@@ -190,11 +201,14 @@ class DataPlane:
             try:
                 return await self._submit_once(path, body, sent, what)
             except ApiError as error:
-                delay = patience.next_delay(error, now=loop.time())
-                if delay is None:
+                now = loop.time()
+                delay = patience.next_delay(error, now=now)
+                if delay is None or self._hopeless(error, now):
                     raise
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 _say_again(what, error, delay, billing=judge_submit(error) is Verdict.BILLING)
+                if look is not None and patience.look_due(error, now=now):
+                    await look(error)
             await asyncio.sleep(delay)
 
     async def _submit_once(
@@ -218,18 +232,22 @@ class DataPlane:
         headers: Mapping[str, str] | None = None,
         *,
         fails: bool = False,
+        look: Look | None = None,
     ) -> None:
         """Send a filler request; a 409 (the id is in use) counts as success.
 
         Args:
             fails: the trainer takes this one as failed, and answers with 400.
+            look: as for `submit`.
 
         Raises:
             TrainerLost: the trainer's process is gone.
             ApiError: refused too, or no answer.
         """
         try:
-            await self.submit(path, body, what="filler", headers=headers, final=frozenset({409}))
+            await self.submit(
+                path, body, what="filler", headers=headers, final=frozenset({409}), look=look
+            )
         except ApiStatusError as error:
             if error.status != 409 and not (fails and error.status == 400):
                 raise
@@ -241,12 +259,14 @@ class DataPlane:
         what: str,
         headers: Mapping[str, str] | None = None,
         note: Callable[[str], None] = lambda _: None,
+        look: Look | None = None,
     ) -> Answer:
         """Poll until the request is done; return its payload.
 
         Args:
             headers: of each poll, such as what content types are understood.
             note: called with what is waited for, whenever that changes.
+            look: as for `submit`.
 
         Raises:
             RequestFailed: the trainer failed it.
@@ -266,13 +286,16 @@ class DataPlane:
                 )
                 outcome = await read_outcome(response, request_id, what)
             except ApiError as error:
-                delay = patience.next_delay(error, now=loop.time())
+                now = loop.time()
+                delay = patience.next_delay(error, now=now)
                 if delay is None:
                     raise _final(error, request_id, what) from error
                 note(f"polls fail: {type(error).__name__}: {error}")
                 report_retry(self.events, "training", what, patience.failures, delay, error)
                 if judge_poll(error) is Verdict.BILLING:
                     _say_again(what, error, delay, billing=True)
+                if look is not None and patience.look_due(error, now=now):
+                    await look(error)
             else:
                 if not isinstance(outcome, NotReady):
                     return outcome
@@ -360,7 +383,7 @@ async def read_outcome(response: Response, request_id: str, what: str) -> Answer
     return payload
 
 
-def _gone(error: ApiStatusError, request_id: str, what: str) -> RequestFailed:
+def _gone(error: ApiError, request_id: str, what: str) -> RequestFailed:
     return RequestFailed(
         f"{what}: the trainer no longer has the result: {error.message}",
         category="server",

@@ -115,6 +115,7 @@ class RemoteModel:
             wire=capabilities.wire,
             comms=capabilities.comms,
             zstd=session.client_config.compress,
+            json_alone=not session.tinker_only,
         )
         self.passes = Passes(
             self.id,
@@ -140,6 +141,7 @@ class RemoteModel:
             failing_request=partial(failing_pass, self.id),
             states=self.states,
             gone=session.gone,
+            look=session.look,
             forward_only=forward_only,
             batch_polls=capabilities.batch_polls,
             parallel=session.client_config.parallel_chunks,

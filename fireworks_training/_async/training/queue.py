@@ -26,7 +26,7 @@ from fireworks_training._async.training.context import (
     OperationContext,
     refuse_wait_in_loss,
 )
-from fireworks_training._async.training.data_plane import DataPlane
+from fireworks_training._async.training.data_plane import DataPlane, Look
 from fireworks_training._async.training.encoding import EncodingQueue
 from fireworks_training._async.training.requests import (
     MAX_UPLOADS,
@@ -116,6 +116,7 @@ class OperationQueue:
         failing_request: makes one that a trainer which enforces steps takes as failed.
         states: the states that the client saved, for messages.
         gone: takes a second look whether the trainer is gone; why, or None.
+        look: looks at the state of the job while requests fail.
         forward_only: the model's weights stay as they are.
         batch_polls: whether one poll of this trainer gives all finished results of the model.
         parallel: whether requests go out side by side.
@@ -136,6 +137,7 @@ class OperationQueue:
         failing_request: MakeRequest,
         states: SavedStates,
         gone: Callable[[], Awaitable[str | None]],
+        look: Look,
         forward_only: bool = False,
         batch_polls: bool = False,
         parallel: bool = True,
@@ -158,6 +160,7 @@ class OperationQueue:
             states=states,
             on_session_end=self._end_session,
             gone=gone,
+            look=look,
             uploads=MAX_UPLOADS if parallel else 1,
             batch_polls=batch_polls,
         )

@@ -20,17 +20,19 @@ from fireworks_training._async.training.data_plane import (
     RESULT_GONE,
     Answer,
     DataPlane,
+    Look,
     NotReady,
     read_outcome,
     was_refused,
 )
-from fireworks_training._core.patience import is_conflict
+from fireworks_training._core.patience import NOT_FOUND, is_conflict
 from fireworks_training._core.saved_states import SavedStates
 from fireworks_training._core.waits.reports import WaitReporter
 from fireworks_training._wire.training.bodies import WireRequest
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
+    FireworksTrainingError,
     InvalidArgument,
     OperationError,
     RequestFailed,
@@ -105,6 +107,7 @@ class RequestPipeline:
         states: the states that the client saved, for messages.
         on_session_end: called when a request finds that the session has ended.
         gone: takes a second look where a request finds no model; why the trainer is gone, or None.
+        look: looks at the state of the job while requests fail.
         uploads: submits in flight at a time.
         batch_polls: whether one poll of this trainer gives all finished results of the model.
 
@@ -122,6 +125,7 @@ class RequestPipeline:
         states: SavedStates,
         on_session_end: Callable[[SessionEnded], None],
         gone: Callable[[], Awaitable[str | None]],
+        look: Look,
         uploads: int = MAX_UPLOADS,
         batch_polls: bool = False,
     ) -> None:
@@ -132,6 +136,7 @@ class RequestPipeline:
         self._states = states
         self._on_session_end = on_session_end
         self._gone = gone
+        self._look = look
         self._next_seq = 1
         self._uploads = asyncio.Semaphore(uploads)
         self._polls = asyncio.Semaphore(MAX_POLLS)
@@ -193,8 +198,13 @@ class RequestPipeline:
             answer = await self._result(request_id, request, label, note)
             self._emit(FinishEvent, seq_id, label, seconds=loop.time() - submitted)
             return answer
+        except RequestFailed as error:
+            if error.error_class == RESULT_GONE:
+                await self._check_trainer(error)
+            raise
         except ApiStatusError as error:
-            await self._check_trainer(error)
+            if error.status in NOT_FOUND:
+                await self._check_trainer(error)
             if accepted.done():
                 raise _unknown(error, label) from error
             if not was_refused(error):
@@ -229,7 +239,7 @@ class RequestPipeline:
         async with self._polls:
             note("no answer to a poll for its result yet")
             answer = await self._plane.result(
-                request_id, what=label, headers=request.accept, note=note
+                request_id, what=label, headers=request.accept, note=note, look=self._look
             )
         if self._batch is not None:
             self._batch.retrieved(request_id)
@@ -238,13 +248,17 @@ class RequestPipeline:
     async def _submit(self, request: Request, seq_id: int, label: str, adds: bool) -> str:
         wire = await self._made(request.make, request.tokens, seq_id, label, adds)
         try:
-            return await self._plane.submit(wire.path, wire.body, what=label, headers=wire.headers)
+            return await self._plane.submit(
+                wire.path, wire.body, what=label, headers=wire.headers, look=self._look
+            )
         except ApiStatusError as error:
             if request.fallback is None or not was_refused(error):
                 raise
             logger.info("%s: %s; sent in full instead", label, error.message)
         wire = await self._made(request.fallback, ALWAYS_IN_THREAD, seq_id, label, adds)
-        return await self._plane.submit(wire.path, wire.body, what=label, headers=wire.headers)
+        return await self._plane.submit(
+            wire.path, wire.body, what=label, headers=wire.headers, look=self._look
+        )
 
     async def _made(
         self, make: MakeRequest, tokens: int, seq_id: int, label: str, adds: bool
@@ -258,13 +272,13 @@ class RequestPipeline:
                 raise
             raise InvalidArgument(f"{label} can't be sent: {error}", cause=error) from error
 
-    async def _check_trainer(self, error: ApiStatusError) -> None:
-        """Look whether the trainer is gone, where a request finds no model.
+    async def _check_trainer(self, error: FireworksTrainingError) -> None:
+        """Look whether the trainer is gone, where a request finds no model or no result.
 
         Raises:
             TrainerLost: it is, and something else than this one answer says so.
         """
-        if error.status in (404, 410) and (reason := await self._gone()) is not None:
+        if (reason := await self._gone()) is not None:
             raise TrainerLost(f"the trainer is gone: {reason}", cause=error) from error
 
     async def _settle_place(self, seq_id: int, error: ApiError, adds: bool) -> None:
@@ -281,13 +295,18 @@ class RequestPipeline:
         failing = self._failing_request if adds else None
         wire = (failing or self._filler_request)(seq_id)
         fill = partial(
-            self._plane.fill, wire.path, wire.body, wire.headers, fails=failing is not None
+            self._plane.fill,
+            wire.path,
+            wire.body,
+            wire.headers,
+            fails=failing is not None,
+            look=self._look,
         )
         try:
             await fill()
             return
         except ApiError as error:
-            if isinstance(error, ApiStatusError):
+            if isinstance(error, ApiStatusError) and error.status in NOT_FOUND:
                 await self._check_trainer(error)
             pause = FILL_WHERE_NOTHING_IS if _nothing_there(refusal, error) else FILL_AGAIN_AFTER
             logger.warning(

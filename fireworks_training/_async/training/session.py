@@ -21,6 +21,7 @@ from fireworks_training._async.runtime.threads import in_thread
 from fireworks_training._async.runtime.waits import log_if_slow
 from fireworks_training._async.training.client_config import ClientConfig, read_client_config
 from fireworks_training._async.training.data_plane import DataPlane, was_refused
+from fireworks_training._core.patience import NOT_FOUND
 from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training._outcome import Outcome
 from fireworks_training._wire.training import bodies
@@ -31,6 +32,7 @@ from fireworks_training.errors import (
     FireworksTrainingError,
     OperationError,
     ProtocolError,
+    TrainerLost,
 )
 from fireworks_training.futures import APIFuture
 
@@ -39,6 +41,9 @@ HEARTBEAT_PERIOD = 10.0
 
 LOOK_AGAIN_AFTER = 1.0
 """Seconds between two looks at a session that may be gone."""
+
+LOOK_TIMEOUT = 10.0
+"""Seconds that the state of the job may take to be read; then it says nothing."""
 
 logger = logging.getLogger("fireworks_training.trainer")
 
@@ -127,6 +132,7 @@ class TrainerSession:
         self._trainer_url = trainer_url
         self._heartbeat: Heartbeat | None = None
         self._job_ended = job_ended
+        self._look: asyncio.Task[str | None] | None = None
         self._models = 0
         self._unsettled: dict[bytes, int] = {}  # models that may be there: their numbers
 
@@ -163,6 +169,11 @@ class TrainerSession:
         Args:
             base_only: the base model without an adapter, beside the models that train one.
             user_metadata: noted with the model.
+
+        Raises:
+            TrainerLost: the trainer's process is gone.
+            RequestFailed: the trainer could not make it.
+            ApiError: refused, or no answer.
         """
         lora: dict[str, Any] = {
             "rank": config.lora_rank,
@@ -185,19 +196,48 @@ class TrainerSession:
         self._models = max(self._models, model_seq_id + 1)
         body = bodies.with_model_seq_id(wanted, model_seq_id)
         try:
-            request_id = await self.plane.submit("create_model", body, what="create the model")
+            request_id = await self.plane.submit(
+                "create_model", body, what="create the model", look=self.look
+            )
             answer = await log_if_slow(
-                self.plane.result(request_id, what="create the model"),
+                self.plane.result(request_id, what="create the model", look=self.look),
                 lambda: "the trainer makes the model",
             )
         except BaseException as error:
             if isinstance(error, OperationError) or was_refused(error):
                 del self._unsettled[wanted]
+            if isinstance(error, ApiStatusError) and error.status in NOT_FOUND:
+                await self.look(error)
             raise
         del self._unsettled[wanted]
         if isinstance(answer, bytes):
             raise ProtocolError("the trainer answered protobuf where JSON is due")
         return Capabilities.read(answer)
+
+    async def look(self, error: ApiError) -> None:
+        """Look at the state of the job after a failure that does not say whether the trainer lives.
+
+        Raises:
+            TrainerLost: the job has ended.
+        """
+        if (reason := await self.job_ended()) is not None:
+            raise TrainerLost(f"the trainer is gone: {reason}", cause=error) from error
+
+    async def job_ended(self) -> str | None:
+        """Why the job has ended; None where it has not, or that can't be told now.
+
+        One look is made at a time, for all requests that ask meanwhile.
+        """
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self._state_of_job(), name="has the job ended")
+        return await asyncio.shield(self._look)
+
+    async def _state_of_job(self) -> str | None:
+        if self._job_ended is not None:
+            with contextlib.suppress(FireworksTrainingError, TimeoutError):
+                async with asyncio.timeout(LOOK_TIMEOUT):
+                    return await self._job_ended()
+        return None
 
     async def gone(self) -> str | None:
         """Look a second time, elsewhere, whether the trainer is gone.
@@ -206,10 +246,7 @@ class TrainerSession:
             Why it is: by the state of its job, else by the session, asked twice; None where
             neither says so.
         """
-        reason: str | None = None
-        if self._job_ended is not None:
-            with contextlib.suppress(FireworksTrainingError):
-                reason = await self._job_ended()
+        reason = await self.job_ended()
         if reason is not None:
             return reason
         for pause in (0.0, LOOK_AGAIN_AFTER):
@@ -217,7 +254,7 @@ class TrainerSession:
             try:
                 await self.plane.beat(self.session_id)
             except ApiStatusError as error:
-                if error.status not in (404, 410):
+                if error.status not in NOT_FOUND:
                     return None
                 reason = f"its session is gone, too: {error.message}"
             except ApiError:
@@ -228,6 +265,10 @@ class TrainerSession:
 
     async def close(self) -> None:
         """Stop the heartbeat; idempotent. The session ends with its job."""
+        look, self._look = self._look, None
+        if look is not None:
+            look.cancel()
+            await asyncio.wait([look])
         if self._heartbeat is not None:
             heartbeat, self._heartbeat = self._heartbeat, None
             await heartbeat.stop()

@@ -248,16 +248,22 @@ class ServedDeployment:
             self._controller = AdaptiveConcurrencyController()
         return self._controller
 
+    async def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the service's model, found once.
+
+        Raises:
+            InvalidArgument: the platform serves none, and no `tokenizer_model` was given.
+        """
+        found = await self._tokenizer_if_any()
+        if found is None:
+            raise InvalidArgument(
+                "no tokenizer: pass tokenizer_model= to from_firetitan_config, or tokenizer= to "
+                "the sampler"
+            )
+        return found
+
     async def _tokenizer_if_any(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer; None where none is named or served: token ids can be sampled without."""
-        return await self.tokenizer() if self._tokenizer_named or await self._local() else None
-
-    @property
-    def _tokenizer_named(self) -> bool:
-        return self._platform.tinker_only or self._config.tokenizer_model is not None
-
-    async def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the service's model, found once."""
         async with self._fetching:
             if self._tokenizer is None and self._platform.tinker_only:
                 named = self._config.tokenizer_model or self._config.base_model

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fireworks_training._checks import integer
 from fireworks_training._core.window.pacing import Pacer
 from fireworks_training._core.window.queue_law import QUEUE_ALLOWANCE, QueueLaw
 from fireworks_training._core.window.settings import AimdSettings
 from fireworks_training._core.window.status_law import StatusLaw, is_congestion, is_success
-from fireworks_training.errors import InvalidArgument
 from fireworks_training.models import ServerMetrics
 
 SLOW_START_GROWTH = 2.0
@@ -34,9 +34,7 @@ class FixedWindow:
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise InvalidArgument(f"max_concurrency must be at least 1, got {size}")
-        self._size = size
+        self._size = integer("max_concurrency", size, 1)
         self._in_flight = 0
 
     @property

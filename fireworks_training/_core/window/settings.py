@@ -5,8 +5,9 @@ The bounds of several depend on another one or exclude an end, which `_checks` d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from fireworks_training._checks import integer, number
 from fireworks_training.errors import InvalidArgument
 
 
@@ -29,6 +30,9 @@ class AimdSettings:
     shrink_cooldown_s: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check = integer if isinstance(field.default, int) else number
+            object.__setattr__(self, field.name, check(field.name, getattr(self, field.name), 0))
         problems = [
             (self.min_window >= 1, "min_window must be at least 1"),
             (self.max_window >= self.min_window, "max_window must be at least min_window"),

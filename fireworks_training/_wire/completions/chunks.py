@@ -334,6 +334,7 @@ class CompletionAssembler:
             snapshot_identity_first=first,
             snapshot_switch_index=self._snapshot.get(_SWITCH_INDEX),
             metrics=metrics,
+            full_distribution=self._request.full_distribution,
         )
 
     def _ids(self) -> tuple[list[int], list[int]]:

@@ -193,7 +193,9 @@ def capture_all(data: Sequence[DatumLike]) -> list[Captured]:
         if isinstance(array, np.ndarray)
     ]
     found.sort(key=lambda place: -place[2].itemsize)  # so that each is aligned
-    block = bytearray().join([np.ascontiguousarray(array) for _, _, array in found])
+    # numpy's stubs know arrays as buffers from Python 3.12 on.
+    parts: list[Any] = [np.ascontiguousarray(array) for _, _, array in found]
+    block = bytearray().join(parts)
     offset = 0
     for tensors, name, array in found:
         tensors[name] = np.ndarray(array.shape, array.dtype, block, offset)

@@ -121,7 +121,14 @@ class ProtobufDialect:
         return WireRequest(path, (compress(b"".join(body)),), headers)
 
 
-def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = False) -> Dialect:
+def choose(
+    asked: str | None,
+    *,
+    wire: Sequence[str],
+    comms: str,
+    zstd: bool = False,
+    json_alone: bool = False,
+) -> Dialect:
     """Choose the dialect for a trainer.
 
     Args:
@@ -129,12 +136,19 @@ def choose(asked: str | None, *, wire: Sequence[str], comms: str, zstd: bool = F
         wire: the dialects that the trainer lists; empty where it lists none.
         comms: the version of JSON that it asks for.
         zstd: whether it asks for compressed requests in protobuf.
+        json_alone: whether a trainer of its kind takes JSON alone where it lists nothing.
 
     Raises:
-        NotSupported: the trainer lists its dialects, and that is not among them.
+        NotSupported: the trainer lists its dialects, and that is not among them; or it lists
+            none, and is of a kind that takes JSON alone.
     """
     if asked is not None and wire and asked not in wire:
         raise NotSupported(f"dialect={asked!r}: this trainer takes {', '.join(wire)}")
+    if asked == "protobuf" and json_alone and not wire:
+        raise NotSupported(
+            "dialect='protobuf': this trainer lists no dialects, and Fireworks trainers that list "
+            "none take JSON; leave dialect out"
+        )
     if asked == "protobuf" or (asked is None and "protobuf" in wire):
         return ProtobufDialect(zstd)
     return JsonDialect(comms)

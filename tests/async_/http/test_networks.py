@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -255,6 +256,12 @@ async def test_a_host_that_never_answered_is_given_up_soon_and_another_is_not() 
         await transport.exchange("GET", "/x")
         assert transport.hosts.known(url)
         assert await hopeless_after(transport, broken, [99]) == [False]
+
+
+async def test_a_host_is_not_blamed_for_a_want_of_open_files() -> None:
+    error = ConnectionFailed("no", cause=OSError(errno.EMFILE, "too many"))
+    async with transport_to("http://127.0.0.1:1") as transport:
+        assert await hopeless_after(transport, error, [0, 99]) == [False, False]
 
 
 async def test_a_dead_port_is_raised_with_its_cure() -> None:

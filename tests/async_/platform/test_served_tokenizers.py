@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fireworks_training import FiretitanProvisioningConfig, ProtocolError
+from fireworks_training import FiretitanProvisioningConfig, NotFound, ProtocolError
 from fireworks_training._async.platform.tokenizers import find_tokenizer, store
+from tests.end_to_end.support import model_folder
 
 CONTENT = b"{}"
 TEXT = base64.b64encode(CONTENT).decode()
@@ -64,6 +65,23 @@ class Plane:
 
     async def tokenizer_files(self, model: str) -> dict[str, Any]:
         return {"files": {"tokenizer.json": TEXT}, "sha256": HASH}
+
+
+class PlaneWithout(Plane):
+    """The platform as a cloud: its account is the same, and the route is not there."""
+
+    async def tokenizer_files(self, model: str) -> dict[str, Any]:
+        raise NotFound("no such route", status=404)
+
+
+async def test_where_none_is_served_the_name_counts(cache: Path) -> None:
+    model = "accounts/local/models/m"
+    unnamed = FiretitanProvisioningConfig(base_model=model)
+    assert await find_tokenizer(PlaneWithout(), unnamed) is None  # type: ignore[arg-type]
+    named = FiretitanProvisioningConfig(base_model=model, tokenizer_model=str(model_folder()))
+    found = await find_tokenizer(PlaneWithout(), named)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.vocab_size == 328
 
 
 async def test_a_served_tokenizer_that_is_none_is_a_typed_error() -> None:

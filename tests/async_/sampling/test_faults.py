@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import unused_port
 
 from fireworks_training._async.sampling.concurrency import (
     AdaptiveConcurrencyController,
@@ -361,3 +362,43 @@ async def test_a_server_that_never_answered_is_named_at_once(
     server.script = [stub.stream(PARTLY, end=False)]
     await sampler.sample_with_prompt_tokens([1], max_tokens=1)
     assert "has not answered yet" not in caplog.text
+
+
+async def test_a_server_that_never_answered_is_given_up_with_its_cure(make: Make) -> None:
+    sampler = make(url=f"http://127.0.0.1:{unused_port()}", retries=quick(attempts=1 << 20))
+    hosts = sampler._context.transport.hosts
+    hosts.hopeless(sampler.base_url, ConnectionFailed("the first"), -10.0)
+    with pytest.raises(SamplingRequestError, match=r"Nothing listens at 127\.0\.0\.1, port"):
+        await sampler.sample_with_prompt_tokens([1], n=2, max_tokens=1)
+
+
+async def test_https_to_a_server_of_http_is_given_up_with_its_cure(
+    server: CompletionsServer, make: Make
+) -> None:
+    sampler = make(url=server.url.replace("http:", "https:"), retries=quick(attempts=1 << 20))
+    hosts = sampler._context.transport.hosts
+    hosts.hopeless(sampler.base_url, ConnectionFailed("the first"), -10.0)
+    with pytest.raises(SamplingRequestError, match="write http:// instead of https://"):
+        await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+
+
+async def test_a_server_that_has_answered_is_waited_for(
+    server: CompletionsServer, make: Make
+) -> None:
+    """The same failure is an outage once the host has answered: it is tried to the budget's end."""
+    sampler = make(retries=quick(attempts=4))
+    hosts = sampler._context.transport.hosts
+    hosts.hopeless(sampler.base_url, ConnectionFailed("the first"), -10.0)
+    server.script = [stub.stream(PARTLY, end=False)] * 4  # the answers break off
+    with pytest.raises(SamplingRequestError, match="after 4 attempts"):
+        await sampler.sample_with_prompt_tokens([1], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "full"), [(1.0, True), (0.5, False)], ids=["full", "at half"]
+)
+async def test_a_completion_says_whether_the_whole_distribution_was_sampled(
+    temperature: float, full: bool, make: Make
+) -> None:
+    (one,) = await make().sample_with_prompt_tokens([1], max_tokens=1, temperature=temperature)
+    assert one.full_distribution is full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from fireworks_training import FiretitanProvisioningConfig, RequestFailed
+from fireworks_training import FiretitanProvisioningConfig, RequestFailed, TrainerLost
 from fireworks_training._async.http.transport import Transport
 from fireworks_training._async.runtime.loops import OwnerLoop
 from fireworks_training._async.training import session
 from fireworks_training._async.training.data_plane import DataPlane
+from fireworks_training._async.training.model import RemoteModel
+from fireworks_training._async.training.operations import save_state
 from fireworks_training._async.training.session import Heartbeat, TrainerSession
+from fireworks_training._core import patience
 from fireworks_training._core.waits.reports import ReportSchedule
 from fireworks_training.errors import ConnectionFailed
 from fireworks_training.testing import TrainerServer
@@ -28,7 +31,9 @@ OTHER = FiretitanProvisioningConfig(base_model="accounts/test/models/stub", seed
 
 
 @asynccontextmanager
-async def opened(stub: TrainerServer) -> AsyncIterator[TrainerSession]:
+async def opened(
+    stub: TrainerServer, job_ended: Callable[[], Awaitable[str | None]] | None = None
+) -> AsyncIterator[TrainerSession]:
     async with stub:
         owner = OwnerLoop()
         owner.get()
@@ -37,7 +42,7 @@ async def opened(stub: TrainerServer) -> AsyncIterator[TrainerSession]:
             return Transport(owner=loop, base_url=stub.url, api_key="tml-test")
 
         transport = make(owner)
-        session = TrainerSession(transport, make, stub.url)
+        session = TrainerSession(transport, make, stub.url, job_ended=job_ended)
         try:
             await session.open(None)
             yield session
@@ -45,6 +50,10 @@ async def opened(stub: TrainerServer) -> AsyncIterator[TrainerSession]:
             await session.close()
             await transport.close()
             owner.release()
+
+
+def owner_of(session: TrainerSession) -> OwnerLoop:
+    return session.plane._transport.owner
 
 
 @asynccontextmanager
@@ -97,6 +106,81 @@ async def test_a_model_that_could_not_be_made_is_not_asked_for_again() -> None:
 
 
 # -- heartbeat -------------------------------------------------------------------------------------
+
+
+class DeadBehindAProxy(TrainerServer):
+    """A trainer whose proxy answers for it with one status, once it is `lost`."""
+
+    status = 503
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        if self.lost:
+            return web.Response(status=self.status)
+        return await super().handle(request)
+
+
+@pytest.fixture
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "LOOK_AFTER", 0.0)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.002)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.002)
+
+
+@pytest.mark.usefixtures("_hasty")
+@pytest.mark.parametrize("status", [404, 410, 500, 502, 503, 504])
+@pytest.mark.parametrize("stage", ["make", "submit", "poll"])
+async def test_a_trainer_whose_job_has_ended_is_lost_whatever_is_answered_for_it(
+    status: int, stage: str
+) -> None:
+    stub = DeadBehindAProxy(step_protocol=False)
+    stub.status = status
+
+    async def job_ended() -> str | None:
+        return "its job is in JOB_STATE_FAILED" if stub.lost else None
+
+    async with opened(stub, job_ended) as session:
+        if stage == "make":
+            stub.lost = True
+            with pytest.raises(TrainerLost, match="JOB_STATE_FAILED"):
+                await session.create_model(CONFIG)
+            return
+        model = RemoteModel(
+            session, await session.create_model(CONFIG), CONFIG, owner=owner_of(session)
+        )
+        stub.executing, stub.lost = False, stage == "submit"
+        saving = model.queue.submit(save_state(model, "kept", None, overwrite=False))
+        if stage == "poll":
+            await stub.until(lambda: len(stub.submitted) == 1)
+            stub.lost = True
+            await stub.die()
+        with pytest.raises(TrainerLost, match="JOB_STATE_FAILED"):
+            await saving
+        await model.close(drain=False)
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_a_trainer_whose_job_runs_is_waited_for_and_one_look_serves_all() -> None:
+    """The negative control: the same failures, and the state says that they will pass."""
+    stub, looks = DeadBehindAProxy(step_protocol=False), list[int]()
+
+    async def job_ended() -> str | None:
+        looks.append(1)
+        if len(looks) == 3:
+            stub.lost = False
+        return None
+
+    async with opened(stub, job_ended) as session:
+        model = RemoteModel(
+            session, await session.create_model(CONFIG), CONFIG, owner=owner_of(session)
+        )
+        stub.lost = True
+        saves = [
+            model.queue.submit(save_state(model, f"s{number}", None, overwrite=False))
+            for number in range(10)
+        ]
+        assert [(await saved).path for saved in saves] == [f"s{number}" for number in range(10)]
+        await model.close(drain=True)
+    assert 3 <= len(looks) < 20
 
 
 async def test_refused_heartbeats_are_told_of_at_once_and_once(
