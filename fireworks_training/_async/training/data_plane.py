@@ -394,8 +394,9 @@ def _gone(error: ApiError, request_id: str, what: str) -> RequestFailed:
 
 def _final(error: ApiError, request_id: str, what: str) -> ApiError | RequestFailed:
     """Make the error of a poll that is given up."""
-    gone = isinstance(error, ApiStatusError) and error.status == 410
-    return _gone(error, request_id, what) if gone else error
+    if isinstance(error, ApiStatusError) and error.status == 410:
+        return _gone(error, request_id, what)
+    return error
 
 
 def _not_ready(payload: Mapping[str, Any]) -> NotReady:
