@@ -9,7 +9,13 @@ from __future__ import annotations
 import pytest
 import tinker
 
-from fireworks_training import FiretitanServiceClient, completion_datum, rl_datum
+from fireworks_training import (
+    DeploymentSampler,
+    FiretitanServiceClient,
+    completion_datum,
+    rl_datum,
+    rollout_datum,
+)
 from tests.conftest import RunningPlatform
 
 ADVANTAGES = (1.0, -1.0, 0.5, 0.0)
@@ -20,6 +26,30 @@ def bare(datum: tinker.Datum) -> tinker.Datum:
     """The row as another client sends it, without a mask."""
     kept = {name: t for name, t in datum.loss_fn_inputs.items() if name != "weights"}
     return tinker.Datum(model_input=datum.model_input, loss_fn_inputs=kept)
+
+
+def row_of_two_turns(
+    sampler: DeploymentSampler, prompt: list[int], advantage: float, seed: int
+) -> tuple[tinker.Datum, int]:
+    """An agent's row, two completions with tokens between them that nobody sampled; and how many
+    tokens were."""
+    tokens, logprobs, mask = [*prompt], [0.0] * len(prompt), [False] * len(prompt)
+    for turn, length in enumerate((3 + seed, 6)):
+        (completion,) = sampler.sample_with_prompt_tokens(
+            tokens, max_tokens=length, logprobs=True, seed=seed + turn, ignore_eos=True
+        ).result()
+        assert completion.inference_logprobs is not None
+        tokens += completion.completion_tokens
+        logprobs += completion.inference_logprobs
+        mask += [True] * completion.completion_len
+        if turn == 0:
+            tokens, logprobs, mask = (
+                [*tokens, 9, 10, 11],
+                [*logprobs, 0, 0, 0],
+                [*mask, *[False] * 3],
+            )
+    row = rollout_datum(tokens, logprobs=logprobs, loss_mask=mask, advantages=advantage)
+    return row, sum(mask)
 
 
 def test_on_policy_rows_train_alike_with_a_mask_and_without(
@@ -56,6 +86,14 @@ def test_on_policy_rows_train_alike_with_a_mask_and_without(
             wanted = step(rows, names[0])
             for name in names:
                 for data in (rows, plain, [*map(bare, rows)]):
+                    assert step(data, name) == pytest.approx(wanted, rel=1e-4), name
+
+        agents = [row_of_two_turns(sampler, prompt, a, seed) for seed, a in enumerate(ADVANTAGES)]
+        rows, sampled = [row for row, _ in agents], sum(count for _, count in agents)
+        for names in (("importance_sampling", "ppo", "gspo", "dppo"), ("reinforce", "dro")):
+            wanted = step(rows, names[0])
+            for name in names:
+                for data in (rows, [*map(bare, rows)]):
                     assert step(data, name) == pytest.approx(wanted, rel=1e-4), name
 
         huge = rl_datum([5, 6], [7, 8], logprobs=[-1.0, -9999.0], advantages=1.0)
