@@ -14,8 +14,8 @@ def validate_output_model_id(output_model_id: str) -> None:
     """
     if not RESOURCE_ID.fullmatch(output_model_id):
         raise InvalidArgument(
-            f"output_model_id={output_model_id!r} is invalid: an id has 1 to 63 characters of a-z, 0-9 and "
-            "'-', and neither starts nor ends with '-'"
+            f"output_model_id={output_model_id!r} is invalid: an id has 1 to 63 characters of a-z, "
+            "0-9 and '-', and neither starts nor ends with '-'"
         )
 
 
