@@ -342,8 +342,13 @@ class World:
             )
 
     def damage(self, identity: str) -> None:
-        """Flip a bit of the stored tensors."""
+        """Flip a bit of the stored tensors.
+
+        As on a disk: what an engine has read and verified already stays in memory as it was.
+        """
         for file in self.store.path(identity).glob("*.safetensors"):
             raw = bytearray(file.read_bytes())
             raw[-1] ^= 1
-            file.write_bytes(raw)
+            damaged = file.with_suffix(".damaged")
+            damaged.write_bytes(raw)
+            damaged.replace(file)

@@ -64,8 +64,12 @@ POLL_TIMEOUT = 45.0
 """Seconds for one poll, which servers answer before; then it is made again."""
 
 QUICK_POLL = 0.5
-"""Seconds; a "not ready" that comes sooner is answered by a pause of this, up to half of it
-shortened at random: no server is hammered, and many clients do not come in step."""
+"""Seconds; a "not ready" that comes sooner is answered by a pause of `QUICK_POLL_SHARE` of the time
+waited so far, this at most and `QUICK_POLL_LEAST` at least, up to half of it shortened at random: a
+short operation is not waited for long, no server is hammered, and many clients do not come in
+step."""
+
+QUICK_POLL_SHARE, QUICK_POLL_LEAST = 0.07, 0.02
 
 IDEMPOTENCY_KEY = "X-Idempotency-Key"
 """The header that is the same each time a request is sent again."""
@@ -277,7 +281,7 @@ class DataPlane:
         loop = asyncio.get_running_loop()
         url = self.url("retrieve_future")
         body = bodies.retrieve_future(request_id)
-        patience = Patience(judge_poll)
+        patience, began = Patience(judge_poll), loop.time()
         while True:
             asked = loop.time()
             try:
@@ -301,8 +305,10 @@ class DataPlane:
                     return outcome
                 patience.reset()
                 note(f"the trainer says it is under way ({outcome.reason})")
-                quick = loop.time() - asked < QUICK_POLL
-                delay = outcome.delay * random.uniform(0.5, 1.0) if quick else 0.0  # noqa: S311
+                now = loop.time()
+                share = max(QUICK_POLL_LEAST, QUICK_POLL_SHARE * (now - began))
+                pause = min(outcome.delay, share) * random.uniform(0.5, 1.0)  # noqa: S311
+                delay = pause if now - asked < QUICK_POLL else 0.0
             await asyncio.sleep(delay)
 
     async def ended(

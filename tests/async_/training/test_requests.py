@@ -341,7 +341,8 @@ async def test_not_ready_at_once_is_not_asked_at_once_again(
         await client.optim_step(ADAM)
     waited = [delay for delay in pauses if 0 < delay < 10]
     assert len(waited) == 5
-    assert all(0.25 <= delay <= 0.5 for delay in waited)
+    # A share of the time waited, from 20 ms on; up to half of it is random.
+    assert all(0.01 <= delay <= 0.5 for delay in waited)
 
 
 async def test_a_place_that_another_holds_ends_the_session_at_once(connect: Any) -> None:
