@@ -108,6 +108,33 @@ def test_a_twin_has_the_same_loss_and_gradient(
         assert stepped["grad_norm"] == pytest.approx(whole[1], rel=1e-5)
 
 
+def test_ten_random_splits_of_a_batch_make_the_same_step(platform: RunningPlatform) -> None:
+    draw = np.random.default_rng(7)
+    with FiretitanServiceClient.from_firetitan_config(
+        base_url=platform.base_url,
+        api_key=platform.api_key,
+        base_model=platform.model,
+        snapshot_dtype="float32",
+        create_deployment=False,
+    ) as service:
+        client = service.create_training_client()
+        data = rows(service, client) * 3
+        for name in ("grpo", "dapo", "gspo", "dr_grpo", "sft"):
+            loss = losses.dr_grpo(max_tokens=32) if name == "dr_grpo" else getattr(losses, name)()
+            part = loss.over(losses.totals(data))
+            client.forward_backward_custom(data, part)
+            whole = client.optim_step(STILL).result().metrics
+            assert whole is not None
+            for _ in range(2):
+                order = [data[i] for i in draw.permutation(len(data))]
+                cuts = sorted(draw.choice(np.arange(1, len(data)), 3, replace=False).tolist())
+                for first, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+                    client.forward_backward_custom(order[first:end], part)
+                split = client.optim_step(STILL).result().metrics
+                assert split is not None
+                assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5), name
+
+
 def test_one_call_a_step_and_two_losses_a_step_are_no_spread_batch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
