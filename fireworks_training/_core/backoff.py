@@ -4,13 +4,17 @@ It takes the typed error of an attempt and a time, and answers with a delay or w
 retryable follows from the error's type and status, never from its text. It does not sleep, and
 knows no request.
 
-The policy of all routes stands here. What may go away is tried again by the clock, not by a count:
+The policy of all routes is that what may go away is tried again by the clock, not by a count:
 
-    Fault                                        Tried again for
-    408, 429, 500, 502, 503, 504, the network    `OUTAGE_PATIENCE` from the first failure; an
-                                                 operation of a session for `OPERATION_PATIENCE`
-    402 (billing)                                `BILLING_PATIENCE`, and a log line says so
-    anything else                                not at all: the same request would fail again
+    Fault                                             Tried again for
+    408, 425, 429, 500, 502, 503, 504, the network    sampling: `OUTAGE_PATIENCE`, from the first
+                                                      failure; the control plane:
+                                                      `control_patience.OUTAGE`; submits and polls
+                                                      of a session: `patience.UNDECIDED_SECONDS`
+    402 (billing)                                     `BILLING_PATIENCE`, and a log line says so
+    anything else                                     not at all: the same request would fail
+                                                      again (`patience` has the few refusals of
+                                                      submits and polls that are asked about)
 
 An attempt may itself take minutes (a server that accepts and says nothing): the clock alone would
 leave it one try. So a budget ends when its seconds *and* its attempts are used up.
@@ -25,7 +29,7 @@ from email.utils import parsedate_to_datetime
 
 from fireworks_training.errors import ApiError, ApiStatusError, InvalidArgument
 
-RETRYABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
 
 RETRY_AFTER_CAP = 30.0
@@ -37,9 +41,6 @@ whatever the delays, which are at most `OUTAGE_DELAY_CAP`."""
 
 OUTAGE_DELAY_CAP = 20.0
 """Seconds between two attempts of an outage at most."""
-
-OPERATION_PATIENCE = 600.0
-"""Seconds for which an operation of a training session is tried again: others wait behind it."""
 
 BILLING_STATUS = 402
 """Status of an account whose credit is used up; paid for, the same request succeeds."""

@@ -7,14 +7,11 @@ as an hour, in words. A host that has never answered is given up soon: its name 
 
 from __future__ import annotations
 
-from fireworks_training._core.backoff import Backoff, is_retryable
+from fireworks_training._core.backoff import BILLING_PATIENCE, Backoff, is_billing, is_retryable
 from fireworks_training.errors import ApiError, ApiStatusError
 
 OUTAGE = 300.0
 """Seconds for which a request is repeated in an outage."""
-
-BILLING = 3600.0
-"""Seconds for which a paused account is waited for."""
 
 LONGEST_PAUSE = 10.0
 BILLING_PAUSE = 15.0
@@ -43,7 +40,7 @@ class ControlPatience(Backoff):
 
     def next_delay(self, error: ApiError, *, now: float) -> float | None:
         """Note a failed attempt; seconds to wait before the next one, or None to give up."""
-        self.billing_paused = isinstance(error, ApiStatusError) and error.status == 402
+        self.billing_paused = is_billing(error)
         if not self.billing_paused:
             self._paused_since = None
             return super().next_delay(error, now=now)
@@ -52,7 +49,7 @@ class ControlPatience(Backoff):
         if self._paused_since is None:
             self._paused_since, self._pause = now, 0.5
         self._pause = min(2.0 * self._pause, BILLING_PAUSE)
-        return self._pause if now + self._pause <= self._paused_since + BILLING else None
+        return self._pause if now + self._pause <= self._paused_since + BILLING_PATIENCE else None
 
     def _may_help(self, error: ApiError) -> bool:
         if isinstance(error, ApiStatusError):

@@ -6,7 +6,7 @@ What a failure says about a request decides, not where it came from:
   server says is to be repeated, `x-should-retry: true`): asked again for `UNDECIDED_SECONDS` from
   the first such failure in a row. `x-should-retry: false` changes nothing: a trainer knows a
   repeated request by its number.
-- *Billing* (402): asked again for `BILLING_SECONDS`, at a slow pace.
+- *Billing* (402): asked again for `BILLING_PATIENCE`, at a slow pace.
 - *Odd* (a 400 without a body on a submit, which proxies send; a 400, 401, 403, 404, 410 or
   422 on a poll, whose request was accepted): asked again `ODD_TIMES`, quickly.
 - Anything else is the server's decision.
@@ -24,13 +24,11 @@ import random
 from collections.abc import Callable
 from enum import Enum
 
+from fireworks_training._core.backoff import BILLING_PATIENCE, is_billing
 from fireworks_training.errors import ApiError, ApiStatusError, ProtocolError
 
 UNDECIDED_SECONDS = 660.0
 """Seconds in which every exchange fails, before a request is given up."""
-
-BILLING_SECONDS = 3600.0
-"""Seconds in which every exchange is answered with 402, before a request is given up."""
 
 BILLING_PAUSE = 5.0
 """Seconds between two exchanges while the server answers 402."""
@@ -85,7 +83,7 @@ def judge_submit(error: ApiError) -> Verdict:
     """Judge a failed exchange of a request that is not accepted yet."""
     if not isinstance(error, ApiStatusError):
         return _judge_transport(error)
-    if error.status == 402:
+    if is_billing(error):
         return Verdict.BILLING
     if error.should_retry:
         return Verdict.UNDECIDED
@@ -98,7 +96,7 @@ def judge_poll(error: ApiError) -> Verdict:
     """Judge a failed exchange that asks for the result of an accepted request."""
     if not isinstance(error, ApiStatusError):
         return _judge_transport(error)
-    if error.status == 402:
+    if is_billing(error):
         return Verdict.BILLING
     if error.status in (400, 401, 403, 404, 410, 422):
         return Verdict.ODD
@@ -158,7 +156,7 @@ class Patience:
             return None if self._odd > ODD_TIMES else self._pause(self._odd)
         if verdict is Verdict.BILLING:
             began = self._since.setdefault(verdict, now)
-            return None if now >= began + BILLING_SECONDS else BILLING_PAUSE
+            return None if now >= began + BILLING_PATIENCE else BILLING_PAUSE
         began = self._since.setdefault(verdict, now)
         if now >= began + UNDECIDED_SECONDS:
             return None

@@ -34,12 +34,12 @@ def most() -> float:
     return 0.0
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
 def test_transient_statuses_are_retryable(status: int) -> None:
     assert is_retryable(for_status(status, "the text says: do not retry"))
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 422, 425, 501, 505])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 410, 422, 501, 505])
 def test_other_statuses_are_not(status: int) -> None:
     assert not is_retryable(for_status(status, "503 timeout, retry me"))
 

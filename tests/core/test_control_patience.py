@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fireworks_training import ApiError, ConnectionFailed, NotFound, ServerFailed
+from fireworks_training._core.backoff import BILLING_PATIENCE
 from fireworks_training._core.control_patience import (
-    BILLING,
     OUTAGE,
     STRANGER_ATTEMPTS,
     ControlPatience,
@@ -47,7 +47,7 @@ def test_a_paused_account_is_waited_for_longer_and_an_outage_after_it_has_its_ow
     paused = ApiStatusError("pay", status=402)
     patience = ControlPatience(known=True)
     seconds, _ = survived(patience, paused)
-    assert BILLING - 20 <= seconds <= BILLING
+    assert BILLING_PATIENCE - 20 <= seconds <= BILLING_PATIENCE
     assert patience.billing_paused
     mixed = ControlPatience(known=True)
     now = 0.0

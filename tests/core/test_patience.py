@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from fireworks_training._core.backoff import BILLING_PATIENCE
 from fireworks_training._core.patience import (
     BILLING_PAUSE,
-    BILLING_SECONDS,
     LOOK_AFTER,
     ODD_TIMES,
     UNDECIDED_SECONDS,
@@ -63,8 +63,8 @@ def test_what_decides_nothing_is_asked_again_for_ten_minutes(judge: Judge, error
 @pytest.mark.parametrize("judge", [judge_submit, judge_poll])
 def test_a_billing_pause_is_waited_for_an_hour(judge: Judge) -> None:
     times, seconds = outlasts(Patience(judge), status(402))
-    assert times == BILLING_SECONDS / BILLING_PAUSE
-    assert seconds == BILLING_SECONDS
+    assert times == BILLING_PATIENCE / BILLING_PAUSE
+    assert seconds == BILLING_PATIENCE
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410, 422])

@@ -16,7 +16,8 @@ import orjson
 
 from fireworks_training._async.control_plane.rows import Row, naming, read_list, read_name
 from fireworks_training._async.http.transport import Response, Transport, with_retries
-from fireworks_training._core.control_patience import BILLING, ControlPatience
+from fireworks_training._core.backoff import BILLING_PATIENCE
+from fireworks_training._core.control_patience import ControlPatience
 from fireworks_training.errors import (
     ApiError,
     ApiStatusError,
@@ -63,7 +64,7 @@ class SpokenPatience(ControlPatience):
                 "%s: the server asks for payment (402); this waits up to %.0f min for the "
                 "account's billing to be settled: %s",
                 self._what,
-                BILLING / 60,
+                BILLING_PATIENCE / 60,
                 error,
             )
         return delay
