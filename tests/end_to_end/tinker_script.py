@@ -5,6 +5,7 @@ Run with the model's folder and a seed; `TINKER_BASE_URL` and `TINKER_API_KEY` n
 
 from __future__ import annotations
 
+import os
 import sys
 
 import tinker
@@ -21,7 +22,10 @@ def main(folder: str, seed: int) -> None:
     )
     passed = client.forward_backward([datum], "cross_entropy")
     client.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()
-    print(passed.result().metrics["loss:sum"])
+    print(passed.result().metrics["loss:sum"], flush=True)
+    # At once, as one that is killed: the client's daemon threads and torch's end of the interpreter
+    # abort the process now and then.
+    os._exit(0)
 
 
 if __name__ == "__main__":
